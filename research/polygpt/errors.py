@@ -1,0 +1,32 @@
+"""Errors whose message is meant for the person who typed the command."""
+
+
+class UserError(Exception):
+    """The input is at fault. The command line prints the message on one line and exits with 2.
+
+    A message names the thing, the place and the remedy, and holds no newline.
+    """
+
+
+class SpecError(UserError, ValueError):
+    """A specification holds a value that is not allowed, or names something that does not exist."""
+
+
+class BadRecord(UserError, ValueError):
+    """One record of a data source cannot be used.
+
+    Attributes:
+        reason: a short name of the kind of fault ("corrupt image", "empty text"), by which skipped records are counted.
+        place: the file and the record, as a person would look it up.
+    """
+
+    def __init__(self, reason: str, place: str, detail: str = ""):
+        self.reason, self.place, self.detail = reason, place, detail
+        super().__init__(f"{place}: {reason}" + (f": {detail}" if detail else ""))
+
+    def __reduce__(self):
+        return BadRecord, (self.reason, self.place, self.detail)
+
+    def at(self, place: str) -> "BadRecord":
+        """The same fault, its place put behind a wider one (the file that lists the record, say)."""
+        return BadRecord(self.reason, f"{place}: {self.place}" if self.place else place, self.detail)

@@ -1,0 +1,139 @@
+"""The sequence layout: what one training row is, whatever its modalities.
+
+Axis letters: B rows, T positions, N media items a row, P positions a media item fills at most, D model width.
+
+Every row is the same small set of arrays. Adapters turn raw media into embeddings `[B, N, P, D]`; the layout says which of
+them goes where. A text-only row, a row with two images, a packed row and a padded row are the same program.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from polygpt.errors import UserError
+
+TEXT = 0
+"""Modality number of text. Adapters are numbered from 1 in the order in which the model names them."""
+PADDING = -1
+"""Modality number of a position that belongs to no example."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Media:
+    """The media items of one modality, for all rows.
+
+    Attributes:
+        features: [B, N, ...], what the modality's adapter consumes; an unused item may hold anything finite or not.
+        length_BN: int32, how many positions of the sequence the item fills; 0 marks an unused item.
+    """
+
+    features: jax.Array | np.ndarray
+    length_BN: jax.Array | np.ndarray
+
+    @property
+    def valid_BN(self):
+        """bool: the items that are used."""
+        return self.length_BN > 0
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Rows of the sequence layout.
+
+    Attributes:
+        tokens_BT: int32, text token ids; 0 where the position is filled from media or is padding.
+        modality_BT: int8, TEXT, the number of an adapter, or PADDING.
+        slot_BT: int32, at media positions the index into that row's embeddings of the modality, flattened from [N, P].
+        position_BT: int32 position ids, restarted for each packed example.
+        segment_BT: int32, the packed example, from 1; 0 is padding. Attention never crosses segments.
+        span_BT: int32, positions of the same non-zero span (and segment) see each other both ways; 0 is causal.
+        target_BT: int32, the token that follows.
+        weight_BT: float32, the weight of that prediction in the loss; 0 where nothing is predicted.
+        media: by adapter name, the items that the row's media positions refer to.
+    """
+
+    tokens_BT: jax.Array | np.ndarray
+    modality_BT: jax.Array | np.ndarray
+    slot_BT: jax.Array | np.ndarray
+    position_BT: jax.Array | np.ndarray
+    segment_BT: jax.Array | np.ndarray
+    span_BT: jax.Array | np.ndarray
+    target_BT: jax.Array | np.ndarray
+    weight_BT: jax.Array | np.ndarray
+    media: dict[str, Media]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(B, T)."""
+        return self.tokens_BT.shape
+
+    def replace(self, **changes) -> "Batch":
+        """A copy with some arrays exchanged."""
+        return dataclasses.replace(self, **changes)
+
+
+def scatter_media(x_BTD, batch: Batch, embeddings: dict[str, jax.Array]) -> jax.Array:
+    """Puts media embeddings where the layout wants them.
+
+    Args:
+        x_BTD: text embeddings; what they hold at media positions does not matter.
+        batch: the layout.
+        embeddings: by adapter name in the model's order, [B, N, P, D].
+
+    Returns:
+        [B, T, D]: text embeddings at text positions, media embeddings at media positions, zeros at padding.
+    """
+    x_BTD = jnp.where((batch.modality_BT == TEXT)[..., None], x_BTD, 0)
+    for number, (_, media_BNPD) in enumerate(embeddings.items(), start=1):
+        B, N, P, D = media_BNPD.shape
+        here_BT = batch.modality_BT == number
+        slot_BT = jnp.where(here_BT, batch.slot_BT, 0)
+        placed_BTD = jnp.take_along_axis(media_BNPD.reshape(B, N * P, D), slot_BT[..., None], axis=1, mode="clip")
+        x_BTD = jnp.where(here_BT[..., None], placed_BTD.astype(x_BTD.dtype), x_BTD)
+    return x_BTD
+
+
+def check(batch: Batch, vocabulary: int, positions: dict[str, int]) -> None:
+    """Checks a batch of NumPy arrays against the layout, before it is given to a device.
+
+    Args:
+        batch: the batch.
+        vocabulary: token ids must lie below it.
+        positions: by adapter name in the model's order, the positions P that one item fills at most.
+
+    Raises:
+        UserError: naming the array, the row and what is wrong with it.
+    """
+    B, T = batch.shape
+    for field in dataclasses.fields(Batch):
+        array = getattr(batch, field.name)
+        if field.name != "media" and array.shape[:2] != (B, T):
+            raise UserError(f"batch: {field.name} has the shape {array.shape}, tokens_BT {(B, T)}")
+    if list(batch.media) != list(positions):
+        raise UserError(f"batch: media are {list(batch.media)}, the model has the adapters {list(positions)}")
+
+    def fail_where(bad_BT, what: str) -> None:
+        bad = np.argwhere(bad_BT)
+        if len(bad):
+            raise UserError(f"batch: row {bad[0][0]}, position {bad[0][1]}: {what}")
+
+    modality, segment = np.asarray(batch.modality_BT), np.asarray(batch.segment_BT)
+    fail_where((batch.tokens_BT < 0) | (batch.tokens_BT >= vocabulary), f"a token outside [0, {vocabulary})")
+    fail_where((batch.target_BT < 0) | (batch.target_BT >= vocabulary), f"a target outside [0, {vocabulary})")
+    fail_where((modality < PADDING) | (modality > len(positions)), "a modality that no adapter has")
+    fail_where((modality == PADDING) != (segment == 0), "padding and segment 0 do not coincide")
+    fail_where((segment == 0) & (batch.weight_BT != 0), "a loss weight on padding")
+    for number, (name, P) in enumerate(positions.items(), start=1):
+        length_BN = np.asarray(batch.media[name].length_BN)
+        N = length_BN.shape[1]
+        if (length_BN > P).any():
+            raise UserError(f"batch: an item of {name} has the length {length_BN.max()}, the adapter fills {P} positions")
+        here = modality == number
+        item = np.where(here, batch.slot_BT // P, 0)
+        fail_where(here & ((batch.slot_BT < 0) | (item >= N)), f"a slot outside the {N} items of {name}")
+        length_BT = np.take_along_axis(length_BN, np.clip(item, 0, N - 1), axis=1)
+        fail_where(here & (batch.slot_BT % P >= length_BT), f"a slot beyond the length of its {name} item")

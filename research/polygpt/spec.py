@@ -1,0 +1,329 @@
+"""Specifications: frozen dataclasses that say what to build, travel as JSON and are overridden by dotted names.
+
+A specification is a subclass of `Spec`. Its fields are plain values, other specifications, tuples, or mappings from
+names to either; a string literal below a field is its help text. Every value is checked against its annotation when the
+specification is made, so a typing mistake is an error at once and names the field.
+
+Two representations follow from the fields and are written nowhere else:
+
+* JSON (`to_json`, `from_json`): each specification is an object whose `"class"` key names its class as
+  `"package.module:Class"`, or `"/path/to/file.py:Class"` for a class of a user's own file. Reading is strict.
+* dotted overrides (`override`): `{"model.decoder.depth": "4"}`, the text read as JSON where it is JSON. A field that holds
+  a specification takes another class by name and keeps the fields that both classes share.
+"""
+
+import ast
+import dataclasses
+import difflib
+import functools
+import importlib
+import importlib.util
+import inspect
+import json
+import sys
+import textwrap
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, Union
+
+from polygpt.errors import SpecError
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """Base of all specifications. Subclasses are frozen dataclasses too."""
+
+    def __post_init__(self):
+        for name, annotation in hints(type(self)).items():
+            value = conform(annotation, getattr(self, name), f"{type(self).__name__}.{name}")
+            object.__setattr__(self, name, value)
+        self.validate()
+
+    def validate(self) -> None:
+        """Raises SpecError where fields do not fit together. Called when the specification is made."""
+
+    def require(self, condition: bool, field: str, allowed: str) -> None:
+        """Raises SpecError naming the field, its value and what is allowed, unless `condition` holds."""
+        if not condition:
+            raise SpecError(f"{type(self).__name__}.{field} is {getattr(self, field)!r}: it must be {allowed}")
+
+    def replace(self, **changes):
+        """A copy with some fields changed; checked like any other."""
+        return dataclasses.replace(self, **changes)
+
+
+@functools.cache
+def hints(cls: type) -> dict[str, Any]:
+    """The annotations of a specification's fields, resolved, in order."""
+    resolved = typing.get_type_hints(cls)
+    return {field.name: resolved[field.name] for field in dataclasses.fields(cls)}
+
+
+@functools.cache
+def field_help(cls: type) -> dict[str, str]:
+    """Help texts of a specification's fields: the string literal that follows each, base classes included."""
+    texts = {}
+    for base in reversed(cls.__mro__):
+        if not (dataclasses.is_dataclass(base) and issubclass(base, Spec) and base is not Spec):
+            continue
+        try:
+            body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body
+        except (OSError, TypeError, SyntaxError):  # no source: a class typed into an interpreter
+            continue
+        for statement, following in zip(body, body[1:]):
+            literal = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+            if isinstance(statement, ast.AnnAssign) and literal and isinstance(following.value.value, str):
+                texts[statement.target.id] = " ".join(following.value.value.split())
+    return texts
+
+
+# --- checking values against annotations --------------------------------------------------------------------------------
+
+
+def describe(annotation: Any) -> str:
+    """An annotation as a person would say it."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Literal:
+        return "one of " + ", ".join(map(repr, arguments))
+    if origin in (Union, types.UnionType):
+        return " or ".join(map(describe, arguments))
+    if annotation is type(None):
+        return "null"
+    if origin is tuple:
+        return f"a list of {describe(arguments[0])}"
+    if origin is not None and issubclass(origin, Mapping):
+        return f"a mapping from names to {describe(arguments[1])}"
+    return getattr(annotation, "__name__", str(annotation))
+
+
+def conform(annotation: Any, value: Any, where: str) -> Any:
+    """`value` as `annotation` wants it (an int becomes a float, a list a tuple), or SpecError naming `where`."""
+    fault = SpecError(f"{where} is {value!r}: it must be {describe(annotation)}")
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation is Any:
+        return value
+    if origin is Literal:
+        if not any(value == option and type(value) is type(option) for option in arguments):
+            raise fault
+        return value
+    if origin in (Union, types.UnionType):
+        for option in arguments:
+            try:
+                return conform(option, value, where)
+            except SpecError:
+                continue
+        raise fault
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise fault
+        variadic = len(arguments) == 2 and arguments[1] is Ellipsis
+        if not variadic and len(value) != len(arguments):
+            raise SpecError(f"{where} is {value!r}: it must hold {len(arguments)} values")
+        items = arguments[:1] * len(value) if variadic else arguments
+        return tuple(conform(item, v, f"{where}[{i}]") for i, (item, v) in enumerate(zip(items, value)))
+    if origin is not None and issubclass(origin, Mapping):
+        if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+            raise fault
+        return {key: conform(arguments[1], v, f"{where}[{key!r}]") for key, v in value.items()}
+    if annotation is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if annotation is None:
+        annotation = type(None)
+    if annotation in (int, float) and isinstance(value, bool) or not isinstance(value, annotation):
+        raise fault
+    return value
+
+
+def nearest(name: str, options) -> str:
+    """A clause that suggests the options that look most like `name`."""
+    options = list(options)
+    close = difflib.get_close_matches(name, options, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(sorted(options)) or 'none'}"
+
+
+# --- classes by name ----------------------------------------------------------------------------------------------------
+
+
+def load_file(path: str | Path) -> types.ModuleType:
+    """Imports a user's own file once; the module's name is the file's absolute path, by which its classes are found again.
+
+    Raises:
+        SpecError: if there is no such file, or it cannot be imported.
+    """
+    path = Path(path).resolve()
+    name = str(path)
+    if name in sys.modules:
+        return sys.modules[name]
+    if not path.is_file():
+        raise SpecError(f"no file {path}")
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # before execution: dataclasses look their module up
+    try:
+        spec.loader.exec_module(module)
+    except SpecError:
+        del sys.modules[name]
+        raise
+    except Exception as error:
+        del sys.modules[name]
+        line = next((f.lineno for f in reversed(inspect.getinnerframes(error.__traceback__)) if f.filename == name), "?")
+        raise SpecError(f"{path}, line {line}: {type(error).__name__}: {' '.join(str(error).split())}") from error
+    return module
+
+
+def class_name(cls: type) -> str:
+    """`"package.module:Class"`, by which `load_class` finds the class again."""
+    return f"{cls.__module__}:{cls.__qualname__}"
+
+
+def load_class(name: str) -> type:
+    """The specification class that `name` means; raises SpecError that says which part of the name is wrong."""
+    module_name, colon, qualified = name.rpartition(":")
+    if not colon:
+        raise SpecError(f"{name!r} names no class: write 'package.module:Class' or 'file.py:Class'")
+    if module_name.endswith(".py"):
+        module = load_file(module_name)
+    else:
+        try:
+            module = importlib.import_module(module_name)
+        except ImportError as error:
+            raise SpecError(f"cannot import {module_name!r} for {name!r}: {' '.join(str(error).split())}") from error
+    found = module
+    for part in qualified.split("."):
+        if not hasattr(found, part):
+            specs = [key for key, v in vars(module).items() if isinstance(v, type) and issubclass(v, Spec)]
+            raise SpecError(f"{module_name} has no {qualified!r}: {nearest(qualified, specs)}")
+        found = getattr(found, part)
+    if not (isinstance(found, type) and issubclass(found, Spec)):
+        raise SpecError(f"{name!r} is not a specification: it must be a frozen dataclass that derives from polygpt.spec.Spec")
+    return found
+
+
+# --- JSON ---------------------------------------------------------------------------------------------------------------
+
+
+def to_json(value: Any) -> Any:
+    """The value as JSON data, specifications as objects with a `"class"` key."""
+    if isinstance(value, Spec):
+        fields = {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {"class": class_name(type(value)), **fields}
+    if isinstance(value, Mapping):
+        return {key: to_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_json(item) for item in value]
+    return value
+
+
+def from_json(data: Any, where: str = "config") -> Any:
+    """Reads what `to_json` wrote. Strict: an unknown or missing key is a SpecError with the nearest names.
+
+    A field that is missing from an older file is an error too: a default that changed since would silently be another run.
+    """
+    if isinstance(data, list):
+        return tuple(from_json(item, f"{where}[{i}]") for i, item in enumerate(data))
+    if not isinstance(data, dict):
+        return data
+    if "class" not in data:
+        return {key: from_json(item, f"{where}.{key}") for key, item in data.items()}
+    cls = load_class(data["class"])
+    known = hints(cls)
+    for key in data:
+        if key != "class" and key not in known:
+            raise SpecError(f"{where}.{key}: {cls.__name__} has no field {key!r}: {nearest(key, known)}")
+    missing = [key for key in known if key not in data]
+    if missing:
+        raise SpecError(f"{where}: {cls.__name__} lacks {', '.join(missing)}")
+    return cls(**{key: from_json(item, f"{where}.{key}") for key, item in data.items() if key != "class"})
+
+
+# --- dotted overrides ---------------------------------------------------------------------------------------------------
+
+
+def override(spec: Any, changes: Mapping[str, str]) -> Any:
+    """`spec` with each dotted name set to the value that its text means. Applied in order.
+
+    Raises:
+        SpecError: for a name that does not exist (with the nearest names) or a value that its field does not allow.
+    """
+    for name, text in changes.items():
+        spec = _set(spec, type(spec), name.split("."), text, name)
+    return spec
+
+
+def _set(value: Any, annotation: Any, path: list[str], text: str, name: str) -> Any:
+    if not path:
+        return _parse(value, annotation, text, name)
+    key, rest = path[0], path[1:]
+    if isinstance(value, Spec):
+        known = hints(type(value))
+        if key not in known:
+            raise SpecError(f"--{name}: {type(value).__name__} has no field {key!r}: {nearest(key, known)}")
+        return value.replace(**{key: _set(getattr(value, key), known[key], rest, text, name)})
+    if isinstance(value, Mapping):
+        if key not in value:
+            raise SpecError(f"--{name}: no entry {key!r}: {nearest(key, value)}")
+        inner = _argument(annotation, -1)
+        return {**value, key: _set(value[key], inner, rest, text, name)}
+    if isinstance(value, tuple) and key.isdigit() and int(key) < len(value):
+        items = list(value)
+        items[int(key)] = _set(items[int(key)], _argument(annotation, 0), rest, text, name)
+        return tuple(items)
+    raise SpecError(f"--{name}: {key!r} is not inside {value!r}")
+
+
+def _argument(annotation: Any, index: int) -> Any:
+    arguments = [a for a in typing.get_args(annotation) if a is not Ellipsis]
+    return arguments[index] if arguments else Any
+
+
+def _parse(value: Any, annotation: Any, text: str, name: str) -> Any:
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError:
+        data = {"true": True, "false": False, "none": None}.get(text.lower(), text)
+    if isinstance(data, str) and _holds_spec(annotation, value):
+        cls = load_class(data)
+        shared = {}
+        if isinstance(value, Spec):
+            shared = {key: getattr(value, key) for key in hints(type(value)) if key in hints(cls)}
+        try:
+            data = cls(**shared)
+        except TypeError as error:
+            raise SpecError(f"--{name}: {cls.__name__} needs more than its class: {error}") from None
+    else:
+        data = from_json(data, f"--{name}")
+    try:
+        return conform(annotation, data, f"--{name}")
+    except SpecError:
+        return conform(annotation, text, f"--{name}")  # a field of text whose value looks like JSON: --name 12
+
+
+def _holds_spec(annotation: Any, value: Any) -> bool:
+    if isinstance(value, Spec):
+        return True
+    options = typing.get_args(annotation) or (annotation,)
+    return any(isinstance(option, type) and issubclass(option, Spec) for option in options)
+
+
+def leaves(spec: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any, str]]:
+    """Every name that `override` takes: (dotted name, annotation, value, help text), depth first."""
+    texts = field_help(type(spec))
+    for key, annotation in hints(type(spec)).items():
+        value = getattr(spec, key)
+        yield from _leaves(value, annotation, f"{prefix}{key}", texts.get(key, ""))
+
+
+def _leaves(value: Any, annotation: Any, name: str, text: str) -> Iterator[tuple[str, Any, Any, str]]:
+    if isinstance(value, Spec):
+        yield name, annotation, value, text
+        yield from leaves(value, f"{name}.")
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _leaves(item, _argument(annotation, -1), f"{name}.{key}", text)
+    elif isinstance(value, tuple) and any(isinstance(item, Spec) for item in value):
+        for i, item in enumerate(value):
+            yield from _leaves(item, _argument(annotation, 0), f"{name}.{i}", text)
+    else:
+        yield name, annotation, value, text
