@@ -1,0 +1,56 @@
+"""What a data source gives: an example, a list of texts and media in reading order."""
+
+import dataclasses
+from pathlib import Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """A piece of text.
+
+    Attributes:
+        text: the text, of any length.
+        weight: the weight of its tokens in the loss; 0 marks a prompt, which the model reads and is never scored on.
+    """
+
+    text: str
+    weight: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Medium:
+    """A picture, a recording or another medium, still encoded.
+
+    Attributes:
+        modality: the name of the adapter that reads it, such as "image" or "audio".
+        source: the encoded bytes (PNG, FLAC, ...) or the path of the file that holds them.
+    """
+
+    modality: str
+    source: bytes | Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """Texts and media in the order in which the model reads them.
+
+    Attributes:
+        parts: the texts and media.
+        place: the file and the record, as a person would look it up: error messages name it.
+    """
+
+    parts: tuple[Text | Medium, ...]
+    place: str
+
+    @property
+    def prompt(self) -> tuple[Text | Medium, ...]:
+        """The parts before the first text of positive weight: what generation starts from."""
+        for i, part in enumerate(self.parts):
+            if isinstance(part, Text) and part.weight > 0:
+                return self.parts[:i]
+        return self.parts
+
+    @property
+    def answer(self) -> str:
+        """The texts of positive weight, joined: what generation is compared with."""
+        return "".join(part.text for part in self.parts if isinstance(part, Text) and part.weight > 0)
