@@ -1,0 +1,123 @@
+"""How the next token is chosen from its logits: pure functions of `logits_BV`, in the order in which they are applied.
+
+Repetition penalty, temperature, top-k, top-p and min-p, as transformers and vLLM order them. A filter keeps every token
+that ties with the last one it keeps, so that what is kept never depends on how tokens are numbered.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from polygpt.spec import Spec
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling(Spec):
+    """How text is generated. The defaults sample from the model's own distribution; temperature 0 is greedy."""
+
+    temperature: float = 1.0
+    """Divides the logits; below 1 sharpens, 0 takes the likeliest token always (greedy)."""
+    top_k: int = 0
+    """Keep the k likeliest tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the fewest likeliest tokens whose probability sums to at least this (nucleus sampling); 1 keeps all."""
+    min_p: float = 0.0
+    """Keep tokens at least this fraction as probable as the likeliest; 0 keeps all."""
+    repetition_penalty: float = 1.0
+    """Above 1 makes tokens of the prompt and of the text so far less likely; 1 leaves them alone."""
+    max_tokens: int = 64
+    """Stop after this many tokens."""
+    stop: tuple[str, ...] = ()
+    """Stop before any of these texts would appear."""
+    seed: int = 0
+    """The same seed gives the same text for the same prompt at the same place in the list."""
+
+    def validate(self) -> None:
+        self.require(self.temperature >= 0, "temperature", "at least 0")
+        self.require(self.top_k >= 0, "top_k", "at least 0 (0 keeps all tokens)")
+        self.require(0 < self.top_p <= 1, "top_p", "above 0 and at most 1")
+        self.require(0 <= self.min_p <= 1, "min_p", "between 0 and 1")
+        self.require(self.repetition_penalty > 0, "repetition_penalty", "above 0")
+        self.require(self.max_tokens >= 1, "max_tokens", "at least 1")
+        self.require(all(self.stop), "stop", "texts that are not empty")
+        self.require(0 <= self.seed < 2**32, "seed", "between 0 and 2**32 - 1")
+
+    def choice(self) -> "Sampling":
+        """Only the fields that decide how a token is chosen: what a compiled program depends on."""
+        return self.replace(max_tokens=1, stop=(), seed=0)
+
+
+GREEDY = Sampling(temperature=0.0)
+"""The likeliest token at every step."""
+
+
+def penalize_repetition(logits_BV, seen_BV, penalty: float):
+    """Makes seen tokens less likely: divides a positive logit by `penalty`, multiplies a negative one.
+
+    Keskar et al. 2019 (CTRL), section 4.1, divides always, which makes a token of negative logit likelier; minding the
+    sign is what implementations have done since.
+
+    Args:
+        logits_BV: the logits.
+        seen_BV: bool, the tokens that the row holds already.
+        penalty: theta of the paper; 1 changes nothing.
+    """
+    penalized_BV = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
+    return jnp.where(seen_BV, penalized_BV, logits_BV)
+
+
+def keep_top_k(logits_BV, k: int):
+    """-inf for all but the `k` likeliest tokens and those that tie with the k-th (Fan et al. 2018)."""
+    k = min(k, logits_BV.shape[-1])
+    return _keep_from(logits_BV, jax.lax.top_k(logits_BV, k)[0][:, -1:])
+
+
+def keep_top_p(logits_BV, p: float):
+    """-inf for all but the nucleus: the fewest likeliest tokens whose probabilities sum to at least `p`, and ties.
+
+    Holtzman et al. 2020, section 3.1.
+    """
+    sorted_BV = -jnp.sort(-logits_BV, axis=-1)
+    mass_BV = jnp.cumsum(jax.nn.softmax(sorted_BV, axis=-1), axis=-1)
+    before_BV = jnp.pad(mass_BV[:, :-1], ((0, 0), (1, 0)))  # the mass of the likelier tokens: the first is always kept
+    return _keep_from(logits_BV, jnp.where(before_BV < p, sorted_BV, jnp.inf).min(axis=-1, keepdims=True))
+
+
+def keep_min_p(logits_BV, p: float):
+    """-inf for tokens less than `p` times as probable as the likeliest (Nguyen et al. 2024, section 3)."""
+    return _keep_from(logits_BV, logits_BV.max(axis=-1, keepdims=True) + jnp.log(p))
+
+
+def _keep_from(logits_BV, threshold_B1):
+    return jnp.where(logits_BV >= threshold_B1, logits_BV, -jnp.inf)
+
+
+def adjust(logits_BV, seen_BV, sampling: Sampling):
+    """The logits that tokens are sampled from: -inf where a filter drops a token.
+
+    Args:
+        logits_BV: float32 logits of the model.
+        seen_BV: bool, the tokens that the row holds already; not read where the repetition penalty is 1.
+        sampling: static; a temperature of 0 leaves the scale alone and needs no filter.
+    """
+    if sampling.repetition_penalty != 1:
+        logits_BV = penalize_repetition(logits_BV, seen_BV, sampling.repetition_penalty)
+    if sampling.temperature == 0:
+        return logits_BV
+    logits_BV = logits_BV / sampling.temperature
+    if sampling.top_k:
+        logits_BV = keep_top_k(logits_BV, sampling.top_k)
+    if sampling.top_p < 1:
+        logits_BV = keep_top_p(logits_BV, sampling.top_p)
+    if sampling.min_p:
+        logits_BV = keep_min_p(logits_BV, sampling.min_p)
+    return logits_BV
+
+
+def choose(logits_BV, seen_BV, keys_B, sampling: Sampling):
+    """The next token of each row, int32 [B]. Each row has its own key, so that rows do not depend on each other."""
+    logits_BV = adjust(logits_BV.astype(jnp.float32), seen_BV, sampling)
+    if sampling.temperature == 0:
+        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
