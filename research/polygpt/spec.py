@@ -168,7 +168,8 @@ def load_file(path: str | Path) -> types.ModuleType:
         raise
     except Exception as error:
         del sys.modules[name]
-        line = next((f.lineno for f in reversed(inspect.getinnerframes(error.__traceback__)) if f.filename == name), "?")
+        frames = reversed(inspect.getinnerframes(error.__traceback__))
+        line = next((frame.lineno for frame in frames if frame.filename == name), getattr(error, "lineno", "?"))
         raise SpecError(f"{path}, line {line}: {type(error).__name__}: {' '.join(str(error).split())}") from error
     return module
 
@@ -264,18 +265,23 @@ def _set(value: Any, annotation: Any, path: list[str], text: str, name: str) -> 
     if isinstance(value, Mapping):
         if key not in value:
             raise SpecError(f"--{name}: no entry {key!r}: {nearest(key, value)}")
-        inner = _argument(annotation, -1)
-        return {**value, key: _set(value[key], inner, rest, text, name)}
+        return {**value, key: _set(value[key], _inner(annotation), rest, text, name)}
     if isinstance(value, tuple) and key.isdigit() and int(key) < len(value):
         items = list(value)
-        items[int(key)] = _set(items[int(key)], _argument(annotation, 0), rest, text, name)
+        items[int(key)] = _set(items[int(key)], _inner(annotation, int(key)), rest, text, name)
         return tuple(items)
     raise SpecError(f"--{name}: {key!r} is not inside {value!r}")
 
 
-def _argument(annotation: Any, index: int) -> Any:
-    arguments = [a for a in typing.get_args(annotation) if a is not Ellipsis]
-    return arguments[index] if arguments else Any
+def _inner(annotation: Any, index: int = 0) -> Any:
+    """The annotation of a mapping's values, or of a tuple's item `index`."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (Union, types.UnionType):  # Mapping[...] | None
+        found = [_inner(option, index) for option in arguments]
+        return next((inner for inner in found if inner is not Any), Any)
+    if origin is tuple:
+        return arguments[0] if arguments[-1] is Ellipsis else arguments[index]
+    return arguments[1] if isinstance(origin, type) and issubclass(origin, Mapping) else Any
 
 
 def _parse(value: Any, annotation: Any, text: str, name: str) -> Any:
@@ -319,11 +325,11 @@ def _leaves(value: Any, annotation: Any, name: str, text: str) -> Iterator[tuple
     if isinstance(value, Spec):
         yield name, annotation, value, text
         yield from leaves(value, f"{name}.")
-    elif isinstance(value, Mapping):
+    elif isinstance(value, Mapping) and value:
         for key, item in value.items():
-            yield from _leaves(item, _argument(annotation, -1), f"{name}.{key}", text)
+            yield from _leaves(item, _inner(annotation), f"{name}.{key}", text)
     elif isinstance(value, tuple) and any(isinstance(item, Spec) for item in value):
         for i, item in enumerate(value):
-            yield from _leaves(item, _argument(annotation, 0), f"{name}.{i}", text)
+            yield from _leaves(item, _inner(annotation, i), f"{name}.{i}", text)
     else:
         yield name, annotation, value, text

@@ -1,0 +1,48 @@
+# make demo    install, train experiments/quickstart.py, evaluate, sample, write the report
+# make test    install the test extras, run the whole suite with coverage
+# make lint    ruff
+# make clean   remove the environment, caches and runs
+#
+# Another interpreter: make test PYTHON=python3.12 VENV=.venv312
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
+TESTS  ?= tests
+PYTEST ?= -n 2 --cov --cov-report=term --cov-fail-under=90
+
+.PHONY: demo test lint clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.installed
+	$(BIN)/polygpt train experiments/quickstart.py
+
+test: $(VENV)/.installed-test
+	@$(BIN)/python -c "import torch, transformers" 2>/dev/null \
+	  || echo "make test: torch and transformers are not installed, so the parity tests are skipped (README: Tests)"
+	$(BIN)/python -m pytest $(PYTEST) $(TESTS)
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf $(VENV) runs build dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage .coverage.* htmlcov
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamps make a second call quick; a change of pyproject.toml installs again.
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	  || { echo "polygpt needs Python >= 3.11, and $(PYTHON) is $$($(PYTHON) --version 2>/dev/null || echo missing):" \
+	            "name another with make PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.created pyproject.toml
+	$(PIP) install --editable .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed pyproject.toml
+	$(PIP) install --editable '.[test]'
+	@touch $@

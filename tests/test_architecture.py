@@ -1,0 +1,63 @@
+"""The house rules that a machine can check: floors, thin packages, short files, plain words."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "research" / "polygpt"
+FILES = sorted(PACKAGE.rglob("*.py"))
+LONGEST = 350  # lines; about 300 is a long file
+
+
+def test_a_file_imports_lower_floors_or_siblings():
+    command = [str(Path(sys.executable).with_name("lint-imports")), "--no-cache"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout + found.stderr
+
+
+def test_every_folder_stands_on_a_floor():
+    listed = re.findall(r"polygpt\.(\w+)", (ROOT / "pyproject.toml").read_text().partition("layers = [")[2])
+    present = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in FILES} - {"__init__"}
+    assert present <= set(listed)
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.name == "__init__.py"], ids=lambda p: p.parent.name)
+def test_a_package_file_only_re_exports(path):
+    for statement in ast.parse(path.read_text()).body:
+        docstring = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+        names = [t.id for t in statement.targets if isinstance(t, ast.Name)] if isinstance(statement, ast.Assign) else []
+        dunder = bool(names) and all(name in ("__version__", "__all__") for name in names)
+        assert docstring or dunder or isinstance(statement, (ast.Import, ast.ImportFrom)), ast.unparse(statement)
+
+
+def test_there_is_no_drawer_for_everything():
+    assert [p for p in FILES if p.stem in ("utils", "util", "helpers", "misc", "common")] == []
+
+
+def test_files_are_short():
+    lengths = {str(p.relative_to(ROOT)): len(p.read_text().splitlines()) for p in FILES}
+    assert {name: length for name, length in lengths.items() if length > LONGEST} == {}
+
+
+def test_the_words_are_the_projects_own():
+    """No stubs, no left-over notes, no absolute paths of the machine that it was written on."""
+    forbidden = re.compile(r"\b(TODO|FIXME|XXX|HACK)\b|NotImplementedError\(\)|/work/|/tmp/|/root/")
+    texts = [*FILES, *ROOT.glob("experiments/**/*.py"), *ROOT.glob("tests/**/*.py"), ROOT / "README.md", ROOT / "Makefile"]
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in texts
+        if path != Path(__file__)
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if forbidden.search(line)
+    ]
+    assert found == []
+
+
+def test_every_module_says_what_it_is():
+    unspoken = [str(p.relative_to(ROOT)) for p in FILES if not ast.get_docstring(ast.parse(p.read_text()))]
+    assert [name for name in unspoken if not name.endswith("__init__.py")] == []

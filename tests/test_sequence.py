@@ -1,0 +1,107 @@
+"""The sequence layout: scattering media and checking batches."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from polygpt.errors import UserError
+from polygpt.sequence import Batch, Media, check, scatter_media
+
+P = 3  # positions an item fills at most
+
+
+def batch() -> Batch:
+    """Two rows of six positions: text, a picture of two positions, text, padding; and text alone."""
+    modality = np.array([[0, 1, 1, 0, -1, -1], [0, 0, 0, 0, 0, -1]], np.int8)
+    segment = np.where(modality < 0, 0, 1).astype(np.int32)
+    zeros = np.zeros((2, 6), np.int32)
+    slot = zeros.copy()
+    slot[0, 1:3] = [P, P + 1]  # the row's second item
+    weight = np.zeros((2, 6), np.float32)
+    weight[0, 2] = 1
+    return Batch(
+        tokens_BT=np.where(modality == 0, 5, 0).astype(np.int32),
+        modality_BT=modality,
+        slot_BT=slot,
+        position_BT=np.tile(np.arange(6, dtype=np.int32), (2, 1)),
+        segment_BT=segment,
+        span_BT=zeros,
+        target_BT=zeros,
+        weight_BT=weight,
+        media={"image": Media(np.zeros((2, 2, 4), np.float32), np.array([[0, 2], [0, 0]], np.int32))},
+    )
+
+
+def test_scatter_puts_each_embedding_at_its_slot():
+    B, T, N, D = 2, 6, 2, 4
+    text_BTD = jnp.full((B, T, D), -1.0)
+    image_BNPD = jnp.arange(B * N * P * D, dtype=jnp.float32).reshape(B, N, P, D)
+    x_BTD = scatter_media(text_BTD, batch(), {"image": image_BNPD})
+    np.testing.assert_array_equal(x_BTD[0, 1:3], image_BNPD[0, 1, :2])
+    assert (x_BTD[0, [0, 3]] == -1).all() and (x_BTD[1, :5] == -1).all()
+    assert (x_BTD[0, 4:] == 0).all() and (x_BTD[1, 5] == 0).all(), "padding is zero"
+
+
+def test_unused_media_reach_neither_values_nor_gradients():
+    def total(media_BNPD):
+        return scatter_media(jnp.ones((2, 6, 4)), batch(), {"image": media_BNPD}).sum()
+
+    garbage = np.full((2, 2, P, 4), np.nan, np.float32)
+    garbage[0, 1, :2] = 1
+    value, gradient = jax.value_and_grad(total)(jnp.asarray(garbage))
+    assert value == 2 * 4 + 2 * 4 + 5 * 4
+    expected = np.zeros_like(garbage)
+    expected[0, 1, :2] = 1
+    np.testing.assert_array_equal(gradient, expected)
+
+
+def test_media_know_which_items_are_used():
+    np.testing.assert_array_equal(batch().media["image"].valid_BN, [[False, True], [False, False]])
+    assert batch().shape == (2, 6)
+
+
+def test_a_batch_is_a_pytree():
+    doubled = jax.tree.map(lambda leaf: leaf * 2, batch())
+    assert isinstance(doubled, Batch) and doubled.weight_BT[0, 2] == 2
+
+
+def at(array, index, value):
+    array = array.copy()
+    array[index] = value
+    return array
+
+
+def test_check_takes_a_sound_batch():
+    check(batch(), vocabulary=6, positions={"image": P})
+
+
+@pytest.mark.parametrize(
+    ("name", "index", "value", "words"),
+    [
+        ("tokens_BT", (1, 3), 6, r"row 1, position 3: a token outside \[0, 6\)"),
+        ("tokens_BT", (0, 0), -1, r"row 0, position 0: a token outside"),
+        ("target_BT", (1, 0), 99, "row 1, position 0: a target outside"),
+        ("modality_BT", (1, 0), 2, "a modality that no adapter has"),
+        ("segment_BT", (1, 0), 0, "padding and segment 0 do not coincide"),
+        ("weight_BT", (0, 5), 0.5, "row 0, position 5: a loss weight on padding"),
+        ("slot_BT", (0, 1), 2 * P, "a slot outside the 2 items of image"),
+        ("slot_BT", (0, 1), 0, "a slot beyond the length of its image item"),
+        ("slot_BT", (0, 2), P + 2, "a slot beyond the length"),
+    ],
+)
+def test_check_names_the_row_the_position_and_the_fault(name, index, value, words):
+    faulty = batch().replace(**{name: at(getattr(batch(), name), index, value)})
+    with pytest.raises(UserError, match=words):
+        check(faulty, vocabulary=6, positions={"image": P})
+
+
+def test_check_compares_shapes_lengths_and_adapters():
+    good = batch()
+    with pytest.raises(UserError, match=r"span_BT has the shape \(2, 5\)"):
+        check(good.replace(span_BT=good.span_BT[:, :5]), 6, {"image": P})
+    with pytest.raises(UserError, match=r"media are \['image'\], the model has the adapters \['audio'\]"):
+        check(good, 6, {"audio": P})
+    long = Media(good.media["image"].features, np.array([[0, P + 1], [0, 0]], np.int32))
+    with pytest.raises(UserError, match="an item of image has the length 4"):
+        check(good.replace(media={"image": long}), 6, {"image": P})
