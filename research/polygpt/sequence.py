@@ -2,8 +2,8 @@
 
 Axis letters: B rows, T positions, N media items a row, P positions a media item fills at most, D model width.
 
-Every row is the same small set of arrays. Adapters turn raw media into embeddings `[B, N, P, D]`; the layout says which of
-them goes where. A text-only row, a row with two images, a packed row and a padded row are the same program.
+Every row is the same small set of arrays. Adapters turn raw media into embeddings `[B, N, P, D]`; the layout says which
+of them goes where. A text-only row, a row with two images, a packed row and a padded row are the same program.
 """
 
 import dataclasses
@@ -131,7 +131,8 @@ def check(batch: Batch, vocabulary: int, positions: dict[str, int]) -> None:
         length_BN = np.asarray(batch.media[name].length_BN)
         N = length_BN.shape[1]
         if (length_BN > P).any():
-            raise UserError(f"batch: an item of {name} has the length {length_BN.max()}, the adapter fills {P} positions")
+            longest = length_BN.max()
+            raise UserError(f"batch: an item of {name} has the length {longest}, the adapter fills {P} positions")
         here = modality == number
         item = np.where(here, batch.slot_BT // P, 0)
         fail_where(here & ((batch.slot_BT < 0) | (item >= N)), f"a slot outside the {N} items of {name}")

@@ -8,8 +8,8 @@ Two representations follow from the fields and are written nowhere else:
 
 * JSON (`to_json`, `from_json`): each specification is an object whose `"class"` key names its class as
   `"package.module:Class"`, or `"/path/to/file.py:Class"` for a class of a user's own file. Reading is strict.
-* dotted overrides (`override`): `{"model.decoder.depth": "4"}`, the text read as JSON where it is JSON. A field that holds
-  a specification takes another class by name and keeps the fields that both classes share.
+* dotted overrides (`override`): `{"model.decoder.depth": "4"}`, the text read as JSON where it is JSON. A field that
+  holds a specification takes another class by name and keeps the fields that both classes share.
 """
 
 import ast
@@ -72,14 +72,14 @@ def field_help(cls: type) -> dict[str, str]:
             body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body
         except (OSError, TypeError, SyntaxError):  # no source: a class typed into an interpreter
             continue
-        for statement, following in zip(body, body[1:]):
+        for statement, following in zip(body, body[1:], strict=False):
             literal = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
             if isinstance(statement, ast.AnnAssign) and literal and isinstance(following.value.value, str):
                 texts[statement.target.id] = " ".join(following.value.value.split())
     return texts
 
 
-# --- checking values against annotations --------------------------------------------------------------------------------
+# --- checking values against annotations ------------------------------------------------------------------------------
 
 
 def describe(annotation: Any) -> str:
@@ -122,7 +122,8 @@ def conform(annotation: Any, value: Any, where: str) -> Any:
         if not variadic and len(value) != len(arguments):
             raise SpecError(f"{where} is {value!r}: it must hold {len(arguments)} values")
         items = arguments[:1] * len(value) if variadic else arguments
-        return tuple(conform(item, v, f"{where}[{i}]") for i, (item, v) in enumerate(zip(items, value)))
+        pairs = enumerate(zip(items, value, strict=True))
+        return tuple(conform(item, v, f"{where}[{i}]") for i, (item, v) in pairs)
     if origin is not None and issubclass(origin, Mapping):
         if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
             raise fault
@@ -143,11 +144,11 @@ def nearest(name: str, options) -> str:
     return f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(sorted(options)) or 'none'}"
 
 
-# --- classes by name ----------------------------------------------------------------------------------------------------
+# --- classes by name --------------------------------------------------------------------------------------------------
 
 
 def load_file(path: str | Path) -> types.ModuleType:
-    """Imports a user's own file once; the module's name is the file's absolute path, by which its classes are found again.
+    """Imports a user's own file, once. The module's name is the absolute path, by which its classes are found again.
 
     Raises:
         SpecError: if there is no such file, or it cannot be imported.
@@ -198,11 +199,11 @@ def load_class(name: str) -> type:
             raise SpecError(f"{module_name} has no {qualified!r}: {nearest(qualified, specs)}")
         found = getattr(found, part)
     if not (isinstance(found, type) and issubclass(found, Spec)):
-        raise SpecError(f"{name!r} is not a specification: it must be a frozen dataclass that derives from polygpt.spec.Spec")
+        raise SpecError(f"{name!r} is not a specification: it must be a frozen dataclass derived from Spec")
     return found
 
 
-# --- JSON ---------------------------------------------------------------------------------------------------------------
+# --- JSON -------------------------------------------------------------------------------------------------------------
 
 
 def to_json(value: Any) -> Any:
@@ -220,7 +221,7 @@ def to_json(value: Any) -> Any:
 def from_json(data: Any, where: str = "config") -> Any:
     """Reads what `to_json` wrote. Strict: an unknown or missing key is a SpecError with the nearest names.
 
-    A field that is missing from an older file is an error too: a default that changed since would silently be another run.
+    A field that is missing from an older file is an error too: a default that changed since would be another run.
     """
     if isinstance(data, list):
         return tuple(from_json(item, f"{where}[{i}]") for i, item in enumerate(data))
@@ -239,7 +240,7 @@ def from_json(data: Any, where: str = "config") -> Any:
     return cls(**{key: from_json(item, f"{where}.{key}") for key, item in data.items() if key != "class"})
 
 
-# --- dotted overrides ---------------------------------------------------------------------------------------------------
+# --- dotted overrides -------------------------------------------------------------------------------------------------
 
 
 def override(spec: Any, changes: Mapping[str, str]) -> Any:
