@@ -1,0 +1,68 @@
+"""The whole of optimisation as one specification."""
+
+import dataclasses
+
+import jax
+import optax
+
+from polygpt.optim.groups import Group, assign, check_pattern, table
+from polygpt.optim.optimizers import AdamW, Optimizer
+from polygpt.optim.schedules import Schedule
+from polygpt.spec import Spec
+
+
+@dataclasses.dataclass(frozen=True)
+class Optim(Spec):
+    """How gradients become new parameters."""
+
+    schedule: Schedule
+    """Learning rate by step."""
+    optimizer: Optimizer = AdamW()
+    """The update rule."""
+    clip: float | None = 1.0
+    """Bound of the global norm of the gradient; null for none."""
+    accumulate: int = 1
+    """Microbatches that a batch is split into; their gradients are summed, as if the batch were whole."""
+    groups: tuple[Group, ...] = ()
+    """Rules for parts of the model; the first whose pattern is found in a parameter's path takes it."""
+    no_decay: str = r"(bias|scale)$|norm|embed|position"
+    """Regular expression of the paths without weight decay, unless their group says one: biases, norms, embeddings."""
+    ema: float | None = None
+    """Decay of an exponential moving average of the parameters, with which the model is evaluated; null for none."""
+
+    def validate(self):
+        check_pattern(self, "no_decay")
+        self.require(self.clip is None or self.clip > 0, "clip", "null or above 0")
+        self.require(self.accumulate >= 1, "accumulate", "at least 1")
+        self.require(self.ema is None or 0 <= self.ema < 1, "ema", "null, or at least 0 and below 1")
+
+    def rules(self, params):
+        """The rule of each parameter, in a tree like `params`. Raises SpecError for a group that takes none."""
+        return assign(params, self.groups, self.optimizer.weight_decay, self.no_decay)
+
+    def trainable(self, params):
+        """A tree like `params` of bool: False for frozen parameters."""
+        return jax.tree.map(lambda rule: not rule.group.freeze, self.rules(params))
+
+    def table(self, params) -> str:
+        """Which rule took how many parameters, one a line."""
+        return table(params, self.rules(params))
+
+    def build(self, params, steps: int) -> optax.GradientTransformation:
+        """Turns gradients into updates to be added to the parameters, in a run of `steps` steps.
+
+        `params` may be arrays or their shapes. The gradients of frozen parameters must be 0.
+        """
+        rules = self.rules(params)
+
+        def transform(rule) -> optax.GradientTransformation:
+            if rule.group.freeze:
+                return optax.set_to_zero()
+            schedule = (rule.group.schedule or self.schedule).build(steps)
+            return self.optimizer.build(lambda t: rule.group.learning_rate * schedule(t), rule.weight_decay)
+
+        clip = optax.clip_by_global_norm(self.clip) if self.clip else optax.identity()
+        # Labels are numbers, so that the optimizer state has short names and needs no order among rules.
+        number = {rule: str(i) for i, rule in enumerate(dict.fromkeys(jax.tree.leaves(rules)))}
+        labels = jax.tree.map(number.__getitem__, rules)
+        return optax.chain(clip, optax.partition({number[rule]: transform(rule) for rule in number}, labels))

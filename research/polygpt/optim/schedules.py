@@ -1,0 +1,156 @@
+"""Learning-rate schedules.
+
+All begin with a linear warm-up: the rate of step t (from 0) is `peak * (t + 1) / warmup` while t < warmup, so that no
+step is wasted at zero. The formulas below count t from the end of the warm-up, over the n steps that remain.
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from polygpt.spec import Spec
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule(Spec):
+    """Base of all schedules. A new one defines `after_warmup`."""
+
+    peak: float
+    """The highest learning rate, reached at the end of the warm-up."""
+    warmup: int = 0
+    """Steps of linear warm-up; all of a run that is shorter."""
+
+    def validate(self):
+        self.require(self.peak >= 0, "peak", "at least 0")
+        self.require(self.warmup >= 0, "warmup", "at least 0")
+
+    def after_warmup(self, steps: int) -> optax.Schedule:
+        """Learning rate of the t-th of the `steps` steps that follow the warm-up."""
+        raise NotImplementedError(f"{type(self).__name__} defines no after_warmup")
+
+    def build(self, steps: int) -> optax.Schedule:
+        """Learning rate by step, for a run of `steps` steps."""
+        after = self.after_warmup(max(steps - self.warmup, 1))
+        if not self.warmup:
+            return after
+        return optax.join_schedules([lambda t: self.peak * (t + 1) / self.warmup, after], [self.warmup])
+
+
+@dataclasses.dataclass(frozen=True)
+class Constant(Schedule):
+    """peak."""
+
+    def after_warmup(self, steps: int) -> optax.Schedule:
+        return optax.constant_schedule(self.peak)
+
+
+@dataclasses.dataclass(frozen=True)
+class Decaying(Schedule):
+    """Base of the schedules that end at a share of the peak."""
+
+    final: float = 0.1
+    """Learning rate at the end, as a share of the peak."""
+
+    def validate(self):
+        super().validate()
+        self.require(0 <= self.final <= 1, "final", "from 0 to 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class WarmupCosine(Decaying):
+    """peak * (final + (1 - final) * (1 + cos(pi t / n)) / 2)."""
+
+    def after_warmup(self, steps: int) -> optax.Schedule:
+        return optax.cosine_decay_schedule(self.peak, steps, alpha=self.final)
+
+
+@dataclasses.dataclass(frozen=True)
+class WarmupLinear(Decaying):
+    """peak * (1 - (1 - final) * t / n)."""
+
+    def after_warmup(self, steps: int) -> optax.Schedule:
+        return optax.linear_schedule(self.peak, self.peak * self.final, steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class WarmupExponential(Decaying):
+    """peak * final ** (t / n)."""
+
+    def validate(self):
+        super().validate()
+        self.require(self.final > 0, "final", "above 0")
+
+    def after_warmup(self, steps: int) -> optax.Schedule:
+        return optax.exponential_decay(self.peak, steps, self.final, end_value=self.peak * self.final)
+
+
+@dataclasses.dataclass(frozen=True)
+class WSD(Decaying):
+    """Warm-up, stable, decay: the peak until the last share of the run, then down to the end.
+
+    Hu et al. 2024, MiniCPM (2404.06395), section 4; the square root is from Hägele et al. 2024 (2405.18392), section 3.
+    With x from 0 to 1 over the decay: `linear` is 1 - x, `sqrt` is 1 - sqrt(x), between the peak and its final share.
+    """
+
+    decay: float = 0.2
+    """Share of all steps that the decay takes."""
+    shape: Literal["linear", "sqrt"] = "linear"
+    """How the decay falls."""
+
+    def validate(self):
+        super().validate()
+        self.require(0 < self.decay <= 1, "decay", "above 0 and at most 1")
+
+    def build(self, steps: int) -> optax.Schedule:
+        fall = max(round(self.decay * steps), 1)
+        start = max(steps - fall, self.warmup)
+        stable = Constant(self.peak, self.warmup).build(steps)
+
+        def down(t):
+            x = jnp.clip(t / fall, 0.0, 1.0)
+            share = 1 - (jnp.sqrt(x) if self.shape == "sqrt" else x)
+            return self.peak * (self.final + (1 - self.final) * share)
+
+        return optax.join_schedules([stable, down], [start])
+
+
+@dataclasses.dataclass(frozen=True)
+class SGDR(Schedule):
+    """Cosine decay with warm restarts. Loshchilov and Hutter 2017 (1608.03983), eq. 5.
+
+    Cycle i lasts `period * stretch ** i` steps and falls from `peak * shrink ** i` to `peak * final`.
+    """
+
+    final: float = 0.0
+    """Learning rate at the end of each cycle, as a share of the peak."""
+    period: int = 1000
+    """Steps of the first cycle, T_0."""
+    stretch: float = 2.0
+    """How much longer each cycle is than the one before, T_mult."""
+    shrink: float = 1.0
+    """The peak of each cycle as a share of the one before."""
+
+    def validate(self):
+        super().validate()
+        self.require(0 <= self.final <= 1, "final", "from 0 to 1")
+        self.require(self.period > 0, "period", "above 0")
+        self.require(self.stretch >= 1, "stretch", "at least 1")
+        self.require(0 < self.shrink <= 1, "shrink", "above 0 and at most 1")
+
+    def after_warmup(self, steps: int) -> optax.Schedule:
+        starts = [0]
+        while starts[-1] < steps:
+            starts.append(starts[-1] + round(self.period * self.stretch ** (len(starts) - 1)))
+        starts = np.asarray(starts, np.int32)
+
+        def rate(t):
+            t = jnp.minimum(t, starts[-1] - 1)
+            cycle = jnp.searchsorted(starts, t, side="right") - 1
+            begin, end = jnp.asarray(starts)[cycle], jnp.asarray(starts)[cycle + 1]
+            low, high = self.peak * self.final, self.peak * self.shrink**cycle
+            return low + (high - low) * (1 + jnp.cos(jnp.pi * (t - begin) / (end - begin))) / 2
+
+        return rate
