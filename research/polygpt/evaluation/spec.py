@@ -1,0 +1,56 @@
+"""What is evaluated, and how."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Literal
+
+from polygpt.data.sources.base import Source
+from polygpt.evaluation.classification import Classification
+from polygpt.evaluation.metric import Metric
+from polygpt.generation.sampling import GREEDY, Sampling
+from polygpt.spec import Spec
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalTask(Spec):
+    """A held-out task."""
+
+    source: Source
+    """Where its examples come from."""
+    limit: int | None = None
+    """How many examples are used, drawn once by the evaluation's seed; null for all."""
+    generate: bool = False
+    """Whether the model also writes each example's answer, which is compared with the truth by `metrics`."""
+    metrics: tuple[Metric, ...] = (Classification(),)
+    """What is measured of the written answers."""
+
+    def validate(self):
+        self.require(self.limit is None or self.limit >= 1, "limit", "at least 1, or null for all examples")
+        self.require(
+            bool(self.metrics) or not self.generate, "metrics", "at least one metric where answers are generated"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationSpec(Spec):
+    """The held-out tasks and what is measured of each."""
+
+    tasks: Mapping[str, EvalTask] = dataclasses.field(default_factory=dict)
+    """The tasks by name."""
+    rows: int = 32
+    """How many examples are read at a time."""
+    modality_gain: bool = True
+    """Whether the modality gain of every task with media is measured: one more pass for each of its modalities."""
+    resamples: int = 2000
+    """Bootstrap resamples of the modality gain's interval."""
+    sampling: Sampling = GREEDY
+    """How answers are generated."""
+    seed: int = 0
+    """Decides which examples a limit leaves, how media are shuffled, and the bootstrap."""
+    on_bad_record: Literal["raise", "skip"] = "raise"
+    """What happens to an example that cannot be read: an error, or it is left out and counted as `skipped`."""
+
+    def validate(self):
+        self.require(self.rows >= 1, "rows", "at least 1")
+        self.require(self.resamples >= 2000, "resamples", "at least 2000")
+        self.require(self.seed >= 0, "seed", "at least 0")

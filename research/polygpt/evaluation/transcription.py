@@ -1,0 +1,33 @@
+"""Generated transcripts: word and character error rates."""
+
+import dataclasses
+
+import jiwer
+
+from polygpt.evaluation.metric import Metric, normalize
+
+
+@dataclasses.dataclass(frozen=True)
+class Transcription(Metric):
+    """`wer` and `cer`: substituted, deleted and inserted words or characters, over those of the truth.
+
+    Pooled over the task, so that long utterances count by their length. Both may exceed 1. An empty transcript is all
+    deletions; where the truth is empty everything is an insertion; where all truths are empty the divisor is 1.
+    """
+
+    normalized: bool = True
+    """Whether case, punctuation and surplus space are left out of account."""
+
+    def __call__(self, predictions, truths):
+        if self.normalized:
+            predictions, truths = [normalize(text) for text in predictions], [normalize(text) for text in truths]
+        predictions, truths = list(predictions), list(truths)
+        return {
+            "wer": _rate(jiwer.process_words(truths, predictions)),
+            "cer": _rate(jiwer.process_characters(truths, predictions)),
+        }
+
+
+def _rate(output) -> float:
+    errors = output.substitutions + output.deletions + output.insertions
+    return errors / max(output.hits + output.substitutions + output.deletions, 1)

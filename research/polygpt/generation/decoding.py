@@ -1,0 +1,133 @@
+"""The compiled half of generation: one program reads the prompts, one loop writes the answers.
+
+Axis letters: B rows, T prompt positions, S generated tokens at most, V vocabulary.
+
+Both programs take the model as a static argument, so jax.jit keeps them by model and by shape. The cache is an explicit
+pytree: the prompts fill its first T places, right-padded, and each generated token takes the next place of every row.
+A row sees its own segment of the cache, so padding is never attended; position ids go on from the row's own length.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from polygpt.generation.sampling import Sampling, choose
+from polygpt.sequence import PADDING, TEXT, Batch
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """Generation under way.
+
+    Attributes:
+        cache: the model's cache.
+        step: int32 scalar, how many tokens each unfinished row has.
+        tokens_BS: int32, the generated tokens; the end token included, 0 beyond `count_B`.
+        count_B: int32, how many of them are real.
+        limit_B: int32, how many there may be.
+        done_B: bool, the rows that are finished.
+        position_B: int32, position id of the row's first generated token.
+        segment_B: int32, the row's segment.
+        seen_BV: bool, text tokens that the row holds already, for the repetition penalty; [B, 0] where there is none.
+        key_B: the row's random key.
+    """
+
+    cache: Any
+    step: jax.Array
+    tokens_BS: jax.Array
+    count_B: jax.Array
+    limit_B: jax.Array
+    done_B: jax.Array
+    position_B: jax.Array
+    segment_B: jax.Array
+    seen_BV: jax.Array
+    key_B: jax.Array
+
+
+@partial(jax.jit, static_argnames=("model", "sampling", "eos", "size"))
+def prefill(model, sampling: Sampling, eos: int, size: int, params, batch: Batch, seed, index_B, limit_B) -> State:
+    """Reads the prompts and writes the first token of each row.
+
+    Args:
+        model: the model, hashable.
+        sampling: what `Sampling.choice` gives.
+        eos: the token that ends a text.
+        size: S, room for generated tokens.
+        params: the model's parameters.
+        batch: the prompts, one a row, right-padded.
+        seed: uint32 scalar.
+        index_B: int32, each prompt's number; with the seed it gives the row's randomness.
+        limit_B: int32, how many tokens the row may have, at most S; 0 for rows that hold no prompt.
+    """
+    B, T = batch.shape
+    logits_BTV, cache = model.decode(params, batch, model.init_cache(B, T + size))
+    last_B = jnp.maximum((batch.segment_BT > 0).sum(axis=1) - 1, 0)
+    row_B = jnp.arange(B)
+    V = logits_BTV.shape[-1] if sampling.repetition_penalty != 1 else 0
+    text_BT = batch.modality_BT == TEXT
+    seen_BV = jnp.zeros((B, V), bool).at[row_B[:, None], batch.tokens_BT].max(text_BT, mode="drop")
+    state = State(
+        cache=cache,
+        step=jnp.int32(0),
+        tokens_BS=jnp.zeros((B, size), jnp.int32),
+        count_B=jnp.zeros(B, jnp.int32),
+        limit_B=limit_B,
+        done_B=limit_B == 0,
+        position_B=batch.position_BT[row_B, last_B] + 1,
+        segment_B=batch.segment_BT[row_B, last_B],
+        seen_BV=seen_BV,
+        key_B=jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(index_B),
+    )
+    return _write(state, logits_BTV[row_B, last_B], sampling, eos)
+
+
+@partial(jax.jit, static_argnames=("model", "sampling", "eos"), donate_argnames="state")
+def decode(model, sampling: Sampling, eos: int, params, state: State, until) -> State:
+    """Writes tokens until every row is finished or has `until` of them. The given state is used up."""
+
+    def unfinished(state: State):
+        return (state.step < until) & ~state.done_B.all()
+
+    def write_next(state: State) -> State:
+        token_B = jax.lax.dynamic_index_in_dim(state.tokens_BS, state.step - 1, axis=1, keepdims=False)
+        batch = _one_position(token_B, state.position_B + state.step - 1, jnp.where(state.done_B, 0, state.segment_B))
+        logits_B1V, cache = model.decode(params, batch, state.cache)
+        return _write(dataclasses.replace(state, cache=cache), logits_B1V[:, 0], sampling, eos)
+
+    return jax.lax.while_loop(unfinished, write_next, state)
+
+
+def _write(state: State, logits_BV, sampling: Sampling, eos: int) -> State:
+    """Chooses each row's next token from its logits and appends it where the row is not finished."""
+    key_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(state.key_B, state.step)
+    token_B = jnp.where(state.done_B, 0, choose(logits_BV, state.seen_BV, key_B, sampling))
+    count_B = jnp.where(state.done_B, state.count_B, state.step + 1)
+    rows = jnp.arange(len(token_B))
+    return dataclasses.replace(
+        state,
+        step=state.step + 1,
+        tokens_BS=jax.lax.dynamic_update_index_in_dim(state.tokens_BS, token_B, state.step, axis=1),
+        count_B=count_B,
+        done_B=state.done_B | (token_B == eos) | (count_B >= state.limit_B),
+        seen_BV=state.seen_BV.at[rows, token_B].max(~state.done_B, mode="drop"),
+    )
+
+
+def _one_position(token_B, position_B, segment_B) -> Batch:
+    """One text token a row; a row of segment 0 is padding."""
+    zero_B1 = jnp.zeros_like(token_B)[:, None]
+    return Batch(
+        tokens_BT=token_B[:, None],
+        modality_BT=jnp.where(segment_B > 0, TEXT, PADDING).astype(jnp.int8)[:, None],
+        slot_BT=zero_B1,
+        position_BT=position_B[:, None],
+        segment_BT=segment_B[:, None],
+        span_BT=zero_B1,
+        target_BT=zero_B1,
+        weight_BT=zero_B1.astype(jnp.float32),
+        media={},
+    )
