@@ -1,0 +1,85 @@
+"""Audio: a log-mel spectrogram, two strided convolutions, a transformer, a connector.
+
+Radford et al., Whisper (2212.04356), section 2.2. Neighbouring positions can be folded into one before the connector: a
+decoder learns to listen much sooner when a second of sound is twelve positions and not fifty.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from polygpt.adapters.base import Adapter, Connector
+from polygpt.adapters.tower import Tower
+from polygpt.blocks.stack import StackSpec
+from polygpt.data.media.audio import LogMel
+from polygpt.data.media.features import Features
+from polygpt.nn.convolution import TimeConvolution
+from polygpt.nn.mlp import activate
+from polygpt.nn.positions import NoPosition, Sinusoidal
+from polygpt.sequence import Media
+
+
+@dataclasses.dataclass(frozen=True)
+class AudioAdapter(Adapter):
+    """Convolutions of size 3 with strides 1 and 2, a transformer, `fold` positions made one, and a connector."""
+
+    features: Features = LogMel()
+    """Rate, mel bins, hop and longest duration of the recordings."""
+    fold: int = 1
+    """How many successive positions of the tower become one position of the decoder."""
+    tower: StackSpec = StackSpec(width=64, depth=2)
+    """The transformer. Its position encoding is by default sinusoidal."""
+    connector: Connector = Connector()
+    """From the tower's width times `fold` to the decoder's."""
+
+    def validate(self):
+        self.require(self.fold >= 1, "fold", "at least 1")
+        self.require(self.items >= 1, "items", "at least 1")
+
+    @property
+    def positions(self) -> int:
+        return self.length(self.features.shape[0])
+
+    def length(self, frames: int) -> int:
+        return max(1, -(-tower_length(frames) // self.fold))
+
+    def build(self, width: int, *, rngs: nnx.Rngs, dtype: str) -> nnx.Module:
+        return _AudioAdapter(self, width, rngs, dtype)
+
+
+def tower_length(frames: int) -> int:
+    """Positions inside the tower: the second convolution halves the number of frames, rounding up."""
+    return -(-frames // 2)
+
+
+class _AudioAdapter(nnx.Module):
+    def __init__(self, spec: AudioAdapter, width: int, rngs: nnx.Rngs, dtype: str):
+        self.fold, self.positions = spec.fold, spec.positions
+        mels = spec.features.shape[-1]
+        tower = spec.tower
+        if tower.position == NoPosition():
+            tower = tower.replace(position=Sinusoidal())
+        options = {"size": 3, "rngs": rngs, "dtype": dtype}
+        self.first = TimeConvolution(mels, tower.width, stride=1, **options)
+        self.second = TimeConvolution(tower.width, tower.width, stride=2, **options)
+        self.tower = Tower(tower, rngs=rngs, dtype=dtype)
+        self.connector = spec.connector.build(tower.width * spec.fold, width, rngs=rngs, dtype=dtype)
+
+    def __call__(self, media: Media, key: jax.Array | None = None) -> jax.Array:
+        """[B, N, frames, M] -> [B, N, P, D]."""
+        B, N, frames, M = media.features.shape
+        length_B = media.length_BN.reshape(B * N) * self.fold
+        # Frames behind the last real position are zero: an item's embedding must not depend on what pads it.
+        real = jnp.arange(frames)[None, :, None] < 2 * length_B[:, None, None]
+        mel_BFM = jnp.where(real, media.features.reshape(B * N, frames, M), 0)
+        x_BTD = self.encode(mel_BFM, length_B, key)
+        x_BTD = jnp.pad(x_BTD, ((0, 0), (0, self.positions * self.fold - x_BTD.shape[1]), (0, 0)))
+        folded = x_BTD.reshape(B, N, self.positions, -1)
+        return self.connector(folded)
+
+    def encode(self, mel_BFM: jax.Array, length_B: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """Log-mel frames to the tower's output, [B, ceil(frames / 2), width of the tower]."""
+        x_BTD = activate("gelu", self.second(activate("gelu", self.first(mel_BFM))))
+        return self.tower(x_BTD, length_B, key)

@@ -1,0 +1,62 @@
+"""The adapter contract: from the features of one modality to embeddings that a decoder reads like words."""
+
+import dataclasses
+from typing import Literal
+
+import jax
+from flax import nnx
+
+from polygpt.data.media.features import Features
+from polygpt.nn.linear import Linear
+from polygpt.nn.mlp import activate
+from polygpt.spec import Spec
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter(Spec):
+    """An adapter of one modality. A new one derives from this class and is named in the model's `adapters`."""
+
+    features: Features
+    """How raw media become features. Training, evaluation and generation all use this one description."""
+    items: int = 1
+    """N, the number of items a row holds at most. Rows with fewer cost no recompilation."""
+
+    @property
+    def positions(self) -> int:
+        """P, the number of positions that one item fills at most."""
+        raise NotImplementedError
+
+    def length(self, frames: int) -> int:
+        """The number of positions that an item with `frames` real feature frames fills."""
+        return self.positions
+
+    def build(self, width: int, *, rngs: nnx.Rngs, dtype: str) -> nnx.Module:
+        """A module `(media: Media, key) -> [B, N, P, D]` for a decoder of `width`, which must be finite whatever unused items hold."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Connector(Spec):
+    """From the width of a tower to the width of the decoder: one projection, or two with a GELU between.
+
+    Liu et al., LLaVA-1.5 (2310.03744), section 3.3, find the second form a little better.
+    """
+
+    kind: Literal["linear", "mlp"] = "linear"
+    """One projection or two."""
+
+    def build(self, inputs: int, width: int, *, rngs: nnx.Rngs, dtype: str) -> nnx.Module:
+        """A module [..., inputs] -> [..., width]."""
+        return _Connector(self, inputs, width, rngs, dtype)
+
+
+class _Connector(nnx.Module):
+    def __init__(self, spec: Connector, inputs: int, width: int, rngs: nnx.Rngs, dtype: str):
+        hidden = spec.kind == "mlp"
+        self.hidden = Linear(inputs, width, rngs=rngs, bias=True, dtype=dtype) if hidden else None
+        self.output = Linear(width if hidden else inputs, width, rngs=rngs, bias=True, dtype=dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if self.hidden is not None:
+            x = activate("gelu", self.hidden(x))
+        return self.output(x)

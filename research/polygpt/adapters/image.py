@@ -1,0 +1,80 @@
+"""Images: patches, a small vision transformer, a connector.
+
+Dosovitskiy et al., ViT (2010.11929), section 3.1, without the class token: every patch becomes a position of the decoder, as
+in PaliGemma (2407.07726), section 3.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from polygpt.adapters.base import Adapter, Connector
+from polygpt.adapters.tower import Tower
+from polygpt.blocks.stack import StackSpec
+from polygpt.data.media.features import Features
+from polygpt.data.media.image import ImageFeatures
+from polygpt.nn.linear import Linear
+from polygpt.nn.positions import Learned, NoPosition
+from polygpt.sequence import Media
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageAdapter(Adapter):
+    """Square patches in row-major order, a transformer over them, and a connector to the decoder."""
+
+    features: Features = ImageFeatures()
+    """Size, channels and normalisation of the pictures."""
+    patch: int = 8
+    """Side of a patch in pixels; it must divide height and width."""
+    tower: StackSpec = StackSpec(width=64, depth=2)
+    """The vision transformer. Its position encoding is by default a learned vector a patch."""
+    connector: Connector = Connector()
+    """From the tower's width to the decoder's."""
+
+    def validate(self):
+        height, width, _ = self.features.shape
+        self.require(self.patch >= 1, "patch", "at least 1")
+        fits = height % self.patch == 0 and width % self.patch == 0
+        self.require(fits, "patch", f"a divisor of the picture's height and width, {height} x {width}")
+        self.require(self.items >= 1, "items", "at least 1")
+
+    @property
+    def positions(self) -> int:
+        height, width, _ = self.features.shape
+        return (height // self.patch) * (width // self.patch)
+
+    def build(self, width: int, *, rngs: nnx.Rngs, dtype: str) -> nnx.Module:
+        return _ImageAdapter(self, width, rngs, dtype)
+
+
+def patches(pixels_BHWC: jax.Array, side: int) -> jax.Array:
+    """[B, H, W, C] -> [B, H/side * W/side, side * side * C]: rows of patches, each with its pixels in row-major order."""
+    B, H, W, C = pixels_BHWC.shape
+    grid = pixels_BHWC.reshape(B, H // side, side, W // side, side, C).transpose(0, 1, 3, 2, 4, 5)
+    return grid.reshape(B, (H // side) * (W // side), side * side * C)
+
+
+class _ImageAdapter(nnx.Module):
+    def __init__(self, spec: ImageAdapter, width: int, rngs: nnx.Rngs, dtype: str):
+        self.side = spec.patch
+        channels = spec.features.shape[-1]
+        tower = spec.tower
+        if tower.position == NoPosition():
+            tower = tower.replace(position=Learned(spec.positions))
+        self.patch = Linear(spec.patch**2 * channels, tower.width, rngs=rngs, bias=True, dtype=dtype)
+        self.tower = Tower(tower, rngs=rngs, dtype=dtype)
+        self.connector = spec.connector.build(tower.width, width, rngs=rngs, dtype=dtype)
+
+    def __call__(self, media: Media, key: jax.Array | None = None) -> jax.Array:
+        """[B, N, H, W, C] -> [B, N, P, D]."""
+        B, N, *shape = media.features.shape
+        length_B = media.length_BN.reshape(B * N)
+        pixels = jnp.where((length_B > 0)[:, None, None, None], media.features.reshape(B * N, *shape), 0)
+        x_BPD = self.connector(self.encode(pixels, length_B, key))
+        return x_BPD.reshape(B, N, *x_BPD.shape[1:])
+
+    def encode(self, pixels_BHWC: jax.Array, length_B: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """Pixels to the tower's output, [B, P, width of the tower]."""
+        return self.tower(self.patch(patches(pixels_BHWC, self.side)), length_B, key)

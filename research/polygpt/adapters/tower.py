@@ -1,0 +1,31 @@
+"""A media tower: a stack of blocks that sees all real positions of one item, and nothing else."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from polygpt.attention.contract import Context
+from polygpt.attention.masks import ENCODER, Meta
+from polygpt.blocks.stack import Stack, StackSpec
+
+
+class Tower(Stack):
+    """Position embeddings, blocks without causality, and the last normalisation."""
+
+    def __init__(self, spec: StackSpec, *, rngs: nnx.Rngs, dtype: str):
+        super().__init__(spec, rngs=rngs, dtype=dtype)
+        self.position = spec.position.build(spec.width, rngs=rngs)
+
+    def __call__(self, x_BTD: jax.Array, length_B: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """Encodes B items of T positions of which the first `length_B` are real.
+
+        Positions beyond an item's length are not seen by the others.
+        """
+        B, T, _ = x_BTD.shape
+        index_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
+        real_BT = (index_BT < length_B[:, None]).astype(jnp.int32)
+        zeros_BT = jnp.zeros_like(index_BT)
+        meta = Meta(index_BT, index_BT, real_BT, zeros_BT, zeros_BT)
+        if self.position is not None:
+            x_BTD = x_BTD + self.position(index_BT).astype(x_BTD.dtype)
+        return super().__call__(x_BTD, Context(meta, meta, ENCODER), key=key)[0]

@@ -1,0 +1,35 @@
+"""The transformer block: attention and a feed-forward layer, each normalised before and added after."""
+
+from typing import Any
+
+import jax
+from flax import nnx
+
+from polygpt.attention.contract import Attention, Context, Dims
+from polygpt.nn.dropout import dropout
+from polygpt.nn.mlp import FeedForward
+from polygpt.nn.norms import Norm
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)): the pre-norm form. Xiong et al. (2002.04745), Figure 1b."""
+
+    def __init__(self, attention: Attention, mlp: FeedForward, norm: Norm, dropout: float, dims: Dims, rngs: nnx.Rngs):
+        self.dropout = dropout
+        self.attention_norm = norm.build(dims.width)
+        self.attention = attention.build(dims, rngs)
+        self.mlp_norm = norm.build(dims.width)
+        self.mlp = mlp.build(dims.width, rngs=rngs, dtype=dims.dtype, output_scale=dims.output_scale)
+
+    def __call__(
+        self, x_BTD: jax.Array, context: Context, cache: Any = None, key: jax.Array | None = None
+    ) -> tuple[jax.Array, Any]:
+        """[B, T, D] -> ([B, T, D], cache). Without a key there is no dropout."""
+        attention_key, mlp_key = (None, None) if key is None else jax.random.split(key)
+        y_BTD, cache = self.attention(self.attention_norm(x_BTD), context, cache)
+        x_BTD = x_BTD + dropout(y_BTD, self.dropout, attention_key)
+        return x_BTD + dropout(self.mlp(self.mlp_norm(x_BTD)), self.dropout, mlp_key), cache
+
+    def weights(self, x_BTD: jax.Array, context: Context) -> jax.Array:
+        """The attention weights of this block, float32 [B, H, T, T]."""
+        return self.attention.weights(self.attention_norm(x_BTD), context)

@@ -1,0 +1,104 @@
+"""The decoder: a stack of causal blocks over the sequence layout, and the cache with which it generates."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from polygpt.attention.contract import Context
+from polygpt.attention.masks import DECODER, Meta
+from polygpt.blocks.stack import Stack, StackSpec
+from polygpt.nn.dropout import dropout
+from polygpt.nn.mlp import FeedForward, GatedMLP
+from polygpt.nn.norms import Norm, RMSNorm
+from polygpt.nn.positions import Position, Rope
+from polygpt.sequence import Batch
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderSpec(StackSpec):
+    """A decoder. The defaults are today's common form: RMSNorm, SwiGLU, rotary positions."""
+
+    norm: Norm = RMSNorm()
+    """The normalisation before each half of a block and after the last block."""
+    mlp: FeedForward = GatedMLP()
+    """The feed-forward layer of every block."""
+    position: Position = Rope()
+    """The position encoding."""
+    tied: bool = True
+    """Whether the logits use the table of token embeddings."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """All that a decoder remembers of the positions it has read.
+
+    Attributes:
+        layers: the caches of the attention variant, the axis of blocks first.
+        seen: metadata of the positions in the cache, [B, S]; segment 0 where nothing has been written.
+        cursor: int32 scalar, the number of positions written so far, padding included.
+    """
+
+    layers: Any
+    seen: Meta
+    cursor: jax.Array
+
+    @property
+    def size(self) -> int:
+        """S, the number of positions that there is room for."""
+        return self.seen.index.shape[1]
+
+
+def metadata(batch: Batch, cursor: jax.Array | int) -> Meta:
+    """The metadata of a batch whose first position is the `cursor`-th of its rows."""
+    B, T = batch.shape
+    index_BT = jnp.broadcast_to(cursor + jnp.arange(T, dtype=jnp.int32)[None], (B, T))
+    return Meta(index_BT, batch.position_BT, batch.segment_BT, batch.span_BT, batch.modality_BT.astype(jnp.int32))
+
+
+def init_cache(spec: DecoderSpec, rows: int, size: int, dtype: str) -> Cache:
+    """An empty cache of `size` positions."""
+    zeros_BS = jnp.zeros((rows, size), jnp.int32)
+    return Cache(spec.init_cache(rows, size, dtype), Meta(*[zeros_BS] * 5), jnp.zeros((), jnp.int32))
+
+
+class Decoder(Stack):
+    """Embeddings `[B, T, D]` to hidden vectors `[B, T, D]`: a stack that reads the sequence layout."""
+
+    def __init__(self, spec: DecoderSpec, *, rngs: nnx.Rngs, dtype: str):
+        super().__init__(spec, rngs=rngs, dtype=dtype)
+        self.position = spec.position.build(spec.width, rngs=rngs)
+
+    def __call__(
+        self, x_BTD: jax.Array, batch: Batch, cache: Cache | None = None, key: jax.Array | None = None
+    ) -> tuple[jax.Array, Cache | None]:
+        """Reads `batch`, after what `cache` holds, and returns the hidden vectors and the cache with `batch` in it."""
+        embedding_key, stack_key = (None, None) if key is None else jax.random.split(key)
+        x_BTD = dropout(self._place(x_BTD, batch), self.spec.dropout, embedding_key)
+        context, seen = self._context(batch, cache)
+        x_BTD, layers = super().__call__(x_BTD, context, None if cache is None else cache.layers, stack_key)
+        if cache is None:
+            return x_BTD, None
+        return x_BTD, Cache(layers, seen, cache.cursor + batch.shape[1])
+
+    def weights(self, x_BTD: jax.Array, batch: Batch) -> jax.Array:
+        """The attention weights of every block, float32 [L, B, H, T, T]."""
+        return super().weights(self._place(x_BTD, batch), self._context(batch, None)[0])
+
+    def _place(self, x_BTD, batch):
+        if self.position is None:
+            return x_BTD
+        return x_BTD + self.position(batch.position_BT).astype(x_BTD.dtype)
+
+    def _context(self, batch, cache):
+        if cache is None:
+            meta = metadata(batch, 0)
+            return Context(meta, meta, DECODER), None
+        query = metadata(batch, cache.cursor)
+        seen = jax.tree.map(
+            lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, cache.cursor, axis=1), cache.seen, query
+        )
+        return Context(query, seen, DECODER, cache.cursor), seen

@@ -1,0 +1,116 @@
+"""The functional core: from here on a model is a static description, a pytree of parameters, and pure functions of both."""
+
+import dataclasses
+from typing import Any
+
+import jax
+from flax import nnx
+
+from polygpt.models.decoder import Cache, init_cache
+from polygpt.models.multimodal import ModelSpec, MultimodalModel
+from polygpt.sequence import Batch
+
+Params = dict[str, Any]
+"""Nested dicts of float32 arrays. Joined by "/" the keys read like `decoder/blocks/attention/query/kernel`."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Outputs:
+    """What a model computes of a batch.
+
+    Attributes:
+        logits_BTV: float32, unnormalised log-probabilities of the next token.
+        hidden_BTD: the decoder's normalised output, in the compute dtype.
+    """
+
+    logits_BTV: jax.Array
+    hidden_BTD: jax.Array
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """A model without its parameters. All methods are pure and may be compiled.
+
+    Attributes:
+        spec: what it was built from.
+        vocabulary: V, the number of token ids.
+        graphdef: the static part of the Flax NNX module.
+    """
+
+    spec: ModelSpec
+    vocabulary: int
+    graphdef: Any
+
+    @property
+    def positions(self) -> dict[str, int]:
+        """P of every adapter, in the order that numbers the modalities."""
+        return self.spec.positions()
+
+    def init(self, key: jax.Array) -> Params:
+        """Initial parameters."""
+        return jax.jit(lambda key: _pure(nnx.state(self._build(key))))(key)
+
+    def abstract(self) -> Params:
+        """The parameters' shapes and dtypes; allocates nothing."""
+        return jax.eval_shape(lambda: _pure(nnx.state(self._build(jax.random.key(0)))))
+
+    def apply(self, params: Params, batch: Batch, key: jax.Array | None = None) -> Outputs:
+        """All predictions of a batch. With a key, dropout is on."""
+        module = self._module(params)
+        hidden_BTD, _ = module.hidden(batch, key=key)
+        return Outputs(module.logits(hidden_BTD), hidden_BTD)
+
+    def init_cache(self, rows: int, size: int) -> Cache:
+        """An empty cache for `rows` rows of at most `size` positions."""
+        return init_cache(self.spec.decoder, rows, size, self.spec.dtype)
+
+    def decode(self, params: Params, batch: Batch, cache: Cache) -> tuple[jax.Array, Cache]:
+        """Appends a batch of T positions to the cache; float32 logits [B, T, V] of its positions, and the new cache.
+
+        Prefill is this with a whole prompt and an empty cache. `batch.media` may be {} where the batch holds text alone.
+        Beyond the cache's size nothing is checked: the caller knows how much it appends.
+        """
+        module = self._module(params)
+        hidden_BTD, cache = module.hidden(batch, cache)
+        return module.logits(hidden_BTD), cache
+
+    def attention(self, params: Params, batch: Batch) -> jax.Array:
+        """The decoder's attention weights, float32 [L, B, H, T, T]."""
+        return self._module(params).weights(batch)
+
+    def _build(self, key: jax.Array) -> MultimodalModel:
+        return MultimodalModel(self.spec, self.vocabulary, nnx.Rngs(key))
+
+    def _module(self, params: Params) -> MultimodalModel:
+        return nnx.merge(self.graphdef, _state(params))
+
+
+def bind(spec: ModelSpec, vocabulary: int) -> Model:
+    """The functional form of a model with `vocabulary` token ids. Nothing is allocated."""
+    module = nnx.eval_shape(lambda: MultimodalModel(spec, vocabulary, nnx.Rngs(0)))
+    return Model(spec, vocabulary, nnx.graphdef(module))
+
+
+def paths(params: Params) -> dict[str, Any]:
+    """The parameters by readable path, `decoder/blocks/attention/query/kernel`."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    return {"/".join(str(entry.key) for entry in path): leaf for path, leaf in leaves}
+
+
+def _pure(state: nnx.State) -> Params:
+    """NNX state as nested dicts with text keys (NNX numbers the items of a list)."""
+
+    def tidy(tree):
+        return {str(key): tidy(value) for key, value in tree.items()} if isinstance(tree, dict) else tree
+
+    return tidy(nnx.to_pure_dict(state))
+
+
+def _state(params: Params) -> nnx.State:
+    def untidy(tree):
+        if not isinstance(tree, dict):
+            return nnx.Param(tree)
+        return {int(key) if key.isdigit() else key: untidy(value) for key, value in tree.items()}
+
+    return nnx.State(untidy(params))

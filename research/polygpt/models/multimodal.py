@@ -1,0 +1,70 @@
+"""The multimodal model: adapters put media between the words, one decoder reads the row."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from polygpt.adapters.base import Adapter
+from polygpt.adapters.text import TextEmbedding
+from polygpt.models.decoder import Cache, Decoder, DecoderSpec
+from polygpt.nn.linear import Linear
+from polygpt.sequence import Batch, scatter_media
+from polygpt.spec import Spec
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSpec(Spec):
+    """A decoder and the adapters of the modalities that it reads beside text."""
+
+    decoder: DecoderSpec = DecoderSpec()
+    """The decoder."""
+    adapters: Mapping[str, Adapter] = dataclasses.field(default_factory=dict)
+    """By modality ("image", "audio", ...), the adapter. Empty: a text-only model."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """The dtype to compute in. Parameters, normalisations, softmax and losses are float32 always."""
+
+    def positions(self) -> dict[str, int]:
+        """P of every adapter, in the order that numbers the modalities."""
+        return {name: adapter.positions for name, adapter in self.adapters.items()}
+
+
+class MultimodalModel(nnx.Module):
+    """Parameters: `text/...`, `adapters/<name>/...`, `modality/<name>`, `decoder/...` and, where not tied, `head/...`."""
+
+    def __init__(self, spec: ModelSpec, vocabulary: int, rngs: nnx.Rngs):
+        width, options = spec.decoder.width, {"rngs": rngs, "dtype": spec.dtype}
+        self.text = TextEmbedding(vocabulary, width, **options)
+        self.adapters = nnx.Dict({name: adapter.build(width, **options) for name, adapter in spec.adapters.items()})
+        self.modality = nnx.Dict({name: nnx.Param(jnp.zeros(width)) for name in spec.adapters})
+        self.decoder = Decoder(spec.decoder, **options)
+        self.head = None if spec.decoder.tied else Linear(width, vocabulary, bias=False, **options)
+
+    def embed(self, batch: Batch, key: jax.Array | None = None) -> jax.Array:
+        """The row as the decoder reads it, [B, T, D]. Media come only from the adapters that `batch.media` names."""
+        media = {}
+        for number, name in enumerate(batch.media, start=1):
+            here = None if key is None else jax.random.fold_in(key, number)
+            embedded_BNPD = self.adapters[name](batch.media[name], here)
+            media[name] = embedded_BNPD + self.modality[name][...].astype(embedded_BNPD.dtype)[None, None, None]
+        return scatter_media(self.text(batch.tokens_BT), batch, media)
+
+    def hidden(
+        self, batch: Batch, cache: Cache | None = None, key: jax.Array | None = None
+    ) -> tuple[jax.Array, Cache | None]:
+        """The decoder's normalised output [B, T, D], and the cache with `batch` in it."""
+        media_key, decoder_key = (None, None) if key is None else jax.random.split(key)
+        return self.decoder(self.embed(batch, media_key), batch, cache, decoder_key)
+
+    def logits(self, hidden_BTD: jax.Array) -> jax.Array:
+        """float32 [B, T, V]."""
+        if self.head is None:
+            return self.text.logits(hidden_BTD)
+        return self.head(hidden_BTD).astype(jnp.float32)
+
+    def weights(self, batch: Batch) -> jax.Array:
+        """The decoder's attention weights, float32 [L, B, H, T, T]."""
+        return self.decoder.weights(self.embed(batch), batch)

@@ -1,0 +1,35 @@
+"""Linear maps: every projection of every model."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+class Linear(nnx.Module):
+    """`x @ kernel + bias` over the last axis.
+
+    The leading axes are flattened first: one two-dimensional matmul needs no transposing copy on any backend.
+
+    Args:
+        inputs, outputs: widths.
+        rngs: gives the initial kernel, normal with standard deviation `scale / sqrt(inputs)`.
+        bias: whether there is a bias; it starts at zero.
+        dtype: the dtype to compute in; parameters are float32.
+        scale: of the initial kernel.
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs, bias: bool, dtype: str, scale: float = 1.0):
+        self.kernel = nnx.Param(jax.random.normal(rngs.params(), (inputs, outputs)) * (scale * inputs**-0.5))
+        self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
+        self.dtype = dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., inputs] -> [..., outputs] in `dtype`."""
+        kernel = self.kernel[...].astype(self.dtype)
+        y = (x.astype(self.dtype).reshape(-1, kernel.shape[0]) @ kernel).reshape(*x.shape[:-1], kernel.shape[1])
+        return y if self.bias is None else y + broadcast_to_rank(self.bias[...].astype(self.dtype), y.ndim)
+
+
+def broadcast_to_rank(vector: jax.Array, rank: int) -> jax.Array:
+    """[D] -> [1, ..., 1, D] of `rank` axes: the broadcast is written out, so that no wrong one happens silently."""
+    return vector.reshape((1,) * (rank - 1) + vector.shape)

@@ -1,0 +1,111 @@
+"""Position-wise feed-forward layers."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+from flax import nnx
+
+from polygpt.nn.linear import Linear
+from polygpt.spec import Spec
+
+Activation = Literal["gelu", "gelu_tanh", "relu", "silu", "sigmoid", "identity"]
+
+_ACTIVATIONS: dict[str, Callable] = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "sigmoid": jax.nn.sigmoid,
+    "identity": lambda x: x,
+}
+
+
+def activate(name: Activation, x: jax.Array) -> jax.Array:
+    """The activation called `name` of `x`. `gelu_tanh` is the approximation that GPT-2 uses (1606.08415, section 2)."""
+    return _ACTIVATIONS[name](x)
+
+
+@dataclasses.dataclass(frozen=True)
+class FeedForward(Spec):
+    """A feed-forward layer. A new one derives from this class and builds a module `[B, T, D] -> [B, T, D]`."""
+
+    def build(self, width: int, *, rngs: nnx.Rngs, dtype: str, output_scale: float) -> nnx.Module:
+        """The module for vectors of `width`; `output_scale` scales the initial output kernel."""
+        raise NotImplementedError
+
+    def hidden_width(self, width: int) -> int:
+        """F, the hidden width at the model width `width`."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class MLP(FeedForward):
+    """activation(x W1 + b1) W2 + b2. Vaswani et al. (1706.03762), eq. 2."""
+
+    factor: float = 4.0
+    """Hidden width as a multiple of the model width."""
+    activation: Activation = "gelu_tanh"
+    """The non-linearity."""
+    bias: bool = True
+    """Whether both projections have a bias."""
+
+    def validate(self):
+        self.require(self.factor > 0, "factor", "above 0")
+
+    def hidden_width(self, width: int) -> int:
+        return round(width * self.factor)
+
+    def build(self, width: int, *, rngs: nnx.Rngs, dtype: str, output_scale: float) -> nnx.Module:
+        return _MLP(self, width, rngs, dtype, output_scale)
+
+
+@dataclasses.dataclass(frozen=True)
+class GatedMLP(FeedForward):
+    """(activation(x Wg) * (x W1)) W2: SwiGLU with "silu", GEGLU with "gelu", ReGLU with "relu". Shazeer (2002.05202), eq. 6.
+
+    The hidden width is by default two thirds of the ungated one, so that the parameters are as many (section 3.1).
+    """
+
+    factor: float = 8 / 3
+    """Hidden width as a multiple of the model width."""
+    multiple: int = 8
+    """The hidden width is rounded up to a multiple of this."""
+    activation: Activation = "silu"
+    """The non-linearity of the gate."""
+    bias: bool = False
+    """Whether the projections have a bias."""
+
+    def validate(self):
+        self.require(self.factor > 0, "factor", "above 0")
+        self.require(self.multiple >= 1, "multiple", "at least 1")
+
+    def hidden_width(self, width: int) -> int:
+        return -(-int(width * self.factor) // self.multiple) * self.multiple
+
+    def build(self, width: int, *, rngs: nnx.Rngs, dtype: str, output_scale: float) -> nnx.Module:
+        return _GatedMLP(self, width, rngs, dtype, output_scale)
+
+
+class _MLP(nnx.Module):
+    def __init__(self, spec: MLP, width: int, rngs: nnx.Rngs, dtype: str, output_scale: float):
+        hidden = spec.hidden_width(width)
+        self.activation = spec.activation
+        self.up = Linear(width, hidden, rngs=rngs, bias=spec.bias, dtype=dtype)
+        self.down = Linear(hidden, width, rngs=rngs, bias=spec.bias, dtype=dtype, scale=output_scale)
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        return self.down(activate(self.activation, self.up(x_BTD)))
+
+
+class _GatedMLP(nnx.Module):
+    def __init__(self, spec: GatedMLP, width: int, rngs: nnx.Rngs, dtype: str, output_scale: float):
+        hidden = spec.hidden_width(width)
+        self.activation = spec.activation
+        self.gate = Linear(width, hidden, rngs=rngs, bias=spec.bias, dtype=dtype)
+        self.up = Linear(width, hidden, rngs=rngs, bias=spec.bias, dtype=dtype)
+        self.down = Linear(hidden, width, rngs=rngs, bias=spec.bias, dtype=dtype, scale=output_scale)
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        return self.down(activate(self.activation, self.gate(x_BTD)) * self.up(x_BTD))
