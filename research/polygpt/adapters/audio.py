@@ -5,6 +5,7 @@ decoder learns to listen much sooner when a second of sound is twelve positions 
 """
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +45,16 @@ class AudioAdapter(Adapter):
 
     def length(self, frames: int) -> int:
         return max(1, -(-tower_length(frames) // self.fold))
+
+    @property
+    def applications(self) -> Mapping[str, int]:
+        frames = self.features.shape[0]
+        return {"first": frames, "second": tower_length(frames), "tower": tower_length(frames)}
+
+    @property
+    def score_flops(self) -> float:
+        inner = tower_length(self.features.shape[0])
+        return inner * self.tower.score_flops(inner)
 
     def build(self, width: int, *, rngs: nnx.Rngs, dtype: str) -> nnx.Module:
         return _AudioAdapter(self, width, rngs, dtype)

@@ -1,6 +1,7 @@
 """The adapter contract: from the features of one modality to embeddings that a decoder reads like words."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Literal
 
 import jax
@@ -30,8 +31,21 @@ class Adapter(Spec):
         """The number of positions that an item with `frames` real feature frames fills."""
         return self.positions
 
+    @property
+    def applications(self) -> Mapping[str, int]:
+        """By part of the module, to how many positions its matrices are applied for one item; P where a part is not named."""
+        return {}
+
+    @property
+    def score_flops(self) -> float:
+        """FLOPs of attention scores and weighted values inside the adapter, for one item."""
+        return 0.0
+
     def build(self, width: int, *, rngs: nnx.Rngs, dtype: str) -> nnx.Module:
-        """A module `(media: Media, key) -> [B, N, P, D]` for a decoder of `width`, which must be finite whatever unused items hold."""
+        """A module `(media: Media, key) -> [B, N, P, D]` for a decoder of `width`.
+
+        It must be finite, and its gradient too, whatever the features of unused items hold.
+        """
         raise NotImplementedError
 
 

@@ -45,6 +45,10 @@ class ImageAdapter(Adapter):
         height, width, _ = self.features.shape
         return (height // self.patch) * (width // self.patch)
 
+    @property
+    def score_flops(self) -> float:
+        return self.positions * self.tower.score_flops(self.positions)
+
     def build(self, width: int, *, rngs: nnx.Rngs, dtype: str) -> nnx.Module:
         return _ImageAdapter(self, width, rngs, dtype)
 

@@ -65,3 +65,7 @@ class Attention(Spec):
     def init_cache(self, dims: Dims, rows: int, size: int) -> Any:
         """An empty cache for `size` positions, a pytree whose arrays begin with the axis of rows."""
         raise NotImplementedError
+
+    def score_flops(self, width: int, keys: float) -> float:
+        """FLOPs beside those of the projections, for one query that sees `keys` keys at the model width `width`."""
+        raise NotImplementedError

@@ -51,6 +51,9 @@ class MultiHead(Attention):
         shape = (rows, self.key_heads(), size, self.width_of_head(dims.width))
         return {"key": jnp.zeros(shape, dims.dtype), "value": jnp.zeros(shape, dims.dtype)}
 
+    def score_flops(self, width: int, keys: float) -> float:
+        return 4 * self.heads * self.width_of_head(width) * keys
+
 
 class _MultiHead(nnx.Module):
     def __init__(self, spec: MultiHead, dims: Dims, rngs: nnx.Rngs):

@@ -48,6 +48,10 @@ class StackSpec(Spec):
         """What the attention variant needs to know. Residual branches start at 1/sqrt(2 L), as in GPT-2 (section 2.3)."""
         return Dims(self.width, dtype, self.position, output_scale=(2 * max(self.depth, 1)) ** -0.5)
 
+    def score_flops(self, keys: float) -> float:
+        """FLOPs of all blocks' attention beside its matrices, for one position that sees `keys` keys."""
+        return self.depth * self.attention.score_flops(self.width, keys)
+
     def init_cache(self, rows: int, size: int, dtype: str) -> Any:
         """Empty caches of all blocks for `size` positions, the axis of blocks first."""
         one = self.attention.init_cache(self.dims(dtype), rows, size)

@@ -1,0 +1,91 @@
+"""What a model is made of and what it costs: exact parameter counts by part, and FLOPs by formula."""
+
+import dataclasses
+from math import prod
+
+from polygpt.models.functional import bind, paths
+from polygpt.models.multimodal import ModelSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One line of the table.
+
+    Attributes:
+        name: the parameters whose path begins with this.
+        parameters: exact count.
+        flops: of one forward pass through the part, in multiply-adds counted as two: for one text token in the decoder, for one
+            whole item in an adapter.
+        unit: what `flops` is for, "token" or "item".
+    """
+
+    name: str
+    parameters: int
+    flops: int
+    unit: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """All parts of a model, in reading order."""
+
+    parts: tuple[Part, ...]
+    vocabulary: int
+    length: int
+
+    @property
+    def parameters(self) -> int:
+        """Exact count of the whole model."""
+        return sum(part.parameters for part in self.parts)
+
+    @property
+    def flops_per_token(self) -> int:
+        """FLOPs of one training step a text token: forward, and twice as much backward."""
+        return 3 * sum(part.flops for part in self.parts if part.unit == "token")
+
+    def to_json(self) -> dict:
+        """The table as JSON data."""
+        return {
+            "parameters": self.parameters,
+            "flops_per_token": self.flops_per_token,
+            "vocabulary": self.vocabulary,
+            "length": self.length,
+            "parts": [dataclasses.asdict(part) for part in self.parts],
+        }
+
+
+def describe(spec: ModelSpec, vocabulary: int, length: int) -> Description:
+    """Counts a model. Nothing is allocated.
+
+    FLOPs: a matrix of n parameters costs 2 n a position; scores and weighted values cost 2 d each for every head and key that a
+    position sees, which is (length + 1) / 2 keys on average in the causal decoder and all of an item in a tower (Kaplan et al.,
+    2001.08361, table 1, with the causal half left out). Norms, biases, activations and table look-ups are not counted.
+
+    Args:
+        spec: the model.
+        vocabulary: V.
+        length: T, the row length at which the decoder's attention is counted.
+    """
+    shapes = {path: leaf.shape for path, leaf in paths(bind(spec, vocabulary).abstract()).items()}
+
+    def count(prefix: str) -> int:
+        return sum(prod(shape) for path, shape in shapes.items() if path.startswith(prefix))
+
+    def kernels(prefix: str) -> int:
+        return sum(prod(s) for path, s in shapes.items() if path.startswith(prefix) and path.endswith("kernel"))
+
+    decoder = spec.decoder
+    head = 2 * decoder.width * vocabulary
+    parts = [Part("text", count("text/"), head if decoder.tied else 0, "token")]
+    for name, adapter in spec.adapters.items():
+        prefix, applied = f"adapters/{name}/", adapter.applications
+        inner = {path.removeprefix(prefix).split("/")[0] for path in shapes if path.startswith(prefix)}
+        matrices = sum(2 * kernels(f"{prefix}{part}/") * applied.get(part, adapter.positions) for part in inner)
+        parts.append(Part(f"adapters/{name}", count(prefix), matrices + round(adapter.score_flops), "item"))
+    if spec.adapters:
+        parts.append(Part("modality", count("modality/"), 0, "token"))
+    scores = decoder.score_flops((length + 1) / 2)
+    parts.append(Part("decoder", count("decoder/"), 2 * kernels("decoder/") + round(scores), "token"))
+    if not decoder.tied:
+        parts.append(Part("head", count("head/"), head, "token"))
+    return Description(tuple(parts), vocabulary, length)
