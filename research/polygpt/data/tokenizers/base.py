@@ -1,0 +1,47 @@
+"""The contract of a tokenizer: text to ids and back, two special ids that no text can produce."""
+
+import dataclasses
+
+import numpy as np
+
+from polygpt.spec import Spec
+
+
+class Tokenizer:
+    """Byte-level tokens numbered from 0, then the two special ids: beginning and end of an example.
+
+    A subclass gives `encode`; whatever the text, the ids lie below `bos`.
+
+    Attributes:
+        vocabulary: the number of ids, specials included.
+        bos: the id that begins every example.
+        eos: the id that ends every example.
+        token_bytes: int32 [vocabulary], UTF-8 bytes that each token stands for; 0 for specials.
+    """
+
+    def __init__(self, pieces: list[bytes]):
+        """Args: pieces: the bytes of each token."""
+        self._pieces = [*pieces, b"", b""]
+        self.bos, self.eos, self.vocabulary = len(pieces), len(pieces) + 1, len(pieces) + 2
+        self.token_bytes = np.array([len(piece) for piece in self._pieces], np.int32)
+
+    def encode(self, text: str) -> np.ndarray:
+        """Token ids, int32. Lone surrogates, which no UTF-8 text holds, become question marks."""
+        raise NotImplementedError
+
+    def decode(self, ids) -> str:
+        """The text of some ids. Specials are skipped; bytes that are no UTF-8 become the replacement character."""
+        return b"".join([self._pieces[i] for i in ids]).decode("utf-8", "replace")
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerSpec(Spec):
+    """Which tokenizer. Subclasses live one a file."""
+
+    def build(self) -> Tokenizer:
+        """The tokenizer.
+
+        Raises:
+            UserError: if a file that it needs is missing or not what it should be.
+        """
+        raise NotImplementedError

@@ -1,0 +1,25 @@
+"""The tokenizer that needs no file: a token a byte."""
+
+import dataclasses
+
+import numpy as np
+
+from polygpt.data.tokenizers.base import Tokenizer, TokenizerSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Bytes(TokenizerSpec):
+    """UTF-8 bytes as ids 0 to 255; 256 begins an example, 257 ends it."""
+
+    def build(self) -> "ByteTokenizer":
+        return ByteTokenizer()
+
+
+class ByteTokenizer(Tokenizer):
+    """See `Bytes`."""
+
+    def __init__(self):
+        super().__init__([bytes([value]) for value in range(256)])
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode("utf-8", "replace"), np.uint8).astype(np.int32)

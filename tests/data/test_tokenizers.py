@@ -1,0 +1,120 @@
+"""Tokenizers: every text comes back, no text gives a special id, files are checked."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from polygpt.data.tokenizers.bpe import BPE, train_bpe
+from polygpt.data.tokenizers.bytes import Bytes
+from polygpt.errors import UserError
+from polygpt.spec import from_json, to_json
+
+TEXT = "the cat sat on the mat, the dog sat on the cat; who sat on the dog?\n" * 40 + "größe, naïveté, 日本語\n" * 5
+LITERALS = ["<bos>", "<eos>", "<|endoftext|>", "<s>", "</s>", "<image>", "<audio>", "<pad>", "[MASK]", "256", "257"]
+texts = st.one_of(st.text(), st.sampled_from(LITERALS), st.lists(st.sampled_from(LITERALS + [" ", "\n"])).map("".join))
+
+
+@pytest.fixture(scope="module")
+def bpe_spec(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bpe")
+    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
+    return train_bpe([folder / "text.txt"], 300, folder / "new" / "tokenizer.json")
+
+
+@pytest.fixture(scope="module", params=["bytes", "bpe"])
+def tokenizer(request):
+    return (Bytes() if request.param == "bytes" else request.getfixturevalue("bpe_spec")).build()
+
+
+@given(text=texts)
+def test_text_round_trips_and_gives_no_special_id(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert ids.dtype == np.int32
+    assert (ids >= 0).all() and (ids < tokenizer.bos).all()
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.token_bytes[ids].sum() == len(text.encode())
+
+
+@given(text=texts)
+def test_specials_are_skipped_when_decoding(tokenizer, text):
+    assert tokenizer.decode([tokenizer.bos, *tokenizer.encode(text), tokenizer.eos, tokenizer.eos]) == text
+
+
+def test_any_id_decodes(tokenizer):
+    for first in range(0, tokenizer.vocabulary):
+        assert isinstance(tokenizer.decode([first]), str)
+    assert tokenizer.decode(np.array([0xC3 if tokenizer.vocabulary == 258 else tokenizer.encode("Ã")[0]])) == "\ufffd"
+
+
+def test_specials_are_the_last_two_ids(tokenizer):
+    assert (tokenizer.bos, tokenizer.eos) == (tokenizer.vocabulary - 2, tokenizer.vocabulary - 1)
+    assert tokenizer.token_bytes.shape == (tokenizer.vocabulary,) and tokenizer.token_bytes.dtype == np.int32
+    np.testing.assert_array_equal(np.flatnonzero(tokenizer.token_bytes == 0), [tokenizer.bos, tokenizer.eos])
+
+
+def test_half_a_surrogate_pair_does_not_stop_encoding(tokenizer):
+    assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a?b"
+
+
+def test_a_tokenizer_travels_to_worker_processes(tokenizer):
+    copy = pickle.loads(pickle.dumps(tokenizer))
+    np.testing.assert_array_equal(copy.encode(TEXT), tokenizer.encode(TEXT))
+
+
+def test_bytes_are_the_ids():
+    tokenizer = Bytes().build()
+    assert tokenizer.vocabulary == 258
+    np.testing.assert_array_equal(tokenizer.encode("aé"), [97, 0xC3, 0xA9])
+
+
+def test_bpe_learns_merges_up_to_its_vocabulary(bpe_spec):
+    tokenizer = bpe_spec.build()
+    assert tokenizer.vocabulary == 300
+    assert len(tokenizer.encode(TEXT)) < 0.6 * len(TEXT.encode())
+    assert from_json(to_json(bpe_spec)) == bpe_spec
+
+
+def test_training_repeats_itself(bpe_spec, tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    train_bpe([tmp_path / "text.txt"], 300, tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_bytes() == open(bpe_spec.file, "rb").read()
+
+
+def test_training_refuses_what_it_cannot_use_and_writes_nothing(tmp_path):
+    out = tmp_path / "tokenizer.json"
+    (tmp_path / "latin.txt").write_bytes("größe".encode("latin-1"))
+    with pytest.raises(UserError, match=r"latin\.txt: invalid UTF-8"):
+        train_bpe([tmp_path / "latin.txt"], 300, out)
+    with pytest.raises(UserError, match=r"gone\.txt: cannot be read: No such file"):
+        train_bpe([tmp_path / "gone.txt"], 300, out)
+    with pytest.raises(UserError, match="vocabulary of 257 is too small"):
+        train_bpe([tmp_path / "latin.txt"], 257, out)
+    with pytest.raises(UserError, match="no text file"):
+        train_bpe([], 300, out)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latin.txt"]
+
+
+def test_missing_and_unsuitable_files_are_refused_by_name(bpe_spec, tmp_path):
+    with pytest.raises(UserError, match=r"no tokenizer file .*gone\.json"):
+        BPE(str(tmp_path / "gone.json")).build()
+    path = tmp_path / "bad.json"
+    path.write_text("{}")
+    with pytest.raises(UserError, match=r"bad\.json: not a tokenizer file"):
+        BPE(str(path)).build()
+    good = json.loads(open(bpe_spec.file).read())
+    token = {"id": 298, "content": "<|endoftext|>", "single_word": False, "lstrip": False, "rstrip": False}
+    changes = [
+        ({"added_tokens": [{**token, "normalized": False, "special": True}]}, "added tokens"),
+        ({"normalizer": {"type": "Lowercase"}}, "changes the text"),
+        ({"pre_tokenizer": {**good["pre_tokenizer"], "add_prefix_space": True}}, "changes the text"),
+        ({"pre_tokenizer": {"type": "Whitespace"}}, "not a byte-level BPE"),
+        ({"model": {**good["model"], "vocab": {"a": 0, "b": 1}, "merges": []}}, "of the 256 bytes have no token"),
+    ]
+    for change, message in changes:
+        path.write_text(json.dumps({**good, **change}))
+        with pytest.raises(UserError, match=message):
+            BPE(str(path)).build()
