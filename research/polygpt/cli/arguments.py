@@ -1,0 +1,123 @@
+"""Reading a verb's words: argparse for its own options, every other `--name value` overrides a specification's field."""
+
+import argparse
+import json
+import shutil
+import textwrap
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+from polygpt import spec
+from polygpt.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are UserErrors of one line.
+
+    Args:
+        prog, about: the command and what it does.
+        epilog: examples.
+        fields: takes the first word (None if there is none) and the overrides, and gives the specification whose fields
+            `--help` lists, or None where it needs a word to know. A parser with `fields` reads unknown options as
+            overrides, into `arguments.changes`.
+    """
+
+    def __init__(
+        self,
+        prog: str,
+        about: str,
+        epilog: str = "",
+        fields: Callable[[str | None, Mapping[str, str]], Any] | None = None,
+    ):
+        self.options: list[str] = []
+        super().__init__(
+            prog=prog,
+            description=about[0].upper() + about[1:] + ".",
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        self.fields = fields
+        self.add_argument("--json", action="store_true", help="print one JSON object on stdout, all else on stderr")
+        self.add_argument("--debug", action="store_true", help="print the traceback of an error")
+
+    def add_argument(self, *names, **options):
+        """As argparse's; the names are remembered."""
+        self.options += [name for name in names if name.startswith("-")]
+        return super().add_argument(*names, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.prog}: {message}: see {self.prog} --help")
+
+    def read(self, argv: list[str]) -> argparse.Namespace:
+        """The arguments; `.changes` maps dotted names to their texts.
+
+        Raises:
+            UserError: naming the word at fault and the nearest names.
+        """
+        words, changes = self._split(argv)
+        if "-h" in words or "--help" in words:
+            print(self.format_help())
+            if self.fields is not None:
+                print(self._fields_help([word for word in words if not word.startswith("-")], changes))
+            raise SystemExit(0)
+        arguments, unknown = self.parse_known_args(words)
+        if unknown:
+            self.error(f"there is no place for {unknown[0]!r}")
+        arguments.changes = changes
+        return arguments
+
+    def _split(self, argv: list[str]) -> tuple[list[str], dict[str, str]]:
+        """The words for argparse, and the overrides among them: `--name value` or `--name=value`."""
+        words, changes, rest = [], {}, iter(argv)
+        for word in rest:
+            name, equals, value = word.partition("=")
+            if not name.startswith("--") or name in self.options:
+                words.append(word)
+                continue
+            if self.fields is None:
+                raise UserError(f"{self.prog}: no option {name}: {spec.nearest(name, self.options)}")
+            if not equals:
+                value = next(rest, None)
+            if value is None or not equals and value.startswith("--"):
+                near = spec.nearest(name, self.options) if "." not in name else f"write {name} VALUE"
+                raise UserError(f"{self.prog}: {name} needs a value, or is no option: {near}")
+            changes.pop(name[2:], None)  # a name given twice counts where it stands last
+            changes[name[2:]] = value
+        return words, changes
+
+    def _fields_help(self, words: list[str], changes: Mapping[str, str]) -> str:
+        shown = self.fields(words[0] if words else None, changes)
+        if shown is None:
+            return f"Every field that can be set: {self.prog} FILE --help"
+        return "fields, set by --name value or --name=value:\n\n" + fields_table(shown)
+
+
+def change(value: Any, changes: Mapping[str, str], parser_options: list[str] = ()) -> Any:
+    """`value` with overrides; a name that is neither field nor option is told with the nearest of both."""
+    known = spec.hints(type(value))
+    for name in changes:
+        if name.partition(".")[0] not in known:
+            options = [option[2:] for option in parser_options if option.startswith("--")]
+            near = spec.nearest(name, [*known, *options])
+            raise UserError(f"--{name}: neither an option nor a field of {type(value).__name__}: {near}")
+    return spec.override(value, changes)
+
+
+def fields_table(value: Any) -> str:
+    """Every field of a specification: its dotted name, value, type and help text, wrapped to the terminal."""
+    width = min(shutil.get_terminal_size((120, 24)).columns, 140)
+    lines = []
+    for name, annotation, current, text in spec.leaves(value):
+        if isinstance(current, spec.Spec):
+            lines.append(f"  --{name} {type(current).__name__}")
+        else:
+            lines.append(f"  --{name} {spec_text(current)}")
+            text = f"{text} [{spec.describe(annotation)}]".strip()
+        lines += textwrap.wrap(text, width - 8, initial_indent=" " * 8, subsequent_indent=" " * 8)
+    return "\n".join(lines)
+
+
+def spec_text(value: Any) -> str:
+    """A value as it would be typed."""
+    return value if isinstance(value, str) else json.dumps(spec.to_json(value))

@@ -1,0 +1,34 @@
+"""polygpt evaluate RUN: the held-out results of a trained model."""
+
+from argparse import Namespace
+
+from polygpt.cli.arguments import Parser
+
+EXAMPLES = """\
+examples:
+  polygpt evaluate runs/quickstart
+  polygpt evaluate runs/quickstart --checkpoint latest --json"""
+
+
+def parser(prog: str, about: str) -> Parser:
+    """The verb's arguments."""
+    words = Parser(prog, about, EXAMPLES)
+    add_run(words)
+    return words
+
+
+def add_run(words: Parser) -> None:
+    """The arguments that name a trained model."""
+    words.add_argument("run", metavar="RUN", help="a run folder, such as runs/quickstart")
+    words.add_argument("--checkpoint", choices=("best", "latest"), default="best", help="which one (default: best)")
+
+
+def run(arguments: Namespace) -> dict:
+    """Evaluates and writes the results into the run folder; returns them."""
+    from polygpt.cli.results import print_results
+    from polygpt.report.finish import evaluate_run
+    from polygpt.training.run import open_run
+
+    results = evaluate_run(open_run(arguments.run, arguments.checkpoint))
+    print_results(results)
+    return results

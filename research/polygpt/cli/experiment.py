@@ -1,0 +1,29 @@
+"""From the FILE and the overrides of a command line to an experiment."""
+
+from collections.abc import Mapping, Sequence
+
+from polygpt.cli.arguments import Parser, change
+from polygpt.errors import UserError
+from polygpt.spec import load_file
+
+
+def fields(words: Parser):
+    """For a parser whose first word is a FILE: the experiment whose fields its help lists."""
+    return lambda file, changes: load(file, changes, words.options) if file else None
+
+
+def load(file: str, changes: Mapping[str, str], options: Sequence[str] = ()):
+    """The experiment that a file's `experiment()` makes, with overrides.
+
+    Raises:
+        UserError: if the file makes none, or an override names nothing; `options` are suggested beside its fields.
+    """
+    from polygpt.training.experiment import Experiment
+
+    make = getattr(load_file(file), "experiment", None)
+    if not callable(make):
+        raise UserError(f"{file}: no function experiment(): write `def experiment() -> Experiment:` in it")
+    made = make()
+    if not isinstance(made, Experiment):
+        raise UserError(f"{file}: experiment() returns {type(made).__name__}: it must return an Experiment")
+    return change(made, changes, options)

@@ -1,0 +1,95 @@
+"""`polygpt`: finds the verb, calls it, turns what happens into an exit code.
+
+Exit codes: 0 done; 2 the user's input is at fault, one line on stderr; 1 anything else, with `--debug` a traceback.
+Nothing heavy is imported before a verb is known, so that help is instant.
+"""
+
+import importlib
+import os
+import sys
+import traceback
+
+from polygpt.cli import output
+from polygpt.errors import UserError
+
+VERBS = {
+    "train": ("polygpt.cli.train", "train an experiment, evaluate it, write its report"),
+    "evaluate": ("polygpt.cli.evaluate", "evaluate a run on held-out data"),
+    "generate": ("polygpt.cli.generate", "let a run continue text, pictures and recordings"),
+    "report": ("polygpt.cli.report", "write a run's report, one HTML file"),
+    "data show": ("polygpt.cli.data_show", "print and draw a few rows as the model will see them"),
+    "data check": ("polygpt.cli.data_check", "walk a whole dataset and list what is wrong with it"),
+    "tokenizer train": ("polygpt.cli.tokenizer_train", "train a byte-pair tokenizer on text files"),
+    "model show": ("polygpt.cli.model_show", "count a model's parameters and its FLOPs a token"),
+}
+"""Each verb's file and what it does."""
+
+EXAMPLES = """\
+examples:
+  polygpt train experiments/quickstart.py
+  polygpt train experiments/quickstart.py --train.steps 200 --model.decoder.depth 2 --workdir runs/small
+  polygpt train experiments/quickstart.py --help        every field that can be set, with its value and what it means
+  polygpt evaluate runs/quickstart --json
+  polygpt generate runs/quickstart --image digit.png --text "plus" --audio seven.wav --text "is"
+  polygpt report runs/quickstart
+
+Every verb takes --help, --json (one JSON object on stdout, all else on stderr) and --debug (tracebacks)."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line and returns the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(argv)
+    except SystemExit as leave:  # argparse, after --help
+        return leave.code if isinstance(leave.code, int) else 0
+    except UserError as error:
+        return _fail(error, str(error), 2, argv)
+    except KeyboardInterrupt as error:
+        return _fail(error, "interrupted", 1, argv)
+    except BrokenPipeError:  # the reader of our output has gone, as in `polygpt ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        return _fail(error, f"{type(error).__name__}: {error} (run with --debug for the traceback)", 1, argv)
+
+
+def _dispatch(argv: list[str]) -> int:
+    verb = next((name for name in (" ".join(argv[:2]), " ".join(argv[:1])) if name in VERBS), None)
+    if verb is None:
+        return _without_verb(argv)
+    path, about = VERBS[verb]
+    module = importlib.import_module(path)
+    sys.path.append(os.getcwd())  # an experiment may name the user's own modules
+    with output.quiet():
+        arguments = module.parser(f"polygpt {verb}", about).read(argv[len(verb.split()) :])
+        with output.json_alone(arguments.json) as write:
+            write(module.run(arguments))
+    return 0
+
+
+def _without_verb(argv: list[str]) -> int:
+    words = [word for word in argv if not word.startswith("-")]
+    group = {verb: about for verb, (_, about) in VERBS.items() if words and verb.split()[0] == words[0]}
+    asked_for_help = not argv or "-h" in argv or "--help" in argv
+    if "--version" in argv:
+        from polygpt import __version__
+
+        print(f"polygpt {__version__}")
+    elif asked_for_help and (group or not words):
+        print("usage: polygpt VERB ...\n\nTrains, evaluates and samples GPTs that read text, images and audio.\n\nverbs:")
+        print("\n".join(f"  {verb:17}{about}" for verb, (_, about) in VERBS.items() if not group or verb in group))
+        print("" if group else f"\n{EXAMPLES}")
+    else:
+        from polygpt.spec import nearest
+
+        typed = " ".join(words[: 2 if group else 1]) or argv[0]
+        raise UserError(f"polygpt: no verb {typed!r}: {nearest(typed, group or VERBS)}")
+    return 0
+
+
+def _fail(error: BaseException, message: str, code: int, argv: list[str]) -> int:
+    if "--debug" in argv:
+        traceback.print_exception(error)
+    print(f"polygpt: {' '.join(message.removeprefix('polygpt: ').split())}", file=sys.stderr)
+    return code

@@ -1,0 +1,86 @@
+"""What the command line prints: JSON alone on stdout where asked for, tables, and silence from the libraries."""
+
+import contextlib
+import json
+import logging
+import math
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+
+@contextlib.contextmanager
+def json_alone(wanted: bool) -> Iterator[Callable[[Any], None]]:
+    """Gives a function that takes a verb's result. Where JSON is wanted it is printed, and is all that stdout gets.
+
+    Everything else that is written to stdout meanwhile, by libraries and child processes too, goes to stderr.
+    """
+    if not wanted:
+        yield lambda result: None
+        return
+    sys.stdout.flush()
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    results = []
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield results.append
+    finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)
+    print(json.dumps(plain(results[0]), allow_nan=False), flush=True)
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON data: NumPy numbers as numbers, paths as text, NaN and infinity as null."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, (bool, int, str)) or value is None:
+        return value
+    if hasattr(value, "item"):
+        return plain(value.item())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return str(value)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silences the libraries' own log lines; their errors are exceptions and ours to tell."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    import absl.logging
+
+    absl.logging.set_verbosity(absl.logging.ERROR)
+    for name in ("jax", "orbax", "tensorflow_datasets", "grain", "etils"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """A table on stdout; the first column is left-aligned, the others right."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def figure(value: Any) -> str:
+    """A number as a table shows it."""
+    if value is None or isinstance(value, float) and not math.isfinite(value):
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.3f}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,0 +1,46 @@
+"""polygpt train FILE: train, evaluate, report."""
+
+from argparse import Namespace
+from pathlib import Path
+
+from polygpt.cli import experiment
+from polygpt.cli.arguments import Parser
+
+EXAMPLES = """\
+examples:
+  polygpt train experiments/quickstart.py
+  polygpt train experiments/quickstart.py --train.steps 200 --optim.optimizer.learning_rate=1e-3
+  polygpt train experiments/quickstart.py --help
+
+The same command again goes on where a stopped or killed run was."""
+
+
+def parser(prog: str, about: str) -> Parser:
+    """The verb's arguments."""
+    words = Parser(prog, about, EXAMPLES, experiment.fields)
+    words.add_argument("file", metavar="FILE", help="a Python file with `def experiment() -> Experiment`")
+    words.add_argument("--workdir", metavar="W", help="the run folder (default: runs/<the experiment's name>)")
+    words.add_argument("--no-report", action="store_true", help="only train: no evaluation and report at the end")
+    return words
+
+
+def run(arguments: Namespace) -> dict:
+    """Trains; returns what `evaluate` returns, and the places of the run and its report."""
+    from polygpt.cli.results import print_results
+    from polygpt.report.finish import evaluate_run, write_report
+    from polygpt.training.loop import train
+    from polygpt.training.run import open_run
+
+    chosen = experiment.load(arguments.file, arguments.changes, ["--workdir", "--no-report", "--json", "--debug"])
+    workdir = Path(arguments.workdir or Path("runs") / chosen.name)
+    outcome = train(chosen, workdir)
+    done = {"step": outcome.step, "workdir": workdir}
+    if arguments.no_report or not outcome.finished:
+        print(f"step {outcome.step}, {workdir}" + ("" if outcome.finished else ": stopped, the same command goes on"))
+        return done
+    trained = open_run(workdir)
+    results = evaluate_run(trained)
+    report = write_report(trained)
+    print_results(results)
+    print(f"report: {report}")
+    return done | results | {"report": report}
