@@ -88,11 +88,11 @@ class Muon(Optimizer):
     """Momentum orthogonalised by Newton-Schulz iterations for hidden matrices, AdamW for everything else.
 
     Jordan et al. 2024, "Muon: An optimizer for hidden layers". Updates are scaled by `0.2 * sqrt(max(in, out))` so that
-    their size is AdamW's and one learning rate serves both (Liu et al. 2025, 2502.16982, section 2.2). The last two axes
-    of a kernel are the matrix; each index of the axes before them, such as scanned layers, is a matrix of its own.
+    their size is AdamW's and one learning rate serves both (Liu et al. 2025, 2502.16982, section 2.2). The last two
+    axes of a kernel are the matrix; each index of the axes before them, such as scanned layers, is a matrix of its own.
     """
 
-    matrices: str = r"^(?!.*(embed|position|head)).*kernel$"
+    matrices: str = r"^(?!head/).*kernel$"
     """Regular expression searched in the paths of parameters with two axes or more: those that Muon takes."""
     momentum: float = 0.95
     """Decay of Muon's momentum; the Nesterov form is used."""

@@ -1,0 +1,13 @@
+"""Random keys are derived, never stored: from the seed, the step and what they are for."""
+
+import jax
+
+INIT = 0
+"""Purpose: initial parameters."""
+DROPOUT = 1
+"""Purpose: dropout in training."""
+
+
+def derive(seed: int, step, purpose: int) -> jax.Array:
+    """The key of one purpose at one step; `step` may be traced."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), purpose), step)

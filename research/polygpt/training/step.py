@@ -1,0 +1,117 @@
+"""The one training step, `(state, batch) -> (state, metrics)`: pure, and knowing nothing of devices."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from polygpt.objectives.base import Objective
+from polygpt.sequence import Batch
+from polygpt.training.randomness import DROPOUT, derive
+from polygpt.training.state import State
+
+Step = Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What a step needs to know.
+
+    Attributes:
+        model: has `apply(params, batch, key) -> outputs`.
+        objectives: by name, each with its share in the loss.
+        transformation: gradients to updates.
+        learning_rate: by number of updates, to be reported.
+        trainable: a tree like the parameters of bool.
+        seed: of all randomness.
+        accumulate: microbatches; they must divide the rows.
+        ema: decay of the moving average of the parameters, or None.
+    """
+
+    model: Any
+    objectives: Mapping[str, tuple[Objective, float]]
+    transformation: optax.GradientTransformation
+    learning_rate: optax.Schedule
+    trainable: Any
+    seed: int = 0
+    accumulate: int = 1
+    ema: float | None = None
+
+
+def make_step(recipe: Recipe, reduce: Callable = lambda tree: tree, shard: Callable = lambda: 0) -> Step:
+    """The step.
+
+    Args:
+        recipe: what to do.
+        reduce: sums a tree over all holders of rows of the batch; the identity where one program sees all rows.
+        shard: the number of this holder of rows, so that each draws its own dropout.
+
+    The metrics are float32 scalars: the loss and each objective (means over the global batch by loss weight), the norms
+    of gradient and update, the learning rate, and how many updates were skipped, in all and in a row.
+    """
+
+    def loss(params, batch, key, weights):
+        params = jax.tree.map(lambda p, train: p if train else jax.lax.stop_gradient(p), params, recipe.trainable)
+        outputs = recipe.model.apply(params, batch, key)
+        means = {
+            name: objective.total(outputs, batch) / jnp.where(weights[name] > 0, weights[name], 1.0)
+            for name, (objective, _) in recipe.objectives.items()
+        }
+        return sum(share * means[name] for name, (_, share) in recipe.objectives.items()), means
+
+    def step(state: State, batch: Batch):
+        key = jax.random.fold_in(derive(recipe.seed, state.step, DROPOUT), shard())
+        # Normalised by the global weight before the gradient is taken: sums over microbatches and devices are exact.
+        weights = reduce({name: objective.weight(batch) for name, (objective, _) in recipe.objectives.items()})
+
+        def part(batch, index):
+            (value, means), gradient = jax.value_and_grad(loss, has_aux=True)(
+                state.params, batch, jax.random.fold_in(key, index), weights
+            )
+            return value, means, gradient
+
+        value, means, gradient = reduce(sum_over_microbatches(part, batch, recipe.accumulate))
+        updates, opt_state = recipe.transformation.update(gradient, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        applied = state.step - state.skipped
+        ema = state.ema
+        if recipe.ema is not None:
+            # Early averages forget faster, or the initial parameters would linger (as TensorFlow's num_updates does).
+            decay = jnp.minimum(recipe.ema, (1 + applied) / (10 + applied))
+            ema = jax.tree.map(lambda average, p: decay * average + (1 - decay) * p, ema, params)
+
+        gradient_norm, update_norm = optax.tree.norm(gradient), optax.tree.norm(updates)
+        # Every quantity here is already global: all devices decide alike.
+        finite = jnp.isfinite(value) & jnp.isfinite(gradient_norm) & jnp.isfinite(update_norm)
+        params, opt_state, ema = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (params, opt_state, ema),
+            (state.params, state.opt_state, state.ema),
+        )
+        skipped = state.skipped + ~finite
+        in_row = jnp.where(finite, 0, state.skipped_in_row + 1)
+        metrics = {"loss": value} | {f"loss/{name}": mean for name, mean in means.items()}
+        metrics |= {"gradient_norm": gradient_norm, "update_norm": update_norm}
+        metrics |= {"learning_rate": recipe.learning_rate(applied), "skipped": skipped, "skipped_in_row": in_row}
+        metrics = {name: jnp.asarray(metric, jnp.float32) for name, metric in metrics.items()}
+        return State(state.step + 1, params, opt_state, ema, skipped, in_row), metrics
+
+    return step
+
+
+def sum_over_microbatches(function: Callable, batch: Batch, parts: int):
+    """The sum of `function(microbatch, index)`, a tree, over `parts` equal parts of the rows, taken one at a time."""
+    if parts == 1:
+        return function(batch, 0)
+    # Every parts-th row, not a run of them: rows that lie on a device stay there.
+    split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, function(*part)), None
+
+    first = jax.tree.map(lambda x: x[0], split)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, first, 0))
+    return jax.lax.scan(add, zeros, (split, jnp.arange(parts)))[0]

@@ -1,0 +1,80 @@
+"""Runs five steps in every mode on four CPU devices and writes what came of it as one JSON object.
+
+Run as a process of its own: the number of devices is set once a process.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+jax.config.update("jax_num_cpu_devices", 4)
+sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
+
+from bigram import VOCABULARY, random_batch  # noqa: E402
+
+from polygpt.attention.multi_head import MultiHead  # noqa: E402
+from polygpt.models.decoder import DecoderSpec  # noqa: E402
+from polygpt.models.functional import bind  # noqa: E402
+from polygpt.models.multimodal import ModelSpec  # noqa: E402
+from polygpt.objectives.next_token import NextToken  # noqa: E402
+from polygpt.objectives.z_loss import ZLoss  # noqa: E402
+from polygpt.optim.optim import Optim  # noqa: E402
+from polygpt.optim.schedules import Constant  # noqa: E402
+from polygpt.training.parallel import build  # noqa: E402
+from polygpt.training.state import create  # noqa: E402
+from polygpt.training.step import Recipe, make_step  # noqa: E402
+
+STEPS = 5
+MODES = [("single", 1), ("pmap", 1), ("pmap", 2), ("sharded", 1), ("sharded", 2)]
+
+
+def run(mode: str, accumulate: int) -> dict:
+    model = bind(ModelSpec(decoder=DecoderSpec(width=16, depth=2, attention=MultiHead(heads=2))), VOCABULARY)
+    optim = Optim(Constant(3e-3), accumulate=accumulate, ema=0.9)
+    params = model.abstract()
+    transformation = optim.build(params, STEPS)
+    objectives = {"next_token": (NextToken(), 1.0), "z": (ZLoss(), 1e-2)}
+    rate, trainable = optim.schedule.build(STEPS), optim.trainable(params)
+    recipe = Recipe(model, objectives, transformation, rate, trainable, 0, accumulate, optim.ema)
+    parallel = build(mode)
+    step = parallel.compile(lambda **wiring: make_step(recipe, **wiring))
+    state = parallel.create(lambda: create(model, transformation, 0, True))
+
+    losses, donated = [], []
+    for i in range(STEPS):
+        before, batch = state, parallel.put(random_batch(rows=16, seed=i))
+        with jax.transfer_guard("disallow"):
+            state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+        donated.append(all(leaf.is_deleted() for leaf in jax.tree.leaves(before)))
+    leaves = jax.tree.leaves((state.params, state.ema, state.opt_state))
+    copies_equal = all(
+        np.array_equal(shard.data, leaf.addressable_shards[0].data)
+        for leaf in leaves
+        for shard in leaf.addressable_shards
+    )
+
+    poisoned = random_batch(rows=16, seed=STEPS)
+    weight_BT = poisoned.weight_BT.copy()
+    weight_BT[3] = np.nan  # a row of the first device alone
+    after, metrics = step(jax.tree.map(lambda x: x.copy(), state), parallel.put(poisoned.replace(weight_BT=weight_BT)))
+    return {
+        "devices": parallel.devices,
+        "losses": losses,
+        "params": [np.asarray(leaf).ravel().tolist() for leaf in jax.tree.leaves((state.params, state.ema))],
+        "donated": all(donated),
+        "copies_equal": copies_equal,
+        "skipped": int(after.skipped),
+        "skip_kept_params": all(
+            np.array_equal(new, old)
+            for new, old in zip(jax.tree.leaves(after.params), jax.tree.leaves(state.params), strict=True)
+        ),
+    }
+
+
+if __name__ == "__main__":
+    modes = {f"{mode}/{n}": run(mode, n) for mode, n in MODES}
+    print(json.dumps(modes))
