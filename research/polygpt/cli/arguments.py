@@ -30,6 +30,7 @@ class Parser(argparse.ArgumentParser):
         fields: Callable[[str | None, Mapping[str, str]], Any] | None = None,
     ):
         self.options: list[str] = []
+        self.verb = prog.partition(" ")[2]
         super().__init__(
             prog=prog,
             description=about[0].upper() + about[1:] + ".",
@@ -47,7 +48,7 @@ class Parser(argparse.ArgumentParser):
         return super().add_argument(*names, **options)
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{self.prog}: {message}: see {self.prog} --help")
+        raise UserError(f"{self.verb}: {message}: see {self.prog} --help")
 
     def read(self, argv: list[str]) -> argparse.Namespace:
         """The arguments; `.changes` maps dotted names to their texts.
@@ -76,12 +77,12 @@ class Parser(argparse.ArgumentParser):
                 words.append(word)
                 continue
             if self.fields is None:
-                raise UserError(f"{self.prog}: no option {name}: {spec.nearest(name, self.options)}")
+                raise UserError(f"{self.verb}: no option {name}: {spec.nearest(name, self.options)}")
             if not equals:
                 value = next(rest, None)
             if value is None or not equals and value.startswith("--"):
                 near = spec.nearest(name, self.options) if "." not in name else f"write {name} VALUE"
-                raise UserError(f"{self.prog}: {name} needs a value, or is no option: {near}")
+                raise UserError(f"{self.verb}: {name} needs a value, or is no option: {near}")
             changes.pop(name[2:], None)  # a name given twice counts where it stands last
             changes[name[2:]] = value
         return words, changes

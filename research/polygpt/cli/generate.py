@@ -59,9 +59,9 @@ def run(arguments: Namespace) -> dict:
     options = ["--text", "--image", "--audio", "--interactive", "--checkpoint", "--json", "--debug"]
     sampling = change(Sampling(), arguments.changes, options)
     if not arguments.interactive and not arguments.parts:
-        raise UserError("polygpt generate: an empty prompt: give --text, --image or --audio, or --interactive")
+        raise UserError("generate: an empty prompt: give --text, --image or --audio, or --interactive")
     if arguments.interactive and arguments.json:
-        raise UserError("polygpt generate: --interactive and --json exclude each other: leave one out")
+        raise UserError("generate: --interactive and --json exclude each other: leave one out")
     prompt = [_part(kind, value) for kind, value in arguments.parts]
     opened = open_run(arguments.run, arguments.checkpoint)
     given = (opened.model, opened.params, opened.tokenizer)

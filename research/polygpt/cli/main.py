@@ -84,12 +84,12 @@ def _without_verb(argv: list[str]) -> int:
         from polygpt.spec import nearest
 
         typed = " ".join(words[: 2 if group else 1]) or argv[0]
-        raise UserError(f"polygpt: no verb {typed!r}: {nearest(typed, group or VERBS)}")
+        raise UserError(f"no verb {typed!r}: {nearest(typed, group or VERBS)}")
     return 0
 
 
 def _fail(error: BaseException, message: str, code: int, argv: list[str]) -> int:
     if "--debug" in argv:
         traceback.print_exception(error)
-    print(f"polygpt: {' '.join(message.removeprefix('polygpt: ').split())}", file=sys.stderr)
+    print(f"polygpt: {' '.join(message.split())}", file=sys.stderr)
     return code

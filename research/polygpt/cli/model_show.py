@@ -1,0 +1,59 @@
+"""polygpt model show FILE|PRESET: exact parameter counts by part, and FLOPs a token."""
+
+from argparse import Namespace
+
+from polygpt.cli import experiment
+from polygpt.cli.arguments import Parser, change
+from polygpt.cli.output import figure, print_table
+from polygpt.errors import UserError
+from polygpt.spec import nearest
+
+EXAMPLES = """\
+examples:
+  polygpt model show 1b
+  polygpt model show 1b --decoder.depth 24 --length 4096
+  polygpt model show experiments/quickstart.py --model.decoder.width 256 --json"""
+
+LENGTH = 2048
+"""Row length at which a preset's attention is counted."""
+
+
+def parser(prog: str, about: str) -> Parser:
+    """The verb's arguments."""
+    words = Parser(prog, about, EXAMPLES, fields=lambda model, changes: model and _chosen(model, changes, words.options)[0])
+    words.add_argument("model", metavar="FILE|PRESET", help="an experiment's file, or 1m, 10m, 150m, 400m, 1b, 3b, 7b")
+    words.add_argument("--length", type=int, metavar="T", help=f"row length (default: the experiment's, or {LENGTH})")
+    return words
+
+
+def _chosen(model: str, changes, options):
+    """(what the overrides are for, its model, its vocabulary, its row length)."""
+    from polygpt.models.presets import PRESETS
+
+    if model in PRESETS:
+        spec = change(PRESETS[model].model(), changes, options)
+        return spec, spec, PRESETS[model].vocabulary, LENGTH
+    if not model.endswith(".py"):
+        raise UserError(f"model show: no preset {model!r}: {nearest(model, PRESETS)}; a file ends in .py")
+    loaded = experiment.load(model, changes, options)
+    return loaded, loaded.model, loaded.tokenizer.build().vocabulary, loaded.data.layout.length
+
+
+def run(arguments: Namespace) -> dict:
+    """Prints the table; returns it as data."""
+    from polygpt.models.describe import describe
+
+    options = ["--length", "--json", "--debug"]
+    _, model, vocabulary, length = _chosen(arguments.model, arguments.changes, options)
+    if arguments.length is not None and arguments.length < 1:
+        raise UserError(f"model show: --length is {arguments.length}: it must be positive")
+    found = describe(model, vocabulary, arguments.length or length)
+    rows = [
+        [part.name, f"{part.parameters:,}", figure(part.flops / 1e6) if part.flops else "–", part.unit]
+        for part in found.parts
+    ]
+    rows.append(["all", f"{found.parameters:,}", "", ""])
+    title = f"{arguments.model}: {found.parameters:,} parameters, vocabulary {vocabulary:,}, rows of {found.length:,}"
+    print_table(title, ["part", "parameters", "MFLOPs forward", "for one"], rows)
+    print(f"one training step: {found.flops_per_token / 1e6:,.1f} MFLOPs a text token (forward and backward)")
+    return found.to_json()

@@ -1,0 +1,48 @@
+"""What is done with a trained run: its held-out results and its report, both written into its folder."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from polygpt.evaluation.evaluate import evaluate
+from polygpt.report import gather, page
+
+RESULTS = "evaluation.json"
+"""Name of the file of held-out results in a run's folder."""
+
+
+def evaluate_run(run) -> dict[str, Any]:
+    """Evaluates a run on its held-out tasks and writes the results into its folder.
+
+    Returns:
+        {"step": n, "tasks": {task: {measure: value}}, "modality_gain": {"task/modality": {"gain", "low", "high"}}}.
+    """
+    experiment = run.experiment
+    adapters, layout = run.model.spec.adapters, experiment.data.layout
+    found = evaluate(run.model, run.params, run.tokenizer, adapters, layout, experiment.evaluation)
+    results = {"step": int(run.step), **found}
+    write(Path(run.workdir) / RESULTS, json.dumps(results, indent=2) + "\n")
+    return results
+
+
+def write_report(run, place: str | Path | None = None) -> Path:
+    """Writes a run's report, `report.html` in its folder unless `place` is given; returns where it is."""
+    results = gather.read_json(Path(run.workdir) / RESULTS)
+    if isinstance(results, Mapping) and results.get("step") != int(run.step):
+        results = None  # of another checkpoint
+    place = Path(place) if place else Path(run.workdir) / "report.html"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    write(place, page.render(gather.content(run, results)))
+    return place
+
+
+def write(place: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    partial = place.with_name(f".{place.name}.{os.getpid()}")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, place)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,145 @@
+"""From a run's folder to a report's content. What is missing is left out, with a note that says so."""
+
+import datetime
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from polygpt import spec
+from polygpt.errors import UserError
+from polygpt.report import samples
+from polygpt.report.content import Chart, Content, Line
+
+TITLES = {
+    "loss": ("Training loss", "nats a token", True),
+    "learning_rate": ("Learning rate", "", False),
+    "gradient_norm": ("Gradient norm", "", True),
+    "tokens_per_second": ("Speed", "tokens/s", True),
+    "input_wait": ("Input wait", "share of a step", True),
+}
+"""Curves of the training metrics in the order in which they are drawn: title, unit, whether noisy."""
+HELD_OUT = re.compile(r"^(?:eval|evaluation|held_out)/(?P<task>.+)/(?P<measure>[^/]+)$")
+"""Names of held-out metrics in metrics.jsonl."""
+MEASURES = ("accuracy", "loss", "token_accuracy", "bits_per_byte", "wer", "gain")
+"""Held-out measures that are drawn, in order."""
+
+
+def content(run, results: Mapping[str, Any] | None) -> Content:
+    """Everything that a run's report shows.
+
+    Args:
+        run: an opened run.
+        results: what `evaluate_run` returned, if the run was evaluated at this step.
+    """
+    folder = Path(run.workdir)
+    metrics, timing = read_lines(folder / "metrics.jsonl"), read_lines(folder / "timing.jsonl")
+    environment = read_json(folder / "environment.json")
+    notes = []
+    if not metrics:
+        notes.append("There are no training metrics in the run's folder.")
+    if results is None:
+        notes.append(f"Step {int(run.step):,} was not evaluated: polygpt evaluate {folder}")
+    try:
+        drawn, sample_notes = samples.gather(run)
+    except UserError as error:  # the data of another machine, say
+        drawn, sample_notes = {}, (f"No samples: {error}",)
+    steps = run.experiment.train.steps
+    if run.step < steps:
+        notes.append(f"Of step {int(run.step):,}; the experiment has {steps:,}.")
+    return Content(
+        title=run.experiment.name,
+        facts=facts(run, timing, environment),
+        tasks=(results or {}).get("tasks", {}),
+        gains=(results or {}).get("modality_gain", {}),
+        charts=charts(metrics, timing),
+        samples=drawn,
+        config=spec.to_json(run.experiment),
+        environment=environment,
+        notes=(*notes, *sample_notes),
+    )
+
+
+def facts(run, timing: list[dict], environment) -> tuple[tuple[str, str], ...]:
+    """What stands at the head of the page."""
+    parameters = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(run.params))
+    found = [("step", f"{int(run.step):,} of {run.experiment.train.steps:,}"), ("parameters", f"{parameters:,}")]
+    adapters = ", ".join(["text", *run.model.spec.adapters])
+    found.append(("reads", adapters))
+    if speeds := [line["tokens_per_second"] for line in timing if _finite(line.get("tokens_per_second"))]:
+        found.append(("median speed", f"{np.median(speeds):,.0f} tokens/s"))
+    if isinstance(environment, Mapping):
+        found += [(name, str(environment[name])) for name in ("device", "jax") if environment.get(name)]
+    found.append(("written", datetime.datetime.now().strftime("%Y-%m-%d %H:%M")))
+    return tuple(found)
+
+
+def charts(metrics: list[dict], timing: list[dict]) -> tuple[Chart, ...]:
+    """The curves: training loss, held-out measures by task, then the other metrics of training and timing."""
+    training = _series(metrics)
+    held_out: dict[str, list[Line]] = {}
+    for name in list(training):
+        if found := HELD_OUT.match(name):
+            line = Line(found["task"], *training.pop(name))
+            held_out.setdefault(found["measure"], []).append(line)
+    training |= _series(timing)
+    drawn = {
+        name: Chart(title, (Line(title.lower(), *training[name]),), unit, noisy)
+        for name, (title, unit, noisy) in TITLES.items()
+        if name in training
+    }
+    evaluated = [
+        Chart(f"Held-out {measure.replace('_', ' ')}", tuple(held_out[measure]))
+        for measure in MEASURES
+        if measure in held_out
+    ]
+    first = [drawn.pop("loss")] if "loss" in drawn else []
+    return tuple(first + evaluated + list(drawn.values()))
+
+
+def _series(lines: list[dict]) -> dict[str, tuple[tuple[float, ...], tuple[float, ...]]]:
+    """{name: (steps, values)} of flattened lines; where a step occurs twice, the later line counts."""
+    columns: dict[str, dict[float, float]] = {}
+    for line in lines:
+        for name, value in _flat(line):
+            if name != "step" and (_finite(value) or value is None):
+                columns.setdefault(name, {})[line["step"]] = float("nan") if value is None else float(value)
+    ordered = {name: sorted(column.items()) for name, column in columns.items()}
+    return {name: tuple(zip(*pairs, strict=True)) for name, pairs in ordered.items()}
+
+
+def _flat(data: Mapping, prefix: str = ""):
+    for name, value in data.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}/")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _finite(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and bool(np.isfinite(value))
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The objects of a JSON-lines file that have a step; [] without a file. A line that a kill cut short is left out."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            data = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(data, dict) and _finite(data.get("step")):
+            found.append(data)
+    return found
+
+
+def read_json(path: Path) -> Any:
+    """The data of a JSON file, or None if there is none or it was cut short."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return None
