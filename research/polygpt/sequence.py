@@ -76,19 +76,21 @@ class Batch:
         return dataclasses.replace(self, **changes)
 
 
-def scatter_media(x_BTD, batch: Batch, embeddings: dict[str, jax.Array]) -> jax.Array:
+def scatter_media(x_BTD, batch: Batch, embeddings: dict[str, jax.Array | None]) -> jax.Array:
     """Puts media embeddings where the layout wants them.
 
     Args:
         x_BTD: text embeddings; what they hold at media positions does not matter.
         batch: the layout.
-        embeddings: by adapter name in the model's order, [B, N, P, D].
+        embeddings: by adapter name in the model's order, [B, N, P, D]; None where the batch has no media of that name.
 
     Returns:
         [B, T, D]: text embeddings at text positions, media embeddings at media positions, zeros at padding.
     """
     x_BTD = jnp.where((batch.modality_BT == TEXT)[..., None], x_BTD, 0)
-    for number, (_, media_BNPD) in enumerate(embeddings.items(), start=1):
+    for number, media_BNPD in enumerate(embeddings.values(), start=1):
+        if media_BNPD is None:
+            continue
         B, N, P, D = media_BNPD.shape
         here_BT = batch.modality_BT == number
         slot_BT = jnp.where(here_BT, batch.slot_BT, 0)
@@ -113,7 +115,7 @@ def check(batch: Batch, vocabulary: int, positions: dict[str, int]) -> None:
         array = getattr(batch, field.name)
         if field.name != "media" and array.shape[:2] != (B, T):
             raise UserError(f"batch: {field.name} has the shape {array.shape}, tokens_BT {(B, T)}")
-    if list(batch.media) != list(positions):
+    if set(batch.media) != set(positions):
         raise UserError(f"batch: media are {list(batch.media)}, the model has the adapters {list(positions)}")
 
     def fail_where(bad_BT, what: str) -> None:

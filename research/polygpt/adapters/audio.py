@@ -44,25 +44,20 @@ class AudioAdapter(Adapter):
         return self.length(self.features.shape[0])
 
     def length(self, frames: int) -> int:
-        return max(1, -(-tower_length(frames) // self.fold))
+        return max(1, -(-frames // (2 * self.fold)))  # the second convolution halves the number of frames
 
     @property
     def applications(self) -> Mapping[str, int]:
-        frames = self.features.shape[0]
-        return {"first": frames, "second": tower_length(frames), "tower": tower_length(frames)}
+        inner = self.positions * self.fold
+        return {"first": 2 * inner, "second": inner, "tower": inner}
 
     @property
     def score_flops(self) -> float:
-        inner = tower_length(self.features.shape[0])
+        inner = self.positions * self.fold
         return inner * self.tower.score_flops(inner)
 
     def build(self, width: int, *, rngs: nnx.Rngs, dtype: str) -> nnx.Module:
         return _AudioAdapter(self, width, rngs, dtype)
-
-
-def tower_length(frames: int) -> int:
-    """Positions inside the tower: the second convolution halves the number of frames, rounding up."""
-    return -(-frames // 2)
 
 
 class _AudioAdapter(nnx.Module):
@@ -81,14 +76,14 @@ class _AudioAdapter(nnx.Module):
     def __call__(self, media: Media, key: jax.Array | None = None) -> jax.Array:
         """[B, N, frames, M] -> [B, N, P, D]."""
         B, N, frames, M = media.features.shape
+        inner = self.positions * self.fold
         length_B = media.length_BN.reshape(B * N) * self.fold
-        # Frames behind the last real position are zero: an item's embedding must not depend on what pads it.
-        real = jnp.arange(frames)[None, :, None] < 2 * length_B[:, None, None]
-        mel_BFM = jnp.where(real, media.features.reshape(B * N, frames, M), 0)
-        x_BTD = self.encode(mel_BFM, length_B, key)
-        x_BTD = jnp.pad(x_BTD, ((0, 0), (0, self.positions * self.fold - x_BTD.shape[1]), (0, 0)))
-        folded = x_BTD.reshape(B, N, self.positions, -1)
-        return self.connector(folded)
+        # An item is its real frames and zeros up to a whole position, so that its embedding depends on nothing else: not on
+        # what an unused item or the rest of a used one holds, nor on how long the longest clip may be.
+        mel_BFM = jnp.pad(media.features.reshape(B * N, frames, M), ((0, 0), (0, 2 * inner - frames), (0, 0)))
+        real = jnp.arange(2 * inner)[None, :, None] < 2 * length_B[:, None, None]
+        x_BTD = self.encode(jnp.where(real, mel_BFM, 0), length_B, key)
+        return self.connector(x_BTD.reshape(B, N, self.positions, -1))
 
     def encode(self, mel_BFM: jax.Array, length_B: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """Log-mel frames to the tower's output, [B, ceil(frames / 2), width of the tower]."""

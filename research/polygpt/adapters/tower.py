@@ -7,6 +7,8 @@ from flax import nnx
 from polygpt.attention.contract import Context
 from polygpt.attention.masks import ENCODER, Meta
 from polygpt.blocks.stack import Stack, StackSpec
+from polygpt.errors import SpecError
+from polygpt.nn.dropout import dropout
 
 
 class Tower(Stack):
@@ -20,12 +22,20 @@ class Tower(Stack):
         """Encodes B items of T positions of which the first `length_B` are real.
 
         Positions beyond an item's length are not seen by the others.
+
+        Raises:
+            SpecError: if the position encoding knows fewer than T positions.
         """
         B, T, _ = x_BTD.shape
+        limit = self.spec.position.limit()
+        if limit is not None and T > limit:
+            raise SpecError(f"tower.position knows {limit} positions, an item fills {T}: raise its length to {T}")
         index_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
         real_BT = (index_BT < length_B[:, None]).astype(jnp.int32)
         zeros_BT = jnp.zeros_like(index_BT)
         meta = Meta(index_BT, index_BT, real_BT, zeros_BT, zeros_BT)
         if self.position is not None:
             x_BTD = x_BTD + self.position(index_BT).astype(x_BTD.dtype)
-        return super().__call__(x_BTD, Context(meta, meta, ENCODER), key=key)[0]
+        embedding_key, stack_key = (None, None) if key is None else jax.random.split(key)
+        x_BTD = dropout(x_BTD, self.spec.dropout, embedding_key)
+        return super().__call__(x_BTD, Context(meta, meta, ENCODER), key=stack_key)[0]

@@ -37,6 +37,7 @@ class MultimodalModel(nnx.Module):
 
     def __init__(self, spec: ModelSpec, vocabulary: int, rngs: nnx.Rngs):
         width, options = spec.decoder.width, {"rngs": rngs, "dtype": spec.dtype}
+        self.names = tuple(spec.adapters)
         self.text = TextEmbedding(vocabulary, width, **options)
         self.adapters = nnx.Dict({name: adapter.build(width, **options) for name, adapter in spec.adapters.items()})
         self.modality = nnx.Dict({name: nnx.Param(jnp.zeros(width)) for name in spec.adapters})
@@ -45,8 +46,10 @@ class MultimodalModel(nnx.Module):
 
     def embed(self, batch: Batch, key: jax.Array | None = None) -> jax.Array:
         """The row as the decoder reads it, [B, T, D]. Media come only from the adapters that `batch.media` names."""
-        media = {}
-        for number, name in enumerate(batch.media, start=1):
+        media = dict.fromkeys(self.names)  # numbered as in the specification: jit sorts the keys of batch.media
+        for number, name in enumerate(self.names, start=1):
+            if name not in batch.media:
+                continue
             here = None if key is None else jax.random.fold_in(key, number)
             embedded_BNPD = self.adapters[name](batch.media[name], here)
             media[name] = embedded_BNPD + self.modality[name][...].astype(embedded_BNPD.dtype)[None, None, None]
@@ -63,7 +66,7 @@ class MultimodalModel(nnx.Module):
         """float32 [B, T, V]."""
         if self.head is None:
             return self.text.logits(hidden_BTD)
-        return self.head(hidden_BTD).astype(jnp.float32)
+        return self.head(hidden_BTD, output_dtype="float32")
 
     def weights(self, batch: Batch) -> jax.Array:
         """The decoder's attention weights, float32 [L, B, H, T, T]."""

@@ -23,11 +23,12 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
         self.dtype = dtype
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., inputs] -> [..., outputs] in `dtype`."""
+    def __call__(self, x: jax.Array, output_dtype: str | None = None) -> jax.Array:
+        """[..., inputs] -> [..., outputs], computed in `dtype`; the sums come unrounded with `output_dtype="float32"`."""
         kernel = self.kernel[...].astype(self.dtype)
-        y = (x.astype(self.dtype).reshape(-1, kernel.shape[0]) @ kernel).reshape(*x.shape[:-1], kernel.shape[1])
-        return y if self.bias is None else y + broadcast_to_rank(self.bias[...].astype(self.dtype), y.ndim)
+        flat = x.astype(self.dtype).reshape(-1, kernel.shape[0])
+        y = jnp.matmul(flat, kernel, preferred_element_type=output_dtype).reshape(*x.shape[:-1], kernel.shape[1])
+        return y if self.bias is None else y + broadcast_to_rank(self.bias[...].astype(y.dtype), y.ndim)
 
 
 def broadcast_to_rank(vector: jax.Array, rank: int) -> jax.Array:
