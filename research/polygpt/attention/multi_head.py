@@ -80,8 +80,7 @@ class _MultiHead(nnx.Module):
     def weights(self, x_BTD: jax.Array, context: Context) -> jax.Array:
         """The attention weights, float32 [B, H, T, T]."""
         query_BHTd, key_BKSd = self._query_and_key(x_BTD, context)
-        weights = attention_weights(query_BHTd, key_BKSd, allowed(context.mask, context.query, context.key))
-        return weights.reshape(*query_BHTd.shape[:3], -1)
+        return attention_weights(query_BHTd, key_BKSd, allowed(context.mask, context.query, context.key))
 
     def _query_and_key(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, jax.Array]:
         rotate, position_BT = self.dims.position.rotate, context.query.position
