@@ -1,4 +1,4 @@
-"""Reading a verb's words: argparse for its own options, every other `--name value` overrides a specification's field."""
+"""Reading a verb's words: argparse for its own options; any other `--name value` overrides a specification's field."""
 
 import argparse
 import json

@@ -77,7 +77,9 @@ def _without_verb(argv: list[str]) -> int:
 
         print(f"polygpt {__version__}")
     elif asked_for_help and (group or not words):
-        print("usage: polygpt VERB ...\n\nTrains, evaluates and samples GPTs that read text, images and audio.\n\nverbs:")
+        print(
+            "usage: polygpt VERB ...\n\nTrains, evaluates and samples GPTs that read text, images and audio.\n\nverbs:"
+        )
         print("\n".join(f"  {verb:17}{about}" for verb, (_, about) in VERBS.items() if not group or verb in group))
         print("" if group else f"\n{EXAMPLES}")
     else:

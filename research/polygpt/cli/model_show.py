@@ -20,7 +20,9 @@ LENGTH = 2048
 
 def parser(prog: str, about: str) -> Parser:
     """The verb's arguments."""
-    words = Parser(prog, about, EXAMPLES, fields=lambda model, changes: model and _chosen(model, changes, words.options)[0])
+    words = Parser(
+        prog, about, EXAMPLES, fields=lambda model, changes: model and _chosen(model, changes, words.options)[0]
+    )
     words.add_argument("model", metavar="FILE|PRESET", help="an experiment's file, or 1m, 10m, 150m, 400m, 1b, 3b, 7b")
     words.add_argument("--length", type=int, metavar="T", help=f"row length (default: the experiment's, or {LENGTH})")
     return words

@@ -34,11 +34,13 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
     """About `count` round numbers in [low, high]."""
     if not high > low:
         return [low]
-    raw = (high - low) / count
-    power = 10 ** math.floor(math.log10(raw))
-    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
-    first = math.ceil(low / step - 1e-9)
-    return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
+    power = 10 ** math.floor(math.log10((high - low) / count))
+    found = []
+    for step in (10 * power, 5 * power, 2.5 * power, 2 * power, power):
+        found = [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+        if len(found) >= count - 1:
+            break
+    return found
 
 
 def thin(steps: Sequence[float], values: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:

@@ -125,7 +125,7 @@ def _finite(value) -> bool:
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The objects of a JSON-lines file that have a step; [] without a file. A line that a kill cut short is left out."""
+    """The objects of a JSON-lines file that have a step; [] without a file. A line cut short by a kill is left out."""
     found = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:

@@ -43,7 +43,8 @@ def render(content: Content) -> str:
     sections = [section for section in sections if section[2]]
     links = "".join(f'<a href="#{name}">{escape(title)}</a>' for name, title, _ in sections)
     bodies = "".join(
-        f'<section id="{name}" aria-labelledby="{name}-title"><h2 id="{name}-title">{escape(title)}</h2>{body}</section>'
+        f'<section id="{name}" aria-labelledby="{name}-title">'
+        f'<h2 id="{name}-title">{escape(title)}</h2>{body}</section>'
         for name, title, body in sections
     )
     facts = "".join(f"<div><dt>{escape(label)}</dt><dd>{escape(value)}</dd></div>" for label, value in content.facts)
@@ -51,8 +52,9 @@ def render(content: Content) -> str:
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">'
-        f'<title>{escape(content.title)} · polygpt</title><link rel="icon" href="data:,"><style>{_asset("report.css")}</style>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
+        f"<title>{escape(content.title)} · polygpt</title><style>{_asset('report.css')}</style>"
         "</head><body><header><div><p class='brand'>polygpt</p>"
         f"<h1>{escape(content.title)}</h1></div><button id='theme' type='button' hidden>light / dark</button>"
         f"<dl class='facts'>{facts}</dl>{_tiles(content.tasks)}<nav aria-label='sections'>{links}</nav></header><main>"
@@ -108,8 +110,8 @@ def _gains(gains: Mapping) -> str:
     if not gains:
         return ""
     return (
-        "<p>Each medium is exchanged for that of another row, and nothing else changes. The modality gain is by how much "
-        "the held-out loss rises: above zero, the model uses what it sees and hears. Bars are 95&nbsp;% bootstrap "
+        "<p>Each medium is exchanged for that of another row, and nothing else changes. The modality gain is by how "
+        "much the held-out loss rises: above zero, the model uses what it sees and hears. Bars are 95&nbsp;% bootstrap "
         "intervals, in nats a token.</p><div class='scroll'><table class='gains'><thead><tr><th scope='col'>task / "
         "modality</th><th scope='col'><span class='hidden'>drawn</span></th><th scope='col'>gain</th><th scope='col'>"
         f"95&nbsp;% interval</th></tr></thead><tbody>{charts.intervals(gains)}</tbody></table></div>"
@@ -123,11 +125,13 @@ def _curves(content: Content) -> str:
 
 def _samples(samples: Mapping[str, tuple[Sample, ...]]) -> str:
     parts = []
-    if any(isinstance(p, Item) and p.attention_LWP is not None for ss in samples.values() for s in ss for p in s.prompt):
+    if any(
+        isinstance(p, Item) and p.attention_LWP is not None for ss in samples.values() for s in ss for p in s.prompt
+    ):
         parts.append(
-            "<p>Beside each medium: what the model attended to while it wrote a word. Choose another word of the answer, "
-            "or a layer. Attention is averaged over heads, and scaled so that the most attended place of a medium is "
-            "full; the percentage is the share of all attention that goes to the medium.</p>"
+            "<p>Beside each medium: what the model attended to while it wrote a word. Choose another word of the "
+            "answer, or a layer. Attention is averaged over heads, and scaled so that the most attended place of a "
+            "medium is full; the percentage is the share of all attention that goes to the medium.</p>"
         )
     for task, some in samples.items():
         judged = [sample.right for sample in some if sample.right is not None]
@@ -142,15 +146,17 @@ def _sample(sample: Sample) -> str:
     attended = [part for part in sample.prompt if isinstance(part, Item) and part.attention_LWP is not None]
     layers = attended[0].attention_LWP.shape[0] if attended else 0
     prompt = "".join(
-        f"<span class='said'>{escape(part)}</span>" if isinstance(part, str) else _item(part)
-        for part in sample.prompt
+        f"<span class='said'>{escape(part)}</span>" if isinstance(part, str) else _item(part) for part in sample.prompt
     )
-    mark = {True: "<b class='mark right'>✓ right</b>", False: "<b class='mark wrong'>✗ wrong</b>", None: ""}[sample.right]
+    mark = {True: "<b class='mark right'>✓ right</b>", False: "<b class='mark wrong'>✗ wrong</b>", None: ""}[
+        sample.right
+    ]
     words = " ".join(_word(word, i, bool(attended)) for i, word in enumerate(sample.words)) or "<i>nothing</i>"
     chooser = ""
     if attended:
         options = "".join(f'<option value="{i}">layer {i + 1}</option>' for i in range(layers))
-        chooser = f"<label class='layer'>attention: <select><option value='mean'>all layers</option>{options}</select></label>"
+        options = f"<option value='mean'>all layers</option>{options}"
+        chooser = f"<label class='layer'>attention: <select>{options}</select></label>"
     truth = f"<div><dt>truth</dt><dd class='truth'>{escape(sample.truth)}</dd></div>" if sample.truth else ""
     return (
         f"<article class='sample' title='{escape(sample.place)}'><div class='prompt'>{prompt}</div>"
@@ -197,7 +203,9 @@ def _item(item: Item) -> str:
         cells = "".join(f"<i style='--a:{a:.3f}'></i>" for a in relative[0, 0, : rows * columns])
         grid = f"grid-template:repeat({rows},1fr)/repeat({columns},1fr)"
         if item.wav is None:
-            map_ = f"<div class='spot' style='{style}'>{image.replace(escape(about), '')}<div class='map' style='{grid}'>"
+            map_ = (
+                f"<div class='spot' style='{style}'>{image.replace(escape(about), '')}<div class='map' style='{grid}'>"
+            )
         else:
             map_ = f"<div class='strip' style='width:{shown[0]}px'><div class='map' style='{grid}'>"
         map_ += f"{cells}</div></div>"

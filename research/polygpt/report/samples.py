@@ -21,7 +21,7 @@ from polygpt.report import media
 from polygpt.report.content import Item, Sample, Word
 
 CUT = 160
-"""A text without prompt is cut after about so many characters: what lies before is the prompt, as much behind the truth."""
+"""A text without prompt is cut after about so many characters into prompt and truth; the truth is about as long."""
 LARGEST = 2**30
 """Bytes of attention weights of one row, above which no maps are made."""
 
@@ -127,7 +127,7 @@ def item(part: Medium, adapter, attention_LWP: np.ndarray | None = None) -> Item
 
 
 def _attention(run):
-    """A function (example, answer) -> {(modality, number of the item): attention_LWP}, and notes if there can be none."""
+    """A function (example, answer) -> {(modality, number of the item): attention_LWP}, and notes where it has none."""
     layout, adapters = run.experiment.data.layout, run.model.spec.adapters
     heads_averaged = jax.jit(lambda params, batch: run.model.attention(params, batch).mean(axis=(1, 2)))
 
