@@ -48,17 +48,17 @@ class State:
     key_B: jax.Array
 
 
-@partial(jax.jit, static_argnames=("model", "sampling", "eos", "size"))
-def prefill(model, sampling: Sampling, eos: int, size: int, params, batch: Batch, seed, index_B, limit_B) -> State:
+@partial(jax.jit, static_argnames=("model", "sampling", "size"))
+def prefill(model, sampling: Sampling, size: int, params, batch: Batch, eos, seed, index_B, limit_B) -> State:
     """Reads the prompts and writes the first token of each row.
 
     Args:
         model: the model, hashable.
         sampling: what `Sampling.choice` gives.
-        eos: the token that ends a text.
         size: S, room for generated tokens.
         params: the model's parameters.
         batch: the prompts, one a row, right-padded.
+        eos: int32 scalar, the token that ends a text.
         seed: uint32 scalar.
         index_B: int32, each prompt's number; with the seed it gives the row's randomness.
         limit_B: int32, how many tokens the row may have, at most S; 0 for rows that hold no prompt.
@@ -85,8 +85,8 @@ def prefill(model, sampling: Sampling, eos: int, size: int, params, batch: Batch
     return _write(state, logits_BTV[row_B, last_B], sampling, eos)
 
 
-@partial(jax.jit, static_argnames=("model", "sampling", "eos"), donate_argnames="state")
-def decode(model, sampling: Sampling, eos: int, params, state: State, until) -> State:
+@partial(jax.jit, static_argnames=("model", "sampling"), donate_argnames="state")
+def decode(model, sampling: Sampling, params, state: State, eos, until) -> State:
     """Writes tokens until every row is finished or has `until` of them. The given state is used up."""
 
     def unfinished(state: State):
@@ -101,7 +101,7 @@ def decode(model, sampling: Sampling, eos: int, params, state: State, until) -> 
     return jax.lax.while_loop(unfinished, write_next, state)
 
 
-def _write(state: State, logits_BV, sampling: Sampling, eos: int) -> State:
+def _write(state: State, logits_BV, sampling: Sampling, eos) -> State:
     """Chooses each row's next token from its logits and appends it where the row is not finished."""
     key_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(state.key_B, state.step)
     token_B = jnp.where(state.done_B, 0, choose(logits_BV, state.seen_BV, key_B, sampling))

@@ -5,7 +5,6 @@ compiled. A prompt's text depends on the prompt, the seed and the prompt's numbe
 """
 
 import dataclasses
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
@@ -16,9 +15,8 @@ from polygpt.data.example import Medium, Text
 from polygpt.data.layout import LayoutSpec, prompt_batch
 from polygpt.errors import UserError
 from polygpt.generation import decoding
+from polygpt.generation.padding import bucket, pad
 from polygpt.generation.sampling import Sampling
-from polygpt.sequence import PADDING, Batch, Media
-from polygpt.spec import nearest
 
 Prompt = Sequence[Text | Medium]
 """Texts and media in reading order."""
@@ -94,22 +92,18 @@ def stream(
             given = len(text)
 
 
-def bucket(n: int, least: int) -> int:
-    """The smallest power of two that is at least `n` and `least`."""
-    return 1 << (max(n, least) - 1).bit_length()
-
-
 def _written(model, params, tokenizer, prompts, layout, sampling, indices, rows, every) -> Iterator[list[Generated]]:
     """What is written of each prompt, after every `every` tokens; the last is final."""
-    adapters = model.spec.adapters
+    places = [f"prompt {index}" for index in indices]
+    for prompt, place in zip(prompts, places, strict=True):
+        if not any(isinstance(part, Medium) or part.text for part in prompt):
+            raise UserError(f"{place}: is empty: give it a text or a medium")
+    batch = prompt_batch(prompts, layout, tokenizer, model.spec.adapters, places)
     bound = _bound(model, layout)
-    for prompt, index in zip(prompts, indices, strict=True):
-        _check(prompt, index, adapters)
-    batch = prompt_batch(prompts, layout, tokenizer, adapters)
-    length_B = np.asarray(batch.segment_BT > 0).sum(axis=1)
-    for length, index in zip(length_B, indices, strict=True):
+    length_B = (batch.segment_BT > 0).sum(axis=1)
+    for length, place in zip(length_B, places, strict=True):
         if length >= bound:
-            raise UserError(f"prompt {index}: has {length} positions, the model reads fewer than {bound}: shorten it")
+            raise UserError(f"{place}: fills all of the model's {bound} positions: leave room for an answer")
     size = bucket(min(sampling.max_tokens, bound), 16)
     batch = pad(batch, rows, min(bucket(int(length_B.max()), 16), bound))
     limit_B = np.zeros(rows, np.int32)
@@ -117,13 +111,13 @@ def _written(model, params, tokenizer, prompts, layout, sampling, indices, rows,
     index_B = np.zeros(rows, np.int32)
     index_B[: len(prompts)] = indices
 
-    choice, eos = sampling.choice(), tokenizer.eos
-    state = decoding.prefill(model, choice, eos, size, params, batch, np.uint32(sampling.seed), index_B, limit_B)
+    choice, eos = sampling.choice(), np.int32(tokenizer.eos)
+    state = decoding.prefill(model, choice, size, params, batch, eos, np.uint32(sampling.seed), index_B, limit_B)
     results = [Generated("", (), "unfinished") for _ in prompts]
     until = 0
     while any(result.finish == "unfinished" for result in results):
         until = min(until + every, size)
-        state = decoding.decode(model, choice, eos, params, state, np.int32(until))
+        state = decoding.decode(model, choice, params, state, eos, np.int32(until))
         tokens_BS, count_B, done_B = map(np.asarray, (state.tokens_BS, state.count_B, state.done_B))
         for b, result in enumerate(results):
             if result.finish == "unfinished":
@@ -162,31 +156,3 @@ def _bound(model, layout: LayoutSpec) -> int:
     position = getattr(getattr(model.spec, "decoder", None), "position", None)
     limit = position.limit() if position is not None else None
     return layout.length if limit is None else min(layout.length, limit)
-
-
-def _check(prompt: Prompt, index: int, adapters) -> None:
-    """Raises UserError where the model cannot read a prompt, naming its number."""
-    if not any(isinstance(part, Medium) or part.text for part in prompt):
-        raise UserError(f"prompt {index}: is empty: give it a text or a medium")
-    for modality, count in Counter(part.modality for part in prompt if isinstance(part, Medium)).items():
-        if modality not in adapters:
-            raise UserError(f"prompt {index}: the model does not read {modality!r}: {nearest(modality, adapters)}")
-        if count > adapters[modality].items:
-            allowed = adapters[modality].items
-            raise UserError(
-                f"prompt {index}: has {count} of {modality}, the model reads at most {allowed}: leave some out"
-            )
-
-
-def pad(batch: Batch, rows: int, length: int) -> Batch:
-    """The batch with padding rows up to `rows` and padding positions up to `length`; NumPy arrays."""
-
-    def grow(array, value=0, axes=1):
-        array = np.asarray(array)
-        widths = [(0, rows - array.shape[0]), (0, length - array.shape[1])][:axes]
-        return np.pad(array, widths + [(0, 0)] * (array.ndim - axes), constant_values=value)
-
-    arrays = {f.name: getattr(batch, f.name) for f in dataclasses.fields(Batch) if f.name != "media"}
-    arrays = {name: grow(array, PADDING if name == "modality_BT" else 0, axes=2) for name, array in arrays.items()}
-    media = {name: Media(grow(m.features), grow(m.length_BN)) for name, m in batch.media.items()}
-    return Batch(**arrays, media=media)

@@ -1,0 +1,263 @@
+"""Prompts in, texts out: stop strings, ends, bounds, streaming, errors, and how often anything is compiled."""
+
+import io
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import soundfile
+from PIL import Image
+
+from polygpt.adapters.audio import AudioAdapter
+from polygpt.adapters.image import ImageAdapter
+from polygpt.attention.multi_head import MultiHead
+from polygpt.blocks.stack import StackSpec
+from polygpt.data.example import Medium, Text
+from polygpt.data.layout import LayoutSpec
+from polygpt.data.media.audio import LogMel
+from polygpt.data.media.image import ImageFeatures
+from polygpt.data.tokenizers.bytes import ByteTokenizer
+from polygpt.errors import UserError
+from polygpt.generation.generate import generate, stream
+from polygpt.generation.padding import bucket
+from polygpt.generation.sampling import GREEDY, Sampling
+from polygpt.models.decoder import DecoderSpec
+from polygpt.models.functional import bind
+from polygpt.models.multimodal import ModelSpec
+from polygpt.nn.positions import Learned
+
+TOKENIZER = ByteTokenizer()
+EOS = TOKENIZER.eos
+LAYOUT = LayoutSpec(length=128)
+
+
+class Script:
+    """A stand-in with a script: the token after position p is script[p]. It notes what shapes it is traced with."""
+
+    spec = types.SimpleNamespace(adapters={}, decoder=types.SimpleNamespace(position=Learned(96)))
+
+    def __init__(self, script):
+        self.script, self.traced = tuple(script), []
+
+    def init_cache(self, rows, size):
+        return {"tokens": jnp.full((rows, size), -1), "cursor": jnp.int32(0)}
+
+    def decode(self, params, batch, cache):
+        self.traced.append(batch.shape)
+        script = jnp.asarray(self.script)
+        tokens = jax.lax.dynamic_update_slice(cache["tokens"], batch.tokens_BT, (0, cache["cursor"]))
+        following = jnp.take(script, batch.position_BT, mode="clip")
+        logits = jax.nn.one_hot(following, TOKENIZER.vocabulary) * params["scale"]
+        return logits, {"tokens": tokens, "cursor": cache["cursor"] + batch.shape[1]}
+
+
+def script(text, prompt=2, end=True):
+    """Writes `text` after a prompt of `prompt` positions (bos and one letter)."""
+    data = text if isinstance(text, bytes) else text.encode()
+    return Script((0,) * (prompt - 1) + tuple(data) + (EOS,) * end + (ord("x"),) * 80)
+
+
+PARAMS = {"scale": jnp.float32(9.0)}
+PROMPT = [Text("p")]
+LINES = script("one and two")
+
+
+def write(model, sampling=GREEDY, prompts=(PROMPT,), **options):
+    return generate(model, PARAMS, TOKENIZER, list(prompts), LAYOUT, sampling, **options)
+
+
+def test_the_model_ends_the_text():
+    (written,) = write(script("seven"))
+    assert (written.text, written.finish) == ("seven", "eos")
+    assert written.tokens == tuple(b"seven")
+
+
+def test_max_tokens_end_the_text():
+    (written,) = write(script("seven"), GREEDY.replace(max_tokens=3))
+    assert (written.text, written.tokens, written.finish) == ("sev", tuple(b"sev"), "length")
+
+
+def test_exactly_max_tokens_with_the_end_is_an_end():
+    assert write(script("seven"), GREEDY.replace(max_tokens=6))[0].finish == "eos"
+    assert write(script("seven"), GREEDY.replace(max_tokens=5))[0].finish == "length"
+
+
+def test_an_empty_answer_is_allowed():
+    (written,) = write(script(""))
+    assert (written.text, written.tokens, written.finish) == ("", (), "eos")
+
+
+@pytest.mark.parametrize(
+    "stop, text, tokens",
+    [
+        (("and",), "one ", "one and"),
+        ((" two", "e and"), "on", "one and"),
+        (("o",), "", "o"),
+        (("one and two",), "", "one and two"),
+        (("and two", "nd"), "one a", "one and"),
+        (("zzz",), "one and two", "one and two"),
+    ],
+)
+@pytest.mark.parametrize("every", [1, 3, 16])
+def test_the_text_ends_before_the_first_stop_string(stop, text, tokens, every, monkeypatch):
+    monkeypatch.setattr("polygpt.generation.generate.STOP_EVERY", every)
+    (written,) = write(LINES, GREEDY.replace(stop=stop))
+    assert written.text == text
+    assert bytes(written.tokens).decode() == tokens
+    assert written.finish == ("eos" if stop == ("zzz",) else "stop")
+
+
+def test_a_stop_string_ends_its_row_alone_and_early():
+    model = script("ab" * 30)
+    one, two = write(model, GREEDY.replace(stop=("ba",)), prompts=[PROMPT, [Text("pp")]])
+    assert (one.text, two.text) == ("a", "")  # the second prompt is one position further into the script: "bab..."
+    assert (one.finish, two.finish) == ("stop", "stop")
+
+
+@pytest.mark.parametrize("every", [1, 2, 5, 64])
+@pytest.mark.parametrize(
+    "text, stop",
+    [
+        ("naïve – 數字 🙂 end", ()),
+        ("one and two and", ("two",)),
+        ("ab abc", ("abd", "bca")),
+        (b"bad \xff\xe2 bytes\xe2", ()),
+    ],
+)
+def test_streamed_pieces_join_to_the_text(text, stop, every):
+    model, sampling = script(text), GREEDY.replace(stop=stop)
+    pieces = list(stream(model, PARAMS, TOKENIZER, PROMPT, LAYOUT, sampling, every=every))
+    (whole,) = write(model, sampling)
+    assert "".join(pieces) == whole.text
+    assert all(pieces)
+    if every == 1 and not stop:
+        assert len(pieces) > 5
+
+
+def test_half_a_character_is_not_streamed():
+    pieces = list(stream(script("é🙂!"), PARAMS, TOKENIZER, PROMPT, LAYOUT, GREEDY, every=1))
+    assert pieces == ["é", "🙂", "!"]
+
+
+def test_prompt_and_text_fill_the_bound_and_no_more():
+    model = Script((ord("x"),) * 200)  # its 96 positions are fewer than the layout's 128
+    long, short = write(model, GREEDY.replace(max_tokens=100), prompts=[[Text("a" * 80)], [Text("a")]])
+    assert (len(long.tokens), long.finish) == (96 - 81, "length")
+    assert (len(short.tokens), short.finish) == (96 - 2, "length")
+
+
+def test_nothing_is_compiled_twice():
+    model = script("some words to write down")
+    sampling = GREEDY.replace(max_tokens=20)
+    write(model, sampling, prompts=[PROMPT] * 3)
+    traced = list(model.traced)
+    assert set(traced) == {(4, 16), (4, 1)}  # one program reads four rows of sixteen, one writes
+    write(
+        model,
+        sampling.replace(seed=3, max_tokens=30, stop=("words",)),
+        prompts=[PROMPT, [Text("other")], PROMPT, PROMPT],
+    )
+    assert model.traced == traced
+    write(model, sampling, prompts=[PROMPT] * 11, rows=4)
+    assert model.traced == traced
+
+
+def test_many_prompts_are_read_some_at_a_time():
+    model = Script(tuple(b"0123456789ABCDEF") + (EOS,) * 80)
+    prompts = [[Text("p" * n)] for n in range(1, 12)]
+    expected = ["0123456789ABCDEF"[n:] for n in range(1, 12)]
+    assert [w.text for w in write(model, prompts=prompts, rows=4)] == expected
+    assert [w.text for w in write(model, prompts=prompts, rows=32)] == expected
+
+
+def test_no_prompts_give_no_texts():
+    assert write(script(""), prompts=[]) == []
+
+
+@pytest.mark.parametrize("prompt", [[], [Text("")], [Text(""), Text("")]])
+def test_an_empty_prompt_is_an_error(prompt):
+    with pytest.raises(UserError, match="^prompt 1: is empty: give it a text or a medium$"):
+        write(script("x"), prompts=[PROMPT, prompt])
+
+
+@pytest.mark.parametrize(
+    "letters, message", [(95, "prompt 7: fills all of the model's 96"), (200, "prompt 7: too long")]
+)
+def test_a_prompt_beyond_the_bound_is_an_error(letters, message):
+    with pytest.raises(UserError, match=message):
+        write(script("x"), prompts=[[Text("a" * letters)]], indices=[7])
+
+
+def test_buckets_are_powers_of_two():
+    assert [bucket(n, 1) for n in (1, 2, 3, 4, 5, 16, 17)] == [1, 2, 4, 4, 8, 16, 32]
+    assert bucket(3, 16) == 16
+
+
+# The real model, with media.
+
+TOWER = StackSpec(width=8, depth=1, attention=MultiHead(heads=2))
+ADAPTERS = {
+    "image": ImageAdapter(features=ImageFeatures(height=8, width=8, channels=1), patch=4, items=2, tower=TOWER),
+    "audio": AudioAdapter(features=LogMel(rate=8000, mels=8, window=200, hop=80, seconds=0.2), fold=2, tower=TOWER),
+}
+
+
+def picture(seed):
+    pixels = np.random.default_rng(seed).integers(0, 256, (8, 8), np.uint8)
+    Image.fromarray(pixels).save(data := io.BytesIO(), "PNG")
+    return Medium("image", data.getvalue())
+
+
+def recording(seed, samples):
+    wave = np.random.default_rng(seed).uniform(-1, 1, samples)
+    soundfile.write(data := io.BytesIO(), wave, 8000, format="WAV")
+    return Medium("audio", data.getvalue())
+
+
+PROMPTS = [
+    [Text("see "), picture(0), Text(" hear "), recording(1, 1500), Text(" is ")],
+    [recording(2, 900)],
+    [Text("only words")],
+    [picture(3), picture(4), Text("?")],
+]
+SAMPLED = Sampling(temperature=0.9, top_k=50, max_tokens=12, seed=4)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    model = bind(ModelSpec(decoder=DecoderSpec(width=16, depth=1), adapters=ADAPTERS), TOKENIZER.vocabulary)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), model.abstract())
+    return model, params, TOKENIZER
+
+
+@pytest.mark.parametrize("sampling", [GREEDY.replace(max_tokens=12), SAMPLED], ids=["greedy", "sampled"])
+def test_a_ragged_batch_of_any_media_equals_each_prompt_alone(trained, sampling):
+    together = generate(*trained, PROMPTS, LAYOUT, sampling)
+    alone = [generate(*trained, [p], LAYOUT, sampling, indices=[i])[0] for i, p in enumerate(PROMPTS)]
+    assert together == alone
+    assert len({written.tokens for written in together}) == len(PROMPTS)
+    assert generate(*trained, PROMPTS[::-1], LAYOUT, sampling, indices=[3, 2, 1, 0]) == together[::-1]
+
+
+def test_the_order_of_the_parts_matters(trained):
+    texts = [
+        generate(*trained, [parts], LAYOUT, GREEDY.replace(max_tokens=12))[0].tokens
+        for parts in (PROMPTS[0], PROMPTS[0][::-1])
+    ]
+    assert texts[0] != texts[1]
+
+
+@pytest.mark.parametrize(
+    "prompt, message",
+    [
+        ([Medium("video", b"")], "prompt 0: the model has no such adapter"),
+        ([picture(0)] * 3, "prompt 0: too many media: the model takes 2 of image"),
+        ([Medium("image", b"no picture")], "prompt 0: "),
+    ],
+)
+def test_media_that_the_model_cannot_read_are_an_error(trained, prompt, message):
+    with pytest.raises(UserError, match=message):
+        generate(*trained, [prompt], LAYOUT, GREEDY)
