@@ -1,0 +1,97 @@
+"""An experiment: everything that a run depends on, as one specification."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Literal
+
+from polygpt.data.loader import DataSpec
+from polygpt.data.tokenizers.base import TokenizerSpec
+from polygpt.data.tokenizers.bytes import Bytes
+from polygpt.evaluation.spec import EvaluationSpec
+from polygpt.models.multimodal import ModelSpec
+from polygpt.objectives.base import Objective
+from polygpt.objectives.next_token import NextToken
+from polygpt.optim.optim import Optim
+from polygpt.spec import Spec, nearest
+from polygpt.training.checkpoint import CheckpointSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSpec(Spec):
+    """How long to train, on which devices, and what to do on the way."""
+
+    steps: int
+    """Batches to train on. A run that is started again with more steps goes on to them."""
+    parallel: Literal["single", "pmap", "sharded"] = "single"
+    """On one device, or rows over all devices by pmap or by a compiler-sharded program."""
+    log_every: int = 10
+    """Steps between two lines of metrics."""
+    evaluate_every: int | None = None
+    """Steps between evaluations, of which one is at the end; null for none."""
+    evaluate: Literal["loss", "full"] = "loss"
+    """What those evaluations measure: held-out losses alone, or written answers and the modality gain too (slow)."""
+    metric: str = "loss"
+    """The held-out figure that chooses the best checkpoint: "loss", the mean over tasks, or one task's "fusion/loss"."""
+    better: Literal["lower", "higher"] = "lower"
+    """Whether a lower or a higher metric is better."""
+    patience: int | None = None
+    """Training stops after so many evaluations in a row without a better metric; null for never."""
+    max_nonfinite: int = 10
+    """Training stops with an error after so many steps in a row whose loss or gradient is not finite."""
+    prefetch: int = 2
+    """Batches that are made and sent to the device in advance."""
+    checkpoint: CheckpointSpec = CheckpointSpec()
+    """When checkpoints are written and which are kept."""
+
+    def validate(self):
+        self.require(self.steps >= 1, "steps", "at least 1")
+        self.require(self.log_every >= 1, "log_every", "at least 1")
+        self.require(self.evaluate_every is None or self.evaluate_every >= 1, "evaluate_every", "null or at least 1")
+        self.require(self.patience is None or self.patience >= 1, "patience", "null or at least 1")
+        self.require(
+            self.patience is None or self.evaluate_every is not None, "patience", "null without evaluate_every"
+        )
+        self.require(self.max_nonfinite >= 1, "max_nonfinite", "at least 1")
+        self.require(self.prefetch >= 1, "prefetch", "at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment(Spec):
+    """A run, from data to evaluation. Two runs of equal experiments on equal devices are equal to the bit."""
+
+    name: str
+    """The run folder is runs/<name> unless another is given."""
+    data: DataSpec
+    """What the model is trained on."""
+    optim: Optim
+    """How it is trained."""
+    train: TrainSpec
+    """How long, where, and what happens on the way."""
+    model: ModelSpec = ModelSpec()
+    """The model."""
+    tokenizer: TokenizerSpec = Bytes()
+    """Text to token ids."""
+    objectives: Mapping[str, tuple[Objective, float]] = dataclasses.field(
+        default_factory=lambda: {"next_token": (NextToken(), 1.0)}
+    )
+    """By name, an objective and its share in the loss."""
+    evaluation: EvaluationSpec = EvaluationSpec()
+    """The held-out tasks."""
+    seed: int = 0
+    """Of initial parameters, dropout, the order of examples and augmentation."""
+
+    def validate(self):
+        self.require(bool(self.name) and "/" not in self.name, "name", "a name without '/'")
+        self.require(bool(self.objectives), "objectives", "at least one objective")
+        self.require(self.seed >= 0, "seed", "at least 0")
+        task, slash, _ = self.train.metric.rpartition("/")
+        if slash:
+            names = list(self.evaluation.tasks)
+            self.train.require(task in names, "metric", f"of a task of the evaluation: {nearest(task, names)}")
+        else:
+            self.train.require(self.train.metric == "loss", "metric", "'loss' or '<task>/<measure>'")
+        self.train.require(
+            self.train.evaluate_every is None or bool(self.evaluation.tasks),
+            "evaluate_every",
+            "null where the evaluation has no tasks",
+        )

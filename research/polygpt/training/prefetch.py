@@ -1,0 +1,78 @@
+"""Batches on their way to the device, made and sent in a thread while the device computes."""
+
+import dataclasses
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from polygpt.sequence import Batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Fed:
+    """A batch on the device.
+
+    Attributes:
+        batch: where the step wants it.
+        state: the iterator's state right after this batch, whatever has been fetched ahead since.
+        tokens: positions of this process that are not padding.
+        waited: seconds for which the loop had to wait for it.
+    """
+
+    batch: Batch
+    state: dict[str, Any]
+    tokens: int
+    waited: float = 0.0
+
+
+class Prefetch:
+    """Keeps `ahead` batches ready.
+
+    Args:
+        batches: an iterator with `get_state()`; from now on it belongs to the thread.
+        put: sends a NumPy batch to the device.
+        check: is called with the first batch.
+        ahead: how many batches are made in advance.
+    """
+
+    def __init__(self, batches: Iterator[Batch], put: Callable, check: Callable[[Batch], None], ahead: int = 2):
+        self._batches, self._put, self._check = batches, put, check
+        self._ready: queue.Queue = queue.Queue(maxsize=ahead)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="prefetch", daemon=True)
+        self._thread.start()
+
+    def __next__(self) -> Fed:
+        """The next batch. An error of the iterator or of the check is raised here."""
+        begin = time.perf_counter()
+        item = self._ready.get()
+        if isinstance(item, BaseException):
+            raise item
+        return dataclasses.replace(item, waited=time.perf_counter() - begin)
+
+    def close(self) -> None:
+        """Ends the thread and the iterator's workers."""
+        self._stop.set()
+        while self._thread.is_alive():  # it may wait for room
+            try:
+                self._ready.get(timeout=0.05)
+            except queue.Empty:
+                continue
+        if hasattr(self._batches, "close"):
+            self._batches.close()
+
+    def _run(self) -> None:
+        try:
+            for number, batch in enumerate(self._batches):
+                if number == 0:
+                    self._check(batch)
+                tokens = int(np.count_nonzero(batch.segment_BT))
+                self._ready.put(Fed(self._put(batch), self._batches.get_state(), tokens))
+                if self._stop.is_set():
+                    return
+        except BaseException as error:  # for whoever takes the next batch
+            self._ready.put(error)

@@ -1,0 +1,204 @@
+"""Where a run's figures go: one protocol, a class a place.
+
+`metrics.jsonl` holds what repeats exactly when a run is repeated, and no times; `timing.jsonl` holds the times.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tensorboardX import SummaryWriter
+
+
+class Sink(Protocol):
+    """Takes what is known of a step; steps only grow. `flush` is called before each checkpoint."""
+
+    def step(self, step: int, loss: float) -> None:
+        """Every step."""
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Figures of the training step, every so many steps."""
+
+    def timing(self, step: int, values: Mapping[str, float]) -> None:
+        """seconds (a step), tokens_per_second, input_wait (share of the time): since the last call."""
+
+    def evaluation(self, step: int, results: Mapping[str, Any]) -> None:
+        """What `evaluate` returned ("tasks", "modality_gain"), and as "metric" the figure that chooses the best."""
+
+    def flush(self) -> None:
+        """Puts everything where it survives the end of the process."""
+
+    def close(self) -> None:
+        """Flushes and ends."""
+
+
+class Silent:
+    """Takes everything and does nothing: the base of the sinks below."""
+
+    def step(self, step, loss):
+        pass
+
+    def metrics(self, step, values):
+        pass
+
+    def timing(self, step, values):
+        pass
+
+    def evaluation(self, step, results):
+        pass
+
+    def flush(self):
+        pass
+
+    def close(self):
+        self.flush()
+
+
+class JsonLines(Silent):
+    """`metrics.jsonl` and `timing.jsonl` in the run folder.
+
+    Lines: {"step": 10, "loss": ..., "loss/next_token": ..., "gradient_norm": ...},
+    {"step": 100, "metric": ..., "evaluation": {task: {measure: value}}, "modality_gain": {...}}, and
+    {"step": 10, "seconds": ..., "tokens_per_second": ..., "input_wait": ...}. A value that is not finite is null.
+
+    Args:
+        workdir: the run folder.
+        step: the run continues after this step: what later lines an interrupted run left are removed.
+    """
+
+    def __init__(self, workdir: Path, step: int):
+        self._files = {}
+        for name in ("metrics", "timing"):
+            path = workdir / f"{name}.jsonl"
+            truncate(path, step)
+            self._files[name] = path.open("a", encoding="utf-8")
+
+    def metrics(self, step, values):
+        self._write("metrics", {"step": step, **values})
+
+    def timing(self, step, values):
+        self._write("timing", {"step": step, **values})
+
+    def evaluation(self, step, results):
+        others = {name: value for name, value in results.items() if name != "tasks"}
+        self._write("metrics", {"step": step, "evaluation": results["tasks"], **others})
+
+    def flush(self):
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
+
+    def close(self):
+        for file in self._files.values():
+            file.close()
+
+    def _write(self, name: str, line: dict) -> None:
+        file: TextIO = self._files[name]
+        file.write(json.dumps(finite_json(line), allow_nan=False) + "\n")
+        file.flush()
+
+
+def truncate(path: Path, step: int) -> None:
+    """Removes lines of steps after `step`, and whatever is no whole line, from a file of JSON lines."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        whole = [line for line in file if _step(line) <= step]
+    fresh = path.with_suffix(".tmp")
+    fresh.write_bytes(b"".join(whole))
+    os.replace(fresh, path)
+
+
+def _step(line: bytes) -> float:
+    try:
+        return json.loads(line)["step"] if line.endswith(b"\n") else math.inf
+    except (ValueError, TypeError, KeyError):
+        return math.inf
+
+
+def finite_json(value: Any) -> Any:
+    """`value` as strict JSON data: numbers that are not finite become None."""
+    if isinstance(value, Mapping):
+        return {str(key): finite_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite_json(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+class TensorBoard(Silent):
+    """Event files for TensorBoard under `tensorboard/` in the run folder."""
+
+    def __init__(self, workdir: Path, step: int):
+        self._writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+
+    def metrics(self, step, values):
+        self._scalars("train", step, values)
+
+    def timing(self, step, values):
+        self._scalars("timing", step, values)
+
+    def evaluation(self, step, results):
+        self._scalars("evaluation", step, dict(scalars(results)))
+
+    def flush(self):
+        self._writer.flush()
+
+    def close(self):
+        self._writer.close()
+
+    def _scalars(self, group: str, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(f"{group}/{name}", value, step)
+
+
+def scalars(results: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers in a nested mapping with their names, joined by "/"."""
+    for key, value in results.items():
+        if isinstance(value, Mapping):
+            yield from scalars(value, f"{prefix}{key}/")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            yield f"{prefix}{key}", value
+
+
+class Terminal(Silent):
+    """Progress on stderr: a bar on a terminal, elsewhere a line every `seconds`."""
+
+    def __init__(self, step: int, steps: int, seconds: float = 10.0):
+        self._console = Console(stderr=True, highlight=False)
+        self._first, self._steps, self._begin = step, steps, time.monotonic()
+        self._seconds, self._printed, self._speed = seconds, -math.inf, ""
+        self._bar = None
+        if self._console.is_terminal:
+            columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=self._console, speed_estimate_period=60)
+            self._task = self._bar.add_task("", total=steps, completed=step, figures="")
+            self._bar.start()
+
+    def step(self, step, loss):
+        figures = f"loss {loss:.4f}{self._speed}"
+        if self._bar:
+            self._bar.update(self._task, completed=step, figures=figures)
+        elif time.monotonic() - self._printed >= self._seconds or step == self._steps:
+            self._printed = time.monotonic()
+            left = (self._printed - self._begin) / max(step - self._first, 1) * (self._steps - step)
+            minutes, seconds = divmod(round(left), 60)
+            self._console.print(f"step {step}/{self._steps}  {figures}  {minutes}:{seconds:02} left", soft_wrap=True)
+
+    def timing(self, step, values):
+        self._speed = f"  {values['tokens_per_second']:,.0f} tokens/s  input wait {values['input_wait']:.0%}"
+
+    def evaluation(self, step, results):
+        losses = "  ".join(f"{name} {figures['loss']:.4f}" for name, figures in results["tasks"].items())
+        self._console.print(f"step {step}, held-out loss: {losses}", soft_wrap=True)
+
+    def close(self):
+        if self._bar:
+            self._bar.stop()

@@ -1,0 +1,139 @@
+"""The run folder: which experiment it belongs to, what it ran on, and what is said when it cannot be written."""
+
+import contextlib
+import errno
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from polygpt import spec
+from polygpt.errors import UserError
+from polygpt.training.experiment import Experiment
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+"""Packages whose versions are written down."""
+
+
+def claim(workdir: Path, experiment: Experiment) -> None:
+    """Makes the folder this experiment's: writes config.json and environment.json.
+
+    Raises:
+        UserError: if it is another experiment's; train.steps alone may grow.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    config = json.loads(json.dumps(spec.to_json(experiment)))
+    path = workdir / "config.json"
+    if path.exists():
+        before = _read(path)
+        for name, old, new in differences(before, config):
+            if name == "train.steps" and isinstance(old, int) and new > old:
+                continue
+            raise UserError(
+                f"{workdir} is a run of another configuration: {name} is {_short(old)} there, {_short(new)} here: "
+                "choose another --workdir"
+            )
+    _write(path, config)
+    _write(workdir / "environment.json", environment())
+
+
+def load_experiment(workdir: Path) -> Experiment:
+    """The experiment of a run folder. Raises UserError if there is none, SpecError if it does not fit this version."""
+    path = workdir / "config.json"
+    if not path.is_file():
+        raise UserError(f"{workdir} is no run folder: it has no config.json")
+    experiment = spec.from_json(_read(path), str(path))
+    if not isinstance(experiment, Experiment):
+        raise UserError(f"{path} holds no experiment")
+    return experiment
+
+
+def differences(before: Any, after: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted name, before, after) of each leaf that differs between two trees of JSON data; None where one lacks it."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        for key in dict.fromkeys([*before, *after]):
+            yield from differences(before.get(key), after.get(key), f"{name}.{key}" if name else key)
+    elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+        for i, pair in enumerate(zip(before, after, strict=True)):
+            yield from differences(*pair, f"{name}.{i}")
+    elif before != after:
+        yield name, before, after
+
+
+def environment() -> dict[str, Any]:
+    """Versions, devices, and the revision of the source where it lies in a Git repository."""
+    devices = jax.devices()
+    return {
+        "device": f"{len(devices)} x {devices[0].device_kind}" if len(devices) > 1 else devices[0].device_kind,
+        "processes": jax.process_count(),
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        **{name: importlib.metadata.version(name) for name in PACKAGES},
+        "revision": _revision(),
+        "command": sys.argv,
+    }
+
+
+def _revision() -> str | None:
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}): remove the folder or choose another --workdir") from None
+
+
+def _write(path: Path, data: Any) -> None:
+    fresh = path.with_suffix(".tmp")
+    fresh.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    os.replace(fresh, path)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+_FAULTS = {
+    errno.ENOSPC: "free some space and run the same command again",
+    errno.EDQUOT: "free some space and run the same command again",
+    errno.EFBIG: "raise the limit on file sizes and run the same command again",
+    errno.EACCES: "choose another --workdir or change its permissions",
+    errno.EPERM: "choose another --workdir or change its permissions",
+    errno.EROFS: "choose another --workdir",
+    errno.ENOTDIR: "choose another --workdir",
+    errno.EEXIST: "choose another --workdir",
+}
+
+
+@contextlib.contextmanager
+def storage_faults(workdir: Path) -> Iterator[None]:
+    """A full disk or a folder that may not be written becomes a UserError that says what to do."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        code = error.errno if isinstance(error, OSError) else _errno_in(str(error))
+        if code not in _FAULTS:
+            raise
+        place = getattr(error, "filename", None) or workdir
+        raise UserError(f"cannot write {place}: {os.strerror(code)}: {_FAULTS[code]}") from error
+
+
+def _errno_in(text: str) -> int | None:
+    """TensorStore reports the operating system's errors as text."""
+    return next((code for code in _FAULTS if os.strerror(code).lower() in text.lower()), None)
