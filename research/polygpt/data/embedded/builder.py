@@ -1,0 +1,151 @@
+"""The embedded data as a TFDS dataset, built from the archives beside this file into a cache folder on first use.
+
+Five configs, each with the splits train and test: the pictures, voices and texts of the test split are not in training.
+
+| config | fields |
+|---|---|
+| digits | image (PNG), number |
+| pictures | image (PNG), text |
+| speech | audio (FLAC), word, number, language, voice, kind |
+| utterances | audio (FLAC), text, language, voice, kind |
+| text | text, source |
+
+and `file` in each, the record's name in its archive. Media are encoded bytes, so that neither writing nor reading needs
+TensorFlow. The module imports TFDS, which takes a second: import it where the data are opened, not before.
+"""
+
+import contextlib
+import functools
+import hashlib
+import io
+import json
+import os
+import shutil
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from polygpt.errors import UserError
+
+ARCHIVES = Path(__file__).parent
+STRINGS = ("file", "word", "text", "language", "voice", "kind", "source")
+FIELDS = {
+    "digits": ("file", "image", "number"),
+    "pictures": ("file", "image", "text"),
+    "speech": ("file", "audio", "word", "number", "language", "voice", "kind"),
+    "utterances": ("file", "audio", "text", "language", "voice", "kind"),
+    "text": ("file", "text", "source"),
+}
+ABANDONED = 3600  # seconds after which an unfinished build is taken for one that was killed
+
+
+class PolygptEmbedded(tfds.core.GeneratorBasedBuilder):
+    """Digits seen and heard, captioned pictures, transcribed utterances and plain text."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=name) for name in FIELDS]
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        kinds: dict[str, Any] = {name: tfds.features.Text() for name in STRINGS}
+        kinds["number"] = tfds.features.Scalar(np.int64)
+        kinds["image"] = kinds["audio"] = tfds.features.Tensor(shape=(), dtype=np.object_)
+        features = tfds.features.FeaturesDict({name: kinds[name] for name in FIELDS[self.builder_config.name]})
+        return self.dataset_info_from_configs(features=features)
+
+    def _split_generators(self, dl_manager):
+        return {split: self._generate_examples(split) for split in ("train", "test")}
+
+    def _generate_examples(self, split: str):
+        for row, data in archive_records(self.builder_config.name):
+            if row.pop("split") == split:
+                content = next(name for name in FIELDS[self.builder_config.name] if name not in row)
+                yield row["file"], {**row, content: data.decode() if content == "text" else data}
+
+
+def archive_records(config: str):
+    """Yields (manifest row, the file's bytes) of a config's archive."""
+    with zipfile.ZipFile(ARCHIVES / f"{config}.zip") as archive:
+        for line in archive.read("manifest.jsonl").decode().splitlines():
+            row = json.loads(line)
+            yield row, archive.read(row["file"])
+
+
+def cache_folder() -> Path:
+    """POLYGPT_CACHE, or ~/.cache/polygpt."""
+    return Path(os.environ.get("POLYGPT_CACHE") or "~/.cache/polygpt").expanduser()
+
+
+@functools.cache
+def fingerprint(config: str) -> str:
+    """Twelve hex digits of the archive's SHA-256: another release of the data gets another folder."""
+    return hashlib.sha256((ARCHIVES / f"{config}.zip").read_bytes()).hexdigest()[:12]
+
+
+def data_dir(config: str) -> Path:
+    """The TFDS data folder that holds `polygpt_embedded/<config>`, which is built first where it is not there.
+
+    A build happens in a folder of its own and is moved into place whole: a process that is killed leaves nothing that
+    looks finished, and of two that build at once one wins and the other takes its result.
+
+    Raises:
+        UserError: if the cache folder cannot be written.
+    """
+    place = cache_folder() / "embedded" / f"{config}-{fingerprint(config)}"
+    if place.is_dir():
+        return place
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(place.parent)
+        work = Path(tempfile.mkdtemp(prefix=f".building-{config}-", dir=place.parent))
+        try:
+            _build(config, work)
+            shutil.rmtree(work / "downloads", ignore_errors=True)
+            work.chmod(0o755)  # mkdtemp gives 0o700, but a cache may be shared
+            with contextlib.suppress(OSError):  # another process was first
+                work.rename(place)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot write the embedded data to {place.parent}: {error.strerror or error}: "
+            "set POLYGPT_CACHE to a folder that can be written"
+        ) from error
+    return place
+
+
+def _build(config: str, work: Path) -> None:
+    builder = PolygptEmbedded(config=config, data_dir=work, file_format="array_record")
+    silence = io.StringIO()
+    with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):  # notes and progress bars of TFDS
+        builder.download_and_prepare()
+
+
+def _sweep(folder: Path) -> None:
+    """Removes what killed builds left behind."""
+    for path in folder.glob(".building-*"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > ABANDONED:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+@functools.cache
+def records(config: str, split: str) -> tuple[dict[str, Any], ...]:
+    """All records of a split, in the order of their file names, kept in memory: the whole dataset is small."""
+    source = tfds.data_source(
+        f"polygpt_embedded/{config}:1.0.0", split=split, data_dir=data_dir(config), download=False
+    )
+    rows = [{name: _plain(value, name) for name, value in source[i].items()} for i in range(len(source))]
+    return tuple(sorted(rows, key=lambda row: row["file"]))
+
+
+def _plain(value: Any, name: str) -> Any:
+    if isinstance(value, np.ndarray):
+        value = value.item()
+    if isinstance(value, bytes) and name in STRINGS:
+        return value.decode()
+    return int(value) if isinstance(value, np.integer) else value

@@ -1,0 +1,154 @@
+"""The data that come with the package: see a digit, hear a digit, write their sum; captions, transcripts, text."""
+
+import dataclasses
+import functools
+import hashlib
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+from polygpt.data.example import Example, Medium, Text
+from polygpt.data.sources.base import Source
+
+NUMBERS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen"
+).split()
+
+
+@dataclasses.dataclass(frozen=True)
+class Embedded(Source):
+    """One task of the embedded data. In every task but text the loss counts the answer alone.
+
+    | task | example |
+    |---|---|
+    | text | a piece of the King James Bible or of WordNet's definitions |
+    | digits | picture of a handwritten digit `=` **seven** |
+    | pictures | clip art `:` **christmas tree** |
+    | speech | recording of a number `=` **seven** (in the language spoken) |
+    | utterances | recording `:` **Thank you for calling** |
+    | fusion | picture of a digit `+` recording of another `=` **twelve**, in either order |
+
+    The test split holds pictures, voices and texts of its own: none of its pictures, voices or texts is in training.
+    """
+
+    task: Literal["text", "digits", "pictures", "speech", "utterances", "fusion"]
+    """What the model is to do."""
+    split: Literal["train", "test"] = "train"
+    """Which side of the split."""
+    languages: tuple[Literal["en", "es", "fr", "it", "ru"], ...] = ("en",)
+    """Languages of the recordings. The sum of the fusion task is in English whatever language is heard."""
+    numbers: Literal["digits", "all"] = "digits"
+    """Spoken numbers of the speech task: zero to nine, or English up to twenty too."""
+    examples: int = 100_000
+    """Number of pairs of the fusion task: pair `i` depends on the split, the seed and `i` alone."""
+    characters: int = 256
+    """Characters of a piece of text."""
+    prompt: int = 0
+    """Leading characters of a piece of text that are only read: what generation is to continue."""
+    seed: int = 0
+    """Seed of the fusion task's pairs."""
+
+    def validate(self) -> None:
+        self.require(len(self.languages) > 0, "languages", "at least one language")
+        self.require(self.examples > 0, "examples", "at least 1")
+        self.require(self.characters > 0, "characters", "at least 1")
+        self.require(0 <= self.prompt < self.characters, "prompt", f"from 0 to characters - 1 = {self.characters - 1}")
+
+    def open(self) -> "EmbeddedExamples":
+        """The examples; the first use on a machine builds the dataset in the cache folder, which takes seconds.
+
+        Raises:
+            UserError: if the cache folder cannot be written.
+        """
+        return EmbeddedExamples(self)
+
+
+class EmbeddedExamples(Sequence[Example]):
+    """The examples of one task, by random access. Light to pickle: each process reads the records on first use."""
+
+    def __init__(self, spec: Embedded):
+        self.spec = spec
+
+    def __len__(self) -> int:
+        return _open(self.spec)[0]
+
+    def __getitem__(self, index: int) -> Example:
+        length, make = _open(self.spec)
+        i = operator.index(index)
+        if not -length <= i < length:
+            raise IndexError(f"example {index} of {length}")
+        i %= length
+        parts, file = make(i)
+        return Example(parts, f"embedded {self.spec.task}/{self.spec.split}, example {i}: {file}")
+
+
+Maker = Callable[[int], tuple[tuple[Text | Medium, ...], str]]
+
+
+@functools.lru_cache(maxsize=64)
+def _open(spec: Embedded) -> tuple[int, Maker]:
+    """(number of examples, function from an index to an example's parts and file)."""
+    if spec.task == "text":
+        pieces = _pieces(_records(spec, "text"), spec.characters)
+
+        def make_text(i):
+            file, text = pieces[i]
+            prompt = (Text(text[: spec.prompt], 0.0),) if spec.prompt else ()
+            return (*prompt, Text(text[spec.prompt :])), file
+
+        return len(pieces), make_text
+    if spec.task == "fusion":
+        pictures, recordings = _records(spec, "digits"), _spoken(spec, "digits")
+        return spec.examples, functools.partial(_sum, spec, pictures, recordings)
+    if spec.task == "digits":
+        rows, modality, sign = _records(spec, "digits"), "image", "="
+        answers = [NUMBERS[row["number"]] for row in rows]
+    elif spec.task == "speech":
+        rows, modality, sign = _spoken(spec, spec.numbers), "audio", "="
+        answers = [row["word"] for row in rows]
+    else:
+        rows, sign = _records(spec, spec.task), ":"
+        modality = "image" if spec.task == "pictures" else "audio"
+        answers = [row["text"] for row in rows]
+
+    def make(i):
+        return (Medium(modality, rows[i][modality]), Text(sign, 0.0), Text(answers[i])), rows[i]["file"]
+
+    return len(rows), make
+
+
+def _records(spec: Embedded, config: str) -> list[dict[str, Any]]:
+    from polygpt.data.embedded.builder import records  # here, since importing TFDS takes a second
+
+    return [row for row in records(config, spec.split) if row.get("language", spec.languages[0]) in spec.languages]
+
+
+def _spoken(spec: Embedded, numbers: str) -> list[dict[str, Any]]:
+    return [row for row in _records(spec, "speech") if numbers == "all" or row["number"] < 10]
+
+
+def _pieces(documents: list[dict[str, Any]], characters: int) -> list[tuple[str, str]]:
+    """(document's file, text) of the documents cut into pieces; a last piece under half as long is left out."""
+    pieces = []
+    for row in documents:
+        text = row["text"]
+        for start in range(0, len(text), characters):
+            piece = text[start : start + characters]
+            if start == 0 or 2 * len(piece) >= characters:
+                pieces.append((row["file"], piece))
+    return pieces
+
+
+def _sum(spec: Embedded, pictures, recordings, i: int) -> tuple[tuple[Text | Medium, ...], str]:
+    """Pair `i` of the fusion task: picture, recording and order drawn by a hash, so that any pair can be made alone."""
+    digest = hashlib.blake2b(f"{spec.seed}/{spec.split}/{i}".encode(), digest_size=17).digest()
+    picture = pictures[int.from_bytes(digest[:8]) % len(pictures)]
+    recording = recordings[int.from_bytes(digest[8:16]) % len(recordings)]
+    media = [Medium("image", picture["image"]), Medium("audio", recording["audio"])]
+    files = [picture["file"], recording["file"]]
+    if digest[16] % 2:
+        media.reverse()
+        files.reverse()
+    answer = Text(NUMBERS[picture["number"] + recording["number"]])
+    return (media[0], Text("+", 0.0), media[1], Text("=", 0.0), answer), " + ".join(files)

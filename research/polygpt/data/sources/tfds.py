@@ -1,0 +1,188 @@
+"""Any dataset prepared by TensorFlow Datasets, read without TensorFlow."""
+
+import dataclasses
+import functools
+import operator
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from polygpt.data.example import Example, Medium, Text
+from polygpt.data.sources.base import Source
+from polygpt.errors import BadRecord, UserError
+from polygpt.spec import Spec, nearest
+
+
+@dataclasses.dataclass(frozen=True)
+class Field(Spec):
+    """One part of an example, taken from a field of the record."""
+
+    name: str
+    """The field; `a/b` is the field b inside a."""
+    modality: str = "text"
+    """"text", or the adapter that reads the field's encoded bytes ("image", "audio")."""
+    weight: float = 1.0
+    """Loss weight of a text; 0 makes it a prompt."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Fixed(Spec):
+    """A text that stands at its place in every example."""
+
+    text: str
+    """The text."""
+    weight: float = 0.0
+    """Its loss weight; 0 makes it a prompt."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TfdsSource(Source):
+    """A prepared TFDS dataset, by name and split, and which of its fields become which parts.
+
+    The dataset must be stored as ArrayRecord (`tfds.builder(name, file_format="array_record")`): it gives random access.
+    Text becomes text, a class label its name, a number its digits; media are taken as encoded bytes.
+    """
+
+    dataset: str
+    """`name`, `name/config` or `name/config:version`; the newest version where none is named."""
+    split: str
+    """A split of the dataset, or a slice of one: `train`, `train[:90%]`."""
+    parts: tuple[Field | Fixed, ...]
+    """The parts of each example, in reading order."""
+    data_dir: str = ""
+    """The folder of prepared datasets; empty: TFDS_DATA_DIR, or ~/tensorflow_datasets."""
+
+    def validate(self) -> None:
+        self.require(any(isinstance(part, Field) for part in self.parts), "parts", "at least one Field among others")
+
+    def open(self) -> "TfdsExamples":
+        """The examples.
+
+        Raises:
+            UserError: if the dataset, the split or a field is not there, with the nearest names; or if it cannot be read
+                without TensorFlow.
+        """
+        examples = TfdsExamples(self)
+        examples.check()
+        return examples
+
+
+class TfdsExamples(Sequence[Example]):
+    """The examples of a TFDS dataset, by random access. Light to pickle: each process opens the files on first use."""
+
+    def __init__(self, spec: TfdsSource):
+        self.spec = spec
+
+    def check(self) -> None:
+        """Raises UserError unless every field that the specification names is in the dataset."""
+        _, labels, known = _open(self.spec)
+        for part in self.spec.parts:
+            if isinstance(part, Field) and part.name not in known:
+                where = f"dataset {self.spec.dataset!r}"
+                raise UserError(f"{where} has no field {part.name!r}: {nearest(part.name, known)}")
+
+    def __len__(self) -> int:
+        return len(_open(self.spec)[0])
+
+    def __getitem__(self, index: int) -> Example:
+        source, labels, _ = _open(self.spec)
+        i = operator.index(index)
+        if not -len(source) <= i < len(source):
+            raise IndexError(f"example {index} of {len(source)}")
+        i %= len(source)
+        record, place = source[i], f"{self.spec.dataset} {self.spec.split}, example {i}"
+        return Example(tuple(_part(part, record, labels, place) for part in self.spec.parts), place)
+
+
+def _part(part: Field | Fixed, record: Any, labels: dict[str, list[str]], place: str) -> Text | Medium:
+    if isinstance(part, Fixed):
+        return Text(part.text, part.weight)
+    value = functools.reduce(lambda inner, key: inner[key], part.name.split("/"), record)
+    if getattr(value, "ndim", None) == 0:
+        value = value.item()
+    if part.modality != "text":
+        if not isinstance(value, bytes):
+            raise BadRecord("not encoded", f"{place}, field {part.name}", "media must be stored as encoded bytes")
+        return Medium(part.modality, value)
+    if isinstance(value, bytes):
+        try:
+            value = value.decode()
+        except UnicodeDecodeError as error:
+            raise BadRecord("invalid UTF-8", f"{place}, field {part.name}", str(error)) from error
+    elif part.name in labels:
+        value = labels[part.name][value]
+    elif not isinstance(value, (str, int, float)):
+        raise BadRecord("not text", f"{place}, field {part.name}", f"it holds {type(value).__name__}")
+    return Text(str(value), part.weight)
+
+
+@functools.lru_cache(maxsize=64)
+def _open(spec: TfdsSource) -> tuple[Sequence[Any], dict[str, list[str]], list[str]]:
+    """(the records, names of each field's class labels, all fields)."""
+    import tensorflow_datasets as tfds  # here, since it takes a second
+
+    folder = find_dataset(spec.dataset, spec.data_dir)
+    try:
+        builder = tfds.builder_from_directory(folder)
+    except ImportError as error:
+        raise UserError(
+            f"dataset {spec.dataset!r} in {folder} has a feature that TFDS reads through {error.name}, which is "
+            "missing: install tensorflow-cpu, or store encoded bytes as Tensor(shape=(), dtype=np.object_)"
+        ) from error
+    split = spec.split.partition("[")[0]
+    if split not in builder.info.splits:
+        raise UserError(f"dataset {spec.dataset!r} has no split {split!r}: {nearest(split, builder.info.splits)}")
+    features = _flatten(builder.info.features)
+    labels = {name: list(f.names) for name, f in features.items() if isinstance(f, tfds.features.ClassLabel)}
+    encoded = {part.name for part in spec.parts if isinstance(part, Field) and part.modality != "text"}
+    decoders: dict[str, Any] = {}
+    for name in encoded & features.keys():
+        if not isinstance(features[name], tfds.features.Tensor) or isinstance(features[name], tfds.features.Image):
+            *outer, last = name.split("/")
+            functools.reduce(lambda inner, key: inner.setdefault(key, {}), outer, decoders)[last] = (
+                tfds.decode.SkipDecoding()
+            )
+    try:
+        source = builder.as_data_source(split=spec.split, decoders=decoders or None)
+    except NotImplementedError as error:
+        raise UserError(
+            f"dataset {spec.dataset!r} in {folder} is stored as {builder.info.file_format.value}, which has no random "
+            'access: prepare it with file_format="array_record"'
+        ) from error
+    except ValueError as error:
+        raise UserError(f"dataset {spec.dataset!r}, split {spec.split!r}: {' '.join(str(error).split())}") from error
+    return source, labels, list(features)
+
+
+def _flatten(features: Any, prefix: str = "") -> dict[str, Any]:
+    found = {}
+    for name, feature in features.items():
+        found |= _flatten(feature, f"{prefix}{name}/") if hasattr(feature, "items") else {f"{prefix}{name}": feature}
+    return found
+
+
+def find_dataset(dataset: str, data_dir: str | Path = "") -> Path:
+    """The folder of a prepared dataset, `data_dir/name[/config]/version`.
+
+    Raises:
+        UserError: if there is none of that name, with the nearest names; or if it has several configs, and which.
+    """
+    root = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    name, _, version = dataset.partition(":")
+    prepared: dict[str, list[Path]] = {}
+    for path in sorted([*root.glob("*/*/dataset_info.json"), *root.glob("*/*/*/dataset_info.json")]):
+        prepared.setdefault(path.parent.parent.relative_to(root).as_posix(), []).append(path.parent)
+    configs = [key for key in prepared if key == name or key.startswith(f"{name}/")]
+    if not configs:
+        raise UserError(f"no dataset {name!r} is prepared in {root}: {nearest(name, prepared)}")
+    if len(configs) > 1 and name not in configs:
+        raise UserError(f"dataset {name!r} in {root} has several configs: name one of {', '.join(configs)}")
+    folders = {path.name: path for path in prepared[name if name in configs else configs[0]]}
+    if version and version not in folders:
+        raise UserError(f"dataset {name!r} in {root} has no version {version!r}: {nearest(version, folders)}")
+    return folders[version or max(folders, key=_version)]
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) if part.isdigit() else -1 for part in text.split("."))
