@@ -115,8 +115,10 @@ class LogMel(Features):
         return samples
 
     def extract(self, raw: np.ndarray) -> tuple[np.ndarray, int]:
-        """As the class says. Samples beyond `seconds`, which only an augmentation can have made, are cut off."""
+        """As the class says. What an augmentation made too long is cut off, what it made too short is padded."""
         raw = raw[: self.samples]
+        if len(raw) < self.shortest:
+            raw = np.pad(raw, (0, self.shortest - len(raw)))
         frames, half = len(raw) // self.hop, self.window // 2
         padded = np.concatenate([raw[half:0:-1], raw, raw[-2 : -half - 2 : -1]])
         windows = np.lib.stride_tricks.sliding_window_view(padded, self.window)[:: self.hop][:frames]

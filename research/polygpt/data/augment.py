@@ -1,0 +1,161 @@
+"""Augmentations: random changes of media in training, drawn from the generator that they are given and nothing else."""
+
+import dataclasses
+import math
+from typing import ClassVar, Literal
+
+import numpy as np
+import soxr
+from PIL import Image
+
+from polygpt.spec import Spec
+
+
+@dataclasses.dataclass(frozen=True)
+class Augment(Spec):
+    """A random change of one medium, made after decoding ("raw") or after extraction ("features")."""
+
+    modality: ClassVar[str]
+    """The modality that it changes; media of others pass by."""
+    stage: ClassVar[Literal["raw", "features"]]
+    """Raw samples (uint8 [h, w, 3]; float32 [samples]), or features without their padding (see `Features.real`)."""
+
+    def __call__(self, array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """The changed array, a new one: `array` may be shared. Features keep their shape."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomResizedCrop(Augment):
+    """A random rectangle of the picture, enlarged to its former size by the features that follow.
+
+    Inception's augmentation ("Going Deeper with Convolutions", section 6), with the bounds usual since.
+    """
+
+    modality = "image"
+    stage = "raw"
+
+    area: tuple[float, float] = (0.08, 1.0)
+    """Bounds of the rectangle's share of the area."""
+    aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    """Bounds of its width / height, relative to the picture's."""
+
+    def validate(self):
+        self.require(0 < self.area[0] <= self.area[1] <= 1, "area", "rising, in 0..1, above 0")
+        self.require(0 < self.aspect[0] <= self.aspect[1], "aspect", "rising, above 0")
+
+    def __call__(self, array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        h, w = array.shape[:2]
+        for _ in range(10):
+            area = rng.uniform(*self.area)
+            aspect = math.exp(rng.uniform(*map(math.log, self.aspect)))
+            height, width = round(h * math.sqrt(area / aspect)), round(w * math.sqrt(area * aspect))
+            if 0 < height <= h and 0 < width <= w:
+                top, left = rng.integers(h - height + 1), rng.integers(w - width + 1)
+                crop = Image.fromarray(array[top : top + height, left : left + width])
+                return np.asarray(crop.resize((w, h), Image.Resampling.BICUBIC))
+        return array.copy()
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomShift(Augment):
+    """The picture moved by whole pixels; its border is continued into what becomes free."""
+
+    modality = "image"
+    stage = "raw"
+
+    share: float = 0.125
+    """The most that it moves in each direction, as a share of height and width."""
+
+    def validate(self):
+        self.require(0 <= self.share < 1, "share", "in 0..1, below 1")
+
+    def __call__(self, array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        axes = []
+        for size in array.shape[:2]:
+            most = round(self.share * size)
+            axes.append(np.clip(np.arange(size) - rng.integers(-most, most + 1), 0, size - 1))
+        return array[axes[0][:, None], axes[1][None, :]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Speed(Augment):
+    """A recording played faster or slower, pitch included ("Audio Augmentation for Speech Recognition", section 2)."""
+
+    modality = "audio"
+    stage = "raw"
+
+    factor: tuple[float, float] = (0.9, 1.1)
+    """Bounds of the speed; 2 halves the duration."""
+
+    def validate(self):
+        self.require(0.1 <= self.factor[0] <= self.factor[1] <= 10, "factor", "rising, in 0.1..10")
+
+    def __call__(self, array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        # Steps of a hundredth: few ratios, and no clip is worth a finer one.
+        factor = round(rng.uniform(*self.factor), 2)
+        return soxr.resample(array, factor, 1.0, quality="MQ")
+
+
+@dataclasses.dataclass(frozen=True)
+class Noise(Augment):
+    """White noise added to a recording."""
+
+    modality = "audio"
+    stage = "raw"
+
+    snr: tuple[float, float] = (10.0, 40.0)
+    """Bounds of the ratio of signal to noise, in dB."""
+
+    def validate(self):
+        self.require(self.snr[0] <= self.snr[1], "snr", "rising")
+
+    def __call__(self, array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        power = float(np.mean(np.square(array, dtype=np.float64)))
+        deviation = math.sqrt(power * 10 ** (-rng.uniform(*self.snr) / 10))
+        return array + rng.standard_normal(len(array), np.float32) * np.float32(deviation)
+
+
+@dataclasses.dataclass(frozen=True)
+class SpecAugment(Augment):
+    """Bands of mel bins and stretches of time masked with the mean ("SpecAugment", section 2; without time warping).
+
+    The defaults are the paper's policy LibriSpeech Double, its widths for 80 mel bins at 10 ms.
+    """
+
+    modality = "audio"
+    stage = "features"
+
+    frequency_masks: int = 2
+    """Number of masked bands (m_F)."""
+    frequency_width: int = 27
+    """The most mel bins of a band (F); each width is drawn from 0..F."""
+    time_masks: int = 2
+    """Number of masked stretches (m_T)."""
+    time_width: int = 100
+    """The most frames of a stretch (T); each width is drawn from 0..T."""
+    time_share: float = 1.0
+    """The most of a clip that one stretch masks (p)."""
+
+    def validate(self):
+        for field in ("frequency_masks", "frequency_width", "time_masks", "time_width"):
+            self.require(getattr(self, field) >= 0, field, "0 or above")
+        self.require(0 <= self.time_share <= 1, "time_share", "in 0..1")
+
+    def __call__(self, array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        frames, mels = array.shape
+        masked, mean = array.copy(), array.mean()
+        for _ in range(self.frequency_masks):
+            start, stop = _stretch(mels, self.frequency_width, rng)
+            masked[:, start:stop] = mean
+        for _ in range(self.time_masks):
+            start, stop = _stretch(frames, min(self.time_width, int(self.time_share * frames)), rng)
+            masked[start:stop] = mean
+        return masked
+
+
+def _stretch(size: int, most: int, rng: np.random.Generator) -> tuple[int, int]:
+    """A random stretch of `size` places, its width drawn from 0..most, as (start, stop)."""
+    width = int(rng.integers(min(most, size) + 1))
+    start = int(rng.integers(size - width + 1))
+    return start, start + width

@@ -1,0 +1,188 @@
+"""The layout: how the texts and media of an example become a row of positions."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+
+from polygpt.data.augment import Augment
+from polygpt.data.example import Example, Medium, Text
+from polygpt.data.packing import Row, collate
+from polygpt.data.tokenizers.base import Tokenizer
+from polygpt.errors import BadRecord
+from polygpt.sequence import TEXT, Batch
+from polygpt.spec import Spec, nearest
+
+
+@dataclasses.dataclass(frozen=True)
+class LayoutSpec(Spec):
+    """How examples become rows.
+
+    A row begins with the token `bos` and ends with `eos`; the weight of `eos` is that of the last text. The target of a
+    position is the token that follows, where that is text.
+    """
+
+    length: int
+    """T, positions a row. An example that is longer is a bad record."""
+    fusion: Literal["interleaved", "prefix"] = "interleaved"
+    """Media where they stand in the example, or all of them before the text."""
+    media_span: Literal["causal", "bidirectional"] = "causal"
+    """Whether the positions of a medium see each other both ways; with prefix fusion, those of all media do."""
+    packing: bool = True
+    """Whether several short examples share a row, isolated from each other."""
+
+    def validate(self):
+        self.require(self.length >= 2, "length", "at least 2")
+
+
+class MediaCache:
+    """Decoded media in memory, so that later epochs need not decode them again. Full, it keeps what it has."""
+
+    def __init__(self, megabytes: int):
+        self.room = megabytes * 2**20
+        self.kept: dict = {}
+
+    def put(self, key, arrays: tuple) -> None:
+        """Keeps what was decoded while there is room. `key` holds the encoded bytes, or a path."""
+        source = key[-1]
+        size = arrays[0].nbytes + (len(source) if isinstance(source, bytes) else 0) + 500
+        if size <= self.room:
+            self.room -= size
+            self.kept[key] = arrays
+
+
+def lay_out(
+    example: Example,
+    layout: LayoutSpec,
+    tokenizer: Tokenizer,
+    adapters: Mapping,
+    rng: np.random.Generator | None = None,
+    augment: Sequence[Augment] = (),
+    cache: MediaCache | None = None,
+) -> Row:
+    """The row of an example.
+
+    Args:
+        example: texts and media.
+        layout: the layout.
+        tokenizer: the tokenizer.
+        adapters: by modality, in the model's order: what has `features`, `items`, `positions` and `length(frames)`.
+        rng: where augmentations draw from; None leaves the media as they are.
+        augment: augmentations, applied in order to the media of their modality.
+        cache: keeps what was decoded.
+
+    Raises:
+        BadRecord: if a medium cannot be used, there are too many, nothing is to be predicted, or it is too long.
+    """
+    if not example.answer:
+        raise BadRecord("empty text", example.place, "no text with a loss weight")
+    row = _assemble(example, layout, tokenizer, adapters, rng, augment if rng is not None else (), cache, end=True)
+    if len(row) > layout.length:
+        raise BadRecord("too long", example.place, f"{len(row)} positions, a row of the layout has {layout.length}")
+    return row
+
+
+def prompt_batch(
+    prompts: Sequence[Iterable[Text | Medium]],
+    layout: LayoutSpec,
+    tokenizer: Tokenizer,
+    adapters: Mapping,
+    places: Sequence[str] | None = None,
+) -> Batch:
+    """Prompts for generation: as `lay_out` begins a row, without the end, and without loss weights.
+
+    Args:
+        prompts: texts and media in reading order.
+        layout, tokenizer, adapters: as in `lay_out`.
+        places: names of the prompts in errors; "prompt 0", ... by default.
+
+    Returns:
+        A batch of a row a prompt, padded on the right to the longest.
+
+    Raises:
+        BadRecord: if a medium cannot be used, there are too many, or a prompt is longer than the layout.
+    """
+    rows = []
+    for i, parts in enumerate(prompts):
+        example = Example(tuple(parts), places[i] if places else f"prompt {i}")
+        row = _assemble(example, layout, tokenizer, adapters, None, (), None, end=False)
+        if len(row) > layout.length:
+            raise BadRecord("too long", example.place, f"{len(row)} positions, the layout has {layout.length}")
+        rows.append(dataclasses.replace(row, weight=np.zeros_like(row.weight)))
+    return collate(rows, max((len(row) for row in rows), default=1), adapters)
+
+
+def _assemble(example, layout, tokenizer, adapters, rng, augment, cache, end: bool) -> Row:
+    numbers = {name: number for number, name in enumerate(adapters, start=1)}
+    media = {name: [] for name in adapters}
+    parts = example.parts
+    if layout.fusion == "prefix":
+        parts = sorted(parts, key=lambda part: isinstance(part, Text))  # stable: media first, in their order
+    # Runs of positions: token ids (or the number of positions), modality, first slot, span, weight of the tokens.
+    runs = [(np.array([tokenizer.bos], np.int32), TEXT, 0, 0, 0.0)]
+    spans, weight = 0, 0.0
+    for part in parts:
+        if isinstance(part, Text):
+            weight = part.weight
+            runs.append((tokenizer.encode(part.text), TEXT, 0, 0, weight))
+            continue
+        name = part.modality
+        if name not in adapters:
+            detail = f"{name!r}: {nearest(name, adapters)}" if adapters else f"{name!r}: it reads text alone"
+            raise BadRecord("the model has no such adapter", example.place, detail)
+        adapter, items = adapters[name], media[name]
+        if len(items) == adapter.items:
+            raise BadRecord("too many media", example.place, f"the model takes {adapter.items} of {name} a row")
+        features, frames = _read(part, adapter.features, example.place, rng, augment, cache)
+        length = adapter.length(frames)
+        if layout.media_span == "bidirectional":
+            spans = 1 if layout.fusion == "prefix" else spans + 1
+        runs.append((np.zeros(length, np.int32), numbers[name], len(items) * adapter.positions, spans, 0.0))
+        items.append((features, length))
+    if end:
+        runs.append((np.array([tokenizer.eos], np.int32), TEXT, 0, 0, weight))
+    return _row(runs, media)
+
+
+def _row(runs: list[tuple], media: dict) -> Row:
+    tokens, modality, slot, span, target = np.zeros((5, sum(len(run[0]) for run in runs)), np.int32)
+    position = np.arange(len(tokens), dtype=np.int32)
+    weight = np.zeros(len(tokens) + 1, np.float32)
+    stop = 0
+    for ids, number, first_slot, run_span, run_weight in runs:
+        start, stop = stop, stop + len(ids)
+        tokens[start:stop] = ids
+        if number == TEXT:
+            weight[start:stop] = run_weight
+        else:
+            modality[start:stop], span[start:stop] = number, run_span
+            slot[start:stop] = position[: stop - start] + first_slot
+    target[:-1] = tokens[1:]
+    return Row(tokens, modality, slot, position, np.ones_like(tokens), span, target, weight[1:], media)
+
+
+def _read(medium: Medium, features, place: str, rng, augment, cache) -> tuple[np.ndarray, int]:
+    """The features of a medium, augmented, and how many of their frames are real."""
+    augment = [a for a in augment if a.modality == medium.modality]
+    raw_stage = [a for a in augment if a.stage == "raw"]
+    key = (medium.modality, bool(raw_stage), medium.source)
+    kept = cache.kept.get(key) if cache else None
+    if raw_stage:
+        raw = kept[0] if kept else features.decode(medium.source, place)
+        if cache and not kept:
+            cache.put(key, (raw,))
+        for change in raw_stage:
+            raw = change(raw, rng)
+        array, frames = features.extract(raw)
+    else:
+        array, frames = kept or features.extract(features.decode(medium.source, place))
+        if cache and not kept:
+            cache.put(key, (array, frames))
+    if len(raw_stage) < len(augment):
+        array = array.copy()  # the cache shares it
+        real = features.real(array, frames)
+        for change in augment:
+            if change.stage == "features":
+                real[...] = change(real, rng)
+    return array, frames

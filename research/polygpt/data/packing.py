@@ -1,0 +1,130 @@
+"""Rows: one example laid out, several packed into one, many padded to a batch.
+
+Lengths: t positions of a row, before padding to T = `length`. Axis letters as in `polygpt.sequence`.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from polygpt.sequence import PADDING, Batch, Media
+
+POSITION_ARRAYS = ("tokens", "modality", "slot", "position", "segment", "span", "target", "weight")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """The arrays of a row without padding; see `Batch` for their meaning.
+
+    Attributes:
+        tokens, modality, slot, position, segment, span, target: int32 [t].
+        weight: float32 [t].
+        media: by adapter name, the features of each item and the positions that it fills.
+    """
+
+    tokens: np.ndarray
+    modality: np.ndarray
+    slot: np.ndarray
+    position: np.ndarray
+    segment: np.ndarray
+    span: np.ndarray
+    target: np.ndarray
+    weight: np.ndarray
+    media: Mapping[str, Sequence[tuple[np.ndarray, int]]]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+def pack(rows: Sequence[Row], adapters: Mapping) -> Row:
+    """Several rows in one: segments are numbered on, slots point at the items where they now are.
+
+    Args:
+        rows: at least one.
+        adapters: by name, in the model's order: what has `positions`, the P positions an item fills at most.
+    """
+    if len(rows) == 1:
+        return rows[0]
+    slots, segments, count = [], [], 0
+    media = {name: [] for name in adapters}
+    for row in rows:
+        slot = row.slot
+        for number, (name, adapter) in enumerate(adapters.items(), start=1):
+            if media[name]:
+                slot = slot + np.where(row.modality == number, np.int32(len(media[name]) * adapter.positions), 0)
+            media[name] += row.media.get(name, ())
+        slots.append(slot)
+        segments.append(row.segment + np.int32(count))
+        count += int(row.segment[-1])
+    joined = {name: np.concatenate([getattr(row, name) for row in rows]) for name in POSITION_ARRAYS}
+    return Row(**{**joined, "slot": np.concatenate(slots), "segment": np.concatenate(segments)}, media=media)
+
+
+def collate(rows: Sequence[Row], length: int, adapters: Mapping) -> Batch:
+    """Rows padded to a batch [len(rows), length]; a row of None is all padding.
+
+    Args:
+        rows: each of at most `length` positions and of at most `items` items of each modality.
+        length: T.
+        adapters: by name, in the model's order: what has `features.shape` and `items`.
+    """
+    B = len(rows)
+    arrays = {name: np.zeros((B, length), np.int32) for name in POSITION_ARRAYS}
+    arrays["modality"] = np.full((B, length), PADDING, np.int8)
+    arrays["weight"] = np.zeros((B, length), np.float32)
+    media = {
+        name: Media(np.zeros((B, a.items, *a.features.shape), np.float32), np.zeros((B, a.items), np.int32))
+        for name, a in adapters.items()
+    }
+    for b, row in enumerate(rows):
+        if row is None:
+            continue
+        for name in POSITION_ARRAYS:
+            arrays[name][b, : len(row)] = getattr(row, name)
+        for name, items in row.media.items():
+            for n, (features, positions) in enumerate(items):
+                media[name].features[b, n] = features
+                media[name].length_BN[b, n] = positions
+    return Batch(**{f"{name}_BT": array for name, array in arrays.items()}, media=media)
+
+
+class Packer:
+    """Rows of a batch being filled: each example goes into the first row that has room for it.
+
+    A row has room if neither its positions nor its items of any modality would be more than their bounds. A new Packer
+    takes any `rows` examples, whatever their lengths: each has a row of its own at worst.
+    """
+
+    def __init__(self, rows: int, length: int, adapters: Mapping, packing: bool):
+        """Args: packing: whether a row takes more than one example."""
+        self.adapters, self.length, self.packing = adapters, length, packing
+        self.items = {name: adapter.items for name, adapter in adapters.items()}
+        self.rows: list[list[Row]] = [[] for _ in range(rows)]
+        self.positions = [0] * rows
+        self.used = [dict.fromkeys(adapters, 0) for _ in range(rows)]
+
+    @property
+    def closed(self) -> bool:
+        """Whether no example, however short, can be added."""
+        return not self.packing and all(self.rows)
+
+    def add(self, row: Row) -> bool:
+        """Puts an example into a row, or says that none has room."""
+        for b, within in enumerate(self.rows):
+            if within and not self.packing or self.positions[b] + len(row) > self.length:
+                continue
+            used = self.used[b]
+            if any(used[name] + len(items) > self.items[name] for name, items in row.media.items()):
+                continue
+            within.append(row)
+            self.positions[b] += len(row)
+            for name, items in row.media.items():
+                used[name] += len(items)
+            return True
+        return False
+
+    def batch(self) -> Batch:
+        """The rows, packed and padded."""
+        packed = [pack(within, self.adapters) if within else None for within in self.rows]
+        return collate(packed, self.length, self.adapters)
