@@ -29,7 +29,13 @@ def recording(rng, words: int) -> Item:
     spectrogram = np.log10(frames + 1e-2).T[::-1]
     size = (spectrogram.shape[1], spectrogram.shape[0])
     return Item(
-        "audio", media.png(spectrogram), size, (1, 12), media.wav(samples, RATE), seconds, attention(rng, 3, words, 12, 0.3)
+        "audio",
+        media.png(spectrogram),
+        size,
+        (1, 12),
+        media.wav(samples, RATE),
+        seconds,
+        attention(rng, 3, words, 12, 0.3),
     )
 
 
@@ -49,7 +55,9 @@ def content() -> Content:
             said == true,
             f"embedded fusion test, record {i}",
         )
-        for i, (said, true) in enumerate(zip(["six", "eleven", "twelve", "nine", "seven", "fifteen"], sums, strict=True))
+        for i, (said, true) in enumerate(
+            zip(["six", "eleven", "twelve", "nine", "seven", "fifteen"], sums, strict=True)
+        )
     )
     caption = Sample(
         (picture(rng, 12, 4),),
@@ -80,6 +88,7 @@ def content() -> Content:
             "speech": {"loss": 0.04, "accuracy": 1.0, "wer": 0.0, "token_accuracy": 1.0, "n": 400},
             "fusion": {"loss": 0.41, "accuracy": 0.947, "perplexity": float("nan"), "token_accuracy": 0.9, "n": 1000},
         },
+        modalities={"audio": {"loss": 0.04, "n": 400}, "image+audio": {"loss": 0.41, "n": 1000}},
         gains={
             "digits/image": {"gain": 2.31, "low": 2.11, "high": 2.52},
             "speech/audio": {"gain": 3.02, "low": 2.84, "high": 3.2},
@@ -97,7 +106,10 @@ def content() -> Content:
             ),
             Chart("Learning rate", (Line("learning rate", tuple(steps), tuple(rate)),)),
             Chart(
-                "Speed", (Line("speed", tuple(steps), tuple(rng.normal(14200, 400, len(steps)))),), "tokens/s", noisy=True
+                "Speed",
+                (Line("speed", tuple(steps), tuple(rng.normal(14200, 400, len(steps)))),),
+                "tokens/s",
+                noisy=True,
             ),
         ),
         samples={"text": (story,), "pictures": (caption,), "fusion": fusion},

@@ -4,7 +4,7 @@ import argparse
 import json
 import shutil
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from polygpt import spec
@@ -17,9 +17,9 @@ class Parser(argparse.ArgumentParser):
     Args:
         prog, about: the command and what it does.
         epilog: examples.
-        fields: takes the first word (None if there is none) and the overrides, and gives the specification whose fields
-            `--help` lists, or None where it needs a word to know. A parser with `fields` reads unknown options as
-            overrides, into `arguments.changes`.
+        fields: takes the first word (None if there is none), the overrides and the names of options, and gives the
+            specification whose fields `--help` lists, or None where it needs a word to know. A parser with `fields`
+            reads unknown options as overrides.
     """
 
     def __init__(
@@ -27,7 +27,7 @@ class Parser(argparse.ArgumentParser):
         prog: str,
         about: str,
         epilog: str = "",
-        fields: Callable[[str | None, Mapping[str, str]], Any] | None = None,
+        fields: Callable[[str | None, Mapping[str, str], Sequence[str]], Any] | None = None,
     ):
         self.options: list[str] = []
         self.verb = prog.partition(" ")[2]
@@ -51,7 +51,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{self.verb}: {message}: see {self.prog} --help")
 
     def read(self, argv: list[str]) -> argparse.Namespace:
-        """The arguments; `.changes` maps dotted names to their texts.
+        """The arguments; `.changes` maps dotted names to their texts, `.options` names what is no override.
 
         Raises:
             UserError: naming the word at fault and the nearest names.
@@ -65,7 +65,7 @@ class Parser(argparse.ArgumentParser):
         arguments, unknown = self.parse_known_args(words)
         if unknown:
             self.error(f"there is no place for {unknown[0]!r}")
-        arguments.changes = changes
+        arguments.changes, arguments.options = changes, self.options
         return arguments
 
     def _split(self, argv: list[str]) -> tuple[list[str], dict[str, str]]:
@@ -88,19 +88,18 @@ class Parser(argparse.ArgumentParser):
         return words, changes
 
     def _fields_help(self, words: list[str], changes: Mapping[str, str]) -> str:
-        shown = self.fields(words[0] if words else None, changes)
+        shown = self.fields(words[0] if words else None, changes, self.options)
         if shown is None:
             return f"Every field that can be set: {self.prog} FILE --help"
         return "fields, set by --name value or --name=value:\n\n" + fields_table(shown)
 
 
-def change(value: Any, changes: Mapping[str, str], parser_options: list[str] = ()) -> Any:
+def change(value: Any, changes: Mapping[str, str], options: Sequence[str] = ()) -> Any:
     """`value` with overrides; a name that is neither field nor option is told with the nearest of both."""
     known = spec.hints(type(value))
     for name in changes:
         if name.partition(".")[0] not in known:
-            options = [option[2:] for option in parser_options if option.startswith("--")]
-            near = spec.nearest(name, [*known, *options])
+            near = spec.nearest(f"--{name}", [*(f"--{field}" for field in known), *options])
             raise UserError(f"--{name}: neither an option nor a field of {type(value).__name__}: {near}")
     return spec.override(value, changes)
 

@@ -25,10 +25,12 @@ def add_run(words: Parser) -> None:
 
 def run(arguments: Namespace) -> dict:
     """Evaluates and writes the results into the run folder; returns them."""
+    from polygpt.cli.progress import Progress
     from polygpt.cli.results import print_results
     from polygpt.report.finish import evaluate_run
     from polygpt.training.run import open_run
 
-    results = evaluate_run(open_run(arguments.run, arguments.checkpoint))
+    with Progress() as progress:
+        results = evaluate_run(open_run(arguments.run, arguments.checkpoint), progress)
     print_results(results)
     return results

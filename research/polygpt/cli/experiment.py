@@ -2,14 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 
-from polygpt.cli.arguments import Parser, change
+from polygpt.cli.arguments import change
 from polygpt.errors import UserError
 from polygpt.spec import load_file
 
 
-def fields(words: Parser):
+def fields(file: str | None, changes: Mapping[str, str], options: Sequence[str]):
     """For a parser whose first word is a FILE: the experiment whose fields its help lists."""
-    return lambda file, changes: load(file, changes, words.options) if file else None
+    return load(file, changes, options) if file else None
 
 
 def load(file: str, changes: Mapping[str, str], options: Sequence[str] = ()):

@@ -34,13 +34,7 @@ class Part(argparse.Action):
 
 def parser(prog: str, about: str) -> Parser:
     """The verb's arguments."""
-
-    def sampling(run, changes):
-        from polygpt.generation.sampling import Sampling
-
-        return change(Sampling(), changes, words.options)
-
-    words = Parser(prog, about, EXAMPLES, fields=sampling)
+    words = Parser(prog, about, EXAMPLES, _sampling)
     add_run(words)
     words.set_defaults(parts=[])
     words.add_argument("--text", action=Part, metavar="TEXT", help="a text of the prompt")
@@ -50,14 +44,18 @@ def parser(prog: str, about: str) -> Parser:
     return words
 
 
+def _sampling(run, changes, options):
+    from polygpt.generation.sampling import Sampling
+
+    return change(Sampling(), changes, options)
+
+
 def run(arguments: Namespace) -> dict:
     """Generates; returns the text and why it ended."""
     from polygpt.generation.generate import generate, stream
-    from polygpt.generation.sampling import Sampling
     from polygpt.training.run import open_run
 
-    options = ["--text", "--image", "--audio", "--interactive", "--checkpoint", "--json", "--debug"]
-    sampling = change(Sampling(), arguments.changes, options)
+    sampling = _sampling(arguments.run, arguments.changes, arguments.options)
     if not arguments.interactive and not arguments.parts:
         raise UserError("generate: an empty prompt: give --text, --image or --audio, or --interactive")
     if arguments.interactive and arguments.json:

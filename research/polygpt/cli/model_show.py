@@ -20,9 +20,7 @@ LENGTH = 2048
 
 def parser(prog: str, about: str) -> Parser:
     """The verb's arguments."""
-    words = Parser(
-        prog, about, EXAMPLES, fields=lambda model, changes: model and _chosen(model, changes, words.options)[0]
-    )
+    words = Parser(prog, about, EXAMPLES, lambda *chosen: chosen[0] and _chosen(*chosen)[0])
     words.add_argument("model", metavar="FILE|PRESET", help="an experiment's file, or 1m, 10m, 150m, 400m, 1b, 3b, 7b")
     words.add_argument("--length", type=int, metavar="T", help=f"row length (default: the experiment's, or {LENGTH})")
     return words
@@ -45,8 +43,7 @@ def run(arguments: Namespace) -> dict:
     """Prints the table; returns it as data."""
     from polygpt.models.describe import describe
 
-    options = ["--length", "--json", "--debug"]
-    _, model, vocabulary, length = _chosen(arguments.model, arguments.changes, options)
+    _, model, vocabulary, length = _chosen(arguments.model, arguments.changes, arguments.options)
     if arguments.length is not None and arguments.length < 1:
         raise UserError(f"model show: --length is {arguments.length}: it must be positive")
     found = describe(model, vocabulary, arguments.length or length)

@@ -26,12 +26,14 @@ def parser(prog: str, about: str) -> Parser:
 
 def run(arguments: Namespace) -> dict:
     """Trains; returns what `evaluate` returns, and the places of the run and its report."""
+    chosen = experiment.load(arguments.file, arguments.changes, arguments.options)
+
+    from polygpt.cli.progress import Progress
     from polygpt.cli.results import print_results
     from polygpt.report.finish import evaluate_run, write_report
     from polygpt.training.loop import train
     from polygpt.training.run import open_run
 
-    chosen = experiment.load(arguments.file, arguments.changes, ["--workdir", "--no-report", "--json", "--debug"])
     workdir = Path(arguments.workdir or Path("runs") / chosen.name)
     outcome = train(chosen, workdir)
     done = {"step": outcome.step, "workdir": workdir}
@@ -39,7 +41,8 @@ def run(arguments: Namespace) -> dict:
         print(f"step {outcome.step}, {workdir}" + ("" if outcome.finished else ": stopped, the same command goes on"))
         return done
     trained = open_run(workdir)
-    results = evaluate_run(trained)
+    with Progress() as progress:
+        results = evaluate_run(trained, progress)
     report = write_report(trained)
     print_results(results)
     print(f"report: {report}")

@@ -85,6 +85,7 @@ class Content:
         title: the run's name.
         facts: (label, value) pairs for the head of the page.
         tasks: the held-out results by task, by name of the measure.
+        modalities: the same measures over all tasks, by the media that an example holds ("text", "image+audio").
         gains: the modality gains, {"task/modality": {"gain", "low", "high"}}, in nats a token.
         charts: the curves.
         samples: by task.
@@ -95,6 +96,7 @@ class Content:
     title: str
     facts: tuple[tuple[str, str], ...] = ()
     tasks: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    modalities: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     gains: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
     charts: tuple[Chart, ...] = ()
     samples: Mapping[str, tuple[Sample, ...]] = dataclasses.field(default_factory=dict)

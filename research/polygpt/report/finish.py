@@ -6,22 +6,27 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from polygpt.evaluation.evaluate import evaluate
+from polygpt.evaluation.evaluate import Progress, evaluate
 from polygpt.report import gather, page
 
 RESULTS = "evaluation.json"
 """Name of the file of held-out results in a run's folder."""
 
 
-def evaluate_run(run) -> dict[str, Any]:
+def evaluate_run(run, progress: Progress | None = None) -> dict[str, Any]:
     """Evaluates a run on its held-out tasks and writes the results into its folder.
 
+    Args:
+        run: an opened run.
+        progress: told how far it is.
+
     Returns:
-        {"step": n, "tasks": {task: {measure: value}}, "modality_gain": {"task/modality": {"gain", "low", "high"}}}.
+        What `evaluate` gives, and the step: {"step": n, "tasks": ..., "modalities": ..., "modality_gain": ...}.
     """
     experiment = run.experiment
     adapters, layout = run.model.spec.adapters, experiment.data.layout
-    found = evaluate(run.model, run.params, run.tokenizer, adapters, layout, experiment.evaluation)
+    given = (run.model, run.params, run.tokenizer, adapters, layout, experiment.evaluation)
+    found = evaluate(*given, progress=progress)
     results = {"step": int(run.step), **found}
     write(Path(run.workdir) / RESULTS, json.dumps(results, indent=2) + "\n")
     return results

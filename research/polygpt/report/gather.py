@@ -23,9 +23,9 @@ TITLES = {
     "input_wait": ("Input wait", "share of a step", True),
 }
 """Curves of the training metrics in the order in which they are drawn: title, unit, whether noisy."""
-HELD_OUT = re.compile(r"^(?:eval|evaluation|held_out)/(?P<task>.+)/(?P<measure>[^/]+)$")
-"""Names of held-out metrics in metrics.jsonl."""
-MEASURES = ("accuracy", "loss", "token_accuracy", "bits_per_byte", "wer", "gain")
+HELD_OUT = re.compile(r"^evaluation/(?:tasks/(?P<task>.+)/(?P<measure>[^/]+)|modality_gain/(?P<gain>.+)/gain)$")
+"""Names of held-out figures in metrics.jsonl."""
+MEASURES = ("accuracy", "loss", "token_accuracy", "bits_per_byte", "wer", "modality gain")
 """Held-out measures that are drawn, in order."""
 
 
@@ -43,7 +43,11 @@ def content(run, results: Mapping[str, Any] | None) -> Content:
     if not metrics:
         notes.append("There are no training metrics in the run's folder.")
     if results is None:
-        notes.append(f"Step {int(run.step):,} was not evaluated: polygpt evaluate {folder}")
+        results = last_evaluation(metrics, int(run.step))
+        where = f"the held-out results are of step {results['step']:,}" if results else "there are no held-out results"
+        notes.append(f"Step {int(run.step):,} was not evaluated, {where}: polygpt evaluate {folder}")
+    if metrics and (skipped := metrics[-1].get("skipped")):
+        notes.append(f"{skipped:,.0f} updates were left out because they were not finite.")
     try:
         drawn, sample_notes = samples.gather(run)
     except UserError as error:  # the data of another machine, say
@@ -55,6 +59,7 @@ def content(run, results: Mapping[str, Any] | None) -> Content:
         title=run.experiment.name,
         facts=facts(run, timing, environment),
         tasks=(results or {}).get("tasks", {}),
+        modalities=(results or {}).get("modalities", {}),
         gains=(results or {}).get("modality_gain", {}),
         charts=charts(metrics, timing),
         samples=drawn,
@@ -62,6 +67,12 @@ def content(run, results: Mapping[str, Any] | None) -> Content:
         environment=environment,
         notes=(*notes, *sample_notes),
     )
+
+
+def last_evaluation(metrics: list[dict], step: int) -> dict | None:
+    """The latest held-out results among the metrics, up to a step."""
+    found = [line for line in metrics if "evaluation" in line and line["step"] <= step]
+    return {"step": found[-1]["step"], **found[-1]["evaluation"]} if found else None
 
 
 def facts(run, timing: list[dict], environment) -> tuple[tuple[str, str], ...]:
@@ -84,8 +95,8 @@ def charts(metrics: list[dict], timing: list[dict]) -> tuple[Chart, ...]:
     held_out: dict[str, list[Line]] = {}
     for name in list(training):
         if found := HELD_OUT.match(name):
-            line = Line(found["task"], *training.pop(name))
-            held_out.setdefault(found["measure"], []).append(line)
+            line = Line(found["task"] or found["gain"], *training[name])
+            held_out.setdefault(found["measure"] or "modality gain", []).append(line)
     training |= _series(timing)
     drawn = {
         name: Chart(title, (Line(title.lower(), *training[name]),), unit, noisy)
@@ -98,6 +109,9 @@ def charts(metrics: list[dict], timing: list[dict]) -> tuple[Chart, ...]:
         if measure in held_out
     ]
     first = [drawn.pop("loss")] if "loss" in drawn else []
+    objectives = tuple(Line(n.removeprefix("loss/"), *training[n]) for n in training if n.startswith("loss/"))
+    if len(objectives) > 1:
+        first.append(Chart("Objectives", objectives, "each before its share", noisy=True))
     return tuple(first + evaluated + list(drawn.values()))
 
 

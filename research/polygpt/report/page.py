@@ -33,8 +33,9 @@ POLICY = "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-
 
 def render(content: Content) -> str:
     """The page."""
+    results = _results(content.tasks, "task") + _results(content.modalities, "all tasks, examples with")
     sections = [
-        ("results", "Held-out results", _results(content.tasks)),
+        ("results", "Held-out results", results),
         ("gain", "Does it look and listen?", _gains(content.gains)),
         ("curves", "Training", _curves(content)),
         ("samples", "Held-out samples", _samples(content.samples)),
@@ -81,18 +82,18 @@ def _known(value) -> bool:
     return isinstance(value, (int, float)) and bool(np.isfinite(value))
 
 
-def _results(tasks: Mapping) -> str:
-    names = {name for measures in tasks.values() for name in measures}
+def _results(groups: Mapping, what: str) -> str:
+    names = {name for measures in groups.values() for name in measures}
     columns = [name for name in MEASURES if name in names] + sorted(names - set(MEASURES))
     if not columns:
         return ""
     head = "".join(f'<th scope="col">{escape(MEASURES.get(name, name.replace("_", " ")))}</th>' for name in columns)
     rows = "".join(
-        f'<tr><th scope="row">{escape(task)}</th>{"".join(_cell(name, measures.get(name)) for name in columns)}</tr>'
-        for task, measures in tasks.items()
+        f'<tr><th scope="row">{escape(group)}</th>{"".join(_cell(name, measures.get(name)) for name in columns)}</tr>'
+        for group, measures in groups.items()
     )
     return (
-        f"<div class='scroll'><table class='results'><thead><tr><th scope='col'>task</th>{head}</tr></thead>"
+        f"<div class='scroll'><table class='results'><thead><tr><th scope='col'>{escape(what)}</th>{head}</tr></thead>"
         f"<tbody>{rows}</tbody></table></div>"
     )
 

@@ -1,0 +1,36 @@
+"""How far an evaluation is, on stderr."""
+
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import Progress as Bar
+
+
+class Progress:
+    """Called with what is measured, examples done, all of them: a bar on a terminal, elsewhere a line now and then."""
+
+    def __init__(self, seconds: float = 10.0):
+        """Args: seconds: between two lines where there is no terminal."""
+        console = Console(stderr=True, highlight=False)
+        columns = (TextColumn("{task.description:32}"), BarColumn(), MofNCompleteColumn())
+        self._bar = Bar(*columns, console=console, transient=True) if console.is_terminal else None
+        self._console, self._seconds, self._printed = console, seconds, time.monotonic()
+        self._task = None
+
+    def __enter__(self) -> "Progress":
+        if self._bar:
+            self._bar.start()
+            self._task = self._bar.add_task("evaluation", total=None)
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if self._bar:
+            self._bar.update(self._task, description=what, completed=done, total=total)
+        elif time.monotonic() - self._printed >= self._seconds:
+            self._printed = time.monotonic()
+            self._console.print(f"evaluating {what} {done}/{total}", soft_wrap=True)

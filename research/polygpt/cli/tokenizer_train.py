@@ -1,0 +1,36 @@
+"""polygpt tokenizer train FILES --out F: a byte-level BPE."""
+
+from argparse import Namespace
+from pathlib import Path
+
+from polygpt.cli.arguments import Parser
+from polygpt.errors import UserError
+
+EXAMPLES = """\
+examples:
+  polygpt tokenizer train "texts/**/*.txt" --vocabulary 4096 --out texts/bpe.json
+
+An experiment uses it with tokenizer=BPE("texts/bpe.json")."""
+
+
+def parser(prog: str, about: str) -> Parser:
+    """The verb's arguments."""
+    words = Parser(prog, about, EXAMPLES)
+    words.add_argument("files", metavar="FILE", nargs="+", help="UTF-8 text files, or patterns in quotes")
+    words.add_argument("--vocabulary", type=int, default=4096, metavar="V", help="the most token ids (default: 4096)")
+    words.add_argument("--out", required=True, metavar="F", help="the JSON file to write")
+    return words
+
+
+def run(arguments: Namespace) -> dict:
+    """Trains and writes the tokenizer; returns its place and size."""
+    from polygpt.data.sources.text_files import find_files
+    from polygpt.data.tokenizers.bpe import train_bpe
+
+    out = Path(arguments.out)
+    if out.is_dir():
+        raise UserError(f"tokenizer train: --out {out} is a folder: name a file, such as {out / 'bpe.json'}")
+    files = find_files(arguments.files)
+    vocabulary = train_bpe(files, arguments.vocabulary, out).build().vocabulary
+    print(f"{out}: {vocabulary:,} token ids from {len(files)} file(s)")
+    return {"file": out, "vocabulary": vocabulary, "files": len(files)}
