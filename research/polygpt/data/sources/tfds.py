@@ -40,7 +40,7 @@ class Fixed(Spec):
 class TfdsSource(Source):
     """A prepared TFDS dataset, by name and split, and which of its fields become which parts.
 
-    The dataset must be stored as ArrayRecord (`tfds.builder(name, file_format="array_record")`): it gives random access.
+    The dataset must be stored as ArrayRecord (`file_format="array_record"`), which gives random access.
     Text becomes text, a class label its name, a number its digits; media are taken as encoded bytes.
     """
 
@@ -60,8 +60,8 @@ class TfdsSource(Source):
         """The examples.
 
         Raises:
-            UserError: if the dataset, the split or a field is not there, with the nearest names; or if it cannot be read
-                without TensorFlow.
+            UserError: if the dataset, the split or a field is not there, with the nearest names; or if reading it takes
+                TensorFlow.
         """
         examples = TfdsExamples(self)
         examples.check()
