@@ -1,7 +1,9 @@
 """Any dataset prepared by TensorFlow Datasets, read without TensorFlow."""
 
+import contextlib
 import dataclasses
 import functools
+import io
 import operator
 import os
 from collections.abc import Sequence
@@ -124,7 +126,8 @@ def _open(spec: TfdsSource) -> tuple[Sequence[Any], dict[str, list[str]], list[s
 
     folder = find_dataset(spec.dataset, spec.data_dir)
     try:
-        builder = tfds.builder_from_directory(folder)
+        with contextlib.redirect_stdout(io.StringIO()):  # where TFDS announces that TensorFlow is missing
+            builder = tfds.builder_from_directory(folder)
     except ImportError as error:
         raise UserError(
             f"dataset {spec.dataset!r} in {folder} has a feature that TFDS reads through {error.name}, which is "
