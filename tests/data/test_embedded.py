@@ -213,6 +213,13 @@ def test_text_is_cut_into_pieces_with_a_prompt():
         assert b.prompt == (Text(a.answer[:16], 0.0),) and b.answer == a.answer[16:]
 
 
+def test_recordings_are_chosen_by_length():
+    every = Embedded("utterances", "train").open()
+    lengths = [soundfile.info(io.BytesIO(example.parts[0].source)).duration for example in every]
+    short = Embedded("utterances", "train", seconds=1.0).open()
+    assert 0 < len(short) == sum(length <= 1.0 for length in lengths) < len(every)
+
+
 def test_sources_pickle_small_and_travel_as_json():
     spec = Embedded("fusion", "test", languages=("en", "fr"), examples=10)
     assert from_json(json.loads(json.dumps(to_json(spec)))) == spec
@@ -228,6 +235,8 @@ def test_bad_fields_are_named():
         Embedded("text", prompt=300)
     with pytest.raises(SpecError, match="Embedded.task is 'fusoin'"):
         Embedded("fusoin")
+    with pytest.raises(SpecError, match="seconds is 0.0"):
+        Embedded("utterances", seconds=0)
     with pytest.raises(SpecError, match="languages"):
         Embedded("speech", languages=())
 

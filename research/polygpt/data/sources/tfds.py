@@ -141,7 +141,7 @@ def _open(spec: TfdsSource) -> tuple[Sequence[Any], dict[str, list[str]], list[s
     encoded = {part.name for part in spec.parts if isinstance(part, Field) and part.modality != "text"}
     decoders: dict[str, Any] = {}
     for name in encoded & features.keys():
-        if not isinstance(features[name], tfds.features.Tensor) or isinstance(features[name], tfds.features.Image):
+        if not isinstance(features[name], tfds.features.Tensor):  # Image, Audio: their bytes as they are
             *outer, last = name.split("/")
             functools.reduce(lambda inner, key: inner.setdefault(key, {}), outer, decoders)[last] = (
                 tfds.decode.SkipDecoding()
