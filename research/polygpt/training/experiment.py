@@ -31,7 +31,7 @@ class TrainSpec(Spec):
     evaluate: Literal["loss", "full"] = "loss"
     """What those evaluations measure: held-out losses alone, or written answers and the modality gain too (slow)."""
     metric: str = "loss"
-    """The held-out figure that chooses the best checkpoint: "loss", the mean over tasks, or one task's "fusion/loss"."""
+    """What chooses the best checkpoint: "loss", the mean over held-out tasks, or a task's figure, "fusion/loss"."""
     better: Literal["lower", "higher"] = "lower"
     """Whether a lower or a higher metric is better."""
     patience: int | None = None

@@ -1,7 +1,7 @@
 """The training loop: data in, steps, metrics, evaluations and checkpoints out.
 
-A run repeats itself to the bit wherever it is cut: every figure in metrics.jsonl is a function of the state and the data,
-and a checkpoint holds both, with the data iterator as it was right after the batch of its step.
+A run repeats itself to the bit wherever it is cut: every figure in metrics.jsonl is a function of the state and the
+data, and a checkpoint holds both, with the data iterator as it was right after the batch of its step.
 """
 
 import contextlib
@@ -147,7 +147,7 @@ class _Trainer:
         self.feed = Prefetch(batches, self.parallel.put, self._check, self.spec.prefetch)
         stack.callback(self.feed.close)
         self.pending: tuple[int, Fed, dict[str, jax.Array]] | None = None
-        self._restart_clock()
+        self._begin, self._steps, self._tokens, self._waited = None, 0, 0, 0.0
 
     def run(self) -> Outcome:
         while self.done < self.spec.steps and not self._out_of_patience() and not self.interruption.requested:
@@ -180,18 +180,22 @@ class _Trainer:
             return
         (step, fed, metrics), self.pending = self.pending, None
         metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        self._tokens += fed.tokens * jax.process_count()
-        self._waited += fed.waited
-        self._steps += 1
+        if self._begin is None:  # the first step of this process: mostly compilation, and not counted
+            self._restart_clock()
+        else:
+            self._tokens += fed.tokens * jax.process_count()
+            self._waited += fed.waited
+            self._steps += 1
         if step % self.spec.log_every == 0 or step == self.spec.steps:
-            seconds = time.perf_counter() - self._begin
-            timing = {
-                "seconds": seconds / self._steps,
-                "tokens_per_second": self._tokens / seconds,
-                "input_wait": self._waited / seconds,
-            }
             self._tell("metrics", step, metrics)
-            self._tell("timing", step, timing)
+            if self._steps > 0:
+                seconds = time.perf_counter() - self._begin
+                timing = {
+                    "seconds": seconds / self._steps,
+                    "tokens_per_second": self._tokens / seconds,
+                    "input_wait": self._waited / seconds,
+                }
+                self._tell("timing", step, timing)
             self._restart_clock()
         self._tell("step", step, metrics["loss"])
         if metrics["skipped_in_row"] >= self.spec.max_nonfinite:

@@ -173,7 +173,7 @@ class Terminal(Silent):
 
     def __init__(self, step: int, steps: int, seconds: float = 10.0):
         self._console = Console(stderr=True, highlight=False)
-        self._first, self._steps, self._begin = step, steps, time.monotonic()
+        self._steps, self._first, self._begin = steps, None, 0.0
         self._seconds, self._printed, self._speed = seconds, -math.inf, ""
         self._bar = None
         if self._console.is_terminal:
@@ -183,14 +183,17 @@ class Terminal(Silent):
             self._bar.start()
 
     def step(self, step, loss):
+        if self._first is None:  # time is counted from the first step on, which compiles
+            self._first, self._begin = step, time.monotonic()
         figures = f"loss {loss:.4f}{self._speed}"
         if self._bar:
             self._bar.update(self._task, completed=step, figures=figures)
         elif time.monotonic() - self._printed >= self._seconds or step == self._steps:
             self._printed = time.monotonic()
-            left = (self._printed - self._begin) / max(step - self._first, 1) * (self._steps - step)
-            minutes, seconds = divmod(round(left), 60)
-            self._console.print(f"step {step}/{self._steps}  {figures}  {minutes}:{seconds:02} left", soft_wrap=True)
+            if step > self._first:
+                left = (self._printed - self._begin) / (step - self._first) * (self._steps - step)
+                figures += "  {}:{:02} left".format(*divmod(round(left), 60))
+            self._console.print(f"step {step}/{self._steps}  {figures}", soft_wrap=True)
 
     def timing(self, step, values):
         self._speed = f"  {values['tokens_per_second']:,.0f} tokens/s  input wait {values['input_wait']:.0%}"

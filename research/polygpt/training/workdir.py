@@ -56,7 +56,7 @@ def load_experiment(workdir: Path) -> Experiment:
 
 
 def differences(before: Any, after: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(dotted name, before, after) of each leaf that differs between two trees of JSON data; None where one lacks it."""
+    """(dotted name, before, after) of each leaf that differs between trees of JSON data; None where it is missing."""
     if isinstance(before, dict) and isinstance(after, dict):
         for key in dict.fromkeys([*before, *after]):
             yield from differences(before.get(key), after.get(key), f"{name}.{key}" if name else key)

@@ -1,0 +1,203 @@
+"""The loop: resuming, stopping, the run folder, and what is said when something is wrong."""
+
+import dataclasses
+import json
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_experiment import experiment
+
+from polygpt.errors import SpecError, UserError
+from polygpt.evaluation.evaluate import evaluate
+from polygpt.optim.schedules import Schedule
+from polygpt.spec import override, to_json
+from polygpt.training.checkpoint import records
+from polygpt.training.loop import Standing, train
+from polygpt.training.run import open_run
+from polygpt.training.sinks import JsonLines, Silent
+
+
+def tiny(**changes):
+    return override(experiment(), {"train.steps": "12", "train.evaluate_every": "null"} | changes)
+
+
+def quiet(workdir, step, steps):
+    return [JsonLines(workdir, step)]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of 12 steps with an evaluation every 4."""
+    workdir = tmp_path_factory.mktemp("finished")
+    outcome = train(tiny(**{"train.evaluate_every": "4", "train.checkpoint.keep": "1"}), workdir, quiet)
+    assert (outcome.step, outcome.finished, outcome.skipped) == (12, True, {})
+    return workdir
+
+
+def metrics(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_folder_says_what_happened(finished):
+    lines = metrics(finished)
+    assert [line["step"] for line in lines] == [3, 4, 6, 8, 9, 12, 12]
+    trained = [line for line in lines if "loss" in line]
+    assert all(line["loss"] == line["loss/next_token"] > 0 and line["gradient_norm"] > 0 for line in trained)
+    assert not any("second" in name for line in lines for name in line)
+    timing = [json.loads(line) for line in (finished / "timing.jsonl").read_text().splitlines()]
+    assert all(line["tokens_per_second"] > 0 and 0 <= line["input_wait"] <= 1 for line in timing)
+    environment = json.loads((finished / "environment.json").read_text())
+    assert environment["jax"] == jax.__version__ and environment["device"] == "cpu"
+
+
+def test_the_best_and_the_latest_checkpoint_open_as_the_moving_average(finished):
+    losses = {line["step"]: line["metric"] for line in metrics(finished) if "metric" in line}
+    best = min(losses, key=losses.get)
+    run = open_run(finished, "best")
+    assert (run.step, run.workdir, run.tokenizer.vocabulary) == (best, finished, 258)
+    plan = run.experiment.evaluation.replace(modality_gain=False)
+    layout = run.experiment.data.layout
+    results = evaluate(run.model, run.params, run.tokenizer, run.model.spec.adapters, layout, plan)
+    assert results["tasks"]["text"]["loss"] == pytest.approx(losses[best], rel=1e-6)
+    assert open_run(finished, "latest").step == 12
+
+
+def test_a_finished_run_is_not_trained_again(finished):
+    before = (finished / "metrics.jsonl").read_bytes()
+    outcome = train(tiny(**{"train.evaluate_every": "4", "train.checkpoint.keep": "1"}), finished, quiet)
+    assert (outcome.step, outcome.finished) == (12, True)
+    assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_ends_and_the_same_call_goes_on_to_the_same_end(finished, tmp_path, number, capsys):
+    class Interrupt(Silent):
+        def step(self, step, loss):
+            if step == 5:
+                os.kill(os.getpid(), number)
+
+    chosen = tiny(**{"train.evaluate_every": "4", "train.checkpoint.keep": "1"})
+    outcome = train(chosen, tmp_path, lambda *where: [*quiet(*where), Interrupt()])
+    assert not outcome.finished and 5 <= outcome.step < 12
+    assert records(tmp_path / "checkpoints")[-1].step == outcome.step
+    assert f"{number.name}: saving after this step" in capsys.readouterr().err
+    assert train(chosen, tmp_path, quiet).finished
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
+    same = open_run(tmp_path, "latest").params, open_run(finished, "latest").params
+    jax.tree.map(np.testing.assert_array_equal, *same)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_another_configuration_in_the_same_folder_is_refused_by_its_first_difference(finished):
+    before = (finished / "config.json").read_bytes()
+    with pytest.raises(UserError, match=r"optim.schedule.peak is 0.003 there, 0.1 here: choose another --workdir"):
+        train(
+            tiny(**{"train.evaluate_every": "4", "train.checkpoint.keep": "1", "optim.schedule.peak": "0.1"}), finished
+        )
+    with pytest.raises(UserError, match="train.steps is 12 there, 11 here"):
+        train(tiny(**{"train.evaluate_every": "4", "train.checkpoint.keep": "1", "train.steps": "11"}), finished)
+    assert (finished / "config.json").read_bytes() == before
+
+
+def test_steps_may_grow(tmp_path):
+    train(tiny(**{"train.steps": "2"}), tmp_path, quiet)
+    assert train(tiny(**{"train.steps": "4"}), tmp_path, quiet).step == 4
+    assert json.loads((tmp_path / "config.json").read_text()) == json.loads(
+        json.dumps(to_json(tiny(**{"train.steps": "4"})))
+    )
+    assert [line["step"] for line in metrics(tmp_path)] == [2, 3, 4]
+
+
+def test_training_stops_when_the_metric_has_not_improved_for_long(tmp_path):
+    # With a learning rate of 0 every evaluation gives the same: the first is the best, and the next two are not better.
+    chosen = tiny(**{"optim.schedule.peak": "0", "train.evaluate_every": "2", "train.patience": "2"})
+    outcome = train(chosen, tmp_path, quiet)
+    assert (outcome.step, outcome.finished) == (6, True)
+    assert open_run(tmp_path).step == 2
+    again = train(chosen, tmp_path, quiet)
+    assert (again.step, again.finished) == (6, True)
+
+
+def test_the_standing_counts_evaluations_without_a_better_metric():
+    standing = Standing()
+    assert [standing.update(value, "higher") for value in (0.1, float("nan"), 0.3, 0.3, 0.2)] == [
+        True,
+        False,
+        True,
+        False,
+        False,
+    ]
+    assert standing == Standing(best=0.3, stale=2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Exploding(Schedule):
+    """Constant, and infinite from a step on."""
+
+    at: int = 9
+
+    def build(self, steps):
+        return lambda t: jnp.where(t < self.at, self.peak, jnp.inf)
+
+
+def test_too_many_steps_that_are_not_finite_end_the_run_and_leave_the_checkpoint(tmp_path):
+    chosen = tiny(**{"train.steps": "40", "train.max_nonfinite": "3"})
+    chosen = chosen.replace(optim=chosen.optim.replace(schedule=Exploding(1e-3)))
+    with pytest.raises(UserError, match=r"step 12: .* 3 times in a row; the checkpoint of step 7 is intact"):
+        train(chosen, tmp_path, quiet)
+    run = open_run(tmp_path)
+    assert run.step == 7 and all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(run.params))
+    assert metrics(tmp_path)[-1]["step"] == 12 and metrics(tmp_path)[-1]["skipped"] == 3
+
+
+def test_a_full_disk_is_one_clear_line(tmp_path):
+
+    def onto_the_full_disk(workdir, step, steps):
+        sink = JsonLines.__new__(JsonLines)
+        sink._files = {name: open("/dev/full", "a") for name in ("metrics", "timing")}
+        return [sink]
+
+    with pytest.raises(UserError, match=r"cannot write .*No space left on device: free some space") as error:
+        train(tiny(), tmp_path, onto_the_full_disk)
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_that_cannot_be_made_is_one_clear_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write .*file.*: Not a directory: choose another --workdir"):
+        train(tiny(), tmp_path / "file" / "run")
+
+
+def test_rows_that_microbatches_do_not_divide_are_refused(tmp_path):
+    with pytest.raises(UserError, match="data.rows is 5: it must be a multiple of 2"):
+        train(tiny(**{"data.rows": "5"}), tmp_path)
+
+
+def test_no_run_folder_and_no_checkpoint_are_told_apart(tmp_path):
+    with pytest.raises(UserError, match="is no run folder: it has no config.json"):
+        open_run(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(to_json(tiny())))
+    with pytest.raises(UserError, match="holds no whole checkpoint"):
+        open_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            {"train.metric": "txt/loss"},
+            "metric is 'txt/loss': it must be of a task of the evaluation: did you mean text",
+        ),
+        ({"train.metric": "accuracy"}, "metric is 'accuracy'"),
+        ({"train.patience": "2"}, "patience is 2: it must be null without evaluate_every"),
+        ({"evaluation.tasks": "{}", "train.evaluate_every": "2"}, "evaluate_every is 2: it must be null where"),
+        ({"name": "a/b"}, "name is 'a/b'"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(changes, message):
+    with pytest.raises(SpecError, match=message):
+        tiny(**changes)

@@ -1,0 +1,60 @@
+"""Prefetching: the state that belongs to a batch, errors, and an end that leaves nothing behind."""
+
+import threading
+import time
+
+import pytest
+from bigram import random_batch
+
+from polygpt.training.prefetch import Prefetch
+
+
+class Counting:
+    """Batches whose iterator state is how many have been drawn."""
+
+    def __init__(self, fail_at=None):
+        self.drawn, self.fail_at, self.closed = 0, fail_at, False
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if self.drawn == self.fail_at:
+            raise ValueError("corrupt")
+        self.drawn += 1
+        return random_batch(seed=self.drawn)
+
+    def get_state(self):
+        return {"drawn": self.drawn}
+
+    def close(self):
+        self.closed = True
+
+
+def test_each_batch_comes_with_the_state_after_it_though_more_are_fetched_ahead():
+    batches = Counting()
+    feed = Prefetch(batches, put=lambda batch: batch, check=lambda batch: None, ahead=3)
+    assert [next(feed).state["drawn"] for _ in range(5)] == [1, 2, 3, 4, 5]
+    deadline = time.monotonic() + 10
+    while batches.drawn < 8 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert batches.drawn > 5
+    assert next(feed).tokens == 8 * 6
+    feed.close()
+    assert batches.closed and not any(thread.name == "prefetch" for thread in threading.enumerate())
+
+
+def test_errors_of_the_iterator_and_of_the_check_reach_whoever_takes_the_batch():
+    feed = Prefetch(Counting(fail_at=1), lambda batch: batch, lambda batch: None)
+    assert next(feed).state == {"drawn": 1}
+    with pytest.raises(ValueError, match="corrupt"):
+        next(feed)
+    feed.close()
+
+    def refuse(batch):
+        raise ValueError("no such token")
+
+    feed = Prefetch(Counting(), lambda batch: batch, refuse)
+    with pytest.raises(ValueError, match="no such token"):
+        next(feed)
+    feed.close()

@@ -1,0 +1,94 @@
+"""Sinks: files that can be cut and continued, and a terminal that is none."""
+
+import json
+
+import pytest
+from tensorboardX.proto import event_pb2
+
+from polygpt.training.sinks import JsonLines, TensorBoard, Terminal, truncate
+
+RESULTS = {"tasks": {"sum": {"loss": 0.5, "accuracy": 0.9}}, "modality_gain": {}, "metric": 0.5}
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_json_lines_hold_metrics_apart_from_times(tmp_path):
+    sink = JsonLines(tmp_path, 0)
+    sink.metrics(10, {"loss": 1.5, "gradient_norm": float("nan")})
+    sink.timing(10, {"seconds": 0.1})
+    sink.evaluation(20, RESULTS)
+    sink.flush()
+    assert read(tmp_path / "metrics.jsonl") == [
+        {"step": 10, "loss": 1.5, "gradient_norm": None},
+        {"step": 20, "evaluation": RESULTS["tasks"], "modality_gain": {}, "metric": 0.5},
+    ]
+    assert read(tmp_path / "timing.jsonl") == [{"step": 10, "seconds": 0.1}]
+    sink.close()
+
+
+@pytest.mark.parametrize("torn", [b'{"step": 3, "lo', b'{"step": 1, "loss": 0}', b"\x00\x00\n", b"7\n", b""])
+def test_lines_after_the_step_and_torn_lines_are_removed(tmp_path, torn):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "loss": 2}\n{"step": 2, "loss": 1}\n' + torn)
+    truncate(path, 1)
+    assert path.read_bytes() == b'{"step": 1, "loss": 2}\n'
+    sink = JsonLines(tmp_path, 1)
+    sink.metrics(2, {"loss": 1})
+    sink.close()
+    assert path.read_bytes() == b'{"step": 1, "loss": 2}\n{"step": 2, "loss": 1}\n'
+
+
+def test_tensorboard_gets_every_number_by_name(tmp_path):
+    sink = TensorBoard(tmp_path, 0)
+    sink.metrics(10, {"loss": 1.5})
+    sink.timing(10, {"seconds": 0.25})
+    sink.evaluation(20, RESULTS)
+    sink.close()
+    (file,) = (tmp_path / "tensorboard").glob("events*")
+    assert scalars_in(file.read_bytes()) == {
+        ("train/loss", 10): 1.5,
+        ("timing/seconds", 10): 0.25,
+        ("evaluation/tasks/sum/loss", 20): 0.5,
+        ("evaluation/tasks/sum/accuracy", 20): pytest.approx(0.9),
+        ("evaluation/metric", 20): 0.5,
+    }
+
+
+def scalars_in(data):
+    """{(tag, step): value} of an event file: records of length (8 bytes), its checksum (4), data, checksum (4)."""
+    found = {}
+    while data:
+        length = int.from_bytes(data[:8], "little")
+        event = event_pb2.Event.FromString(data[12 : 12 + length])
+        found |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
+        data = data[16 + length :]
+    return found
+
+
+def test_without_a_terminal_progress_is_a_line_now_and_then_on_stderr(capsys):
+    sink = Terminal(0, 100, seconds=3600)
+    sink.step(1, 2.0)
+    sink.timing(10, {"tokens_per_second": 12345.6, "input_wait": 0.031, "seconds": 0.1})
+    for step in range(2, 101):
+        sink.step(step, 1.0)
+    sink.evaluation(100, RESULTS)
+    sink.close()
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines() == [
+        "step 1/100  loss 2.0000",
+        "step 100/100  loss 1.0000  12,346 tokens/s  input wait 3%  0:00 left",
+        "step 100, held-out loss: sum 0.5000",
+    ]
+
+
+def test_on_a_terminal_progress_is_a_bar_on_stderr(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    sink = Terminal(0, 10)
+    sink.step(5, 2.0)
+    sink.step(10, 1.0)
+    sink.close()
+    out, err = capsys.readouterr()
+    assert out == "" and "10/10" in err and "loss 1.0000" in err
