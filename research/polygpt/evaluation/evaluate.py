@@ -1,0 +1,156 @@
+"""Evaluation: every held-out task of a model, measured in every way its specification asks for."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from polygpt.data.example import Example
+from polygpt.data.layout import LayoutSpec, MediaCache, lay_out
+from polygpt.data.packing import Row, collate
+from polygpt.errors import BadRecord, UserError
+from polygpt.evaluation.bootstrap import bootstrap_mean
+from polygpt.evaluation.likelihood import Scores, score, summary
+from polygpt.evaluation.modality_gain import modalities, shuffle
+from polygpt.evaluation.spec import EvalTask, EvaluationSpec
+from polygpt.generation.generate import generate
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being measured ("fusion: loss"), the examples done, and all of them."""
+
+
+def evaluate(
+    model,
+    params,
+    tokenizer,
+    adapters: Mapping,
+    layout: LayoutSpec,
+    spec: EvaluationSpec,
+    *,
+    progress: Progress | None = None,
+    cache: MediaCache | None = None,
+) -> dict[str, Any]:
+    """Measures a model on held-out tasks. The same inputs give the same figures.
+
+    All batches have the shape [spec.rows, layout.length], so the loss is compiled once for all tasks and all calls.
+
+    Args:
+        model: the bound model.
+        params: its parameters.
+        tokenizer: the tokenizer it was trained with.
+        adapters: the model's adapters, by modality.
+        layout: how examples become rows; here each has a row of its own.
+        spec: the tasks and what is measured.
+        progress: told how far it is.
+        cache: decoded media to keep for the next call; by default they are kept for this one.
+
+    Returns:
+        Plain numbers, in nats where they are losses:
+        `{"tasks": {name: {"loss", "perplexity", "bits_per_byte", "token_accuracy", "n", and those of its metrics}},
+        "modalities": {"text" | "image" | "audio" | "audio+image" ...: the first five, over the examples of all tasks
+        that hold exactly these media}, "modality_gain": {"task/modality": {"gain", "low", "high", "n"}}}`.
+        A task of which records were left out has their number as "skipped".
+
+    Raises:
+        UserError: if a task has no usable example, or BadRecord for one that is not usable.
+    """
+    cache = MediaCache(512) if cache is None else cache
+    reader = _Reader(model, params, tokenizer, adapters, layout, spec.rows, cache, progress or (lambda *_: None))
+    tasks, gains, pooled = {}, {}, {}
+    for name, task in spec.tasks.items():
+        examples, scores, skipped = _read(name, task, spec, reader)
+        tasks[name] = summary(scores) | ({"skipped": skipped} if skipped else {})
+        for i, example in enumerate(examples):
+            pooled.setdefault("+".join(sorted(modalities([example]))) or "text", []).append(scores[i : i + 1])
+        if task.generate:
+            tasks[name] |= _judge(name, task, spec, examples, reader)
+        for modality in modalities(examples) if spec.modality_gain else []:
+            gain = _gain(f"{name}/{modality}", modality, spec, examples, scores, reader)
+            if gain is not None:
+                gains[f"{name}/{modality}"] = gain
+    by_media = {media: summary(Scores.join(scores)) for media, scores in sorted(pooled.items())}
+    return {"tasks": tasks, "modalities": by_media, "modality_gain": gains}
+
+
+def flatten(results: Mapping[str, Any]) -> dict[str, float]:
+    """Every figure of `evaluate` by one name: "fusion/accuracy", "fusion/image/gain", "modality/image/loss"."""
+    groups = {name: figures for name, figures in results["tasks"].items()}
+    groups |= results.get("modality_gain", {})
+    groups |= {f"modality/{name}": figures for name, figures in results.get("modalities", {}).items()}
+    return {f"{group}/{name}": value for group, figures in groups.items() for name, value in figures.items()}
+
+
+class _Reader:
+    """Scores examples: lays them out, a row each, and runs the model in batches of one shape."""
+
+    def __init__(self, model, params, tokenizer, adapters, layout, rows, cache, progress):
+        self.model, self.params, self.tokenizer = model, params, tokenizer
+        self.adapters, self.layout, self.rows, self.cache, self.progress = adapters, layout, rows, cache, progress
+
+    def __call__(self, what: str, examples: Sequence[Example], passes: Callable[[BadRecord], bool]):
+        """The indices of the examples that can be laid out, and their scores; a fault is raised unless it `passes`."""
+        indices, waiting, scores = [], [], []
+        for i, example in enumerate(examples):
+            try:
+                waiting.append(lay_out(example, self.layout, self.tokenizer, self.adapters, cache=self.cache))
+                indices.append(i)
+            except BadRecord as error:
+                if not passes(error):
+                    raise
+            if len(waiting) == self.rows or i + 1 == len(examples):
+                scores.append(self._score(waiting))
+                waiting = []
+                self.progress(what, i + 1, len(examples))
+        return indices, Scores.join(scores)
+
+    def _score(self, rows: list[Row]) -> Scores:
+        batch = collate(rows + [None] * (self.rows - len(rows)), self.layout.length, self.adapters)
+        return score(self.model, self.params, batch, len(rows), self.tokenizer.token_bytes)
+
+
+def _read(name: str, task: EvalTask, spec: EvaluationSpec, reader: _Reader) -> tuple[list[Example], Scores, int]:
+    """The usable examples of a task, their scores with their own media, and how many are not usable."""
+    source, examples = task.source.open(), []
+    chosen = np.random.default_rng(spec.seed).permutation(len(source))[: task.limit]
+    for i in sorted(chosen):
+        try:
+            examples.append(source[int(i)])
+        except BadRecord:
+            if spec.on_bad_record == "raise":
+                raise
+    if not examples:
+        raise UserError(f"evaluation task {name!r}: its source {type(task.source).__name__} has no usable example")
+    indices, scores = reader(f"{name}: loss", examples, lambda error: spec.on_bad_record == "skip")
+    if not indices:
+        raise UserError(f"evaluation task {name!r}: none of its {len(chosen)} examples can be used")
+    return [examples[i] for i in indices], scores, len(chosen) - len(indices)
+
+
+def _judge(name: str, task: EvalTask, spec: EvaluationSpec, examples: list[Example], reader: _Reader) -> dict:
+    """The figures of a task's metrics over the answers that the model writes."""
+    for example in examples:
+        if not example.prompt:
+            raise UserError(f"evaluation task {name!r}: {example.place} has no prompt to answer: set generate to false")
+    reader.progress(f"{name}: answers", 0, len(examples))
+    prompts = [example.prompt for example in examples]
+    given = (reader.model, reader.params, reader.tokenizer, prompts, reader.layout, spec.sampling)
+    answers = [written.text for written in generate(*given, rows=spec.rows)]
+    reader.progress(f"{name}: answers", len(examples), len(examples))
+    truths = [example.answer for example in examples]
+    return {key: value for metric in task.metrics for key, value in metric(answers, truths).items()}
+
+
+def _gain(
+    what: str, modality: str, spec: EvaluationSpec, examples: list[Example], scores: Scores, reader: _Reader
+) -> dict[str, float | int] | None:
+    """The modality gain and its interval; None where there are no two examples to exchange media between."""
+    indices, shuffled = shuffle(examples, modality, spec.seed)
+    if not indices:
+        return None
+    # The media of another example may be longer: a pair that no longer fits into the row is left out.
+    kept, others = reader(f"{what} gain", shuffled, lambda error: error.reason == "too long")
+    if not kept:
+        return None
+    difference = others.mean_loss - scores[[indices[k] for k in kept]].mean_loss
+    gain, low, high = bootstrap_mean(difference, resamples=spec.resamples, seed=spec.seed)
+    return {"gain": gain, "low": low, "high": high, "n": len(kept)}

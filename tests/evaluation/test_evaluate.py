@@ -1,0 +1,279 @@
+"""A whole evaluation of a stand-in whose answers, losses and gains are known exactly."""
+
+import dataclasses
+import io
+import json
+import types
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import soundfile
+from PIL import Image
+
+from polygpt.adapters.audio import AudioAdapter
+from polygpt.adapters.image import ImageAdapter
+from polygpt.data.example import Example, Medium, Text
+from polygpt.data.layout import LayoutSpec
+from polygpt.data.media.audio import LogMel
+from polygpt.data.media.image import ImageFeatures
+from polygpt.data.sources.base import Source
+from polygpt.data.tokenizers.bytes import ByteTokenizer
+from polygpt.errors import BadRecord, SpecError, UserError
+from polygpt.evaluation.evaluate import evaluate, flatten
+from polygpt.evaluation.likelihood import token_scores
+from polygpt.evaluation.modality_gain import shuffle
+from polygpt.evaluation.spec import EvalTask, EvaluationSpec
+from polygpt.evaluation.transcription import Transcription
+from polygpt.generation.sampling import GREEDY
+from polygpt.models.decoder import DecoderSpec
+from polygpt.models.functional import bind
+from polygpt.models.multimodal import ModelSpec
+from polygpt.spec import from_json, to_json
+
+TOKENIZER = ByteTokenizer()
+V, EOS = TOKENIZER.vocabulary, TOKENIZER.eos
+LETTERS = "abcd"
+GREY = [20, 90, 160, 230]
+LAYOUT = LayoutSpec(length=24)
+ADAPTERS = {
+    "image": ImageAdapter(features=ImageFeatures(height=8, width=8, channels=1), patch=4),
+    "audio": AudioAdapter(features=LogMel(rate=8000, mels=8, window=200, hop=80, seconds=0.1), fold=2),
+}
+SCALE = 6.0
+
+
+class Looks:
+    """Says the letter that the grey of the picture means, then ends; is deaf. What it predicts has the logit SCALE."""
+
+    spec = types.SimpleNamespace(adapters=ADAPTERS)
+
+    def init_cache(self, rows, size):
+        return jnp.zeros(rows, jnp.int32)
+
+    def decode(self, params, batch, cache):
+        seen_B = self._letter(batch) if batch.media else cache
+        letter_BT = (batch.tokens_BT >= ord("a")) & (batch.tokens_BT <= ord("d")) & (batch.modality_BT == 0)
+        says_BT = jnp.where(letter_BT, EOS, seen_B[:, None])
+        return params * jax.nn.one_hot(says_BT, V), seen_B
+
+    def apply(self, params, batch, key=None):
+        return types.SimpleNamespace(logits_BTV=self.decode(params, batch, None)[0])
+
+    def _letter(self, batch):
+        pixels_B = batch.media["image"].features[:, 0].mean(axis=(1, 2, 3))
+        levels = (jnp.asarray(GREY) / 255 - 0.5) / 0.5
+        return ord("a") + jnp.abs(pixels_B[:, None] - levels[None]).argmin(axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Listed(Source):
+    """Examples in memory; one that is an error is raised."""
+
+    examples: Any
+
+    def open(self):
+        return _Listed(self.examples)
+
+
+class _Listed(list):
+    def __getitem__(self, i):
+        example = super().__getitem__(i)
+        if isinstance(example, BadRecord):
+            raise example
+        return example
+
+
+def picture(letter):
+    Image.fromarray(np.full((8, 8), GREY[LETTERS.index(letter)], np.uint8)).save(data := io.BytesIO(), "PNG")
+    return Medium("image", data.getvalue())
+
+
+def recording(seed, samples=600):
+    wave = np.random.default_rng(seed).uniform(-1, 1, samples)
+    soundfile.write(data := io.BytesIO(), wave, 8000, format="WAV")
+    return Medium("audio", data.getvalue())
+
+
+def seen(n):
+    """Pictures and their letters."""
+    return [Example((picture(LETTERS[i % 4]), Text(LETTERS[i % 4])), f"seen {i}") for i in range(n)]
+
+
+def both(n):
+    """A recording, a picture and the picture's letter; every fifth letter is a lie."""
+    letters = [LETTERS[i * i % 4] for i in range(n)]
+    told = ["d" if i % 5 == 0 else letter for i, letter in enumerate(letters)]
+    return [
+        Example((recording(i), Text("?", 0.0), picture(letter), Text(truth)), f"both {i}")
+        for i, (letter, truth) in enumerate(zip(letters, told, strict=True))
+    ]
+
+
+SPEC = EvaluationSpec(
+    tasks={
+        "seen": EvalTask(Listed(seen(10)), generate=True),
+        "both": EvalTask(Listed(both(21)), generate=True, metrics=(Transcription(),)),
+        "words": EvalTask(Listed([Example((Text("plain words"),), "words 0")])),
+    },
+    rows=8,
+    sampling=GREEDY.replace(max_tokens=4),
+)
+MODEL = Looks()
+NLL = np.log(1 + (V - 1) * np.exp(-SCALE))  # of a token that the model predicts; of another it is SCALE more
+
+
+def run(spec=SPEC, **options):
+    return evaluate(MODEL, jnp.float32(SCALE), TOKENIZER, ADAPTERS, LAYOUT, spec, **options)
+
+
+@pytest.fixture(scope="module")
+def results():
+    return run()
+
+
+def test_likelihood_of_each_task_is_exact(results):
+    examples = both(21)
+    wrong = sum(MEDIA[e.parts[2].source] != e.answer for e in examples)
+    assert 0 < wrong < 6
+    tasks = results["tasks"]
+    assert tasks["seen"]["loss"] == pytest.approx(NLL, rel=1e-5)
+    assert tasks["seen"]["token_accuracy"] == 1.0
+    assert tasks["seen"]["bits_per_byte"] == pytest.approx(
+        2 * NLL / np.log(2), rel=1e-5
+    )  # two tokens, one of them a byte
+    assert tasks["both"]["loss"] == pytest.approx(NLL + SCALE * wrong / 42, rel=1e-5)
+    assert tasks["both"]["token_accuracy"] == pytest.approx(1 - wrong / 42)
+    assert tasks["words"]["n"] == 1 and "accuracy" not in tasks["words"]
+
+
+MEDIA = {picture(letter).source: letter for letter in LETTERS}
+
+
+def test_answers_are_generated_and_judged(results):
+    assert results["tasks"]["seen"] | {"exact_match": 1.0, "accuracy": 1.0, "f1": 1.0} == results["tasks"]["seen"]
+    wrong = sum(MEDIA[e.parts[2].source] != e.answer for e in both(21))
+    assert results["tasks"]["both"]["wer"] == results["tasks"]["both"]["cer"] == pytest.approx(wrong / 21)
+
+
+def test_the_modality_gain_is_exact_for_eyes_and_zero_for_deaf_ears(results):
+    examples = both(21)
+    _, shuffled = shuffle(examples, "image", 0)
+    loss = [[SCALE * (MEDIA[e.parts[2].source] != e.answer) / 2 for e in some] for some in (examples, shuffled)]
+    gain = results["modality_gain"]["both/image"]
+    assert gain["gain"] == pytest.approx(np.mean(loss[1]) - np.mean(loss[0]), rel=1e-5)
+    assert 0 < gain["low"] < gain["gain"] < gain["high"]
+    assert results["modality_gain"]["both/audio"] == {"gain": 0.0, "low": 0.0, "high": 0.0, "n": 21}
+    assert set(results["modality_gain"]) == {"seen/image", "both/audio", "both/image"}
+
+
+def test_figures_by_the_media_of_the_examples(results):
+    modalities = results["modalities"]
+    assert {name: figures["n"] for name, figures in modalities.items()} == {"audio+image": 21, "image": 10, "text": 1}
+    assert modalities["image"]["loss"] == pytest.approx(results["tasks"]["seen"]["loss"])
+
+
+def test_results_are_plain_and_flatten_to_single_names(results):
+    assert json.loads(json.dumps(results)) == results
+    flat = flatten(results)
+    assert flat["seen/accuracy"] == 1.0
+    assert flat["both/image/gain"] == results["modality_gain"]["both/image"]["gain"]
+    assert flat["modality/text/n"] == 1
+    assert all(type(value) in (int, float) for value in flat.values())
+
+
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_figures_do_not_depend_on_the_batch_size(results, rows):
+    assert flatten(run(SPEC.replace(rows=rows))) == pytest.approx(flatten(results), rel=1e-6, abs=1e-9)
+
+
+def test_the_loss_is_compiled_once_for_all_tasks_passes_and_calls(results):
+    before = token_scores._cache_size()
+    assert run() == results
+    assert token_scores._cache_size() == before
+
+
+def test_without_gain_and_answers_only_losses_are_measured():
+    tasks = {name: task.replace(generate=False) for name, task in SPEC.tasks.items()}
+    results = run(SPEC.replace(tasks=tasks, modality_gain=False))
+    assert results["modality_gain"] == {}
+    assert set(results["tasks"]["seen"]) == {"loss", "perplexity", "bits_per_byte", "token_accuracy", "n"}
+
+
+def test_a_limit_draws_the_same_examples_again():
+    examples = seen(40)
+    tasks = {"seen": EvalTask(Listed(examples), limit=6), "all": EvalTask(Listed(examples))}
+    first = run(SPEC.replace(tasks=tasks, seed=1))
+    assert first["tasks"]["seen"]["n"] == 6 and first["tasks"]["all"]["n"] == 40
+    assert run(SPEC.replace(tasks=tasks, seed=1)) == first
+
+
+def test_progress_is_told_up_to_the_end():
+    told = []
+    run(progress=lambda *said: told.append(said))
+    assert ("both: loss", 8, 21) in told and ("both: loss", 21, 21) in told
+    assert ("both/audio gain", 21, 21) in told and ("seen: answers", 10, 10) in told
+
+
+BAD = [
+    BadRecord("corrupt image", "seen 99"),
+    Example((Medium("image", b"no picture"), Text("a")), "seen 98"),
+    Example((picture("a"), Text("a" * 50)), "seen 97"),
+]
+
+
+def test_a_bad_record_is_an_error_or_counted():
+    tasks = {"seen": EvalTask(Listed([*seen(5), *BAD]), generate=True)}
+    with pytest.raises(BadRecord, match="seen 9"):
+        run(SPEC.replace(tasks=tasks))
+    figures = run(SPEC.replace(tasks=tasks, on_bad_record="skip"))["tasks"]["seen"]
+    assert (figures["n"], figures["skipped"], figures["accuracy"]) == (5, 3, 1.0)
+
+
+@pytest.mark.parametrize("examples", [[], BAD, BAD[1:]])
+def test_a_task_without_usable_examples_is_an_error(examples):
+    with pytest.raises(UserError, match="evaluation task 'seen': "):
+        run(SPEC.replace(tasks={"seen": EvalTask(Listed(examples))}, on_bad_record="skip"))
+
+
+def test_a_task_without_prompts_cannot_be_answered():
+    examples = [Example((Text("words"),), "words 0")]
+    with pytest.raises(UserError, match="'words': words 0 has no prompt to answer: set generate to false"):
+        run(SPEC.replace(tasks={"words": EvalTask(Listed(examples), generate=True)}))
+
+
+def test_shuffled_media_that_no_longer_fit_are_left_out():
+    # Beside its own short recording the first text just fits; beside either long one it does not.
+    lengths = [ADAPTERS["audio"].length(samples // 80) for samples in (160, 800)]
+    assert lengths[0] < lengths[1]
+    examples = [Example((recording(0, 160), Text("a" * (LAYOUT.length - 2 - lengths[0]))), "full")]
+    examples += [Example((picture("a"), recording(i, 800), Text("a")), f"long {i}") for i in range(2)]
+    results = run(SPEC.replace(tasks={"heard": EvalTask(Listed(examples))}))
+    assert results["tasks"]["heard"]["n"] == 3
+    assert results["modality_gain"]["heard/audio"]["n"] == 2
+
+
+def test_one_example_has_no_gain():
+    assert run(SPEC.replace(tasks={"seen": EvalTask(Listed(seen(1)))}))["modality_gain"] == {}
+
+
+def test_an_evaluation_travels_as_json():
+    spec = SPEC.replace(tasks={"seen": EvalTask(Listed(["x"]), metrics=(Transcription(normalized=False),))})
+    assert from_json(to_json(spec)).tasks["seen"].metrics == spec.tasks["seen"].metrics
+    with pytest.raises(SpecError, match="EvalTask.limit is 0"):
+        EvalTask(Listed([]), limit=0)
+
+
+def test_the_real_model_is_evaluated_and_a_model_without_eyes_gains_nothing():
+    model = bind(ModelSpec(decoder=DecoderSpec(width=16, depth=1), adapters=ADAPTERS), V)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), model.abstract())
+    params["adapters"]["image"] = jax.tree.map(np.zeros_like, params["adapters"]["image"])
+    spec = SPEC.replace(tasks={"both": EvalTask(Listed(both(9)), generate=True)}, rows=4)
+    results = evaluate(model, params, TOKENIZER, ADAPTERS, LAYOUT, spec)
+    figures, gain = results["tasks"]["both"], results["modality_gain"]
+    assert figures["n"] == 9 and np.isfinite(figures["loss"]) and 0 <= figures["accuracy"] <= 1
+    assert gain["both/image"]["gain"] == gain["both/image"]["low"] == gain["both/image"]["high"] == 0
+    assert gain["both/audio"]["low"] < gain["both/audio"]["high"]
