@@ -1,8 +1,9 @@
 """Prepared TFDS datasets as a source, without TensorFlow."""
 
+import importlib.util
 import json
 import pickle
-import sys
+import shutil
 
 import numpy as np
 import pytest
@@ -130,16 +131,28 @@ def test_a_dataset_without_random_access_says_how_to_prepare_it(tmp_path, prepar
         source(tmp_path).open()
 
 
-@pytest.mark.skipif("tensorflow" in sys.modules, reason="needs TensorFlow to be missing")
-def test_a_feature_that_needs_tensorflow_says_so(tmp_path, prepared, monkeypatch, capfd):
-    folder = tmp_path / "tiny_pets" / "1.2.0"
-    folder.mkdir(parents=True)
-    (folder / "dataset_info.json").write_text((prepared / "tiny_pets/1.2.0/dataset_info.json").read_text())
-    features = json.loads((prepared / "tiny_pets/1.2.0/features.json").read_text())
-    image = {"pythonClassName": "tensorflow_datasets.core.features.image_feature.Image", "image": {"dtype": "uint8"}}
-    features["featuresDict"]["features"]["picture"] = image
-    (folder / "features.json").write_text(json.dumps(features))
-    monkeypatch.setitem(sys.modules, "tensorflow", None)
+def redeclare(prepared, folder, feature):
+    """A copy of the small dataset whose picture is declared as another feature that stores encoded bytes."""
+    shutil.copytree(prepared, folder, dirs_exist_ok=True)
+    path = folder / "tiny_pets/1.2.0/features.json"
+    features = json.loads(path.read_text())
+    features["featuresDict"]["features"]["picture"] = feature
+    path.write_text(json.dumps(features))
+
+
+def test_image_features_are_taken_as_encoded_bytes(tmp_path, prepared):
+    shape = {"dimensions": ["4", "4", "3"]}
+    name = "tensorflow_datasets.core.features.image_feature.Image"
+    redeclare(prepared, tmp_path, {"pythonClassName": name, "image": {"shape": shape, "dtype": "uint8"}})
+    pictures = {example.parts[0].source for example in source(tmp_path, Field("picture", "image")).open()}
+    assert pictures == {b"PNG%d" % i for i in range(COUNTS["train"])}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorflow") is not None, reason="TensorFlow is installed")
+def test_a_feature_that_needs_tensorflow_says_so(tmp_path, prepared, capfd):
+    name = "tensorflow_datasets.core.features.audio_feature.Audio"
+    audio = {"shape": {"dimensions": ["-1"]}, "dtype": "int64", "fileFormat": "flac", "sampleRate": 8000, "encoding": "bytes"}
+    redeclare(prepared, tmp_path, {"pythonClassName": name, "audio": audio})
     with pytest.raises(UserError, match="tensorflow, which is missing: install tensorflow-cpu") as caught:
         source(tmp_path).open()
     assert "\n" not in str(caught.value)
