@@ -93,7 +93,9 @@ def columns(batch: Batch, start: int, stop: int, *, media: bool) -> Batch:
     return Batch(**arrays, media=batch.media if media else {})
 
 
-def tiny(*, adapters=ADAPTERS, dtype: str = "float32", heads: int = 4, kv_heads: int | None = 2, **decoder) -> ModelSpec:
+def tiny(
+    *, adapters=ADAPTERS, dtype: str = "float32", heads: int = 4, kv_heads: int | None = 2, **decoder
+) -> ModelSpec:
     """A model of two blocks and sixteen channels; keywords are fields of its decoder."""
     fields = {"width": 16, "depth": 2, "attention": MultiHead(heads, kv_heads)} | decoder
     return ModelSpec(DecoderSpec(**fields), adapters, dtype)

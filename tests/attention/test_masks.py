@@ -15,7 +15,9 @@ SIMPLE = {
 MASKS = st.recursive(
     st.sampled_from([Causal(), SameSegment(), SameSpan()]),
     lambda inner: st.one_of(
-        st.builds(lambda a, b: a & b, inner, inner), st.builds(lambda a, b: a | b, inner, inner), st.builds(lambda a: ~a, inner)
+        st.builds(lambda a, b: a & b, inner, inner),
+        st.builds(lambda a, b: a | b, inner, inner),
+        st.builds(lambda a: ~a, inner),
     ),
     max_leaves=6,
 )

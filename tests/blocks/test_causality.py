@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from batches import build, example, tiny, tiny_model
 from flax import nnx
 
+from batches import build, example, tiny, tiny_model
 from polygpt.attention.contract import Context
 from polygpt.attention.masks import DECODER, allowed
 from polygpt.blocks.stack import Stack, StackSpec
@@ -80,7 +80,9 @@ def test_predictions_do_not_see_media_that_come_later():
 
     def before(features, stop):
         media = batch.media | {"audio": type(batch.media["audio"])(features, batch.media["audio"].length_BN)}
-        return jnp.sum(jnp.sin(model.apply(params, batch.replace(media=media)).logits_BTV) * (jnp.arange(8) < stop)[None, :, None])
+        return jnp.sum(
+            jnp.sin(model.apply(params, batch.replace(media=media)).logits_BTV) * (jnp.arange(8) < stop)[None, :, None]
+        )
 
     gradient = jax.jit(jax.grad(before))
     assert not np.asarray(gradient(batch.media["audio"].features, 2)).any()

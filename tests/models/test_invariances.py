@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from batches import ADAPTERS, TOWER, build, example, lively, tiny, tiny_model
 
+from batches import ADAPTERS, TOWER, build, example, lively, tiny, tiny_model
 from polygpt.models.functional import bind
 from polygpt.sequence import Media
 
@@ -114,7 +114,9 @@ def test_padding_alone_gives_zero_loss_and_finite_gradients(toy):
 def test_every_parameter_has_a_gradient(toy, packed):
     params, _, loss_and_gradients = toy
     gradients = loss_and_gradients(params, packed[0])[1]
-    still = [jax.tree_util.keystr(path) for path, g in jax.tree_util.tree_flatten_with_path(gradients)[0] if not g.any()]
+    still = [
+        jax.tree_util.keystr(path) for path, g in jax.tree_util.tree_flatten_with_path(gradients)[0] if not g.any()
+    ]
     assert still == []
 
 
@@ -141,7 +143,7 @@ def test_a_text_row_is_the_same_in_a_model_without_adapters(toy):
     np.testing.assert_allclose(apply(params, mixed)[1, :4], expected, rtol=0, atol=1e-5)
 
 
-# --- forms of the same computation -------------------------------------------------------------------------------------
+# --- forms of the same computation ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

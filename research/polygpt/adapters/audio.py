@@ -78,8 +78,8 @@ class _AudioAdapter(nnx.Module):
         B, N, frames, M = media.features.shape
         inner = self.positions * self.fold
         length_B = media.length_BN.reshape(B * N) * self.fold
-        # An item is its real frames and zeros up to a whole position, so that its embedding depends on nothing else: not on
-        # what an unused item or the rest of a used one holds, nor on how long the longest clip may be.
+        # An item is its real frames and zeros up to a whole position, so that its embedding depends on nothing else:
+        # not on what an unused item or the rest of a used one holds, nor on how long the longest clip may be.
         mel_BFM = jnp.pad(media.features.reshape(B * N, frames, M), ((0, 0), (0, 2 * inner - frames), (0, 0)))
         real = jnp.arange(2 * inner)[None, :, None] < 2 * length_B[:, None, None]
         x_BTD = self.encode(jnp.where(real, mel_BFM, 0), length_B, key)
