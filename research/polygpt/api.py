@@ -1,0 +1,107 @@
+"""The names that experiment files use most, in one place: `import polygpt.api as pg`.
+
+Nothing depends on this file; every other name is imported from where it is defined.
+"""
+
+from polygpt.adapters.audio import AudioAdapter
+from polygpt.adapters.base import Adapter, Connector
+from polygpt.adapters.image import ImageAdapter
+from polygpt.attention.contract import Attention
+from polygpt.attention.multi_head import MultiHead
+from polygpt.blocks.stack import StackSpec
+from polygpt.data.augment import Noise, RandomResizedCrop, RandomShift, SpecAugment, Speed
+from polygpt.data.example import Example, Medium, Text
+from polygpt.data.layout import LayoutSpec
+from polygpt.data.loader import DataSpec, Task
+from polygpt.data.media.audio import LogMel
+from polygpt.data.media.image import ImageFeatures
+from polygpt.data.sources.base import Source
+from polygpt.data.sources.embedded import Embedded
+from polygpt.data.sources.folder import MediaFolder
+from polygpt.data.sources.text_files import TextFiles
+from polygpt.data.sources.tfds import TfdsSource
+from polygpt.data.tokenizers.bpe import BPE
+from polygpt.data.tokenizers.bytes import Bytes
+from polygpt.evaluation.classification import Classification
+from polygpt.evaluation.spec import EvalTask, EvaluationSpec
+from polygpt.evaluation.transcription import Transcription
+from polygpt.generation.sampling import Sampling
+from polygpt.models.decoder import DecoderSpec
+from polygpt.models.multimodal import ModelSpec
+from polygpt.models.presets import preset
+from polygpt.nn.mlp import MLP, GatedMLP
+from polygpt.nn.norms import LayerNorm, RMSNorm
+from polygpt.nn.positions import Learned, NoPosition, Rope, Sinusoidal
+from polygpt.objectives.base import Objective
+from polygpt.objectives.next_token import NextToken
+from polygpt.objectives.z_loss import ZLoss
+from polygpt.optim.groups import Group
+from polygpt.optim.optim import Optim
+from polygpt.optim.optimizers import Adafactor, AdamW, Lion, Muon
+from polygpt.optim.schedules import SGDR, WSD, Constant, WarmupCosine, WarmupExponential, WarmupLinear
+from polygpt.training.checkpoint import CheckpointSpec
+from polygpt.training.experiment import Experiment, TrainSpec
+
+__all__ = [
+    "Adafactor",
+    "AdamW",
+    "Adapter",
+    "Attention",
+    "AudioAdapter",
+    "BPE",
+    "Bytes",
+    "CheckpointSpec",
+    "Classification",
+    "Connector",
+    "Constant",
+    "DataSpec",
+    "DecoderSpec",
+    "Embedded",
+    "EvalTask",
+    "EvaluationSpec",
+    "Example",
+    "Experiment",
+    "GatedMLP",
+    "Group",
+    "ImageAdapter",
+    "ImageFeatures",
+    "LayerNorm",
+    "LayoutSpec",
+    "Learned",
+    "Lion",
+    "LogMel",
+    "MLP",
+    "MediaFolder",
+    "Medium",
+    "ModelSpec",
+    "MultiHead",
+    "Muon",
+    "NextToken",
+    "NoPosition",
+    "Noise",
+    "Objective",
+    "Optim",
+    "RMSNorm",
+    "RandomResizedCrop",
+    "RandomShift",
+    "Rope",
+    "SGDR",
+    "Sampling",
+    "Sinusoidal",
+    "Source",
+    "SpecAugment",
+    "Speed",
+    "StackSpec",
+    "Task",
+    "Text",
+    "TextFiles",
+    "TfdsSource",
+    "TrainSpec",
+    "Transcription",
+    "WSD",
+    "WarmupCosine",
+    "WarmupExponential",
+    "WarmupLinear",
+    "ZLoss",
+    "preset",
+]
