@@ -151,7 +151,7 @@ def test_image_features_are_taken_as_encoded_bytes(tmp_path, prepared):
 @pytest.mark.skipif(importlib.util.find_spec("tensorflow") is not None, reason="TensorFlow is installed")
 def test_a_feature_that_needs_tensorflow_says_so(tmp_path, prepared, capfd):
     name = "tensorflow_datasets.core.features.audio_feature.Audio"
-    audio = {"shape": {"dimensions": ["-1"]}, "dtype": "int64", "fileFormat": "flac", "sampleRate": 8000, "encoding": "bytes"}
+    audio = {"shape": {"dimensions": ["-1"]}, "dtype": "int64", "fileFormat": "flac", "encoding": "bytes"}
     redeclare(prepared, tmp_path, {"pythonClassName": name, "audio": audio})
     with pytest.raises(UserError, match="tensorflow, which is missing: install tensorflow-cpu") as caught:
         source(tmp_path).open()
