@@ -10,7 +10,7 @@ from flax import nnx
 
 from polygpt.attention.contract import Attention, Context, Dims
 from polygpt.attention.kernels.reference import attend, attention_weights
-from polygpt.attention.masks import allowed
+from polygpt.attention.masks import Mask, allowed
 from polygpt.nn.linear import Linear
 
 
@@ -44,6 +44,10 @@ class MultiHead(Attention):
             self.require(width % self.heads == 0, "heads", f"a divisor of the model width ({width}), or set head_width")
         return self.head_width or width // self.heads
 
+    def mask(self, mask: Mask) -> Mask:
+        """What queries see of what `mask`, the model's own, lets them see. A variant narrows it here: `mask & Window(64)`."""
+        return mask
+
     def build(self, dims: Dims, rngs: nnx.Rngs) -> nnx.Module:
         return _MultiHead(self, dims, rngs)
 
@@ -73,14 +77,17 @@ class _MultiHead(nnx.Module):
             key_BKSd = jax.lax.dynamic_update_slice_in_dim(cache["key"], key_BKSd, context.cursor, axis=2)
             value_BKSd = jax.lax.dynamic_update_slice_in_dim(cache["value"], value_BKSd, context.cursor, axis=2)
             cache = {"key": key_BKSd, "value": value_BKSd}
-        y_BHTd = attend(query_BHTd, key_BKSd, value_BKSd, allowed(context.mask, context.query, context.key))
+        y_BHTd = attend(query_BHTd, key_BKSd, value_BKSd, self._allowed(context))
         B, H, T, d = y_BHTd.shape
         return self.output(y_BHTd.transpose(0, 2, 1, 3).reshape(B, T, H * d)), cache
 
     def weights(self, x_BTD: jax.Array, context: Context) -> jax.Array:
         """The attention weights, float32 [B, H, T, T]."""
         query_BHTd, key_BKSd = self._query_and_key(x_BTD, context)
-        return attention_weights(query_BHTd, key_BKSd, allowed(context.mask, context.query, context.key))
+        return attention_weights(query_BHTd, key_BKSd, self._allowed(context))
+
+    def _allowed(self, context: Context) -> jax.Array:
+        return allowed(self.spec.mask(context.mask), context.query, context.key)
 
     def _query_and_key(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, jax.Array]:
         rotate, position_BT = self.dims.position.rotate, context.query.position
