@@ -24,7 +24,7 @@ class Linear(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x: jax.Array, output_dtype: str | None = None) -> jax.Array:
-        """[..., inputs] -> [..., outputs], computed in `dtype`; with `output_dtype="float32"` the sums stay unrounded."""
+        """[..., inputs] -> [..., outputs], computed in `dtype`; `output_dtype="float32"` keeps the sums unrounded."""
         kernel = self.kernel[...].astype(self.dtype)
         flat = x.astype(self.dtype).reshape(-1, kernel.shape[0])
         y = jnp.matmul(flat, kernel, preferred_element_type=output_dtype).reshape(*x.shape[:-1], kernel.shape[1])

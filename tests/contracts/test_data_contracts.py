@@ -1,0 +1,70 @@
+"""The contracts of sources and objectives, held by every class found in the folders."""
+
+import pickle
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from discovery import minimal, specs
+
+from batches import build, example
+from polygpt.data.example import Example
+from polygpt.data.sources.base import Source
+from polygpt.errors import UserError
+from polygpt.objectives.base import Objective
+
+ROWS = [[example(6, seed=1), example(3, seed=2)], [example(9, seed=3)], [example(("image", 4), 2, seed=4)], []]
+
+
+@pytest.mark.parametrize("cls", specs("polygpt.data", Source))
+def test_a_source_gives_the_same_examples_always_or_says_what_is_missing(cls, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a source of files finds none
+    try:
+        examples = minimal(cls).open()
+    except UserError as error:
+        assert str(error) and "\n" not in str(error)
+        return
+    assert len(examples) > 0 and isinstance(examples[0], Example) and examples[0].place
+    copy = pickle.loads(pickle.dumps(examples))
+    for i in (0, len(examples) // 2, len(examples) - 1):
+        assert examples[i] == examples[i] == copy[i]
+        assert examples[i].answer, "something to learn"
+    with pytest.raises(IndexError):
+        examples[len(examples)]
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return build(ROWS, 12, weight=0.5)
+
+
+def logits(batch, seed: int = 0):
+    return np.float32(np.random.default_rng(seed).normal(size=(*batch.shape, 31)) * 3)
+
+
+def outputs(logits_BTV):
+    return SimpleNamespace(logits_BTV=logits_BTV)
+
+
+@pytest.mark.parametrize("cls", specs("polygpt.objectives", Objective))
+def test_an_objective_is_a_sum_and_a_weight(cls, batch):
+    objective, logits_BTV = minimal(cls), logits(batch)
+    total, weight = objective(outputs(logits_BTV), batch)
+    assert total.shape == weight.shape == () and total.dtype == weight.dtype == np.float32
+    assert total > 0 and weight > 0
+    assert objective(outputs(logits(batch, 1)), batch)[1] == weight, "the weight knows the batch alone"
+    parts = [
+        objective(outputs(logits_BTV[i : i + 2]), jax.tree.map(lambda x, i=i: x[i : i + 2], batch)) for i in (0, 2)
+    ]
+    np.testing.assert_allclose(np.sum(parts, axis=0), [total, weight], rtol=1e-5, err_msg="rows may be split")
+
+
+@pytest.mark.parametrize("cls", specs("polygpt.objectives", Objective))
+def test_an_objective_does_not_read_positions_without_weight(cls, batch):
+    objective, logits_BTV = minimal(cls), logits(batch)
+    dirty = np.where((batch.weight_BT > 0)[..., None], logits_BTV, np.nan)
+    gradient = jax.grad(lambda x: objective(outputs(x), batch)[0])
+    assert objective(outputs(dirty), batch)[0] == objective(outputs(logits_BTV), batch)[0]
+    np.testing.assert_array_equal(gradient(dirty), gradient(logits_BTV))
+    assert np.isfinite(gradient(dirty)).all()
