@@ -33,6 +33,11 @@ def test_ticks_are_round_and_inside(low, high):
     assert np.allclose(np.diff(found), found[1] - found[0])
 
 
+def test_ticks_of_steps_are_whole():
+    assert charts.ticks(2, 8, least=1.0) == [2, 4, 6, 8]
+    assert charts.ticks(1, 2, least=1.0) == [1, 2]
+
+
 def test_smoothing_is_centred_and_leaves_gaps():
     line = np.arange(50.0)
     np.testing.assert_allclose(charts.smooth(line, 5)[2:-2], line[2:-2])

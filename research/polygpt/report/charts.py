@@ -30,13 +30,15 @@ def figure(value: float) -> str:
     return f"{value:.4g}"
 
 
-def ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """About `count` round numbers in [low, high]."""
+def ticks(low: float, high: float, count: int = 4, least: float = 0.0) -> list[float]:
+    """About `count` round numbers in [low, high], multiples of `least` if it is given."""
     if not high > low:
         return [low]
     power = 10 ** math.floor(math.log10((high - low) / count))
     found = []
     for step in (10 * power, 5 * power, 2.5 * power, 2 * power, power):
+        if least and (step < least or step % least):
+            continue
         found = [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
         if len(found) >= count - 1:
             break
@@ -88,7 +90,7 @@ def chart(content: Chart) -> str:
         y = float(py(tick))
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{figure(tick)}</text>')
-    for tick in ticks(first, last):
+    for tick in ticks(first, last, least=1.0):
         x = float(px(tick))
         parts.append(f'<text class="tick" x="{x:.1f}" y="{HEIGHT - 8}" text-anchor="middle">{figure(tick)}</text>')
     points = []

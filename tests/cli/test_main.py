@@ -1,0 +1,150 @@
+"""The command line itself: help, exit codes, one-line errors, JSON alone on stdout."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from polygpt.cli import main as cli
+from polygpt.cli import output
+from polygpt.errors import UserError
+
+
+def test_help_names_every_verb_and_teaches(polygpt):
+    for words in ((), ("--help",), ("-h",)):
+        code, out, err = polygpt(*words)
+        assert code == 0 and err == ""
+        assert all(re.search(rf"^  {verb} ", out, re.M) for verb in cli.VERBS)
+        assert out.count("polygpt train") >= 3
+
+
+def test_help_is_instant_because_nothing_heavy_is_imported():
+    script = (
+        "import sys; from polygpt.cli.main import main; assert main(['--help']) == 0;"
+        "heavy = {'jax', 'numpy', 'flax', 'rich', 'absl', 'PIL'} & set(sys.modules); assert not heavy, heavy"
+    )
+    begin = time.monotonic()
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+    assert time.monotonic() - begin < 5, "half a second on a quiet machine"
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_every_verb_has_help_with_an_example(polygpt, verb):
+    code, out, err = polygpt(*verb.split(), "--help")
+    assert code == 0 and err == ""
+    assert f"usage: polygpt {verb}" in out and "examples:" in out
+    assert "--json" in out and "--debug" in out
+
+
+def test_a_group_lists_its_verbs(polygpt):
+    code, out, _ = polygpt("data", "--help")
+    assert code == 0 and "data show" in out and "data check" in out and "train" not in out
+    assert polygpt("--version")[1].startswith("polygpt 0.")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["trian"], "no verb 'trian': did you mean train"),
+        (["data"], "no verb 'data': did you mean data show or data check"),
+        (["data", "shwo", "x"], "no verb 'data shwo': did you mean data show"),
+        (["--foo"], "no verb '--foo'"),
+        (["train"], "train: the following arguments are required: FILE: see polygpt train --help"),
+        (["train", "a.py", "b.py"], "train: there is no place for 'b.py'"),
+        (["train", "nowhere.py"], "no file .*nowhere.py"),
+        (["train", "a.py", "--train.steps"], "train: --train.steps needs a value"),
+        (["train", "a.py", "--workdri"], "train: --workdri needs a value, or is no option: did you mean --workdir"),
+        (["evaluate", "x", "--jsn"], "evaluate: no option --jsn: did you mean --json"),
+        (["evaluate", "x", "--checkpoint", "first"], "argument --checkpoint: invalid choice: 'first'"),
+        (["evaluate", "nowhere"], "nowhere is no run folder"),
+        (["report", "nowhere"], "nowhere is no run folder"),
+        (["generate", "x"], "generate: an empty prompt"),
+        (["generate", "x", "--interactive", "--json"], "exclude each other"),
+        (["generate", "x", "--image", "nowhere.png"], "--image nowhere.png: no such file"),
+        (["generate", "x", "--text", "a", "--temprature", "1"], "did you mean --temperature"),
+        (["generate", "x", "--text", "a", "--top_p", "2"], "Sampling.top_p is 2.0: it must be above 0"),
+        (["model", "show", "8b"], "no preset '8b': did you mean .*7b"),
+        (["model", "show", "1m", "--length", "0"], "--length is 0: it must be positive"),
+        (["model", "show", "1m", "--length", "many"], "invalid int value: 'many'"),
+        (
+            ["model", "show", "1m", "--decoder.dpth", "2"],
+            "DecoderSpec has no field 'dpth': did you mean depth",
+        ),
+        (["model", "show", "1m", "--lenth", "2"], "--lenth: neither an option nor a field of ModelSpec: .*--length"),
+        (["tokenizer", "train", "none.txt", "--out", "x.json"], "no text file 'none.txt'"),
+        (["tokenizer", "train", "a.txt", "--out", "."], "is a folder: name a file"),
+    ],
+)
+def test_the_users_mistakes_are_one_line_with_code_2(polygpt, words, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = polygpt(*words)
+    assert (code, out) == (2, "")
+    assert re.fullmatch(rf"polygpt: .*{expected}.*\n", err), err
+    assert list(tmp_path.iterdir()) == [], "nothing is left behind"
+
+
+def test_other_errors_are_code_1_with_a_traceback_only_where_asked(polygpt, monkeypatch):
+    def fail(argv):
+        raise RuntimeError("out of\nluck")
+
+    monkeypatch.setattr(cli, "_dispatch", fail)
+    assert polygpt("train") == (1, "", "polygpt: RuntimeError: out of luck (run with --debug for the traceback)\n")
+    code, _, err = polygpt("train", "--debug")
+    assert code == 1 and "Traceback" in err and err.count("luck") >= 2
+
+
+def test_an_interrupt_is_no_traceback(polygpt, monkeypatch):
+    def interrupt(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_dispatch", interrupt)
+    assert polygpt("train") == (1, "", "polygpt: interrupted\n")
+
+
+def test_a_users_mistake_shows_its_traceback_with_debug(polygpt, monkeypatch):
+    def fail(argv):
+        raise UserError("no such thing")
+
+    monkeypatch.setattr(cli, "_dispatch", fail)
+    code, _, err = polygpt("train", "--debug")
+    assert code == 2 and "Traceback" in err and err.endswith("polygpt: no such thing\n")
+
+
+def test_json_is_alone_on_stdout_whoever_else_writes_there(capfd):
+    with output.json_alone(True) as write:
+        print("progress")
+        os.write(1, b"from a library\n")
+        subprocess.run(["echo", "from a child"], check=True)
+        write({"loss": np.float32(0.5), "n": np.int64(3), "bad": float("nan"), "place": Path("a/b"), "all": (1, None)})
+    captured = capfd.readouterr()
+    assert json.loads(captured.out) == {"loss": 0.5, "n": 3, "bad": None, "place": "a/b", "all": [1, None]}
+    assert captured.out.count("\n") == 1
+    assert all(word in captured.err for word in ("progress", "from a library", "from a child"))
+
+
+def test_without_json_stdout_is_left_alone(capfd):
+    with output.json_alone(False) as write:
+        print("a table")
+        write({"loss": 1})
+    assert capfd.readouterr().out == "a table\n"
+
+
+def test_stdout_is_given_back_after_an_error(capfd):
+    with pytest.raises(UserError), output.json_alone(True):
+        raise UserError("x")
+    print("afterwards")
+    assert capfd.readouterr().out == "afterwards\n"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.12345, "0.123"), (1234.5, "1,234"), (7, "7"), (12345, "12,345"), (float("nan"), "–"), (None, "–")],
+)
+def test_figures_in_tables(value, text):
+    assert output.figure(value) == text

@@ -1,0 +1,167 @@
+"""Each verb on a real run: what it prints, what it writes, what its JSON holds."""
+
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+POLYGPT = str(Path(sys.executable).with_name("polygpt"))
+
+
+def test_train_evaluates_and_reports(trained):
+    assert trained.code == 0
+    assert trained.out.count("\n") == 1, "one JSON object and nothing else"
+    done = json.loads(trained.out)
+    assert done["step"] == 3 and done["tasks"]["own"]["n"] == 7
+    assert set(done["modality_gain"]) == {"own/image", "own/audio"}
+    assert all({"gain", "low", "high"} <= set(gain) for gain in done["modality_gain"].values())
+    assert Path(done["workdir"]) == Path("runs/own") and (trained.run / "report.html").stat().st_size > 10_000
+    assert json.loads((trained.run / "evaluation.json").read_text())["tasks"] == done["tasks"]
+    assert "Held out, step 3" in trained.err and "report: runs/own/report.html" in trained.err
+    assert "Traceback" not in trained.err and "Warning" not in trained.err
+
+
+def test_train_again_goes_on_where_it_was(trained, polygpt, tmp_path):
+    run = shutil.copytree(trained.run, tmp_path / "run")
+    words = ["train", trained.file, "--workdir", run, "--train.steps=4", "--no-report", "--json"]
+    code, out, err = polygpt(*words)
+    assert code == 0, err
+    assert json.loads(out) == {"step": 4, "workdir": str(run)}
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [step for step in steps if step > 3] == [4]
+
+
+def test_train_refuses_another_experiment_in_the_same_folder(trained, polygpt):
+    before = (trained.run / "config.json").read_bytes()
+    code, out, err = polygpt("train", trained.file, "--workdir", trained.run, "--seed", "5")
+    assert (code, out) == (2, "") and "seed is 0 there, 5 here" in err.splitlines()[-1]
+    assert (trained.run / "config.json").read_bytes() == before
+
+
+def test_train_help_lists_every_field_with_overrides(trained, polygpt):
+    code, out, _ = polygpt("train", trained.file, "--help", "--model.decoder.width", "32")
+    assert code == 0
+    for name, value in [("train.steps", "3"), ("model.decoder.width", "32"), ("data.tasks.own.weight", "1.0")]:
+        assert re.search(rf"^  --{re.escape(name)} {value}$", out, re.M), name
+    assert re.search(r"--objectives\.next_token\.1 1\.0$", out, re.M)
+    assert "Batches to train on." in out and "one of 'interleaved', 'prefix'" in out
+    assert "every field that can be set" in " ".join(polygpt("train", "--help")[1].lower().split())
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("x = 1\n", "no function experiment()"),
+        ("def experiment():\n    return 3\n", r"experiment\(\) returns int: it must return an Experiment"),
+        ("def experiment(:\n", "line 1: SyntaxError"),
+        ("import nowhere_at_all\n", "line 1: ModuleNotFoundError"),
+    ],
+)
+def test_a_file_that_makes_no_experiment(polygpt, tmp_path, source, expected):
+    file = tmp_path / "faulty.py"
+    file.write_text(source)
+    code, out, err = polygpt("train", file)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert re.search(expected if "\\" in expected else re.escape(expected), err) and str(file) in err
+
+
+def test_evaluate_prints_one_json_object_as_a_process(trained):
+    words = [POLYGPT, "evaluate", str(trained.run), "--json"]
+    done = subprocess.run(words, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["tasks"] == json.loads(trained.out)["tasks"], "evaluation repeats itself"
+    assert done.stdout.count("\n") == 1 and "Traceback" not in done.stderr
+
+
+def test_evaluate_prints_tables(trained, polygpt):
+    code, out, _ = polygpt("evaluate", trained.run, "--checkpoint", "latest")
+    assert code == 0
+    assert re.search(r"own +\d+\.\d{3}", out) and re.search(r"own/image +[+-]\d\.\d{3}", out)
+
+
+def test_generate_reads_the_parts_in_their_order(trained, polygpt):
+    data = trained.file.parent / "data"
+    words = ["--text", "it ", "--image", data / "red.png", "--text=is ", "--audio", data / "400.wav", "--json"]
+    code, out, err = polygpt("generate", trained.run, *words, "--temperature", "0", "--max_tokens", "5")
+    assert code == 0, err
+    done = json.loads(out)
+    kinds = [next(iter(part)) for part in done["prompt"]]
+    assert kinds == ["text", "image", "text", "audio"] and done["prompt"][2] == {"text": "is "}
+    assert done["tokens"] <= 5 and done["finish"] in ("eos", "length") and done["step"] == 3
+    code, out, _ = polygpt("generate", trained.run, *words[:-1], "--temperature", "0", "--max_tokens", "5")
+    assert code == 0 and out == done["text"] + "\n", "streamed, the same text"
+
+
+def test_generate_interactively(trained, polygpt, monkeypatch):
+    red = trained.file.parent / "data" / "red.png"
+    typed = f"/image {red}\n\n/nonsense\n/image nowhere.png\nhello\n/text a\n/clear\n/go\n/quit\nnever read\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+    code, out, err = polygpt("generate", trained.run, "--interactive", "--temperature", "0", "--max_tokens", "4")
+    assert code == 0
+    assert err.count("put a picture into the prompt") == 2, "help at the start and after an unknown command"
+    assert "--image nowhere.png: no such file" in err and "is empty" in err
+    assert out.count("\n") >= 2
+
+
+def test_generate_refuses_what_the_model_cannot_take(trained, polygpt):
+    data = trained.file.parent / "data"
+    code, out, err = polygpt("generate", trained.run, "--image", data / "red.png", "--image", data / "blue.png")
+    assert (code, out) == (2, "") and "the model takes 1 of image" in err and err.count("\n") == 1
+    code, _, err = polygpt("generate", trained.run, "--audio", data / "red.png")
+    assert code == 2 and err.count("\n") == 1 and "prompt 0" in err
+
+
+def test_report_is_written_where_asked(trained, polygpt, tmp_path):
+    code, out, _ = polygpt("report", trained.run, "--output", tmp_path / "new" / "page.html", "--json")
+    assert code == 0 and json.loads(out) == {"step": 3, "report": str(tmp_path / "new" / "page.html")}
+    page = (tmp_path / "new" / "page.html").read_text()
+    assert page.count("<article") == 6 and page.count("<audio") >= 2 and "data-attention" in page
+    assert [place.name for place in (tmp_path / "new").iterdir()] == ["page.html"]
+
+
+def test_a_run_that_was_never_evaluated_has_a_report(trained, polygpt, tmp_path):
+    run = shutil.copytree(trained.run, tmp_path / "run")
+    (run / "evaluation.json").unlink()
+    (run / "timing.jsonl").unlink()
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "lo')
+    code, _, _ = polygpt("report", run)
+    assert code == 0
+    page = (run / "report.html").read_text()
+    assert "was not evaluated, there are no held-out results" in page and "Training loss" in page
+    assert 'id="results"' not in page and 'id="samples"' in page
+
+
+def test_model_show_counts_an_experiment_and_a_preset(trained, polygpt):
+    code, out, _ = polygpt("model", "show", trained.file, "--json")
+    counted = json.loads(out)
+    assert code == 0 and counted["vocabulary"] == 258 and counted["length"] == 64
+    assert counted["parameters"] == sum(part["parameters"] for part in counted["parts"])
+    deeper = json.loads(polygpt("model", "show", trained.file, "--model.decoder.depth", "3", "--json")[1])
+    assert deeper["parameters"] > counted["parameters"]
+    code, out, _ = polygpt("model", "show", "1m", "--length", "128")
+    assert code == 0 and "rows of 128" in out and re.search(r"all +[\d,]{7,}", out)
+
+
+def test_tokenizer_train_writes_a_tokenizer(polygpt, tmp_path):
+    (tmp_path / "a.txt").write_text("the cat and the hat and the bat " * 50)
+    out = tmp_path / "bpe.json"
+    code, printed, _ = polygpt("tokenizer", "train", tmp_path / "*.txt", "--vocabulary", "300", "--out", out, "--json")
+    from polygpt.data.tokenizers.bpe import BPE
+
+    done = json.loads(printed)
+    assert code == 0 and done["vocabulary"] == BPE(str(out)).build().vocabulary <= 300
+    code, _, err = polygpt("tokenizer", "train", tmp_path / "a.txt", "--vocabulary", "5", "--out", tmp_path / "b.json")
+    assert code == 2 and err.count("\n") == 1 and not (tmp_path / "b.json").exists()
+
+
+def test_a_reader_that_leaves_early_is_no_error_message():
+    command = f"{POLYGPT} --help | head -n 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env={**os.environ})
+    assert done.stdout.startswith("usage:") and done.stderr == ""
