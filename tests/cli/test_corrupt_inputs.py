@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import soundfile
-from conftest import write_experiment
+from own_experiment import write_experiment
 from PIL import Image
 
 
