@@ -1,0 +1,128 @@
+"""Rows as the model will see them: a table of every position, and a picture of layout, media and text."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from rich.table import Table
+from rich.text import Text
+
+from polygpt.data.tokenizers.base import Tokenizer
+from polygpt.sequence import PADDING, TEXT, Batch
+
+COLOURS = ("white", "green", "magenta", "cyan", "yellow", "blue", "red")
+"""Colours of text and of the adapters in order, known to both rich and matplotlib."""
+
+
+def token_text(tokenizer: Tokenizer, token: int) -> str:
+    """A token as a person reads it: specials by name, control characters and parts of characters escaped."""
+    if token in (tokenizer.bos, tokenizer.eos):
+        return "<bos>" if token == tokenizer.bos else "<eos>"
+    text = tokenizer.decode([token])
+    return f"#{token}" if "\ufffd" in text else repr(text)[1:-1] if not text.isprintable() else text
+
+
+def runs(batch: Batch, row: int) -> list[tuple[int, int]]:
+    """Stretches (start, stop) of positions that a person sees as one: a medium, a text of one weight, padding."""
+    keys = [batch.modality_BT[row], batch.segment_BT[row], batch.span_BT[row]]
+    keys.append((batch.weight_BT[row] > 0) & (batch.modality_BT[row] == TEXT))
+    media = batch.modality_BT[row] > TEXT
+    changes = np.any([np.diff(key) != 0 for key in keys], axis=0)
+    changes |= media[1:] & media[:-1] & (np.diff(batch.slot_BT[row]) != 1)
+    stops = [*(np.flatnonzero(changes) + 1).tolist(), batch.shape[1]]
+    return list(zip([0, *stops], stops, strict=False))
+
+
+def table(batch: Batch, row: int, tokenizer: Tokenizer) -> Table:
+    """The positions of a row up to its padding, one a line."""
+    names = ["text", *batch.media]
+    number = int((batch.segment_BT[row] > 0).sum())
+    result = Table(title=f"row {row}: {number} of {batch.shape[1]} positions, {batch.segment_BT[row].max()} examples")
+    for column in ("t", "modality", "token", "slot", "position", "segment", "span", "target", "weight"):
+        result.add_column(column, justify="left" if column in ("modality", "token", "target") else "right")
+    for t in range(number):
+        modality, weight = int(batch.modality_BT[row, t]), float(batch.weight_BT[row, t])
+        text = modality == TEXT
+        ends = t + 1 == number or batch.segment_BT[row, t + 1] != batch.segment_BT[row, t]
+        predicts = not ends and batch.modality_BT[row, t + 1] == TEXT
+        cells = [
+            t,
+            names[modality],
+            token_text(tokenizer, int(batch.tokens_BT[row, t])) if text else "",
+            "" if text else batch.slot_BT[row, t],
+            batch.position_BT[row, t],
+            batch.segment_BT[row, t],
+            batch.span_BT[row, t] or "",
+            token_text(tokenizer, int(batch.target_BT[row, t])) if predicts else "",
+            f"{weight:g}" if weight else "",
+        ]
+        # Text objects, not strings: a token such as "[red]" must not be read as markup.
+        styles = [COLOURS[modality % len(COLOURS)]] * 7 + ["bold" if weight else "dim"] * 2
+        result.add_row(
+            *(Text(str(cell), style) for cell, style in zip(cells, styles, strict=True)), end_section=bool(ends)
+        )
+    return result
+
+
+def draw(batch: Batch, tokenizer: Tokenizer, adapters: Mapping, path: str | Path, rows: int = 4) -> Path:
+    """Writes a PNG of the first rows: a strip of positions coloured by modality, the text below it, then the media.
+
+    Args:
+        batch: NumPy arrays.
+        tokenizer: reads the text.
+        adapters: the model's, by modality; their features draw the media.
+        path: the file to write.
+        rows: the most rows drawn.
+    """
+    rows = min(rows, batch.shape[0])
+    items = [
+        [(name, n) for name, m in batch.media.items() for n in np.flatnonzero(m.length_BN[b])] for b in range(rows)
+    ]
+    columns = max(1, *(len(some) for some in items))
+    figure = Figure(figsize=(max(10, 2.2 * columns), 3.4 * rows), layout="constrained")
+    for b, (part, some) in enumerate(zip(np.atleast_1d(figure.subfigures(rows, 1)), items, strict=True)):
+        grid = part.add_gridspec(2, columns, height_ratios=(1, 1.6))
+        _draw_strip(part.add_subplot(grid[0, :]), batch, b, tokenizer)
+        for column, (name, n) in enumerate(some):
+            axes = part.add_subplot(grid[1, column])
+            _draw_item(axes, adapters[name], batch.media[name], b, n, f"{name} {n}")
+    figure.savefig(path, dpi=110, format="png")
+    return Path(path)
+
+
+def _draw_strip(axes, batch: Batch, row: int, tokenizer: Tokenizer) -> None:
+    names = ["text", *batch.media]
+    for start, stop in runs(batch, row):
+        modality = int(batch.modality_BT[row, start])
+        if modality == PADDING:
+            continue
+        colour = "lightgrey" if modality == TEXT else COLOURS[modality % len(COLOURS)]
+        axes.axvspan(start, stop, ymin=0.55, facecolor=colour, edgecolor="black", linewidth=0.4)
+        tokens = batch.tokens_BT[row, start:stop]
+        said = "".join(
+            token_text(tokenizer, t) if t >= tokenizer.bos else tokenizer.decode([t]) for t in tokens.tolist()
+        )
+        if not any(t >= tokenizer.bos for t in tokens.tolist()):
+            said = tokenizer.decode(tokens)
+        label = names[modality] if modality != TEXT else said.replace("\n", "\\n").replace("$", r"\$")
+        shown = label if len(label) <= 40 else f"{label[:39]}…"
+        axes.text((start + stop) / 2, 0.5, shown, rotation=40, ha="right", va="top", fontsize=7)
+    weight = batch.weight_BT[row]
+    axes.bar(np.arange(len(weight)) + 0.5, 0.1 * (weight > 0), width=1, bottom=1.0, color="black")
+    for start in np.flatnonzero(np.diff(batch.segment_BT[row])) + 1:
+        axes.axvline(start, color="red", linewidth=1.2)
+    axes.set(xlim=(0, batch.shape[1]), ylim=(0, 1.15), yticks=[])
+    axes.set_title(f"row {row}   black: predicted   red: end of an example", fontsize=8, loc="left")
+    axes.tick_params(labelsize=7, top=True, labeltop=True, bottom=False, labelbottom=False)
+    axes.spines[:].set_visible(False)
+
+
+def _draw_item(axes, adapter, media, row: int, n: int, title: str) -> None:
+    features = media.features[row, n]
+    # Padding frames are zero; a real frame that is zero at its end loses nothing worth seeing.
+    used = np.flatnonzero(features.reshape(len(features), -1).any(axis=1))
+    picture = adapter.features.picture(features, int(used[-1]) + 1 if len(used) else 1)
+    axes.imshow(picture, aspect="equal" if picture.ndim == 3 else "auto", interpolation="nearest")
+    axes.set_title(f"{title}: {media.length_BN[row, n]} positions", fontsize=7)
+    axes.set_axis_off()

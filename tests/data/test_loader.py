@@ -1,0 +1,311 @@
+"""The loader: order, mixture, sharding, exact resumption, bad records."""
+
+import dataclasses
+import json
+import logging
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from polygpt import sequence
+from polygpt.data.augment import Noise, RandomShift, SpecAugment
+from polygpt.data.layout import LayoutSpec
+from polygpt.data.loader import LOOKAHEAD, TABLE, DataSpec, Order, Task, example_batches, shuffled, train_batches
+from polygpt.data.packing import POSITION_ARRAYS
+from polygpt.errors import BadRecord, SpecError, UserError
+from polygpt.spec import from_json, to_json
+
+AUGMENT = (RandomShift(0.25), Noise(), SpecAugment(frequency_width=3, time_width=5))
+
+
+def make_data(small, **changes):
+    """Two tasks, one of them with bad records, packed and augmented."""
+    tasks = {
+        "clean": Task(small.source(23), weight=2.0, augment=AUGMENT),
+        "dirty": Task(small.source(17, bad=4), augment=AUGMENT),
+    }
+    fields = {"tasks": tasks, "layout": LayoutSpec(length=64), "rows": 4, "cache": 1, "on_bad_record": "skip"}
+    return DataSpec(**(fields | changes))
+
+
+def batches_of(small, data, **more):
+    return train_batches(data, small.tokenizer, small.adapters, **({"seed": 7} | more))
+
+
+def take(iterator, count):
+    return [next(iterator) for _ in range(count)]
+
+
+def assert_equal(a, b):
+    for name in POSITION_ARRAYS:
+        np.testing.assert_array_equal(getattr(a, f"{name}_BT"), getattr(b, f"{name}_BT"))
+    assert list(a.media) == list(b.media)
+    for name in a.media:
+        np.testing.assert_array_equal(a.media[name].features, b.media[name].features)
+        np.testing.assert_array_equal(a.media[name].length_BN, b.media[name].length_BN)
+
+
+def answers(batches, small):
+    """The answers in the batches, as "answer 12" without what follows the number."""
+    found = []
+    for batch in batches:
+        for tokens, segment, weight in zip(batch.target_BT, batch.segment_BT, batch.weight_BT, strict=True):
+            for number in range(1, segment.max() + 1):
+                text = small.tokenizer.decode(tokens[(segment == number) & (weight > 0)])
+                found.append(text.rstrip("é"))
+    return found
+
+
+# --- the order of examples --------------------------------------------------------------------------------------------
+
+
+@given(st.dictionaries(st.text(), st.tuples(st.integers(1, 40), st.floats(0.05, 20)), min_size=1, max_size=4))
+def test_an_epoch_has_every_example_once_in_another_order(tasks):
+    order = Order(tasks, seed=3)
+    drawn = {name: [] for name in tasks}
+    for index in range(400):
+        name, position, number = order[index]
+        assert position == len(drawn[name])
+        drawn[name].append(number)
+    for name, (size, _) in tasks.items():
+        numbers = drawn[name]
+        epochs = [numbers[i : i + size] for i in range(0, len(numbers) - size + 1, size)]
+        assert all(sorted(epoch) == list(range(size)) for epoch in epochs)
+        assert size < 12 or len({tuple(epoch) for epoch in epochs}) == len(epochs)
+
+
+@given(st.lists(st.floats(0.1, 10), min_size=1, max_size=5), st.integers(1, 2000))
+def test_tasks_are_mixed_evenly_by_weight(weights, count):
+    order = Order({str(i): (10, weight) for i, weight in enumerate(weights)}, seed=0)
+    drawn = Counter(order[index][0] for index in range(count))
+    for i, weight in enumerate(weights):
+        assert abs(drawn[str(i)] - count * weight / sum(weights)) <= len(weights)
+
+
+@pytest.mark.parametrize("size", [1, 5, 1000, TABLE + 7])
+@pytest.mark.parametrize("processes", [2, 3])
+def test_the_processes_share_an_epoch(size, processes):
+    tasks = {"a": (size, 1.0), "b": (3, 1.0)}
+    whole = Order(tasks, seed=1)
+    count = min(size, 2000)
+    expected = {whole[index] for index in range(2 * count)}
+    parts = [whole.shard(p, processes) for p in range(processes)]
+    drawn = [parts[i % processes][i // processes] for i in range(2 * count)]
+    a = [(position, number) for name, position, number in drawn if name == "a"]
+    assert len(set(a)) == len(a)
+    common = min(count, len(a)) - 2 * processes
+    assert {pair for pair in a if pair[0] < common} == {(p, n) for name, p, n in expected if name == "a" and p < common}
+
+
+@pytest.mark.parametrize("size", [TABLE + 1, TABLE + 9, 100_000])
+def test_a_large_task_is_shuffled_without_a_table(size):
+    epochs = [[shuffled(i, size, 5, epoch) for i in range(size)] for epoch in range(2)]
+    for epoch in epochs:
+        np.testing.assert_array_equal(np.sort(epoch), range(size))
+        # As far from the identity as chance has it: correlations have a deviation of 1 / sqrt(size), about 0.004.
+        assert abs(np.corrcoef(epoch, range(size))[0, 1]) < 0.02
+        assert abs(np.corrcoef(epoch[1:], epoch[:-1])[0, 1]) < 0.02
+    assert abs(np.corrcoef(*epochs)[0, 1]) < 0.02
+
+
+def test_seeds_and_tasks_have_their_own_order():
+    order, other = Order({"a": (50, 1.0), "b": (50, 1.0)}, 0), Order({"a": (50, 1.0), "c": (50, 3.0)}, 0)
+
+    def numbers(order, task, count=50):
+        return [n for name, p, n in (order[i] for i in range(5 * count)) if name == task and p < count]
+
+    assert numbers(order, "a") == numbers(other, "a")  # whatever it is mixed with
+    assert numbers(order, "a") != numbers(order, "b")
+    assert numbers(order, "a") != numbers(Order({"a": (50, 1.0)}, 1), "a")
+
+
+# --- batches ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_batches_satisfy_the_layout(small, packing):
+    data = make_data(small, layout=LayoutSpec(length=64, packing=packing, media_span="bidirectional"))
+    batches = take(batches_of(small, data), 20)
+    for batch in batches:
+        assert batch.shape == (4, 64)
+        sequence.check(batch, small.tokenizer.vocabulary, small.positions)
+        assert (batch.segment_BT.max(axis=1) >= 1).all()
+    assert (max(batch.segment_BT.max() for batch in batches) > 1) == packing
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_packing_drops_and_repeats_nothing(small, packing):
+    layout = LayoutSpec(length=64, packing=packing)
+    data = make_data(small, tasks={"clean": Task(small.source(40))}, layout=layout)
+    iterator = batches_of(small, data)
+    seen = answers(take(iterator, 60), small)
+    drawn = iterator.get_state()["next"] - len(iterator.get_state()["waiting"])
+    assert len(seen) == drawn
+    counts = Counter(seen)
+    epochs, rest = divmod(iterator.get_state()["next"], 40)
+    assert epochs >= 3
+    waiting = LOOKAHEAD if packing else 0
+    assert all(epochs - waiting <= counts[f"answer {i}"] <= epochs + 1 for i in range(40))
+    assert sum(counts.values()) >= epochs * 40 + rest - waiting
+    if not packing:  # in the order of the stream
+        assert sorted(seen[:40]) == sorted(f"answer {i}" for i in range(40))
+        assert seen[40:80] != seen[:40] and sorted(seen[40:80]) == sorted(seen[:40])
+
+
+def test_packing_fills_rows(small):
+    data = make_data(small, layout=LayoutSpec(length=256), tasks={"clean": Task(small.source(40))}, rows=2)
+    data = dataclasses.replace(data)
+    adapters = {name: dataclasses.replace(a, items=16) for name, a in small.adapters.items()}
+    filled = [
+        (batch.segment_BT > 0).mean() for batch in take(train_batches(data, small.tokenizer, adapters, seed=0), 20)
+    ]
+    assert np.mean(filled) > 0.93
+
+
+def test_the_stream_repeats_itself_and_the_seed_changes_it(small):
+    data = make_data(small)
+    first, again = take(batches_of(small, data), 8), take(batches_of(small, data), 8)
+    for a, b in zip(first, again, strict=True):
+        assert_equal(a, b)
+    assert answers(take(batches_of(small, data, seed=8), 8), small) != answers(first, small)
+
+
+def test_augmentation_differs_between_epochs_and_cache_and_position_do_not_matter(small):
+    tasks = {"clean": Task(small.source(5), augment=AUGMENT)}
+    data = make_data(small, tasks=tasks, layout=LayoutSpec(length=64, packing=False), rows=5)
+    cached, plain = batches_of(small, data), batches_of(small, data.replace(cache=0))
+    epochs = take(cached, 3)
+    for a, b in zip(epochs, take(plain, 3), strict=True):
+        assert_equal(a, b)
+    sounds = [epoch.media["audio"].features[epoch.media["audio"].length_BN > 0] for epoch in epochs]
+    assert all(len(sound) == len(sounds[0]) > 0 for sound in sounds)
+    assert not any((sounds[1] == clip).all(axis=(1, 2)).any() for clip in sounds[0])
+
+
+def test_processes_have_disjoint_rows_of_the_batch(small):
+    tasks = {"clean": Task(small.source(40))}
+    data = make_data(small, tasks=tasks, layout=LayoutSpec(length=64, packing=False))
+    parts = [batches_of(small, data, process_index=p, process_count=2) for p in range(2)]
+    epoch = [answers(take(part, 10), small) for part in parts]  # 2 rows a process, 40 examples
+    assert not set(epoch[0]) & set(epoch[1])
+    assert sorted(epoch[0] + epoch[1]) == sorted(answers(take(batches_of(small, data), 10), small))
+    with pytest.raises(UserError, match="data.rows is 4: it must be a multiple of the 3 processes"):
+        batches_of(small, data, process_index=0, process_count=3)
+
+
+# --- resumption -------------------------------------------------------------------------------------------------------
+
+
+def resumes_exactly(small, data, count, every):
+    iterator = batches_of(small, data)
+    states, expected = [], []
+    for _ in range(count):
+        states.append(json.dumps(iterator.get_state()))
+        expected.append(next(iterator))
+    skipped = iterator.skipped
+    iterator.close()
+    assert skipped["made up"] > 0 and skipped["too long"] > 0
+    assert any(json.loads(state)["waiting"] for state in states)
+    assert max(map(len, states)) < 200
+    restored = batches_of(small, data)
+    for start in range(0, count, every):
+        restored.set_state(json.loads(states[start]))
+        assert json.dumps(restored.get_state()) == states[start]
+        for batch in expected[start:]:
+            assert_equal(next(restored), batch)
+        assert restored.skipped == skipped
+    restored.close()
+    return expected
+
+
+def test_every_batch_can_be_resumed_from_to_the_bit(small):
+    resumes_exactly(small, make_data(small), count=20, every=1)
+
+
+@pytest.mark.slow
+def test_workers_change_nothing_and_resume_to_the_bit(small):
+    expected = take(batches_of(small, make_data(small)), 20)
+    for a, b in zip(resumes_exactly(small, make_data(small, workers=1), count=20, every=13), expected, strict=True):
+        assert_equal(a, b)
+
+
+def test_a_new_iterator_is_restored_like_a_used_one(small):
+    data = make_data(small)
+    iterator = batches_of(small, data)
+    take(iterator, 5)
+    state = iterator.get_state()
+    expected = take(iterator, 3)
+    fresh = batches_of(small, data)
+    fresh.set_state(state)
+    for a, b in zip(take(fresh, 3), expected, strict=True):
+        assert_equal(a, b)
+
+
+def test_another_number_of_processes_is_refused(small):
+    state = batches_of(small, make_data(small)).get_state()
+    with pytest.raises(UserError, match="saved by 1 processes and cannot be divided among 2"):
+        batches_of(small, make_data(small), process_count=2).set_state(state)
+
+
+# --- bad records ------------------------------------------------------------------------------------------------------
+
+
+def test_bad_records_are_raised_by_default(small):
+    iterator = batches_of(small, make_data(small, on_bad_record="raise"))
+    with pytest.raises(BadRecord, match="^example [0-9]+: (made up|too long)"):
+        take(iterator, 20)
+
+
+def test_skipped_records_are_counted_and_logged_by_reason(small, caplog):
+    tasks = {"dirty": Task(small.source(20, bad=4))}
+    iterator = batches_of(small, make_data(small, tasks=tasks, layout=LayoutSpec(length=64, packing=False), rows=15))
+    with caplog.at_level(logging.WARNING, logger="polygpt.data.loader"):
+        batch = next(iterator)  # 15 good ones of 20
+        assert sum(iterator.skipped.values()) <= 5
+        seen = answers([batch], small)
+        take(iterator, 9)
+    assert sorted(seen) == sorted(f"answer {i}" for i in range(20) if i % 4)
+    assert iterator.skipped["made up"] >= 27 and iterator.skipped["too long"] >= 18
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 10  # five of each reason
+    assert any(message.startswith("skipped example 0: made up") for message in messages)
+
+
+def test_a_source_of_bad_records_alone_ends_with_an_error(small):
+    iterator = batches_of(small, make_data(small, tasks={"bad": Task(small.source(6, bad=1))}))
+    with pytest.raises(UserError, match=r"^6 records in a row cannot be used \((made up|too long) 3, "):
+        next(iterator)
+
+
+def test_an_empty_source_is_named(small):
+    with pytest.raises(UserError, match="task 'nothing': its source SmallSource has no examples"):
+        batches_of(small, make_data(small, tasks={"nothing": Task(small.source(0))}))
+
+
+# --- the rest ---------------------------------------------------------------------------------------------------------
+
+
+def test_evaluation_has_every_example_once_in_order(small):
+    examples = small.source(7).open()
+    layout = LayoutSpec(length=64)
+    batches = list(example_batches(examples, layout, small.tokenizer, small.adapters, rows=3))
+    assert [len(some) for _, some in batches] == [3, 3, 1]
+    assert [example for _, some in batches for example in some] == list(examples)
+    for batch, some in batches:
+        sequence.check(batch, small.tokenizer.vocabulary, small.positions)
+        assert batch.shape == (3, 64)
+        assert (batch.segment_BT.max(axis=1) == [1] * len(some) + [0] * (3 - len(some))).all()
+        assert answers([batch], small) == [example.answer.rstrip("é") for example in some]
+
+
+def test_specs_round_trip_and_check_their_fields(small):
+    data = make_data(small)
+    assert dataclasses.asdict(from_json(to_json(data.layout))) == dataclasses.asdict(data.layout)
+    for fields in ({"rows": 0}, {"workers": -1}, {"cache": -1}, {"tasks": {}}):
+        with pytest.raises(SpecError, match=f"DataSpec.{next(iter(fields))} is"):
+            make_data(small, **fields)
+    with pytest.raises(SpecError, match="Task.weight is 0"):
+        Task(small.source(3), weight=0)
