@@ -17,7 +17,7 @@ from polygpt.nn.positions import Learned
 
 
 def encoder(width, depth):
-    """A pre-norm ViT: four matrices and an MLP of four times the width, biases, two norms a block and one at the end."""
+    """A pre-norm ViT: four matrices and an MLP of four times the width, biases, two norms a block, one at the end."""
     return depth * (4 * width**2 + 8 * width**2 + 9 * width + 4 * width) + 2 * width
 
 

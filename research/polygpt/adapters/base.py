@@ -33,7 +33,7 @@ class Adapter(Spec):
 
     @property
     def applications(self) -> Mapping[str, int]:
-        """By part of the module, to how many positions its matrices are applied for one item; P where a part is not named."""
+        """By part of the module, to how many positions its matrices are applied for an item; P for a part not named."""
         return {}
 
     @property

@@ -1,7 +1,7 @@
 """Images: patches, a small vision transformer, a connector.
 
-Dosovitskiy et al., ViT (2010.11929), section 3.1, without the class token: every patch becomes a position of the decoder, as
-in PaliGemma (2407.07726), section 3.
+Dosovitskiy et al., ViT (2010.11929), section 3.1, without the class token: every patch becomes a position of the
+decoder, as in PaliGemma (2407.07726), section 3.
 """
 
 import dataclasses
@@ -54,7 +54,7 @@ class ImageAdapter(Adapter):
 
 
 def patches(pixels_BHWC: jax.Array, side: int) -> jax.Array:
-    """[B, H, W, C] -> [B, H/side * W/side, side * side * C]: rows of patches, each with its pixels in row-major order."""
+    """[B, H, W, C] -> [B, H/side * W/side, side * side * C]: rows of patches, each with its pixels row by row."""
     B, H, W, C = pixels_BHWC.shape
     grid = pixels_BHWC.reshape(B, H // side, side, W // side, side, C).transpose(0, 1, 3, 2, 4, 5)
     return grid.reshape(B, (H // side) * (W // side), side * side * C)

@@ -1,8 +1,8 @@
 """The attention contract: what every variant is built from, called with and gives back.
 
-`spec.build(dims, rngs)` gives a module; the module called with `(x_BTD, context, cache)` gives `(y_BTD, cache)`. Training has
-no cache; prefill and decoding are the same call with one. The decoder, the caches and the media towers know no more of
-attention than this file.
+`spec.build(dims, rngs)` gives a module; the module called with `(x_BTD, context, cache)` gives `(y_BTD, cache)`.
+Training has no cache; prefill and decoding are the same call with one. The decoder, the caches and the media towers
+know no more of attention than this file.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ class Context:
 
     Attributes:
         query: metadata of the positions of `x_BTD`, [B, T].
-        key: metadata of everything that may be seen, [B, S]: the same as `query` without a cache, else of the whole cache.
+        key: metadata of everything that may be seen, [B, S]: `query` itself without a cache, else of the whole cache.
         mask: the predicate that decides who sees whom; a variant narrows it with `context.mask & Window(...)`.
         cursor: int32 scalar, where in the cache the keys of `x_BTD` are to be written; None without a cache.
     """

@@ -1,13 +1,12 @@
 """The mask language: who may see whom, as a composable predicate over (query, key) metadata.
 
-A predicate is written once, as `Causal() & SameSegment()`, and knows nothing of matrices. `allowed` lowers it to a dense
-boolean array for any queries and keys, a decode step over a cache included.
+A predicate is written once, as `Causal() & SameSegment()`, and knows nothing of matrices. `allowed` lowers it to a
+dense boolean array for any queries and keys, a decode step over a cache included.
 """
 
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 
 from polygpt.spec import Spec
 

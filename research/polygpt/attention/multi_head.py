@@ -1,5 +1,5 @@
-"""Multi-head attention (Vaswani et al., 1706.03762, section 3.2) with multi-query (Shazeer, 1911.02150) and grouped-query
-(Ainslie et al., 2305.13245) forms: as many key and value heads as query heads, one, or some."""
+"""Multi-head attention (Vaswani et al., 1706.03762, section 3.2) with multi-query (Shazeer, 1911.02150) and
+grouped-query (Ainslie et al., 2305.13245) forms: as many key and value heads as query heads, one, or some."""
 
 import dataclasses
 from typing import Any
@@ -45,7 +45,7 @@ class MultiHead(Attention):
         return self.head_width or width // self.heads
 
     def mask(self, mask: Mask) -> Mask:
-        """What queries see of what `mask`, the model's own, lets them see. A variant narrows it here: `mask & Window(64)`."""
+        """What queries see of what the model's own `mask` lets them see. A variant narrows it: `mask & Window(64)`."""
         return mask
 
     def build(self, dims: Dims, rngs: nnx.Rngs) -> nnx.Module:

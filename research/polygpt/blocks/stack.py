@@ -45,7 +45,7 @@ class StackSpec(Spec):
         self.require(0 <= self.dropout < 1, "dropout", "at least 0 and below 1")
 
     def dims(self, dtype: str) -> Dims:
-        """What the attention variant needs to know. Residual branches start at 1/sqrt(2 L), as in GPT-2 (section 2.3)."""
+        """What the attention variant needs to know. Residual branches start at 1/sqrt(2 L): GPT-2, section 2.3."""
         return Dims(self.width, dtype, self.position, output_scale=(2 * max(self.depth, 1)) ** -0.5)
 
     def score_flops(self, keys: float) -> float:
@@ -59,7 +59,7 @@ class StackSpec(Spec):
 
 
 class Stack(nnx.Module):
-    """The module of a `StackSpec`. Parameters are `blocks/attention/query/kernel` [L, ...] with scan, else `blocks/0/...`."""
+    """The module of a `StackSpec`. Parameters: `blocks/attention/...`, each [L, ...], if scanned, else `blocks/0/...`."""
 
     def __init__(self, spec: StackSpec, *, rngs: nnx.Rngs, dtype: str):
         self.spec, self.dtype = spec, dtype

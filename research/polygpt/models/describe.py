@@ -14,8 +14,8 @@ class Part:
     Attributes:
         name: the parameters whose path begins with this.
         parameters: exact count.
-        flops: of one forward pass through the part, in multiply-adds counted as two: for one text token in the decoder, for one
-            whole item in an adapter.
+        flops: of one forward pass through the part, in multiply-adds counted as two: for one text token in the decoder,
+            for one whole item in an adapter.
         unit: what `flops` is for, "token" or "item".
     """
 
@@ -57,9 +57,10 @@ class Description:
 def describe(spec: ModelSpec, vocabulary: int, length: int) -> Description:
     """Counts a model. Nothing is allocated.
 
-    FLOPs: a matrix of n parameters costs 2 n a position; scores and weighted values cost 2 d each for every head and key that a
-    position sees, which is (length + 1) / 2 keys on average in the causal decoder and all of an item in a tower (Kaplan et al.,
-    2001.08361, table 1, with the causal half left out). Norms, biases, activations and table look-ups are not counted.
+    FLOPs: a matrix of n parameters costs 2 n a position; scores and weighted values cost 2 d each for every head and
+    key that a position sees, which is (length + 1) / 2 keys on average in the causal decoder and all of an item in a
+    tower (Kaplan et al., 2001.08361, table 1, with the causal half left out). Norms, biases, activations and table look-ups
+    are not counted.
 
     Args:
         spec: the model.

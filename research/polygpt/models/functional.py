@@ -1,4 +1,4 @@
-"""The functional core: from here on a model is a static description, a pytree of parameters, and pure functions of both."""
+"""The functional core: from here on a model is a static description, a pytree of parameters, pure functions of both."""
 
 import dataclasses
 from typing import Any
@@ -68,8 +68,8 @@ class Model:
     def decode(self, params: Params, batch: Batch, cache: Cache) -> tuple[jax.Array, Cache]:
         """Appends a batch of T positions to the cache; float32 logits [B, T, V] of its positions, and the new cache.
 
-        Prefill is this with a whole prompt and an empty cache. `batch.media` may be {} where the batch holds text alone.
-        Beyond the cache's size nothing is checked: the caller knows how much it appends.
+        Prefill is this with a whole prompt and an empty cache. `batch.media` may leave out modalities that the batch
+        does not hold. Beyond the cache's size nothing is checked: the caller knows how much it appends.
         """
         module = self._module(params)
         hidden_BTD, cache = module.hidden(batch, cache)

@@ -33,7 +33,7 @@ class ModelSpec(Spec):
 
 
 class MultimodalModel(nnx.Module):
-    """Parameters: `text/...`, `adapters/<name>/...`, `modality/<name>`, `decoder/...` and, where not tied, `head/...`."""
+    """Parameters: `text/...`, `adapters/<name>/...`, `modality/<name>`, `decoder/...` and, if not tied, `head/...`."""
 
     def __init__(self, spec: ModelSpec, vocabulary: int, rngs: nnx.Rngs):
         width, options = spec.decoder.width, {"rngs": rngs, "dtype": spec.dtype}

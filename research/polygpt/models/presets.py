@@ -1,7 +1,7 @@
 """Presets by name, from a laptop's size to a pod's. A name rounds the size; `polygpt model show NAME` counts exactly.
 
-All are today's common decoder (RMSNorm, SwiGLU, rotary positions, heads of 32 to 128 channels, grouped queries where large)
-with a vision transformer and a Whisper-like audio tower of a fitting size.
+All are today's common decoder (RMSNorm, SwiGLU, rotary positions, heads of 32 to 128 channels, grouped queries where
+large) with a vision transformer and a Whisper-like audio tower of a fitting size.
 """
 
 import dataclasses
@@ -64,7 +64,8 @@ class Preset:
             remat="none" if self.width < 1024 else "full",
         )
         dtype = "float32" if self.vocabulary == BYTES else "bfloat16"
-        return ModelSpec(decoder, {"image": image.replace(tower=encoder, connector=Connector("mlp")), "audio": audio}, dtype)
+        image = image.replace(tower=encoder, connector=Connector("mlp"))
+        return ModelSpec(decoder, {"image": image, "audio": audio}, dtype)
 
 
 PRESETS = {

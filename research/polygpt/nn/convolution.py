@@ -10,8 +10,8 @@ from polygpt.nn.linear import Linear
 class TimeConvolution(nnx.Module):
     """A convolution over time with an odd kernel and zero padding of half its size on either side.
 
-    It is one matmul over the stacked neighbours of each frame, which is faster on a CPU than a convolution call and the same
-    elsewhere. The kernel has the shape [size * inputs, outputs], neighbours outermost.
+    It is one matmul over the stacked neighbours of each frame, which is faster on a CPU than a convolution call and the
+    same elsewhere. The kernel has the shape [size * inputs, outputs], neighbours outermost.
     """
 
     def __init__(self, inputs: int, outputs: int, *, size: int, stride: int, rngs: nnx.Rngs, dtype: str):

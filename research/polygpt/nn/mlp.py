@@ -63,7 +63,7 @@ class MLP(FeedForward):
 
 @dataclasses.dataclass(frozen=True)
 class GatedMLP(FeedForward):
-    """(activation(x Wg) * (x W1)) W2: SwiGLU with "silu", GEGLU with "gelu", ReGLU with "relu". Shazeer (2002.05202), eq. 6.
+    """(activation(x Wg) * (x W1)) W2: SwiGLU with "silu", GEGLU "gelu", ReGLU "relu". Shazeer (2002.05202), eq. 6.
 
     The hidden width is by default two thirds of the ungated one, so that the parameters are as many (section 3.1).
     """

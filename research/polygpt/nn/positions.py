@@ -1,7 +1,7 @@
 """Position encodings: what tells a model where a token stands.
 
-An encoding may act in two places: `build` gives a module whose output is added to the embeddings, `rotate` turns queries and
-keys inside attention. An encoding that does not act in a place leaves it alone.
+An encoding may act in two places: `build` gives a module whose output is added to the embeddings, `rotate` turns
+queries and keys inside attention. An encoding that does not act in a place leaves it alone.
 """
 
 import dataclasses
@@ -56,7 +56,7 @@ class Learned(Position):
 class Sinusoidal(Position):
     """Sines, then cosines, of geometrically spaced frequencies. Vaswani et al. (1706.03762), section 3.5.
 
-    Laid out and spaced as in the authors' own code, tensor2tensor, and in Whisper: the last wavelength is exactly `base`.
+    Laid out and spaced as in the authors' own code, tensor2tensor, and Whisper: the longest wavelength is 2 pi `base`.
     """
 
     base: float = 10000.0
@@ -72,7 +72,7 @@ class Sinusoidal(Position):
 
 @dataclasses.dataclass(frozen=True)
 class Rope(Position):
-    """Rotary encoding: pairs of channels turned by an angle proportional to the position. Su et al. (2104.09864), eq. 34.
+    """Rotary encoding: pairs of channels turn by an angle that grows with the position. Su et al. (2104.09864), eq. 34.
 
     A pair is channel i and i + d/2, as in GPT-NeoX and Llama.
     """

@@ -1,8 +1,9 @@
 """Softmax attention, materialised: plain, exact, the measure of every other backend.
 
-The order of the axes in the products is chosen for the CPU. XLA transposes an operand of a batched product that is contracted
-over its first matrix axis; with keys and values turned to [.., d, S] that happens, forward and backward, to the small arrays of
-heads alone and never to the [.., T, S] weights. Groups of heads are folded into T for the same reason.
+The order of the axes in the products is chosen for the CPU. XLA transposes an operand of a batched product that is
+contracted over its first matrix axis; with keys and values turned to [.., d, S] that happens, forward and backward, to
+the small arrays of heads alone and never to the [.., T, S] weights. Groups of heads are folded into T for the same
+reason.
 """
 
 import jax
