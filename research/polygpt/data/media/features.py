@@ -39,8 +39,11 @@ class Features(Spec):
         return features
 
     def picture(self, features: np.ndarray, frames: int) -> np.ndarray:
-        """What a person looks at: [height, width, 3] in 0..1, or [height, width] of any range, row 0 on top."""
-        raise NotImplementedError
+        """What a person looks at: [height, width, 3] in 0..1, or [height, width] of any range, row 0 on top.
+
+        Unless a subclass knows better, the numbers themselves.
+        """
+        return features.reshape(features.shape[0], -1)
 
 
 def read(source: bytes | Path, place: str) -> bytes:
