@@ -59,7 +59,7 @@ class StackSpec(Spec):
 
 
 class Stack(nnx.Module):
-    """The module of a `StackSpec`. Parameters: `blocks/attention/...`, each [L, ...], if scanned, else `blocks/0/...`."""
+    """The module of a `StackSpec`. Parameters: `blocks/attention/...` [L, ...] if scanned, else `blocks/0/...`."""
 
     def __init__(self, spec: StackSpec, *, rngs: nnx.Rngs, dtype: str):
         self.spec, self.dtype = spec, dtype

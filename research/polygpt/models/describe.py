@@ -59,8 +59,8 @@ def describe(spec: ModelSpec, vocabulary: int, length: int) -> Description:
 
     FLOPs: a matrix of n parameters costs 2 n a position; scores and weighted values cost 2 d each for every head and
     key that a position sees, which is (length + 1) / 2 keys on average in the causal decoder and all of an item in a
-    tower (Kaplan et al., 2001.08361, table 1, with the causal half left out). Norms, biases, activations and table look-ups
-    are not counted.
+    tower (Kaplan et al., 2001.08361, table 1, with the causal half left out). Norms, biases, activations and table
+    look-ups are not counted.
 
     Args:
         spec: the model.
