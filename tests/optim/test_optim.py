@@ -1,15 +1,23 @@
 """Optimizers, groups and weight decay by values."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+from polygpt.adapters.audio import AudioAdapter
+from polygpt.adapters.image import ImageAdapter
 from polygpt.errors import SpecError
+from polygpt.models.decoder import DecoderSpec
+from polygpt.models.functional import bind
+from polygpt.models.multimodal import ModelSpec
 from polygpt.optim.groups import Group
 from polygpt.optim.optim import Optim
 from polygpt.optim.optimizers import Adafactor, AdamW, Lion, Muon
+from polygpt.optim.paths import name_of
 from polygpt.optim.schedules import Constant, WarmupLinear
 
 LAYERS, IN, OUT = 3, 6, 4
@@ -172,3 +180,15 @@ def test_shapes_are_enough_to_build_and_to_count(params):
     assert optim.table(shapes) == optim.table(params)
     built = optim.build(shapes, 10)
     assert jax.tree.structure(jax.eval_shape(built.init, shapes)) == jax.tree.structure(built.init(params))
+
+
+def test_the_default_rules_fit_the_real_model():
+    adapters = {"image": ImageAdapter(), "audio": AudioAdapter()}
+    shapes = bind(ModelSpec(DecoderSpec(tied=False), adapters), 258).abstract()
+    optim = Optim(Constant(0.1), Muon())
+    leaves = jax.tree_util.tree_leaves_with_path(optim.rules(shapes))
+    decayed = {name_of(path) for path, rule in leaves if rule.weight_decay}
+    assert decayed == {name_of(path) for path, _ in leaves if name_of(path).endswith("/kernel")}
+    assert not any(name_of(path).endswith("/kernel") for path, rule in leaves if not rule.weight_decay)
+    by_muon = {name for name in decayed if re.search(Muon().matrices, name)}
+    assert decayed - by_muon == {"head/kernel"}

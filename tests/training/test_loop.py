@@ -14,7 +14,7 @@ from tiny_experiment import experiment
 from polygpt.errors import SpecError, UserError
 from polygpt.evaluation.evaluate import evaluate
 from polygpt.optim.schedules import Schedule
-from polygpt.spec import override, to_json
+from polygpt.spec import from_json, override, to_json
 from polygpt.training.checkpoint import records
 from polygpt.training.loop import Standing, train
 from polygpt.training.run import open_run
@@ -23,6 +23,12 @@ from polygpt.training.sinks import JsonLines, Silent
 
 def tiny(**changes):
     return override(experiment(), {"train.steps": "12", "train.evaluate_every": "null"} | changes)
+
+
+def smallest(**changes):
+    """Compiles in no time."""
+    plain = {"model.decoder.depth": "0", "optim.accumulate": "1", "optim.ema": "null"}
+    return tiny(**(plain | changes))
 
 
 def quiet(workdir, step, steps):
@@ -104,17 +110,16 @@ def test_another_configuration_in_the_same_folder_is_refused_by_its_first_differ
 
 
 def test_steps_may_grow(tmp_path):
-    train(tiny(**{"train.steps": "2"}), tmp_path, quiet)
-    assert train(tiny(**{"train.steps": "4"}), tmp_path, quiet).step == 4
-    assert json.loads((tmp_path / "config.json").read_text()) == json.loads(
-        json.dumps(to_json(tiny(**{"train.steps": "4"})))
-    )
+    train(smallest(**{"train.steps": "2"}), tmp_path, quiet)
+    longer = smallest(**{"train.steps": "4"})
+    assert train(longer, tmp_path, quiet).step == 4
+    assert from_json(json.loads((tmp_path / "config.json").read_text())) == longer
     assert [line["step"] for line in metrics(tmp_path)] == [2, 3, 4]
 
 
 def test_training_stops_when_the_metric_has_not_improved_for_long(tmp_path):
     # With a learning rate of 0 every evaluation gives the same: the first is the best, and the next two are not better.
-    chosen = tiny(**{"optim.schedule.peak": "0", "train.evaluate_every": "2", "train.patience": "2"})
+    chosen = smallest(**{"optim.schedule.peak": "0", "train.evaluate_every": "2", "train.patience": "2"})
     outcome = train(chosen, tmp_path, quiet)
     assert (outcome.step, outcome.finished) == (6, True)
     assert open_run(tmp_path).step == 2
@@ -145,7 +150,7 @@ class Exploding(Schedule):
 
 
 def test_too_many_steps_that_are_not_finite_end_the_run_and_leave_the_checkpoint(tmp_path):
-    chosen = tiny(**{"train.steps": "40", "train.max_nonfinite": "3"})
+    chosen = smallest(**{"train.steps": "40", "train.max_nonfinite": "3"})
     chosen = chosen.replace(optim=chosen.optim.replace(schedule=Exploding(1e-3)))
     with pytest.raises(UserError, match=r"step 12: .* 3 times in a row; the checkpoint of step 7 is intact"):
         train(chosen, tmp_path, quiet)
@@ -162,7 +167,7 @@ def test_a_full_disk_is_one_clear_line(tmp_path):
         return [sink]
 
     with pytest.raises(UserError, match=r"cannot write .*No space left on device: free some space") as error:
-        train(tiny(), tmp_path, onto_the_full_disk)
+        train(smallest(), tmp_path, onto_the_full_disk)
     assert "\n" not in str(error.value)
 
 
@@ -172,9 +177,17 @@ def test_a_folder_that_cannot_be_made_is_one_clear_line(tmp_path):
         train(tiny(), tmp_path / "file" / "run")
 
 
-def test_rows_that_microbatches_do_not_divide_are_refused(tmp_path):
+def test_rows_that_microbatches_do_not_divide_are_refused_and_leave_no_folder(tmp_path):
     with pytest.raises(UserError, match="data.rows is 5: it must be a multiple of 2"):
-        train(tiny(**{"data.rows": "5"}), tmp_path)
+        train(tiny(**{"data.rows": "5"}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_without_a_checkpoint_may_take_another_configuration(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(to_json(tiny(seed="5"))))
+    chosen = smallest(**{"train.steps": "2"})
+    assert train(chosen, tmp_path, quiet).finished
+    assert from_json(json.loads((tmp_path / "config.json").read_text())) == chosen
 
 
 def test_no_run_folder_and_no_checkpoint_are_told_apart(tmp_path):

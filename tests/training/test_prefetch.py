@@ -6,21 +6,22 @@ import time
 import pytest
 from bigram import random_batch
 
+from polygpt.errors import UserError
 from polygpt.training.prefetch import Prefetch
 
 
 class Counting:
     """Batches whose iterator state is how many have been drawn."""
 
-    def __init__(self, fail_at=None):
-        self.drawn, self.fail_at, self.closed = 0, fail_at, False
+    def __init__(self, fail_at=None, error=None):
+        self.drawn, self.fail_at, self.error, self.closed = 0, fail_at, error, False
 
     def __iter__(self):
         return self
 
     def __next__(self):
         if self.drawn == self.fail_at:
-            raise ValueError("corrupt")
+            raise self.error
         self.drawn += 1
         return random_batch(seed=self.drawn)
 
@@ -45,11 +46,12 @@ def test_each_batch_comes_with_the_state_after_it_though_more_are_fetched_ahead(
 
 
 def test_errors_of_the_iterator_and_of_the_check_reach_whoever_takes_the_batch():
-    feed = Prefetch(Counting(fail_at=1), lambda batch: batch, lambda batch: None)
-    assert next(feed).state == {"drawn": 1}
-    with pytest.raises(ValueError, match="corrupt"):
-        next(feed)
-    feed.close()
+    for error, message in ((ValueError("corrupt"), "corrupt"), (StopIteration(), "data came to an end")):
+        feed = Prefetch(Counting(1, error), lambda batch: batch, lambda batch: None)
+        assert next(feed).state == {"drawn": 1}
+        with pytest.raises((ValueError, UserError), match=message):
+            next(feed)
+        feed.close()
 
     def refuse(batch):
         raise ValueError("no such token")

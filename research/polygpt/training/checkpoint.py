@@ -22,6 +22,8 @@ from polygpt.spec import Spec
 from polygpt.training.state import State
 
 log = logging.getLogger(__name__)
+# Orbax logs the traceback of an error that it raises too: whoever catches it says it in one line.
+logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,7 +30,7 @@ from polygpt.training.prefetch import Fed, Prefetch
 from polygpt.training.sinks import JsonLines, Sink, TensorBoard, Terminal
 from polygpt.training.state import create
 from polygpt.training.step import Recipe, make_step
-from polygpt.training.workdir import claim, storage_faults
+from polygpt.training.workdir import claim, require_same, storage_faults
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +82,7 @@ def train(experiment: Experiment, workdir: str | Path, sinks: Callable[[Path, in
     enable_cache()
     with storage_faults(workdir), contextlib.ExitStack() as stack:
         interruption = stack.enter_context(Interruption())
-        claim(workdir, experiment)
+        require_same(workdir, experiment)
         return _Trainer(experiment, workdir, sinks or default_sinks, interruption, stack).run()
 
 
@@ -128,6 +128,7 @@ class _Trainer:
         def initial():
             return create(self.model, transformation, seed, optim.ema is not None)
 
+        claim(workdir, experiment)  # not before: a setting or a source that is at fault leaves no folder behind
         self.checkpoints = Checkpoints(workdir / "checkpoints", self.spec.checkpoint, self.spec.better)
         stack.callback(self.checkpoints.close)
         restored = self.checkpoints.restore(self.parallel.abstract(initial))

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from polygpt.errors import UserError
 from polygpt.sequence import Batch
 
 
@@ -74,5 +75,6 @@ class Prefetch:
                 self._ready.put(Fed(self._put(batch), self._batches.get_state(), tokens))
                 if self._stop.is_set():
                     return
+            raise UserError("the training data came to an end: a training iterator must be endless")
         except BaseException as error:  # for whoever takes the next batch
             self._ready.put(error)

@@ -16,31 +16,32 @@ import jax
 
 from polygpt import spec
 from polygpt.errors import UserError
+from polygpt.training.checkpoint import records
 from polygpt.training.experiment import Experiment
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 """Packages whose versions are written down."""
 
 
-def claim(workdir: Path, experiment: Experiment) -> None:
-    """Makes the folder this experiment's: writes config.json and environment.json.
-
-    Raises:
-        UserError: if it is another experiment's; train.steps alone may grow.
-    """
-    workdir.mkdir(parents=True, exist_ok=True)
-    config = json.loads(json.dumps(spec.to_json(experiment)))
+def require_same(workdir: Path, experiment: Experiment) -> None:
+    """Raises UserError if the folder holds checkpoints of another experiment; train.steps alone may have grown."""
     path = workdir / "config.json"
-    if path.exists():
-        before = _read(path)
-        for name, old, new in differences(before, config):
-            if name == "train.steps" and isinstance(old, int) and new > old:
-                continue
-            raise UserError(
-                f"{workdir} is a run of another configuration: {name} is {_short(old)} there, {_short(new)} here: "
-                "choose another --workdir"
-            )
-    _write(path, config)
+    if not path.exists() or not records(workdir / "checkpoints"):
+        return
+    config = json.loads(json.dumps(spec.to_json(experiment)))
+    for name, old, new in differences(_read(path), config):
+        if name == "train.steps" and isinstance(old, int) and new > old:
+            continue
+        raise UserError(
+            f"{workdir} is a run of another configuration: {name} is {_short(old)} there, {_short(new)} here: "
+            "choose another --workdir"
+        )
+
+
+def claim(workdir: Path, experiment: Experiment) -> None:
+    """Makes the folder this experiment's: writes config.json and environment.json."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    _write(workdir / "config.json", spec.to_json(experiment))
     _write(workdir / "environment.json", environment())
 
 
@@ -127,13 +128,15 @@ def storage_faults(workdir: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        code = error.errno if isinstance(error, OSError) else _errno_in(str(error))
-        if code not in _FAULTS:
+        code = error.errno if isinstance(error, OSError) else _errno_in(str(error), workdir)
+        place = Path(getattr(error, "filename", None) or workdir)
+        if code not in _FAULTS or not (place.is_relative_to(workdir) or workdir.is_relative_to(place)):
             raise
-        place = getattr(error, "filename", None) or workdir
         raise UserError(f"cannot write {place}: {os.strerror(code)}: {_FAULTS[code]}") from error
 
 
-def _errno_in(text: str) -> int | None:
-    """TensorStore reports the operating system's errors as text."""
+def _errno_in(text: str, workdir: Path) -> int | None:
+    """TensorStore reports the operating system's errors as text that names the file."""
+    if str(workdir) not in text:
+        return None
     return next((code for code in _FAULTS if os.strerror(code).lower() in text.lower()), None)
