@@ -2,8 +2,8 @@
 
     polygpt train experiments/quickstart.py        (or `make demo`, which installs first)
 
-Four kinds of task from the embedded data, mixed: text to continue, pictures to caption, spoken numbers to transcribe, and the
-fusion task: a picture of one digit and a recording of another, in either order, to add up.
+Four kinds of task from the embedded data, mixed: text to continue, pictures to caption, spoken numbers to transcribe,
+and the fusion task: a picture of one digit and a recording of another, in either order, to add up.
 """
 
 from polygpt.adapters.audio import AudioAdapter
@@ -34,7 +34,7 @@ def experiment() -> Experiment:
     model = ModelSpec(
         decoder=DecoderSpec(width=128, depth=4, attention=MultiHead(heads=4), scan=False),
         adapters={
-            # A picture is 4 positions and a second of sound 13: with few positions the towers are learned within minutes.
+            # A picture is 4 positions and a second of sound 13: the fewer, the sooner the decoder looks and listens.
             "image": ImageAdapter(ImageFeatures(32, 32), items=6, patch=16, tower=tower.replace(depth=1)),
             "audio": AudioAdapter(
                 LogMel(seconds=1.0, rate=8000, mels=40, window=256, hop=160), items=6, fold=2, tower=tower

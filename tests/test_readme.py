@@ -29,7 +29,10 @@ def folder(tmp_path_factory):
         media.mkdir(parents=True)
         Image.new("RGB", (40, 30), "grey").save(media / "heron.jpg")
         soundfile.write(media / "call.wav", np.sin(np.arange(8000) / 5) / 3, 16_000)
-        rows = [{"file_name": "heron.jpg", "text": "a grey heron"}, {"file_name": "call.wav", "text": "all lines are busy"}]
+        rows = [
+            {"file_name": "heron.jpg", "text": "a grey heron"},
+            {"file_name": "call.wav", "text": "all lines are busy"},
+        ]
         (media / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 

@@ -1,13 +1,14 @@
-"""One training step of a small text GPT, beside the same GPT in PyTorch eager, alternating in one process on the same cores.
+"""One training step of a small text GPT, beside the same GPT in PyTorch eager, alternating in one process.
 
     pip install torch==2.13.0        # a CPU build
     python experiments/benchmarks/text_step.py
 
-6 blocks, width 384, 6 heads, T 256, batch 8, vocabulary 65, float32, AdamW with clipping. Both sides have LayerNorm, biases,
-tanh GELU, learned positions and a tied head, and run attention as their library does best on a CPU: PyTorch by its fused
-`scaled_dot_product_attention`. The step measured here is the one that `polygpt train` runs.
+6 blocks, width 384, 6 heads, T 256, batch 8, vocabulary 65, float32, AdamW with clipping. Both sides have LayerNorm,
+biases, tanh GELU, learned positions and a tied head, and run attention as their library does best on a CPU: PyTorch by
+its fused `scaled_dot_product_attention`. The step measured here is the one that `polygpt train` runs.
 
-Prints medians, quartiles and the ratio PyTorch / polygpt (above 1: polygpt is faster), and what the compiled program copies.
+Prints medians, quartiles, the ratio PyTorch / polygpt (above 1: polygpt is faster), and what the compiled program
+copies.
 """
 
 import argparse
@@ -161,7 +162,9 @@ def main() -> None:
     weights, hidden = ROWS * HEADS * T * T, ROWS * T * 4 * WIDTH
     copies = large_copies(program, min(weights, hidden))
     if arguments.json:
-        print(json.dumps({"median_seconds": median, "ratio": ratio, "large_copies": dict(copies), "jax": jax.__version__}))
+        print(
+            json.dumps({"median_seconds": median, "ratio": ratio, "large_copies": dict(copies), "jax": jax.__version__})
+        )
         return
     for name, values in seconds.items():
         low, _, high = statistics.quantiles(values, n=4)

@@ -20,7 +20,7 @@ RNG = np.random.default_rng(0)
 
 def built(adapter, width: int = 16):
     """The adapter's module with parameters without zeros and ones."""
-    graphdef, state = nnx.split(adapter.build(width, rngs=nnx.Rngs(0), dtype="float32"))
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: adapter.build(width, rngs=nnx.Rngs(0), dtype="float32")))
     rng = np.random.default_rng(1)
     return nnx.merge(graphdef, jax.tree.map(lambda x: rng.normal(0.2, 0.4, x.shape).astype(np.float32), state))
 

@@ -33,6 +33,7 @@ def batch_of(n, seed=1):
     batch.weight_BT[:] = rng.choice([0, 0.5, 1], (n, T))
     batch.weight_BT[:, [0, -1]] = 0
     batch.weight_BT[:, 1] = 1
+    batch.segment_BT[:] = 1
     return batch
 
 
@@ -64,7 +65,7 @@ def rows(batch, start, stop):
 def test_figures_equal_numpy_under_any_batch_size(size):
     batch = batch_of(12)
     params = jnp.asarray(TABLE)
-    scores = Scores.join(score(MODEL, params, rows(batch, i, i + size), size, BYTES) for i in range(0, 12, size))
+    scores = Scores.join(score(MODEL, params, rows(batch, i, i + size), BYTES) for i in range(0, 12, size))
     figures = summary(scores)
     assert figures.pop("n") == 12
     assert figures == pytest.approx(reference(batch), rel=1e-6)
@@ -73,36 +74,49 @@ def test_figures_equal_numpy_under_any_batch_size(size):
 
 def test_padding_rows_and_what_they_hold_do_not_count():
     batch = batch_of(5)
-    expected = score(MODEL, jnp.asarray(TABLE), rows(batch, 0, 3), 3, BYTES)
-    padded = score(MODEL, jnp.asarray(TABLE), batch, 3, BYTES)
-    assert summary(padded) == summary(expected)
+    expected = score(MODEL, jnp.asarray(TABLE), rows(batch, 0, 3), BYTES)
+    batch.segment_BT[3:] = 0
+    batch.weight_BT[3:] = 0
+    assert summary(score(MODEL, jnp.asarray(TABLE), batch, BYTES)) == summary(expected)
+
+
+def test_packed_examples_are_scored_apart():
+    batch = batch_of(2)
+    batch.segment_BT[0, 4:], batch.segment_BT[1, 6:] = 2, 0
+    batch.weight_BT[1, 6:] = 0
+    scores = score(MODEL, jnp.asarray(TABLE), batch, BYTES)
+    parts = [(0, slice(0, 4)), (0, slice(4, T)), (1, slice(0, 6))]
+    for i, (b, t) in enumerate(parts):
+        part = type(batch)(**{k: v[b : b + 1, t] for k, v in vars(batch).items() if k != "media"}, media={})
+        assert summary(scores[i : i + 1]) == pytest.approx(reference(part) | {"n": 1}, rel=1e-6)
+    assert len(scores.loss) == 3
 
 
 def test_mean_loss_of_each_example():
     batch = batch_of(4)
-    scores = score(MODEL, jnp.asarray(TABLE), batch, 4, BYTES)
+    scores = score(MODEL, jnp.asarray(TABLE), batch, BYTES)
     expected = [reference(rows(batch, i, i + 1))["loss"] for i in range(4)]
     assert np.allclose(scores.mean_loss, expected, rtol=1e-6)
 
 
 def test_unpredicted_positions_may_hold_nan():
     batch = batch_of(2)
-    expected = summary(score(MODEL, jnp.asarray(TABLE), batch, 2, BYTES))
+    expected = summary(score(MODEL, jnp.asarray(TABLE), batch, BYTES))
     batch.weight_BT[batch.tokens_BT == 3] = 0
-    without = summary(score(MODEL, jnp.asarray(TABLE), batch, 2, BYTES))
+    without = summary(score(MODEL, jnp.asarray(TABLE), batch, BYTES))
     spoiled = np.where(np.arange(V)[:, None] == 3, np.nan, TABLE)
-    assert summary(score(MODEL, jnp.asarray(spoiled), batch, 2, BYTES)) == without != expected
+    assert summary(score(MODEL, jnp.asarray(spoiled), batch, BYTES)) == without != expected
 
 
 def test_a_uniform_model_knows_nothing():
-    scores = score(MODEL, jnp.zeros((V, V)), batch_of(3), 3, np.ones(V, np.int32))
+    scores = score(MODEL, jnp.zeros((V, V)), batch_of(3), np.ones(V, np.int32))
     figures = summary(scores)
     assert figures["perplexity"] == pytest.approx(V, rel=1e-6)
     assert figures["bits_per_byte"] == pytest.approx(np.log2(V), rel=1e-6)
 
 
 def test_text_without_bytes_has_no_bits_per_byte():
-    scores = score(MODEL, jnp.asarray(TABLE), batch_of(3), 3, np.zeros(V, np.int32))
+    scores = score(MODEL, jnp.asarray(TABLE), batch_of(3), np.zeros(V, np.int32))
     assert "bits_per_byte" not in summary(scores)
 
 
@@ -117,6 +131,6 @@ def test_one_program_serves_all_batches_of_a_shape():
     model, batch = Table(), batch_of(3)
     before = token_scores._cache_size()
     for seed in range(3):
-        score(model, jnp.asarray(TABLE) + seed, batch_of(3, seed), 2 + seed % 2, BYTES)
+        score(model, jnp.asarray(TABLE) + seed, batch_of(3, seed), BYTES)
     assert token_scores._cache_size() == before + 1
     assert batch.shape == (3, T)

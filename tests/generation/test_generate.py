@@ -18,15 +18,17 @@ from polygpt.data.example import Medium, Text
 from polygpt.data.layout import LayoutSpec
 from polygpt.data.media.audio import LogMel
 from polygpt.data.media.image import ImageFeatures
+from polygpt.data.packing import collate
 from polygpt.data.tokenizers.bytes import ByteTokenizer
 from polygpt.errors import UserError
 from polygpt.generation.generate import generate, stream
-from polygpt.generation.padding import bucket
+from polygpt.generation.padding import bucket, pad
 from polygpt.generation.sampling import GREEDY, Sampling
 from polygpt.models.decoder import DecoderSpec
 from polygpt.models.functional import bind
 from polygpt.models.multimodal import ModelSpec
 from polygpt.nn.positions import Learned
+from polygpt.sequence import PADDING
 
 TOKENIZER = ByteTokenizer()
 EOS = TOKENIZER.eos
@@ -210,12 +212,26 @@ def test_buckets_are_powers_of_two():
     assert bucket(3, 16) == 16
 
 
+def test_padding_keeps_what_is_used_and_no_more():
+    batch = collate([None] * 3, 5, ADAPTERS)
+    batch.media["image"].length_BN[1, :2] = 4
+    batch.media["image"].features[:] = 7
+    padded = pad(batch, 4, 8)
+    assert padded.shape == (4, 8)
+    assert (padded.modality_BT == PADDING).all() and (padded.segment_BT == 0).all()
+    assert padded.media["image"].features.shape == (4, 2, 8, 8, 1)
+    assert padded.media["image"].length_BN.tolist() == [[0, 0], [4, 4], [0, 0], [0, 0]]
+    assert padded.media["audio"].length_BN.shape == (4, 1)
+
+
 # The real model, with media.
 
 TOWER = StackSpec(width=8, depth=1, attention=MultiHead(heads=2))
 ADAPTERS = {
-    "image": ImageAdapter(features=ImageFeatures(height=8, width=8, channels=1), patch=4, items=2, tower=TOWER),
-    "audio": AudioAdapter(features=LogMel(rate=8000, mels=8, window=200, hop=80, seconds=0.2), fold=2, tower=TOWER),
+    "image": ImageAdapter(features=ImageFeatures(height=8, width=8, channels=1), patch=4, items=3, tower=TOWER),
+    "audio": AudioAdapter(
+        features=LogMel(rate=8000, mels=8, window=200, hop=80, seconds=0.2), fold=2, items=3, tower=TOWER
+    ),
 }
 
 
@@ -262,7 +278,7 @@ def test_a_ragged_batch_of_any_media_equals_each_prompt_alone(trained, sampling)
     "prompt, message",
     [
         ([Medium("video", b"")], "prompt 0: the model has no such adapter"),
-        ([picture(0)] * 3, "prompt 0: too many media: the model takes 2 of image"),
+        ([picture(0)] * 4, "prompt 0: too many media: the model takes 3 of image"),
         ([Medium("image", b"no picture")], "prompt 0: "),
     ],
 )

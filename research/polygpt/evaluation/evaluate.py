@@ -7,7 +7,7 @@ import numpy as np
 
 from polygpt.data.example import Example
 from polygpt.data.layout import LayoutSpec, MediaCache, lay_out
-from polygpt.data.packing import Row, collate
+from polygpt.data.packing import Packer
 from polygpt.errors import BadRecord, UserError
 from polygpt.evaluation.bootstrap import bootstrap_mean
 from polygpt.evaluation.likelihood import Scores, score, summary
@@ -39,7 +39,7 @@ def evaluate(
         params: its parameters.
         tokenizer: the tokenizer it was trained with.
         adapters: the model's adapters, by modality.
-        layout: how examples become rows; here each has a row of its own.
+        layout: how examples become rows.
         spec: the tasks and what is measured.
         progress: told how far it is.
         cache: decoded media to keep for the next call; by default they are kept for this one.
@@ -81,7 +81,7 @@ def flatten(results: Mapping[str, Any]) -> dict[str, float]:
 
 
 class _Reader:
-    """Scores examples: lays them out, a row each, and runs the model in batches of one shape."""
+    """Scores examples: packs them into batches of one shape, as the layout allows, and runs the model."""
 
     def __init__(self, model, params, tokenizer, adapters, layout, rows, cache, progress):
         self.model, self.params, self.tokenizer = model, params, tokenizer
@@ -89,23 +89,35 @@ class _Reader:
 
     def __call__(self, what: str, examples: Sequence[Example], passes: Callable[[BadRecord], bool]):
         """The indices of the examples that can be laid out, and their scores; a fault is raised unless it `passes`."""
-        indices, waiting, scores = [], [], []
+        order, scores = [], []
+        packer, waiting = self._packer(), {}  # by identity of its row, the index of an example
         for i, example in enumerate(examples):
             try:
-                waiting.append(lay_out(example, self.layout, self.tokenizer, self.adapters, cache=self.cache))
-                indices.append(i)
+                row = lay_out(example, self.layout, self.tokenizer, self.adapters, cache=self.cache)
             except BadRecord as error:
                 if not passes(error):
                     raise
-            if len(waiting) == self.rows or i + 1 == len(examples):
-                scores.append(self._score(waiting))
-                waiting = []
-                self.progress(what, i + 1, len(examples))
-        return indices, Scores.join(scores)
+                continue
+            if not packer.add(row):
+                self._score(packer, waiting, order, scores)
+                self.progress(what, i, len(examples))
+                packer, waiting = self._packer(), {}
+                packer.add(row)
+            waiting[id(row)] = i
+        if waiting:
+            self._score(packer, waiting, order, scores)
+        self.progress(what, len(examples), len(examples))
+        if not scores:
+            return [], None
+        indices = sorted(order)
+        return indices, Scores.join(scores)[np.argsort(order)]
 
-    def _score(self, rows: list[Row]) -> Scores:
-        batch = collate(rows + [None] * (self.rows - len(rows)), self.layout.length, self.adapters)
-        return score(self.model, self.params, batch, len(rows), self.tokenizer.token_bytes)
+    def _packer(self) -> Packer:
+        return Packer(self.rows, self.layout.length, self.adapters, self.layout.packing)
+
+    def _score(self, packer: Packer, waiting: dict[int, int], order: list[int], scores: list[Scores]) -> None:
+        order += [waiting[id(row)] for packed in packer.rows for row in packed]
+        scores.append(score(self.model, self.params, packer.batch(), self.tokenizer.token_bytes))
 
 
 def _read(name: str, task: EvalTask, spec: EvaluationSpec, reader: _Reader) -> tuple[list[Example], Scores, int]:

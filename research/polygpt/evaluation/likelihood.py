@@ -59,17 +59,24 @@ class Scores:
         return cls(*(np.concatenate([getattr(s, f.name) for s in scores]) for f in dataclasses.fields(cls)))
 
 
-def score(model, params, batch: Batch, rows: int, token_bytes: np.ndarray) -> Scores:
-    """The scores of the first `rows` rows of a batch that holds one example a row."""
-    loss_BT, correct_BT = (np.asarray(x)[:rows] for x in token_scores(model, params, batch))
-    weight_BT = np.asarray(batch.weight_BT, np.float64)[:rows]
-    bytes_BT = np.asarray(token_bytes, np.float64)[np.asarray(batch.target_BT)[:rows]]
+def score(model, params, batch: Batch, token_bytes: np.ndarray) -> Scores:
+    """The scores of a batch's examples, by row and within a row by segment."""
+    loss_BT, correct_BT = map(np.asarray, token_scores(model, params, batch))
+    weight_BT, segment_BT = np.asarray(batch.weight_BT, np.float64), np.asarray(batch.segment_BT)
+    bytes_BT = np.asarray(token_bytes, np.float64)[np.asarray(batch.target_BT)]
+    size = segment_BT.max() + 1
+    key_BT = np.arange(len(segment_BT))[:, None] * size + segment_BT
+    examples = np.unique(key_BT[segment_BT > 0])
+
+    def total(value_BT):
+        return np.bincount(key_BT.ravel(), value_BT.ravel(), minlength=size * len(segment_BT))[examples]
+
     return Scores(
-        loss=(weight_BT * loss_BT.astype(np.float64)).sum(axis=1),
-        weight=weight_BT.sum(axis=1),
-        bytes=(weight_BT * bytes_BT).sum(axis=1),
-        correct=correct_BT.sum(axis=1, dtype=np.float64),
-        tokens=(weight_BT > 0).sum(axis=1, dtype=np.float64),
+        loss=total(weight_BT * loss_BT.astype(np.float64)),
+        weight=total(weight_BT),
+        bytes=total(weight_BT * bytes_BT),
+        correct=total(correct_BT.astype(np.float64)),
+        tokens=total((weight_BT > 0).astype(np.float64)),
     )
 
 

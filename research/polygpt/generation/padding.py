@@ -13,7 +13,10 @@ def bucket(n: int, least: int) -> int:
 
 
 def pad(batch: Batch, rows: int, length: int) -> Batch:
-    """The batch with padding rows up to `rows` and padding positions up to `length`; NumPy arrays."""
+    """The batch with padding rows up to `rows` and padding positions up to `length`; NumPy arrays.
+
+    Of the media only as many items are kept as some row uses, to the next power of two: unused ones cost as much.
+    """
 
     def grow(array, value=0, axes=1):
         array = np.asarray(array)
@@ -22,5 +25,8 @@ def pad(batch: Batch, rows: int, length: int) -> Batch:
 
     arrays = {f.name: getattr(batch, f.name) for f in dataclasses.fields(Batch) if f.name != "media"}
     arrays = {name: grow(array, PADDING if name == "modality_BT" else 0, axes=2) for name, array in arrays.items()}
-    media = {name: Media(grow(m.features), grow(m.length_BN)) for name, m in batch.media.items()}
+    media = {}
+    for name, medium in batch.media.items():
+        used = bucket(int((medium.length_BN > 0).sum(axis=1).max(initial=0)), 1)
+        media[name] = Media(grow(medium.features[:, :used]), grow(medium.length_BN[:, :used]))
     return Batch(**arrays, media=media)
