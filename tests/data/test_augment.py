@@ -14,10 +14,11 @@ ALL = [RandomResizedCrop(), RandomShift(), Speed(), Noise(), SpecAugment()]
 
 def medium(augment, seed=0):
     rng = np.random.default_rng(seed)
+    if augment.modality == "image":
+        picture = rng.integers(0, 256, (12, 9, 3), dtype=np.uint8)
+        return picture.astype(np.float32) if augment.stage == "features" else picture
     if augment.stage == "features":
         return rng.standard_normal((150, 80)).astype(np.float32)
-    if augment.modality == "image":
-        return rng.integers(0, 256, (12, 9, 3), dtype=np.uint8)
     return rng.standard_normal(4000).astype(np.float32)
 
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from polygpt import sequence
 from polygpt.data.augment import Noise, RandomShift, SpecAugment
 from polygpt.data.layout import LayoutSpec
-from polygpt.data.loader import LOOKAHEAD, TABLE, DataSpec, Order, Task, example_batches, shuffled, train_batches
+from polygpt.data.loader import LOOKAHEAD, DataSpec, Task, example_batches, train_batches
+from polygpt.data.mixture import TABLE, Order, shuffled
 from polygpt.data.packing import POSITION_ARRAYS
 from polygpt.errors import BadRecord, SpecError, UserError
 from polygpt.spec import from_json, to_json

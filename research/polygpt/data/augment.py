@@ -59,10 +59,10 @@ class RandomResizedCrop(Augment):
 
 @dataclasses.dataclass(frozen=True)
 class RandomShift(Augment):
-    """The picture moved by whole pixels; its border is continued into what becomes free."""
+    """The resized picture moved by whole pixels; its border is continued into what becomes free."""
 
     modality = "image"
-    stage = "raw"
+    stage = "features"
 
     share: float = 0.125
     """The most that it moves in each direction, as a share of height and width."""
@@ -71,11 +71,11 @@ class RandomShift(Augment):
         self.require(0 <= self.share < 1, "share", "in 0..1, below 1")
 
     def __call__(self, array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        axes = []
-        for size in array.shape[:2]:
+        for axis, size in enumerate(array.shape[:2]):
             most = round(self.share * size)
-            axes.append(np.clip(np.arange(size) - rng.integers(-most, most + 1), 0, size - 1))
-        return array[axes[0][:, None], axes[1][None, :]]
+            places = np.arange(size) - rng.integers(-most, most + 1)
+            array = array.take(np.minimum(np.maximum(places, 0), size - 1), axis)
+        return array
 
 
 @dataclasses.dataclass(frozen=True)

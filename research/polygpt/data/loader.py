@@ -7,21 +7,19 @@ iterator is therefore a few integers, and the batches do not depend on the numbe
 """
 
 import dataclasses
-import functools
 import logging
 import sys
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 import grain
-import numpy as np
 from absl import flags
 
 from polygpt.data.augment import Augment
 from polygpt.data.example import Example
 from polygpt.data.layout import LayoutSpec, MediaCache, lay_out
+from polygpt.data.mixture import Order
 from polygpt.data.packing import Packer, Row, collate
 from polygpt.data.sources.base import Source
 from polygpt.data.tokenizers.base import Tokenizer
@@ -35,9 +33,6 @@ GROUP = 16
 """Examples that travel together from a worker: each journey costs as much as laying out a short example."""
 LOGGED = 5
 """Skipped records of each reason that are logged one by one; the rest are counted."""
-
-TABLE = 2**16
-"""Tasks of at most so many examples are shuffled by a table."""
 
 log = logging.getLogger(__name__)
 
@@ -201,91 +196,6 @@ class TrainBatches(Iterator[Batch]):
         if failures >= self._total:
             counts = ", ".join(f"{reason} {n}" for reason, n in self.skipped.most_common())
             raise UserError(f"{failures} records in a row cannot be used ({counts}), the last one: {error}")
-
-
-class Order:
-    """Which example is which of an endless stream, by random access.
-
-    Each task's examples are shuffled anew every epoch and none is left out or repeated within one. The tasks take turns
-    so evenly that after any number of examples each has had its share, give or take one for every task before it.
-    """
-
-    def __init__(self, tasks: Mapping[str, tuple[int, float]], seed: int):
-        """Args: tasks: number of examples and weight of each; seed: of the shuffles."""
-        self.tasks, self.seed = tasks, seed
-        total = sum(weight for _, weight in tasks.values())
-        self.shares = {name: max(1, round(weight / total * 2**30)) for name, (_, weight) in tasks.items()}
-        # Seeds of a task do not depend on the other tasks.
-        self.entropy = {
-            name: [int(word) for word in np.random.SeedSequence([seed, zlib.crc32(name.encode())]).generate_state(2)]
-            for name in tasks
-        }
-        self.process_index, self.process_count = 0, 1
-
-    def shard(self, process_index: int, process_count: int) -> "Order":
-        """The part of one process. Each task is divided, so that every process sees the same mixture."""
-        part = Order(self.tasks, self.seed)
-        part.process_index, part.process_count = process_index, process_count
-        return part
-
-    def __getitem__(self, index: int) -> tuple[str, int, int]:
-        """(name of the task, position in the task's endless stream, number of the example)."""
-        name, turn = self._turn(index)
-        position = turn * self.process_count + self.process_index
-        size = self.tasks[name][0]
-        epoch, i = divmod(position, size)
-        return name, position, shuffled(i, size, self.entropy[name][0], epoch)
-
-    def _turn(self, index: int) -> tuple[str, int]:
-        """The task that is drawn at an index, and how many times it was drawn before.
-
-        The first task takes its share of the indices, evenly spread, the second its share of those left, and so on.
-        """
-        before, after, rest = index, index + 1, sum(self.shares.values())
-        for name, share in self.shares.items():  # noqa: B007
-            left_before, left_after = before * (rest - share) // rest, after * (rest - share) // rest
-            if left_before == left_after:
-                break
-            before, after, rest = left_before, left_after, rest - share
-        return name, before - left_before
-
-    def generator(self, name: str, position: int) -> np.random.Generator:
-        """The randomness of the example at a position of a task's stream."""
-        return np.random.default_rng([*self.entropy[name], position])
-
-
-def shuffled(i: int, size: int, seed: int, epoch: int) -> int:
-    """Place `i` of a permutation of 0, ..., size - 1 that seed and epoch decide.
-
-    Few examples are shuffled by a table. Many are by a Feistel network of four rounds over the next power of four, walked
-    until it hits a number below `size` (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", sections 3 and 4),
-    which needs no memory. Grain's own shuffle by index takes 13 ms a number where there are two examples, and repeats one
-    of 65,537.
-    """
-    if size <= TABLE:
-        return int(_table(size, seed, epoch)[i])
-    half = ((size - 1).bit_length() + 1) // 2
-    mask = (1 << half) - 1
-    keys = _keys(seed, epoch)
-    while True:
-        left, right = i >> half, i & mask
-        for key in keys:
-            mixed = (right + key) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
-            mixed = (mixed ^ mixed >> 29) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
-            left, right = right, left ^ (mixed >> 64 - half)
-        i = left << half | right
-        if i < size:
-            return i
-
-
-@functools.lru_cache(maxsize=32)
-def _table(size: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(size)
-
-
-@functools.lru_cache(maxsize=32)
-def _keys(seed: int, epoch: int) -> list[int]:
-    return np.random.SeedSequence([seed, epoch]).generate_state(4, np.uint64).tolist()
 
 
 class _LaidOut:

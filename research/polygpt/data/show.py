@@ -98,22 +98,17 @@ def _draw_strip(axes, batch: Batch, row: int, tokenizer: Tokenizer) -> None:
         if modality == PADDING:
             continue
         colour = "lightgrey" if modality == TEXT else COLOURS[modality % len(COLOURS)]
-        axes.axvspan(start, stop, ymin=0.55, facecolor=colour, edgecolor="black", linewidth=0.4)
-        tokens = batch.tokens_BT[row, start:stop]
-        said = "".join(
-            token_text(tokenizer, t) if t >= tokenizer.bos else tokenizer.decode([t]) for t in tokens.tolist()
-        )
-        if not any(t >= tokenizer.bos for t in tokens.tolist()):
-            said = tokenizer.decode(tokens)
+        axes.axvspan(start, stop, ymin=0.5, ymax=0.85, facecolor=colour, edgecolor="black", linewidth=0.4)
+        said = tokenizer.decode(batch.tokens_BT[row, start:stop])
         label = names[modality] if modality != TEXT else said.replace("\n", "\\n").replace("$", r"\$")
         shown = label if len(label) <= 40 else f"{label[:39]}…"
-        axes.text((start + stop) / 2, 0.5, shown, rotation=40, ha="right", va="top", fontsize=7)
+        axes.text((start + stop) / 2, 0.47, shown, rotation=40, ha="right", va="top", fontsize=7)
     weight = batch.weight_BT[row]
-    axes.bar(np.arange(len(weight)) + 0.5, 0.1 * (weight > 0), width=1, bottom=1.0, color="black")
+    axes.bar(np.arange(len(weight)) + 0.5, 0.1 * (weight > 0), width=1, bottom=0.88, color="black")
     for start in np.flatnonzero(np.diff(batch.segment_BT[row])) + 1:
         axes.axvline(start, color="red", linewidth=1.2)
-    axes.set(xlim=(0, batch.shape[1]), ylim=(0, 1.15), yticks=[])
-    axes.set_title(f"row {row}   black: predicted   red: end of an example", fontsize=8, loc="left")
+    axes.set(xlim=(0, batch.shape[1]), ylim=(0, 1), yticks=[])
+    axes.set_title(f"row {row}   black: what follows is predicted   red: end of an example", fontsize=8, loc="left")
     axes.tick_params(labelsize=7, top=True, labeltop=True, bottom=False, labelbottom=False)
     axes.spines[:].set_visible(False)
 
