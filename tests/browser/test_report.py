@@ -3,9 +3,9 @@
 import dataclasses
 
 import chromium
-import made_up_report
 import pytest
 
+import made_up_report
 from polygpt.report.page import render
 
 pytestmark = [
@@ -80,7 +80,9 @@ def test_a_word_shows_its_own_attention(report):
     page.run(f"{card}.querySelectorAll('button.word')[2].click()")
     second = page.run(shades), page.run(share)
     assert page.run(f"{card}.querySelectorAll('button.word')[2].getAttribute('aria-pressed')") == "true"
-    layer = f"{card}.querySelector('select').value = '1'; {card}.querySelector('select').dispatchEvent(new Event('change'))"
+    layer = (
+        f"{card}.querySelector('select').value = '1'; {card}.querySelector('select').dispatchEvent(new Event('change'))"
+    )
     page.run(layer)
     third = page.run(shades), page.run(share)
     assert len({first, second, third}) == 3

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from own_experiment import write_experiment
+from PIL import Image
 
 POLYGPT = str(Path(sys.executable).with_name("polygpt"))
 
@@ -136,6 +138,32 @@ def test_a_run_that_was_never_evaluated_has_a_report(trained, polygpt, tmp_path)
     page = (run / "report.html").read_text()
     assert "was not evaluated, there are no held-out results" in page and "Training loss" in page
     assert 'id="results"' not in page and 'id="samples"' in page
+
+
+def test_data_show_prints_and_draws_rows(trained, polygpt, tmp_path):
+    words = ["data", "show", trained.file, "--rows", "1", "--picture", tmp_path / "rows.png"]
+    code, out, _ = polygpt(*words)
+    assert code == 0 and "<bos>" in out and "row 0:" in out and "row 1:" not in out
+    assert Image.open(tmp_path / "rows.png").width > 500
+    code, out, err = polygpt(*words, "--json", "--data.layout.packing", "false")
+    (row,) = json.loads(out)["rows"]
+    assert code == 0 and row["examples"] == 1 and sum(row["media"].values()) == 1
+    assert row["text"].endswith(("it is", "hertz")) and "<bos>" in err
+    assert polygpt("data", "show", trained.file, "--rows", "0")[0] == 2
+
+
+def test_data_check_lists_what_is_wrong(polygpt, tmp_path):
+    file = write_experiment(tmp_path)
+    code, out, _ = polygpt("data", "check", file, "--json")
+    assert code == 0 and json.loads(out)["tasks"]["own"]["records"] == 7 and json.loads(out)["fault"] is None
+    (tmp_path / "data" / "red.png").write_bytes(b"not a picture")
+    (tmp_path / "data" / "400.wav").unlink()
+    code, out, err = polygpt("data", "check", file, "--json")
+    found = json.loads(out)["tasks"]["own"]
+    assert code == 2 and found["bad"] == {"unknown image format": 1, "missing file": 1}
+    assert any("metadata.jsonl, line 1: unknown image format" in fault for fault in found["faults"])
+    assert err.endswith("polygpt: data check: 2 of 7 records cannot be used\n")
+    assert list(json.loads(out)["tasks"]) == ["own"], "held-out data that are the training data are walked once"
 
 
 def test_model_show_counts_an_experiment_and_a_preset(trained, polygpt):

@@ -64,7 +64,10 @@ def _dispatch(argv: list[str]) -> int:
     with output.quiet():
         arguments = module.parser(f"polygpt {verb}", about).read(argv[len(verb.split()) :])
         with output.json_alone(arguments.json) as write:
-            write(module.run(arguments))
+            result = module.run(arguments)
+            write(result)
+    if result.get("fault"):  # done, and the answer is that the input is at fault
+        raise UserError(result["fault"])
     return 0
 
 

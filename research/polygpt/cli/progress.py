@@ -1,4 +1,4 @@
-"""How far an evaluation is, on stderr."""
+"""How far an evaluation or a check is, on stderr."""
 
 import time
 
@@ -10,18 +10,18 @@ from rich.progress import Progress as Bar
 class Progress:
     """Called with what is measured, examples done, all of them: a bar on a terminal, elsewhere a line now and then."""
 
-    def __init__(self, seconds: float = 10.0):
-        """Args: seconds: between two lines where there is no terminal."""
+    def __init__(self, verb: str = "evaluating", seconds: float = 10.0):
+        """Args: verb: said before each line; seconds: between two lines where there is no terminal."""
         console = Console(stderr=True, highlight=False)
         columns = (TextColumn("{task.description:32}"), BarColumn(), MofNCompleteColumn())
         self._bar = Bar(*columns, console=console, transient=True) if console.is_terminal else None
-        self._console, self._seconds, self._printed = console, seconds, time.monotonic()
+        self._verb, self._console, self._seconds, self._printed = verb, console, seconds, time.monotonic()
         self._task = None
 
     def __enter__(self) -> "Progress":
         if self._bar:
             self._bar.start()
-            self._task = self._bar.add_task("evaluation", total=None)
+            self._task = self._bar.add_task(self._verb, total=None)
         return self
 
     def __exit__(self, *_) -> None:
@@ -33,4 +33,4 @@ class Progress:
             self._bar.update(self._task, description=what, completed=done, total=total)
         elif time.monotonic() - self._printed >= self._seconds:
             self._printed = time.monotonic()
-            self._console.print(f"evaluating {what} {done}/{total}", soft_wrap=True)
+            self._console.print(f"{self._verb} {what} {done}/{total}", soft_wrap=True)

@@ -77,7 +77,8 @@ def chart(content: Chart) -> str:
     every_x = np.concatenate([x for _, x, _ in lines])
     low, high = _bounds(every_y, content.noisy)
     first, last = float(every_x.min()), float(every_x.max())
-    last = last if last > first else first + 1
+    if first == last:
+        first, last = first - 0.5, last + 0.5
 
     def px(x):
         return LEFT + (np.asarray(x) - first) / (last - first) * (WIDTH - LEFT - RIGHT)

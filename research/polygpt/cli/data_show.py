@@ -1,0 +1,56 @@
+"""polygpt data show FILE: a few rows as the model will see them."""
+
+from argparse import Namespace
+from pathlib import Path
+
+from polygpt.cli import experiment
+from polygpt.cli.arguments import Parser
+from polygpt.errors import UserError
+
+EXAMPLES = """\
+examples:
+  polygpt data show experiments/quickstart.py
+  polygpt data show experiments/quickstart.py --rows 2 --picture rows.png --data.layout.packing false"""
+
+
+def parser(prog: str, about: str) -> Parser:
+    """The verb's arguments."""
+    words = Parser(prog, about, EXAMPLES, experiment.fields)
+    words.add_argument("file", metavar="FILE", help="a Python file with `def experiment() -> Experiment`")
+    words.add_argument("--rows", type=int, default=4, metavar="N", help="rows of the first batch (default: 4)")
+    words.add_argument("--picture", metavar="F", help="the PNG to draw (default: runs/<name>-rows.png)")
+    return words
+
+
+def run(arguments: Namespace) -> dict:
+    """Prints a table for each row and draws them; returns the rows in short and the picture's place."""
+    if arguments.rows < 1:
+        raise UserError(f"data show: --rows is {arguments.rows}: it must be positive")
+    chosen = experiment.load(arguments.file, arguments.changes, arguments.options)
+
+    from rich.console import Console
+
+    from polygpt.data.loader import train_batches
+    from polygpt.data.show import draw, table
+
+    tokenizer, adapters = chosen.tokenizer.build(), chosen.model.adapters
+    batch = next(train_batches(chosen.data, tokenizer, adapters, seed=chosen.seed))
+    rows = min(arguments.rows, batch.shape[0])
+    console = Console(highlight=False)
+    for row in range(rows):
+        console.print(table(batch, row, tokenizer))
+    picture = Path(arguments.picture or Path("runs") / f"{chosen.name}-rows.png")
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    draw(batch, tokenizer, adapters, picture, rows)
+    print(f"drawn: {picture}")
+    shown = [
+        {
+            "positions": int((batch.segment_BT[row] > 0).sum()),
+            "examples": int(batch.segment_BT[row].max()),
+            "predicted": int((batch.weight_BT[row] > 0).sum()),
+            "media": {name: int((media.length_BN[row] > 0).sum()) for name, media in batch.media.items()},
+            "text": tokenizer.decode(batch.tokens_BT[row][batch.modality_BT[row] == 0]),
+        }
+        for row in range(rows)
+    ]
+    return {"length": batch.shape[1], "rows": shown, "picture": picture}
