@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 
 import jax
@@ -16,7 +17,7 @@ from polygpt.evaluation.evaluate import evaluate
 from polygpt.optim.schedules import Schedule
 from polygpt.spec import from_json, override, to_json
 from polygpt.training.checkpoint import records
-from polygpt.training.loop import Standing, train
+from polygpt.training.loop import Standing, pick, train
 from polygpt.training.run import open_run
 from polygpt.training.sinks import JsonLines, Silent
 
@@ -214,3 +215,18 @@ def test_no_run_folder_and_no_checkpoint_are_told_apart(tmp_path):
 def test_settings_that_do_not_fit_are_refused(changes, message):
     with pytest.raises(SpecError, match=message):
         tiny(**changes)
+
+
+def test_the_metric_is_the_mean_loss_or_a_tasks_figure():
+    tasks = {"sum": {"loss": 1.0, "accuracy": 0.75}, "text": {"loss": 2.0}}
+    assert pick(tasks, "loss") == 1.5 and pick(tasks, "sum/accuracy") == 0.75
+    with pytest.raises(UserError, match="train.metric is 'text/accuracy', and text has loss: choose one of these"):
+        pick(tasks, "text/accuracy")
+
+
+def test_a_checkpoint_that_cannot_be_read_is_one_clear_line(tmp_path):
+    train(smallest(**{"train.steps": "1"}), tmp_path, quiet)
+    shutil.rmtree(tmp_path / "checkpoints" / "1" / "params")
+    with pytest.raises(UserError, match="checkpoints/1 cannot be read: ") as error:
+        open_run(tmp_path)
+    assert "\n" not in str(error.value)
