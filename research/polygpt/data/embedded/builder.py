@@ -19,7 +19,6 @@ import functools
 import hashlib
 import io
 import json
-import os
 import shutil
 import tempfile
 import time
@@ -30,6 +29,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
+from polygpt.cache import cache_folder
 from polygpt.errors import UserError
 
 ARCHIVES = Path(__file__).parent
@@ -73,11 +73,6 @@ def archive_records(config: str):
         for line in archive.read("manifest.jsonl").decode().splitlines():
             row = json.loads(line)
             yield row, archive.read(row["file"])
-
-
-def cache_folder() -> Path:
-    """POLYGPT_CACHE, or ~/.cache/polygpt."""
-    return Path(os.environ.get("POLYGPT_CACHE") or "~/.cache/polygpt").expanduser()
 
 
 @functools.cache
