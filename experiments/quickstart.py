@@ -1,4 +1,4 @@
-"""See a digit, hear a digit, write their sum: a GPT of 1.3M parameters that reads text, pictures and sound.
+"""See a digit, hear a digit, write their sum: a GPT of 1.0M parameters that reads text, pictures and sound.
 
     polygpt train experiments/quickstart.py        (or `make demo`, which installs first)
 
@@ -10,7 +10,7 @@ from polygpt.adapters.audio import AudioAdapter
 from polygpt.adapters.image import ImageAdapter
 from polygpt.attention.multi_head import MultiHead
 from polygpt.blocks.stack import StackSpec
-from polygpt.data.augment import RandomShift, SpecAugment
+from polygpt.data.augment import RandomShift, SpecAugment, Speed
 from polygpt.data.layout import LayoutSpec
 from polygpt.data.loader import DataSpec, Task
 from polygpt.data.media.audio import LogMel
@@ -30,24 +30,25 @@ from polygpt.training.experiment import Experiment, TrainSpec
 def experiment() -> Experiment:
     """The whole run."""
     # One block compiled and scanned would start 10 s sooner and take longer a step on a CPU: scan=False.
-    tower = StackSpec(width=96, depth=2, attention=MultiHead(heads=4, bias=True), scan=False)
+    tower = StackSpec(width=96, depth=1, attention=MultiHead(heads=4, bias=True), scan=False)
     model = ModelSpec(
-        decoder=DecoderSpec(width=128, depth=4, attention=MultiHead(heads=4), scan=False),
+        decoder=DecoderSpec(width=128, depth=3, attention=MultiHead(heads=4), scan=False),
         adapters={
             # A picture is 4 positions and a second of sound 13: the fewer, the sooner the decoder looks and listens.
-            "image": ImageAdapter(ImageFeatures(32, 32), items=6, patch=16, tower=tower.replace(depth=1)),
+            "image": ImageAdapter(ImageFeatures(32, 32), items=6, patch=16, tower=tower),
             "audio": AudioAdapter(
                 LogMel(seconds=1.0, rate=8000, mels=40, window=256, hop=160), items=6, fold=2, tower=tower
             ),
         },
     )
-    shift, mask = RandomShift(), SpecAugment(frequency_masks=1, frequency_width=6, time_masks=1, time_width=5)
+    shift, speed = RandomShift(), Speed()
+    mask = SpecAugment(frequency_masks=1, frequency_width=6, time_masks=1, time_width=5)
     tasks = {
         "text": Task(Embedded("text", characters=96), weight=0.6),
         "digits": Task(Embedded("digits"), weight=2, augment=(shift,)),
         "pictures": Task(Embedded("pictures"), weight=1, augment=(shift,)),
-        "speech": Task(Embedded("speech", numbers="all"), weight=2, augment=(mask,)),
-        "fusion": Task(Embedded("fusion"), weight=5, augment=(shift, mask)),
+        "speech": Task(Embedded("speech", numbers="all"), weight=2, augment=(speed, mask)),
+        "fusion": Task(Embedded("fusion"), weight=5, augment=(shift, speed, mask)),
     }
     held_out = {
         "text": EvalTask(Embedded("text", "test", characters=96), limit=200),
@@ -61,6 +62,6 @@ def experiment() -> Experiment:
         model=model,
         data=DataSpec(tasks, LayoutSpec(length=128), rows=16),
         optim=Optim(WarmupCosine(peak=2e-3, warmup=100, final=0.02), AdamW(weight_decay=0.05, beta2=0.98)),
-        train=TrainSpec(steps=1300, log_every=10, evaluate_every=325, checkpoint=CheckpointSpec(every=325)),
+        train=TrainSpec(steps=1300, log_every=10, evaluate_every=325, checkpoint=CheckpointSpec(every=50)),
         evaluation=EvaluationSpec(held_out),
     )
