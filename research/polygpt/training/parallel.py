@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 
 from polygpt.errors import UserError
 from polygpt.sequence import Batch
+from polygpt.training.compilation import compiler_options
 
 AXIS = "data"
 """The mesh axis over which rows are split."""
@@ -77,12 +78,18 @@ def build(mode: Mode, devices: list | None = None) -> Parallel:
 
 
 def _compile_one(make_step: Callable) -> Callable:
-    return jax.jit(make_step(), donate_argnums=0)
+    return jax.jit(make_step(), donate_argnums=0, compiler_options=compiler_options())
 
 
 def _compile_sharded(make_step: Callable, rows, whole) -> Callable:
     # One program sees the whole batch; the compiler splits it and puts in the sums over devices.
-    return jax.jit(make_step(), in_shardings=(whole, rows), out_shardings=whole, donate_argnums=0)
+    return jax.jit(
+        make_step(),
+        in_shardings=(whole, rows),
+        out_shardings=whole,
+        donate_argnums=0,
+        compiler_options=compiler_options(),
+    )
 
 
 def _compile_pmap(make_step: Callable, devices) -> Callable:
