@@ -56,11 +56,11 @@ def test_a_folder_of_media_trains_evaluates_and_generates(monkeypatch, folder):
     small = ["--data.rows", "2", "--evaluation.rows", "2", "--evaluation.sampling.max_tokens", "4"]
     small += ["--data.layout.length", "128", "--model.decoder.depth", "1"]
     check, show, train, evaluate, generate, deeper = commands("mine.py")[:6]
-    assert run(monkeypatch, folder, [*check, "--json"])["bad"] == 0
+    assert run(monkeypatch, folder, [*check, "--json"])["fault"] is None
     run(monkeypatch, folder, [*show, "--json"])
     assert run(monkeypatch, folder, [*train, *small, "--train.steps", "2", "--json"])["step"] == 2
     assert run(monkeypatch, folder, [*evaluate, "--json"])["tasks"]["mine"]["n"] == 2
-    assert "text" in run(monkeypatch, folder, [*generate, "--max-tokens", "4", "--json"])
+    assert "text" in run(monkeypatch, folder, [*generate, "--max_tokens", "4", "--json"])
     assert "--model.decoder.depth" in deeper
 
 
