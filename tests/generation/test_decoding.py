@@ -1,5 +1,7 @@
 """The cache computes what the whole row computes, at every step and with media."""
 
+from functools import partial
+
 import jax
 import numpy as np
 import pytest
@@ -119,6 +121,20 @@ def generated(model, params, batch, sampling, *, count=6, eos=V, size=8, indices
     for step in until or [size]:
         state = decoding.decode(model, choice, params, state, np.int32(eos), np.int32(step))
     return [list(row[:n]) for row, n in zip(np.asarray(state.tokens_BS), np.asarray(state.count_B), strict=True)]
+
+
+def test_prefill_asks_for_the_logits_of_the_last_positions_alone(toy):
+    model, params = toy
+    batch, last = batch_of(ROWS, 20), np.int32([17, 8, 11, 13])
+    cache = model.init_cache(len(ROWS), 24)
+    both = jax.jit(lambda params: (model.decode(params, batch, cache)[0], *model.decode(params, batch, cache, last)))
+    whole, few, cache = both(params)
+    assert few.shape == (len(ROWS), 1, V) and int(cache.cursor) == 20
+    np.testing.assert_allclose(few[:, 0], np.asarray(whole)[np.arange(len(ROWS)), last], atol=1e-5)
+
+    given = Sampling().choice(), 4, params, batch, np.int32(V), np.uint32(0), last * 0, last * 0 + 4
+    text = str(jax.make_jaxpr(partial(decoding.prefill, model, *given[:2]))(*given[2:]))
+    assert f"f32[{len(ROWS)},1,{V}]" in text and f"f32[{len(ROWS)},20,{V}]" not in text
 
 
 SAMPLED = Sampling(temperature=1.0, top_p=0.9, repetition_penalty=1.3, seed=5)

@@ -46,11 +46,14 @@ class Script:
     def init_cache(self, rows, size):
         return {"tokens": jnp.full((rows, size), -1), "cursor": jnp.int32(0)}
 
-    def decode(self, params, batch, cache):
+    def decode(self, params, batch, cache, last_B=None):
         self.traced.append(batch.shape)
         script = jnp.asarray(self.script)
         tokens = jax.lax.dynamic_update_slice(cache["tokens"], batch.tokens_BT, (0, cache["cursor"]))
-        following = jnp.take(script, batch.position_BT, mode="clip")
+        position = batch.position_BT
+        if last_B is not None:
+            position = position[jnp.arange(len(last_B)), last_B][:, None]
+        following = jnp.take(script, position, mode="clip")
         logits = jax.nn.one_hot(following, TOKENIZER.vocabulary) * params["scale"]
         return logits, {"tokens": tokens, "cursor": cache["cursor"] + batch.shape[1]}
 
@@ -153,8 +156,8 @@ def test_prompt_and_text_fill_the_bound_and_no_more():
 class Ranked(Script):
     """Likes token 0 best, then 1, then 2, whatever it reads."""
 
-    def decode(self, params, batch, cache):
-        logits_BTV, cache = super().decode(params, batch, cache)
+    def decode(self, params, batch, cache, last_B=None):
+        logits_BTV, cache = super().decode(params, batch, cache, last_B)
         return jnp.zeros_like(logits_BTV) + jnp.arange(logits_BTV.shape[-1], 0, -1)[None, None], cache
 
 

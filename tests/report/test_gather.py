@@ -1,30 +1,49 @@
 """From a run's folder to a report's content, whatever is missing."""
 
 import json
+import math
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from polygpt.report import gather
+from polygpt.files import plain
+from polygpt.report import finish, gather
+from polygpt.training.sinks import JsonLines
+
+
+def held_out(loss):
+    """Figures as `evaluate` gives them."""
+    fusion = {"loss": loss, "perplexity": math.inf, "accuracy": 0.75, "n": 8}
+    return {
+        "tasks": {"fusion": fusion, "a/text": {"loss": 2.0, "n": 4}},
+        "modalities": {"image": fusion},
+        "modality_gain": {"fusion/image": {"gain": 0.3, "low": 0.1, "high": 0.5, "n": 8}},
+    }
 
 
 @pytest.fixture
 def folder(tmp_path):
-    lines = [{"step": step, "loss": 1 / step, "loss/a": 1.0, "loss/b": 2.0, "skipped": 0.0} for step in (10, 20, 30)]
-    lines[1]["loss"] = None
-    held_out = {"tasks": {"fusion": {"loss": 0.5, "accuracy": 0.75, "n": 8}, "text": {"loss": 2.0}}}
-    held_out["modality_gain"] = {"fusion/image": {"gain": 0.3, "low": 0.1, "high": 0.5}}
-    lines.insert(2, {"step": 20, "evaluation": held_out | {"metric": 0.5}})
-    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 40, "lo')
-    timing = [{"step": step, "tokens_per_second": 1000.0 + step, "input_wait": 0.01} for step in (10, 20, 20, 30)]
-    (tmp_path / "timing.jsonl").write_text("\n".join(map(json.dumps, timing)) + "\n[]\n")
+    """What training's own sink writes, and a kill in the middle of a line."""
+    sink = JsonLines(tmp_path, 0)
+    for step in (10, 20, 30):
+        loss = math.nan if step == 20 else 1 / step
+        sink.metrics(step, {"loss": loss, "loss/a": 1.0, "loss/b": 2.0, "skipped": 3.0})
+        sink.timing(step, {"tokens_per_second": 1000.0 + step, "input_wait": 0.01})
+        if step > 10:
+            sink.evaluation(step, held_out(10 / step) | {"metric": 0.5})
+    sink.timing(20, {"tokens_per_second": 1020.0, "input_wait": 0.01})
+    sink.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 40, "lo')
+    with (tmp_path / "timing.jsonl").open("a") as file:
+        file.write("[]\n")
     (tmp_path / "environment.json").write_text('{"jax": "0.10.2", "devi')
     return tmp_path
 
 
 def test_lines_and_files_cut_short_are_read_as_far_as_they_go(folder):
-    assert [line["step"] for line in gather.read_lines(folder / "metrics.jsonl")] == [10, 20, 20, 30]
+    assert [line["step"] for line in gather.read_lines(folder / "metrics.jsonl")] == [10, 20, 20, 30, 30]
     assert gather.read_lines(folder / "none.jsonl") == []
     assert gather.read_json(folder / "environment.json") is None
     assert gather.read_json(folder / "none.json") is None
@@ -42,19 +61,20 @@ def test_charts_in_their_order_with_a_line_a_task(folder):
         "Speed",
         "Input wait",
     ]
-    loss, objectives, _, held_out, gain, speed, _ = charts
+    loss, objectives, _, losses, gain, speed, _ = charts
     assert loss.lines[0].steps == (10, 20, 30)
     np.testing.assert_allclose(loss.lines[0].values, [0.1, np.nan, 1 / 30])
     assert [line.name for line in objectives.lines] == ["a", "b"]
-    assert [(line.name, line.values) for line in held_out.lines] == [("fusion", (0.5,)), ("text", (2.0,))]
-    assert gain.lines[0].name == "fusion/image" and gain.lines[0].values == (0.3,)
+    assert [(line.name, line.steps) for line in losses.lines] == [("fusion", (20, 30)), ("a/text", (20, 30))]
+    assert losses.lines[0].values == (0.5, pytest.approx(1 / 3))
+    assert gain.lines[0].name == "fusion/image" and gain.lines[0].values == (0.3, 0.3)
     assert speed.lines[0].steps == (10, 20, 30), "a step measured twice counts once"
 
 
 def test_the_latest_evaluation_up_to_the_checkpoint(folder):
     metrics = gather.read_lines(folder / "metrics.jsonl")
-    assert gather.last_evaluation(metrics, 30)["step"] == 20
-    assert gather.last_evaluation(metrics, 30)["tasks"]["fusion"]["accuracy"] == 0.75
+    assert gather.last_evaluation(metrics, 29) == plain({"step": 20, **held_out(0.5)})
+    assert gather.last_evaluation(metrics, 30)["step"] == 30
     assert gather.last_evaluation(metrics, 19) is None
 
 
@@ -67,3 +87,36 @@ def test_facts_say_what_is_known(folder):
     assert found["step"] == "30 of 50" and found["parameters"] == "1,024" and found["reads"] == "text, image"
     assert found["median speed"] == "1,020 tokens/s" and found["device"] == "2 x cpu"
     assert "median speed" not in dict(gather.facts(run, [], None))
+
+
+@pytest.fixture
+def run(folder, monkeypatch):
+    """A run of which only the folder is real."""
+    monkeypatch.setattr(gather.samples, "gather", lambda run: ({}, ()))
+    monkeypatch.setattr(gather.spec, "to_json", lambda experiment: {})
+    model = SimpleNamespace(spec=SimpleNamespace(adapters={}))
+    layout, train = SimpleNamespace(layout=None), SimpleNamespace(steps=30)
+    experiment = SimpleNamespace(name="made", train=train, data=layout, evaluation=None)
+    params = {"a": np.zeros(3)}
+    return SimpleNamespace(params=params, step=30, model=model, experiment=experiment, workdir=folder, tokenizer=None)
+
+
+def test_a_report_without_evaluation_shows_that_of_training(run):
+    page = finish.write_report(run).read_text()
+    assert 'id="results"' in page and "Held-out loss" in page and "+0.300" in page and "75.0%" in page
+    assert "the held-out results are of step 30" in page and "3 updates were left out" in page
+
+
+def test_what_is_not_finite_is_null_in_the_results_and_blank_in_the_report(run, monkeypatch):
+    found = held_out(800.0)
+    found["modality_gain"]["fusion/audio"] = {"gain": math.nan, "low": math.nan, "high": math.nan, "n": 2}
+    monkeypatch.setattr(finish, "evaluate", lambda *given, progress: found)
+    finish.evaluate_run(run)
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    read = json.loads((run.workdir / finish.RESULTS).read_text(), parse_constant=refuse)
+    assert read["tasks"]["fusion"] == {"loss": 800.0, "perplexity": None, "accuracy": 0.75, "n": 8}
+    page = finish.write_report(run).read_text()
+    assert "fusion/image" in page and "fusion/audio" not in page

@@ -8,10 +8,12 @@ import jax
 import numpy as np
 import pytest
 import soundfile
+from flax import nnx
 from PIL import Image
 
 from polygpt.adapters.audio import AudioAdapter
 from polygpt.adapters.image import ImageAdapter
+from polygpt.attention.contract import Attention
 from polygpt.attention.multi_head import MultiHead
 from polygpt.blocks.stack import StackSpec
 from polygpt.data.example import Example, Medium, Text
@@ -21,7 +23,9 @@ from polygpt.data.media.image import ImageFeatures
 from polygpt.data.packing import collate
 from polygpt.data.sources.base import Source
 from polygpt.data.tokenizers.bytes import Bytes
+from polygpt.errors import UserError
 from polygpt.evaluation.spec import EvalTask, EvaluationSpec
+from polygpt.generation.generate import Generated
 from polygpt.generation.sampling import Sampling
 from polygpt.models.decoder import DecoderSpec
 from polygpt.models.functional import bind
@@ -70,6 +74,13 @@ class Prose(Source):
 
     def open(self):
         return [Example((Text("a short text of a few plain words here"),), "prose, record 0")]
+
+
+class NothingToSee(Attention):
+    """An attention variant without weights."""
+
+    def build(self, dims, rngs):
+        return nnx.Linear(dims.width, dims.width, rngs=rngs)
 
 
 @pytest.fixture(scope="module")
@@ -158,11 +169,34 @@ def test_a_model_too_large_or_without_weights_has_no_maps(run, monkeypatch):
     found, notes = samples.gather(run, per_task=1)
     assert "GiB" in notes[0] and found["sums"][0].prompt[0].attention_LWP is None
 
-    def refuse(*_):
-        raise AttributeError("weights")
+    decoder = run.model.spec.decoder
+    for other in (decoder.replace(attention=NothingToSee()), decoder.replace(depth=0)):
+        spec = dataclasses.replace(run.model.spec, decoder=other)
+        attend, notes = samples._attention(SimpleNamespace(**vars(run) | {"model": bind(spec, 258)}))
+        assert "no weights to look at" in notes[0] and attend(None, "x") == {}
 
-    linear = SimpleNamespace(**{name: getattr(run, name) for name in vars(run)})
-    linear.model = dataclasses.replace(run.model)
-    object.__setattr__(linear.model, "attention", refuse)
-    attend, notes = samples._attention(linear)
-    assert "no weights to look at" in notes[0] and attend(None, "x") == {}
+
+def test_a_fault_of_the_attention_is_no_model_without_weights(run):
+    class Faulty(SimpleNamespace):
+        def attention(self, params, batch):
+            raise AttributeError("a fault")
+
+    faulty = SimpleNamespace(**vars(run) | {"model": Faulty(spec=run.model.spec)})
+    with pytest.raises(AttributeError, match="a fault"):
+        samples._attention(faulty)
+
+
+def test_a_task_without_prompts_or_data_leaves_the_others_their_samples(run, monkeypatch):
+    def refuse(source):
+        raise UserError("the data is not here")
+
+    monkeypatch.setattr(Sums, "open", refuse)
+    monkeypatch.setattr(samples, "generate", lambda *given: [Generated("it", (), "eos") for _ in given[3]])
+    one = [Example((Text("unbreakable"),), "one"), Example((Text("", 0.0), Text("answer")), "two")]
+    assert samples.choose(one, run, 4) == []
+    monkeypatch.setattr(Prose, "open", lambda source: [*one, Example((Text("two words"),), "three")])
+    found, notes = samples.gather(run)
+    assert [sample.place for sample in found["prose"]] == ["three"]
+    assert notes == ("No samples of sums: the data is not here",)
+    monkeypatch.setattr(Prose, "open", lambda source: one)
+    assert samples.gather(run)[1][1] == "prose: none of the held-out examples can be shown"

@@ -7,8 +7,10 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
+
+from polygpt.files import plain
 
 
 @contextlib.contextmanager
@@ -31,21 +33,6 @@ def json_alone(wanted: bool) -> Iterator[Callable[[Any], None]]:
         os.dup2(stdout, 1)
         os.close(stdout)
     print(json.dumps(plain(results[0]), allow_nan=False), flush=True)
-
-
-def plain(value: Any) -> Any:
-    """The value as JSON data: NumPy numbers as numbers, paths as text, NaN and infinity as null."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if isinstance(value, (bool, int, str)) or value is None:
-        return value
-    if hasattr(value, "item"):
-        return plain(value.item())
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return str(value)
 
 
 @contextlib.contextmanager

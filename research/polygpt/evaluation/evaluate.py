@@ -72,14 +72,6 @@ def evaluate(
     return {"tasks": tasks, "modalities": by_media, "modality_gain": gains}
 
 
-def flatten(results: Mapping[str, Any]) -> dict[str, float]:
-    """Every figure of `evaluate` by one name: "fusion/accuracy", "fusion/image/gain", "modality/image/loss"."""
-    groups = {name: figures for name, figures in results["tasks"].items()}
-    groups |= results.get("modality_gain", {})
-    groups |= {f"modality/{name}": figures for name, figures in results.get("modalities", {}).items()}
-    return {f"{group}/{name}": value for group, figures in groups.items() for name, value in figures.items()}
-
-
 class _Reader:
     """Scores examples: packs them into batches of one shape, as the layout allows, and runs the model."""
 

@@ -86,7 +86,8 @@ def summary(scores: Scores) -> dict[str, float | int]:
     Loss weights count in all but the token accuracy.
     """
     loss = float(scores.loss.sum() / scores.weight.sum())
-    figures = {"loss": loss, "perplexity": float(np.exp(loss))}
+    with np.errstate(over="ignore"):  # infinite above 709 nats
+        figures = {"loss": loss, "perplexity": float(np.exp(loss))}
     if scores.bytes.sum() > 0:
         figures["bits_per_byte"] = float(scores.loss.sum() / scores.bytes.sum() / math.log(2))
     figures["token_accuracy"] = float(scores.correct.sum() / scores.tokens.sum())

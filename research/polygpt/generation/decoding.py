@@ -64,10 +64,10 @@ def prefill(model, sampling: Sampling, size: int, params, batch: Batch, eos, see
         limit_B: int32, how many tokens the row may have, at most S; 0 for rows that hold no prompt.
     """
     B, T = batch.shape
-    logits_BTV, cache = model.decode(params, batch, model.init_cache(B, T + size))
     last_B = jnp.maximum((batch.segment_BT > 0).sum(axis=1) - 1, 0)
+    logits_B1V, cache = model.decode(params, batch, model.init_cache(B, T + size), last_B)
     row_B = jnp.arange(B)
-    V = logits_BTV.shape[-1] if sampling.repetition_penalty != 1 else 0
+    V = logits_B1V.shape[-1] if sampling.repetition_penalty != 1 else 0
     text_BT = batch.modality_BT == TEXT
     seen_BV = jnp.zeros((B, V), bool).at[row_B[:, None], batch.tokens_BT].max(text_BT, mode="drop")
     state = State(
@@ -82,7 +82,7 @@ def prefill(model, sampling: Sampling, size: int, params, batch: Batch, eos, see
         seen_BV=seen_BV,
         key_B=jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(index_B),
     )
-    return _write(state, logits_BTV[row_B, last_B], sampling, eos)
+    return _write(state, logits_B1V[:, 0], sampling, eos)
 
 
 @partial(jax.jit, static_argnames=("model", "sampling"), donate_argnames="state")

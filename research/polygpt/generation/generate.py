@@ -153,6 +153,5 @@ def _settled(text: str, stops: Sequence[str]) -> str:
 
 def _bound(model, layout: LayoutSpec) -> int:
     """How many positions a prompt and its continuation have at most."""
-    position = getattr(getattr(model.spec, "decoder", None), "position", None)
-    limit = position.limit() if position is not None else None
+    limit = model.spec.decoder.position.limit()
     return layout.length if limit is None else min(layout.length, limit)

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from polygpt.models.decoder import Cache, init_cache
@@ -65,14 +66,21 @@ class Model:
         """An empty cache for `rows` rows of at most `size` positions."""
         return init_cache(self.spec.decoder, rows, size, self.spec.dtype)
 
-    def decode(self, params: Params, batch: Batch, cache: Cache) -> tuple[jax.Array, Cache]:
+    def decode(
+        self, params: Params, batch: Batch, cache: Cache, last_B: jax.Array | None = None
+    ) -> tuple[jax.Array, Cache]:
         """Appends a batch of T positions to the cache; float32 logits [B, T, V] of its positions, and the new cache.
 
-        Prefill is this with a whole prompt and an empty cache. `batch.media` may leave out modalities that the batch
-        does not hold. Beyond the cache's size nothing is checked: the caller knows how much it appends.
+        Prefill is this with a whole prompt and an empty cache. With `last_B`, int32, the logits are [B, 1, V], of that
+        one position of each row: all logits of a long prompt may not fit into memory.
+
+        `batch.media` may leave out modalities that the batch does not hold. The caller must know the cache's size: what
+        does not fit is written over the last positions without an error, and the predictions are wrong from there on.
         """
         module = self._module(params)
         hidden_BTD, cache = module.hidden(batch, cache)
+        if last_B is not None:
+            hidden_BTD = jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)
         return module.logits(hidden_BTD), cache
 
     def attention(self, params: Params, batch: Batch) -> jax.Array:

@@ -1,12 +1,12 @@
 """What is done with a trained run: its held-out results and its report, both written into its folder."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from polygpt.evaluation.evaluate import Progress, evaluate
+from polygpt.files import plain, write_atomically
 from polygpt.report import gather, page
 
 RESULTS = "evaluation.json"
@@ -28,7 +28,8 @@ def evaluate_run(run, progress: Progress | None = None) -> dict[str, Any]:
     given = (run.model, run.params, run.tokenizer, adapters, layout, experiment.evaluation)
     found = evaluate(*given, progress=progress)
     results = {"step": int(run.step), **found}
-    write(Path(run.workdir) / RESULTS, json.dumps(results, indent=2) + "\n")
+    text = json.dumps(plain(results), indent=2, allow_nan=False)
+    write_atomically(Path(run.workdir) / RESULTS, text + "\n")
     return results
 
 
@@ -39,15 +40,5 @@ def write_report(run, place: str | Path | None = None) -> Path:
         results = None  # of another checkpoint
     place = Path(place) if place else Path(run.workdir) / "report.html"
     place.parent.mkdir(parents=True, exist_ok=True)
-    write(place, page.render(gather.content(run, results)))
+    write_atomically(place, page.render(gather.content(run, results)))
     return place
-
-
-def write(place: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    partial = place.with_name(f".{place.name}.{os.getpid()}")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, place)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -2,7 +2,6 @@
 
 import datetime
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ import jax
 import numpy as np
 
 from polygpt import spec
-from polygpt.errors import UserError
 from polygpt.report import samples
 from polygpt.report.content import Chart, Content, Line
 
@@ -23,8 +21,6 @@ TITLES = {
     "input_wait": ("Input wait", "share of a step", True),
 }
 """Curves of the training metrics in the order in which they are drawn: title, unit, whether noisy."""
-HELD_OUT = re.compile(r"^evaluation/(?:tasks/(?P<task>.+)/(?P<measure>[^/]+)|modality_gain/(?P<gain>.+)/gain)$")
-"""Names of held-out figures in metrics.jsonl."""
 MEASURES = ("accuracy", "loss", "token_accuracy", "bits_per_byte", "wer", "modality gain")
 """Held-out measures that are drawn, in order."""
 
@@ -46,12 +42,11 @@ def content(run, results: Mapping[str, Any] | None) -> Content:
         results = last_evaluation(metrics, int(run.step))
         where = f"the held-out results are of step {results['step']:,}" if results else "there are no held-out results"
         notes.append(f"Step {int(run.step):,} was not evaluated, {where}: polygpt evaluate {folder}")
-    if metrics and (skipped := metrics[-1].get("skipped")):
+    training = [line for line in metrics if "evaluation" not in line]
+    if training and (skipped := training[-1].get("skipped")):
         notes.append(f"{skipped:,.0f} updates were left out because they were not finite.")
-    try:
-        drawn, sample_notes = samples.gather(run)
-    except UserError as error:  # the data of another machine, say
-        drawn, sample_notes = {}, (f"No samples: {error}",)
+    drawn, sample_notes = samples.gather(run)
+    gains = (results or {}).get("modality_gain", {})
     steps = run.experiment.train.steps
     if run.step < steps:
         notes.append(f"Of step {int(run.step):,}; the experiment has {steps:,}.")
@@ -60,7 +55,7 @@ def content(run, results: Mapping[str, Any] | None) -> Content:
         facts=facts(run, timing, environment),
         tasks=(results or {}).get("tasks", {}),
         modalities=(results or {}).get("modalities", {}),
-        gains=(results or {}).get("modality_gain", {}),
+        gains={n: g for n, g in gains.items() if all(_finite(g.get(key)) for key in ("gain", "low", "high"))},
         charts=charts(metrics, timing),
         samples=drawn,
         config=spec.to_json(run.experiment),
@@ -70,9 +65,12 @@ def content(run, results: Mapping[str, Any] | None) -> Content:
 
 
 def last_evaluation(metrics: list[dict], step: int) -> dict | None:
-    """The latest held-out results among the metrics, up to a step."""
+    """The latest held-out results among the metrics, up to a step: what `evaluate` gave, and the step."""
     found = [line for line in metrics if "evaluation" in line and line["step"] <= step]
-    return {"step": found[-1]["step"], **found[-1]["evaluation"]} if found else None
+    if not found:
+        return None
+    others = {name: found[-1].get(name, {}) for name in ("modalities", "modality_gain")}
+    return {"step": found[-1]["step"], "tasks": found[-1]["evaluation"], **others}
 
 
 def facts(run, timing: list[dict], environment) -> tuple[tuple[str, str], ...]:
@@ -91,13 +89,10 @@ def facts(run, timing: list[dict], environment) -> tuple[tuple[str, str], ...]:
 
 def charts(metrics: list[dict], timing: list[dict]) -> tuple[Chart, ...]:
     """The curves: training loss, held-out measures by task, then the other metrics of training and timing."""
-    training = _series(metrics)
+    training = _series([line for line in metrics if "evaluation" not in line]) | _series(timing)
     held_out: dict[str, list[Line]] = {}
-    for name in list(training):
-        if found := HELD_OUT.match(name):
-            line = Line(found["task"] or found["gain"], *training[name])
-            held_out.setdefault(found["measure"] or "modality gain", []).append(line)
-    training |= _series(timing)
+    for (measure, task), points in _series([_held_out(line) for line in metrics if "evaluation" in line]).items():
+        held_out.setdefault(measure, []).append(Line(task, *points))
     drawn = {
         name: Chart(title, (Line(title.lower(), *training[name]),), unit, noisy)
         for name, (title, unit, noisy) in TITLES.items()
@@ -115,23 +110,22 @@ def charts(metrics: list[dict], timing: list[dict]) -> tuple[Chart, ...]:
     return tuple(first + evaluated + list(drawn.values()))
 
 
-def _series(lines: list[dict]) -> dict[str, tuple[tuple[float, ...], tuple[float, ...]]]:
-    """{name: (steps, values)} of flattened lines; where a step occurs twice, the later line counts."""
-    columns: dict[str, dict[float, float]] = {}
+def _held_out(line: dict) -> dict[Any, Any]:
+    """The figures of an evaluation's line by (measure, task), beside its step."""
+    figures = {(name, task): value for task, measures in line["evaluation"].items() for name, value in measures.items()}
+    gains = {("modality gain", name): gain["gain"] for name, gain in line.get("modality_gain", {}).items()}
+    return {"step": line["step"], **figures, **gains}
+
+
+def _series(lines: list[dict]) -> dict[Any, tuple[tuple[float, ...], tuple[float, ...]]]:
+    """{name: (steps, values)}; where a step occurs twice, the later line counts."""
+    columns: dict[Any, dict[float, float]] = {}
     for line in lines:
-        for name, value in _flat(line):
+        for name, value in line.items():
             if name != "step" and (_finite(value) or value is None):
                 columns.setdefault(name, {})[line["step"]] = float("nan") if value is None else float(value)
     ordered = {name: sorted(column.items()) for name, column in columns.items()}
     return {name: tuple(zip(*pairs, strict=True)) for name, pairs in ordered.items()}
-
-
-def _flat(data: Mapping, prefix: str = ""):
-    for name, value in data.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}/")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _finite(value) -> bool:

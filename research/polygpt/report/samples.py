@@ -10,11 +10,12 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
+from flax import nnx
 
 from polygpt.data.example import Example, Medium, Text
 from polygpt.data.layout import lay_out
 from polygpt.data.packing import collate
-from polygpt.errors import BadRecord
+from polygpt.errors import BadRecord, UserError
 from polygpt.evaluation.metric import normalize
 from polygpt.generation.generate import generate
 from polygpt.report import media
@@ -39,13 +40,17 @@ def gather(run, per_task: int = 6) -> tuple[dict[str, tuple[Sample, ...]], tuple
     attend, notes = _attention(run)
     samples = {}
     for name, task in run.experiment.evaluation.tasks.items():
-        examples = choose(task.source.open(), run, per_task)
+        layout, sampling = run.experiment.data.layout, run.experiment.evaluation.sampling
+        try:
+            examples = choose(task.source.open(), run, per_task)
+            prompts = [example.prompt for example in examples]
+            written = generate(run.model, run.params, run.tokenizer, prompts, layout, sampling)
+        except UserError as error:  # the data of another machine, say
+            notes = (*notes, f"No samples of {name}: {error}")
+            continue
         if not examples:
             notes = (*notes, f"{name}: none of the held-out examples can be shown")
             continue
-        layout, sampling = run.experiment.data.layout, run.experiment.evaluation.sampling
-        prompts = [example.prompt for example in examples]
-        written = generate(run.model, run.params, run.tokenizer, prompts, layout, sampling)
         samples[name] = tuple(
             sample(run, example, answer.text, task.generate, attend)
             for example, answer in zip(examples, written, strict=True)
@@ -54,7 +59,7 @@ def gather(run, per_task: int = 6) -> tuple[dict[str, tuple[Sample, ...]], tuple
 
 
 def choose(source: Sequence[Example], run, count: int) -> list[Example]:
-    """Up to `count` usable examples, the same at every call; a text without prompt is cut into prompt and truth."""
+    """Up to `count` usable examples with a prompt, the same at every call; a text without one is cut if it can be."""
     chosen = []
     order = np.random.default_rng(run.experiment.evaluation.seed).permutation(len(source))
     for i in order[: 20 * count]:
@@ -63,7 +68,8 @@ def choose(source: Sequence[Example], run, count: int) -> list[Example]:
             lay_out(example, run.experiment.data.layout, run.tokenizer, run.model.spec.adapters)
         except BadRecord:
             continue
-        chosen.append(example)
+        if any(isinstance(part, Medium) or part.text for part in example.prompt):
+            chosen.append(example)
         if len(chosen) == count:
             break
     return chosen
@@ -143,12 +149,13 @@ def _attention(run):
 
     if not adapters:
         return (lambda example, answer: {}), ()
-    try:
-        empty = collate([None], layout.length, adapters)
-        shape = jax.eval_shape(run.model.attention, run.params, empty).shape
-    except AttributeError:
+    spec = run.model.spec
+    dims = spec.decoder.dims(spec.dtype)
+    variant = nnx.eval_shape(lambda: spec.decoder.attention.build(dims, nnx.Rngs(0)))
+    if spec.decoder.depth == 0 or not hasattr(variant, "weights"):
         return (lambda example, answer: {}), ("No attention maps: this attention has no weights to look at.",)
-    size = 4 * math.prod(shape)
+    empty = collate([None], layout.length, adapters)
+    size = 4 * math.prod(jax.eval_shape(run.model.attention, run.params, empty).shape)
     if size > LARGEST:
         note = f"No attention maps: the weights of one row would take {size / 2**30:.0f} GiB."
         return (lambda example, answer: {}), (note,)
