@@ -26,7 +26,3 @@ class BadRecord(UserError, ValueError):
 
     def __reduce__(self):
         return BadRecord, (self.reason, self.place, self.detail)
-
-    def at(self, place: str) -> "BadRecord":
-        """The same fault, its place put behind a wider one (the file that lists the record, say)."""
-        return BadRecord(self.reason, f"{place}: {self.place}" if self.place else place, self.detail)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from polygpt.data.media.image import ImageFeatures
+from polygpt.data.media.image import ImageFeatures, crop_box
 from polygpt.errors import BadRecord, SpecError
 
 
@@ -145,6 +145,24 @@ def test_crop_keeps_the_centre_pad_keeps_everything_stretch_deforms():
     assert pad[3, 0, 0] < 0.1 and pad[3, 4, 0] > 0.9
     stretch, _ = ImageFeatures(resize="stretch", **size).extract(wide)
     assert stretch[:, :2].max() < 0.1 and stretch[:, 3:5].min() > 0.8
+
+
+@pytest.mark.parametrize("height, width", [(224, 224), (32, 48), (7, 3)])
+def test_the_box_of_a_crop_lies_within_every_picture(height, width):
+    for h in (1, 3, 29, 224, 1000):
+        for w in range(1, 1001):
+            left, top, right, bottom = crop_box(w, h, width / height)
+            assert 0 <= left < right <= w and 0 <= top < bottom <= h
+            assert (right - left) / (bottom - top) == pytest.approx(width / height)
+            assert right - left == pytest.approx(w) or bottom - top == pytest.approx(h)
+            assert left + right == pytest.approx(w) and top + bottom == pytest.approx(h)
+
+
+@pytest.mark.parametrize("size", [29, 58, 225, 232])
+def test_pictures_whose_crop_would_be_rounded_beyond_the_edge(size):
+    spec = ImageFeatures(224, 224)
+    for h, w in ((size, size), (size, size + 5), (size + 5, size)):
+        assert spec.extract(noise(h, w))[0].shape == spec.shape
 
 
 def test_a_picture_of_the_right_size_is_untouched():

@@ -1,5 +1,7 @@
 """The layout: where texts and media of an example stand in its row, what is predicted, and what is refused."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -159,6 +161,17 @@ def test_a_cache_changes_nothing(small, augment, megabytes):
                 np.testing.assert_array_equal(a, b)
                 assert length == cached_length
     assert bool(cache.kept) == bool(megabytes) and cache.room >= 0
+
+
+def test_a_cache_holds_features_of_each_specification(small):
+    cache, example = MediaCache(1), Example((Medium("image", small.png(0)), Text("x")), "the record")
+    image = small.adapters["image"]
+    other = dataclasses.replace(image, features=image.features.replace(mean=0.25))
+    for adapter in (image, other, image):
+        plain = lay_out(example, WIDE, small.tokenizer, {"image": adapter})
+        cached = lay_out(example, WIDE, small.tokenizer, {"image": adapter}, cache=cache)
+        np.testing.assert_array_equal(plain.media["image"][0][0], cached.media["image"][0][0])
+    assert len(cache.kept) == 2
 
 
 def test_a_full_cache_takes_no_more(small):

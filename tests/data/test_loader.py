@@ -1,4 +1,4 @@
-"""The loader: order, mixture, sharding, exact resumption, bad records."""
+"""The loader: batches, sharding, exact resumption, bad records."""
 
 import dataclasses
 import json
@@ -7,15 +7,13 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from polygpt import sequence
 from polygpt.data.augment import Noise, RandomShift, SpecAugment
 from polygpt.data.layout import LayoutSpec
 from polygpt.data.loader import LOOKAHEAD, DataSpec, Task, example_batches, train_batches
-from polygpt.data.mixture import TABLE, Order, shuffled
 from polygpt.data.packing import POSITION_ARRAYS
+from polygpt.data.sources.text_files import TextFiles
 from polygpt.errors import BadRecord, SpecError, UserError
 from polygpt.spec import from_json, to_json
 
@@ -58,69 +56,6 @@ def answers(batches, small):
                 text = small.tokenizer.decode(tokens[(segment == number) & (weight > 0)])
                 found.append(text.rstrip("é"))
     return found
-
-
-# --- the order of examples --------------------------------------------------------------------------------------------
-
-
-@given(st.dictionaries(st.text(), st.tuples(st.integers(1, 40), st.floats(0.05, 20)), min_size=1, max_size=4))
-def test_an_epoch_has_every_example_once_in_another_order(tasks):
-    order = Order(tasks, seed=3)
-    drawn = {name: [] for name in tasks}
-    for index in range(400):
-        name, position, number = order[index]
-        assert position == len(drawn[name])
-        drawn[name].append(number)
-    for name, (size, _) in tasks.items():
-        numbers = drawn[name]
-        epochs = [numbers[i : i + size] for i in range(0, len(numbers) - size + 1, size)]
-        assert all(sorted(epoch) == list(range(size)) for epoch in epochs)
-        assert size < 12 or len({tuple(epoch) for epoch in epochs}) == len(epochs)
-
-
-@given(st.lists(st.floats(0.1, 10), min_size=1, max_size=5), st.integers(1, 2000))
-def test_tasks_are_mixed_evenly_by_weight(weights, count):
-    order = Order({str(i): (10, weight) for i, weight in enumerate(weights)}, seed=0)
-    drawn = Counter(order[index][0] for index in range(count))
-    for i, weight in enumerate(weights):
-        assert abs(drawn[str(i)] - count * weight / sum(weights)) <= len(weights)
-
-
-@pytest.mark.parametrize("size", [1, 5, 1000, TABLE + 7])
-@pytest.mark.parametrize("processes", [2, 3])
-def test_the_processes_share_an_epoch(size, processes):
-    tasks = {"a": (size, 1.0), "b": (3, 1.0)}
-    whole = Order(tasks, seed=1)
-    count = min(size, 2000)
-    expected = {whole[index] for index in range(2 * count)}
-    parts = [whole.shard(p, processes) for p in range(processes)]
-    drawn = [parts[i % processes][i // processes] for i in range(2 * count)]
-    a = [(position, number) for name, position, number in drawn if name == "a"]
-    assert len(set(a)) == len(a)
-    common = min(count, len(a)) - 2 * processes
-    assert {pair for pair in a if pair[0] < common} == {(p, n) for name, p, n in expected if name == "a" and p < common}
-
-
-@pytest.mark.parametrize("size", [TABLE + 1, TABLE + 9, 100_000])
-def test_a_large_task_is_shuffled_without_a_table(size):
-    epochs = [[shuffled(i, size, 5, epoch) for i in range(size)] for epoch in range(2)]
-    for epoch in epochs:
-        np.testing.assert_array_equal(np.sort(epoch), range(size))
-        # As far from the identity as chance has it: correlations have a deviation of 1 / sqrt(size), about 0.004.
-        assert abs(np.corrcoef(epoch, range(size))[0, 1]) < 0.02
-        assert abs(np.corrcoef(epoch[1:], epoch[:-1])[0, 1]) < 0.02
-    assert abs(np.corrcoef(*epochs)[0, 1]) < 0.02
-
-
-def test_seeds_and_tasks_have_their_own_order():
-    order, other = Order({"a": (50, 1.0), "b": (50, 1.0)}, 0), Order({"a": (50, 1.0), "c": (50, 3.0)}, 0)
-
-    def numbers(order, task, count=50):
-        return [n for name, p, n in (order[i] for i in range(5 * count)) if name == task and p < count]
-
-    assert numbers(order, "a") == numbers(other, "a")  # whatever it is mixed with
-    assert numbers(order, "a") != numbers(order, "b")
-    assert numbers(order, "a") != numbers(Order({"a": (50, 1.0)}, 1), "a")
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------
@@ -210,7 +145,7 @@ def resumes_exactly(small, data, count, every):
     iterator.close()
     assert skipped["made up"] > 0 and skipped["too long"] > 0
     assert any(json.loads(state)["waiting"] for state in states)
-    assert max(map(len, states)) < 200
+    assert max(map(len, states)) < 300
     restored = batches_of(small, data)
     for start in range(0, count, every):
         restored.set_state(json.loads(states[start]))
@@ -249,6 +184,51 @@ def test_another_number_of_processes_is_refused(small):
     state = batches_of(small, make_data(small)).get_state()
     with pytest.raises(UserError, match="saved by 1 processes and cannot be divided among 2"):
         batches_of(small, make_data(small), process_count=2).set_state(state)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"clean": 24, "dirty": 17}, "task 'clean' had 23 examples and has 24 now"),
+        ({"clean": 23}, "task 'dirty' had 17 examples and has 0 now"),
+        ({"clean": 23, "dirty": 17, "new": 5}, "task 'new' had 0 examples and has 5 now"),
+    ],
+)
+def test_data_that_changed_is_refused(small, change, words):
+    state = json.loads(json.dumps(batches_of(small, make_data(small)).get_state()))
+    tasks = {name: Task(small.source(count)) for name, count in change.items()}
+    with pytest.raises(
+        UserError, match=f"^{words}: the data changed since the checkpoint; use another workdir"
+    ) as caught:
+        batches_of(small, make_data(small, tasks=tasks)).set_state(state)
+    assert "\n" not in str(caught.value)
+
+
+def waits_for_a_file_that_is_gone(small, folder, on_bad_record):
+    """A restored iterator's state, one of whose examples waited to be packed and has lost its file."""
+    (folder / "lines.txt").write_text("".join(f"{'x' * (20 + 7 * (i % 6))}\n" for i in range(30)))
+    source = TextFiles((str(folder / "lines.txt"),), unit="line")
+    data = make_data(small, tasks={"lines": Task(source)}, on_bad_record=on_bad_record)
+    iterator = batches_of(small, data)
+    next(iterator)
+    state = iterator.get_state()
+    assert state["waiting"]
+    fresh = batches_of(small, data)
+    (folder / "lines.txt").unlink()
+    return fresh, state
+
+
+def test_a_waiting_example_whose_file_is_gone_is_skipped(small, tmp_path):
+    iterator, state = waits_for_a_file_that_is_gone(small, tmp_path, "skip")
+    iterator.set_state(state)
+    assert iterator.skipped == {"missing file": len(state["waiting"])}
+    assert iterator.get_state()["waiting"] == []
+
+
+def test_a_waiting_example_whose_file_is_gone_is_raised(small, tmp_path):
+    iterator, state = waits_for_a_file_that_is_gone(small, tmp_path, "raise")
+    with pytest.raises(BadRecord, match="lines.txt, line [0-9]+: missing file"):
+        iterator.set_state(state)
 
 
 # --- bad records ------------------------------------------------------------------------------------------------------

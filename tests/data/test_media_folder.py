@@ -85,7 +85,6 @@ def test_media_of_a_modality_without_placeholder_come_first(folder):
         ({"file_names": "a.png", "text": "x"}, "malformed metadata"),
         ({"file_names": ["a.png"], "file_name": "a.png", "text": "x"}, "malformed metadata"),
         ({"text": ["x"]}, "malformed metadata"),
-        ("", "empty text"),
         ({"file_name": "a.png"}, "empty text"),
         ({"file_name": "a.png", "text": "  "}, "empty text"),
         ({"file_name": "a.png", "text": "<image>"}, "empty text"),
@@ -105,6 +104,12 @@ def test_bad_rows_name_file_and_line(folder, row, reason):
         examples[1]
     assert caught.value.reason == reason and "\n" not in str(caught.value)
     assert examples[2].answer == "fine again"
+
+
+def test_blank_lines_of_the_metadata_are_skipped(folder):
+    row = {"text": "a"}
+    examples = folder("", row, "  ", row, "")
+    assert [example.place.rpartition(", ")[2] for example in examples] == ["line 2", "line 4"]
 
 
 def test_invalid_utf8_names_file_and_line(folder):

@@ -70,7 +70,7 @@ def test_pieces_join_to_the_text_and_cut_no_character(pieces_folder, text, size)
             pieces.append(examples[i].parts[0].text)
         except BadRecord as error:
             assert error.reason == "empty text"
-            start, end = [0, *examples.files[0].ends][i : i + 2]
+            start, end = [0, *examples.files[0].index[0]][i : i + 2]
             pieces.append(data[start:end].decode())
     assert "".join(pieces) == text
     assert all(len(piece.encode()) <= size for piece in pieces)
@@ -95,13 +95,21 @@ def test_continuation_bytes_alone_end_the_search_for_a_character(tmp_path):
             examples[i]
 
 
-@pytest.mark.parametrize(
-    "unit, content", [("document", ""), ("document", " \n\t"), ("line", "a\n \nb"), ("line", "a\n\n")]
-)
-def test_empty_text_names_file_and_record(tmp_path, unit, content):
+@pytest.mark.parametrize("content", ["", " \n\t"])
+def test_an_empty_document_is_a_bad_record(tmp_path, content):
     (tmp_path / "a.txt").write_text(content)
-    with pytest.raises(BadRecord, match=r"a\.txt(, line 2)?: empty text$"):
-        texts(TextFiles((str(tmp_path / "a.txt"),), unit=unit).open())
+    with pytest.raises(BadRecord, match=r"a\.txt: empty text$"):
+        texts(TextFiles((str(tmp_path / "a.txt"),)).open())
+
+
+@pytest.mark.parametrize("content", ["a\n \nb", "\n\na\n\t\r\n\nb\n\n", "a\r\n\r\nb\n  ", "", "\n", " \n\n "])
+def test_blank_lines_are_skipped_and_the_others_keep_their_numbers(tmp_path, content):
+    file = tmp_path / "a.txt"
+    file.write_bytes(content.encode())
+    expected = {n: line for n, line in enumerate(content.splitlines(), start=1) if line.strip()}
+    examples = TextFiles((str(file),), unit="line").open()
+    assert texts(examples) == list(expected.values())
+    assert [example.place for example in examples] == [f"{file}, line {n}" for n in expected]
 
 
 def test_missing_files_are_refused_by_name(tmp_path):

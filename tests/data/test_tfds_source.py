@@ -10,7 +10,7 @@ import pytest
 
 from polygpt.data.embedded import builder
 from polygpt.data.example import Medium, Text
-from polygpt.data.sources.tfds import Field, Fixed, TfdsSource, find_dataset
+from polygpt.data.sources.tfds import Field, Fixed, TfdsSource, _part, find_dataset
 from polygpt.errors import BadRecord, SpecError, UserError
 from polygpt.spec import from_json, to_json
 
@@ -168,6 +168,12 @@ def test_one_of_several_configs_must_be_named(tmp_path):
     assert find_dataset("set/b", tmp_path) == tmp_path / "set" / "b" / "1.10.0"
     with pytest.raises(UserError, match="several configs: name one of set/a, set/b"):
         find_dataset("set", tmp_path)
+
+
+@pytest.mark.parametrize("value", [-1, 2])
+def test_a_label_that_is_unknown_is_a_bad_record(value):
+    with pytest.raises(BadRecord, match="^pets, example 3, field label: no label: -?[12] is none of its 2 classes$"):
+        _part(Field("label"), {"label": np.int64(value)}, {"label": ["cat", "dog"]}, "pets, example 3")
 
 
 def test_the_data_folder_comes_from_the_environment(prepared, monkeypatch):

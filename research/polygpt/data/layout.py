@@ -44,7 +44,7 @@ class MediaCache:
         self.kept: dict = {}
 
     def put(self, key, arrays: tuple) -> None:
-        """Keeps what was decoded while there is room. `key` holds the encoded bytes, or a path."""
+        """Keeps what was decoded while there is room. The last of `key` is the encoded bytes, or a path."""
         source = key[-1]
         size = arrays[0].nbytes + (len(source) if isinstance(source, bytes) else 0) + 500
         if size <= self.room:
@@ -114,6 +114,7 @@ def prompt_batch(
 
 
 def _assemble(example, layout, tokenizer, adapters, rng, augment, cache, end: bool) -> Row:
+    """The row of an example, arrays [t], of whatever length t; `end`: whether it ends with `eos`."""
     numbers = {name: number for number, name in enumerate(adapters, start=1)}
     media = {name: [] for name in adapters}
     parts = example.parts
@@ -146,6 +147,7 @@ def _assemble(example, layout, tokenizer, adapters, rng, augment, cache, end: bo
 
 
 def _row(runs: list[tuple], media: dict) -> Row:
+    """Runs of positions, one after the other: arrays [t], where t is the sum of their lengths."""
     tokens, modality, slot, span, target = np.zeros((5, sum(len(run[0]) for run in runs)), np.int32)
     position = np.arange(len(tokens), dtype=np.int32)
     weight = np.zeros(len(tokens) + 1, np.float32)
@@ -163,10 +165,10 @@ def _row(runs: list[tuple], media: dict) -> Row:
 
 
 def _read(medium: Medium, features, place: str, rng, augment, cache) -> tuple[np.ndarray, int]:
-    """The features of a medium, augmented, and how many of their frames are real."""
+    """The features of a medium, augmented, float32 of `features.shape`, and how many of their frames are real."""
     augment = [a for a in augment if a.modality == medium.modality]
     raw_stage = [a for a in augment if a.stage == "raw"]
-    key = (medium.modality, bool(raw_stage), medium.source)
+    key = (repr(features), bool(raw_stage), medium.source)  # a specification with a mapping has no hash
     kept = cache.kept.get(key) if cache else None
     if raw_stage:
         raw = kept[0] if kept else features.decode(medium.source, place)

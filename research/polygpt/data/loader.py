@@ -8,6 +8,7 @@ iterator is therefore a few integers, and the batches do not depend on the numbe
 
 import dataclasses
 import logging
+import pickle
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from polygpt.data.example import Example
 from polygpt.data.layout import LayoutSpec, MediaCache, lay_out
 from polygpt.data.mixture import Order
 from polygpt.data.packing import Packer, Row, collate
+from polygpt.data.pickling import dumps
 from polygpt.data.sources.base import Source
 from polygpt.data.tokenizers.base import Tokenizer
 from polygpt.errors import BadRecord, UserError
@@ -122,8 +124,8 @@ class TrainBatches(Iterator[Batch]):
         self.skipped: Counter[str] = Counter()
         self._data, self._adapters = data, dict(adapters)
         self._rows, self._processes = data.rows // process_count, process_count
-        self._total = sum(map(len, examples.values()))
-        order = Order({name: (len(examples[name]), task.weight) for name, task in data.tasks.items()}, seed)
+        self._counts = {name: len(some) for name, some in examples.items()}
+        order = Order({name: (self._counts[name], task.weight) for name, task in data.tasks.items()}, seed)
         self._laid_out = _LaidOut(data, examples, tokenizer, self._adapters, order.shard(process_index, process_count))
         self._next = 0  # index into the stream of the example that comes next
         self._waiting: list[tuple[int, Row]] = []  # examples that found no room in the last batch, with their indices
@@ -156,22 +158,37 @@ class TrainBatches(Iterator[Batch]):
             "waiting": [index for index, _ in self._waiting],
             "skipped": dict(self.skipped),
             "processes": self._processes,
+            "examples": dict(self._counts),
         }
 
     def set_state(self, state: dict) -> None:
         """Continues where `get_state` was called.
 
         Raises:
-            UserError: if that was one of another number of processes.
+            UserError: if that was one of another number of processes, or of examples of a task.
+            BadRecord: if an example that waits to be packed cannot be used any more, unless such are skipped.
         """
         if state["processes"] != self._processes:
             raise UserError(
                 f"the data iterator was saved by {state['processes']} processes and cannot be divided among "
                 f"{self._processes}: resume with as many"
             )
+        for name in state["examples"] | self._counts:
+            had, has = state["examples"].get(name, 0), self._counts.get(name, 0)
+            if had != has:
+                raise UserError(
+                    f"task {name!r} had {had} examples and has {has} now: the data changed since the checkpoint; "
+                    "use another workdir or restore the data"
+                )
         self.close()
         self._next, self.skipped = state["next"], Counter(state["skipped"])
-        self._waiting = [(index, self._laid_out[index]) for index in state["waiting"]]
+        self._waiting = []
+        for index in state["waiting"]:
+            row = self._laid_out[index]
+            if isinstance(row, BadRecord):
+                self._skip(row, failures=0)
+            else:
+                self._waiting.append((index, row))
 
     def close(self) -> None:
         """Ends the workers. The iterator can be used again."""
@@ -193,7 +210,7 @@ class TrainBatches(Iterator[Batch]):
         self.skipped[error.reason] += 1
         if self.skipped[error.reason] <= LOGGED:
             log.warning("skipped %s", error)
-        if failures >= self._total:
+        if failures >= sum(self._counts.values()):
             counts = ", ".join(f"{reason} {n}" for reason, n in self.skipped.most_common())
             raise UserError(f"{failures} records in a row cannot be used ({counts}), the last one: {error}")
 
@@ -204,6 +221,12 @@ class _LaidOut:
     def __init__(self, data: DataSpec, examples: dict, tokenizer: Tokenizer, adapters: dict, order: Order):
         self.data, self.examples, self.tokenizer, self.adapters, self.order = data, examples, tokenizer, adapters, order
         self.cache = MediaCache(data.cache)
+
+    def __getstate__(self) -> bytes:
+        return dumps(self.__dict__)
+
+    def __setstate__(self, state: bytes) -> None:
+        self.__dict__.update(pickle.loads(state))
 
     def __getitem__(self, index: int) -> Row | BadRecord:
         name, position, number = self.order[index]

@@ -1,6 +1,5 @@
 """The mixture: which example comes when, as a function of an index into an endless stream."""
 
-import functools
 import zlib
 from collections.abc import Mapping
 
@@ -28,6 +27,7 @@ class Order:
             for name in tasks
         }
         self.process_index, self.process_count = 0, 1
+        self._epochs: dict[str, tuple[int, Shuffled]] = {}  # of each task the epoch it is in, as long as it is
 
     def shard(self, process_index: int, process_count: int) -> "Order":
         """The part of one process. Each task is divided, so that every process sees the same mixture."""
@@ -41,7 +41,11 @@ class Order:
         position = turn * self.process_count + self.process_index
         size = self.tasks[name][0]
         epoch, i = divmod(position, size)
-        return name, position, shuffled(i, size, self.entropy[name][0], epoch)
+        at, numbers = self._epochs.get(name, (-1, None))
+        if at != epoch:
+            numbers = Shuffled(size, self.entropy[name][0], epoch)
+            self._epochs[name] = epoch, numbers
+        return name, position, numbers[i]
 
     def _turn(self, index: int) -> tuple[str, int]:
         """The task that is drawn at an index, and how many times it was drawn before.
@@ -61,35 +65,33 @@ class Order:
         return np.random.default_rng([*self.entropy[name], position])
 
 
-def shuffled(i: int, size: int, seed: int, epoch: int) -> int:
-    """Place `i` of a permutation of 0, ..., size - 1 that seed and epoch decide.
+class Shuffled:
+    """A permutation of 0, ..., size - 1 that seed and epoch decide, by random access.
 
     Few examples are shuffled by a table. Many are by a Feistel network of four rounds over the next power of four,
     walked until it hits a number below `size` (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", sections 3
     and 4), which needs no memory. Grain's own shuffle by index takes 13 ms a number where there are two examples, and
     gives one number twice where there are 65,537.
     """
-    if size <= TABLE:
-        return int(_table(size, seed, epoch)[i])
-    half = ((size - 1).bit_length() + 1) // 2
-    mask = (1 << half) - 1
-    keys = _keys(seed, epoch)
-    while True:
-        left, right = i >> half, i & mask
-        for key in keys:
-            mixed = (right + key) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
-            mixed = (mixed ^ mixed >> 29) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
-            left, right = right, left ^ (mixed >> 64 - half)
-        i = left << half | right
-        if i < size:
-            return i
 
+    def __init__(self, size: int, seed: int, epoch: int):
+        self.size, self.table, self.keys = size, None, []
+        if size <= TABLE:
+            self.table = np.random.default_rng([seed, epoch]).permutation(size)
+        else:
+            self.keys = np.random.SeedSequence([seed, epoch]).generate_state(4, np.uint64).tolist()
 
-@functools.lru_cache(maxsize=32)
-def _table(size: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(size)
-
-
-@functools.lru_cache(maxsize=32)
-def _keys(seed: int, epoch: int) -> list[int]:
-    return np.random.SeedSequence([seed, epoch]).generate_state(4, np.uint64).tolist()
+    def __getitem__(self, i: int) -> int:
+        if self.table is not None:
+            return int(self.table[i])
+        half = ((self.size - 1).bit_length() + 1) // 2
+        mask = (1 << half) - 1
+        while True:
+            left, right = i >> half, i & mask
+            for key in self.keys:
+                mixed = (right + key) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
+                mixed = (mixed ^ mixed >> 29) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+                left, right = right, left ^ (mixed >> 64 - half)
+            i = left << half | right
+            if i < self.size:
+                return i

@@ -72,9 +72,7 @@ class ImageFeatures(Features):
         H, W = self.height, self.width
         box, inner = (0, 0, w, h), (W, H)
         if self.resize == "crop":
-            scale = min(w / W, h / H)
-            left, top = (w - W * scale) / 2, (h - H * scale) / 2
-            box = (left, top, left + W * scale, top + H * scale)
+            box = crop_box(w, h, W / H)
         elif self.resize == "pad":
             scale = min(W / w, H / h)
             inner = (max(1, round(w * scale)), max(1, round(h * scale)))
@@ -96,6 +94,16 @@ class ImageFeatures(Features):
     def picture(self, features: np.ndarray, frames: int) -> np.ndarray:
         picture = np.clip(features * self.std + self.mean, 0, 1)
         return np.broadcast_to(picture, (self.height, self.width, 3))
+
+
+def crop_box(width: int, height: int, aspect: float) -> tuple[float, float, float, float]:
+    """The largest box of an aspect ratio (width / height) in the centre of a picture: (left, top, right, bottom).
+
+    It lies within the picture, to the last bit: Pillow refuses one that rounding has put beyond its edge.
+    """
+    inner_width, inner_height = min(width, height * aspect), min(height, width / aspect)
+    left, top = (width - inner_width) / 2, (height - inner_height) / 2
+    return left, top, min(left + inner_width, width), min(top + inner_height, height)
 
 
 def _upright_rgb(image: Image.Image, background: int) -> np.ndarray:

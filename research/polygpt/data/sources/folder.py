@@ -23,7 +23,8 @@ PLACEHOLDER = re.compile("<(image|audio)>")
 
 @dataclasses.dataclass(frozen=True)
 class MediaFolder(Source):
-    """A folder with `metadata.jsonl`, one JSON object a line: `{"file_name": "cat.png", "text": "a cat"}`.
+    """A folder with `metadata.jsonl`, one JSON object a line: `{"file_name": "cat.png", "text": "a cat"}`; blank
+    lines are skipped.
 
     `file_names` in place of `file_name` lists several media; a row may also have none. `text` is what the model learns
     to write, the optional `prompt` what it reads before. The n-th `<image>` in prompt and text stands for the row's

@@ -13,6 +13,9 @@ from polygpt.data.example import Example, Text
 from polygpt.data.sources.base import Source
 from polygpt.errors import BadRecord, UserError
 
+VISIBLE = np.array([not chr(byte).isspace() for byte in range(128)] + [True] * 128)
+"""Whether a byte is other than white space, by its value."""
+
 
 @dataclasses.dataclass(frozen=True)
 class TextFiles(Source):
@@ -21,7 +24,7 @@ class TextFiles(Source):
     paths: tuple[str, ...]
     """Files and glob patterns ("texts/**/*.txt")."""
     unit: Literal["document", "line", "chunk"] = "document"
-    """What an example is: a whole file, a line, or successive pieces of `bytes` bytes of a file."""
+    """What an example is: a whole file, a line that is not blank, or successive pieces of `bytes` bytes of a file."""
     bytes: int = 1024
     """Size of a piece where the unit is "chunk". A piece ends before a character that would cross its end."""
 
@@ -51,27 +54,37 @@ def find_files(paths: Sequence[str]) -> list[Path]:
 
 
 class Pieces:
-    """Random access to the pieces of a file, which is read once to find them and then a piece at a time."""
+    """Random access to the pieces of a file, which is read once to find them and then a piece at a time.
+
+    Lines of white space alone (that of ASCII) are left out; the others keep their numbers.
+    """
 
     def __init__(self, file: Path, size: int | Literal["line"] | None):
         """Args: size: "line", bytes a piece, or None for the whole file."""
         self.file, self.size = file, size
 
     @functools.cached_property
-    def ends(self) -> np.ndarray:
-        """int64: where each piece ends, in bytes. Raises UserError if the file cannot be read."""
+    def index(self) -> tuple[np.ndarray, np.ndarray]:
+        """int64: where each piece ends, in bytes, blank lines too; int64 [len(self)]: which of them are given.
+
+        Raises:
+            UserError: if the file cannot be read.
+        """
         try:
             total = self.file.stat().st_size
             if self.size is None:
-                return np.array([total])
+                return np.array([total]), np.array([0])
             if total == 0:
-                return np.zeros(0, np.int64)
+                return np.zeros(0, np.int64), np.zeros(0, np.int64)
             data = np.memmap(self.file, np.uint8, "r")
         except OSError as error:
             raise UserError(f"{self.file}: cannot be read: {error.strerror}") from error
         if self.size == "line":
             ends = np.flatnonzero(data == ord("\n")) + 1
-            return ends if len(ends) and ends[-1] == total else np.append(ends, total)
+            if not len(ends) or ends[-1] < total:
+                ends = np.append(ends, total)
+            starts = np.append(0, ends[:-1])
+            return ends, np.flatnonzero(np.logical_or.reduceat(VISIBLE[data], starts))
         ends, end = [], 0
         while end < total:
             start, end = end, end + self.size
@@ -79,16 +92,16 @@ class Pieces:
                 while end > start + 1 and data[end] & 0xC0 == 0x80:  # inside a character
                     end -= 1
             ends.append(min(end, total))
-        return np.array(ends)
+        return np.array(ends), np.arange(len(ends))
 
     def __len__(self) -> int:
-        return len(self.ends)
+        return len(self.index[1])
 
     def place(self, i: int) -> str:
         """The piece as a person would look it up."""
         if self.size is None:
             return str(self.file)
-        return f"{self.file}, line {i + 1}" if self.size == "line" else f"{self.file}, piece {i + 1}"
+        return f"{self.file}, {'line' if self.size == 'line' else 'piece'} {self.index[1][i] + 1}"
 
     def text(self, i: int) -> str:
         """A piece; a line without its end.
@@ -96,7 +109,9 @@ class Pieces:
         Raises:
             BadRecord: if it is empty, not UTF-8, or the file is gone.
         """
-        start, end = int(self.ends[i - 1]) if i else 0, int(self.ends[i])
+        ends, given = self.index
+        number = given[i]
+        start, end = int(ends[number - 1]) if number else 0, int(ends[number])
         try:
             with self.file.open("rb") as file:
                 file.seek(start)

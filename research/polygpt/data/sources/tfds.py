@@ -113,7 +113,10 @@ def _part(part: Field | Fixed, record: Any, labels: dict[str, list[str]], place:
         except UnicodeDecodeError as error:
             raise BadRecord("invalid UTF-8", f"{place}, field {part.name}", str(error)) from error
     elif part.name in labels:
-        value = labels[part.name][value]
+        names = labels[part.name]
+        if not 0 <= value < len(names):  # -1 is how TFDS says that the label is unknown
+            raise BadRecord("no label", f"{place}, field {part.name}", f"{value} is none of its {len(names)} classes")
+        value = names[value]
     elif not isinstance(value, (str, int, float)):
         raise BadRecord("not text", f"{place}, field {part.name}", f"it holds {type(value).__name__}")
     return Text(str(value), part.weight)

@@ -1,0 +1,34 @@
+"""Pickling for workers, classes of a user's own file included."""
+
+import functools
+import io
+import os
+import types
+from typing import Any
+
+import cloudpickle
+
+from polygpt.spec import load_file
+
+
+def dumps(value: Any) -> bytes:
+    """`value` pickled, for `pickle.loads` in a process that has not loaded the files that its classes come from."""
+    buffer = io.BytesIO()
+    _Pickler(buffer).dump(value)
+    return buffer.getvalue()
+
+
+class _Pickler(cloudpickle.Pickler):
+    """Modules of `load_file`, their classes and functions are found by file: no import takes a path for a name."""
+
+    def reducer_override(self, obj):
+        if isinstance(obj, types.ModuleType) and os.path.isabs(obj.__name__):
+            return load_file, (obj.__name__,)
+        if isinstance(obj, (type, types.FunctionType)) and os.path.isabs(obj.__module__ or ""):
+            if "<" not in obj.__qualname__:  # neither <locals> nor <lambda>, which travel by value
+                return _of_file, (obj.__module__, obj.__qualname__)
+        return super().reducer_override(obj)
+
+
+def _of_file(file: str, qualified: str) -> Any:
+    return functools.reduce(getattr, qualified.split("."), load_file(file))
