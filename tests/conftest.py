@@ -1,8 +1,13 @@
-"""Settings that all tests share."""
+"""Settings that all tests share, and the one run of a small experiment."""
 
+import contextlib
+import io
 import os
 import shutil
 import tempfile
+from types import SimpleNamespace
+
+import pytest
 
 
 def pytest_configure(config):
@@ -23,3 +28,22 @@ def pytest_configure(config):
 def pytest_unconfigure(config):
     if folder := getattr(config, "polygpt_cache", None):
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """The outcome of `polygpt train FILE --json`: code, out, err, and the places of the experiment and the run."""
+    from own_experiment import write_experiment
+    from polygpt.cli.main import main  # imports jax, which is to find the settings above
+
+    folder = tmp_path_factory.mktemp("own")
+    file = write_experiment(folder)
+    out, err = io.StringIO(), io.StringIO()
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = main(["train", str(file), "--json"])
+    finally:
+        os.chdir(before)
+    return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue(), file=file, run=folder / "runs" / "own")

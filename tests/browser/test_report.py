@@ -1,17 +1,29 @@
 """The report in a real browser: nothing fetched, nothing complained about, everything drawn and playable."""
 
 import dataclasses
+import json
+import shutil
 
 import chromium
 import pytest
 
 import made_up_report
+from polygpt.report.finish import write_report
 from polygpt.report.page import render
+from polygpt.training.run import open_run
+from polygpt.training.sinks import JsonLines
 
 pytestmark = [
     pytest.mark.browser,
     pytest.mark.skipif(chromium.find() is None, reason="no Chromium: apt-get install chromium, or set CHROMIUM"),
 ]
+
+DURATIONS = (
+    "Promise.all([...document.querySelectorAll('audio')].map(a => new Promise((done, fail) => {"
+    " if (a.readyState > 0) return done(a.duration);"
+    " a.onloadedmetadata = () => done(a.duration); a.onerror = () => fail(a.error); a.load(); })))"
+)
+"""The lengths of all recordings, once the browser has read them."""
 
 
 @pytest.fixture(scope="module")
@@ -21,15 +33,19 @@ def browser():
     page.close()
 
 
+def look(browser, path):
+    browser.requests.clear()
+    browser.complaints.clear()
+    browser.open(path.as_uri())
+    return browser
+
+
 @pytest.fixture
 def report(browser, tmp_path):
     def open_(content):
         path = tmp_path / "report.html"
         path.write_text(render(content), encoding="utf-8")
-        browser.requests.clear()
-        browser.complaints.clear()
-        browser.open(path.as_uri())
-        return browser
+        return look(browser, path)
 
     return open_
 
@@ -53,11 +69,7 @@ def test_pictures_are_drawn_and_recordings_play(report):
     page = report(made_up_report.content())
     assert page.run("[...document.images].length") >= 14
     assert page.run("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
-    durations = page.run(
-        "Promise.all([...document.querySelectorAll('audio')].map(a => new Promise((done, fail) => {"
-        " if (a.readyState > 0) return done(a.duration);"
-        " a.onloadedmetadata = () => done(a.duration); a.onerror = () => fail(a.error); a.load(); })))"
-    )
+    durations = page.run(DURATIONS)
     assert len(durations) == 6 and all(0.4 < seconds < 1.1 for seconds in durations)
 
 
@@ -128,3 +140,31 @@ def test_a_run_with_nothing_to_show_still_has_a_page(report):
     assert page.complaints == []
     assert page.run("document.querySelectorAll('section').length") == 0
     assert "under way" in page.run("document.querySelector('.notes').textContent")
+
+
+def test_the_report_of_a_real_run(browser, trained, tmp_path):
+    """Its results, curves, pictures and recordings; without its evaluation.json, the figures of training."""
+    page = look(browser, trained.run / "report.html")
+    assert page.complaints == [] and all(url.startswith(("file:", "data:")) for url in page.requests)
+    assert page.run("[...document.querySelectorAll('table.results th[scope=row]')].map(h => h.textContent)")[0] == "own"
+    assert page.run("[...document.querySelectorAll('.chart figcaption')].map(c => c.textContent)")[0].startswith(
+        "Train"
+    )
+    assert page.run("document.querySelectorAll('.chart svg path.line').length") >= 3
+    assert page.run("document.querySelectorAll('#samples article').length") == 6
+    assert page.run("document.images.length") >= 6
+    assert page.run("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
+    durations = page.run(DURATIONS)
+    assert len(durations) >= 2 and all(0.3 < seconds < 0.6 for seconds in durations)
+
+    run = shutil.copytree(trained.run, tmp_path / "run")
+    results = json.loads((run / "evaluation.json").read_text())
+    (run / "evaluation.json").unlink()
+    sink = JsonLines(run, 3)
+    for step in (1, 2, 3):
+        sink.evaluation(step, {name: results[name] for name in ("tasks", "modalities", "modality_gain")})
+    sink.close()
+    page = look(browser, write_report(open_run(run)))
+    titles = page.run("[...document.querySelectorAll('.chart figcaption')].map(c => c.textContent)")
+    assert any(title.startswith("Held-out loss") for title in titles)
+    assert page.run("document.querySelectorAll('table.results').length") >= 1 and page.complaints == []
