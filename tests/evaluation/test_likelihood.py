@@ -134,3 +134,9 @@ def test_one_program_serves_all_batches_of_a_shape():
         score(model, jnp.asarray(TABLE) + seed, batch_of(3, seed), BYTES)
     assert token_scores._cache_size() == before + 1
     assert batch.shape == (3, T)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_perplexity_beyond_all_numbers_is_infinite():
+    one = np.ones(1)
+    assert summary(Scores(loss=800 * one, weight=one, bytes=one, correct=one, tokens=one))["perplexity"] == np.inf

@@ -75,7 +75,7 @@ def test_results_are_rows_of_tasks_and_named_columns():
     expected = [
         "task",
         "accuracy",
-        "word error rate",
+        "WER",
         "loss",
         "perplexity",
         "bits per byte",

@@ -21,8 +21,15 @@ TITLES = {
     "input_wait": ("Input wait", "share of a step", True),
 }
 """Curves of the training metrics in the order in which they are drawn: title, unit, whether noisy."""
-MEASURES = ("accuracy", "loss", "token_accuracy", "bits_per_byte", "wer", "modality gain")
-"""Held-out measures that are drawn, in order."""
+MEASURES = {
+    "accuracy": "",
+    "loss": "nats a token",
+    "token_accuracy": "",
+    "bits_per_byte": "",
+    "wer": "",
+    "modality gain": "nats a token",
+}
+"""Held-out measures that are drawn, in order, and their units."""
 
 
 def content(run, results: Mapping[str, Any] | None) -> Content:
@@ -99,8 +106,8 @@ def charts(metrics: list[dict], timing: list[dict]) -> tuple[Chart, ...]:
         if name in training
     }
     evaluated = [
-        Chart(f"Held-out {measure.replace('_', ' ')}", tuple(held_out[measure]))
-        for measure in MEASURES
+        Chart(f"Held-out {measure.replace('_', ' ')}", tuple(held_out[measure]), unit)
+        for measure, unit in MEASURES.items()
         if measure in held_out
     ]
     first = [drawn.pop("loss")] if "loss" in drawn else []

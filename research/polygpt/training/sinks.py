@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
+from polygpt.files import plain
+
 
 class Sink(Protocol):
     """Takes what is known of a step; steps only grow. `flush` is called before each checkpoint."""
@@ -100,7 +102,7 @@ class JsonLines(Silent):
 
     def _write(self, name: str, line: dict) -> None:
         file: TextIO = self._files[name]
-        file.write(json.dumps(finite_json(line), allow_nan=False) + "\n")
+        file.write(json.dumps(plain(line), allow_nan=False) + "\n")
         file.flush()
 
 
@@ -120,17 +122,6 @@ def _step(line: bytes) -> float:
         return json.loads(line)["step"] if line.endswith(b"\n") else math.inf
     except (ValueError, TypeError, KeyError):
         return math.inf
-
-
-def finite_json(value: Any) -> Any:
-    """`value` as strict JSON data: numbers that are not finite become None."""
-    if isinstance(value, Mapping):
-        return {str(key): finite_json(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite_json(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 class TensorBoard(Silent):
