@@ -13,6 +13,7 @@ Two representations follow from the fields and are written nowhere else:
 """
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -28,7 +29,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Union
 
-from polygpt.errors import SpecError
+from polygpt.errors import SpecError, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,16 +164,27 @@ def load_file(path: str | Path) -> types.ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # before execution: dataclasses look their module up
     try:
-        spec.loader.exec_module(module)
-    except SpecError:
+        with faults_of(path):
+            spec.loader.exec_module(module)
+    except Exception:
         del sys.modules[name]
         raise
-    except Exception as error:
-        del sys.modules[name]
-        frames = reversed(inspect.getinnerframes(error.__traceback__))
-        line = next((frame.lineno for frame in frames if frame.filename == name), getattr(error, "lineno", "?"))
-        raise SpecError(f"{path}, line {line}: {type(error).__name__}: {' '.join(str(error).split())}") from error
     return module
+
+
+@contextlib.contextmanager
+def faults_of(path: str | Path) -> Iterator[None]:
+    """An error while a user's own file runs becomes a SpecError of one line: the file, its line, and the error."""
+    path = Path(path).resolve()
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        frames = reversed(inspect.getinnerframes(error.__traceback__))
+        line = next((frame.lineno for frame in frames if frame.filename == str(path)), getattr(error, "lineno", None))
+        place = f"{path}, line {line}" if line else path
+        raise SpecError(f"{place}: {type(error).__name__}: {' '.join(str(error).split())}") from error
 
 
 def class_name(cls: type) -> str:

@@ -1,8 +1,10 @@
 """The command line itself: help, exit codes, one-line errors, JSON alone on stdout."""
 
+import importlib
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -40,6 +42,37 @@ def test_every_verb_has_help_with_an_example(polygpt, verb):
     assert code == 0 and err == ""
     assert f"usage: polygpt {verb}" in out and "examples:" in out
     assert "--json" in out and "--debug" in out
+
+
+ROOT = Path(__file__).parents[2]
+MODULES = {verb: importlib.import_module(path) for verb, (path, _) in cli.VERBS.items()}
+LINES = [line.strip() for texts in (cli, *MODULES.values()) for line in texts.EXAMPLES.splitlines()]
+FILE = "experiments/quickstart.py"
+EXAMPLES = sorted(
+    {
+        line
+        for line in LINES
+        if line.startswith("polygpt ") and "--help" not in line and ".py" not in line.replace(FILE, "")
+    }
+)
+
+
+@pytest.mark.parametrize("line", EXAMPLES)
+def test_the_fields_that_examples_set_exist(line, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    argv = shlex.split(line)[1:]
+    verb = next(verb for verb in cli.VERBS if argv[: len(verb.split())] == verb.split())
+    parser = MODULES[verb].parser(f"polygpt {verb}", "about")
+    words = argv[len(verb.split()) :]
+    arguments = parser.read(words)
+    if parser.fields is not None:
+        assert parser.fields(words[0], arguments.changes, arguments.options) is not None
+    else:
+        assert arguments.changes == {}
+
+
+def test_there_are_examples_that_set_fields():
+    assert sum("quickstart.py --" in line for line in EXAMPLES) >= 3
 
 
 def test_a_group_lists_its_verbs(polygpt):

@@ -13,6 +13,8 @@ import pytest
 from own_experiment import write_experiment
 from PIL import Image
 
+from polygpt.training import loop
+
 POLYGPT = str(Path(sys.executable).with_name("polygpt"))
 
 
@@ -39,6 +41,13 @@ def test_train_again_goes_on_where_it_was(trained, polygpt, tmp_path):
     assert [step for step in steps if step > 3] == [4]
 
 
+def test_an_interrupted_run_is_code_1_so_that_nothing_follows_it(trained, polygpt, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "train", lambda *_: loop.Outcome(2, finished=False, skipped={}))
+    code, out, err = polygpt("train", trained.file, "--workdir", tmp_path / "run", "--json")
+    assert (code, err) == (1, "polygpt: interrupted at step 2, saved: the same command goes on\n")
+    assert json.loads(out)["step"] == 2 and "interrupted at step 2" in json.loads(out)["interrupted"]
+
+
 def test_train_refuses_another_experiment_in_the_same_folder(trained, polygpt):
     before = (trained.run / "config.json").read_bytes()
     code, out, err = polygpt("train", trained.file, "--workdir", trained.run, "--seed", "5")
@@ -63,6 +72,11 @@ def test_train_help_lists_every_field_with_overrides(trained, polygpt):
         ("def experiment():\n    return 3\n", r"experiment\(\) returns int: it must return an Experiment"),
         ("def experiment(:\n", "line 1: SyntaxError"),
         ("import nowhere_at_all\n", "line 1: ModuleNotFoundError"),
+        (
+            "def experiment():\n    rows = 'eight'\n    return rows + 8\n",
+            'line 3: TypeError: can only concatenate str (not "int") to str',
+        ),
+        ("def experiment(rows):\n    return rows\n", "TypeError: experiment() missing 1 required positional argument"),
     ],
 )
 def test_a_file_that_makes_no_experiment(polygpt, tmp_path, source, expected):

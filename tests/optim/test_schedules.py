@@ -41,6 +41,11 @@ def test_schedules_follow_their_formulas(schedule, formula):
     np.testing.assert_allclose(rates(schedule), expected(formula), rtol=2e-6, atol=1e-8)
 
 
+def test_a_decay_that_the_warm_up_shortens_still_reaches_the_end():
+    got = rates(WSD(PEAK, warmup=100, final=0, decay=1), steps=200)
+    np.testing.assert_allclose(got[100:], PEAK * (1 - np.arange(100) / 100), rtol=2e-6)
+
+
 def test_warm_restarts_begin_each_cycle_at_its_peak():
     got = rates(SGDR(PEAK, final=0.1, period=5, stretch=2, shrink=0.5), steps=36)
     want = []

@@ -14,8 +14,10 @@ from tiny_experiment import experiment
 
 from polygpt.errors import SpecError, UserError
 from polygpt.evaluation.evaluate import evaluate
+from polygpt.nn.positions import Learned
 from polygpt.optim.schedules import Schedule
 from polygpt.spec import from_json, override, to_json
+from polygpt.training import loop
 from polygpt.training.checkpoint import records
 from polygpt.training.loop import Standing, pick, train
 from polygpt.training.run import open_run
@@ -118,14 +120,80 @@ def test_steps_may_grow(tmp_path):
     assert [line["step"] for line in metrics(tmp_path)] == [2, 3, 4]
 
 
-def test_training_stops_when_the_metric_has_not_improved_for_long(tmp_path):
+@pytest.fixture(scope="module")
+def stale(tmp_path_factory):
+    """A run that ended because its metric did not improve: its experiment, folder and outcome."""
     # With a learning rate of 0 every evaluation gives the same: the first is the best, and the next two are not better.
     chosen = smallest(**{"optim.schedule.peak": "0", "train.evaluate_every": "2", "train.patience": "2"})
-    outcome = train(chosen, tmp_path, quiet)
+    workdir = tmp_path_factory.mktemp("stale")
+    return chosen, workdir, train(chosen, workdir, quiet)
+
+
+def test_training_stops_when_the_metric_has_not_improved_for_long(stale):
+    chosen, workdir, outcome = stale
     assert (outcome.step, outcome.finished) == (6, True)
-    assert open_run(tmp_path).step == 2
-    again = train(chosen, tmp_path, quiet)
+    again = train(chosen, workdir, quiet)
     assert (again.step, again.finished) == (6, True)
+
+
+def test_the_experiment_says_which_checkpoint_is_used_where_none_is_named(stale, tmp_path):
+    _, workdir, _ = stale
+    assert open_run(workdir).step == 2 and open_run(workdir, "latest").step == 6
+    copy = shutil.copytree(workdir, tmp_path / "copy")
+    config = json.loads((copy / "config.json").read_text())
+    config["train"]["use"] = "latest"
+    (copy / "config.json").write_text(json.dumps(config))
+    assert open_run(copy).step == 6 and open_run(copy, "best").step == 2
+
+
+def test_an_error_of_the_evaluation_at_the_last_step_leaves_a_checkpoint_of_it(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise UserError("a held-out record is corrupt")
+
+    monkeypatch.setattr(loop, "evaluate", fail)
+    with pytest.raises(UserError, match="a held-out record is corrupt"):
+        train(smallest(**{"train.steps": "3", "train.evaluate_every": "3"}), tmp_path, quiet)
+    (record,) = records(tmp_path / "checkpoints")
+    assert (record.step, record.metric, record.finite) == (3, None, True)
+
+
+def test_a_signal_that_comes_just_before_the_loop_ends_is_saved_too(tmp_path, monkeypatch):
+    # The test of the loop asks for patience and then for the signal: what comes in between comes after all of a step.
+    def request(trainer):
+        trainer.interruption.requested = trainer.done == 5
+        return False
+
+    monkeypatch.setattr(loop._Trainer, "_out_of_patience", request)
+    outcome = train(smallest(**{"train.log_every": "1"}), tmp_path, quiet)
+    assert (outcome.step, outcome.finished) == (5, False)
+    assert [record.step for record in records(tmp_path / "checkpoints")] == [5]
+    assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3, 4, 5], "the last step's metrics are written"
+
+
+def test_records_left_out_are_counted_up_to_the_last_batch_that_was_consumed(tmp_path, monkeypatch):
+    class Ahead:
+        """The batches, with a record left out before each."""
+
+        def __init__(self, batches):
+            self.batches, self.drawn = batches, 0
+
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            self.drawn += 1
+            return next(self.batches)
+
+        def get_state(self):
+            return {**self.batches.get_state(), "skipped": {"empty text": self.drawn}}
+
+        def close(self):
+            self.batches.close()
+
+    made = loop.train_batches
+    monkeypatch.setattr(loop, "train_batches", lambda *given, **named: Ahead(made(*given, **named)))
+    outcome = train(smallest(**{"train.steps": "3", "train.prefetch": "4"}), tmp_path, quiet)
+    assert outcome.skipped == {"empty text": 3}
 
 
 def test_the_standing_counts_evaluations_without_a_better_metric():
@@ -207,6 +275,12 @@ def test_no_run_folder_and_no_checkpoint_are_told_apart(tmp_path):
             "metric is 'txt/loss': it must be of a task of the evaluation: did you mean text",
         ),
         ({"train.metric": "accuracy"}, "metric is 'accuracy'"),
+        (
+            {"train.metric": "text/accuracy"},
+            "metric is 'text/accuracy': it must be one of loss, perplexity, bits_per_byte, token_accuracy of text, "
+            "unless train.evaluate is full and the task's generate is true",
+        ),
+        ({"train.evaluate": "full", "train.metric": "text/accuracy"}, "metric is 'text/accuracy'"),
         ({"train.patience": "2"}, "patience is 2: it must be null without evaluate_every"),
         ({"evaluation.tasks": "{}", "train.evaluate_every": "2"}, "evaluate_every is 2: it must be null where"),
         ({"name": "a/b"}, "name is 'a/b'"),
@@ -215,6 +289,24 @@ def test_no_run_folder_and_no_checkpoint_are_told_apart(tmp_path):
 def test_settings_that_do_not_fit_are_refused(changes, message):
     with pytest.raises(SpecError, match=message):
         tiny(**changes)
+
+
+def test_a_metric_of_written_answers_needs_a_full_evaluation_with_answers():
+    written = {"evaluation.tasks.text.generate": "true", "train.evaluate": "full", "train.metric": "text/accuracy"}
+    assert tiny(**written).train.metric == "text/accuracy"
+    assert tiny(**{"train.metric": "text/bits_per_byte"}).train.evaluate == "loss"
+
+
+def test_rows_longer_than_the_position_encoding_are_refused():
+    chosen = tiny()
+
+    def learned(length):
+        decoder = chosen.model.decoder.replace(position=Learned(length))
+        return chosen.replace(model=chosen.model.replace(decoder=decoder))
+
+    assert learned(64).data.layout.length == 64
+    with pytest.raises(SpecError, match=r"LayoutSpec.length is 64: it must be at most 63, .* model.decoder.position"):
+        learned(63)
 
 
 def test_the_metric_is_the_mean_loss_or_a_tasks_figure():

@@ -20,7 +20,7 @@ def parser(prog: str, about: str) -> Parser:
 def add_run(words: Parser) -> None:
     """The arguments that name a trained model."""
     words.add_argument("run", metavar="RUN", help="a run folder, such as runs/quickstart")
-    words.add_argument("--checkpoint", choices=("best", "latest"), default="best", help="which one (default: best)")
+    words.add_argument("--checkpoint", choices=("best", "latest"), help="which one (default: as the run's train.use)")
 
 
 def run(arguments: Namespace) -> dict:

@@ -68,6 +68,9 @@ def _dispatch(argv: list[str]) -> int:
             write(result)
     if result.get("fault"):  # done, and the answer is that the input is at fault
         raise UserError(result["fault"])
+    if result.get("interrupted"):  # saved, and yet not done: `polygpt train ... && next` must not go on
+        print(f"polygpt: {result['interrupted']}", file=sys.stderr)
+        return 1
     return 0
 
 

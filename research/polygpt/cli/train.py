@@ -9,10 +9,10 @@ from polygpt.cli.arguments import Parser
 EXAMPLES = """\
 examples:
   polygpt train experiments/quickstart.py
-  polygpt train experiments/quickstart.py --train.steps 200 --optim.optimizer.learning_rate=1e-3
+  polygpt train experiments/quickstart.py --train.steps 200 --optim.schedule.peak=1e-3
   polygpt train experiments/quickstart.py --help
 
-The same command again goes on where a stopped or killed run was."""
+The same command again goes on where a stopped or killed run was. One that a signal stopped exits with 1."""
 
 
 def parser(prog: str, about: str) -> Parser:
@@ -37,8 +37,10 @@ def run(arguments: Namespace) -> dict:
     workdir = Path(arguments.workdir or Path("runs") / chosen.name)
     outcome = train(chosen, workdir)
     done = {"step": outcome.step, "workdir": workdir}
-    if arguments.no_report or not outcome.finished:
-        print(f"step {outcome.step}, {workdir}" + ("" if outcome.finished else ": stopped, the same command goes on"))
+    if not outcome.finished:
+        return done | {"interrupted": f"interrupted at step {outcome.step}, saved: the same command goes on"}
+    if arguments.no_report:
+        print(f"step {outcome.step}, {workdir}")
         return done
     trained = open_run(workdir)
     with Progress() as progress:

@@ -96,7 +96,7 @@ class WSD(Decaying):
     """
 
     decay: float = 0.2
-    """Share of all steps that the decay takes."""
+    """Share of all steps that the decay takes; less where the warm-up leaves less."""
     shape: Literal["linear", "sqrt"] = "linear"
     """How the decay falls."""
 
@@ -105,8 +105,8 @@ class WSD(Decaying):
         self.require(0 < self.decay <= 1, "decay", "above 0 and at most 1")
 
     def build(self, steps: int) -> optax.Schedule:
-        fall = max(round(self.decay * steps), 1)
-        start = max(steps - fall, self.warmup)
+        start = max(steps - max(round(self.decay * steps), 1), self.warmup)
+        fall = max(steps - start, 1)
         stable = Constant(self.peak, self.warmup).build(steps)
 
         def down(t):

@@ -15,6 +15,9 @@ from polygpt.optim.optim import Optim
 from polygpt.spec import Spec, nearest
 from polygpt.training.checkpoint import CheckpointSpec
 
+LIKELIHOODS = ("loss", "perplexity", "bits_per_byte", "token_accuracy")
+"""The figures of a task for which the model need not write answers."""
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainSpec(Spec):
@@ -34,6 +37,9 @@ class TrainSpec(Spec):
     """What chooses the best checkpoint: "loss", the mean over held-out tasks, or a task's figure, "fusion/loss"."""
     better: Literal["lower", "higher"] = "lower"
     """Whether a lower or a higher metric is better."""
+    use: Literal["best", "latest"] = "best"
+    """Which checkpoint evaluation, generation and report use: the best by `metric`, or the latest (choose this where
+    the held-out tasks are the test set: choosing by them would flatter)."""
     patience: int | None = None
     """Training stops after so many evaluations in a row without a better metric; null for never."""
     max_nonfinite: int = 10
@@ -84,14 +90,28 @@ class Experiment(Spec):
         self.require(bool(self.name) and "/" not in self.name, "name", "a name without '/'")
         self.require(bool(self.objectives), "objectives", "at least one objective")
         self.require(self.seed >= 0, "seed", "at least 0")
-        task, slash, _ = self.train.metric.rpartition("/")
-        if slash:
-            names = list(self.evaluation.tasks)
-            self.train.require(task in names, "metric", f"of a task of the evaluation: {nearest(task, names)}")
-        else:
-            self.train.require(self.train.metric == "loss", "metric", "'loss' or '<task>/<measure>'")
+        self._validate_metric()
+        limit = self.model.decoder.position.limit()
+        self.data.layout.require(
+            limit is None or self.data.layout.length <= limit,
+            "length",
+            f"at most {limit}, the number of positions that model.decoder.position knows",
+        )
         self.train.require(
             self.train.evaluate_every is None or bool(self.evaluation.tasks),
             "evaluate_every",
             "null where the evaluation has no tasks",
+        )
+
+    def _validate_metric(self):
+        task, slash, measure = self.train.metric.rpartition("/")
+        if not slash:
+            self.train.require(measure == "loss", "metric", "'loss' or '<task>/<measure>'")
+            return
+        tasks = self.evaluation.tasks
+        self.train.require(task in tasks, "metric", f"of a task of the evaluation: {nearest(task, tasks)}")
+        self.train.require(
+            measure in LIKELIHOODS or self.train.evaluate == "full" and tasks[task].generate,
+            "metric",
+            f"one of {', '.join(LIKELIHOODS)} of {task}, unless train.evaluate is full and the task's generate is true",
         )

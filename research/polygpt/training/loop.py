@@ -133,18 +133,19 @@ class _Trainer:
         stack.callback(self.checkpoints.close)
         restored = self.checkpoints.restore(self.parallel.abstract(initial))
         self.standing = Standing()
+        self.metric: float | None = None  # of the last step, if it was evaluated
         if restored is None:
             self.state = self.parallel.create(initial)
         else:
             self.state, data = restored
             batches.set_state(data["batches"])
             self.standing = Standing(**data["standing"])
-        self.done = int(self.state.step)
+        self.done = self.saved = int(self.state.step)
+        self.place = batches.get_state()  # in the data, after the last batch consumed: the prefetch thread is ahead
         self._announce(optim.table(shapes), shapes)
         self.sinks = sinks(workdir, self.done, self.spec.steps)
         for sink in self.sinks:
             stack.callback(sink.close)
-        self.batches = batches
         self.feed = Prefetch(batches, self.parallel.put, self._check, self.spec.prefetch)
         stack.callback(self.feed.close)
         self.pending: tuple[int, Fed, dict[str, jax.Array]] | None = None
@@ -157,18 +158,21 @@ class _Trainer:
                 self.state, metrics = self.step(self.state, fed.batch)
             self._settle()  # the step before this one, while this one computes
             self.done += 1
-            self.pending = (self.done, fed, metrics)
+            self.pending, self.place, self.metric = (self.done, fed, metrics), fed.state, None
             last = self.done == self.spec.steps
             evaluating = self.spec.evaluate_every and (last or self.done % self.spec.evaluate_every == 0)
-            saving = last or self.interruption.requested or self.done % self.spec.checkpoint.every == 0
+            saving = self.done % self.spec.checkpoint.every == 0
             if evaluating or saving:
                 self._settle()
-                metric, improved = self._evaluate() if evaluating else (None, False)
-                if saving or improved or self._out_of_patience() or self.interruption.requested:
-                    self._save(fed, metric)
+                improved = evaluating and self._evaluate()
+                if saving or improved:
+                    self._save()
                 self._restart_clock()
+        self._settle()
+        if self.saved < self.done:  # however the loop ended: a signal may come at any point of it
+            self._save()
         self.checkpoints.wait()
-        skipped = dict(getattr(self.batches, "skipped", {}))
+        skipped = dict(self.place["skipped"])
         if skipped:
             counts = ", ".join(f"{reason} {count}" for reason, count in sorted(skipped.items()))
             print(f"records left out: {counts}", file=sys.stderr)
@@ -208,8 +212,16 @@ class _Trainer:
                 + ": lower the learning rate or look at the data (train.max_nonfinite sets this limit)"
             )
 
-    def _evaluate(self) -> tuple[float, bool]:
-        """(the run's metric, whether it is the best so far)."""
+    def _evaluate(self) -> bool:
+        """Measures the run's metric; True if it is the best so far. An error leaves a checkpoint of this step."""
+        try:
+            self.metric = self._measure()
+        except Exception:
+            self._save()
+            raise
+        return self.standing.update(self.metric, self.spec.better)
+
+    def _measure(self) -> float:
         experiment, plan = self.experiment, self.experiment.evaluation
         if self.spec.evaluate == "loss":
             plan = plan.replace(
@@ -219,21 +231,22 @@ class _Trainer:
         results = evaluate(self.model, params, self.tokenizer, experiment.model.adapters, experiment.data.layout, plan)
         metric = pick(results["tasks"], self.spec.metric)
         self._tell("evaluation", self.done, {"metric": metric, **results})
-        return metric, self.standing.update(metric, self.spec.better)
+        return metric
 
-    def _save(self, fed: Fed, metric: float | None) -> None:
+    def _save(self) -> None:
         for sink in self.sinks:
             sink.flush()  # before the checkpoint: what it restores must find its lines
         self.checkpoints.save(
             self.state,
-            metric=metric,
+            metric=self.metric,
             finite=bool(self.all_finite((self.state.params, self.state.ema))),
             data={
-                "batches": fed.state,
+                "batches": self.place,
                 "standing": dataclasses.asdict(self.standing),
                 "config": spec.to_json(self.experiment),
             },
         )
+        self.saved = self.done
 
     def _out_of_patience(self) -> bool:
         return self.spec.patience is not None and self.standing.stale >= self.spec.patience

@@ -34,7 +34,7 @@ class Prefetch:
     """Keeps `ahead` batches ready.
 
     Args:
-        batches: an iterator with `get_state()`; from now on it belongs to the thread.
+        batches: an iterator with `get_state()` and `close()`; from now on it belongs to the thread.
         put: sends a NumPy batch to the device.
         check: is called with the first batch.
         ahead: how many batches are made in advance.
@@ -63,8 +63,7 @@ class Prefetch:
                 self._ready.get(timeout=0.05)
             except queue.Empty:
                 continue
-        if hasattr(self._batches, "close"):
-            self._batches.close()
+        self._batches.close()
 
     def _run(self) -> None:
         try:

@@ -35,12 +35,13 @@ class Run:
     workdir: Path
 
 
-def open_run(workdir: str | Path, checkpoint: Literal["best", "latest"] = "best") -> Run:
+def open_run(workdir: str | Path, checkpoint: Literal["best", "latest"] | None = None) -> Run:
     """Opens a run folder.
 
     Args:
         workdir: the folder.
         checkpoint: the one with the best metric, or the latest; without evaluations on the way, both are the latest.
+            By default what the experiment's train.use says.
 
     Raises:
         UserError: if it is no run folder, has no whole checkpoint, or the checkpoint cannot be read.
@@ -51,7 +52,8 @@ def open_run(workdir: str | Path, checkpoint: Literal["best", "latest"] = "best"
     found = [record for record in records(folder) if record.finite]
     if not found:
         raise UserError(f"{workdir} holds no whole checkpoint: train it further with polygpt train")
-    chosen = (best(found, experiment.train.better) if checkpoint == "best" else None) or found[-1]
+    use = checkpoint or experiment.train.use
+    chosen = (best(found, experiment.train.better) if use == "best" else None) or found[-1]
     tokenizer = experiment.tokenizer.build()
     model = bind(experiment.model, tokenizer.vocabulary)
     place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
