@@ -16,24 +16,24 @@ import pytest
 
 from polygpt.training.checkpoint import records
 
-FILE = Path(__file__).with_name("tiny_experiment.py")
-STEPS = 90
-SCRIPT = """
-import sys
-from polygpt.spec import load_file, override
-from polygpt.training.loop import train
-
-experiment = override(load_file(sys.argv[1]).experiment(), {"train.steps": sys.argv[3]})
-assert train(experiment, sys.argv[2]).finished
-"""
+QUICKSTART = Path(__file__).parents[2] / "experiments" / "quickstart.py"
+SMALL = (
+    "--data.rows 4 --model.decoder.depth 1 --train.log_every 1 --train.evaluate_every null --train.checkpoint.every 6"
+)
+RUNS = {
+    "tiny": (Path(__file__).with_name("tiny_experiment.py"), 90, []),
+    "quickstart": (QUICKSTART, 40, SMALL.split()),  # pictures, voices, augmentation, packing
+}
 
 
-def start(workdir, cache):
+def start(run, workdir, cache):
+    file, steps, changes = RUNS[run]
     environment = os.environ | {
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    command = [sys.executable, "-c", SCRIPT, FILE, workdir, str(STEPS)]
+    command = [Path(sys.executable).with_name("polygpt"), "train", file, "--workdir", workdir, "--no-report"]
+    command += ["--train.steps", str(steps), *changes]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -60,27 +60,29 @@ def kill_at(process, workdir, count, saved):
 
 def last_checkpoint(workdir):
     """Every array of the last checkpoint by item and path, as bytes."""
-    place = workdir.absolute() / "checkpoints" / str(STEPS)
+    place = workdir.absolute() / "checkpoints" / str(max(record.step for record in records(workdir / "checkpoints")))
     with ocp.StandardCheckpointer() as reader:
-        found = {item: reader.restore(place / item) for item in ("params", "ema", "optimizer", "counts")}
+        items = [item for item in ("params", "ema", "optimizer", "counts") if (place / item).exists()]
+        found = {item: reader.restore(place / item) for item in items}
     leaves = jax.tree_util.tree_leaves_with_path(found)
     return {jax.tree_util.keystr(path): (np.asarray(leaf).dtype, np.asarray(leaf).tobytes()) for path, leaf in leaves}
 
 
 @pytest.mark.slow
-def test_killed_twice_and_resumed_equals_never_stopped_to_the_bit(tmp_path):
+@pytest.mark.parametrize("run", RUNS)
+def test_killed_twice_and_resumed_equals_never_stopped_to_the_bit(tmp_path, run):
     cache = tmp_path / "compiled"
-    finish(start(tmp_path / "whole", cache))  # compiles; the others load what it compiled
+    finish(start(run, tmp_path / "whole", cache))  # compiles; the others load what it compiled
     total = lines(tmp_path / "whole")
     rng = random.Random(time.time_ns())
     first, second = sorted(rng.sample(range(1, total - 2), 2))
 
     killed = tmp_path / "killed"
-    kill_at(start(killed, cache), killed, first, saved=False)
-    kill_at(start(killed, cache), killed, second, saved=True)
-    output = finish(start(killed, cache))
+    kill_at(start(run, killed, cache), killed, first, saved=False)
+    kill_at(start(run, killed, cache), killed, second, saved=True)
+    output = finish(start(run, killed, cache))
     print(f"killed after {first} and {second} of {total} lines")
     assert (killed / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
     assert last_checkpoint(killed) == last_checkpoint(tmp_path / "whole")
     resumed = re.search(r"goes on from step (\d+)", output)
-    assert resumed and 0 < int(resumed[1]) < STEPS, "the run did not simply begin anew"
+    assert resumed and 0 < int(resumed[1]) < RUNS[run][1], "the run did not simply begin anew"
