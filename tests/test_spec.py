@@ -10,6 +10,7 @@ import pytest
 
 from polygpt import spec
 from polygpt.errors import SpecError
+from polygpt.overrides import leaves, override
 from polygpt.spec import Spec
 
 
@@ -91,7 +92,7 @@ def test_json_is_read_strictly():
 
 def test_overrides_reach_every_kind_of_field():
     net = Net(parts={"a": Norm()}, norms=(Norm(), Norm()), weighted={"w": (Norm(), 1.0)})
-    changed = spec.override(
+    changed = override(
         net,
         {
             "depth": "4",
@@ -109,15 +110,30 @@ def test_overrides_reach_every_kind_of_field():
     assert (changed.kind, changed.name) == ("wide", "12")
     assert (changed.norm.epsilon, changed.norms[1].epsilon, changed.parts["a"].epsilon) == (2.0, 0.5, 0.25)
     assert changed.norms[0].epsilon == 1e-6
-    assert spec.override(changed, {"rate": "none"}).rate is None
+    assert override(changed, {"rate": "none"}).rate is None
     assert net.depth == 2, "the original is unchanged"
 
 
 def test_overriding_a_class_keeps_shared_fields():
-    net = spec.override(Net(), {"norm.epsilon": "0.5", "norm": f"{__name__}:LayerNorm", "norm.bias": "false"})
+    net = override(Net(), {"norm.epsilon": "0.5", "norm": f"{__name__}:LayerNorm", "norm.bias": "false"})
     assert net.norm == LayerNorm(epsilon=0.5, bias=False)
     with pytest.raises(SpecError, match="--norm: Strict needs more than its class"):
-        spec.override(Net(), {"norm": f"{__name__}:Strict"})
+        override(Net(), {"norm": f"{__name__}:Strict"})
+
+
+def test_overrides_that_need_each_other_come_in_any_order():
+    @dataclasses.dataclass(frozen=True)
+    class Range(Spec):
+        low: int = 0
+        high: int = 1
+
+        def validate(self):
+            self.require(self.low < self.high, "low", "below high")
+
+    for changes in ({"low": "5", "high": "9"}, {"high": "9", "low": "5"}):
+        assert override(Range(), changes) == Range(5, 9)
+    with pytest.raises(SpecError, match=r"Range.low is 5: it must be below high"):
+        override(Range(), {"low": "5", "high": "4"})
 
 
 def test_wrong_overrides_name_the_nearest():
@@ -134,13 +150,13 @@ def test_wrong_overrides_name_the_nearest():
         ("norm", "1", "--norm is '?1'?: it must be Norm"),
     ]:
         with pytest.raises(SpecError, match=words) as raised:
-            spec.override(net, {name: text})
+            override(net, {name: text})
         assert "\n" not in str(raised.value)
 
 
 def test_leaves_are_what_override_takes_with_help():
     net = Net(parts={"a": LayerNorm()}, norms=(Norm(),))
-    found = {name: (value, text) for name, _, value, text in spec.leaves(net)}
+    found = {name: (value, text) for name, _, value, text in leaves(net)}
     assert found["depth"] == (2, "Number of layers, from the bottom.")
     assert found["parts.a.epsilon"] == (1e-6, "Added to the variance.")
     assert found["parts.a.bias"][0] is True
@@ -148,7 +164,7 @@ def test_leaves_are_what_override_takes_with_help():
     assert "weighted" in found, "an empty mapping is listed as well"
     for name, (value, _) in found.items():
         if not isinstance(value, Spec):
-            assert spec.override(net, {name: json.dumps(spec.to_json(value))}) == net
+            assert override(net, {name: json.dumps(spec.to_json(value))}) == net
 
 
 def test_a_users_file_is_loaded_once_and_its_classes_travel(tmp_path):

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 
 from tiny_experiment import experiment  # noqa: E402
 
-from polygpt.spec import override  # noqa: E402
+from polygpt.overrides import override  # noqa: E402
 from polygpt.training.loop import train  # noqa: E402
 from polygpt.training.run import open_run  # noqa: E402
 from polygpt.training.sinks import JsonLines, Silent  # noqa: E402

@@ -16,7 +16,8 @@ from polygpt.errors import SpecError, UserError
 from polygpt.evaluation.evaluate import evaluate
 from polygpt.nn.positions import Learned
 from polygpt.optim.schedules import Schedule
-from polygpt.spec import from_json, override, to_json
+from polygpt.overrides import override
+from polygpt.spec import from_json, to_json
 from polygpt.training import loop
 from polygpt.training.checkpoint import records
 from polygpt.training.loop import Standing, pick, train

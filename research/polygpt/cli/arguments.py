@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
-from polygpt import spec
+from polygpt import overrides, spec
 from polygpt.errors import UserError
 
 
@@ -101,14 +101,14 @@ def change(value: Any, changes: Mapping[str, str], options: Sequence[str] = ()) 
         if name.partition(".")[0] not in known:
             near = spec.nearest(f"--{name}", [*(f"--{field}" for field in known), *options])
             raise UserError(f"--{name}: neither an option nor a field of {type(value).__name__}: {near}")
-    return spec.override(value, changes)
+    return overrides.override(value, changes)
 
 
 def fields_table(value: Any) -> str:
     """Every field of a specification: its dotted name, value, type and help text, wrapped to the terminal."""
     width = min(shutil.get_terminal_size((120, 24)).columns, 140)
     lines = []
-    for name, annotation, current, text in spec.leaves(value):
+    for name, annotation, current, text in overrides.leaves(value):
         if isinstance(current, spec.Spec):
             lines.append(f"  --{name} {type(current).__name__}")
         else:
