@@ -6,8 +6,9 @@ import json
 import numpy as np
 import pytest
 import soundfile
-from own_experiment import write_experiment
 from PIL import Image
+
+from own_experiment import write_experiment
 
 
 def png(size, mode="RGB") -> bytes:

@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from own_experiment import write_experiment
 from PIL import Image
 
+from own_experiment import write_experiment
 from polygpt.training import loop
 
 POLYGPT = str(Path(sys.executable).with_name("polygpt"))
