@@ -60,6 +60,8 @@ def test_training_stops_with_one_line(faulty, polygpt):
     assert (code, out) == (2, "") and "Traceback" not in err
     last = err.splitlines()[-1]
     assert last.startswith("polygpt: ") and reason in last and "metadata.jsonl" in last
+    if reason not in ("empty text", "invalid UTF-8", "malformed JSON"):
+        assert last.count(FAULTS[reason][0]) == 1, "the media file is named, once"
     assert sum(line.startswith("polygpt: ") for line in err.splitlines()) == 1
     for place in run.rglob("*") if run.exists() else ():
         if place.suffix == ".json":

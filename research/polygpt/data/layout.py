@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -166,6 +167,8 @@ def _row(runs: list[tuple], media: dict) -> Row:
 
 def _read(medium: Medium, features, place: str, rng, augment, cache) -> tuple[np.ndarray, int]:
     """The features of a medium, augmented, float32 of `features.shape`, and how many of their frames are real."""
+    if isinstance(medium.source, Path):
+        place = f"{place}: {medium.source}"
     augment = [a for a in augment if a.modality == medium.modality]
     raw_stage = [a for a in augment if a.stage == "raw"]
     key = (repr(features), bool(raw_stage), medium.source)  # a specification with a mapping has no hash

@@ -56,9 +56,9 @@ def read(source: bytes | Path, place: str) -> bytes:
         try:
             source = source.read_bytes()
         except FileNotFoundError:
-            raise BadRecord("missing file", place, str(source)) from None
+            raise BadRecord("missing file", place) from None
         except OSError as error:
-            raise BadRecord("unreadable file", place, f"{source}: {error.strerror}") from error
+            raise BadRecord("unreadable file", place, error.strerror or "") from error
     if not source:
         raise BadRecord("empty file", place)
     return source
