@@ -16,6 +16,7 @@ import jax
 
 from polygpt import spec
 from polygpt.errors import UserError
+from polygpt.files import write_atomically
 from polygpt.training.checkpoint import records
 from polygpt.training.experiment import Experiment
 
@@ -41,8 +42,8 @@ def require_same(workdir: Path, experiment: Experiment) -> None:
 def claim(workdir: Path, experiment: Experiment) -> None:
     """Makes the folder this experiment's: writes config.json and environment.json."""
     workdir.mkdir(parents=True, exist_ok=True)
-    _write(workdir / "config.json", spec.to_json(experiment))
-    _write(workdir / "environment.json", environment())
+    for name, data in {"config.json": spec.to_json(experiment), "environment.json": environment()}.items():
+        write_atomically(workdir / name, json.dumps(data, indent=2) + "\n")
 
 
 def load_experiment(workdir: Path) -> Experiment:
@@ -95,12 +96,6 @@ def _read(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}): remove the folder or choose another --workdir") from None
-
-
-def _write(path: Path, data: Any) -> None:
-    fresh = path.with_suffix(".tmp")
-    fresh.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    os.replace(fresh, path)
 
 
 def _short(value: Any) -> str:

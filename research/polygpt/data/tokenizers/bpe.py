@@ -1,7 +1,6 @@
 """Byte-pair encoding over bytes, trained with Hugging Face's tokenizers and kept as one JSON file."""
 
 import dataclasses
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from polygpt.data.tokenizers.base import Tokenizer, TokenizerSpec
 from polygpt.errors import UserError
+from polygpt.files import write_atomically
 
 SPECIALS = 2
 SMALLEST = 256 + SPECIALS
@@ -93,9 +93,7 @@ def train_bpe(files: Sequence[str | Path], vocabulary: int, out: str | Path) -> 
     model.train_from_iterator(_lines([Path(file) for file in files]), trainer)
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + ".partial")
-    partial.write_text(model.to_str(pretty=True), encoding="utf-8")
-    os.replace(partial, out)
+    write_atomically(out, model.to_str(pretty=True))
     return BPE(str(out))
 
 
