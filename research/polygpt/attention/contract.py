@@ -6,12 +6,13 @@ know no more of attention than this file.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
-from polygpt.attention.masks import Mask, Meta
+from polygpt.attention.masks import DECODER, Mask, Meta
 from polygpt.nn.positions import NoPosition, Position
 from polygpt.spec import Spec
 
@@ -43,29 +44,64 @@ class Context:
         key: metadata of everything that may be seen, [B, S]: `query` itself without a cache, else of the whole cache.
         mask: the predicate that decides who sees whom; a variant narrows it with `context.mask & Window(...)`.
         cursor: int32 scalar, where in the cache the keys of `x_BTD` are to be written; None without a cache.
+        coordinate_BT3: int32 (time, row, column) of the positions of `x_BTD`, for encodings of more than one axis; None
+            means the position id in all three.
+        inputs_BTD: what the stack of blocks was given, for layers that look at the embeddings; None in a lone layer,
+            which takes `x_BTD` for it.
     """
 
     query: Meta
     key: Meta
     mask: Mask = dataclasses.field(metadata={"static": True})
     cursor: jax.Array | None = None
+    coordinate_BT3: jax.Array | None = None
+    inputs_BTD: jax.Array | None = None
+
+
+def blank_context(rows: int) -> Context:
+    """The context of one position a row, at the beginning of everything: for working out shapes."""
+    meta = Meta(*[jnp.zeros((rows, 1), jnp.int32)] * 5)
+    return Context(meta, meta, DECODER)
 
 
 @dataclasses.dataclass(frozen=True)
 class Attention(Spec):
     """An attention variant. A new one derives from this class; nothing else has to be edited."""
 
+    family: ClassVar[Literal["softmax", "linear"]] = "softmax"
+    """Whether it weighs all keys anew for each query, or carries a state of fixed size along the row."""
+
     def build(self, dims: Dims, rngs: nnx.Rngs) -> nnx.Module:
         """The module, called as `(x_BTD, context, cache=None) -> (y_BTD, cache)`.
 
-        It has a method `weights(x_BTD, context) -> [B, H, Tq, Tk]` too where the variant has weights to look at.
+        It has a method `weights(x_BTD, context, chosen_R=None) -> [B, H, R, S]` too where the variant has weights to
+        look at: an exact pass over the chosen queries (int32 indices; None means all), whatever the backend.
         """
         raise NotImplementedError
 
-    def init_cache(self, dims: Dims, rows: int, size: int) -> Any:
-        """An empty cache for `size` positions, a pytree whose arrays begin with the axis of rows."""
+    def init_cache(self, dims: Dims, rows: int, size: int, ring: bool = True) -> Any:
+        """An empty cache for `size` positions, a pytree whose arrays begin with the axis of rows.
+
+        With `ring` it may be smaller than `size` positions where the variant never looks further back.
+        """
         raise NotImplementedError
 
     def score_flops(self, width: int, keys: float) -> float:
         """FLOPs beside those of the projections, for one query that sees `keys` keys at the model width `width`."""
         raise NotImplementedError
+
+    def backends(self) -> tuple[str, ...]:
+        """Names of the backends in `kernels/` that can compute it; empty where it has a form of its own."""
+        return ()
+
+    def cost(self) -> str:
+        """The formula of `score_flops` in the axis letters, as "4 H d S"."""
+        raise NotImplementedError
+
+    def sees_ahead(self) -> bool:
+        """Whether positions of a bidirectional span see the later ones of it, where the mask says that they do."""
+        return self.family == "softmax"
+
+    def differentiable(self) -> "Attention":
+        """The same with no gradient stopped on purpose: what a comparison with finite differences has to look at."""
+        return self

@@ -32,12 +32,28 @@ class Meta:
 
 
 @dataclasses.dataclass(frozen=True)
+class Reach:
+    """The positions of its own example that a query may see at most: the `first` ones, and the `last` up to itself."""
+
+    first: int
+    last: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Mask(Spec):
-    """A predicate: True where the query may see the key. Compose with `&`, `|` and `~`."""
+    """A predicate: True where the query may see the key. Compose with `&`, `|` and `~`.
+
+    Write `__call__` with the operators of Python alone (`+ - * // % abs`, comparisons, `& | ~`): it is then evaluated
+    on arrays, on tiles inside kernels and on whole ranges of positions at once, by which empty blocks are found.
+    """
 
     def __call__(self, query: Meta, key: Meta) -> jax.Array:
         """bool; the arrays of `query` and `key` broadcast against each other."""
         raise NotImplementedError
+
+    def reach(self) -> Reach | None:
+        """How far back a query sees; None is without bound. A cache need not remember what lies beyond it."""
+        return None
 
     def __and__(self, other: "Mask") -> "Mask":
         return And(self, other)

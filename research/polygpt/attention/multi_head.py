@@ -1,22 +1,35 @@
 """Multi-head attention (Vaswani et al., 1706.03762, section 3.2) with multi-query (Shazeer, 1911.02150) and
-grouped-query (Ainslie et al., 2305.13245) forms: as many key and value heads as query heads, one, or some."""
+grouped-query (Ainslie et al., 2305.13245) forms: as many key and value heads as query heads, one, or some.
+
+Most variants of the softmax family derive from here. What a variant changes is a method of the specification (`mask`,
+`score`, `normalizer`) or of the module (`queries`, `keys`, `values`, `mixed`); projections, positions, cache, backends,
+packing and weights for pictures are inherited.
+"""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from polygpt.attention.contract import Attention, Context, Dims
-from polygpt.attention.kernels.reference import attend, attention_weights
-from polygpt.attention.masks import Mask, allowed
+from polygpt.attention import cache as memory
+from polygpt.attention.contract import Attention, Context, Dims, blank_context
+from polygpt.attention.kernels import dispatch, reference
+from polygpt.attention.kernels.problem import Operands, Rule
+from polygpt.attention.masks import DECODER, Mask, Meta
+from polygpt.attention.scores import Score, Terms
 from polygpt.nn.linear import Linear
+from polygpt.nn.norms import Norm
+from polygpt.nn.positions import Position
 
 
 @dataclasses.dataclass(frozen=True)
 class MultiHead(Attention):
     """Softmax attention with H query heads and K key and value heads."""
+
+    normalizer: ClassVar[Literal["softmax", "sigmoid"]] = "softmax"
+    """How scores become weights."""
 
     heads: int = 4
     """H, the number of query heads."""
@@ -28,6 +41,18 @@ class MultiHead(Attention):
     """Whether the projections have a bias."""
     key_bias: bool | None = None
     """Whether the key projection has a bias; null means as `bias` (softmax does not see it: Whisper leaves it out)."""
+    scale: float | None = None
+    """What queries are multiplied by; null means 1 / sqrt(d)."""
+    qk_norm: Norm | None = None
+    """Normalisation of each query and key before the position encoding. Henry et al., QK-norm (2010.04245)."""
+    scores: tuple[Score, ...] = ()
+    """Score modifications, applied in this order after that of the position encoding."""
+    position: Position | None = None
+    """The position encoding of this layer; null means that of the stack."""
+    backend: Literal["auto", "reference", "chunked", "library", "flex"] = "auto"
+    """What computes softmax(q k^T) v: see `polygpt attention list`."""
+    strict: bool = False
+    """Whether a backend that cannot compute this is an error, instead of a logged reason and another backend."""
 
     def validate(self):
         self.require(self.heads >= 1, "heads", "at least 1")
@@ -48,18 +73,43 @@ class MultiHead(Attention):
         """What queries see of what the model's own `mask` lets them see. A variant narrows it: `mask & Window(64)`."""
         return mask
 
-    def build(self, dims: Dims, rngs: nnx.Rngs) -> nnx.Module:
-        return _MultiHead(self, dims, rngs)
+    def score(self, score: Score) -> Score:
+        """What becomes of the scores, after `score`, that of the position encoding. A variant adds: `score.then(...)`."""
+        for modification in self.scores:
+            score = score.then(modification)
+        return score
 
-    def init_cache(self, dims: Dims, rows: int, size: int) -> Any:
-        shape = (rows, self.key_heads(), size, self.width_of_head(dims.width))
-        return {"key": jnp.zeros(shape, dims.dtype), "value": jnp.zeros(shape, dims.dtype)}
+    def rule(self, mask: Mask, dims: Dims) -> Rule:
+        """The static half of what a backend is asked."""
+        return Rule(self.mask(mask), self.score(self.encoding(dims).score() or Score()), self.normalizer)
+
+    def encoding(self, dims: Dims) -> Position:
+        """The position encoding that acts in this layer."""
+        return dims.position if self.position is None else self.position
+
+    def build(self, dims: Dims, rngs: nnx.Rngs) -> nnx.Module:
+        return MultiHeadModule(self, dims, rngs)
+
+    def init_cache(self, dims: Dims, rows: int, size: int, ring: bool = True) -> Any:
+        def one_position():
+            module = self.build(dims, nnx.Rngs(0))
+            return module.remembered(jnp.zeros((rows, 1, dims.width), dims.dtype), blank_context(rows))
+
+        return memory.empty(nnx.eval_shape(one_position), size, self.mask(DECODER), ring)
 
     def score_flops(self, width: int, keys: float) -> float:
         return 4 * self.heads * self.width_of_head(width) * keys
 
+    def backends(self) -> tuple[str, ...]:
+        return dispatch.BACKENDS
 
-class _MultiHead(nnx.Module):
+    def cost(self) -> str:
+        return "4 H d S"
+
+
+class MultiHeadModule(nnx.Module):
+    """The module of a `MultiHead`; variants override one of `queries`, `keys`, `values` and `mixed`."""
+
     def __init__(self, spec: MultiHead, dims: Dims, rngs: nnx.Rngs):
         self.spec, self.dims = spec, dims
         d = spec.width_of_head(dims.width)
@@ -69,33 +119,66 @@ class _MultiHead(nnx.Module):
         self.key = Linear(dims.width, spec.key_heads() * d, bias=key_bias, **options)
         self.value = Linear(dims.width, spec.key_heads() * d, bias=spec.bias, **options)
         self.output = Linear(spec.heads * d, dims.width, bias=spec.bias, scale=dims.output_scale, **options)
+        self.query_norm, self.key_norm = (spec.qk_norm and spec.qk_norm.build(d) for _ in range(2))
+        self.terms = spec.rule(DECODER, dims).score.build(dims.width, spec.heads, rngs=rngs)
 
     def __call__(self, x_BTD: jax.Array, context: Context, cache: Any = None) -> tuple[jax.Array, Any]:
-        query_BHTd, key_BKSd = self._query_and_key(x_BTD, context)
-        value_BKSd = self._heads(self.value(x_BTD))
-        if cache is not None:
-            key_BKSd = jax.lax.dynamic_update_slice_in_dim(cache["key"], key_BKSd, context.cursor, axis=2)
-            value_BKSd = jax.lax.dynamic_update_slice_in_dim(cache["value"], value_BKSd, context.cursor, axis=2)
-            cache = {"key": key_BKSd, "value": value_BKSd}
-        y_BHTd = attend(query_BHTd, key_BKSd, value_BKSd, self._allowed(context))
-        B, H, T, d = y_BHTd.shape
-        return self.output(y_BHTd.transpose(0, 2, 1, 3).reshape(B, T, H * d)), cache
+        seen, key, cache = memory.extend(cache, self.remembered(x_BTD, context), context)
+        operands = self.operands(x_BTD, context, seen, key)
+        rule = self.spec.rule(context.mask, self.dims)
+        y_BHTe, lse_BHT = dispatch.attend(rule, operands, self.spec.backend, self.spec.strict)
+        return self.mixed(y_BHTe, lse_BHT, x_BTD), cache
 
-    def weights(self, x_BTD: jax.Array, context: Context) -> jax.Array:
-        """The attention weights, float32 [B, H, T, T]."""
-        query_BHTd, key_BKSd = self._query_and_key(x_BTD, context)
-        return attention_weights(query_BHTd, key_BKSd, self._allowed(context))
+    def weights(self, x_BTD: jax.Array, context: Context, chosen_R: jax.Array | None = None) -> jax.Array:
+        """The attention weights of the chosen queries, float32 [B, H, R, T]; None means all."""
+        operands = self.operands(x_BTD, context, self.remembered(x_BTD, context), context.key)
+        if chosen_R is not None:
+            operands = operands.of_queries(chosen_R)
+        return reference.attention_weights(self.spec.rule(context.mask, self.dims), operands)
 
-    def _allowed(self, context: Context) -> jax.Array:
-        return allowed(self.spec.mask(context.mask), context.query, context.key)
+    def remembered(self, x_BTD: jax.Array, context: Context) -> Any:
+        """What later queries need of these positions, a pytree of [B, ., T, ...]: the cache holds it."""
+        terms = self._terms(x_BTD, context).key
+        return {"key": self.keys(x_BTD, context), "value": self.values(x_BTD, context), "terms": terms}
 
-    def _query_and_key(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, jax.Array]:
-        rotate, position_BT = self.dims.position.rotate, context.query.position
-        return (
-            rotate(self._heads(self.query(x_BTD)), position_BT),
-            rotate(self._heads(self.key(x_BTD)), position_BT),
-        )
+    def operands(self, x_BTD: jax.Array, context: Context, seen: Any, key: Meta) -> Operands:
+        """The arrays of the problem: queries of `x_BTD` beside everything `seen`, whose metadata is `key`."""
+        d = self.spec.width_of_head(self.dims.width)
+        query_BHTd = self.queries(x_BTD, context)
+        scale = jnp.asarray(d**-0.5 if self.spec.scale is None else self.spec.scale, query_BHTd.dtype)
+        terms = dataclasses.replace(self._terms(x_BTD, context), key=seen["terms"])
+        return Operands(query_BHTd * scale, seen["key"], seen["value"], context.query, key, terms)
 
-    def _heads(self, x_BTE: jax.Array) -> jax.Array:
+    def queries(self, x_BTD: jax.Array, context: Context) -> jax.Array:
+        """[B, H, T, d], with their positions in them."""
+        return self._placed(self.heads(self.query(x_BTD)), self.query_norm, context)
+
+    def keys(self, x_BTD: jax.Array, context: Context) -> jax.Array:
+        """[B, K, T, d], with their positions in them."""
+        return self._placed(self.heads(self.key(x_BTD)), self.key_norm, context)
+
+    def values(self, x_BTD: jax.Array, context: Context) -> jax.Array:
+        """[B, K, T, e]."""
+        return self.heads(self.value(x_BTD))
+
+    def mixed(self, y_BHTe: jax.Array, lse_BHT: jax.Array, x_BTD: jax.Array) -> jax.Array:
+        """What the backend computed, as [B, T, D]."""
+        return self.output(joined(y_BHTe))
+
+    def heads(self, x_BTE: jax.Array) -> jax.Array:
+        """[B, T, heads * d] -> [B, heads, T, d]."""
         d = self.spec.width_of_head(self.dims.width)
         return x_BTE.reshape(*x_BTE.shape[:2], -1, d).transpose(0, 2, 1, 3)
+
+    def _placed(self, x_BHTd, norm, context):
+        x_BHTd = x_BHTd if norm is None else norm(x_BHTd)
+        return self.spec.encoding(self.dims).rotate(x_BHTd, context.query.position, context.coordinate_BT3)
+
+    def _terms(self, x_BTD, context) -> Terms:
+        return Terms() if self.terms is None else self.terms(x_BTD, context.query)
+
+
+def joined(y_BHTe: jax.Array) -> jax.Array:
+    """[B, H, T, e] -> [B, T, H * e]."""
+    B, H, T, e = y_BHTe.shape
+    return y_BHTe.transpose(0, 2, 1, 3).reshape(B, T, H * e)

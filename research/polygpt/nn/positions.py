@@ -1,10 +1,11 @@
 """Position encodings: what tells a model where a token stands.
 
-An encoding may act in two places: `build` gives a module whose output is added to the embeddings, `rotate` turns
-queries and keys inside attention. An encoding that does not act in a place leaves it alone.
+An encoding may act in three places: `build` gives a module whose output is added to the embeddings, `rotate` turns
+queries and keys inside attention, `score` modifies their products. One that does not act in a place leaves it alone.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,15 +16,27 @@ from polygpt.spec import Spec
 
 @dataclasses.dataclass(frozen=True)
 class Position(Spec):
-    """A position encoding. A new one derives from this class and overrides one of the two places."""
+    """A position encoding. A new one derives from this class and overrides one of the three places."""
 
     def build(self, width: int, *, rngs: nnx.Rngs) -> nnx.Module | None:
         """A module `position_BT -> [B, T, D]`, added to the embeddings; None adds nothing."""
         return None
 
-    def rotate(self, x_BHTd: jax.Array, position_BT: jax.Array) -> jax.Array:
-        """Queries or keys as attention is to see them."""
+    def rotate(
+        self, x_BHTd: jax.Array, position_BT: jax.Array, coordinate_BT3: jax.Array | None = None
+    ) -> jax.Array:
+        """Queries or keys as attention is to see them.
+
+        Args:
+            x_BHTd: queries or keys.
+            position_BT: int32, the place in its own example.
+            coordinate_BT3: int32 (time, row, column); None means the position in all three.
+        """
         return x_BHTd
+
+    def score(self) -> Any:
+        """What it does to attention scores, a `polygpt.attention.scores.Score`; None leaves them alone."""
+        return None
 
     def limit(self) -> int | None:
         """The number of distinct positions that the encoding knows; None is without bound."""
@@ -83,7 +96,9 @@ class Rope(Position):
     def validate(self):
         self.require(self.base > 1, "base", "above 1")
 
-    def rotate(self, x_BHTd: jax.Array, position_BT: jax.Array) -> jax.Array:
+    def rotate(
+        self, x_BHTd: jax.Array, position_BT: jax.Array, coordinate_BT3: jax.Array | None = None
+    ) -> jax.Array:
         width = x_BHTd.shape[-1]
         self.require(width % 2 == 0, "base", f"used with heads of an even width, not {width}")
         half = width // 2

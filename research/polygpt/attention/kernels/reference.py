@@ -1,4 +1,4 @@
-"""Softmax attention, materialised: plain, exact, the measure of every other backend.
+"""Attention, materialised: plain, exact, the measure of every other backend.
 
 The order of the axes in the products is chosen for the CPU. XLA transposes an operand of a batched product that is
 contracted over its first matrix axis; with keys and values turned to [.., d, S] that happens, forward and backward, to
@@ -9,34 +9,56 @@ reason.
 import jax
 import jax.numpy as jnp
 
+from polygpt.attention.kernels.problem import Operands, Rule
 
-def attention_weights(query_BHTd: jax.Array, key_BKSd: jax.Array, allowed_BTS: jax.Array) -> jax.Array:
-    """softmax(q k^T / sqrt(d)) over the allowed keys. Vaswani et al. (1706.03762), eq. 1.
+LOWEST = float(jnp.finfo(jnp.float32).min)
+"""Stands for -inf: softmax of a row without keys stays finite, and so does its gradient."""
 
-    Each of the K key heads serves H / K successive query heads (Ainslie et al., GQA, 2305.13245).
 
-    Returns:
-        float32 [B, H, T, S]; a query that may see nothing has weights of zero.
-    """
-    B, H, T, d = query_BHTd.shape
-    K, S = key_BKSd.shape[1:3]
-    scaled = query_BHTd * jnp.asarray(d**-0.5, query_BHTd.dtype)
-    score = jnp.einsum(
+def refuses(rule: Rule, operands: Operands) -> None:
+    """It computes everything."""
+    return None
+
+
+def masked_scores(rule: Rule, operands: Operands) -> tuple[jax.Array, jax.Array]:
+    """Modified scores, float32 [B, H, T, S], and where they may be seen, bool [B, 1, T, S]; LOWEST elsewhere."""
+    B, H, T, d = operands.query_BHTd.shape
+    K, S = operands.key_BKSd.shape[1:3]
+    score_BHTS = jnp.einsum(
         "bktd,bkds->bkts",
-        scaled.reshape(B, K, H // K * T, d),
-        key_BKSd.swapaxes(2, 3),
+        operands.query_BHTd.reshape(B, K, H // K * T, d),
+        operands.key_BKSd.swapaxes(2, 3),
         preferred_element_type=jnp.float32,
     ).reshape(B, H, T, S)
-    allowed_B1TS = allowed_BTS[:, None]
-    # The lowest finite number, not -inf: softmax of a row without keys stays finite, and so does its gradient.
-    score = jnp.where(allowed_B1TS, score, jnp.finfo(jnp.float32).min)
-    return jax.nn.softmax(score, axis=-1) * jnp.any(allowed_B1TS, axis=-1, keepdims=True)
+    query, key, terms = operands.views()
+    visible_B1TS = rule.visible(query, key)
+    return jnp.where(visible_B1TS, rule.score(score_BHTS, query, key, terms), LOWEST), visible_B1TS
 
 
-def attend(query_BHTd: jax.Array, key_BKSd: jax.Array, value_BKSd: jax.Array, allowed_BTS: jax.Array) -> jax.Array:
-    """The weighted mean of the values, [B, H, T, d] in the dtype of the values."""
-    B, H, T, d = query_BHTd.shape
-    K, S = key_BKSd.shape[1:3]
-    weights = attention_weights(query_BHTd, key_BKSd, allowed_BTS).astype(value_BKSd.dtype)
-    y = jnp.einsum("bkts,bkds->bktd", weights.reshape(B, K, H // K * T, S), value_BKSd.swapaxes(2, 3))
-    return y.reshape(B, H, T, d)
+def normalized(rule: Rule, score_BHTS: jax.Array, visible_B1TS: jax.Array) -> jax.Array:
+    """The weights, float32 [B, H, T, S]; zeros for a query that may see nothing."""
+    if rule.normalizer == "sigmoid":
+        return jax.nn.sigmoid(score_BHTS) * visible_B1TS
+    return jax.nn.softmax(score_BHTS, axis=-1) * jnp.any(visible_B1TS, axis=-1, keepdims=True)
+
+
+def attention_weights(rule: Rule, operands: Operands) -> jax.Array:
+    """normalizer(score(q k^T)) over the visible keys, float32 [B, H, T, S]. Vaswani et al. (1706.03762), eq. 1."""
+    return normalized(rule, *masked_scores(rule, operands))
+
+
+def weighted_values(weights_BHTS: jax.Array, value_BKSe: jax.Array) -> jax.Array:
+    """[B, H, T, e] in the dtype of the values."""
+    B, H, T, S = weights_BHTS.shape
+    K, e = value_BKSe.shape[1], value_BKSe.shape[3]
+    weights = weights_BHTS.astype(value_BKSe.dtype).reshape(B, K, H // K * T, S)
+    return jnp.einsum("bkts,bkds->bktd", weights, value_BKSe.swapaxes(2, 3)).reshape(B, H, T, e)
+
+
+def attend(rule: Rule, operands: Operands) -> tuple[jax.Array, jax.Array]:
+    """(y_BHTe, lse_BHT), as the folder's `problem.py` says."""
+    score_BHTS, visible_B1TS = masked_scores(rule, operands)
+    y_BHTe = weighted_values(normalized(rule, score_BHTS, visible_B1TS), operands.value_BKSe)
+    if rule.normalizer == "sigmoid":
+        return y_BHTe, jnp.zeros(y_BHTe.shape[:3], jnp.float32)
+    return y_BHTe, jax.nn.logsumexp(score_BHTS, axis=-1)

@@ -1,0 +1,90 @@
+"""What an attention backend is asked: a rule, known when the program is compiled, and the arrays it acts on.
+
+A backend is a file of this folder with two functions:
+
+    refuses(rule, operands) -> str | None      why it cannot compute this, or None
+    attend(rule, operands) -> (y_BHTe, lse_BHT)
+
+y is in the dtype of the values; lse, float32, is the logarithm of the sum of exponentiated scores, differentiable, for
+combining the results of several calls. A query that may see nothing has y = 0, a very negative finite lse, and zero
+gradients. With the sigmoid normalizer there is no sum and lse is 0.
+
+Axis letters: B rows, H query heads, K key heads, T queries, S keys, d width of a query, e width of a value.
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from polygpt.attention.masks import Mask, Meta
+from polygpt.attention.scores import Score, Terms
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """The static half.
+
+    Attributes:
+        mask: who may see whom; padding keys (segment 0) are never seen, whatever it says.
+        score: what becomes of q k^T (queries come scaled already) before the normalizer.
+        normalizer: how scores become weights.
+    """
+
+    mask: Mask
+    score: Score = Score()
+    normalizer: Literal["softmax", "sigmoid"] = "softmax"
+
+    def visible(self, query: Meta, key: Meta) -> jax.Array:
+        """bool, of the shape that the arrays of `query` and `key` broadcast to."""
+        return self.mask(query, key) & (key.segment > 0)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Operands:
+    """The arrays. Each of the K key heads serves H / K successive query heads (Ainslie et al., GQA, 2305.13245).
+
+    Attributes:
+        query_BHTd: scaled queries.
+        key_BKSd: keys.
+        value_BKSe: values.
+        query: metadata of the queries, [B, T].
+        key: metadata of the keys, [B, S].
+        terms: what the score modification reads.
+    """
+
+    query_BHTd: jax.Array
+    key_BKSd: jax.Array
+    value_BKSe: jax.Array
+    query: Meta
+    key: Meta
+    terms: Terms = Terms()
+
+    def of_queries(self, chosen_R: jax.Array) -> "Operands":
+        """The same problem for the chosen queries alone, int32 indices into T."""
+
+        def chosen(x, axis):
+            return jnp.take(x, chosen_R, axis=axis)
+
+        return dataclasses.replace(
+            self,
+            query_BHTd=chosen(self.query_BHTd, 2),
+            query=jax.tree.map(lambda x: chosen(x, 1), self.query),
+            terms=dataclasses.replace(self.terms, query={name: chosen(x, 2) for name, x in self.terms.query.items()}),
+        )
+
+    def views(self) -> tuple[Meta, Meta, Terms]:
+        """Metadata and terms with the four axes of scores, [B, 1, T, 1], [B, 1, 1, S] and so on."""
+        query = jax.tree.map(lambda x: x[:, None, :, None], self.query)
+        key = jax.tree.map(lambda x: x[:, None, None, :], self.key)
+        return query, key, self.broadcast_terms()
+
+    def broadcast_terms(self) -> Terms:
+        """Terms as a modification reads them beside a score [B, H, T, S]."""
+        return Terms(
+            {name: x[..., None, :, None, None] for name, x in self.terms.head.items()},
+            {name: x[..., None] for name, x in self.terms.query.items()},
+            {name: x[:, :, None, :] for name, x in self.terms.key.items()},
+        )

@@ -1,0 +1,129 @@
+"""Score modifications: pure functions of a score and of where it stands, composed in order.
+
+A modification is written once, as if for one pair of query and key, and every backend applies it: to the whole matrix,
+to the tile of a fused kernel, to one decode step. What it needs beside the metadata, parameters or projections of the
+layer's input, it names as `Terms`; they come broadcast against the score.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from polygpt.attention.masks import Meta
+from polygpt.spec import Spec
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Terms:
+    """Arrays that a modification reads, by name; float32 and differentiable.
+
+    Attributes:
+        head: [..., H], a number or a table a head.
+        query: [B, H, T], a number a head and query.
+        key: [B, H, S], a number a head and key; the cache remembers them.
+    """
+
+    head: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+    query: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+    key: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Score(Spec):
+    """A modification; this base class leaves the score alone. A new one derives from it and overrides `__call__`."""
+
+    def __call__(self, score: jax.Array, query: Meta, key: Meta, terms: Terms) -> jax.Array:
+        """The new score, float32.
+
+        All arrays have the rank of `score` and broadcast against it; a term [..., H] keeps its leading axes before them.
+        It is called for pairs that the mask forbids too and must be finite there, and its gradient as well.
+        """
+        return score
+
+    def build(self, width: int, heads: int, *, rngs: nnx.Rngs) -> nnx.Module | None:
+        """A module `(x_BTD, meta) -> Terms` for `heads` heads at the model width `width`; None where there are none."""
+        return None
+
+    def then(self, other: "Score") -> "Score":
+        """This one first, `other` on its result."""
+        if type(self) is Score or type(other) is Score:
+            return self if type(other) is Score else other
+        return Then(self, other)
+
+
+@dataclasses.dataclass(frozen=True)
+class Then(Score):
+    """Two modifications, one after the other."""
+
+    first: Score
+    second: Score
+
+    def __call__(self, score, query, key, terms):
+        score = self.first(score, query, key, _of("first", terms))
+        return self.second(score, query, key, _of("second", terms))
+
+    def build(self, width, heads, *, rngs):
+        return _Then(self, width, heads, rngs)
+
+
+class _Then(nnx.Module):
+    def __init__(self, spec: Then, width: int, heads: int, rngs: nnx.Rngs):
+        self.first = spec.first.build(width, heads, rngs=rngs)
+        self.second = spec.second.build(width, heads, rngs=rngs)
+
+    def __call__(self, x_BTD: jax.Array, meta: Meta) -> Terms:
+        parts = {
+            name: Terms() if module is None else module(x_BTD, meta)
+            for name, module in (("first", self.first), ("second", self.second))
+        }
+        return Terms(
+            *(
+                {f"{name}.{key}": array for name, terms in parts.items() for key, array in getattr(terms, kind).items()}
+                for kind in ("head", "query", "key")
+            )
+        )
+
+
+def _of(name: str, terms: Terms) -> Terms:
+    """The terms of one of two modifications."""
+
+    def own(arrays):
+        return {key.removeprefix(f"{name}."): a for key, a in arrays.items() if key.startswith(f"{name}.")}
+
+    return Terms(own(terms.head), own(terms.query), own(terms.key))
+
+
+def lookup(table: jax.Array, index: jax.Array) -> jax.Array:
+    """table[index] of a head term [n, ...]: `index` is int32 of the score's shape, in [0, n).
+
+    A sum of selections, not a gather: the one form that every kernel compiles and differentiates. Use it for small n.
+    """
+    return sum(jnp.where(index == i, table[i], 0.0) for i in range(table.shape[0]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale(Score):
+    """The score times a factor, beside the usual 1 / sqrt(d)."""
+
+    factor: float = 1.0
+    """The factor."""
+
+    def __call__(self, score, query, key, terms):
+        return score * self.factor
+
+
+@dataclasses.dataclass(frozen=True)
+class SoftCap(Score):
+    """cap * tanh(score / cap): scores stay within the cap. Gemma 2 (2408.00118), section 2, "logit soft-capping"."""
+
+    cap: float = 50.0
+    """The bound that scores approach."""
+
+    def validate(self):
+        self.require(self.cap > 0, "cap", "above 0")
+
+    def __call__(self, score, query, key, terms):
+        return self.cap * jnp.tanh(score / self.cap)
