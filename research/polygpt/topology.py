@@ -1,0 +1,115 @@
+"""Compiling for TPUs ahead of time, on a machine that has none.
+
+libtpu bears the whole TPU compiler, so a program can be compiled for any slice anywhere: its compiled text and its
+memory are those of the real thing, but it cannot be run. Kernels that look different on a TPU are to be told so by
+whoever calls (`attention.kernels.dispatch.compiling_for("tpu")`).
+"""
+
+import contextlib
+import importlib.util
+import os
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from polygpt.errors import UserError
+
+FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+SOLID = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16")
+SHAPES = {"v4": SOLID, "v5e": FLAT, "v5p": SOLID, "v6e": FLAT, "tpu7x": SOLID}
+"""Generations, and the shapes in chips of their slices; a solid one may also be of any three multiples of 4."""
+MEGACORE = {"v4": {"chip_config_name": "megacore"}}
+"""Generations whose two cores a chip act as one device, where that is not libtpu's own default."""
+ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",  # do not ask the cloud's metadata server, which does not answer elsewhere
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # else a second process on this machine stops at a lock file
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # these two: what it would ask for, and complain of
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
+"""What libtpu reads when it is loaded."""
+
+
+def devices(name: str, slices: int = 1) -> list[jax.Device]:
+    """The devices of a slice such as "v5e:4x8", to make meshes and shardings of; arrays cannot be put there.
+
+    Args:
+        name: one of the shapes that the generation is offered in, see `SHAPES`.
+        slices: how many such slices, joined by the data-centre network.
+
+    Raises:
+        UserError: there is no such slice, or libtpu is not installed.
+    """
+    generation, _, shape = name.partition(":")
+    shapes = SHAPES.get(generation)
+    # libtpu takes an empty name for a v2, and shapes that nobody is offered.
+    if shapes is None:
+        examples = ", ".join(f"{generation}:{shapes[1]}" for generation, shapes in SHAPES.items())
+        raise UserError(f"no TPU slice is called {name!r}: accepted are GENERATION:SHAPE, such as {examples}")
+    if shape not in shapes and not (shapes is SOLID and _multiples_of_4(shape)):
+        raise UserError(f"no TPU slice is called {name!r}: {_accepted(generation)}")
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError("compiling for a TPU needs libtpu, which is not installed: pip install 'polygpt[tpu]'")
+    options = dict(MEGACORE.get(generation, {}))
+    if shape == "1x1":  # one chip; a host has four unless it is told otherwise
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    if slices > 1:
+        options["num_slices"] = slices
+    jax.devices()  # a TPU that this machine has is found before libtpu is told that there is none
+    try:
+        with _environment():
+            found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(f"TPU slice {name!r}: {str(error).splitlines()[0]}; {_accepted(generation)}") from error
+    return list(found.devices)
+
+
+def compile_for(name: str, function: Callable, *arguments: Any) -> jax.stages.Compiled:
+    """`function` compiled for one device of the slice called `name`: its `as_text()`, `memory_analysis()`.
+
+    Args:
+        name: as of `devices`.
+        function: what `jax.jit` takes, or has taken.
+        arguments: pytrees of arrays or `jax.ShapeDtypeStruct`; only shapes and types are looked at.
+
+    Raises:
+        UserError: as `devices`. What the TPU compiler refuses is a `jax.errors.JaxRuntimeError`; RESOURCE_EXHAUSTED,
+            with the figures, where the device's memory does not suffice.
+    """
+    place = jax.sharding.SingleDeviceSharding(devices(name)[0])
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), arguments)
+    return compiled(jax.jit(function, out_shardings=place).lower(*shapes))
+
+
+def compiled(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """`lowered.compile()` for devices of `devices`, around the persistent cache: it would write what it cannot read."""
+    setting = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, setting)
+    jax.config.update(setting, float("inf"))
+    try:
+        return lowered.compile()
+    finally:
+        jax.config.update(setting, before)
+
+
+def _accepted(generation: str) -> str:
+    shapes = SHAPES[generation]
+    return f"accepted for {generation} are {', '.join(shapes)}" + (", three multiples of 4" if shapes is SOLID else "")
+
+
+def _multiples_of_4(shape: str) -> bool:
+    return re.fullmatch(r"\d+x\d+x\d+", shape) is not None and all(int(n) and int(n) % 4 == 0 for n in shape.split("x"))
+
+
+@contextlib.contextmanager
+def _environment() -> Iterator[None]:
+    """`ENVIRONMENT`, while libtpu is loaded; what was set before stays, and is left as it was."""
+    added = {name: value for name, value in ENVIRONMENT.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for variable in added:
+            del os.environ[variable]
