@@ -2,8 +2,8 @@
 grouped-query (Ainslie et al., 2305.13245) forms: as many key and value heads as query heads, one, or some.
 
 Most variants of the softmax family derive from here. What a variant changes is a method of the specification (`mask`,
-`score`, `normalizer`) or of the module (`queries`, `keys`, `values`, `mixed`); projections, positions, cache, backends,
-packing and weights for pictures are inherited.
+`score`, `normalizer`) or of the module (`queries`, `keys`, `values`, `mixed`; `project`, `attend` and `weigh` where it
+changes more); positions, cache, backends, packing and weights for pictures are inherited.
 """
 
 import dataclasses
@@ -69,12 +69,16 @@ class MultiHead(Attention):
             self.require(width % self.heads == 0, "heads", f"a divisor of the model width ({width}), or set head_width")
         return self.head_width or width // self.heads
 
+    def width_of_query(self, width: int) -> int:
+        """The width of the vectors whose products are scores, for their scale and norm: d, unless a variant differs."""
+        return self.width_of_head(width)
+
     def mask(self, mask: Mask) -> Mask:
         """What queries see of what the model's own `mask` lets them see. A variant narrows it: `mask & Window(64)`."""
         return mask
 
     def score(self, score: Score) -> Score:
-        """What becomes of the scores, after `score`, that of the position encoding. A variant adds: `score.then(...)`."""
+        """What becomes of scores after `score`, the position encoding's. A variant adds to it: `score.then(...)`."""
         for modification in self.scores:
             score = score.then(modification)
         return score
@@ -108,33 +112,46 @@ class MultiHead(Attention):
 
 
 class MultiHeadModule(nnx.Module):
-    """The module of a `MultiHead`; variants override one of `queries`, `keys`, `values` and `mixed`."""
+    """The module of a `MultiHead`; a variant overrides some of its methods."""
 
     def __init__(self, spec: MultiHead, dims: Dims, rngs: nnx.Rngs):
         self.spec, self.dims = spec, dims
-        d = spec.width_of_head(dims.width)
+        self.project(rngs)
+        self.query_norm, self.key_norm = (
+            spec.qk_norm and spec.qk_norm.build(spec.width_of_query(dims.width)) for _ in range(2)
+        )
+        self.terms = spec.rule(DECODER, dims).score.build(dims.width, spec.heads, rngs=rngs)
+
+    def project(self, rngs: nnx.Rngs) -> None:
+        """Makes the projections."""
+        spec, dims, d = self.spec, self.dims, self.spec.width_of_head(self.dims.width)
         key_bias = spec.bias if spec.key_bias is None else spec.key_bias
         options = {"rngs": rngs, "dtype": dims.dtype}
         self.query = Linear(dims.width, spec.heads * d, bias=spec.bias, **options)
         self.key = Linear(dims.width, spec.key_heads() * d, bias=key_bias, **options)
         self.value = Linear(dims.width, spec.key_heads() * d, bias=spec.bias, **options)
         self.output = Linear(spec.heads * d, dims.width, bias=spec.bias, scale=dims.output_scale, **options)
-        self.query_norm, self.key_norm = (spec.qk_norm and spec.qk_norm.build(d) for _ in range(2))
-        self.terms = spec.rule(DECODER, dims).score.build(dims.width, spec.heads, rngs=rngs)
 
     def __call__(self, x_BTD: jax.Array, context: Context, cache: Any = None) -> tuple[jax.Array, Any]:
         seen, key, cache = memory.extend(cache, self.remembered(x_BTD, context), context)
         operands = self.operands(x_BTD, context, seen, key)
-        rule = self.spec.rule(context.mask, self.dims)
-        y_BHTe, lse_BHT = dispatch.attend(rule, operands, self.spec.backend, self.spec.strict)
-        return self.mixed(y_BHTe, lse_BHT, x_BTD), cache
+        y_BHTe, lse_BHT = self.attend(self.spec.rule(context.mask, self.dims), operands)
+        return self.mixed(y_BHTe, lse_BHT, x_BTD, context), cache
 
     def weights(self, x_BTD: jax.Array, context: Context, chosen_R: jax.Array | None = None) -> jax.Array:
         """The attention weights of the chosen queries, float32 [B, H, R, T]; None means all."""
         operands = self.operands(x_BTD, context, self.remembered(x_BTD, context), context.key)
         if chosen_R is not None:
             operands = operands.of_queries(chosen_R)
-        return reference.attention_weights(self.spec.rule(context.mask, self.dims), operands)
+        return self.weigh(self.spec.rule(context.mask, self.dims), operands)
+
+    def attend(self, rule: Rule, operands: Operands) -> tuple[jax.Array, jax.Array]:
+        """(y_BHTe, lse_BHT), by the backend."""
+        return dispatch.attend(rule, operands, self.spec.backend, self.spec.strict)
+
+    def weigh(self, rule: Rule, operands: Operands) -> jax.Array:
+        """The weights of what `attend` computes, float32 [B, H, T, S]."""
+        return reference.attention_weights(rule, operands)
 
     def remembered(self, x_BTD: jax.Array, context: Context) -> Any:
         """What later queries need of these positions, a pytree of [B, ., T, ...]: the cache holds it."""
@@ -143,7 +160,7 @@ class MultiHeadModule(nnx.Module):
 
     def operands(self, x_BTD: jax.Array, context: Context, seen: Any, key: Meta) -> Operands:
         """The arrays of the problem: queries of `x_BTD` beside everything `seen`, whose metadata is `key`."""
-        d = self.spec.width_of_head(self.dims.width)
+        d = self.spec.width_of_query(self.dims.width)
         query_BHTd = self.queries(x_BTD, context)
         scale = jnp.asarray(d**-0.5 if self.spec.scale is None else self.spec.scale, query_BHTd.dtype)
         terms = dataclasses.replace(self._terms(x_BTD, context), key=seen["terms"])
@@ -161,7 +178,7 @@ class MultiHeadModule(nnx.Module):
         """[B, K, T, e]."""
         return self.heads(self.value(x_BTD))
 
-    def mixed(self, y_BHTe: jax.Array, lse_BHT: jax.Array, x_BTD: jax.Array) -> jax.Array:
+    def mixed(self, y_BHTe: jax.Array, lse_BHT: jax.Array, x_BTD: jax.Array, context: Context) -> jax.Array:
         """What the backend computed, as [B, T, D]."""
         return self.output(joined(y_BHTe))
 
