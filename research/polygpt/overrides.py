@@ -1,7 +1,8 @@
 """Specifications overridden by dotted names, `{"model.decoder.depth": "4"}`: what a command line may set, and sets.
 
 The text of a value is read as JSON where it is JSON. A field that holds a specification takes another class by name,
-`"package.module:Class"`, and keeps the fields that both classes share.
+`"package.module:Class"`, and keeps the fields that both classes share. A list of specifications takes such names too,
+with their defaults: `'["package.module:Class", null]'`.
 """
 
 import json
@@ -11,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Union
 
 from polygpt.errors import SpecError
-from polygpt.spec import Spec, conform, field_help, from_json, hints, load_class, nearest
+from polygpt.spec import Spec, conform, field_help, from_json, hints, load_class, nearest, to_json
 
 
 def override(spec: Any, changes: Mapping[str, str]) -> Any:
@@ -81,11 +82,18 @@ def _parse(value: Any, annotation: Any, text: str, name: str) -> Any:
         except TypeError as error:
             raise SpecError(f"--{name}: {cls.__name__} needs more than its class: {error}") from None
     else:
-        data = from_json(data, f"--{name}")
+        data = from_json(_named(data, annotation), f"--{name}")
     try:
         return conform(annotation, data, f"--{name}")
     except SpecError:
         return conform(annotation, text, f"--{name}")  # a field of text whose value looks like JSON: --name 12
+
+
+def _named(data: Any, annotation: Any) -> Any:
+    """Class names in a list of specifications become what they name, with its defaults, as JSON data."""
+    if not (isinstance(data, list) and typing.get_origin(annotation) is tuple and _holds_spec(_inner(annotation), None)):
+        return data
+    return [to_json(load_class(item)()) if isinstance(item, str) else item for item in data]
 
 
 def _holds_spec(annotation: Any, value: Any) -> bool:

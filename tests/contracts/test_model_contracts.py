@@ -96,7 +96,7 @@ def test_attention_computes_in_bfloat16(variant):
     assert (outputs.hidden_BTD.dtype, outputs.logits_BTV.dtype) == (jnp.bfloat16, jnp.float32)
     cache = jax.eval_shape(lambda: model.init_cache(2, 6))
     for leaf in jax.tree.leaves(cache.layers):
-        assert leaf.shape[:2] == (model_spec.decoder.depth, 2), "the axis of blocks, then that of rows"
+        assert leaf.shape[:2] == (model_spec.decoder.depth, 2), "the axis of stacked blocks, then that of rows"
 
 
 def test_attention_counts_its_flops(variant):

@@ -91,12 +91,15 @@ def test_some_modalities_may_be_left_out_of_a_piece(toy):
 def test_attention_weights_are_distributions_over_what_may_be_seen():
     model, params = tiny_model(adapters=LIGHT)
     batch = build(ROWS, T, bidirectional=True)
-    weights_LBHTT = np.asarray(jax.jit(model.attention)(params, batch))
+    found = jax.jit(model.attention)(params, batch)
+    weights_LBHTT = np.stack([found[layer] for layer in range(2)])
     assert weights_LBHTT.shape == (2, 3, 4, T, T) and weights_LBHTT.dtype == np.float32
     real = batch.segment_BT > 0
     np.testing.assert_allclose(weights_LBHTT.sum(-1), np.broadcast_to(real[None, :, None], (2, 3, 4, T)), atol=1e-6)
     together_BTT = (batch.span_BT[:, :, None] == batch.span_BT[:, None]) & (batch.span_BT > 0)[:, None]
     later_BTT = np.triu(np.ones((T, T), bool), 1) & ~together_BTT
     assert not weights_LBHTT[np.broadcast_to(later_BTT[None, :, None], weights_LBHTT.shape)].any()
+    chosen = jax.jit(model.attention)(params, batch, np.int32([5, 2]))
+    np.testing.assert_allclose(chosen[1], weights_LBHTT[1][:, :, [5, 2]], rtol=0, atol=1e-6)
     picture = np.flatnonzero(batch.modality_BT[0] == 1 + list(ADAPTERS).index("image"))
     assert (weights_LBHTT[:, 0, :, picture[0], picture[-1]] > 0).all(), "a picture sees all of itself"

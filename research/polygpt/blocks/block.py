@@ -30,6 +30,6 @@ class Block(nnx.Module):
         x_BTD = x_BTD + dropout(y_BTD, self.dropout, attention_key)
         return x_BTD + dropout(self.mlp(self.mlp_norm(x_BTD)), self.dropout, mlp_key), cache
 
-    def weights(self, x_BTD: jax.Array, context: Context) -> jax.Array:
-        """The attention weights of this block, float32 [B, H, T, T]."""
-        return self.attention.weights(self.attention_norm(x_BTD), context)
+    def weights(self, x_BTD: jax.Array, context: Context, chosen_R: jax.Array | None = None) -> jax.Array:
+        """The attention weights of the chosen queries of this block, float32 [B, H, R, T]; None means all."""
+        return self.attention.weights(self.attention_norm(x_BTD), context, chosen_R)

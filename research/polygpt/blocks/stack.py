@@ -18,14 +18,14 @@ from polygpt.spec import Spec
 
 @dataclasses.dataclass(frozen=True)
 class StackSpec(Spec):
-    """A number of equal pre-norm blocks and a last normalisation."""
+    """A number of pre-norm blocks and a last normalisation; the blocks are equal but for their attention."""
 
     width: int = 128
     """D, the model width."""
     depth: int = 4
     """L, the number of blocks."""
     attention: Attention = MultiHead()
-    """The attention variant of every block."""
+    """The attention variant of the blocks."""
     mlp: FeedForward = MLP()
     """The feed-forward layer of every block."""
     norm: Norm = LayerNorm()
@@ -35,14 +35,27 @@ class StackSpec(Spec):
     dropout: float = 0.0
     """Probability of dropping an element of the embeddings and of each residual branch, in training."""
     scan: bool = True
-    """Compile one block and scan it over stacked parameters: quick to compile; on a CPU slower to run than `false`."""
+    """Compile one pattern of blocks and scan it over stacked parameters: quick to compile; on a CPU slower to run."""
     remat: Literal["none", "dots", "full"] = "none"
     """What the backward pass computes anew: nothing, all but matrix products, or everything inside a block."""
+    pattern: tuple[Attention | None, ...] = ()
+    """Variants of successive blocks, repeated to the depth; null is `attention`: [null, null, null, "FILE:CLASS"]."""
 
     def validate(self):
         self.require(self.width >= 1, "width", "at least 1")
         self.require(self.depth >= 0, "depth", "at least 0")
         self.require(0 <= self.dropout < 1, "dropout", "at least 0 and below 1")
+        whole = self.depth % len(self.period()) == 0
+        self.require(whole or not self.scan, "depth", f"a multiple of the pattern's {len(self.pattern)} (or scan false)")
+
+    def period(self) -> tuple[Attention, ...]:
+        """The attention variants that repeat."""
+        return tuple(variant or self.attention for variant in self.pattern) or (self.attention,)
+
+    def variants(self) -> tuple[Attention, ...]:
+        """The attention variant of each of the L blocks."""
+        period = self.period()
+        return tuple(period[layer % len(period)] for layer in range(self.depth))
 
     def dims(self, dtype: str) -> Dims:
         """What the attention variant needs to know. Residual branches start at 1/sqrt(2 L): GPT-2, section 2.3."""
@@ -50,72 +63,118 @@ class StackSpec(Spec):
 
     def score_flops(self, keys: float) -> float:
         """FLOPs of all blocks' attention beside its matrices, for one position that sees `keys` keys."""
-        return self.depth * self.attention.score_flops(self.width, keys)
+        return sum(variant.score_flops(self.width, keys) for variant in self.variants())
 
-    def init_cache(self, rows: int, size: int, dtype: str) -> Any:
-        """Empty caches of all blocks for `size` positions, the axis of blocks first."""
-        one = self.attention.init_cache(self.dims(dtype), rows, size)
-        return jax.tree.map(lambda x: jnp.broadcast_to(x, (self.depth, *x.shape)), one)
+    def init_cache(self, rows: int, size: int, dtype: str) -> tuple:
+        """Empty caches for `size` positions: of every block, or scanned, of every block of the pattern, stacked."""
+        dims = self.dims(dtype)
+        if not self.scan:
+            return tuple(variant.init_cache(dims, rows, size) for variant in self.variants())
+        times = self.depth // len(self.period())
+
+        def stacked(variant):
+            one = variant.init_cache(dims, rows, size)
+            return jax.tree.map(lambda x: jnp.broadcast_to(x, (times, *x.shape)), one)
+
+        return tuple(stacked(variant) for variant in self.period()) if self.depth else ()
 
 
 class Stack(nnx.Module):
-    """The module of a `StackSpec`. Parameters: `blocks/attention/...` [L, ...] if scanned, else `blocks/0/...`."""
+    """The module of a `StackSpec`.
+
+    Parameters: `blocks/attention/...` [L, ...] if scanned, `blocks/0/...`, `blocks/1/...` if not; scanned with a pattern
+    of p blocks `blocks/0/...` to `blocks/<p - 1>/...`, each [L / p, ...].
+    """
 
     def __init__(self, spec: StackSpec, *, rngs: nnx.Rngs, dtype: str):
         self.spec, self.dtype = spec, dtype
-        dims = spec.dims(dtype)
+        dims, period = spec.dims(dtype), spec.period()
 
-        def block(key):
-            return Block(spec.attention, spec.mlp, spec.norm, spec.dropout, dims, nnx.Rngs(key))
+        def block(variant):
+            return lambda key: Block(variant, spec.mlp, spec.norm, spec.dropout, dims, nnx.Rngs(key))
 
         keys = jax.random.split(rngs.params(), max(spec.depth, 1))
         if spec.depth == 0:
             self.blocks = None
-        elif spec.scan:
-            self.blocks = nnx.vmap(block)(keys)
+        elif not spec.scan:
+            self.blocks = nnx.List([block(variant)(key) for variant, key in zip(spec.variants(), keys, strict=True)])
+        elif len(period) == 1:
+            self.blocks = nnx.vmap(block(period[0]))(keys)
         else:
-            self.blocks = nnx.List([block(key) for key in keys])
+            p = len(period)
+            self.blocks = nnx.List([nnx.vmap(block(variant))(keys[i::p]) for i, variant in enumerate(period)])
         self.norm = spec.norm.build(spec.width)
 
     def __call__(
         self, x_BTD: jax.Array, context: Context, cache: Any = None, key: jax.Array | None = None
     ) -> tuple[jax.Array, Any]:
         """[B, T, D] -> ([B, T, D] normalised, cache)."""
+        context = dataclasses.replace(context, inputs_BTD=x_BTD)
 
         def call(block, x_BTD, layer, cache):
             return block(x_BTD, context, cache, None if key is None else jax.random.fold_in(key, layer))
 
-        x_BTD, cache = self._over_blocks(call, x_BTD, cache)
+        if self.blocks is not None:
+            x_BTD, cache = self._over_blocks(call, x_BTD.astype(self.dtype), cache)
         return self.norm(x_BTD), cache
 
-    def weights(self, x_BTD: jax.Array, context: Context) -> jax.Array:
-        """The attention weights of every block, float32 [L, B, H, T, T]."""
+    def weights(self, x_BTD: jax.Array, context: Context, chosen_R: jax.Array | None = None) -> dict[int, jax.Array]:
+        """By block, the attention weights of the chosen queries, float32 [B, H, R, T]; None means all.
+
+        Blocks whose attention has no weights to look at are left out.
+        """
+        context = dataclasses.replace(context, inputs_BTD=x_BTD)
 
         def call(block, x_BTD, layer, cache):
-            return block(x_BTD, context)[0], block.weights(x_BTD, context)
+            found = block.weights(x_BTD, context, chosen_R) if hasattr(block.attention, "weights") else None
+            return block(x_BTD, context)[0], found
 
-        return self._over_blocks(call, x_BTD, None)[1]
-
-    def _over_blocks(self, call, x_BTD, cache):
-        """Threads x through `call(block, x, layer, cache of the layer) -> (x, output)`; the outputs come stacked."""
         if self.blocks is None:
-            return x_BTD, cache
-        layers = jnp.arange(self.spec.depth)
-        x_BTD = x_BTD.astype(self.dtype)
+            return {}
+        _, outputs = self._over_blocks(call, x_BTD.astype(self.dtype), None)
+        if self.spec.scan:  # of every block of the pattern, stacked
+            outputs = [jax.tree.map(lambda leaf, i=i: leaf[i], found) for i in range(self._times) for found in outputs]
+        return {layer: found for layer, found in enumerate(outputs) if found is not None}
+
+    @property
+    def _times(self) -> int:
+        return self.spec.depth // len(self.spec.period())
+
+    def _over_blocks(self, call, x_BTD, caches):
+        """Threads x through `call(block, x, layer, cache of the layer) -> (x, output)`.
+
+        The outputs are a tuple as `init_cache` gives it: an output is the new cache where there are caches.
+        """
         if not self.spec.scan:
             outputs = []
             for layer, block in enumerate(self.blocks):
-                here = jax.tree.map(lambda leaf, layer=layer: leaf[layer], cache)
-                x_BTD, output = self._remat(call, block)(x_BTD, layer, here)
+                x_BTD, output = self._remat(call, block)(x_BTD, layer, caches and caches[layer])
                 outputs.append(output)
-            return x_BTD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
-        graphdef, stacked = nnx.split(self.blocks)
+            return x_BTD, tuple(outputs)
+        p = len(self.spec.period())
+        split = [nnx.split(block) for block in (self.blocks if p > 1 else [self.blocks])]
 
-        def body(x_BTD, inputs):
-            params, layer, here = inputs
-            return self._remat(call, nnx.merge(graphdef, params))(x_BTD, layer, here)
+        # Caches are carried, not scanned over: the loop then updates them in place.
+        def body(carry, inputs):
+            x_BTD, caches = carry
+            params, time = inputs
+            outputs = []
+            for i, (graphdef, _) in enumerate(split):
+                here = caches and jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, time, 0, False), caches[i])
+                block = nnx.merge(graphdef, params[i])
+                x_BTD, output = self._remat(call, block)(x_BTD, time * p + i, here)
+                outputs.append(output)
+            if caches is None:
+                return (x_BTD, None), tuple(outputs)
 
-        return jax.lax.scan(body, x_BTD, (stacked, layers, cache))
+            def write(leaf, new):
+                return jax.lax.dynamic_update_index_in_dim(leaf, new, time, 0)
+
+            return (x_BTD, jax.tree.map(write, caches, tuple(outputs))), None
+
+        xs = tuple(params for _, params in split), jnp.arange(self._times)
+        (x_BTD, caches), outputs = jax.lax.scan(body, (x_BTD, caches), xs)
+        return x_BTD, outputs if caches is None else caches
 
     def _remat(self, call, block):
         if self.spec.remat == "none":

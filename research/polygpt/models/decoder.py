@@ -37,7 +37,7 @@ class Cache:
     """All that a decoder remembers of the positions it has read.
 
     Attributes:
-        layers: the caches of the attention variant, the axis of blocks first.
+        layers: the caches of the blocks, as `StackSpec.init_cache` lays them out.
         seen: metadata of the positions in the cache, [B, S]; segment 0 where nothing has been written.
         cursor: int32 scalar, the number of positions written so far, padding included.
     """
@@ -84,9 +84,9 @@ class Decoder(Stack):
             return x_BTD, None
         return x_BTD, Cache(layers, seen, cache.cursor + batch.shape[1])
 
-    def weights(self, x_BTD: jax.Array, batch: Batch) -> jax.Array:
-        """The attention weights of every block, float32 [L, B, H, T, T]."""
-        return super().weights(self._place(x_BTD, batch), self._context(batch, None)[0])
+    def weights(self, x_BTD: jax.Array, batch: Batch, chosen_R: jax.Array | None = None) -> dict[int, jax.Array]:
+        """By block, the attention weights of the chosen positions, float32 [B, H, R, T]; None means all."""
+        return super().weights(self._place(x_BTD, batch), self._context(batch, None)[0], chosen_R)
 
     def _place(self, x_BTD, batch):
         if self.position is None:

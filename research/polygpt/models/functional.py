@@ -83,9 +83,13 @@ class Model:
             hidden_BTD = jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)
         return module.logits(hidden_BTD), cache
 
-    def attention(self, params: Params, batch: Batch) -> jax.Array:
-        """The decoder's attention weights, float32 [L, B, H, T, T]."""
-        return self._module(params).weights(batch)
+    def attention(self, params: Params, batch: Batch, chosen_R: jax.Array | None = None) -> dict[int, jax.Array]:
+        """By block of the decoder, the attention weights of the chosen positions, float32 [B, H, R, T].
+
+        Exact, and beside whatever backend the model computes with; None means all positions. Blocks whose attention has
+        no weights to look at are left out.
+        """
+        return self._module(params).weights(batch, chosen_R)
 
     def _build(self, key: jax.Array) -> MultimodalModel:
         return MultimodalModel(self.spec, self.vocabulary, nnx.Rngs(key))

@@ -68,6 +68,6 @@ class MultimodalModel(nnx.Module):
             return self.text.logits(hidden_BTD)
         return self.head(hidden_BTD, output_dtype="float32")
 
-    def weights(self, batch: Batch) -> jax.Array:
-        """The decoder's attention weights, float32 [L, B, H, T, T]."""
-        return self.decoder.weights(self.embed(batch), batch)
+    def weights(self, batch: Batch, chosen_R: jax.Array | None = None) -> dict[int, jax.Array]:
+        """By block of the decoder, the attention weights of the chosen positions, float32 [B, H, R, T]."""
+        return self.decoder.weights(self.embed(batch), batch, chosen_R)

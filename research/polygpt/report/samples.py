@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
-from flax import nnx
 
 from polygpt.data.example import Example, Medium, Text
 from polygpt.data.layout import lay_out
@@ -23,8 +22,10 @@ from polygpt.report.content import Item, Sample, Word
 
 CUT = 160
 """A text without prompt is cut after about so many characters into prompt and truth; the truth is about as long."""
+QUERIES = 32
+"""The weights of the answer's predictions are computed in multiples of so many."""
 LARGEST = 2**30
-"""Bytes of attention weights of one row, above which no maps are made."""
+"""Bytes of so many predictions' attention weights, above which no maps are made."""
 
 
 def gather(run, per_task: int = 6) -> tuple[dict[str, tuple[Sample, ...]], tuple[str, ...]]:
@@ -135,7 +136,11 @@ def item(part: Medium, adapter, attention_LWP: np.ndarray | None = None) -> Item
 def _attention(run):
     """A function (example, answer) -> {(modality, number of the item): attention_LWP}, and notes where it has none."""
     layout, adapters = run.experiment.data.layout, run.model.spec.adapters
-    heads_averaged = jax.jit(lambda params, batch: run.model.attention(params, batch).mean(axis=(1, 2)))
+
+    @jax.jit
+    def heads_averaged(params, batch, chosen_R):
+        found = run.model.attention(params, batch, chosen_R)
+        return [weights_BHRT[0].mean(axis=0) for _, weights_BHRT in sorted(found.items())]
 
     def attend(example: Example, answer: str) -> dict:
         written = Example((*example.prompt, Text(answer)), example.place)
@@ -144,30 +149,41 @@ def _attention(run):
         except BadRecord:  # the answer fills the row to its end
             return {}
         batch = collate([row], layout.length, adapters)
-        weights_LTT = np.asarray(heads_averaged(run.params, batch))
-        return maps(weights_LTT, batch, answer, run.tokenizer, {n: a.positions for n, a in adapters.items()})
+        predicted = predictions(batch)
+        chosen_R = np.zeros(-(-len(predicted) // QUERIES) * QUERIES, np.int32)  # few lengths: few programs
+        chosen_R[: len(predicted)] = predicted
+        weights_LRT = np.stack(heads_averaged(run.params, batch, chosen_R))
+        return maps(weights_LRT, batch, answer, run.tokenizer, {n: a.positions for n, a in adapters.items()})
+
+    def without(*notes: str):
+        return (lambda example, answer: {}), notes
 
     if not adapters:
-        return (lambda example, answer: {}), ()
-    spec = run.model.spec
-    dims = spec.decoder.dims(spec.dtype)
-    variant = nnx.eval_shape(lambda: spec.decoder.attention.build(dims, nnx.Rngs(0)))
-    if spec.decoder.depth == 0 or not hasattr(variant, "weights"):
-        return (lambda example, answer: {}), ("No attention maps: this attention has no weights to look at.",)
+        return without()
     empty = collate([None], layout.length, adapters)
-    size = 4 * math.prod(jax.eval_shape(run.model.attention, run.params, empty).shape)
+    shapes = jax.eval_shape(run.model.attention, run.model.abstract(), empty, np.zeros(QUERIES, np.int32))
+    if not shapes:
+        return without("No attention maps: this attention has no weights to look at.")
+    size = 4 * sum(math.prod(leaf.shape) for leaf in shapes.values())
     if size > LARGEST:
-        note = f"No attention maps: the weights of one row would take {size / 2**30:.0f} GiB."
-        return (lambda example, answer: {}), (note,)
+        return without(f"No attention maps: the weights of one answer would take {size / 2**30:.0f} GiB.")
+    if len(shapes) < run.model.spec.decoder.depth:
+        shown = ", ".join(str(layer + 1) for layer in sorted(shapes))
+        return attend, (f"Attention maps are of the blocks {shown}: the others have no weights to look at.",)
     return attend, ()
 
 
-def maps(weights_LTT: np.ndarray, batch, answer: str, tokenizer, positions: Mapping[str, int]) -> dict:
+def predictions(batch) -> np.ndarray:
+    """The positions of a lone row whose next token is predicted: the answer's tokens and the end."""
+    return np.flatnonzero(np.asarray(batch.weight_BT[0]) > 0)
+
+
+def maps(weights_LRT: np.ndarray, batch, answer: str, tokenizer, positions: Mapping[str, int]) -> dict:
     """From a row's attention to the attention that each word of the answer pays to each medium.
 
     Args:
-        weights_LTT: weights [L, query, key], averaged over heads.
-        batch: the row, alone in its batch; its predicted positions are the answer's tokens and the end.
+        weights_LRT: weights [L, prediction, key], averaged over heads; rows beyond the predictions are not read.
+        batch: the row, alone in its batch.
         answer: the answer.
         tokenizer: decodes its tokens.
         positions: P by adapter, in the model's order.
@@ -175,10 +191,9 @@ def maps(weights_LTT: np.ndarray, batch, answer: str, tokenizer, positions: Mapp
     Returns:
         {(modality, number of the item): [L, W, filled positions]}; empty if a word has no token of its own.
     """
-    predicted = np.flatnonzero(np.asarray(batch.weight_BT[0]) > 0)
-    tokens = [int(token) for token in np.asarray(batch.target_BT[0])[predicted]]
+    tokens = [int(token) for token in np.asarray(batch.target_BT[0])[predictions(batch)]]
     words = words_of_tokens(tokens, answer, tokenizer)
-    queries = [[q for q, word in zip(predicted, words, strict=True) if word == w] for w in range(len(answer.split()))]
+    queries = [[r for r, word in enumerate(words) if word == w] for w in range(len(answer.split()))]
     if not all(queries):
         return {}
     found = {}
@@ -186,7 +201,7 @@ def maps(weights_LTT: np.ndarray, batch, answer: str, tokenizer, positions: Mapp
     for number, (name, P) in enumerate(positions.items(), start=1):
         for n in np.unique(slot[modality == number] // P):
             keys = np.flatnonzero((modality == number) & (slot // P == n))
-            seen = [weights_LTT[:, query][:, :, keys].mean(axis=1) for query in queries]
+            seen = [weights_LRT[:, query][:, :, keys].mean(axis=1) for query in queries]
             found[name, int(n)] = np.stack(seen, axis=1)
     return found
 
