@@ -1,76 +1,80 @@
-"""Materialised softmax attention against float64 NumPy."""
+"""Materialised attention against float64 NumPy: values pair by pair, gradients by differences of those values."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from problems import NAMES, answers, assert_agrees, cotangents, expected, floats, problem, with_floats
 
 from polygpt.attention.kernels.reference import attend, attention_weights
 
-B, T, S, D = 2, 5, 7, 4
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_equals_float64(name):
+    assert_agrees(attend, *problem(name), gradients=False)
 
 
-def expected(query, key, value, allowed):
-    """One query at a time, in float64."""
-    query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
-    H, K = query.shape[1], key.shape[1]
-    out = np.zeros(query.shape)
-    weights = np.zeros((B, H, T, S))
-    for b, h, t in np.ndindex(B, H, T):
-        seen = np.flatnonzero(allowed[b, t])
-        if len(seen):
-            kv = h // (H // K)
-            score = key[b, kv, seen] @ query[b, h, t] / np.sqrt(D)
-            weights[b, h, t, seen] = np.exp(score - score.max()) / np.exp(score - score.max()).sum()
-            out[b, h, t] = weights[b, h, t] @ value[b, kv]
-    return out, weights
+def test_it_equals_float64_where_softmax_is_saturated():
+    rule, operands = problem("packed")
+    operands = dataclasses.replace(operands, query_BHTd=operands.query_BHTd * 100)
+    # Scores are 100 times as large, and so is their rounding.
+    assert_agrees(attend, rule, operands, gradients=False, tolerance=100)
 
 
-def arrays(H, K, seed=0, scale=1.0):
-    rng = np.random.default_rng(seed)
-    query, key, value = (np.float32(rng.normal(size=(B, h, n, D)) * scale) for h, n in ((H, T), (K, S), (K, S)))
-    allowed = rng.random((B, T, S)) < 0.6
-    allowed[0, 2] = allowed[1, :] = False  # a query that sees nothing, and a row of them
-    return query, key, value, allowed
+@pytest.mark.parametrize("name", NAMES)
+def test_its_gradients_are_the_slopes_of_float64(name):
+    """Along a random direction, that of each array by itself."""
+    rule, operands = problem(name)
+    y_cotangent, lse_cotangent = cotangents(operands)
+    _, gradients = answers(attend, rule, operands, y_cotangent, lse_cotangent)
+    arrays = jax.tree.map(lambda x: np.asarray(x, np.float64), floats(operands))
+    leaves, structure = jax.tree.flatten(arrays)
+    rng, step = np.random.default_rng(2), 1e-4
+
+    def total(leaves):
+        y, lse = expected(rule, with_floats(operands, jax.tree.unflatten(structure, leaves)))
+        return np.sum(y * y_cotangent) + np.sum(np.where(np.isfinite(lse), lse, 0) * lse_cotangent)
+
+    for i, got in enumerate(jax.tree.leaves(gradients)):
+        direction = rng.choice([-1.0, 1.0], leaves[i].shape)
+        ahead, behind = ([*leaves[:i], leaves[i] + sign * step * direction, *leaves[i + 1 :]] for sign in (1, -1))
+        slope = (total(ahead) - total(behind)) / (2 * step)
+        terms = np.asarray(got, np.float64) * direction
+        # Rounding of each product, and the differences' own error, of the order of step^2 = 1e-8 times some derivative.
+        np.testing.assert_allclose(terms.sum(), slope, rtol=0, atol=1e-6 * max(1.0, np.abs(terms).sum()))
 
 
-@pytest.mark.parametrize("K", [4, 2, 1], ids=["MHA", "GQA", "MQA"])
-@pytest.mark.parametrize("scale", [1.0, 30.0], ids=["usual", "saturated"])
-def test_it_equals_float64(K, scale):
-    query, key, value, allowed = arrays(4, K, scale=scale)
-    out, weights = expected(query, key, value, allowed)
-    got = attention_weights(query, key, allowed)
-    assert got.dtype == jnp.float32
-    # Scores of the size s carry a rounding error of s * 2^-24 and weights the same.
-    tolerance = 2e-6 * scale**2
-    np.testing.assert_allclose(np.reshape(got, weights.shape), weights, rtol=0, atol=tolerance)
-    np.testing.assert_allclose(attend(query, key, value, allowed), out, rtol=0, atol=tolerance * scale)
-
-
-def test_a_query_without_keys_gets_zeros_and_finite_gradients():
-    query, key, value, allowed = arrays(2, 1)
-
-    def total(query, key, value):
-        return jnp.sum(jnp.sin(attend(query, key, value, allowed)))
-
-    out = attend(query, key, value, allowed)
-    assert (out[0, :, 2] == 0).all() and (out[1] == 0).all() and (out[0, :, 0] != 0).any()
-    for gradient in jax.jit(jax.grad(total, argnums=(0, 1, 2)))(query, key, value):
+@pytest.mark.parametrize("name", ["empty", "sigmoid"])
+def test_a_query_without_keys_gets_zeros_and_zero_gradients(name):
+    rule, operands = problem(name)
+    (y, lse), gradients = answers(attend, rule, operands, *cotangents(operands))
+    assert (y[1] == 0).all() and (y[0, :, :13] != 0).any(-1).all() and np.isfinite(lse).all()
+    for gradient in jax.tree.leaves(gradients):
         assert np.isfinite(gradient).all() and (gradient[1] == 0).all() and (gradient[0] != 0).any()
 
 
 def test_a_key_that_is_not_allowed_has_no_weight_however_large_its_score():
-    query, key, value, allowed = arrays(2, 2)
-    hidden = ~allowed.any(axis=1)
-    hidden[0, 3], allowed[0, :, 3] = True, False
-    huge = np.where(hidden[:, None, :, None], np.float32(1e30), key)
-    np.testing.assert_array_equal(attend(query, huge, value, allowed), attend(query, key, value, allowed))
+    rule, operands = problem("packed")
+    hidden = np.asarray(operands.key.segment == 0)[:, None, :, None]
+    huge = dataclasses.replace(operands, key_BKSd=np.where(hidden, np.float32(1e30), operands.key_BKSd))
+    np.testing.assert_array_equal(attend(rule, huge)[0], attend(rule, operands)[0])
+    assert hidden.any()
 
 
 def test_the_values_decide_the_dtype_and_the_softmax_stays_in_float32():
-    query, key, value, allowed = arrays(4, 2)
-    half = [jnp.asarray(x, jnp.bfloat16) for x in (query, key, value)]
-    assert attend(*half, allowed).dtype == jnp.bfloat16
-    weights = attention_weights(*half[:2], allowed)
-    total = np.asarray(weights.sum(-1)).reshape(B, 4, T)
-    np.testing.assert_allclose(total, np.broadcast_to(allowed.any(-1)[:, None], total.shape), rtol=0, atol=1e-6)
+    rule, operands = problem("empty", dtype="bfloat16")
+    assert_agrees(attend, rule, operands)
+    weights = attention_weights(rule, operands)
+    assert weights.dtype == jnp.float32
+    total = np.asarray(weights.sum(-1))
+    np.testing.assert_allclose(total[0, :, :13], 1, rtol=0, atol=1e-6)
+    assert (total[1] == 0).all()
+
+
+def test_chosen_queries_are_the_rows_of_the_whole():
+    rule, operands = problem("gates")
+    chosen = np.array([3, 0, 12])
+    some, all_of_them = attend(rule, operands.of_queries(chosen))[0], attend(rule, operands)[0]
+    np.testing.assert_allclose(some, all_of_them[:, :, chosen], rtol=0, atol=2e-6)
