@@ -1,0 +1,162 @@
+"""The block map: which blocks of queries and keys a kernel may skip, and in which it need not ask the mask.
+
+The predicate itself is evaluated, on ranges of metadata instead of numbers (`intervals.py`): no matrix of pairs is ever
+made, and what is decided holds for all masks that can be written.
+"""
+
+import dataclasses
+import functools
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from polygpt.attention.kernels.intervals import Interval, Ternary
+from polygpt.attention.masks import Mask, Meta, allowed
+
+EMPTY, PARTIAL, FULL = 0, 1, 2
+"""No pair of a block is visible; some are, or it is not known; all are."""
+
+_log = logging.getLogger(__name__)
+
+
+@functools.partial(jax.jit, static_argnames=("mask", "block_q", "block_k"))
+def block_map(mask: Mask, query: Meta, key: Meta, block_q: int, block_k: int) -> jax.Array:
+    """What is known of each block, int8 [B, nq, nk], nq = ceil(T / block_q), nk = ceil(S / block_k).
+
+    A block called EMPTY has no visible pair; padding keys are invisible, padding queries see what the mask says. In a
+    block called FULL all pairs are visible, and it has no padding, neither segment 0 nor places beyond T or S: a
+    kernel that does not ask the mask there is right. Costs O(nq nk + T + S).
+
+    Each block is taken apart into few classes (padding; its first, its last and its other examples; in a span or not),
+    and the ranges of one class meet those of another: thus position ids and span numbers that restart with each
+    packed example do not blur. It equals `exact_block_map` for `DECODER` and `ENCODER`, with windows, sinks and blocks
+    beside them, in packed rows without spans. What is lost, always to PARTIAL: which numbers between the least and the
+    greatest of a class do occur (strides over the gaps that spans leave, modalities, three examples in a block and
+    more), and how two parts of a mask depend on each other (`Window(8) & ~Window(4)`, where each part alone is possible).
+
+    A predicate that cannot be evaluated on ranges gets the exact map at the cost O(T S), and a line in the log.
+
+    Args:
+        mask: the predicate.
+        query, key: metadata, [B, T] and [B, S].
+        block_q, block_k: positions of a block; T and S need not be multiples.
+    """
+    queries, keys = _Blocks(query, block_q), _Blocks(key, block_k)
+    query_range, query_class = queries.ranges(padding=True, axes=(2, 4))
+    key_range, key_class = keys.ranges(padding=False, axes=(1, 3))
+    try:
+        seen = mask(query_range, key_range)
+        if not isinstance(seen, Ternary):
+            raise TypeError(f"a {type(seen).__name__} is no truth value of ranges")
+    except Exception as error:  # whatever it was: if it is a fault, the dense predicate has it too
+        _say(f"block map: {mask} asks every pair, for it has no meaning on ranges: {type(error).__name__}: {error}")
+        return exact_block_map(mask, query, key, block_q, block_k)
+    both = query_class & key_class
+    possibly = jnp.any(both & seen.possibly, axis=(3, 4))
+    surely = jnp.all(~both | seen.surely, axis=(3, 4))
+    return _named(possibly, surely, queries, keys)
+
+
+@functools.partial(jax.jit, static_argnames=("mask", "block_q", "block_k"))
+def exact_block_map(mask: Mask, query: Meta, key: Meta, block_q: int, block_k: int) -> jax.Array:
+    """The same from the dense predicate, a row of blocks at a time: nothing is lost, every pair is asked."""
+    queries, keys = _Blocks(query, block_q), _Blocks(key, block_k)
+
+    def row(block):
+        meta, real = block
+        seen = allowed(mask, meta, keys.flat)
+        seen = seen.reshape(*seen.shape[:2], -1, block_k)
+        pairs = real[:, :, None, None] & keys.real[:, None, :, :]
+        return jnp.any(seen & pairs, axis=(1, 3)), jnp.all(seen | ~pairs, axis=(1, 3))
+
+    blocks = jax.tree.map(lambda x: x.swapaxes(0, 1), (queries.meta, queries.real))
+    possibly, surely = (x.swapaxes(0, 1) for x in jax.lax.map(row, blocks))
+    return _named(possibly, surely, queries, keys)
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """How many blocks there are of each kind."""
+
+    empty: int
+    partial: int
+    full: int
+
+    @property
+    def total(self) -> int:
+        """All blocks."""
+        return self.empty + self.partial + self.full
+
+    @property
+    def skipped(self) -> float:
+        """The fraction of blocks that no kernel has to look at."""
+        return self.empty / max(self.total, 1)
+
+    def __str__(self):
+        return f"{self.empty} empty, {self.partial} partial, {self.full} full of {self.total}"
+
+
+def count(blocks: jax.Array | np.ndarray) -> Counts:
+    """Counts the blocks of a map, or of several."""
+    blocks = np.asarray(blocks)
+    return Counts(*(int((blocks == kind).sum()) for kind in (EMPTY, PARTIAL, FULL)))
+
+
+class _Blocks:
+    """Metadata in blocks.
+
+    Attributes:
+        flat: the metadata, [B, n * size], segment 0 beyond its end.
+        meta: the same, [B, n, size].
+        real: bool [B, n, size], what is not beyond the end.
+        whole: bool [B, n], the blocks without padding of either kind.
+    """
+
+    def __init__(self, meta: Meta, size: int):
+        B, T = meta.segment.shape
+        n = -(-T // size)
+        self.flat = jax.tree.map(lambda x: jnp.pad(jnp.asarray(x, jnp.int32), ((0, 0), (0, n * size - T))), meta)
+        self.meta = jax.tree.map(lambda x: x.reshape(B, n, size), self.flat)
+        self.real = jnp.broadcast_to((jnp.arange(n * size) < T).reshape(1, n, size), (B, n, size))
+        self.whole = jnp.all(self.real & (self.meta.segment > 0), axis=-1)
+
+    def ranges(self, padding: bool, axes: tuple[int, int]) -> tuple[Meta, jax.Array]:
+        """Metadata as intervals of the C classes, and which classes have members: [B, n, C], and `axes` of size 1."""
+        segment, span = self.meta.segment, self.meta.span
+        used = self.real & (segment > 0)
+        first = used & (segment == _low(segment, used)[..., None])
+        last = used & (segment == _high(segment, used)[..., None]) & ~first
+        parts = [part & side for part in (first, last, used & ~first & ~last) for side in (span == 0, span != 0)]
+        if padding:
+            parts.append(self.real & (segment == 0))
+        member = jnp.stack(parts, axis=-1)
+
+        def interval(x):
+            ends = (bound(x[..., None], member, axis=2) for bound in (_low, _high))
+            return Interval(*(jnp.expand_dims(end, axes) for end in ends))
+
+        return jax.tree.map(interval, self.meta), jnp.expand_dims(jnp.any(member, axis=2), axes)
+
+
+def _low(x, member, axis=-1):
+    """The least of the members along the axis; 0 where there are none, whose sums stay within int32."""
+    found = jnp.min(jnp.where(member, x, jnp.iinfo(jnp.int32).max), axis)
+    return jnp.where(jnp.any(member, axis), found, 0)
+
+
+def _high(x, member, axis=-1):
+    """The greatest of the members along the axis; 0 where there are none."""
+    return -_low(-x, member, axis)
+
+
+def _named(possibly, surely, queries: _Blocks, keys: _Blocks) -> jax.Array:
+    full = surely & queries.whole[:, :, None] & keys.whole[:, None, :]
+    return jnp.where(full, FULL, jnp.where(possibly, PARTIAL, EMPTY)).astype(jnp.int8)
+
+
+@functools.cache
+def _say(message: str) -> None:
+    """Logs a message once."""
+    _log.warning(message)
