@@ -19,7 +19,7 @@ import numpy as np
 from polygpt.attention.kernels import reference
 from polygpt.attention.kernels.problem import Operands, Rule
 from polygpt.attention.masks import DECODER, ENCODER, And, Causal, Mask, Meta, Not, Or, SameSegment, SameSpan
-from polygpt.attention.scores import Scale, Score, SoftCap, Then, Terms, lookup
+from polygpt.attention.scores import Scale, Score, SoftCap, Terms, Then, lookup
 
 B = 2
 
@@ -240,11 +240,9 @@ def expected(rule: Rule, operands: Operands) -> tuple[np.ndarray, np.ndarray]:
         for h in range(H):
             scores = []
             for s in seen:
-
-                def term(kind, name, h=h, s=s):
-                    return terms[kind][name][{"head": (..., h), "query": (b, h, t), "key": (b, h, s)}[kind]]
-
                 product = query[b, h, t] @ key[b, h // (H // K), s]
+                places = {"head": (..., h), "query": (b, h, t), "key": (b, h, s)}
+                term = functools.partial(_term, terms, places)
                 scores.append(modified(rule.score, product, q, ks[s], term))
             scores = np.asarray(scores)
             if rule.normalizer == "sigmoid":
@@ -256,6 +254,10 @@ def expected(rule: Rule, operands: Operands) -> tuple[np.ndarray, np.ndarray]:
                 lse[b, h, t], weights = -np.inf, scores
             y[b, h, t] = sum((w * value[b, h // (H // K), s] for w, s in zip(weights, seen, strict=True)), np.zeros(e))
     return y, lse
+
+
+def _term(terms, places, kind: str, name: str):
+    return terms[kind][name][places[kind]]
 
 
 def cotangents(operands: Operands, seed: int = 1) -> tuple[np.ndarray, np.ndarray]:
