@@ -34,7 +34,7 @@ def block_map(mask: Mask, query: Meta, key: Meta, block_q: int, block_k: int) ->
     packed example do not blur. It equals `exact_block_map` for `DECODER` and `ENCODER`, with windows, sinks and blocks
     beside them, in packed rows without spans. What is lost, always to PARTIAL: which numbers between the least and the
     greatest of a class do occur (strides over the gaps that spans leave, modalities, three examples in a block and
-    more), and how two parts of a mask depend on each other (`Window(8) & ~Window(4)`, where each part alone is possible).
+    more), and how two parts of a mask depend on each other (`Window(8) & ~Window(4)`: each alone is possible).
 
     A predicate that cannot be evaluated on ranges gets the exact map at the cost O(T S), and a line in the log.
 
