@@ -21,6 +21,7 @@ from polygpt.spec import Spec, field_help, from_json, hints, to_json
 ATTENTION = specs("polygpt.attention", Attention)
 ADAPTERS = specs("polygpt.adapters", Adapter)
 PARTS = specs("polygpt.nn", Norm) + specs("polygpt.nn", FeedForward) + specs("polygpt.nn", Position)
+PARTS += specs("polygpt.attention", Position)
 FOLDERS = ("nn", "attention", "blocks", "adapters", "models", "data", "objectives")
 ALL = [parameter for folder in FOLDERS for parameter in specs(f"polygpt.{folder}", Spec)]
 

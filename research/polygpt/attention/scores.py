@@ -2,16 +2,19 @@
 
 A modification is written once, as if for one pair of query and key, and every backend applies it: to the whole matrix,
 to the tile of a fused kernel, to one decode step. What it needs beside the metadata, parameters or projections of the
-layer's input, it names as `Terms`; they come broadcast against the score.
+layer's input, it names as `Terms`; they come broadcast against the score. Those that add a number for where query and
+key stand are in `biases.py`.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from polygpt.attention.masks import Meta
+from polygpt.nn.linear import Linear
 from polygpt.spec import Spec
 
 
@@ -38,7 +41,7 @@ class Score(Spec):
     def __call__(self, score: jax.Array, query: Meta, key: Meta, terms: Terms) -> jax.Array:
         """The new score, float32.
 
-        All arrays have the rank of `score` and broadcast against it; a term [..., H] keeps its leading axes before them.
+        All arrays have the rank of `score` and broadcast against it; a term [..., H] has its leading axes before them.
         It is called for pairs that the mask forbids too and must be finite there, and its gradient as well.
         """
         return score
@@ -46,6 +49,10 @@ class Score(Spec):
     def build(self, width: int, heads: int, *, rngs: nnx.Rngs) -> nnx.Module | None:
         """A module `(x_BTD, meta) -> Terms` for `heads` heads at the model width `width`; None where there are none."""
         return None
+
+    def additive(self) -> bool:
+        """Whether it adds what does not depend on the score: a backend may then be given the sum as a bias."""
+        return type(self) is Score
 
     def then(self, other: "Score") -> "Score":
         """This one first, `other` on its result."""
@@ -59,7 +66,9 @@ class Then(Score):
     """Two modifications, one after the other."""
 
     first: Score
+    """What acts on the score."""
     second: Score
+    """What acts on the result."""
 
     def __call__(self, score, query, key, terms):
         score = self.first(score, query, key, _of("first", terms))
@@ -67,6 +76,9 @@ class Then(Score):
 
     def build(self, width, heads, *, rngs):
         return _Then(self, width, heads, rngs)
+
+    def additive(self):
+        return self.first.additive() and self.second.additive()
 
 
 class _Then(nnx.Module):
@@ -104,6 +116,11 @@ def lookup(table: jax.Array, index: jax.Array) -> jax.Array:
     return sum(jnp.where(index == i, table[i], 0.0) for i in range(table.shape[0]))
 
 
+def _head_numbers(linear: nnx.Module, x_BTD: jax.Array) -> jax.Array:
+    """What a projection [D, H] makes of the layer's input, float32 [B, H, T], as terms of queries and keys are kept."""
+    return linear(x_BTD).swapaxes(1, 2)
+
+
 @dataclasses.dataclass(frozen=True)
 class Scale(Score):
     """The score times a factor, beside the usual 1 / sqrt(d)."""
@@ -127,3 +144,72 @@ class SoftCap(Score):
 
     def __call__(self, score, query, key, terms):
         return self.cap * jnp.tanh(score / self.cap)
+
+
+@dataclasses.dataclass(frozen=True)
+class LengthTemperature(Score):
+    """The score times log(n) / log(length), but at least 1, for the query that is the n-th of its example.
+
+    Scores times log n, so that the weights of long texts stay as sharp as those of short ones, are of Chiang and Cholak
+    (2202.12172) and Su (2021, kexue.fm/archives/8823). With this ratio, which leaves texts of the trained length alone,
+    it is the LogN-Scaling of Qwen (2309.16609).
+    """
+
+    length: int = 1024
+    """The length that the model is trained at."""
+
+    def validate(self):
+        self.require(self.length >= 2, "length", "at least 2")
+
+    def __call__(self, score, query, key, terms):
+        longer = jnp.maximum(query.position + 1, self.length).astype(jnp.float32) / self.length
+        return score * (1 + jnp.log(longer) / math.log(self.length))  # log n = log(n / length) + log(length)
+
+
+@dataclasses.dataclass(frozen=True)
+class KeyGate(Score):
+    """The score plus log sigmoid(w x + b) of the key's input x: a key's part of the softmax is multiplied by its gate.
+
+    A key can so take itself out, for all queries alike. It is the log forget gate of the Forgetting Transformer
+    (Lin et al., 2503.02130) without the sum over what lies between key and query.
+    """
+
+    def __call__(self, score, query, key, terms):
+        return score + terms.key["gate"]
+
+    def build(self, width, heads, *, rngs):
+        return _KeyGate(width, heads, rngs)
+
+    def additive(self):
+        return True
+
+
+class _KeyGate(nnx.Module):
+    def __init__(self, width: int, heads: int, rngs: nnx.Rngs):
+        self.gate = Linear(width, heads, rngs=rngs, bias=True, dtype="float32")
+
+    def __call__(self, x_BTD: jax.Array, meta: Meta) -> Terms:
+        return Terms(key={"gate": jax.nn.log_sigmoid(_head_numbers(self.gate, x_BTD))})
+
+
+@dataclasses.dataclass(frozen=True)
+class QueryTemperature(Score):
+    """The score times 2 sigmoid(w x + b) of the query's input x: a query decides how sharply it looks.
+
+    A temperature that the query's own input gives, as in Selective Self-Attention (Zhang et al., 2411.12892), which
+    makes it of a small network and of the position. Here one map a head; a factor of 1 where it gives 0.
+    """
+
+    def __call__(self, score, query, key, terms):
+        return score * terms.query["factor"]
+
+    def build(self, width, heads, *, rngs):
+        return _QueryTemperature(width, heads, rngs)
+
+
+class _QueryTemperature(nnx.Module):
+    def __init__(self, width: int, heads: int, rngs: nnx.Rngs):
+        self.factor = Linear(width, heads, rngs=rngs, bias=True, dtype="float32")
+
+    def __call__(self, x_BTD: jax.Array, meta: Meta) -> Terms:
+        return Terms(query={"factor": 2 * jax.nn.sigmoid(_head_numbers(self.factor, x_BTD))})

@@ -1,0 +1,168 @@
+"""Numbers added to scores for where query and key stand: linear (ALiBi), in buckets (T5), learned for each distance."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from polygpt.attention.masks import Meta
+from polygpt.attention.scores import Score, Terms, lookup
+from polygpt.nn.positions import Position
+
+# --- ALiBi ------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class ALiBi(Position):
+    """A penalty that grows with the distance, at a slope a head. Press et al., ALiBi (2108.12409), section 3.
+
+    No parameters and no bound on the length. The distance is absolute, so that it serves encoders too.
+    """
+
+    def score(self) -> Score:
+        return LinearBias()
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearBias(Score):
+    """score - slope |distance|: what `ALiBi` does to scores."""
+
+    def __call__(self, score, query, key, terms):
+        return score - terms.head["slope"] * abs(query.position - key.position).astype(jnp.float32)
+
+    def build(self, width, heads, *, rngs):
+        return _Slopes(heads)
+
+    def additive(self):
+        return True
+
+
+class _Slopes(nnx.Module):
+    def __init__(self, heads: int):
+        self.heads = heads
+
+    def __call__(self, x_BTD: jax.Array, meta: Meta) -> Terms:
+        return Terms(head={"slope": jnp.asarray(slopes(self.heads), jnp.float32)})
+
+
+def slopes(heads: int) -> np.ndarray:
+    """The slope of each head, [H]: 2^(-8/n), 2^(-16/n), ... for n heads, a power of two.
+
+    For other numbers the greatest power of two below, and then every other slope of the next: the authors' own code
+    (github.com/ofirpress/attention_with_linear_biases) and BLOOM (2211.05100).
+    """
+    n = 2 ** math.floor(math.log2(heads))
+    own = 2.0 ** (-8.0 / n * np.arange(1, n + 1))
+    between = 2.0 ** (-4.0 / n * np.arange(1, 2 * (heads - n), 2))
+    return np.concatenate([own, between])
+
+
+# --- T5 ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class T5Bias(Position):
+    """A learned number a head for each bucket of distances. Raffel et al., T5 (1910.10683), section 2.1.
+
+    Half of the buckets are for one distance each, the others for ranges that grow geometrically up to `max_distance`,
+    beyond which all is one. Each layer has a table of its own, where T5's layers share that of the first. T5 scales no
+    queries: that is `scale=1.0` of the attention.
+    """
+
+    buckets: int = 32
+    """Buckets in all; of a bidirectional encoding, half for each direction."""
+    max_distance: int = 128
+    """The distance from which on all are one bucket."""
+    bidirectional: bool = False
+    """Whether keys after the query have buckets too, as in an encoder; else they count as distance 0."""
+
+    def validate(self):
+        self.require(self.buckets >= 4 and self.buckets % 2 == 0, "buckets", "an even number of at least 4")
+        one_each = self.buckets // (4 if self.bidirectional else 2)
+        self.require(self.max_distance > one_each, "max_distance", f"above {one_each}, the distances with own buckets")
+
+    def score(self) -> Score:
+        return BucketBias(self.buckets, self.max_distance, self.bidirectional)
+
+
+@dataclasses.dataclass(frozen=True)
+class BucketBias(Score):
+    """score + table[bucket of the distance]: what `T5Bias` does to scores."""
+
+    buckets: int = 32
+    """Buckets in all."""
+    max_distance: int = 128
+    """The distance from which on all are one bucket."""
+    bidirectional: bool = False
+    """Whether keys after the query have buckets of their own."""
+
+    def __call__(self, score, query, key, terms):
+        return score + lookup(terms.head["table"], self.bucket(key.position - query.position))
+
+    def bucket(self, relative: jax.Array) -> jax.Array:
+        """The bucket of each position of a key less that of the query, int32."""
+        count = self.buckets // 2 if self.bidirectional else self.buckets
+        distance = abs(relative) if self.bidirectional else jnp.maximum(-relative, 0)
+        bucket = sum((distance >= start).astype(jnp.int32) for start in starts(count, self.max_distance)[1:])
+        return bucket + count * (relative > 0).astype(jnp.int32) if self.bidirectional else bucket
+
+    def build(self, width, heads, *, rngs):
+        return _Table(jax.random.normal(rngs.params(), (self.buckets, heads)) * width**-0.5)
+
+    def additive(self):
+        return True
+
+
+def starts(buckets: int, max_distance: int) -> list[int]:
+    """The least distance of each bucket of one direction.
+
+    Distances up to buckets / 2 have one each. Bucket e + k, of e + m in all, begins at e (max_distance / e)^(k / m):
+    whole numbers are compared, since logarithms in float32 may round to either side of a start that is whole itself.
+    """
+    exact = buckets // 2
+    m, first = buckets - exact, list(range(exact))
+    distance = exact
+    for k in range(m):
+        while distance**m * exact**k < max_distance**k * exact**m:
+            distance += 1
+        first.append(distance)
+    return first
+
+
+# --- learned for each distance ----------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class LearnedBias(Score):
+    """A learned number a head for each distance, those beyond `distance` clipped to it.
+
+    Clipped distances: Shaw et al. (1803.02155), section 3.2, who add vectors to keys; one number a head and distance
+    added to the score: Liu et al., Swin (2103.14030), eq. 4. The table starts at 0.
+    """
+
+    distance: int = 16
+    """The largest distance, before and after the query, with a number of its own."""
+
+    def validate(self):
+        self.require(self.distance >= 1, "distance", "at least 1")
+
+    def __call__(self, score, query, key, terms):
+        relative = jnp.clip(key.position - query.position, -self.distance, self.distance)
+        return score + lookup(terms.head["table"], relative + self.distance)
+
+    def build(self, width, heads, *, rngs):
+        return _Table(jnp.zeros((2 * self.distance + 1, heads)))
+
+    def additive(self):
+        return True
+
+
+class _Table(nnx.Module):
+    def __init__(self, table: jax.Array):
+        self.table = nnx.Param(table)
+
+    def __call__(self, x_BTD: jax.Array, meta: Meta) -> Terms:
+        return Terms(head={"table": self.table[...]})
