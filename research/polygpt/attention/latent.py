@@ -1,0 +1,137 @@
+"""Multi-head latent attention: keys and values of all heads are made of one small vector, and the cache holds that."""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from polygpt.attention.contract import Dims
+from polygpt.attention.kernels import reference
+from polygpt.attention.kernels.problem import Operands
+from polygpt.attention.multi_head import MultiHead, MultiHeadModule
+from polygpt.nn.linear import Linear
+from polygpt.nn.norms import RMSNorm
+
+
+@dataclasses.dataclass(frozen=True)
+class MultiHeadLatent(MultiHead):
+    """Low-rank keys and values beside one rotary key. DeepSeek-V2 (2405.04434), section 2.1, eq. 9 to 19.
+
+    A position is remembered as a latent of the width R and a key of the width r that all heads share and that alone
+    carries its place. The expanded form makes keys and values of all heads from the latents. The absorbed form, with
+    the same result, multiplies queries and outputs with those matrices and attends to the latents as one head. Biases
+    are where the authors' code has them, on the maps from and to the model width.
+    """
+
+    kv_rank: int | None = None
+    """R, the width of the latent; null means 4 d, as in the paper."""
+    q_rank: int | None = None
+    """The width of a latent of queries; null means that queries are projected at once (DeepSeek-V2-Lite)."""
+    rope_width: int | None = None
+    """r, the width of the shared key that carries the position; null means d/2, as in the paper."""
+    form: Literal["auto", "expanded", "absorbed"] = "auto"
+    """Which form computes; auto is the one of fewer FLOPs: expanded for whole rows, absorbed for a decode step."""
+
+    def validate(self):
+        super().validate()
+        for name in ("kv_heads", "qk_norm", "key_bias"):
+            self.require(getattr(self, name) is None, name, "null: keys are made of the latent, which is normalised")
+        for name in ("kv_rank", "q_rank", "rope_width"):
+            self.require(getattr(self, name) is None or getattr(self, name) >= 1, name, "at least 1")
+
+    def rank(self, width: int) -> int:
+        """R at the model width `width`."""
+        return self.kv_rank or 4 * self.width_of_head(width)
+
+    def width_of_rope(self, width: int) -> int:
+        """r at the model width `width`, even."""
+        return self.rope_width or max(2, self.width_of_head(width) // 4 * 2)
+
+    def width_of_query(self, width: int) -> int:
+        return self.width_of_head(width) + self.width_of_rope(width)
+
+    def absorbs(self, width: int, queries: int, keys: int) -> bool:
+        """Whether the absorbed form computes this many queries and keys."""
+        d, r, R = self.width_of_head(width), self.width_of_rope(width), self.rank(width)
+        absorbed = queries * (keys * (2 * R + r) + 2 * R * d)
+        expanded = keys * (queries * (2 * d + r) + 2 * R * d)
+        return self.form == "absorbed" or self.form == "auto" and absorbed < expanded
+
+    def build(self, dims: Dims, rngs: nnx.Rngs) -> nnx.Module:
+        return _Latent(self, dims, rngs)
+
+    def score_flops(self, width: int, keys: float) -> float:
+        return 2 * self.heads * (self.width_of_query(width) + self.width_of_head(width)) * keys
+
+    def cost(self) -> str:
+        return "2 H (2 d + r) S"
+
+
+class _Latent(MultiHeadModule):
+    def project(self, rngs):
+        spec, D = self.spec, self.dims.width
+        H, d, r, R = spec.heads, spec.width_of_head(D), spec.width_of_rope(D), spec.rank(D)
+        options = {"rngs": rngs, "dtype": self.dims.dtype}
+        self.query_latent = self.query_latent_norm = None
+        if spec.q_rank is not None:
+            self.query_latent = Linear(D, spec.q_rank, bias=spec.bias, **options)
+            self.query_latent_norm = RMSNorm().build(spec.q_rank)
+        self.query = Linear(spec.q_rank or D, H * (d + r), bias=False, **options)
+        self.latent = Linear(D, R, bias=spec.bias, **options)
+        self.latent_norm = RMSNorm().build(R)
+        self.rope_key = Linear(D, r, bias=spec.bias, **options)
+        self.key, self.value = (Linear(R, H * d, bias=False, **options) for _ in range(2))
+        self.output = Linear(H * d, D, bias=spec.bias, scale=self.dims.output_scale, **options)
+
+    def queries(self, x_BTD, context):
+        """[B, H, T, d + r]."""
+        if self.query_latent is not None:
+            x_BTD = self.query_latent_norm(self.query_latent(x_BTD))
+        B, T, _ = x_BTD.shape
+        query_BHTd = self.query(x_BTD).reshape(B, T, self.spec.heads, -1).transpose(0, 2, 1, 3)
+        d = self.spec.width_of_head(self.dims.width)
+        turned = self._placed(query_BHTd[..., d:], None, context)
+        return jnp.concatenate([query_BHTd[..., :d], turned], axis=-1)
+
+    def keys(self, x_BTD, context):
+        """The shared key that carries the position, [B, 1, T, r]."""
+        return self._placed(self.rope_key(x_BTD)[:, None], None, context)
+
+    def values(self, x_BTD, context):
+        """The latent, [B, 1, T, R]."""
+        return self.latent_norm(self.latent(x_BTD))[:, None]
+
+    def attend(self, rule, operands):
+        T, S = operands.query_BHTd.shape[2], operands.key_BKSd.shape[2]
+        if not self.spec.absorbs(self.dims.width, T, S):
+            return super().attend(rule, self._expanded(operands))
+        y_BHTR, lse_BHT = super().attend(rule, self._absorbed(operands))
+        return jnp.einsum("bhtr,rhd->bhtd", y_BHTR, self._up(self.value)), lse_BHT
+
+    def weigh(self, rule, operands):
+        return reference.attention_weights(rule, self._expanded(operands))
+
+    def _expanded(self, operands: Operands) -> Operands:
+        """Keys and values of every head."""
+        latent_BSR, H = operands.value_BKSe[:, 0], self.spec.heads
+        rope_BHSr = jnp.broadcast_to(operands.key_BKSd, (len(latent_BSR), H, *operands.key_BKSd.shape[2:]))
+        key_BHSd = jnp.concatenate([self.heads(self.key(latent_BSR)), rope_BHSr], axis=-1)
+        return dataclasses.replace(operands, key_BKSd=key_BHSd, value_BKSe=self.heads(self.value(latent_BSR)))
+
+    def _absorbed(self, operands: Operands) -> Operands:
+        """The latents as keys, beside the shared key, and as values of one head."""
+        d, latent_B1SR = self.spec.width_of_head(self.dims.width), operands.value_BKSe
+        query_BHTd, turned = operands.query_BHTd[..., :d], operands.query_BHTd[..., d:]
+        query_BHTR = jnp.einsum("bhtd,rhd->bhtr", query_BHTd, self._up(self.key))
+        return dataclasses.replace(
+            operands,
+            query_BHTd=jnp.concatenate([query_BHTR, turned], axis=-1),
+            key_BKSd=jnp.concatenate([latent_B1SR, operands.key_BKSd], axis=-1),
+        )
+
+    def _up(self, linear: Linear) -> jax.Array:
+        """The map from latents to keys or values, [R, H, d]."""
+        kernel = linear.kernel[...].astype(self.dims.dtype)
+        return kernel.reshape(kernel.shape[0], self.spec.heads, -1)
