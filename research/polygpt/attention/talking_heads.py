@@ -1,0 +1,76 @@
+"""Attention whose heads are mixed with each other before and after the softmax."""
+
+import dataclasses
+import functools
+import logging
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from polygpt.attention.contract import Dims
+from polygpt.attention.kernels import reference
+from polygpt.attention.multi_head import MultiHead, MultiHeadModule
+
+REASON = "talking heads mix the scores of all heads, which only the materialised matrix holds together"
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class TalkingHeads(MultiHead):
+    """softmax(q k^T P) P' v, where P and P' mix heads. Shazeer et al., Talking-Heads Attention (2003.02436), section 4.
+
+    P and P' are square, [H, H], and start as the identity: multi-head attention. Modifications act on the scores before
+    they are mixed, the mask after.
+    """
+
+    def validate(self):
+        super().validate()
+        self.require(not self.strict or self.backend in ("auto", "reference"), "backend", f"reference: {REASON}")
+
+    def build(self, dims: Dims, rngs: nnx.Rngs) -> nnx.Module:
+        return _TalkingHeads(self, dims, rngs)
+
+    def backends(self) -> tuple[str, ...]:
+        return ("reference",)
+
+    def score_flops(self, width: int, keys: float) -> float:
+        return super().score_flops(width, keys) + 4 * self.heads**2 * keys
+
+    def cost(self) -> str:
+        return "4 H d S + 4 H^2 S"
+
+
+class _TalkingHeads(MultiHeadModule):
+    def __init__(self, spec: TalkingHeads, dims: Dims, rngs: nnx.Rngs):
+        super().__init__(spec, dims, rngs)
+        self.before, self.after = (nnx.Param(jnp.eye(spec.heads)) for _ in range(2))
+
+    def attend(self, rule, operands):
+        if self.spec.backend not in ("auto", "reference"):
+            _say(self.spec.backend)
+        weights_BHTS, lse_BHT = self._weights(rule, operands)
+        return reference.weighted_values(weights_BHTS, operands.value_BKSe), lse_BHT
+
+    def weigh(self, rule, operands):
+        return self._weights(rule, operands)[0]
+
+    def _weights(self, rule, operands):
+        score_BHTS, visible_B1TS = reference.masked_scores(rule, operands)
+        # Forbidden scores are a huge number, which must not reach the others through the mixture.
+        score_BHTS = _mixed(jnp.where(visible_B1TS, score_BHTS, 0), self.before[...])
+        score_BHTS = jnp.where(visible_B1TS, score_BHTS, reference.LOWEST)
+        weights_BHTS = _mixed(reference.normalized(rule, score_BHTS, visible_B1TS), self.after[...])
+        return weights_BHTS, jax.nn.logsumexp(score_BHTS, axis=-1)
+
+
+def _mixed(x_BHTS: jax.Array, mixture_HG: jax.Array) -> jax.Array:
+    """Heads H to mixtures of them G: [B, G, T, S]."""
+    return jnp.einsum("bhts,hg->bgts", x_BHTS, mixture_HG)
+
+
+@functools.cache
+def _say(backend: str) -> None:
+    """Logs once that another backend computes."""
+    _log.warning(f"attention: reference instead of {backend}: {REASON}")
