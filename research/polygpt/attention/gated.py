@@ -1,0 +1,38 @@
+"""Attention whose output passes a gate."""
+
+import dataclasses
+from typing import Literal
+
+import jax
+from flax import nnx
+
+from polygpt.attention.contract import Dims
+from polygpt.attention.multi_head import MultiHead, MultiHeadModule
+from polygpt.nn.linear import Linear
+
+
+@dataclasses.dataclass(frozen=True)
+class GatedOutput(MultiHead):
+    """softmax(q k^T) v * sigmoid(x W). Qiu et al., Gated Attention for Large Language Models (2505.06708), section 2.2.
+
+    The gate of position G1 there, which the authors recommend: after attention and before the output projection, of
+    each head its own, computed from the layer's (normalised) input.
+    """
+
+    gate: Literal["element", "head"] = "element"
+    """Whether each channel has a gate, or each head one."""
+
+    def build(self, dims: Dims, rngs: nnx.Rngs) -> nnx.Module:
+        return _GatedOutput(self, dims, rngs)
+
+
+class _GatedOutput(MultiHeadModule):
+    def project(self, rngs):
+        super().project(rngs)
+        gates = 1 if self.spec.gate == "head" else self.spec.width_of_head(self.dims.width)
+        self.gate = Linear(self.dims.width, self.spec.heads * gates, rngs=rngs, bias=False, dtype=self.dims.dtype)
+
+    def mixed(self, y_BHTe, lse_BHT, x_BTD, context):
+        B, T, _ = x_BTD.shape
+        gate_BHTe = self.gate(x_BTD).reshape(B, T, self.spec.heads, -1).transpose(0, 2, 1, 3)
+        return super().mixed(y_BHTe * jax.nn.sigmoid(gate_BHTe), lse_BHT, x_BTD, context)
