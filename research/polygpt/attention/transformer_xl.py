@@ -1,0 +1,124 @@
+"""Attention with a recurrence over pieces of the row and relative positions."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from polygpt.attention.contract import Attention, Dims
+from polygpt.attention.masks import Mask, Reach
+from polygpt.attention.multi_head import MultiHead, MultiHeadModule
+from polygpt.nn.linear import Linear
+from polygpt.nn.positions import NoPosition, Position
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece(Mask):
+    """The key is `back` pieces of `size` positions before the piece of the query."""
+
+    size: int
+    back: int
+
+    def __call__(self, query, key):
+        return key.position // self.size == query.position // self.size - self.back
+
+    def reach(self):
+        return Reach(0, self.size * (self.back + 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerXL(MultiHead):
+    """(q + u) k^T + (q + v) (W R_{i-j})^T. Dai et al., Transformer-XL (1901.02860), sections 3.2 and 3.3.
+
+    An example is read in pieces: a position sees its own piece and the one before, into whose activations no gradient
+    flows. R_n are sines and cosines of n. Those of a difference are sums of products, so the term is written, with no
+    error, as an inner product of a longer query and a longer key: every backend computes it, and nothing is shifted.
+    Where a gradient is to stop, the two pieces are two calls of the backend, joined by the sums of their softmax.
+    """
+
+    position: Position | None = NoPosition()
+    """A position encoding beside the relative one of this layer; null means that of the stack."""
+    piece: int = 64
+    """The positions of a piece."""
+    detach: bool = True
+    """Whether gradients stop before the piece before, as in the paper."""
+    relative_width: int | None = None
+    """The channels of R, sines and cosines of half as many wavelengths; null means the model width, as in the paper."""
+
+    def validate(self):
+        super().validate()
+        self.require(self.piece >= 1, "piece", "at least 1")
+        relative = self.relative_width
+        self.require(relative is None or relative >= 2 and relative % 2 == 0, "relative_width", "even, 2 or more")
+
+    def mask(self, mask: Mask) -> Mask:
+        return super().mask(mask) & (Piece(self.piece, 0) | Piece(self.piece, 1))
+
+    def differentiable(self) -> Attention:
+        return self.replace(detach=False)
+
+    def build(self, dims: Dims, rngs: nnx.Rngs) -> nnx.Module:
+        return _TransformerXL(self, dims, rngs)
+
+    def channels(self, width: int) -> int:
+        """The channels of R at the model width `width`."""
+        if self.relative_width is None:
+            self.require(width % 2 == 0, "relative_width", f"given where the model width, {width}, is odd")
+        return self.relative_width or width
+
+    def score_flops(self, width: int, keys: float) -> float:
+        pair = 4 * self.width_of_head(width) + 2 * self.channels(width)
+        return self.heads * pair * min(keys, 2 * self.piece)
+
+    def cost(self) -> str:
+        return "H (4 d + 2 D) S, S <= 2 piece"
+
+
+class _TransformerXL(MultiHeadModule):
+    def project(self, rngs):
+        super().project(rngs)
+        spec, H, d = self.spec, self.spec.heads, self.spec.width_of_head(self.dims.width)
+        self.relative = Linear(spec.channels(self.dims.width), H * d, rngs=rngs, bias=False, dtype=self.dims.dtype)
+        self.u, self.v = (nnx.Param(jax.random.normal(rngs.params(), (H, d)) * 0.02) for _ in range(2))
+
+    def __call__(self, x_BTD, context, cache=None):
+        if not self.spec.detach or cache is not None:
+            return super().__call__(x_BTD, context, cache)
+        # The projections of the piece before learn, what they act on does not: SG(h) in the paper's equations.
+        past = self.remembered(jax.lax.stop_gradient(x_BTD), context)
+        (y_BHTe, lse_BHT), (before_BHTe, before_BHT) = (
+            self.attend(self._rule(context, back), self.operands(x_BTD, context, seen, context.key))
+            for back, seen in enumerate((self.remembered(x_BTD, context), past))
+        )
+        share_BHT1 = jax.nn.sigmoid(lse_BHT - before_BHT)[..., None]
+        joined_BHTe = (y_BHTe * share_BHT1 + before_BHTe * (1 - share_BHT1)).astype(y_BHTe.dtype)
+        return self.mixed(joined_BHTe, jnp.logaddexp(lse_BHT, before_BHT), x_BTD, context), None
+
+    def queries(self, x_BTD, context):
+        query_BHTd = super().queries(x_BTD, context)
+        u, v = (bias[...].astype(query_BHTd.dtype)[None, :, None, :] for bias in (self.u, self.v))
+        W_RHd = self.relative.kernel[...].astype(query_BHTd.dtype).reshape(-1, *self.u.shape)
+        a, b = jnp.split(jnp.einsum("bhtd,rhd->bhtr", query_BHTd + v, W_RHd), 2, axis=-1)
+        sin, cos = self._waves(context.query.position)
+        # a sin(i - j) + b cos(i - j) = (a sin i + b cos i) cos j + (b sin i - a cos i) sin j
+        parts = query_BHTd + u, a * sin + b * cos, b * sin - a * cos
+        return jnp.concatenate(parts, axis=-1)
+
+    def operands(self, x_BTD, context, seen, key):
+        operands = super().operands(x_BTD, context, seen, key)
+        sin, cos = self._waves(key.position)
+        waves_BKSR = jnp.concatenate([cos, sin], axis=-1)
+        waves_BKSR = jnp.broadcast_to(waves_BKSR, (*operands.key_BKSd.shape[:3], waves_BKSR.shape[-1]))
+        return dataclasses.replace(operands, key_BKSd=jnp.concatenate([operands.key_BKSd, waves_BKSR], axis=-1))
+
+    def _rule(self, context, back):
+        rule = self.spec.rule(context.mask, self.dims)
+        return dataclasses.replace(rule, mask=rule.mask & Piece(self.spec.piece, back))
+
+    def _waves(self, position_BT):
+        """Sines and cosines of positions, [B, 1, T, R / 2] each. Vaswani et al. (1706.03762), section 3.5."""
+        half = self.spec.channels(self.dims.width) // 2
+        frequency = 10000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)
+        angle = position_BT[:, None, :, None].astype(jnp.float32) * frequency[None, None, None, :]
+        return jnp.sin(angle).astype(self.dims.dtype), jnp.cos(angle).astype(self.dims.dtype)
