@@ -1,0 +1,68 @@
+"""Attention with projections of its own for each modality."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from polygpt.attention.contract import Context, Dims
+from polygpt.attention.multi_head import MultiHead, MultiHeadModule, joined
+from polygpt.nn.linear import Linear
+
+
+@dataclasses.dataclass(frozen=True)
+class MixtureOfTransformers(MultiHead):
+    """Projections by modality, attention over all. Liang et al., Mixture-of-Transformers (2411.04996), section 2.2.
+
+    Eq. 2 and 3; their feed-forward layers and norms by modality are not a matter of attention. Parameters are
+    [sets, D, E]. Every position is multiplied with all sets, zero where a set is not its own: shapes stay static, and
+    the projections cost `sets` times the FLOPs of multi-head attention.
+    """
+
+    sets: int = 2
+    """How many sets of projections there are: text has the first, modality m the set min(m, sets - 1)."""
+
+    def validate(self):
+        super().validate()
+        self.require(self.sets >= 1, "sets", "at least 1")
+
+    def build(self, dims: Dims, rngs: nnx.Rngs) -> nnx.Module:
+        return _Mixture(self, dims, rngs)
+
+
+class _Mixture(MultiHeadModule):
+    def project(self, rngs):
+        def one_set(key):
+            one = MultiHeadModule(self.spec, self.dims, nnx.Rngs(key))
+            return one.query, one.key, one.value, one.output
+
+        keys = jax.random.split(rngs.params(), self.spec.sets)
+        self.query, self.key, self.value, self.output = nnx.vmap(one_set)(keys)
+
+    def queries(self, x_BTD, context):
+        return self._placed(self.heads(_by_set(self.query, x_BTD, context)), self.query_norm, context)
+
+    def keys(self, x_BTD, context):
+        return self._placed(self.heads(_by_set(self.key, x_BTD, context)), self.key_norm, context)
+
+    def values(self, x_BTD, context):
+        return self.heads(_by_set(self.value, x_BTD, context))
+
+    def mixed(self, y_BHTe, lse_BHT, x_BTD, context):
+        return _by_set(self.output, joined(y_BHTe), context)
+
+
+def _by_set(linear: Linear, x_BTD: jax.Array, context: Context) -> jax.Array:
+    """[B, T, D] -> [B, T, E], each position by the set of its modality: kernel [sets, D, E], bias [sets, E].
+
+    One product with all sets: x in the place of its own set, zeros in those of the others.
+    """
+    B, T, D = x_BTD.shape
+    sets = linear.kernel.shape[0]
+    own_BTs = jax.nn.one_hot(jnp.clip(context.query.modality, 0, sets - 1), sets, dtype=bool)
+    wide_BTE = jnp.where(own_BTs[..., None], x_BTD[:, :, None, :], 0).astype(linear.dtype).reshape(B * T, sets * D)
+    y_BTE = (wide_BTE @ linear.kernel[...].astype(linear.dtype).reshape(sets * D, -1)).reshape(B, T, -1)
+    if linear.bias is None:
+        return y_BTE
+    return y_BTE + own_BTs.astype(linear.dtype) @ linear.bias[...].astype(linear.dtype)
