@@ -50,15 +50,16 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """A table on stdout; the first column is left-aligned, the others right."""
+def print_table(title: str, columns: list[str], rows: list[list[str]], notes: bool = False) -> None:
+    """A table on stdout; the first column is left-aligned, the others right. With `notes` the last one is prose."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left", no_wrap=True)
+        prose = notes and i == len(columns) - 1
+        table.add_column(column, justify="right" if i and not prose else "left", no_wrap=not prose)
     for row in rows:
         table.add_row(*row)
     console = Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else 140)

@@ -1,0 +1,68 @@
+"""polygpt attention check MODULE:SPEC: every property of a variant, measured beside its bound."""
+
+from argparse import Namespace
+
+from polygpt.cli import variant
+from polygpt.cli.arguments import Parser
+from polygpt.cli.output import print_table
+
+EXAMPLES = """\
+examples:
+  polygpt attention check polygpt.attention.multi_head:MultiHead --kv_heads 1
+  polygpt attention check polygpt.attention.sliding:SlidingWindow --window 8
+  polygpt attention check mine.py:MyAttention --json
+
+One layer with random parameters, over rows that hold packed examples, bidirectional spans, three modalities and
+padding. An error is relative to the largest of the numbers compared; a bound is what rounding explains. Rows are long
+enough to go beyond every whole-number field of the variant up to 88. A larger window or chunk is not gone beyond, and
+so its ring cache or second chunk not exercised: give it a smaller value, --window 8, or longer rows, --positions 200.
+Exit code 2 if any property fails."""
+
+
+def parser(prog: str, about: str) -> Parser:
+    """The verb's arguments."""
+    words = Parser(prog, about, EXAMPLES, variant.fields)
+    words.add_argument("variant", metavar="MODULE:SPEC", help="an attention variant, or FILE.py:SPEC")
+    words.add_argument("--positions", type=int, metavar="T", help="positions a row (default: by the variant's sizes)")
+    words.add_argument("--model_width", type=int, default=32, metavar="D", help="of the model around it (default: 32)")
+    words.add_argument("--no-tpu", action="store_true", help="do not compile for a TPU, the longest part")
+    return words
+
+
+def run(arguments: Namespace) -> dict:
+    """Prints the table; returns it as data, with a `fault` if any property fails."""
+    spec = variant.load(arguments.variant, arguments.changes, arguments.options)
+
+    import traceback
+
+    from polygpt.cli.progress import Progress
+    from polygpt.lab.check import TPU, check
+    from polygpt.spec import to_json
+
+    without = (TPU,) if arguments.no_tpu else ()
+    with Progress("checking") as progress:
+        subject, findings = check(spec, arguments.model_width, arguments.positions, without, progress)
+    if arguments.debug:
+        for finding in findings:
+            if finding.exception:
+                traceback.print_exception(finding.exception)
+    rows = [[one.name, one.result, _number(one.error), _number(one.bound), one.note] for one in findings]
+    title = f"{arguments.variant}: {subject.length} positions, model width {subject.width}"
+    print_table(title, ["property", "result", "error", "bound", ""], rows, notes=True)
+    passed, failed = ([one.name for one in findings if one.passed is holds] for holds in (True, False))
+    not_run = [one for one in findings if one.passed is None and one.note.startswith("not run")]
+    summary = (
+        f"{len(passed)} properties hold, {len(failed)} fail, {len(findings) - len(passed) - len(failed)} do not apply"
+    )
+    print("; ".join([summary, *(f"{one.name} was {one.note}" for one in not_run)]))
+    return {
+        "spec": to_json(spec),
+        "positions": subject.length,
+        "model_width": subject.width,
+        "findings": [one.to_json() for one in findings],
+        "fault": f"attention check: {arguments.variant}: fails {', '.join(failed)}" if failed else None,
+    }
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1e}" if value else "0"

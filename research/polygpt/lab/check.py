@@ -1,0 +1,116 @@
+"""`polygpt attention check`: every property of a variant, measured beside its bound.
+
+To add a property, write a function that takes a `Subject` and gives a `Measured`, and name it here.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable
+
+from polygpt.attention.contract import Attention
+from polygpt.errors import SpecError
+from polygpt.lab.layout import LEAST
+from polygpt.lab.measured import Measured
+from polygpt.lab.properties import agreement, compilation, memory, numerics, visibility
+from polygpt.lab.subject import WIDTH, Subject
+
+TPU = "compiles for TPU"
+PROPERTIES: dict[str, Callable[[Subject], Measured]] = {
+    "causality": visibility.causality,
+    "segments isolated": visibility.segments_isolated,
+    "mask honoured": visibility.mask_honoured,
+    "spans bidirectional": visibility.spans_bidirectional,
+    "full cache = no cache": memory.full_cache,
+    "ring cache = no cache": memory.ring_cache,
+    "ragged decoding = each alone": memory.ragged_decoding,
+    "chunked = reference": functools.partial(agreement.backend, "chunked"),
+    "flex = reference": functools.partial(agreement.backend, "flex"),
+    "library = reference": functools.partial(agreement.backend, "library"),
+    "packed examples in any order": agreement.examples_in_any_order,
+    "padding without effect": agreement.padding_without_effect,
+    "half batch = full batch": agreement.rows_alone,
+    "finite gradients beside padding": numerics.finite_gradients,
+    "gradient = finite differences": numerics.finite_differences,
+    "bfloat16 near float32": numerics.bfloat16,
+    "jit": agreement.jit,
+    "vmap": agreement.vmap,
+    "scan and remat": agreement.scan_and_remat,
+    "pmap": agreement.pmap,
+    "JSON round trip": agreement.json_round_trip,
+    TPU: compilation.tpu,
+}
+"""By name, in the order of the table."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """What one property came to.
+
+    Attributes:
+        name: of the property.
+        passed: None where it does not apply.
+        error, bound: what was measured and may be; None where nothing was.
+        note: why it does not apply, where it fails, or the error that it died of.
+        seconds: how long it took.
+        exception: what it raised, if it did.
+    """
+
+    name: str
+    passed: bool | None
+    error: float | None
+    bound: float | None
+    note: str
+    seconds: float
+    exception: Exception | None = None
+
+    @property
+    def result(self) -> str:
+        """As the table says it."""
+        return {True: "pass", False: "FAIL", None: "n/a"}[self.passed]
+
+    def to_json(self) -> dict:
+        """The finding as data."""
+        return {
+            field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "exception"
+        }
+
+
+def check(
+    spec: Attention,
+    width: int = WIDTH,
+    length: int | None = None,
+    without: tuple[str, ...] = (),
+    progress: Callable[[str, int, int], None] = lambda name, done, total: None,
+) -> tuple[Subject, list[Finding]]:
+    """Measures every property of a variant.
+
+    Args:
+        spec: the variant.
+        width: of the model that it is built into.
+        length: positions a row; None chooses by the variant's own sizes.
+        without: names of properties to leave out.
+        progress: called with a property's name, how many are done, and of how many.
+
+    Raises:
+        SpecError: what is asked cannot be built. What a property raises becomes a finding that failed.
+    """
+    if length is not None and length < LEAST:
+        raise SpecError(f"a check of {length} positions: it needs at least {LEAST}")
+    subject = Subject(spec, width, length)
+    chosen = {name: measure for name, measure in PROPERTIES.items() if name not in without}
+    found = []
+    for name, measure in chosen.items():
+        progress(name, len(found), len(chosen))
+        found.append(_examine(name, measure, subject))
+    return subject, found
+
+
+def _examine(name: str, measure: Callable[[Subject], Measured], subject: Subject) -> Finding:
+    begin = time.monotonic()
+    try:
+        measured = measure(subject)
+    except Exception as error:
+        text = " ".join(str(error).split())
+        return Finding(name, False, None, None, f"{type(error).__name__}: {text}", time.monotonic() - begin, error)
+    return Finding(name, measured.holds, measured.error, measured.bound, measured.note, time.monotonic() - begin)

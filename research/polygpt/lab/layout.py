@@ -1,0 +1,156 @@
+"""The rows on which a variant is examined: packed examples, bidirectional spans, three modalities, and padding.
+
+All layouts have the same shape, so that all questions about results are asked of one compiled program. An example is
+the same in whichever layout it lies; `Layout.by_example` brings results of two layouts into the same order.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from polygpt.attention.masks import Meta
+from polygpt.sequence import PADDING, TEXT
+
+LEAST = 24
+"""The fewest positions that the layouts below need."""
+PREFILL, CHUNK = 12, 4
+"""How a cache is filled: so many positions at once, so many more, the others one by one. Spans lie within a call."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """A packed example.
+
+    Attributes:
+        seed: what its vectors are drawn from, and its name.
+        length: how many positions it has.
+        media: (start, stop, modality, whether it is a bidirectional span), in positions of the example.
+    """
+
+    seed: int
+    length: int
+    media: tuple[tuple[int, int, int, bool], ...] = ()
+
+    def part(self, start: int, stop: int | None = None) -> "Part":
+        """Some of its positions."""
+        return Part(self, start, self.length if stop is None else stop)
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Positions `start` to `stop` of an example: padding may lie between two parts."""
+
+    example: Example
+    start: int
+    stop: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Rows of the layout.
+
+    Attributes:
+        x_BTD: float32 vectors; zeros at padding.
+        meta: NumPy arrays [B, T].
+        seed_BT: which example is where; -1 is padding.
+    """
+
+    x_BTD: np.ndarray
+    meta: Meta
+    seed_BT: np.ndarray
+
+    @property
+    def padding_BT(self) -> np.ndarray:
+        """bool."""
+        return self.seed_BT < 0
+
+    def by_example(self, y_BTD) -> np.ndarray:
+        """The results of all examples in the order of their seeds, [positions, D], without padding."""
+        order = np.lexsort((self.meta.position.ravel(), self.seed_BT.ravel()))
+        return np.asarray(y_BTD).reshape(order.size, -1)[order[self.padding_BT.sum() :]]
+
+    def with_garbage(self) -> "Layout":
+        """The same with large vectors at padding."""
+        garbage = np.float32(10 * np.random.default_rng(99).normal(size=self.x_BTD.shape))
+        return dataclasses.replace(self, x_BTD=np.where(self.padding_BT[..., None], garbage, self.x_BTD))
+
+    def row(self, b: int) -> "Layout":
+        """One of the rows alone."""
+        fields = (self.x_BTD, *vars(self.meta).values(), self.seed_BT)
+        x, *meta, seed = (array[b : b + 1] for array in fields)
+        return Layout(x, Meta(*meta), seed)
+
+
+def lay_out(rows: list[list[Example | Part | int]], length: int, width: int) -> Layout:
+    """Rows of examples, parts of examples, and numbers of padding positions; padded at the end up to `length`."""
+    B = len(rows)
+    x_BTD = np.zeros((B, length, width), np.float32)
+    names = ("position", "segment", "span", "modality", "seed")
+    array = {name: np.full((B, length), {"modality": PADDING, "seed": -1}.get(name, 0), np.int32) for name in names}
+    for b, row in enumerate(rows):
+        t, segment, before = 0, 0, None
+        for item in row:
+            if isinstance(item, int):
+                t += item
+                continue
+            part = item.part(0) if isinstance(item, Example) else item
+            example, here = part.example, slice(t, t + part.stop - part.start)
+            segment, before, t = segment + (example is not before), example, here.stop
+            media = {"span": np.zeros(example.length), "modality": np.full(example.length, TEXT)}
+            for number, (start, stop, modality, span) in enumerate(example.media, start=1):
+                media["modality"][start:stop] = modality
+                media["span"][start:stop] = 10 * segment + number if span else 0
+            for name, values in media.items():
+                array[name][b, here] = values[part.start : part.stop]
+            array["position"][b, here] = np.arange(part.start, part.stop)
+            array["segment"][b, here], array["seed"][b, here] = segment, example.seed
+            vectors = np.random.default_rng(example.seed).normal(size=(example.length, width))
+            x_BTD[b, here] = vectors[part.start : part.stop]
+    index_BT = np.ascontiguousarray(np.broadcast_to(np.arange(length, dtype=np.int32)[None], (B, length)))
+    meta = Meta(index_BT, *(array[name] for name in names[:4]))
+    return Layout(x_BTD, meta, array["seed"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Layouts:
+    """What the properties look at; T positions each.
+
+    Attributes:
+        packed: one to three examples a row, no padding.
+        permuted: the same examples elsewhere.
+        compact: other examples, padding at the end alone.
+        ragged: those, as generation lays them out: prompts padded to the longest, rows that pause while others go on.
+        masked: a row without any example, and rows that are half padding.
+    """
+
+    packed: Layout
+    permuted: Layout
+    compact: Layout
+    ragged: Layout
+    masked: Layout
+
+
+def layouts(T: int, width: int) -> Layouts:
+    """All of them, for vectors of `width` channels."""
+    short, spanned = Example(1, 5), Example(2, 10, ((1, 5, 1, True),))
+    heard = Example(3, T - 15, ((2, 5, 2, False),))
+    whole = Example(4, T, ((2, 6, 1, True), (14, 18, 2, False)))
+    first, second = Example(5, 12, ((0, 4, 2, True),)), Example(6, T - 12, ((0, 3, 1, True), (6, 8, 2, False)))
+    behind = Example(7, T - 8, ((1, 5, 1, True), (9, 11, 2, False)))
+    ahead = Example(8, T - 2, ((5, 8, 2, False), (12, 15, 1, True)))
+    brief, paused = Example(9, 3), Example(10, T - 8, ((1, 4, 2, True), (7, 10, 1, True)))
+
+    def rows(*items):
+        return lay_out(list(items), T, width)
+
+    return Layouts(
+        packed=rows([short, spanned, heard], [whole], [first, second]),
+        permuted=rows([second, first], [spanned, heard, short], [whole]),
+        compact=rows([behind], [ahead], [brief, paused]),
+        ragged=rows(
+            [behind.part(0, 8), 4, behind.part(8)],
+            [ahead.part(0, T - 6), 2, ahead.part(T - 6)],
+            [brief, paused.part(0, 7), 2, paused.part(7, 10), 1, paused.part(10)],
+        ),
+        masked=rows([short, spanned], [], [3, first]),
+    )

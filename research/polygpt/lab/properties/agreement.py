@@ -1,0 +1,118 @@
+"""What must not change the result: the backend, the company in the row and in the batch, and jax's transformations."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from polygpt.errors import SpecError
+from polygpt.lab.measured import Measured, absent, difference
+from polygpt.lab.subject import Form, Subject
+from polygpt.spec import from_json, hints, to_json
+
+
+def backend(name: str, subject: Subject) -> Measured:
+    """The result and all gradients are those of the reference, with and without padding."""
+    spec, fields = subject.spec, hints(type(subject.spec))
+    if name not in spec.backends() or "backend" not in fields:
+        return absent("it has a form of its own" if not spec.backends() else f"backends() does not name {name}")
+    strict = {"strict": True} if "strict" in fields else {}
+    form = subject.other(spec.replace(backend=name, **strict))
+    errors = []
+    try:
+        for rows in (subject.rows.packed, subject.rows.masked):
+            expected = _gradient(subject, subject.reference, rows)
+            if np.isfinite(difference(expected, expected)):
+                got = _gradient(subject, form, rows)
+                errors += [difference(a, b) for a, b in zip(got, expected, strict=True)]
+    except SpecError as refusal:
+        if "strict is set" not in str(refusal):
+            raise
+        return absent(str(refusal).removeprefix("attention.backend ").removesuffix(" (strict is set)"))
+    return Measured(max(errors), subject.bound)
+
+
+def examples_in_any_order(subject: Subject) -> Measured:
+    """Packed examples in another order and in other rows: the same results."""
+    packed, permuted = subject.rows.packed, subject.rows.permuted
+    error = difference(permuted.by_example(subject.y_BTD(permuted)), packed.by_example(subject.y_BTD(packed)))
+    return Measured(error, subject.bound)
+
+
+def padding_without_effect(subject: Subject) -> Measured:
+    """Neither what padding positions hold, nor how many there are, nor where, changes a result."""
+    ragged, compact = subject.rows.ragged, subject.rows.compact
+    expected = compact.by_example(subject.y_BTD(compact))
+    errors = {
+        name: difference(rows.by_example(subject.y_BTD(rows)), expected)
+        for name, rows in {"vectors at padding": ragged.with_garbage(), "padding in between": ragged}.items()
+    }
+    worst = max(errors.values()) if np.isfinite(list(errors.values())).all() else np.nan
+    guilty = "" if worst <= subject.bound else max(errors, key=errors.get)
+    return Measured(worst, subject.bound, guilty)
+
+
+def rows_alone(subject: Subject) -> Measured:
+    """A part of a batch gives that part of the batch's results."""
+    rows = subject.rows.packed
+    alone = [subject.y_BTD(rows.row(b)) for b in range(len(rows.x_BTD))]
+    return Measured(difference(np.concatenate(alone), subject.y_BTD(rows)), subject.bound)
+
+
+def jit(subject: Subject) -> Measured:
+    """Operation by operation, the same as compiled."""
+    rows = subject.rows.packed
+    return _same(subject, subject.form.apply(subject.params, rows.x_BTD, rows.meta))
+
+
+def vmap(subject: Subject) -> Measured:
+    """Mapped over rows, the same as a batch of them."""
+    rows = jax.tree.map(lambda array: array[:, None], (subject.rows.packed.x_BTD, subject.rows.packed.meta))
+    y_B1TD = jax.jit(jax.vmap(functools.partial(subject.form.apply, subject.params)))(*rows)
+    return _same(subject, y_B1TD[:, 0])
+
+
+def pmap(subject: Subject) -> Measured:
+    """Mapped over devices, the same as on one."""
+    rows = jax.tree.map(lambda array: np.asarray(array)[None], (subject.rows.packed.x_BTD, subject.rows.packed.meta))
+    (y_BTD,) = jax.pmap(functools.partial(subject.form.apply, subject.params), devices=jax.local_devices()[:1])(*rows)
+    return _same(subject, y_BTD)
+
+
+def scan_and_remat(subject: Subject) -> Measured:
+    """In a loop that computes its layers again on the way back: the same results and gradients."""
+    layouts, form = (subject.rows.packed, subject.rows.permuted), subject.form
+
+    @jax.jit
+    def scanned(params, x_LBTD, meta):
+        def together(params, x_LBTD):
+            layer = jax.checkpoint(lambda _, columns: (None, form.apply(params, *columns)))
+            return jax.lax.scan(layer, None, (x_LBTD, meta))[1]
+
+        y_LBTD, back = jax.vjp(together, params, x_LBTD)
+        return y_LBTD, *back(jnp.broadcast_to(subject.cotangent_BTD[None], y_LBTD.shape))
+
+    x_LBTD, meta = jax.tree.map(lambda *arrays: np.stack(arrays), *((rows.x_BTD, rows.meta) for rows in layouts))
+    y_LBTD, dparams, dx_LBTD = scanned(subject.params, x_LBTD, meta)
+    (y, dp, dx), (y2, dp2, dx2) = (_gradient(subject, form, rows) for rows in layouts)
+    expected = (np.stack([y, y2]), jax.tree.map(np.add, dp, dp2), np.stack([dx, dx2]))
+    return Measured(max(map(difference, (y_LBTD, dparams, dx_LBTD), expected)), subject.bound)
+
+
+def json_round_trip(subject: Subject) -> Measured:
+    """The specification written as JSON and read again is equal, and builds the same parameters."""
+    read = from_json(json.loads(json.dumps(to_json(subject.spec))))
+    shapes = [jax.tree.map(lambda x: (x.shape, x.dtype), form.abstract) for form in (subject.form, subject.other(read))]
+    return Measured(float(read != subject.spec or shapes[0] != shapes[1]), 0.0)
+
+
+def _gradient(subject: Subject, form: Form, rows):
+    """(y_BTD, gradient of the parameters, of x_BTD), padding left out of the first."""
+    y_BTD, dparams, dx_BTD = form.gradient(subject.params, rows.x_BTD, rows.meta, subject.cotangent_BTD)
+    return jnp.where(rows.padding_BT[..., None], 0, y_BTD), dparams, dx_BTD
+
+
+def _same(subject, y_BTD) -> Measured:
+    return Measured(difference(y_BTD, subject.y_BTD(subject.rows.packed)), subject.bound)

@@ -1,0 +1,30 @@
+"""The variant compiles for a TPU, whether or not there is one."""
+
+import jax
+import jax.numpy as jnp
+
+from polygpt import topology
+from polygpt.attention.kernels import dispatch
+from polygpt.attention.masks import Meta
+from polygpt.errors import UserError
+from polygpt.lab.measured import Measured, absent
+from polygpt.lab.subject import Subject
+
+SLICE = "v5e:1x1"
+SHAPE = (1, 1024)
+"""Rows and positions: as many as make the automatic choice of a backend avoid the materialised matrix."""
+
+
+def tpu(subject: Subject) -> Measured:
+    """Forward and backward compile for a v5e, in bfloat16, at heads of a common size."""
+    try:
+        topology.devices(SLICE)
+    except UserError as missing:
+        return absent(f"not run: {missing}")
+    form = subject.other(subject.spec, "bfloat16", scale=16)
+    x_BTD = jax.ShapeDtypeStruct((*SHAPE, form.dims.width), jnp.bfloat16)
+    meta = Meta(*[jax.ShapeDtypeStruct(SHAPE, jnp.int32)] * 5)
+    with dispatch.compiling_for("tpu"):
+        program = topology.compile_for(SLICE, form.pull_back, form.abstract, x_BTD, meta, x_BTD)
+    kernels = program.as_text().count("tpu_custom_call")
+    return Measured(0.0, 0.0, f"{kernels} fused kernels" if kernels else "")

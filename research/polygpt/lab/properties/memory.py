@@ -1,0 +1,51 @@
+"""Generation computes what training does: with a full cache, with a ring, and with padding in between."""
+
+import jax
+
+from polygpt.lab.layout import CHUNK, PREFILL, Layout
+from polygpt.lab.measured import Measured, absent, difference
+from polygpt.lab.subject import Subject, mask_of
+
+
+def full_cache(subject: Subject) -> Measured:
+    """A prompt, a few positions and then one at a time, over a full cache: the same as without a cache."""
+    return _compare(subject, subject.rows.packed, subject.rows.packed, ring=False)
+
+
+def ring_cache(subject: Subject) -> Measured:
+    """The same over a cache that is smaller than the row."""
+    if _shapes(subject, ring=True) == _shapes(subject, ring=False):
+        mask = mask_of(subject.spec)
+        reach = mask.reach() if mask is not None else None
+        if reach is None:
+            return absent("its cache is no smaller with ring=True")
+        return absent(f"reaches back {reach.first + reach.last} positions, rows have {subject.length}: a smaller field")
+    packed = _compare(subject, subject.rows.packed, subject.rows.packed, ring=True)
+    ragged = _compare(subject, subject.rows.ragged, subject.rows.compact, ring=True)
+    return max(packed, ragged, key=lambda measured: (measured.holds is False, measured.error))
+
+
+def ragged_decoding(subject: Subject) -> Measured:
+    """Prompts padded to the longest, rows that pause: over a full cache, the same as each example alone."""
+    return _compare(subject, subject.rows.ragged.with_garbage(), subject.rows.compact, ring=False)
+
+
+def _cache(subject, ring):
+    return subject.spec.init_cache(subject.form.dims, subject.rows.packed.x_BTD.shape[0], subject.length, ring)
+
+
+def _shapes(subject, ring):
+    return [x.shape for x in jax.tree.leaves(jax.eval_shape(lambda: _cache(subject, ring)))]
+
+
+def _compare(subject, cached: Layout, plain: Layout, ring: bool) -> Measured:
+    got_BTD = subject.form.through_cache(subject.params, cached.x_BTD, cached.meta, _cache(subject, ring))
+    got, expected = cached.by_example(got_BTD), plain.by_example(subject.y_BTD(plain))
+    error = difference(got, expected)
+    note = ""
+    if not error <= subject.bound and cached is plain:
+        error_T = abs(got_BTD - subject.y_BTD(plain)).max((0, 2))
+        position = int((~(error_T <= subject.bound)).argmax())
+        call = "prompt" if position < PREFILL else "chunk" if position < PREFILL + CHUNK else "single steps"
+        note = f"from position {position} on, in the {call}"
+    return Measured(error, subject.bound, note)

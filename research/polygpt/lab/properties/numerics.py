@@ -1,0 +1,72 @@
+"""Gradients and number formats: finite beside padding, right by finite differences, close in bfloat16."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from polygpt.lab.measured import EPSILON, Measured
+from polygpt.lab.subject import Subject
+
+STEP = 2.0**-6
+"""The step of finite differences: the error of the fourth-order formula, and of rounding to float32 over the step, are
+then both near 1e-6. Some parts of a variant compute in float32 whatever is asked, so rounding is taken to be that."""
+
+
+def finite_gradients(subject: Subject) -> Measured:
+    """Results and all gradients are finite where whole rows are padding: the number that are not."""
+    rows = subject.rows.masked.with_garbage()
+    found = subject.form.gradient(subject.params, rows.x_BTD, rows.meta, subject.cotangent_BTD)
+    wrong = sum(int((~np.isfinite(np.asarray(x, np.float32))).sum()) for x in jax.tree.leaves(found))
+    return Measured(float(wrong), 0.0, "numbers that are NaN or infinite" if wrong else "")
+
+
+def finite_differences(subject: Subject) -> Measured:
+    """Along a random direction for the input and for each parameter, gradients are the slope of the loss, in float64.
+
+    The slope is taken by the five-point formula. An error is relative to what a direction's slope typically is.
+    """
+    with jax.enable_x64(True):
+        form = subject.other(subject.differentiable.spec, "float64")
+        rows, rng = subject.rows.packed, np.random.default_rng(2)
+        point = jax.tree.map(lambda x: np.asarray(x, np.float64), (subject.params, rows.x_BTD))
+        weights_BTD = rng.normal(size=rows.x_BTD.shape)
+        leaves, tree = jax.tree.flatten(point)
+        directions = [rng.normal(size=x.shape) * (np.std(x) or 1.0) for x in leaves]
+
+        @jax.jit
+        def measure(leaves, directions):
+            def loss(leaves):
+                return jnp.sum(weights_BTD * form.apply(*tree.unflatten(leaves), rows.meta))
+
+            def stepped(which, far):
+                moved = [
+                    x + far * STEP * jnp.where(which == i, direction, 0)
+                    for i, (x, direction) in enumerate(zip(leaves, directions, strict=True))
+                ]
+                return loss(moved)
+
+            which, far = jnp.arange(len(leaves)), jnp.array([-2.0, -1.0, 1.0, 2.0])
+            loss_N4 = jax.vmap(lambda n: jax.vmap(lambda f: stepped(n, f))(far))(which)
+            return loss_N4, jax.grad(loss)(leaves), loss(leaves)
+
+        loss_N4, gradients, loss = jax.tree.map(np.asarray, measure(leaves, directions))
+    slope_N = loss_N4 @ np.array([1, -8, 8, -1]) / (12 * STEP)
+    expected_N = np.array([np.sum(g * d) for g, d in zip(gradients, directions, strict=True)])
+    typical_N = np.array([np.linalg.norm(g * d) for g, d in zip(gradients, directions, strict=True)])
+    output = np.linalg.norm(weights_BTD) / 1e3  # nothing can be said of slopes far below what the loss is made of
+    error_N = np.abs(slope_N - expected_N) / (np.abs(slope_N) + typical_N + output)
+    worst = int(np.argmax(error_N))
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(point)[0]]
+    bound = 16 * EPSILON / STEP
+    return Measured(float(error_N[worst]), bound, "" if error_N[worst] <= bound else f"worst: {paths[worst]}")
+
+
+def bfloat16(subject: Subject) -> Measured:
+    """Computed in bfloat16, near the float32 result, and given back in bfloat16."""
+    rows = subject.rows.packed
+    y_BTD = subject.other(subject.spec, "bfloat16").forward(subject.params, rows.x_BTD.astype(jnp.bfloat16), rows.meta)
+    if y_BTD.dtype != jnp.bfloat16:
+        return Measured(float("inf"), 0.0, f"the result is {y_BTD.dtype}")
+    expected_BTD = subject.y_BTD(rows)
+    error = np.linalg.norm(np.float32(y_BTD) - expected_BTD) / np.linalg.norm(expected_BTD)
+    return Measured(float(error), 8 * float(jnp.finfo(jnp.bfloat16).eps))

@@ -1,0 +1,87 @@
+"""Who influences whom, read from one matrix of gradients: causality, mask, segments, spans."""
+
+import numpy as np
+
+from polygpt.attention.masks import DECODER, allowed
+from polygpt.lab.measured import Measured, absent
+from polygpt.lab.subject import Subject, mask_of
+
+SILENT = 0.01
+"""The share of visible pairs that may be without influence, as a weight may underflow."""
+
+
+def causality(subject: Subject) -> Measured:
+    """No output moves with a later input of its example, unless they share a bidirectional span."""
+    later, same_segment, same_span = _pairs(subject)
+    return _influence(subject, later & same_segment & ~same_span)
+
+
+def segments_isolated(subject: Subject) -> Measured:
+    """No output moves with an input of another example packed into the row, before or after."""
+    _, same_segment, _ = _pairs(subject)
+    return _influence(subject, ~same_segment)
+
+
+def mask_honoured(subject: Subject) -> Measured:
+    """Within what a decoder may see, an output moves with what the variant's mask shows, and nothing else."""
+    own = np.eye(subject.length, dtype=bool)[:, None, :]
+    decoder, visible = _visible(subject, DECODER), _permitted(subject)
+    leak = _influence(subject, decoder & ~visible & ~own)
+    if not leak.holds:
+        return leak
+    seen, shown = (subject.influence_TBS > 0) & ~own, visible & ~own
+    if mask_of(subject.spec) is None:  # it says only that something is seen
+        shown, seen = shown.any(-1), (seen & shown).any(-1)
+    silent = float((shown & ~seen).sum() / max(shown.sum(), 1))
+    if silent > SILENT:
+        return Measured(silent, SILENT, "share of visible inputs without influence")
+    return leak
+
+
+def spans_bidirectional(subject: Subject) -> Measured:
+    """In every span some position moves with a later one, and all do that the variant's mask lets see it."""
+    if not subject.spec.sees_ahead():
+        return absent("causal by construction: sees_ahead() is False")
+    later, _, same_span = _pairs(subject)
+    ahead = later & same_span
+    shown = ahead & _permitted(subject) if mask_of(subject.spec) is not None else ahead & False
+    seen = subject.influence_TBS > 0
+    span_BT = subject.rows.packed.meta.span
+    without = sum(not (seen & ahead & (span_BT == span)[None]).any() for span in np.unique(span_BT) if span)
+    missing = (shown & ~seen).sum() / max(shown.sum(), 1)
+    note = f"{without} spans in which nothing is seen ahead" if without else ""
+    return Measured(1.0 if without else float(missing), SILENT, note)
+
+
+def _influence(subject: Subject, forbidden_TBS: np.ndarray) -> Measured:
+    """The largest influence among the pairs, beside what is left where sums of T terms cancel."""
+    influence = np.where(forbidden_TBS, subject.influence_TBS, 0)
+    note = ""
+    if not influence.max() <= subject.bound:
+        t, b, s = np.unravel_index(np.nanargmax(influence), influence.shape)
+        note = f"row {b}: position {t} moves with {s}"
+    return Measured(float(influence.max()), subject.bound, note)
+
+
+def _visible(subject, mask) -> np.ndarray:
+    """The mask as a matrix, [T, B, S]."""
+    meta = subject.rows.packed.meta
+    return np.asarray(allowed(mask, meta, meta)).swapaxes(0, 1)
+
+
+def _permitted(subject) -> np.ndarray:
+    """What the variant says that its outputs see, [T, B, S]."""
+    visible = _visible(subject, mask_of(subject.spec) or DECODER)
+    later, _, _ = _pairs(subject)
+    return visible if subject.spec.sees_ahead() else visible & ~later
+
+
+def _pairs(subject) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """[T, B, S] each: whether s is later than t, of the same example, of the same span."""
+    meta = subject.rows.packed.meta
+
+    def of_pairs(relation, array):
+        return np.swapaxes(relation(array[:, :, None], array[:, None, :]), 0, 1)
+
+    same_span = of_pairs(lambda query, key: (query == key) & (key > 0), meta.span)
+    return of_pairs(np.less, meta.index), of_pairs(np.equal, meta.segment), same_span
