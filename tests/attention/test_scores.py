@@ -244,12 +244,17 @@ def test_attention_with_a_cache_sees_the_same(spec):
     everything = jax.tree.map(jnp.asarray, meta([[0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 0, 1, 2, 3]]))
     segment_BT = jnp.asarray([[1] * 7, [1] * 3 + [2] * 4], jnp.int32)
     everything = dataclasses.replace(everything, segment=segment_BT)
-    want, _ = nnx.merge(graphdef, state)(x_BTD, Context(everything, everything, DECODER))
+
+    @jax.jit
+    def run(x_BTD, context, cache):
+        return nnx.merge(graphdef, state)(x_BTD, context, cache)
+
+    want, _ = run(x_BTD, Context(everything, everything, DECODER), None)
     cache, got = spec.init_cache(dims, 2, T), []
     for start, stop in [(0, 3), (3, 4), (4, 7)]:
         query = jax.tree.map(lambda x, part=slice(start, stop): x[:, part], everything)
         key = dataclasses.replace(everything, segment=jnp.where(jnp.arange(T)[None] < stop, segment_BT, 0))
         context = Context(query, key, DECODER, jnp.int32(start))
-        y_BTD, cache = nnx.merge(graphdef, state)(x_BTD[:, start:stop], context, cache)
+        y_BTD, cache = run(x_BTD[:, start:stop], context, cache)
         got.append(y_BTD)
     np.testing.assert_allclose(np.concatenate(got, axis=1), want, rtol=0, atol=5e-6)
