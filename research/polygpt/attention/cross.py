@@ -6,17 +6,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from polygpt.attention.contract import Dims
-from polygpt.attention.masks import Mask
+from polygpt.attention.masks import KeyModality, Mask, QueryModality
 from polygpt.attention.multi_head import MultiHead, MultiHeadModule
 from polygpt.sequence import TEXT
-
-
-@dataclasses.dataclass(frozen=True)
-class TextSeesMedia(Mask):
-    """The query is text and the key is of a medium."""
-
-    def __call__(self, query, key):
-        return (query.modality == TEXT) & (key.modality > TEXT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +28,7 @@ class GatedCross(MultiHead):
         self.require(not self.bias, "bias", "false: without media before it a position is to get zeros")
 
     def mask(self, mask: Mask) -> Mask:
-        return super().mask(mask) & TextSeesMedia()
+        return super().mask(mask) & QueryModality(TEXT) & ~KeyModality(TEXT)
 
     def build(self, dims: Dims, rngs: nnx.Rngs) -> nnx.Module:
         return _GatedCross(self, dims, rngs)

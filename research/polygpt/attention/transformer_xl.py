@@ -7,24 +7,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from polygpt.attention.contract import Attention, Dims
-from polygpt.attention.masks import Mask, Reach
+from polygpt.attention.masks import Blockwise, Mask
 from polygpt.attention.multi_head import MultiHead, MultiHeadModule
 from polygpt.nn.linear import Linear
 from polygpt.nn.positions import NoPosition, Position
-
-
-@dataclasses.dataclass(frozen=True)
-class Piece(Mask):
-    """The key is `back` pieces of `size` positions before the piece of the query."""
-
-    size: int
-    back: int
-
-    def __call__(self, query, key):
-        return key.position // self.size == query.position // self.size - self.back
-
-    def reach(self):
-        return Reach(0, self.size * (self.back + 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +20,8 @@ class TransformerXL(MultiHead):
     An example is read in pieces: a position sees its own piece and the one before, into whose activations no gradient
     flows. R_n are sines and cosines of n. Those of a difference are sums of products, so the term is written, with no
     error, as an inner product of a longer query and a longer key: every backend computes it, and nothing is shifted.
-    Where a gradient is to stop, the two pieces are two calls of the backend, joined by the sums of their softmax.
+    Where a gradient is to stop, the two pieces are two calls of the backend, joined by the sums of their softmax. A
+    bidirectional span sees its own positions in the piece after, too.
     """
 
     position: Position | None = NoPosition()
@@ -53,7 +40,7 @@ class TransformerXL(MultiHead):
         self.require(relative is None or relative >= 2 and relative % 2 == 0, "relative_width", "even, 2 or more")
 
     def mask(self, mask: Mask) -> Mask:
-        return super().mask(mask) & (Piece(self.piece, 0) | Piece(self.piece, 1))
+        return super().mask(mask) & Blockwise(self.piece, around=1)
 
     def differentiable(self) -> Attention:
         return self.replace(detach=False)
@@ -72,7 +59,7 @@ class TransformerXL(MultiHead):
         return self.heads * pair * min(keys, 2 * self.piece)
 
     def cost(self) -> str:
-        return "H (4 d + 2 D) S, S <= 2 piece"
+        return "H (4 d + 2 D) min(S, 2 piece)"
 
 
 class _TransformerXL(MultiHeadModule):
@@ -86,11 +73,10 @@ class _TransformerXL(MultiHeadModule):
         if not self.spec.detach or cache is not None:
             return super().__call__(x_BTD, context, cache)
         # The projections of the piece before learn, what they act on does not: SG(h) in the paper's equations.
-        past = self.remembered(jax.lax.stop_gradient(x_BTD), context)
-        (y_BHTe, lse_BHT), (before_BHTe, before_BHT) = (
-            self.attend(self._rule(context, back), self.operands(x_BTD, context, seen, context.key))
-            for back, seen in enumerate((self.remembered(x_BTD, context), past))
-        )
+        own, past = self.remembered(x_BTD, context), self.remembered(jax.lax.stop_gradient(x_BTD), context)
+        piece = Blockwise(self.spec.piece)
+        y_BHTe, lse_BHT = self._attend_to(own, piece, x_BTD, context)
+        before_BHTe, before_BHT = self._attend_to(past, ~piece, x_BTD, context)
         share_BHT1 = jax.nn.sigmoid(lse_BHT - before_BHT)[..., None]
         joined_BHTe = (y_BHTe * share_BHT1 + before_BHTe * (1 - share_BHT1)).astype(y_BHTe.dtype)
         return self.mixed(joined_BHTe, jnp.logaddexp(lse_BHT, before_BHT), x_BTD, context), None
@@ -112,9 +98,11 @@ class _TransformerXL(MultiHeadModule):
         waves_BKSR = jnp.broadcast_to(waves_BKSR, (*operands.key_BKSd.shape[:3], waves_BKSR.shape[-1]))
         return dataclasses.replace(operands, key_BKSd=jnp.concatenate([operands.key_BKSd, waves_BKSR], axis=-1))
 
-    def _rule(self, context, back):
+    def _attend_to(self, seen, part, x_BTD, context):
+        """Attention to that part of what is `seen`."""
         rule = self.spec.rule(context.mask, self.dims)
-        return dataclasses.replace(rule, mask=rule.mask & Piece(self.spec.piece, back))
+        rule = dataclasses.replace(rule, mask=rule.mask & part)
+        return self.attend(rule, self.operands(x_BTD, context, seen, context.key))
 
     def _waves(self, position_BT):
         """Sines and cosines of positions, [B, 1, T, R / 2] each. Vaswani et al. (1706.03762), section 3.5."""
