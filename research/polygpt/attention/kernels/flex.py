@@ -1,0 +1,111 @@
+"""Any mask and any score modification in one fused kernel, which never makes the matrix of scores: for TPUs.
+
+FlexAttention (Dong et al., 2412.05496) for JAX. Mask and score modification are the same Python functions that the
+other backends call; here Pallas traces them into the kernel, on tiles of metadata (`flex_tiles.py`). Blocks that the
+block map calls EMPTY are neither computed nor fetched, and in FULL ones the mask is not asked. Forward
+(`flex_forward.py`) and backward (`flex_backward.py`) take memory in proportion to T + S.
+
+On a CPU the kernel is interpreted: slow, for tests. There is no form for GPUs.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from polygpt.attention.kernels import dispatch
+from polygpt.attention.kernels.block_map import block_map
+from polygpt.attention.kernels.flex_backward import backward
+from polygpt.attention.kernels.flex_forward import forward
+from polygpt.attention.kernels.flex_tiles import packed
+from polygpt.attention.kernels.problem import Operands, Rule
+
+BLOCK = 512
+"""Queries and keys of a block, where there are as many."""
+LANES = 128
+"""Blocks are multiples of this: numbers lie that many abreast on a TPU."""
+VISITS = 2**16
+"""Blocks of a problem (rows x blocks of queries x blocks of keys) whose list fits into a TPU's scalar memory."""
+
+
+def refuses(rule: Rule, operands: Operands) -> str | None:
+    """Why it cannot compute this: GPUs, other dtypes than float32 and bfloat16, more blocks than can be listed."""
+    if dispatch.platform() == "gpu":
+        return "its kernel is built for TPUs, and no Mosaic GPU form of it exists"
+    for name, x in (("queries", operands.query_BHTd), ("keys", operands.key_BKSd), ("values", operands.value_BKSe)):
+        if x.dtype not in (jnp.float32, jnp.bfloat16):
+            return f"{name} are {x.dtype}, and its kernel takes float32 and bfloat16"
+    B, _, T, _ = operands.query_BHTd.shape
+    S = operands.key_BKSd.shape[2]
+    blocks = B * -(-T // _block(T)) * -(-S // _block(S))
+    if blocks > VISITS:
+        return f"{B} rows of {T} queries and {S} keys are {blocks} blocks, and it can list {VISITS}"
+    return None
+
+
+def attend(
+    rule: Rule, operands: Operands, block_q: int | None = None, block_k: int | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """(y_BHTe, lse_BHT), as the folder's `problem.py` says.
+
+    Args:
+        rule, operands: the problem.
+        block_q, block_k: sizes of the blocks of queries and of keys; on a TPU multiples of `LANES`.
+    """
+    T, S = operands.query_BHTd.shape[2], operands.key_BKSd.shape[2]
+    block_q, block_k = block_q or _block(T), block_k or _block(S)
+    kind_BQK = block_map(rule.mask, operands.query, operands.key, block_q, block_k)
+    interpret = dispatch.platform() == "cpu"
+    whole = packed(_padded(operands, -T % block_q, -S % block_k))
+    y_BHTe, lse_BH1T = _attend(rule, block_q, block_k, interpret, whole, kind_BQK)
+    return y_BHTe[:, :, :T], lse_BH1T[:, :, 0, :T]
+
+
+def _block(count: int) -> int:
+    """The usual size of a block."""
+    return min(BLOCK, -(-count // LANES) * LANES)
+
+
+def _padded(operands: Operands, queries: int, keys: int) -> Operands:
+    """With so many more positions of padding, segment 0, at the end: keys that nobody sees, queries that nobody reads."""
+
+    def pad(x, axis, count):
+        return jnp.pad(x, [(0, count if i == axis else 0) for i in range(x.ndim)])
+
+    terms = operands.terms
+    return Operands(
+        pad(operands.query_BHTd, 2, queries),
+        pad(operands.key_BKSd, 2, keys),
+        pad(operands.value_BKSe, 2, keys),
+        jax.tree.map(lambda x: pad(x, 1, queries), operands.query),
+        jax.tree.map(lambda x: pad(x, 1, keys), operands.key),
+        dataclasses.replace(
+            terms,
+            query={name: pad(x, 2, queries) for name, x in terms.query.items()},
+            key={name: pad(x, 2, keys) for name, x in terms.key.items()},
+        ),
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _attend(rule, block_q, block_k, interpret, operands, kind_BQK):
+    return tuple(forward(rule, block_q, block_k, interpret, operands, kind_BQK))
+
+
+def _attend_forward(rule, block_q, block_k, interpret, operands, kind_BQK):
+    y_BHTe, lse_BH1T = _attend(rule, block_q, block_k, interpret, operands, kind_BQK)
+    return (y_BHTe, lse_BH1T), (operands, kind_BQK, y_BHTe, lse_BH1T)
+
+
+def _attend_backward(rule, block_q, block_k, interpret, residuals, cotangents):
+    operands, kind_BQK, y_BHTe, lse_BH1T = residuals
+    dy_BHTe, dlse_BH1T = cotangents
+    delta_BHT = jnp.sum(dy_BHTe.astype(jnp.float32) * y_BHTe.astype(jnp.float32), axis=-1)
+    dquery, dkey, dvalue, dterms = backward(
+        rule, block_q, block_k, interpret, operands, kind_BQK, lse_BH1T, dy_BHTe, delta_BHT[:, :, None, :] - dlse_BH1T
+    )
+    return Operands(dquery, dkey, dvalue, None, None, dterms), None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
