@@ -14,7 +14,7 @@ from polygpt.data.media.image import ImageFeatures
 from polygpt.models.decoder import DecoderSpec
 from polygpt.models.functional import Model, Params, bind
 from polygpt.models.multimodal import ModelSpec
-from polygpt.sequence import PADDING, TEXT, Batch, Media, check
+from polygpt.sequence import PADDING, TEXT, Batch, Media, check, coordinates
 
 VOCABULARY = 31
 TOWER = StackSpec(width=8, depth=1, attention=MultiHead(heads=2))
@@ -51,7 +51,7 @@ def build(rows, length: int, *, adapters=ADAPTERS, bidirectional: bool = False, 
     names = ("tokens", "modality", "slot", "position", "segment", "span", "target")
     array = {name: np.zeros((B, length), np.int32) for name in names}
     array["modality"][:] = PADDING
-    weight_BT = np.zeros((B, length), np.float32)
+    weight_BT, coordinate_BT3 = np.zeros((B, length), np.float32), np.zeros((B, length, 3), np.int32)
     media = {
         name: Media(np.ones((B, a.items, *a.features.shape), np.float32), np.zeros((B, a.items), np.int32))
         for name, a in adapters.items()
@@ -59,12 +59,13 @@ def build(rows, length: int, *, adapters=ADAPTERS, bidirectional: bool = False, 
     for b, examples in enumerate(rows):
         used, t, span = dict.fromkeys(adapters, 0), 0, 0
         for segment, one in enumerate(examples, start=1):
-            rng, start = np.random.default_rng(one.seed), t
+            rng, start, origin = np.random.default_rng(one.seed), t, 0
             for part in one.parts:
                 if isinstance(part, int):
                     here = slice(t, t + part)
                     array["tokens"][b, here] = rng.integers(0, VOCABULARY, part)
                     array["modality"][b, here] = TEXT
+                    coordinate_BT3[b, here] = origin + np.arange(part)[:, None]
                 else:
                     name, n = part
                     here, item, span = slice(t, t + n), used[name], span + 1
@@ -74,6 +75,8 @@ def build(rows, length: int, *, adapters=ADAPTERS, bidirectional: bool = False, 
                     array["span"][b, here] = span if bidirectional else 0
                     media[name].features[b, item] = rng.normal(size=adapters[name].features.shape)
                     media[name].length_BN[b, item] = n
+                    coordinate_BT3[b, here] = origin + coordinates(adapters[name].grid)[:n]
+                origin = coordinate_BT3[b, start : here.stop].max(initial=-1) + 1
                 t = here.stop
             array["position"][b, start:t] = np.arange(t - start)
             array["segment"][b, start:t] = segment
@@ -81,7 +84,7 @@ def build(rows, length: int, *, adapters=ADAPTERS, bidirectional: bool = False, 
         array["target"][b, :-1] = np.where(predicted, array["tokens"][b, 1:], 0)
         weight_BT[b, :-1] = weight * predicted
     arrays = {f"{name}_BT": value for name, value in array.items()}
-    batch = Batch(**arrays, weight_BT=weight_BT, media=media)
+    batch = Batch(**arrays, weight_BT=weight_BT, media=media, coordinate_BT3=coordinate_BT3)
     batch = batch.replace(modality_BT=batch.modality_BT.astype(np.int8))
     check(batch, VOCABULARY, {name: adapter.positions for name, adapter in adapters.items()})
     return batch

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from polygpt.errors import UserError
-from polygpt.sequence import Batch, Media, check, scatter_media
+from polygpt.sequence import Batch, Media, check, coordinates, scatter_media
 
 P = 3  # positions an item fills at most
 
@@ -30,6 +30,7 @@ def batch() -> Batch:
         target_BT=zeros,
         weight_BT=weight,
         media={"image": Media(np.zeros((2, 2, 4), np.float32), np.array([[0, 2], [0, 0]], np.int32))},
+        coordinate_BT3=np.tile(np.arange(6, dtype=np.int32)[:, None], (2, 1, 3)),
     )
 
 
@@ -66,6 +67,14 @@ def test_a_batch_is_a_pytree():
     assert isinstance(doubled, Batch) and doubled.weight_BT[0, 2] == 2
 
 
+def test_coordinates_of_a_grid():
+    """A film of two pictures of two rows and three columns; a sequence in time advances in all three, like text."""
+    film = [(time, row, column) for time in range(2) for row in range(2) for column in range(3)]
+    np.testing.assert_array_equal(coordinates((2, 2, 3)), film)
+    np.testing.assert_array_equal(coordinates((4, 1, 1)), [[i] * 3 for i in range(4)])
+    assert coordinates((1, 1, 5)).tolist() == [[0, 0, i] for i in range(5)]
+
+
 def at(array, index, value):
     array = array.copy()
     array[index] = value
@@ -100,6 +109,9 @@ def test_check_compares_shapes_lengths_and_adapters():
     good = batch()
     with pytest.raises(UserError, match=r"span_BT has the shape \(2, 5\)"):
         check(good.replace(span_BT=good.span_BT[:, :5]), 6, {"image": P})
+    with pytest.raises(UserError, match=r"coordinate_BT3 has the shape \(2, 6, 2\), it must have \(2, 6, 3\)"):
+        check(good.replace(coordinate_BT3=good.coordinate_BT3[..., :2]), 6, {"image": P})
+    check(good.replace(coordinate_BT3=None), 6, {"image": P})
     with pytest.raises(UserError, match=r"media are \['image'\], the model has the adapters \['audio'\]"):
         check(good, 6, {"audio": P})
     long = Media(good.media["image"].features, np.array([[0, P + 1], [0, 0]], np.int32))

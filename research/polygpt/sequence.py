@@ -7,6 +7,7 @@ of them goes where. A text-only row, a row with two images, a packed row and a p
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +55,9 @@ class Batch:
         target_BT: int32, the token that follows.
         weight_BT: float32, the weight of that prediction in the loss; 0 where nothing is predicted.
         media: by adapter name, the items that the row's media positions refer to.
+        coordinate_BT3: int32 (time, row, column), for encodings that know more than the order; restarted for each
+            packed example. Text advances in all three, the positions of a medium by its grid: see `coordinates`. None,
+            in rows made by hand, means `position_BT` in all three.
     """
 
     tokens_BT: jax.Array | np.ndarray
@@ -65,6 +69,7 @@ class Batch:
     target_BT: jax.Array | np.ndarray
     weight_BT: jax.Array | np.ndarray
     media: dict[str, Media]
+    coordinate_BT3: jax.Array | np.ndarray | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -74,6 +79,19 @@ class Batch:
     def replace(self, **changes) -> "Batch":
         """A copy with some arrays exchanged."""
         return dataclasses.replace(self, **changes)
+
+
+@functools.cache
+def coordinates(grid: tuple[int, int, int]) -> np.ndarray:
+    """The coordinates (time, row, column) of a grid's positions, from 0, int32 [time * rows * columns, 3].
+
+    Positions go column by column, then row by row, then by time. A grid of time alone, a text or a recording, advances
+    in all three, so that it is placed like text: Qwen2.5-Omni (2503.20215), section 2.2.
+    """
+    time, rows, columns = grid
+    if rows == columns == 1:
+        return np.repeat(np.arange(time, dtype=np.int32)[:, None], 3, axis=1)
+    return np.stack(np.indices(grid, np.int32), axis=-1).reshape(-1, 3)
 
 
 def scatter_media(x_BTD, batch: Batch, embeddings: dict[str, jax.Array | None]) -> jax.Array:
@@ -113,8 +131,11 @@ def check(batch: Batch, vocabulary: int, positions: dict[str, int]) -> None:
     B, T = batch.shape
     for field in dataclasses.fields(Batch):
         array = getattr(batch, field.name)
-        if field.name != "media" and array.shape[:2] != (B, T):
-            raise UserError(f"batch: {field.name} has the shape {array.shape}, tokens_BT {(B, T)}")
+        if field.name == "media" or array is None:
+            continue
+        expected = (B, T, 3) if field.name == "coordinate_BT3" else (B, T)
+        if array.shape != expected:
+            raise UserError(f"batch: {field.name} has the shape {array.shape}, it must have {expected}")
     if set(batch.media) != set(positions):
         raise UserError(f"batch: media are {list(batch.media)}, the model has the adapters {list(positions)}")
 

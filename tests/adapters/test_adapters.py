@@ -1,6 +1,7 @@
 """Media towers: what an item becomes, and what it must not depend on."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -9,10 +10,11 @@ from batches import ADAPTERS, TOWER
 from polygpt.adapters.audio import AudioAdapter
 from polygpt.adapters.base import Connector
 from polygpt.adapters.image import ImageAdapter, patches
+from polygpt.adapters.tower import Tower
 from polygpt.data.media.audio import LogMel
 from polygpt.data.media.image import ImageFeatures
 from polygpt.errors import SpecError
-from polygpt.nn.positions import Learned, NoPosition, Rope
+from polygpt.nn.positions import Learned, NoPosition, Rope, Rope2D
 from polygpt.sequence import Media
 
 RNG = np.random.default_rng(0)
@@ -99,6 +101,23 @@ def test_a_tower_knows_where_a_patch_lies(position):
     halves = np.concatenate([equal[:, :, :4], -equal[:, :, 4:]], axis=2)
     there, back = (np.asarray(module(Media(x, np.int32([[4]]))))[0, 0] for x in (halves, halves[:, :, ::-1]))
     assert np.abs(there - back[[2, 3, 0, 1]]).max() > 1e-3, "upside down is not the same patches in another order"
+
+
+def test_a_tower_turns_by_row_and_column():
+    """A transposed picture, with the halves of each head that turn by row and by column exchanged, is the same."""
+    assert ImageAdapter(ImageFeatures(8, 12), patch=4).grid == (1, 2, 3) and ADAPTERS["audio"].grid == (4, 1, 1)
+    spec = TOWER.replace(position=Rope2D())
+    lying, standing = (Tower(spec, rngs=nnx.Rngs(0), dtype="float32", grid=grid) for grid in ((1, 2, 3), (1, 3, 2)))
+    for tower in (lying, standing):
+        for projection in (tower.blocks.attention.query, tower.blocks.attention.key):
+            kernel = np.random.default_rng(2).normal(size=(1, 8, 2, 4)).astype(np.float32)
+            if tower is standing:
+                kernel = kernel[..., [1, 0, 3, 2]]  # a head has a pair for the row, channels 0 and 2, and one more
+            projection.kernel[...] = jnp.asarray(kernel.reshape(1, 8, 8))
+    x_BTD, length_B = np.float32(RNG.normal(size=(1, 6, 8))), np.int32([6])
+    order = np.arange(6).reshape(2, 3).T.ravel()
+    np.testing.assert_allclose(standing(x_BTD[:, order], length_B), lying(x_BTD, length_B)[:, order], atol=2e-6)
+    assert np.abs(lying(x_BTD[:, order], length_B) - lying(x_BTD, length_B)[:, order]).max() > 1e-2
 
 
 def test_a_position_table_that_is_too_short_is_an_error():

@@ -25,14 +25,15 @@ class SmallAdapter:
     positions: int
     frames: int
     """Frames of an item that fills all its positions."""
+    grid: tuple[int, int, int]
 
     def length(self, frames: int) -> int:
         return -(-frames * self.positions // self.frames)
 
 
-IMAGE = SmallAdapter(ImageFeatures(4, 4, channels=1), items=2, positions=4, frames=1)
+IMAGE = SmallAdapter(ImageFeatures(4, 4, channels=1), items=2, positions=4, frames=1, grid=(1, 2, 2))
 SOUND = LogMel(seconds=0.25, rate=4000, window=64, hop=40, mels=8)
-AUDIO = SmallAdapter(SOUND, items=1, positions=5, frames=25)
+AUDIO = SmallAdapter(SOUND, items=1, positions=5, frames=25, grid=(5, 1, 1))
 ADAPTERS = {"image": IMAGE, "audio": AUDIO}
 
 

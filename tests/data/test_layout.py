@@ -35,6 +35,8 @@ def test_a_text_alone(small):
     for name in ("tokens", "modality", "slot", "position", "segment", "span", "target"):
         assert getattr(row, name).dtype == np.int32
     assert row.weight.dtype == np.float32
+    np.testing.assert_array_equal(row.coordinate, [[t] * 3 for t in range(5)])
+    assert row.coordinate.dtype == np.int32
 
 
 def test_interleaved_media_stand_where_they_are(small):
@@ -52,6 +54,37 @@ def test_interleaved_media_stand_where_they_are(small):
     np.testing.assert_array_equal(row.target, [97, 0, 0, 0, 0, 98, *[0] * n, *b"yes", EOS, 0])
     np.testing.assert_array_equal(row.weight, [0] * (6 + n) + [1, 1, 1, 1, 0])
     np.testing.assert_array_equal(row.slot, [0, 0, 0, 1, 2, 3, 0, *range(n), 0, 0, 0, 0])
+
+
+def test_coordinates_of_text_media_and_text(small):
+    """A picture lies at one time, in rows and columns; a recording advances like text; both end where text goes on."""
+    wide = dataclasses.replace(small.adapters["image"], grid=(1, 1, 4))
+    clip = Medium("audio", small.flac(1))
+    parts = [
+        Text("a", 0.0),
+        Medium("image", small.png(1)),
+        Text("b", 0.0),
+        clip,
+        Medium("image", small.png(2)),
+        Text("z"),
+    ]
+    for adapter, extent in ((small.adapters["image"], 2), (wide, 4)):
+        adapters = small.adapters | {"image": adapter}
+        row = lay_out(Example(tuple(parts), "the record"), WIDE, small.tokenizer, adapters)
+        n = row.media["audio"][0][1]
+        assert n < small.adapters["audio"].positions
+
+        def text(start, count):
+            return [[start + i] * 3 for i in range(count)]
+
+        def picture(start, columns=extent):
+            return [[start, start + i // columns, start + i % columns] for i in range(4)]
+
+        sound = 2 + extent + 1
+        second = sound + n
+        expected = text(0, 2) + picture(2) + text(2 + extent, 1) + text(sound, n) + picture(second)
+        np.testing.assert_array_equal(row.coordinate, expected + text(second + extent, 2))
+        np.testing.assert_array_equal(row.position, range(len(row)))
 
 
 def test_the_last_position_of_a_medium_predicts_the_text_that_follows(small):
@@ -194,6 +227,7 @@ def test_a_prompt_is_the_beginning_of_its_row(small, seed, fusion):
     assert t == len(row) - len(example.answer.encode()) - 1
     for name in ("tokens", "modality", "slot", "position", "segment", "span"):
         np.testing.assert_array_equal(getattr(batch, f"{name}_BT")[0], getattr(row, name)[:t])
+    np.testing.assert_array_equal(batch.coordinate_BT3[0], row.coordinate[:t])
     assert not batch.weight_BT.any()
     for name, items in row.media.items():
         for n, (features, length) in enumerate(items):

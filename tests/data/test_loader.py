@@ -39,8 +39,8 @@ def take(iterator, count):
 
 
 def assert_equal(a, b):
-    for name in POSITION_ARRAYS:
-        np.testing.assert_array_equal(getattr(a, f"{name}_BT"), getattr(b, f"{name}_BT"))
+    for name in POSITION_ARRAYS.values():
+        np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
     assert list(a.media) == list(b.media)
     for name in a.media:
         np.testing.assert_array_equal(a.media[name].features, b.media[name].features)

@@ -37,7 +37,7 @@ def test_a_packed_row_is_its_examples_side_by_side(small, seeds):
     expected = []
     for number, row in enumerate(rows, start=1):
         here = slice(start, start + len(row))
-        for name in ("tokens", "modality", "position", "span", "target", "weight"):
+        for name in ("tokens", "modality", "position", "span", "target", "weight", "coordinate"):
             np.testing.assert_array_equal(getattr(packed, name)[here], getattr(row, name))
         np.testing.assert_array_equal(packed.segment[here], number)
         expected += [(t + start, *rest) for t, *rest in embeddings(row, small)]
@@ -58,12 +58,12 @@ def test_padding_is_zero_and_its_own_modality(small):
     (row,) = rows_of(small, [3])
     batch = collate([row, None], 64, small.adapters)
     assert batch.shape == (2, 64)
-    for name in POSITION_ARRAYS:
-        array = getattr(batch, f"{name}_BT")
+    for name, field in POSITION_ARRAYS.items():
+        array = getattr(batch, field)
         np.testing.assert_array_equal(array[0, : len(row)], getattr(row, name))
         padding = PADDING if name == "modality" else 0
         assert (array[0, len(row) :] == padding).all() and (array[1] == padding).all()
-    dtypes = {name: getattr(batch, f"{name}_BT").dtype for name in POSITION_ARRAYS}
+    dtypes = {name: getattr(batch, field).dtype for name, field in POSITION_ARRAYS.items()}
     expected = dict.fromkeys(POSITION_ARRAYS, np.int32) | {"modality": np.int8, "weight": np.float32}
     assert dtypes == {name: np.dtype(dtype) for name, dtype in expected.items()}
 

@@ -17,8 +17,8 @@ from polygpt.generation.sampling import GREEDY, Sampling
 from polygpt.models.decoder import DecoderSpec
 from polygpt.models.functional import bind
 from polygpt.models.multimodal import ModelSpec
-from polygpt.nn.positions import Learned, Rope
-from polygpt.sequence import PADDING, Batch, Media
+from polygpt.nn.positions import Learned, MRope, Rope
+from polygpt.sequence import PADDING, Batch, Media, coordinates
 
 V = 40
 ROPE = Rope()
@@ -53,6 +53,7 @@ def batch_of(rows, T, spans=False, seed=0):
         for name in ("tokens", "modality", "slot", "position", "segment", "span", "target")
     }
     arrays["modality"] += PADDING
+    coordinate_BT3 = np.zeros((B, T, 3), np.int32)
     media = {}
     for name, adapter in ADAPTERS.items():
         features = np.zeros((B, adapter.items, *adapter.features.shape), np.float32)
@@ -60,12 +61,13 @@ def batch_of(rows, T, spans=False, seed=0):
     for b, row in enumerate(rows):
         for medium in media.values():
             medium.features[b] = rng.normal(size=medium.features.shape[1:])
-        t, used, span = 0, dict.fromkeys(ADAPTERS, 0), 0
+        t, used, span, origin = 0, dict.fromkeys(ADAPTERS, 0), 0, 0
         for kind, length in row:
             here = (b, slice(t, t + length))
             if kind == "text":
                 arrays["tokens"][here] = rng.integers(0, V, length)
                 arrays["modality"][here] = 0
+                coordinate_BT3[here] = origin + np.arange(length)[:, None]
             else:
                 span += 1
                 arrays["modality"][here] = 1 + list(ADAPTERS).index(kind)
@@ -73,11 +75,13 @@ def batch_of(rows, T, spans=False, seed=0):
                 arrays["span"][here] = span * spans
                 media[kind].length_BN[b, used[kind]] = length
                 used[kind] += 1
+                coordinate_BT3[here] = origin + coordinates(ADAPTERS[kind].grid)[:length]
+            origin = coordinate_BT3[b, : t + length].max(initial=-1) + 1
             t += length
         arrays["position"][b, :t], arrays["segment"][b, :t] = np.arange(t), 1
     arrays = {f"{name}_BT": array for name, array in arrays.items()}
     arrays["modality_BT"] = arrays["modality_BT"].astype(np.int8)
-    return Batch(**arrays, weight_BT=np.zeros((B, T), np.float32), media=media)
+    return Batch(**arrays, weight_BT=np.zeros((B, T), np.float32), media=media, coordinate_BT3=coordinate_BT3)
 
 
 def columns(batch, start, stop, media):
@@ -90,8 +94,9 @@ def columns(batch, start, stop, media):
     [
         ({"position": ROPE, "kv_heads": 2}, False),
         ({"position": Learned(64), "tied": False, "scan": False}, True),
+        ({"position": MRope(), "kv_heads": 2}, True),
     ],
-    ids=["rope-causal", "learned-bidirectional"],
+    ids=["rope-causal", "learned-bidirectional", "mrope-bidirectional"],
 )
 def test_decoding_with_the_cache_equals_the_whole_row_at_every_step(options, spans):
     model, params = model_of(**options)
@@ -155,6 +160,7 @@ def by_hand(model, params, row, T, count, seed=0):
             t = length + i
             batch.tokens_BT[row, t], batch.modality_BT[row, t] = token, 0
             batch.position_BT[row, t], batch.segment_BT[row, t] = t, 1
+            batch.coordinate_BT3[row, t] = batch.coordinate_BT3[row, :t].max() + 1
         tokens.append(int(apply(params, batch).logits_BTV[row, length + n - 1].argmax()))
     return tokens
 
@@ -164,6 +170,22 @@ def test_the_loop_writes_what_whole_forward_passes_would(toy):
     got = generated(*toy, batch, GREEDY)
     assert got == [by_hand(*toy, row, 26, 6) for row in range(len(ROWS))]
     assert len({tuple(tokens) for tokens in got}) > 1
+
+
+def test_generated_text_goes_on_behind_the_largest_coordinate():
+    """With prompts of pictures and recordings, ragged, against whole passes; each prompt alone writes the same."""
+    model, params = model_of(MRope())
+    params["decoder"]["blocks"]["attention"]["query"]["kernel"] *= 8  # so that it matters who stands where
+    batch = batch_of(ROWS, 18)
+    got = generated(model, params, batch, GREEDY)
+    assert got == [by_hand(model, params, row, 26, 6) for row in range(len(ROWS))]
+    for row in range(len(ROWS)):
+        one = jax.tree.map(lambda x, row=row: x[row : row + 1], batch)
+        assert generated(model, params, one, GREEDY) == [got[row]]
+    forgetful = batch.replace(coordinate_BT3=None)  # the position in all three
+    assert generated(model, params, forgetful, GREEDY) != got
+    plain = model_of(ROPE)[0]
+    assert generated(plain, params, forgetful, GREEDY) == generated(plain, params, batch, GREEDY)
 
 
 def test_samples_differ_by_seed_and_by_number_alone(toy):
@@ -200,6 +222,7 @@ def test_what_padding_and_unused_media_hold_does_not_matter(toy):
     expected = generated(*toy, batch, GREEDY)
     batch.tokens_BT[batch.segment_BT == 0] = 7
     batch.position_BT[batch.segment_BT == 0] = 3
+    batch.coordinate_BT3[batch.segment_BT == 0] = 99
     for media in batch.media.values():
         media.features[media.length_BN == 0] = np.nan
     assert generated(*toy, batch, GREEDY) == expected

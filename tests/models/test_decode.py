@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from batches import ADAPTERS, TOWER, build, columns, example, tiny_model
-from polygpt.nn.positions import Learned, NoPosition, Rope, Sinusoidal
+from polygpt.nn.positions import Learned, MRope, NoPosition, Rope, Sinusoidal
 from polygpt.sequence import PADDING, Batch
 
 # Towers without blocks: what a cache must remember does not depend on them, and they take long to compile.
@@ -48,7 +48,8 @@ def piece(batch: Batch, bounds, length: int) -> Batch:
     arrays = {}
     for name, value in vars(batch).items():
         if name != "media":
-            arrays[name] = np.full((len(bounds), length), PADDING if name == "modality_BT" else 0, value.dtype)
+            shape = (len(bounds), length, *value.shape[2:])
+            arrays[name] = np.full(shape, PADDING if name == "modality_BT" else 0, value.dtype)
             for row, (start, stop) in enumerate(bounds):
                 arrays[name][row, : stop - start] = value[row, start:stop]
     return Batch(**arrays, media=batch.media)
@@ -57,7 +58,7 @@ def piece(batch: Batch, bounds, length: int) -> Batch:
 @pytest.fixture(scope="module")
 def toy():
     """(model, params, whole batch, its logits, jitted decode)"""
-    model, params = tiny_model(adapters=LIGHT)
+    model, params = tiny_model(adapters=LIGHT, position=MRope())
     rows = [[example(1, ("image", 4), 3, ("audio", 3), 1, seed=4)], [example(("image", 4), 5, seed=5)]]
     batch = build(rows, 12, adapters=LIGHT)
     return model, params, batch, np.asarray(jax.jit(model.apply)(params, batch).logits_BTV), jax.jit(model.decode)

@@ -41,16 +41,18 @@ def random_batch(rows=8, length=6, seed=0, weight=None) -> Batch:
     rng = np.random.default_rng(seed)
     tokens_BT = rng.integers(0, VOCABULARY, (rows, length), np.int32)
     zeros_BT = np.zeros((rows, length), np.int32)
+    position_BT = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
     if weight is None:
         weight = (np.arange(length) < rng.integers(0, length + 1, (rows, 1))).astype(np.float32)
     return Batch(
         tokens_BT=tokens_BT,
         modality_BT=np.zeros((rows, length), np.int8),
         slot_BT=zeros_BT,
-        position_BT=np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length)),
+        position_BT=position_BT,
         segment_BT=np.ones((rows, length), np.int32),
         span_BT=zeros_BT,
         target_BT=np.roll(tokens_BT, -1, 1),
         weight_BT=np.broadcast_to(np.float32(weight), (rows, length)),
         media={},
+        coordinate_BT3=np.stack([position_BT] * 3, axis=-1),
     )

@@ -27,6 +27,11 @@ class Adapter(Spec):
         """P, the number of positions that one item fills at most."""
         raise NotImplementedError
 
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """(times, rows, columns) of the positions, P in all; an item that fills fewer fills the first of them."""
+        return self.positions, 1, 1
+
     def length(self, frames: int) -> int:
         """The number of positions that an item with `frames` real feature frames fills."""
         return self.positions

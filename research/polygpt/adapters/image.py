@@ -29,7 +29,7 @@ class ImageAdapter(Adapter):
     patch: int = 8
     """Side of a patch in pixels; it must divide height and width."""
     tower: StackSpec = StackSpec(width=64, depth=2)
-    """The vision transformer. Its position encoding is by default a learned vector a patch."""
+    """The vision transformer. Its position encoding is by default a learned vector a patch; `Rope2D` is another."""
     connector: Connector = Connector()
     """From the tower's width to the decoder's."""
 
@@ -42,8 +42,13 @@ class ImageAdapter(Adapter):
 
     @property
     def positions(self) -> int:
+        _, rows, columns = self.grid
+        return rows * columns
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
         height, width, _ = self.features.shape
-        return (height // self.patch) * (width // self.patch)
+        return 1, height // self.patch, width // self.patch
 
     @property
     def score_flops(self) -> float:
@@ -68,7 +73,7 @@ class _ImageAdapter(nnx.Module):
         if tower.position == NoPosition():
             tower = tower.replace(position=Learned(spec.positions))
         self.patch = Linear(spec.patch**2 * channels, tower.width, rngs=rngs, bias=True, dtype=dtype)
-        self.tower = Tower(tower, rngs=rngs, dtype=dtype)
+        self.tower = Tower(tower, rngs=rngs, dtype=dtype, grid=spec.grid)
         self.connector = spec.connector.build(tower.width, width, rngs=rngs, dtype=dtype)
 
     def __call__(self, media: Media, key: jax.Array | None = None) -> jax.Array:

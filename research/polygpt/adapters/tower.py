@@ -9,13 +9,16 @@ from polygpt.attention.masks import ENCODER, Meta
 from polygpt.blocks.stack import Stack, StackSpec
 from polygpt.errors import SpecError
 from polygpt.nn.dropout import dropout
+from polygpt.sequence import coordinates
 
 
 class Tower(Stack):
     """Position embeddings, blocks without causality, and the last normalisation."""
 
-    def __init__(self, spec: StackSpec, *, rngs: nnx.Rngs, dtype: str):
+    def __init__(self, spec: StackSpec, *, rngs: nnx.Rngs, dtype: str, grid: tuple[int, int, int] | None = None):
+        """Args: grid: (times, rows, columns) of an item's positions; None is a sequence in time."""
         super().__init__(spec, rngs=rngs, dtype=dtype)
+        self.grid = grid
         self.position = spec.position.build(spec.width, rngs=rngs)
 
     def __call__(self, x_BTD: jax.Array, length_B: jax.Array, key: jax.Array | None = None) -> jax.Array:
@@ -38,4 +41,5 @@ class Tower(Stack):
             x_BTD = x_BTD + self.position(index_BT).astype(x_BTD.dtype)
         embedding_key, stack_key = (None, None) if key is None else jax.random.split(key)
         x_BTD = dropout(x_BTD, self.spec.dropout, embedding_key)
-        return super().__call__(x_BTD, Context(meta, meta, ENCODER), key=stack_key)[0]
+        place_BT3 = None if self.grid is None else jnp.broadcast_to(coordinates(self.grid)[None], (B, T, 3))
+        return super().__call__(x_BTD, Context(meta, meta, ENCODER, coordinate_BT3=place_BT3), key=stack_key)[0]

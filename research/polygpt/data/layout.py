@@ -12,7 +12,7 @@ from polygpt.data.example import Example, Medium, Text
 from polygpt.data.packing import Row, collate
 from polygpt.data.tokenizers.base import Tokenizer
 from polygpt.errors import BadRecord
-from polygpt.sequence import TEXT, Batch
+from polygpt.sequence import TEXT, Batch, coordinates
 from polygpt.spec import Spec, nearest
 
 
@@ -68,7 +68,8 @@ def lay_out(
         example: texts and media.
         layout: the layout.
         tokenizer: the tokenizer.
-        adapters: by modality, in the model's order: what has `features`, `items`, `positions` and `length(frames)`.
+        adapters: by modality, in the model's order: what has `features`, `items`, `positions`, `grid` and
+            `length(frames)`.
         rng: where augmentations draw from; None leaves the media as they are.
         augment: augmentations, applied in order to the media of their modality.
         cache: keeps what was decoded.
@@ -121,13 +122,13 @@ def _assemble(example, layout, tokenizer, adapters, rng, augment, cache, end: bo
     parts = example.parts
     if layout.fusion == "prefix":
         parts = sorted(parts, key=lambda part: isinstance(part, Text))  # stable: media first, in their order
-    # Runs of positions: token ids (or the number of positions), modality, first slot, span, weight of the tokens.
-    runs = [(np.array([tokenizer.bos], np.int32), TEXT, 0, 0, 0.0)]
+    # Runs of positions: token ids (zeros for media), modality, first slot, span, weight of the tokens, media grid.
+    runs = [(np.array([tokenizer.bos], np.int32), TEXT, 0, 0, 0.0, None)]
     spans, weight = 0, 0.0
     for part in parts:
         if isinstance(part, Text):
             weight = part.weight
-            runs.append((tokenizer.encode(part.text), TEXT, 0, 0, weight))
+            runs.append((tokenizer.encode(part.text), TEXT, 0, 0, weight, None))
             continue
         name = part.modality
         if name not in adapters:
@@ -140,29 +141,37 @@ def _assemble(example, layout, tokenizer, adapters, rng, augment, cache, end: bo
         length = adapter.length(frames)
         if layout.media_span == "bidirectional":
             spans = 1 if layout.fusion == "prefix" else spans + 1
-        runs.append((np.zeros(length, np.int32), numbers[name], len(items) * adapter.positions, spans, 0.0))
+        first_slot = len(items) * adapter.positions
+        runs.append((np.zeros(length, np.int32), numbers[name], first_slot, spans, 0.0, adapter.grid))
         items.append((features, length))
     if end:
-        runs.append((np.array([tokenizer.eos], np.int32), TEXT, 0, 0, weight))
+        runs.append((np.array([tokenizer.eos], np.int32), TEXT, 0, 0, weight, None))
     return _row(runs, media)
 
 
 def _row(runs: list[tuple], media: dict) -> Row:
-    """Runs of positions, one after the other: arrays [t], where t is the sum of their lengths."""
+    """Runs of positions, one after the other: arrays [t], where t is the sum of their lengths.
+
+    The coordinates of a run begin after the largest of those before it: Qwen2-VL (2409.12191), section 2.1.
+    """
     tokens, modality, slot, span, target = np.zeros((5, sum(len(run[0]) for run in runs)), np.int32)
     position = np.arange(len(tokens), dtype=np.int32)
+    coordinate = np.zeros((len(tokens), 3), np.int32)
     weight = np.zeros(len(tokens) + 1, np.float32)
-    stop = 0
-    for ids, number, first_slot, run_span, run_weight in runs:
+    stop = origin = 0
+    for ids, number, first_slot, run_span, run_weight, grid in runs:
         start, stop = stop, stop + len(ids)
         tokens[start:stop] = ids
         if number == TEXT:
             weight[start:stop] = run_weight
+            coordinate[start:stop] = origin + position[: stop - start, None]
         else:
             modality[start:stop], span[start:stop] = number, run_span
             slot[start:stop] = position[: stop - start] + first_slot
+            coordinate[start:stop] = origin + coordinates(grid)[: stop - start]
+        origin = int(coordinate[start:stop].max(initial=origin - 1)) + 1
     target[:-1] = tokens[1:]
-    return Row(tokens, modality, slot, position, np.ones_like(tokens), span, target, weight[1:], media)
+    return Row(tokens, modality, slot, position, np.ones_like(tokens), span, target, weight[1:], coordinate, media)
 
 
 def _read(medium: Medium, features, place: str, rng, augment, cache) -> tuple[np.ndarray, int]:

@@ -10,7 +10,9 @@ import numpy as np
 
 from polygpt.sequence import PADDING, Batch, Media
 
-POSITION_ARRAYS = ("tokens", "modality", "slot", "position", "segment", "span", "target", "weight")
+_ONE_NUMBER = ("tokens", "modality", "slot", "position", "segment", "span", "target", "weight")
+POSITION_ARRAYS = {name: f"{name}_BT" for name in _ONE_NUMBER} | {"coordinate": "coordinate_BT3"}
+"""By the name of a row's array, that of the batch's."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +22,7 @@ class Row:
     Attributes:
         tokens, modality, slot, position, segment, span, target: int32 [t].
         weight: float32 [t].
+        coordinate: int32 [t, 3].
         media: by adapter name, the features of each item and the positions that it fills.
     """
 
@@ -31,6 +34,7 @@ class Row:
     span: np.ndarray
     target: np.ndarray
     weight: np.ndarray
+    coordinate: np.ndarray
     media: Mapping[str, Sequence[tuple[np.ndarray, int]]]
 
     def __len__(self) -> int:
@@ -73,6 +77,7 @@ def collate(rows: Sequence[Row], length: int, adapters: Mapping) -> Batch:
     arrays = {name: np.zeros((B, length), np.int32) for name in POSITION_ARRAYS}
     arrays["modality"] = np.full((B, length), PADDING, np.int8)
     arrays["weight"] = np.zeros((B, length), np.float32)
+    arrays["coordinate"] = np.zeros((B, length, 3), np.int32)
     media = {
         name: Media(np.zeros((B, a.items, *a.features.shape), np.float32), np.zeros((B, a.items), np.int32))
         for name, a in adapters.items()
@@ -86,7 +91,7 @@ def collate(rows: Sequence[Row], length: int, adapters: Mapping) -> Batch:
             for n, (features, positions) in enumerate(items):
                 media[name].features[b, n] = features
                 media[name].length_BN[b, n] = positions
-    return Batch(**{f"{name}_BT": array for name, array in arrays.items()}, media=media)
+    return Batch(**{POSITION_ARRAYS[name]: array for name, array in arrays.items()}, media=media)
 
 
 class Packer:

@@ -31,6 +31,7 @@ class State:
         limit_B: int32, how many there may be.
         done_B: bool, the rows that are finished.
         position_B: int32, position id of the row's first generated token.
+        coordinate_B: int32, its coordinate on all three axes: one more than any coordinate before it.
         segment_B: int32, the row's segment.
         seen_BV: bool, text tokens that the row holds already, for the repetition penalty; [B, 0] where there is none.
         key_B: the row's random key.
@@ -43,6 +44,7 @@ class State:
     limit_B: jax.Array
     done_B: jax.Array
     position_B: jax.Array
+    coordinate_B: jax.Array
     segment_B: jax.Array
     seen_BV: jax.Array
     key_B: jax.Array
@@ -68,6 +70,10 @@ def prefill(model, sampling: Sampling, size: int, params, batch: Batch, eos, see
     logits_B1V, cache = model.decode(params, batch, model.init_cache(B, T + size), last_B)
     row_B = jnp.arange(B)
     V = logits_B1V.shape[-1] if sampling.repetition_penalty != 1 else 0
+    segment_B = batch.segment_BT[row_B, last_B]
+    position_BT3 = jnp.broadcast_to(batch.position_BT[..., None], (B, T, 3))
+    coordinate_BT3 = position_BT3 if batch.coordinate_BT3 is None else batch.coordinate_BT3
+    before_BT = batch.segment_BT == segment_B[:, None]
     text_BT = batch.modality_BT == TEXT
     seen_BV = jnp.zeros((B, V), bool).at[row_B[:, None], batch.tokens_BT].max(text_BT, mode="drop")
     state = State(
@@ -78,7 +84,8 @@ def prefill(model, sampling: Sampling, size: int, params, batch: Batch, eos, see
         limit_B=limit_B,
         done_B=limit_B == 0,
         position_B=batch.position_BT[row_B, last_B] + 1,
-        segment_B=batch.segment_BT[row_B, last_B],
+        coordinate_B=jnp.where(before_BT[..., None], coordinate_BT3, 0).max(axis=(1, 2)) + 1,
+        segment_B=segment_B,
         seen_BV=seen_BV,
         key_B=jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(index_B),
     )
@@ -94,7 +101,9 @@ def decode(model, sampling: Sampling, params, state: State, eos, until) -> State
 
     def write_next(state: State) -> State:
         token_B = jax.lax.dynamic_index_in_dim(state.tokens_BS, state.step - 1, axis=1, keepdims=False)
-        batch = _one_position(token_B, state.position_B + state.step - 1, jnp.where(state.done_B, 0, state.segment_B))
+        segment_B = jnp.where(state.done_B, 0, state.segment_B)
+        nth = state.step - 1
+        batch = _one_position(token_B, state.position_B + nth, state.coordinate_B + nth, segment_B)
         logits_B1V, cache = model.decode(params, batch, state.cache)
         return _write(dataclasses.replace(state, cache=cache), logits_B1V[:, 0], sampling, eos)
 
@@ -117,7 +126,7 @@ def _write(state: State, logits_BV, sampling: Sampling, eos) -> State:
     )
 
 
-def _one_position(token_B, position_B, segment_B) -> Batch:
+def _one_position(token_B, position_B, coordinate_B, segment_B) -> Batch:
     """One text token a row; a row of segment 0 is padding."""
     zero_B1 = jnp.zeros_like(token_B)[:, None]
     return Batch(
@@ -130,4 +139,5 @@ def _one_position(token_B, position_B, segment_B) -> Batch:
         target_BT=zero_B1,
         weight_BT=zero_B1.astype(jnp.float32),
         media={},
+        coordinate_BT3=jnp.broadcast_to(coordinate_B[:, None, None], (len(token_B), 1, 3)),
     )

@@ -24,7 +24,10 @@ def pad(batch: Batch, rows: int, length: int) -> Batch:
         return np.pad(array, widths + [(0, 0)] * (array.ndim - axes), constant_values=value)
 
     arrays = {f.name: getattr(batch, f.name) for f in dataclasses.fields(Batch) if f.name != "media"}
-    arrays = {name: grow(array, PADDING if name == "modality_BT" else 0, axes=2) for name, array in arrays.items()}
+    arrays = {
+        name: None if array is None else grow(array, PADDING if name == "modality_BT" else 0, axes=2)
+        for name, array in arrays.items()
+    }
     media = {}
     for name, medium in batch.media.items():
         used = bucket(int((medium.length_BN > 0).sum(axis=1).max(initial=0)), 1)

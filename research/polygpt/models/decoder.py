@@ -96,9 +96,9 @@ class Decoder(Stack):
     def _context(self, batch, cache):
         if cache is None:
             meta = metadata(batch, 0)
-            return Context(meta, meta, DECODER), None
+            return Context(meta, meta, DECODER, coordinate_BT3=batch.coordinate_BT3), None
         query = metadata(batch, cache.cursor)
         seen = jax.tree.map(
             lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, cache.cursor, axis=1), cache.seen, query
         )
-        return Context(query, seen, DECODER, cache.cursor), seen
+        return Context(query, seen, DECODER, cache.cursor, batch.coordinate_BT3), seen

@@ -9,8 +9,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
+from polygpt.nn.rotary import Scaling, frequencies, turn
 from polygpt.spec import Spec
 
 
@@ -22,9 +24,7 @@ class Position(Spec):
         """A module `position_BT -> [B, T, D]`, added to the embeddings; None adds nothing."""
         return None
 
-    def rotate(
-        self, x_BHTd: jax.Array, position_BT: jax.Array, coordinate_BT3: jax.Array | None = None
-    ) -> jax.Array:
+    def rotate(self, x_BHTd: jax.Array, position_BT: jax.Array, coordinate_BT3: jax.Array | None = None) -> jax.Array:
         """Queries or keys as attention is to see them.
 
         Args:
@@ -92,21 +92,68 @@ class Rope(Position):
 
     base: float = 10000.0
     """The base of the geometric series of frequencies."""
+    fraction: float = 1.0
+    """The part of a head's channels, from the first, that turns. Black et al., GPT-NeoX (2204.06745): a quarter."""
+    scaling: Scaling | None = None
+    """For texts longer than those of training: `polygpt.nn.rotary:YaRN`, `NTK` or `LinearScaling`; null is none."""
 
     def validate(self):
         self.require(self.base > 1, "base", "above 1")
+        self.require(0 < self.fraction <= 1, "fraction", "above 0 and at most 1")
 
-    def rotate(
-        self, x_BHTd: jax.Array, position_BT: jax.Array, coordinate_BT3: jax.Array | None = None
-    ) -> jax.Array:
+    def rotate(self, x_BHTd: jax.Array, position_BT: jax.Array, coordinate_BT3: jax.Array | None = None) -> jax.Array:
         width = x_BHTd.shape[-1]
         self.require(width % 2 == 0, "base", f"used with heads of an even width, not {width}")
-        half = width // 2
-        frequency = self.base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-        angle = position_BT[:, None, :, None].astype(jnp.float32) * frequency[None, None, None, :]
-        sin, cos = jnp.sin(angle), jnp.cos(angle)
-        first, second = x_BHTd[..., :half], x_BHTd[..., half:]
-        return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BHTd.dtype)
+        pairs = round(self.fraction * width / 2)
+        self.require(pairs >= 1, "fraction", f"large enough for two of {width} channels")
+        angle_BTf = self.angles(position_BT, coordinate_BT3, pairs)
+        return turn(x_BHTd, angle_BTf, 1.0 if self.scaling is None else self.scaling.temperature())
+
+    def angles(self, position_BT: jax.Array, coordinate_BT3: jax.Array | None, pairs: int) -> jax.Array:
+        """By how many radians each pair of channels turns, float32 [B, T, pairs]."""
+        return position_BT[..., None].astype(jnp.float32) * self.frequencies(pairs)[None, None, :]
+
+    def frequencies(self, pairs: int) -> jax.Array:
+        """Radians a position for each of `pairs` pairs of channels, float32."""
+        return (self.scaling.frequencies if self.scaling else frequencies)(self.base, pairs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope2D(Rope):
+    """Rotary encoding of a grid: half of the pairs turn by row, half by column. Heo et al. (2403.13298): RoPE-Axial.
+
+    Both halves have the same frequencies, as in the vision towers of EVA-02 (2303.11331) and Qwen2-VL (2409.12191); Heo
+    et al. take the base 100. For the towers of image adapters; in a decoder the order of words would have to pass for
+    rows and columns, see `MRope`.
+    """
+
+    def angles(self, position_BT: jax.Array, coordinate_BT3: jax.Array | None, pairs: int) -> jax.Array:
+        self.require(pairs % 2 == 0, "fraction", f"such that a multiple of 4 channels of a head turns, not {2 * pairs}")
+        axis_f, frequency_f = np.repeat([1, 2], pairs // 2), jnp.tile(self.frequencies(pairs // 2), 2)
+        return _angles_of(position_BT, coordinate_BT3, axis_f, frequency_f)
+
+
+@dataclasses.dataclass(frozen=True)
+class MRope(Rope):
+    """Multimodal rotary encoding: each pair turns by time, row or column. Wang et al., Qwen2-VL (2409.12191), sec. 2.1.
+
+    In text all three are the position, so that it is `Rope`. The first pairs turn by time, as in the authors' code.
+    """
+
+    sections: tuple[int, int, int] | None = None
+    """Pairs of channels that turn by time, row and column; null is 2 : 3 : 3, as the 16, 24 and 24 of Qwen2-VL."""
+
+    def angles(self, position_BT: jax.Array, coordinate_BT3: jax.Array | None, pairs: int) -> jax.Array:
+        space = (3 * pairs + 2) // 8
+        sections = self.sections or (pairs - 2 * space, space, space)
+        self.require(sum(sections) == pairs and min(sections) >= 0, "sections", f"null or of the sum {pairs}")
+        return _angles_of(position_BT, coordinate_BT3, np.repeat(range(3), sections), self.frequencies(pairs))
+
+
+def _angles_of(position_BT, coordinate_BT3, axis_f, frequency_f) -> jax.Array:
+    """The angles [B, T, f] of pairs of channels of which each has its axis and its frequency."""
+    place_BTf = position_BT[..., None] if coordinate_BT3 is None else coordinate_BT3[..., axis_f]
+    return place_BTf.astype(jnp.float32) * frequency_f[None, None, :]
 
 
 class _Learned(nnx.Module):
