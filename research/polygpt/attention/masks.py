@@ -10,6 +10,7 @@ Time is told by index, distance by position id: neither padding nor what is pack
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 
 from polygpt.spec import Spec
 
@@ -323,4 +324,5 @@ def allowed(mask: Mask, query: Meta, key: Meta) -> jax.Array:
     """The predicate as a dense array, bool [B, Tq, Tk]. Padding keys are never allowed, whatever the predicate says."""
     rows = jax.tree.map(lambda x: x[:, :, None], query)
     columns = jax.tree.map(lambda x: x[:, None, :], key)
-    return mask(rows, columns) & (columns.segment > 0)
+    visible = mask(rows, columns) & (columns.segment > 0)
+    return jnp.broadcast_to(visible, (*query.segment.shape, key.segment.shape[1]))
