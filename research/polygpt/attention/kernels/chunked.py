@@ -1,0 +1,238 @@
+"""Attention block by block, in plain XLA: no array of T x S, on any platform, for every rule.
+
+The online softmax of Milakov and Gimelshein (1805.02867) as Rabe and Staats (2112.05682) use it for attention: for one
+block of queries a loop over blocks of keys carries the greatest score so far, the sum of exponentials relative to it,
+and the sum of values weighted by them. The gradient is that of FlashAttention (2205.14135, algorithm 4; 2307.08691,
+section 3.1.2): y, lse and the inputs are kept, the scores of a tile are computed anew. Memory is linear in T and S.
+
+Blocks of the map that are empty in all rows are never visited: the loop runs over a list of the others, and its length
+is decided when the program runs. So a window costs as much as its keys. A tile is an `Operands` of its own.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from polygpt.attention.kernels.block_map import EMPTY, block_map
+from polygpt.attention.kernels.problem import Operands, Rule
+from polygpt.attention.kernels.reference import LOWEST
+from polygpt.attention.scores import Terms
+
+BLOCK = 512
+
+
+def refuses(rule: Rule, operands: Operands) -> None:
+    """It computes everything."""
+    return None
+
+
+def attend(rule: Rule, operands: Operands) -> tuple[jax.Array, jax.Array]:
+    """(y_BHTe, lse_BHT), as the folder's `problem.py` says. Differentiable once, in reverse."""
+    return in_blocks(rule, operands, *block_sizes(operands))
+
+
+def block_sizes(operands: Operands) -> tuple[int, int]:
+    """Queries and keys of a tile."""
+    T, S = operands.query_BHTd.shape[2], operands.key_BKSd.shape[2]
+    return min(T, BLOCK), min(S, BLOCK)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2, 3))
+def in_blocks(rule: Rule, operands: Operands, block_q: int, block_k: int) -> tuple[jax.Array, jax.Array]:
+    """`attend` with tiles of `block_q` queries and `block_k` keys; T and S need not be multiples."""
+    blocks_Bij = block_map(rule.mask, operands.query, operands.key, block_q, block_k)
+    seen_ij = jnp.any(blocks_Bij != EMPTY, axis=0)
+    # Of each block of queries: how many blocks of keys to visit, and which; the rest of the list is not looked at.
+    visits = jnp.sum(seen_ij, axis=1, dtype=jnp.int32), jnp.argsort(~seen_ij, axis=1, stable=True)
+    return _attend(rule, (block_q, block_k), operands, visits)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(rule, sizes, operands, visits):
+    B, H, T, _ = operands.query_BHTd.shape
+    e = operands.value_BKSe.shape[3]
+    keys = _key_blocks(operands, sizes[1])
+
+    def block_of_queries(block):
+        queries, count, order = block
+        b = sizes[0]
+
+        def visit(n, state):
+            top_BHt1, total_BHt1, sum_BHte = state
+            tile = _tile(queries, jax.tree.map(lambda x: x[order[n]], keys), operands.terms.head)
+            score_BHts = _modified(rule, tile, _products(tile.query_BHTd, tile.key_BKSd), tile.terms)
+            visible_B1ts = _visible(rule, tile)
+            if rule.normalizer == "sigmoid":
+                weight_BHts = jnp.where(visible_B1ts, jax.nn.sigmoid(score_BHts), 0.0)
+                return top_BHt1, total_BHt1, sum_BHte + _weighted(weight_BHts, tile.value_BKSe)
+            score_BHts = jnp.where(visible_B1ts, score_BHts, LOWEST)
+            higher_BHt1 = jnp.maximum(top_BHt1, jnp.max(score_BHts, axis=-1, keepdims=True))
+            weight_BHts = jnp.where(visible_B1ts, jnp.exp(score_BHts - higher_BHt1), 0.0)
+            shrink_BHt1 = jnp.exp(top_BHt1 - higher_BHt1)
+            total_BHt1 = total_BHt1 * shrink_BHt1 + jnp.sum(weight_BHts, axis=-1, keepdims=True)
+            return higher_BHt1, total_BHt1, sum_BHte * shrink_BHt1 + _weighted(weight_BHts, tile.value_BKSe)
+
+        start = jnp.full((B, H, b, 1), LOWEST), jnp.zeros((B, H, b, 1)), jnp.zeros((B, H, b, e))
+        top_BHt1, total_BHt1, sum_BHte = jax.lax.fori_loop(0, count, visit, start)
+        if rule.normalizer == "sigmoid":
+            return sum_BHte.astype(operands.value_BKSe.dtype), jnp.zeros((B, H, b))
+        total_BHt1 = jnp.where(total_BHt1 > 0, total_BHt1, 1.0)  # 0 where nothing is seen: y is 0 and lse is LOWEST
+        y_BHte = (sum_BHte / total_BHt1).astype(operands.value_BKSe.dtype)
+        return y_BHte, (top_BHt1 + jnp.log(total_BHt1))[..., 0]
+
+    y_iBHte, lse_iBHt = jax.lax.map(block_of_queries, (_query_blocks(operands, sizes[0]), *visits))
+    return _whole(y_iBHte, T), _whole(lse_iBHt, T)
+
+
+def _forward(rule, sizes, operands, visits):
+    y_BHTe, lse_BHT = _attend(rule, sizes, operands, visits)
+    return (y_BHTe, lse_BHT), (operands, visits, y_BHTe, lse_BHT)
+
+
+def _backward(rule, sizes, kept, cotangents):
+    operands, visits, y_BHTe, lse_BHT = kept
+    dy_BHTe, dlse_BHT = cotangents
+    T, S = y_BHTe.shape[2], operands.key_BKSd.shape[2]
+    # What the normalizer takes away from the cotangent of each weight: d y_t / d score_s = p_s (v_s - y_t), and
+    # d lse_t / d score_s = p_s.
+    common_BHT = jnp.sum(dy_BHTe.astype(jnp.float32) * y_BHTe.astype(jnp.float32), axis=-1) - dlse_BHT
+    # No weight where there is no query: exp(score - lse) is 0.
+    lse_iBHt = _blocks(lse_BHT, 2, sizes[0], constant_values=-LOWEST)
+    results = _blocks(dy_BHTe, 2, sizes[0]), _blocks(common_BHT, 2, sizes[0]), lse_iBHt
+    keys = _key_blocks(operands, sizes[1])
+
+    def block_of_queries(sums, block):
+        queries, results, count, order = block
+
+        def visit(n, state):
+            of_queries, of_keys, of_heads = state
+            tile = _tile(queries, jax.tree.map(lambda x: x[order[n]], keys), operands.terms.head)
+            here = _tile_gradients(rule, tile, *results)
+            of_keys = jax.tree.map(lambda old, new: old.at[order[n]].add(new), of_keys, here[1])
+            return jax.tree.map(jnp.add, of_queries, here[0]), of_keys, jax.tree.map(jnp.add, of_heads, here[2])
+
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (queries[0], queries[2]))
+        of_queries, of_keys, of_heads = jax.lax.fori_loop(0, count, visit, (zeros, *sums))
+        return (of_keys, of_heads), of_queries
+
+    # Those of keys and values are summed turned, [.., d, s], as the products give them.
+    turned = (keys[0].swapaxes(3, 4), keys[1].swapaxes(3, 4), keys[3])
+    sums = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (turned, operands.terms.head))
+    blocks = (_query_blocks(operands, sizes[0]), results, *visits)
+    (of_keys, head), of_queries = jax.lax.scan(block_of_queries, sums, blocks)
+    dquery_BHTd, query = jax.tree.map(lambda x: _whole(x, T), of_queries)
+    dkey_BKSd, dvalue_BKSe = (_whole(x.swapaxes(-1, -2), S) for x in of_keys[:2])
+    key = jax.tree.map(lambda x: _whole(x, S), of_keys[2])
+    gradients = Operands(
+        dquery_BHTd.astype(operands.query_BHTd.dtype),
+        dkey_BKSd.astype(operands.key_BKSd.dtype),
+        dvalue_BKSe.astype(operands.value_BKSe.dtype),
+        None,
+        None,
+        jax.tree.map(lambda x, like: x.astype(like.dtype), Terms(head, query, key), operands.terms),
+    )
+    return gradients, None
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _tile_gradients(rule, tile: Operands, dy_BHte, common_BHt, lse_BHt):
+    """Of a tile: ((query, terms), (key turned, value turned, terms), terms of heads)."""
+    score_BHts, pullback = jax.vjp(
+        functools.partial(_modified, rule, tile), _products(tile.query_BHTd, tile.key_BKSd), tile.terms
+    )
+    visible_B1ts = _visible(rule, tile)
+    dweight_BHts = _products(dy_BHte, tile.value_BKSe)
+    if rule.normalizer == "sigmoid":
+        weight_BHts = jnp.where(visible_B1ts, jax.nn.sigmoid(score_BHts), 0.0)
+        dscore_BHts = weight_BHts * (1 - weight_BHts) * dweight_BHts
+    else:
+        weight_BHts = jnp.where(visible_B1ts, jnp.exp(score_BHts - lse_BHt[..., None]), 0.0)
+        dscore_BHts = weight_BHts * (dweight_BHts - common_BHt[..., None])
+    dproduct_BHts, terms = pullback(dscore_BHts)
+    K = tile.key_BKSd.shape[1]
+    of_query = _weighted(dproduct_BHts, tile.key_BKSd), terms.query
+    of_key = _summed(tile.query_BHTd, dproduct_BHts, K), _summed(dy_BHte, weight_BHts, K), terms.key
+    return of_query, of_key, terms.head
+
+
+def _modified(rule, tile: Operands, product_BHts, terms: Terms):
+    """Scores of the products of queries and keys."""
+    query, key, terms = dataclasses.replace(tile, terms=terms).views()
+    return rule.score(product_BHts, query, key, terms)
+
+
+def _visible(rule, tile: Operands):
+    """bool [B, 1, t, s]."""
+    query, key, _ = tile.views()
+    return rule.visible(query, key)
+
+
+# Products as in `reference.py`: the large operand is never contracted over its first matrix axis, groups fold into t.
+
+
+def _folded(x_BHtn, K: int):
+    B, H, t, n = x_BHtn.shape
+    return x_BHtn.reshape(B, K, H // K * t, n)
+
+
+def _products(left_BHtn, right_BKsn):
+    """left right^T, float32 [B, H, t, s]."""
+    B, H, t, _ = left_BHtn.shape
+    K, s = right_BKsn.shape[1:3]
+    left = _folded(left_BHtn, K)
+    product = jnp.einsum("bktn,bkns->bkts", left, right_BKsn.swapaxes(2, 3), preferred_element_type=jnp.float32)
+    return product.reshape(B, H, t, s)
+
+
+def _weighted(weight_BHts, right_BKsn):
+    """weight right, float32 [B, H, t, n]."""
+    B, H, t, _ = weight_BHts.shape
+    K, n = right_BKsn.shape[1], right_BKsn.shape[3]
+    weight = _folded(weight_BHts.astype(right_BKsn.dtype), K)
+    product = jnp.einsum("bkts,bkns->bktn", weight, right_BKsn.swapaxes(2, 3), preferred_element_type=jnp.float32)
+    return product.reshape(B, H, t, n)
+
+
+def _summed(left_BHtn, weight_BHts, K: int):
+    """left^T weight over the queries of all heads of a group, float32 [B, K, n, s]."""
+    left, weight = _folded(left_BHtn, K), _folded(weight_BHts.astype(left_BHtn.dtype), K)
+    return jnp.einsum("bktn,bkts->bkns", left, weight, preferred_element_type=jnp.float32)
+
+
+def _tile(queries, keys, head) -> Operands:
+    """The problem of one block of queries and one of keys."""
+    (query_BHtd, query, query_terms), (key_BKsd, value_BKse, key, key_terms) = queries, keys
+    return Operands(query_BHtd, key_BKsd, value_BKse, query, key, Terms(head, query_terms, key_terms))
+
+
+def _query_blocks(operands: Operands, size: int):
+    """(queries, metadata, terms), each [i, B, ..., size, ...]."""
+    query = jax.tree.map(lambda x: _blocks(x, 1, size), operands.query)
+    terms = jax.tree.map(lambda x: _blocks(x, 2, size, mode="edge"), operands.terms.query)
+    return _blocks(operands.query_BHTd, 2, size), query, terms
+
+
+def _key_blocks(operands: Operands, size: int):
+    """(keys, values, metadata, terms), each [j, B, ..., size, ...]; what is beyond the last key is padding."""
+    key, value = (_blocks(x, 2, size) for x in (operands.key_BKSd, operands.value_BKSe))
+    meta = jax.tree.map(lambda x: _blocks(x, 1, size), operands.key)
+    return key, value, meta, jax.tree.map(lambda x: _blocks(x, 2, size, mode="edge"), operands.terms.key)
+
+
+def _blocks(x, axis: int, size: int, **padding):
+    """The axis in blocks of `size`, padded; the axis of blocks in front."""
+    count = -(-x.shape[axis] // size)
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, count * size - x.shape[axis])
+    x = jnp.pad(x, widths, **padding)
+    return jnp.moveaxis(x.reshape(*x.shape[:axis], count, size, *x.shape[axis + 1 :]), axis, 0)
+
+
+def _whole(x, length: int):
+    """What `_blocks` made of axis 2, put together again."""
+    x = jnp.moveaxis(x, 0, 2)
+    return x.reshape(*x.shape[:2], -1, *x.shape[4:])[:, :, :length]
