@@ -12,27 +12,65 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 
 import jax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from polygpt.attention.kernels.problem import Operands, Rule
+from polygpt.attention.scores import Terms
 from polygpt.errors import SpecError
 
-BACKENDS = ("reference", "chunked", "library", "flex")
-"""Files of this folder, see `problem.py`."""
+ABOUT = {
+    "reference": "the matrix of scores as a whole: computes everything, everywhere; its memory grows with T S",
+    "chunked": "blocks of queries and keys in plain XLA, empty ones skipped: computes everything, everywhere; its "
+    "memory grows with T + S",
+    "library": "softmax alone. TPU: splash attention, for SameSegment with Causal and distances of positions, SoftCap, "
+    "lengths that are multiples of 128, no cache; memory T + S. GPU: cuDNN, for 16 bits, any mask, no score "
+    "modification, even lengths, heads of a multiple of 8 up to 128; memory T S. Elsewhere "
+    "jax.nn.dot_product_attention, for any mask and what adds a bias to scores; memory T S",
+    "flex": "one fused kernel for every mask and score modification, in float32 and bfloat16, empty blocks skipped: "
+    "TPUs, and interpreted on a CPU for tests; no GPUs; its memory grows with T + S",
+}
+"""Each backend, a file of this folder (see `problem.py`): what it is, what it takes, and by that what it refuses."""
+BACKENDS = tuple(ABOUT)
+"""Their names."""
 LONG = 1024
 """Keys from which on the automatic choice avoids the materialised matrix of the reference."""
+DENSE = 2**29
+"""Numbers of a dense mask, B T S, up to which the automatic choice takes cuDNN: 1 GiB at 16 bits."""
 
 _log = logging.getLogger(__name__)
 _target: ContextVar[str | None] = ContextVar("target", default=None)
+_rows: ContextVar[tuple[Mesh, str] | None] = ContextVar("rows", default=None)
 
 
 @contextlib.contextmanager
 def compiling_for(platform: str) -> Iterator[None]:
-    """Lets the automatic choice be made for "tpu", "gpu" or "cpu", whatever this machine is, as planning ahead wants."""
-    token = _target.set(platform)
+    """Lets the automatic choice be made for "tpu", "gpu" or "cpu", whatever this machine is, as planning ahead does.
+
+    It has to surround tracing: what was traced before under another platform is not traced again.
+    """
+    with _set(_target, platform):
+        yield
+
+
+@contextlib.contextmanager
+def rows_over(mesh: Mesh, axis: str) -> Iterator[None]:
+    """Says, while a program for several devices is traced, that rows lie split over this axis of the mesh.
+
+    Each device then computes attention for its own rows. The compiler splits what is written in XLA by itself, but it
+    refuses to split a kernel.
+    """
+    with _set(_rows, (mesh, axis)):
+        yield
+
+
+@contextlib.contextmanager
+def _set(variable: ContextVar, value) -> Iterator[None]:
+    token = variable.set(value)
     try:
         yield
     finally:
-        _target.reset(token)
+        variable.reset(token)
 
 
 def platform() -> str:
@@ -40,9 +78,7 @@ def platform() -> str:
     return _target.get() or jax.default_backend()
 
 
-def attend(
-    rule: Rule, operands: Operands, backend: str = "auto", strict: bool = False
-) -> tuple[jax.Array, jax.Array]:
+def attend(rule: Rule, operands: Operands, backend: str = "auto", strict: bool = False) -> tuple[jax.Array, jax.Array]:
     """(y_BHTe, lse_BHT), as `problem.py` says.
 
     Args:
@@ -53,29 +89,45 @@ def attend(
     Raises:
         SpecError: with `strict`, naming the backend and its reason.
     """
-    return _module(choose(rule, operands, backend, strict)).attend(rule, operands)
+
+    def here(operands):
+        return _module(choose(rule, operands, backend, strict)).attend(rule, operands)
+
+    if (over := _rows.get()) is None:
+        return here(operands)
+    mesh, axis = over
+    split = Operands(*[P(axis)] * 5, Terms(head=P(), query=P(axis), key=P(axis)))
+    return jax.shard_map(here, mesh=mesh, in_specs=(split,), out_specs=P(axis), check_vma=False)(operands)
 
 
 def choose(rule: Rule, operands: Operands, backend: str = "auto", strict: bool = False) -> str:
-    """The name of the backend that `attend` uses."""
-    if backend != "auto":
-        reason = _module(backend).refuses(rule, operands)
-        if reason is None:
-            return backend
-        if strict:
-            raise SpecError(f"attention.backend {backend!r} cannot compute this: {reason} (strict is set)")
-        instead = _best(rule, operands)
-        _say(f"attention: {instead} instead of {backend}: {reason}")
-        return instead
-    return _best(rule, operands)
+    """The name of the backend that `attend` uses; errors as `attend`."""
+    if backend == "auto":
+        return _best(rule, operands)
+    reason = _module(backend).refuses(rule, operands)
+    if reason is None:
+        return backend
+    if strict:
+        raise SpecError(f"attention.backend is {backend!r} and strict is set, but it cannot compute this: {reason}")
+    instead = _best(rule, operands)
+    _say(f"attention: {instead} instead of {backend}: {reason}")
+    return instead
+
+
+def about() -> dict[str, str]:
+    """A text for each backend, and for the automatic choice."""
+    automatic = (
+        f"reference below {LONG} keys and for one query at a time; else on a TPU library, or flex where that refuses; "
+        f"on a GPU library, where the mask B T S has no more than {DENSE:,} numbers; chunked everywhere else"
+    )
+    return {"auto": automatic, **ABOUT}
 
 
 def _best(rule: Rule, operands: Operands) -> str:
-    S = operands.key_BKSd.shape[2]
-    T = operands.query_BHTd.shape[2]
+    B, T, S = operands.query_BHTd.shape[0], operands.query_BHTd.shape[2], operands.key_BKSd.shape[2]
     if S < LONG or T == 1:  # small, or a decode step, whose scores are one row
         return "reference"
-    preferred = {"tpu": ("library", "flex"), "gpu": ("library",)}.get(platform(), ())
+    preferred = {"tpu": ("library", "flex"), "gpu": ("library",) if B * T * S <= DENSE else ()}.get(platform(), ())
     return next((name for name in preferred if _module(name).refuses(rule, operands) is None), "chunked")
 
 

@@ -1,0 +1,177 @@
+"""Splash attention, the Pallas kernel for TPUs that comes with jax, where a mask is one of places in the row.
+
+The kernel takes a mask of indices known when the program is compiled, and segment ids that are not. Masks of the
+language are of that form where they are `SameSegment` and beside it compare indices, or positions with each other:
+within an example of a row positions are as far apart as indices. That a row is laid out so, examples in one piece and
+positions in order, is checked as the program runs, and the result is NaN where it is not.
+"""
+
+import dataclasses
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as patterns
+
+from polygpt.attention.kernels import chunked
+from polygpt.attention.kernels.problem import Operands, Rule
+from polygpt.attention.masks import And, Causal, Mask, Meta, SameSegment
+from polygpt.attention.scores import Score, SoftCap
+
+LANES = 128
+"""Numbers that a TPU's vector unit holds side by side; blocks are multiples of it."""
+
+
+def refuses(rule: Rule, operands: Operands) -> str | None:
+    """Why it cannot compute this, or None."""
+    T, S, e = operands.query_BHTd.shape[2], operands.key_BKSd.shape[2], operands.value_BKSe.shape[3]
+    if rule.normalizer != "softmax":
+        return f"splash attention knows no {rule.normalizer} normalizer"
+    if type(rule.score) not in (Score, SoftCap):
+        return f"splash attention knows no score modification but SoftCap, and this is {type(rule.score).__name__}"
+    if T != S:
+        return f"splash attention is for queries that are the keys too, and these are {T} and {S}, as with a cache"
+    if T % LANES:
+        return f"splash attention needs a length that is a multiple of {LANES}, not {T}"
+    if e > LANES and e % LANES:
+        return f"splash attention needs values of at most {LANES} channels or a multiple of that, not {e}"
+    parts = _conjuncts(rule.mask)
+    if SameSegment() not in parts:
+        return "splash attention tells padding by segments, and the mask has no SameSegment"
+    try:
+        itself_T = _at_indices(_within_example(parts), np.arange(T), np.arange(T))
+    except _Unknowable as what:
+        return f"splash attention knows the order of positions and their distances alone, and the mask looks at {what}"
+    if not itself_T.all():
+        return "splash attention needs every position to see itself"
+    return None
+
+
+def attend(rule: Rule, operands: Operands, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
+    """(y_BHTe, lse_BHT), as the folder's `problem.py` says; `interpret` runs the kernel on any device, slowly."""
+    H, T = operands.query_BHTd.shape[1:3]
+    inner = _within_example(_conjuncts(rule.mask))
+    kernel = splash.make_splash_mha(
+        patterns.MultiHeadMask([_pattern(inner, T)] * H),
+        block_sizes=_blocks(T),
+        head_shards=1,
+        q_seq_shards=1,
+        attn_logits_soft_cap=rule.score.cap if isinstance(rule.score, SoftCap) else None,
+        interpret=interpret,
+    )
+    segments = splash.SegmentIds(operands.query.segment, operands.key.segment)
+    y_BHTe = jax.vmap(kernel)(operands.query_BHTd, operands.key_BKSd, operands.value_BKSe, segments)
+
+    # Both reductions are fused with what they reduce: no [T, S] array is made.
+    query, key, _ = operands.views()
+    visible_B1TS = rule.visible(query, key)
+    index_T = jnp.arange(T, dtype=jnp.int32)
+    assumed_TS = _at_indices(inner, index_T[:, None], index_T[None, :])
+    assumed_B1TS = assumed_TS[None, None] & (query.segment == key.segment) & (key.segment > 0)
+    seeing_B1T1 = jnp.any(visible_B1TS, axis=-1, keepdims=True)
+    as_assumed_B111 = jnp.all(visible_B1TS == assumed_B1TS, axis=(1, 2, 3), keepdims=True)
+    y_BHTe = jnp.where(seeing_B1T1, y_BHTe, 0).astype(operands.value_BKSe.dtype)
+    y_BHTe = jnp.where(as_assumed_B111, y_BHTe, jnp.nan)
+    # The kernel's own lse has no gradient. Nothing of this is computed where lse is not used.
+    return y_BHTe, chunked.attend(rule, operands)[1]
+
+
+def _blocks(T: int) -> splash.BlockSizes:
+    """The same blocks for everything: the largest up to 512 that divide the length."""
+    size = next(size for size in (512, 384, 256, LANES) if T % size == 0)
+    names = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
+    return splash.BlockSizes(**dict.fromkeys(names, size))
+
+
+# --- from predicates to patterns of indices ---------------------------------------------------------------------------
+
+
+def _conjuncts(mask: Mask) -> list[Mask]:
+    return [*_conjuncts(mask.left), *_conjuncts(mask.right)] if isinstance(mask, And) else [mask]
+
+
+def _within_example(parts: list[Mask]) -> list[Mask]:
+    return [part for part in parts if part != SameSegment()]
+
+
+def _at_indices(parts: list[Mask], query_index: Any, key_index: Any) -> Any:
+    """Whether all parts hold for these indices, in one example; _Unknowable names what else they depend on."""
+    query, key = (
+        Meta(index, _Position(index), *map(_Unknown, ("segments", "spans", "modalities")))
+        for index in (query_index, key_index)
+    )
+    seen = (query_index >= 0) & (key_index >= 0)  # of the shape that both broadcast to
+    for part in parts:
+        try:
+            seen = seen & part(query, key)
+        except TypeError as error:  # a function instead of an operator
+            raise _Unknowable(f"metadata otherwise than by operators: {error}") from error
+    return seen
+
+
+def _pattern(parts: list[Mask], T: int) -> patterns.Mask:
+    if parts == [Causal()]:
+        return patterns.CausalMask((T, T))  # the kernel computes it, where it loads the tiles of others
+    return _Pattern(parts, T)
+
+
+class _Pattern(patterns.Mask):
+    def __init__(self, parts: list[Mask], T: int):
+        self.parts, self.index_T = parts, np.arange(T)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.index_T.size, self.index_T.size
+
+    def __getitem__(self, slices: tuple[slice, slice]) -> np.ndarray:
+        rows, columns = slices
+        return _at_indices(self.parts, self.index_T[rows][:, None], self.index_T[columns][None, :])
+
+
+class _Unknowable(Exception):
+    """A mask looks at what is not known when the program is compiled."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Unknown:
+    """Metadata that no operator may be used on."""
+
+    name: str
+    __array_ufunc__ = None  # NumPy's arrays leave operators to this class
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Position:
+    """Positions of one example, known up to a constant: their differences and their order are those of indices."""
+
+    index: Any
+    __array_ufunc__ = None
+
+
+def _refuse(self, *others):
+    raise _Unknowable(getattr(self, "name", "positions by themselves"))
+
+
+def _relative(name: str):
+    """The operator of two positions; of a position and anything else, _Unknowable."""
+
+    def operate(self, other):
+        if not isinstance(other, _Position):
+            _refuse(self)
+        return getattr(operator, name)(self.index, other.index)
+
+    return operate
+
+
+for _name in ("add", "sub", "mul", "floordiv", "mod", "and", "or", "xor"):
+    for _class in (_Unknown, _Position):
+        setattr(_class, f"__{_name}__", _refuse)
+        setattr(_class, f"__r{_name}__", _refuse)
+for _name in ("eq", "ne", "lt", "le", "gt", "ge", "neg", "abs", "invert"):
+    for _class in (_Unknown, _Position):
+        setattr(_class, f"__{_name}__", _refuse)
+for _name in ("sub", "eq", "ne", "lt", "le", "gt", "ge"):
+    setattr(_Position, f"__{_name}__", _relative(_name))
