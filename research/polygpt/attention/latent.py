@@ -74,10 +74,8 @@ class _Latent(MultiHeadModule):
         spec, D = self.spec, self.dims.width
         H, d, r, R = spec.heads, spec.width_of_head(D), spec.width_of_rope(D), spec.rank(D)
         options = {"rngs": rngs, "dtype": self.dims.dtype}
-        self.query_latent = self.query_latent_norm = None
-        if spec.q_rank is not None:
-            self.query_latent = Linear(D, spec.q_rank, bias=spec.bias, **options)
-            self.query_latent_norm = RMSNorm().build(spec.q_rank)
+        self.query_latent = spec.q_rank and Linear(D, spec.q_rank, bias=spec.bias, **options)
+        self.query_latent_norm = spec.q_rank and RMSNorm().build(spec.q_rank)
         self.query = Linear(spec.q_rank or D, H * (d + r), bias=False, **options)
         self.latent = Linear(D, R, bias=spec.bias, **options)
         self.latent_norm = RMSNorm().build(R)
