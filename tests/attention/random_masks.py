@@ -106,10 +106,10 @@ def packed(rng, rows: int, length: int, gaps: bool = False, spans: bool = True) 
 
 
 @st.composite
-def metas(draw, kinds=(arbitrary, packed), lengths=(1, 4, 9)) -> Meta:
-    """Metadata of two random rows; few lengths, for every shape is compiled anew."""
+def metas(draw, kinds=(arbitrary, packed), lengths=(1, 4, 9), rows: int = 2) -> Meta:
+    """Metadata of random rows; few lengths, for every shape is compiled anew."""
     rng = np.random.default_rng(draw(st.integers(0, 2**31)))
-    return draw(st.sampled_from(kinds))(rng, 2, draw(st.sampled_from(lengths)))
+    return draw(st.sampled_from(kinds))(rng, rows, draw(st.sampled_from(lengths)))
 
 
 def row(**arrays) -> Meta:

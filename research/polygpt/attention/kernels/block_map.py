@@ -34,7 +34,8 @@ def block_map(mask: Mask, query: Meta, key: Meta, block_q: int, block_k: int) ->
     packed example do not blur. It equals `exact_block_map` for `DECODER` and `ENCODER`, with windows, sinks and blocks
     beside them, in packed rows without spans. What is lost, always to PARTIAL: which numbers between the least and the
     greatest of a class do occur (strides over the gaps that spans leave, modalities, three examples in a block and
-    more), and how two parts of a mask depend on each other (`Window(8) & ~Window(4)`: each alone is possible).
+    more), and how two parts of a mask depend on each other (`Strided(2) & Strided(3)` where each alone is possible,
+    a block that is full because `Window(3) | Sinks(2)` shows some of its pairs by one and the rest by the other).
 
     A predicate that cannot be evaluated on ranges gets the exact map at the cost O(T S), and a line in the log.
 
