@@ -36,12 +36,12 @@ def run(arguments: Namespace) -> dict:
     import traceback
 
     from polygpt.cli.progress import Progress
-    from polygpt.lab.check import TPU, check
+    from polygpt.lab.check import PROPERTIES, TPU, check
     from polygpt.spec import to_json
 
-    without = (TPU,) if arguments.no_tpu else ()
+    chosen = [name for name in PROPERTIES if name != TPU or not arguments.no_tpu]
     with Progress("checking") as progress:
-        subject, findings = check(spec, arguments.model_width, arguments.positions, without, progress)
+        subject, findings = check(spec, arguments.model_width, arguments.positions, chosen, progress)
     if arguments.debug:
         for finding in findings:
             if finding.exception:

@@ -6,7 +6,7 @@ To add a property, write a function that takes a `Subject` and gives a `Measured
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from polygpt.attention.contract import Attention
 from polygpt.errors import SpecError
@@ -80,7 +80,7 @@ def check(
     spec: Attention,
     width: int = WIDTH,
     length: int | None = None,
-    without: tuple[str, ...] = (),
+    chosen: Collection[str] = tuple(PROPERTIES),
     progress: Callable[[str, int, int], None] = lambda name, done, total: None,
 ) -> tuple[Subject, list[Finding]]:
     """Measures every property of a variant.
@@ -89,7 +89,7 @@ def check(
         spec: the variant.
         width: of the model that it is built into.
         length: positions a row; None chooses by the variant's own sizes.
-        without: names of properties to leave out.
+        chosen: names of the properties to measure.
         progress: called with a property's name, how many are done, and of how many.
 
     Raises:
@@ -98,11 +98,10 @@ def check(
     if length is not None and length < LEAST:
         raise SpecError(f"a check of {length} positions: it needs at least {LEAST}")
     subject = Subject(spec, width, length)
-    chosen = {name: measure for name, measure in PROPERTIES.items() if name not in without}
     found = []
-    for name, measure in chosen.items():
+    for name in chosen:
         progress(name, len(found), len(chosen))
-        found.append(_examine(name, measure, subject))
+        found.append(_examine(name, PROPERTIES[name], subject))
     return subject, found
 
 
