@@ -1,0 +1,55 @@
+"""DeltaNet: a linear memory that replaces what it holds at a key, instead of adding to it."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from polygpt.attention.contract import Dims
+from polygpt.attention.kernels.recurrence import delta_rule
+from polygpt.attention.recurrent import Recurrent, RecurrentModule
+from polygpt.nn.linear import Linear
+from polygpt.nn.mlp import Activation
+
+
+@dataclasses.dataclass(frozen=True)
+class DeltaNet(Recurrent):
+    """S_t = (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T, beta_t = sigmoid(x_t w). Yang et al. (2406.06484).
+
+    Section 2.2 the recurrence, 3.2 and 3.3 its chunks, 3.4 the layer: a short convolution and silu on queries, keys and
+    values, queries and keys of length 1, each head's output normalised. No encoding turns queries and keys.
+    """
+
+    convolution: int = 4
+    """How many positions a causal convolution over the projections looks at; 0 for none."""
+    rotates: bool = False
+    """Whether the position encoding turns queries and keys."""
+    activation: Activation = "silu"
+    """What queries, keys and values go through after their projection and the convolution."""
+
+    def build(self, dims: Dims, rngs: nnx.Rngs) -> nnx.Module:
+        return _DeltaNet(self, dims, rngs)
+
+    def score_flops(self, width: int, keys: float) -> float:
+        return 6 * self.heads * self.width_of_head(width) * self.width_of_value(width)
+
+    def cost(self) -> str:
+        return "6 H d e"
+
+
+class _DeltaNet(RecurrentModule):
+    def __init__(self, spec, dims, rngs):
+        super().__init__(spec, dims, rngs)
+        self.beta = Linear(dims.width, spec.heads, rngs=rngs, bias=False, dtype=dims.dtype)
+
+    def placed(self, x_BHTd, context):
+        x_BHTd = x_BHTd.astype(jnp.float32)
+        length = jnp.sqrt(jnp.sum(x_BHTd * x_BHTd, axis=-1, keepdims=True) + 1e-6)
+        return self.rotated(x_BHTd / length, context)
+
+    def recur(self, row, query_BHTd, key_BHTd, value_BHTe, x_BTD, context, state):
+        beta_BHT1 = self.heads(jax.nn.sigmoid(self.beta(x_BTD, "float32")))
+        query_BHTd = query_BHTd * query_BHTd.shape[-1] ** -0.5
+        none, chunk = self.log_decay(x_BTD), self.spec.chunk
+        return delta_rule(row, query_BHTd, key_BHTd, value_BHTe, beta_BHT1, none, state, chunk)

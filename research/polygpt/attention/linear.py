@@ -1,0 +1,45 @@
+"""Linear attention with a feature map and a normaliser."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from polygpt.attention.contract import Dims
+from polygpt.attention.kernels.recurrence import linear_recurrence
+from polygpt.attention.recurrent import Recurrent, RecurrentModule
+from polygpt.nn.norms import Norm
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearAttention(Recurrent):
+    """Softmax replaced by phi(q) phi(k)^T, phi = elu + 1. Katharopoulos et al. (2006.16236, eq. 7 to 12, 16 to 20).
+
+    y_t = phi(q_t)^T S_t / phi(q_t)^T z_t with S_t = S_{t-1} + phi(k_t) v_t^T and z_t = z_{t-1} + phi(k_t). A rotary
+    encoding turns phi(q) and phi(k) in the numerator alone, so that no weight of the normaliser is negative: Su et al.,
+    RoFormer (2104.09864, eq. 19).
+    """
+
+    norm: Norm | None = None
+    """Normalisation of what each head has read."""
+
+    def build(self, dims: Dims, rngs: nnx.Rngs) -> nnx.Module:
+        return _LinearAttention(self, dims, rngs)
+
+
+class _LinearAttention(RecurrentModule):
+    def placed(self, x_BHTd, context):
+        return jax.nn.elu(x_BHTd.astype(jnp.float32)) + 1
+
+    def recur(self, row, query_BHTd, key_BHTd, value_BHTe, x_BTD, context, state):
+        turned = self.rotated(query_BHTd, context), self.rotated(key_BHTd, context)
+        ones_BHT1 = jnp.ones_like(value_BHTe[..., :1])
+        none, chunk = self.log_decay(x_BTD), self.spec.chunk
+        y_BHTe, values = linear_recurrence(row, *turned, value_BHTe, none, state["values"], chunk)
+        z_BHT1, ones = linear_recurrence(row, query_BHTd, key_BHTd, ones_BHT1, none, state["ones"], chunk)
+        return y_BHTe / jnp.maximum(z_BHT1, 1e-6), {"values": values, "ones": ones}
+
+    def empty_state(self, rows):
+        values = super().empty_state(rows)
+        return {"values": values, "ones": values[..., :1]}

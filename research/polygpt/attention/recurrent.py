@@ -1,0 +1,229 @@
+"""The family of linear attention: no scores, but a state of fixed size a head, which each position changes and reads.
+
+A variant derives from `Recurrent` and changes what enters the recurrence of `kernels/recurrence.py`: a method of the
+module (`placed` for queries and keys, `log_decay`, `recur`). Projections, positions, the beginnings of examples,
+padding, the cache and the chunked and step forms are inherited. One that has other projections (Mamba-2) derives from
+`_Stateful` and its module from `StatefulModule`.
+"""
+
+import dataclasses
+import functools
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from polygpt.attention.contract import Attention, Context, Dims
+from polygpt.attention.kernels.recurrence import Course, course, linear_recurrence
+from polygpt.attention.masks import Mask, Meta
+from polygpt.attention.multi_head import joined
+from polygpt.attention.short_convolution import ShortConvolution
+from polygpt.errors import SpecError
+from polygpt.nn.linear import Linear
+from polygpt.nn.mlp import Activation, activate
+from polygpt.nn.norms import Norm, RMSNorm
+from polygpt.nn.positions import Position
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stateful(Attention):
+    """An attention that carries a state along the row."""
+
+    family: ClassVar[Literal["softmax", "linear"]] = "linear"
+
+    heads: int = 4
+    """H, the number of heads."""
+    head_width: int | None = None
+    """The width of a head; null means that which all heads together give the width of the layer."""
+    bias: bool = False
+    """Whether the projections have a bias."""
+    position: Position | None = None
+    """The position encoding of this layer; null means that of the stack."""
+    convolution: int = 0
+    """How many positions a causal convolution over the projections looks at; 0 for none."""
+    chunk: int = 64
+    """Positions that are computed at once, a power of two. It changes time and memory, not the result."""
+
+    def validate(self):
+        self.require(self.heads >= 1, "heads", "at least 1")
+        self.require(self.head_width is None or self.head_width >= 1, "head_width", "null or at least 1")
+        self.require(self.convolution >= 0 and self.convolution != 1, "convolution", "0, or at least 2")
+        self.require(self.chunk >= 2 and self.chunk & (self.chunk - 1) == 0, "chunk", "a power of two, at least 2")
+
+    def encoding(self, dims: Dims) -> Position:
+        """The position encoding that acts in this layer; SpecError for one that acts on scores, which are not here."""
+        position = dims.position if self.position is None else self.position
+        if position.score() is not None:
+            raise SpecError(
+                f"{type(self).__name__}.position: {type(position).__name__} acts on scores, and linear attention has "
+                "none: set it to Rope() or NoPosition()"
+            )
+        return position
+
+    def part(self, whole: int, name: str) -> int:
+        """The width of a head where all heads together have the width `whole`."""
+        self.require(whole % self.heads == 0, "heads", f"a divisor of {whole}, or set {name}")
+        return whole // self.heads
+
+    def init_cache(self, dims: Dims, rows: int, size: int, ring: bool = True) -> Any:
+        shapes = nnx.eval_shape(lambda: self.build(dims, nnx.Rngs(0)).empty(rows))
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+
+class StatefulModule(nnx.Module):
+    """The module of a `_Stateful`: `empty_state` and `read` are the variant's."""
+
+    convolve: ShortConvolution | None = None
+
+    def __call__(self, x_BTD: jax.Array, context: Context, cache: Any = None) -> tuple[jax.Array, Any]:
+        check_mask(type(self.spec).__name__, context.mask)
+        before = self.empty(x_BTD.shape[0]) if cache is None else cache
+        row = course(context.query.segment, before["last"])
+        y_BTD, state, past = self.read(x_BTD, context, row, before["state"], before["past"])
+        return y_BTD, None if cache is None else {"state": state, "past": past, "last": row.last_B}
+
+    def empty(self, rows: int) -> Any:
+        """A cache in which nothing was read."""
+        past = self.convolve and self.convolve.empty(rows, self.dims.dtype)
+        return {"state": self.empty_state(rows), "past": past, "last": jnp.zeros(rows, jnp.int32)}
+
+    def empty_state(self, rows: int) -> Any:
+        """The state before the first position, a pytree of float32 [B, ...]."""
+        raise NotImplementedError
+
+    def read(
+        self, x_BTD: jax.Array, context: Context, row: Course, state: Any, past: Any
+    ) -> tuple[jax.Array, Any, Any]:
+        """([B, T, D], the new state, what the convolution needs of these positions)."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Recurrent(_Stateful):
+    """Linear attention without a normaliser, its output normalised instead. Qin et al., TransNormer (2210.10340, 4.1).
+
+    S_t = S_{t-1} + k_t v_t^T, y_t = norm(S_t^T q_t): eq. 18 of Katharopoulos et al. (2006.16236) with no feature map.
+    """
+
+    value_width: int | None = None
+    """e, the width of a head's values; null means the model width over `heads`."""
+    rotates: bool = True
+    """Whether the position encoding turns queries and keys."""
+    activation: Activation = "identity"
+    """What queries, keys and values go through after their projection and the convolution."""
+    norm: Norm | None = RMSNorm()
+    """Normalisation of what each head has read."""
+    gate: bool = False
+    """Whether the output is multiplied by silu of one more projection of the input."""
+
+    def width_of_head(self, width: int) -> int:
+        """d, the width of a head's queries and keys at the model width `width`."""
+        return self.head_width or self.part(width, "head_width")
+
+    def width_of_value(self, width: int) -> int:
+        """e at the model width `width`."""
+        return self.value_width or self.part(width, "value_width")
+
+    def build(self, dims: Dims, rngs: nnx.Rngs) -> nnx.Module:
+        return RecurrentModule(self, dims, rngs)
+
+    def score_flops(self, width: int, keys: float) -> float:
+        return 4 * self.heads * self.width_of_head(width) * self.width_of_value(width)
+
+    def cost(self) -> str:
+        return "4 H d e"
+
+
+class RecurrentModule(StatefulModule):
+    """The module of a `Recurrent`; variants override some of `placed`, `log_decay`, `recur` and `empty_state`."""
+
+    def __init__(self, spec: Recurrent, dims: Dims, rngs: nnx.Rngs):
+        self.spec, self.dims, self.encoding = spec, dims, spec.encoding(dims)
+        H, d, e = spec.heads, spec.width_of_head(dims.width), spec.width_of_value(dims.width)
+        options = {"rngs": rngs, "dtype": dims.dtype, "bias": spec.bias}
+        self.query = Linear(dims.width, H * d, **options)
+        self.key = Linear(dims.width, H * d, **options)
+        self.value = Linear(dims.width, H * e, **options)
+        self.gate = Linear(dims.width, H * e, **options) if spec.gate else None
+        self.output = Linear(H * e, dims.width, scale=dims.output_scale, **options)
+        self.norm = spec.norm and spec.norm.build(e)
+        if spec.convolution:
+            self.convolve = ShortConvolution(spec.convolution, 2 * H * d + H * e, rngs=rngs, bias=False)
+
+    def read(self, x_BTD, context, row, state, past):
+        arrays = [self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)]
+        if self.convolve is not None:
+            x_BTE, past = self.convolve(jnp.concatenate(arrays, axis=-1), context.query.segment, past)
+            arrays = jnp.split(x_BTE, [arrays[0].shape[-1], 2 * arrays[0].shape[-1]], axis=-1)
+        query, key, value = (self.heads(activate(self.spec.activation, x)) for x in arrays)
+        query, key = self.placed(query, context), self.placed(key, context)
+        y_BHTe, state = self.recur(row, query, key, value, x_BTD, context, state)
+        return self.mixed(y_BHTe, x_BTD), state, past
+
+    def placed(self, x_BHTd: jax.Array, context: Context) -> jax.Array:
+        """Queries or keys, each of the length that attention is to see, with their positions in them."""
+        x_BHTd = x_BHTd * jnp.asarray(x_BHTd.shape[-1] ** -0.25, x_BHTd.dtype)
+        return self.rotated(x_BHTd, context)
+
+    def rotated(self, x_BHTd: jax.Array, context: Context) -> jax.Array:
+        """Queries or keys turned by the position encoding, where the variant wants it."""
+        if not self.spec.rotates:
+            return x_BHTd
+        return self.encoding.rotate(x_BHTd, context.query.position, context.coordinate_BT3)
+
+    def log_decay(self, x_BTD: jax.Array) -> jax.Array:
+        """The logarithm of what is kept of the state at each position, float32 [B, H or 1, T, d or 1], at most 0."""
+        return jnp.zeros((x_BTD.shape[0], 1, x_BTD.shape[1], 1), jnp.float32)
+
+    def recur(self, row, query_BHTd, key_BHTd, value_BHTe, x_BTD, context, state) -> tuple[jax.Array, Any]:
+        """(what each position reads, float32 [B, H, T, e], the new state)."""
+        decay = self.log_decay(x_BTD)
+        return linear_recurrence(row, query_BHTd, key_BHTd, value_BHTe, decay, state, self.spec.chunk)
+
+    def empty_state(self, rows: int) -> Any:
+        width = self.dims.width
+        shape = (rows, self.spec.heads, self.spec.width_of_head(width), self.spec.width_of_value(width))
+        return jnp.zeros(shape, jnp.float32)
+
+    def mixed(self, y_BHTe: jax.Array, x_BTD: jax.Array) -> jax.Array:
+        """What was read, normalised, gated and projected to [B, T, D]."""
+        y_BTE = joined(y_BHTe if self.norm is None else self.norm(y_BHTe))
+        if self.gate is not None:
+            y_BTE = y_BTE * jax.nn.silu(self.gate(x_BTD).astype(jnp.float32))
+        return self.output(y_BTE)
+
+    def heads(self, x_BTE: jax.Array) -> jax.Array:
+        """[B, T, H * c] -> [B, H, T, c]."""
+        return x_BTE.reshape(*x_BTE.shape[:2], self.spec.heads, -1).transpose(0, 2, 1, 3)
+
+
+# --- the mask ---------------------------------------------------------------------------------------------------------
+
+_PROBE = np.array([0, 1, 2, 5, 64, 1000, 1_000_000], np.int32)
+
+
+def check_mask(name: str, mask: Mask) -> None:
+    """SpecError unless `mask` is, outside bidirectional spans, what a recurrence sees: all before it in its segment."""
+    ahead, differs = _against_recurrence(mask)
+    if ahead:
+        raise SpecError(f"{name} reads a row in one direction, and {mask} looks both ways: use MultiHead here")
+    if differs:
+        raise SpecError(f"{name} sees all that came before in the example, and {mask} hides some: use MultiHead here")
+
+
+@functools.cache
+def _against_recurrence(mask: Mask) -> tuple[bool, bool]:
+    """Whether the mask shows what comes after, and whether it shows anything else than a recurrence sees.
+
+    The predicate is asked about near and far positions of two segments and three modalities, none in a span.
+    """
+    index, segment, modality = (x.reshape(-1) for x in np.meshgrid(_PROBE, np.int32([1, 2]), np.arange(3)))
+    meta = Meta(index, index, segment, np.zeros_like(index), modality)
+    query, key = (jax.tree.map(lambda x, shape=shape: x.reshape(shape), meta) for shape in ((-1, 1), (1, -1)))
+    with jax.ensure_compile_time_eval():
+        shown = np.broadcast_to(np.asarray(mask(query, key)), (len(index), len(index)))
+    same = query.segment == key.segment
+    after = same & (key.index > query.index)
+    return bool((shown & after).any()), bool((shown != (same & (key.index <= query.index))).any())

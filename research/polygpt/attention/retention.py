@@ -1,0 +1,35 @@
+"""Retention: linear attention with a fixed decay a head."""
+
+import dataclasses
+
+import jax.numpy as jnp
+from flax import nnx
+
+from polygpt.attention.contract import Dims
+from polygpt.attention.recurrent import Recurrent, RecurrentModule
+from polygpt.nn.norms import LayerNorm, Norm
+
+
+@dataclasses.dataclass(frozen=True)
+class Retention(Recurrent):
+    """S_t = gamma S_{t-1} + k_t v_t^T, gamma_h = 1 - 2^(-5 - h), normalised a head and gated by swish.
+
+    Sun et al., RetNet (2307.08621): eq. 5 and 6, chunks eq. 7, heads, norm and gate eq. 8. Queries and keys turn by the
+    position encoding of the stack, `Rope`, which is the paper's e^(i n theta). The group norm's affine part is shared
+    by the heads. The paper's models have a `value_width` twice the `head_width` and a smaller MLP for it.
+    """
+
+    norm: Norm | None = LayerNorm()
+    """Normalisation of what each head has read: the paper's group norm."""
+    gate: bool = True
+    """Whether the output is multiplied by silu of one more projection of the input."""
+
+    def build(self, dims: Dims, rngs: nnx.Rngs) -> nnx.Module:
+        return _Retention(self, dims, rngs)
+
+
+class _Retention(RecurrentModule):
+    def log_decay(self, x_BTD):
+        B, T, _ = x_BTD.shape
+        log_gamma_H = jnp.log1p(-(2.0 ** (-5.0 - jnp.arange(self.spec.heads))))
+        return jnp.broadcast_to(log_gamma_H[None, :, None, None], (B, self.spec.heads, T, 1))
