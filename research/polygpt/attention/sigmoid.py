@@ -18,6 +18,9 @@ class Shift(Score):
     def __call__(self, score, query, key, terms):
         return score + self.by
 
+    def additive(self):
+        return True
+
 
 @dataclasses.dataclass(frozen=True)
 class SigmoidAttention(MultiHead):

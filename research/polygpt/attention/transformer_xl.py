@@ -26,7 +26,7 @@ class TransformerXL(MultiHead):
 
     position: Position | None = NoPosition()
     """A position encoding beside the relative one of this layer; null means that of the stack."""
-    piece: int = 64
+    piece: int = 32
     """The positions of a piece."""
     detach: bool = True
     """Whether gradients stop before the piece before, as in the paper."""
@@ -53,6 +53,9 @@ class TransformerXL(MultiHead):
         if self.relative_width is None:
             self.require(width % 2 == 0, "relative_width", f"given where the model width, {width}, is odd")
         return self.relative_width or width
+
+    def backends(self) -> tuple[str, ...]:
+        return tuple(name for name in super().backends() if name != "library")  # queries are wider than values
 
     def score_flops(self, width: int, keys: float) -> float:
         pair = 4 * self.width_of_head(width) + 2 * self.channels(width)
