@@ -5,6 +5,7 @@ from argparse import Namespace
 from polygpt.cli import variant
 from polygpt.cli.arguments import Parser
 from polygpt.cli.output import print_table
+from polygpt.errors import UserError
 
 EXAMPLES = """\
 examples:
@@ -25,6 +26,7 @@ def parser(prog: str, about: str) -> Parser:
     words.add_argument("variant", metavar="MODULE:SPEC", help="an attention variant, or FILE.py:SPEC")
     words.add_argument("--positions", type=int, metavar="T", help="positions a row (default: by the variant's sizes)")
     words.add_argument("--model_width", type=int, default=32, metavar="D", help="of the model around it (default: 32)")
+    words.add_argument("--only", metavar="NAMES", help="properties to measure, separated by commas (default: all)")
     words.add_argument("--no-tpu", action="store_true", help="do not compile for a TPU, the longest part")
     return words
 
@@ -37,9 +39,14 @@ def run(arguments: Namespace) -> dict:
 
     from polygpt.cli.progress import Progress
     from polygpt.lab.check import PROPERTIES, TPU, check
-    from polygpt.spec import to_json
+    from polygpt.spec import nearest, to_json
 
     chosen = [name for name in PROPERTIES if name != TPU or not arguments.no_tpu]
+    if arguments.only is not None:
+        chosen = [name.strip() for name in arguments.only.split(",")]
+        for name in chosen:
+            if name not in PROPERTIES:
+                raise UserError(f"--only {name}: no such property: {nearest(name, PROPERTIES)}")
     with Progress("checking") as progress:
         subject, findings = check(spec, arguments.model_width, arguments.positions, chosen, progress)
     if arguments.debug:

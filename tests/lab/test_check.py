@@ -1,0 +1,128 @@
+"""`polygpt attention check`: each mistake is found and called by its name, and what is right passes."""
+
+import json
+
+import pytest
+
+from polygpt.attention.multi_head import MultiHead
+from polygpt.attention.sliding import SlidingWindow
+from polygpt.cli.main import main
+from polygpt.errors import SpecError
+from polygpt.lab import check as lab
+from polygpt.lab.layout import layouts
+from polygpt.lab.measured import difference
+from polygpt.lab.subject import suitable_length
+from polygpt.spec import load_class
+
+OWN = __file__.replace("test_check", "wrong_variants")
+QUICK = [
+    "causality",
+    "segments isolated",
+    "mask honoured",
+    "spans bidirectional",
+    "full cache = no cache",
+    "ragged decoding = each alone",
+    "packed examples in any order",
+    "padding without effect",
+    "half batch = full batch",
+    "finite gradients beside padding",
+]
+"""What takes few compiled programs."""
+RING, CHUNKED = "ring cache = no cache", "chunked = reference"
+SLOPES, NARROW = "gradient = finite differences", "bfloat16 near float32"
+MISTAKES = {
+    "PeeksAhead": {
+        "causality",
+        "full cache = no cache",  # what is ahead is not there yet
+        "ragged decoding = each alone",
+        "padding without effect",  # the next position is padding
+    },
+    "LeaksAcross": {"segments isolated", "packed examples in any order"},
+    "IgnoresSpans": {"spans bidirectional"},
+    "CountsPadding": {"padding without effect", "ragged decoding = each alone"},
+    "WrongCacheIndex": {"full cache = no cache", "ragged decoding = each alone"},
+    "PositionOff": {"full cache = no cache", "ragged decoding = each alone"},
+    "RingTooSmall": {RING},
+    "NotANumber": {"finite gradients beside padding"},
+    "DependsOnBackend": {CHUNKED},
+    "Rounds": {SLOPES},
+    "StopsGradient": {SLOPES},
+    "MixesRows": {"half batch = full batch"},
+    "ReturnsFloat32": {NARROW},
+    "Crashes": {"full cache = no cache", "ragged decoding = each alone"},
+    "CarriesState": {"segments isolated", "packed examples in any order"},
+    "ReadsPadding": {"padding without effect", "ragged decoding = each alone"},
+}
+"""Which properties, of the quick ones and those named here, a variant of `wrong_variants.py` fails."""
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_called_by_its_name(name):
+    chosen = [name for name in lab.PROPERTIES if name in {*QUICK, *MISTAKES[name]}]
+    _, findings = lab.check(load_class(f"{OWN}:{name}")(), chosen=chosen)
+    assert {one.name for one in findings if one.passed is False} == MISTAKES[name]
+
+
+def test_a_recurrence_without_mistakes_passes():
+    _, findings = lab.check(load_class(f"{OWN}:Decaying")(), chosen=[*QUICK, RING, SLOPES, NARROW])
+    assert [one for one in findings if one.passed is False] == []
+    reasons = {one.name: one.note for one in findings if one.passed is None}
+    assert set(reasons) == {"spans bidirectional", RING}
+    assert "sees_ahead() is False" in reasons["spans bidirectional"]
+
+
+def test_the_verb_prints_a_table_and_names_what_fails(capsys):
+    assert main(["attention", "check", f"{OWN}:Crashes", "--only", "causality, full cache = no cache"]) == 2
+    out, err = capsys.readouterr()
+    assert "causality" in out and "pass" in out and "FAIL" in out and "KeyError: 'no such\\nthing'" in out
+    assert err.splitlines()[-1].endswith("fails full cache = no cache") and "Traceback" not in err
+
+
+def test_with_debug_a_property_that_crashes_shows_where(capsys):
+    words = ["attention", "check", f"{OWN}:Crashes", "--only", "full cache = no cache", "--debug"]
+    assert main(words) == 2
+    assert "wrong_variants.py" in capsys.readouterr().err
+
+
+def test_the_verb_writes_json_and_takes_fields(capsys):
+    words = ["polygpt.attention.sliding:SlidingWindow", "--window", "8", "--only", "mask honoured", "--json"]
+    assert main(["attention", "check", *words]) == 0
+    out = json.loads(capsys.readouterr().out)
+    assert out["fault"] is None and out["spec"]["window"] == 8 and out["positions"] == 24
+    (finding,) = out["findings"]
+    assert finding["name"] == "mask honoured" and finding["passed"] and finding["error"] <= finding["bound"]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["polygpt.attention.masks:Window"], "no attention variant"),
+        (["polygpt.attention.multi_head:MultiHead", "--heads", "5"], "a divisor of the model width (32)"),
+        (["polygpt.attention.multi_head:MultiHead", "--positions", "8"], "it needs at least 24"),
+        (["polygpt.attention.multi_head:MultiHead", "--only", "casuality"], "did you mean causality"),
+        (["polygpt.attention.multi_head:MultiHead", "--haeds", "2"], "did you mean --heads"),
+    ],
+)
+def test_a_wrong_word_is_an_error_of_one_line(capsys, words, expected):
+    assert main(["attention", "check", *words]) == 2
+    err = capsys.readouterr().err
+    assert expected in err and err.count("\n") == 1
+
+
+def test_rows_go_beyond_what_a_variant_names():
+    assert suitable_length(MultiHead()) == 24
+    assert suitable_length(SlidingWindow(window=40)) == 48
+    assert suitable_length(SlidingWindow(window=4096)) == 24
+    with pytest.raises(SpecError, match="at least 24"):
+        lab.check(MultiHead(), length=12)
+
+
+@pytest.mark.parametrize("length", [24, 31, 96])
+def test_two_layouts_hold_the_same_examples(length):
+    rows = layouts(length, 4)
+    for one, other in ((rows.packed, rows.permuted), (rows.compact, rows.ragged)):
+        assert difference(one.by_example(one.x_BTD), other.by_example(other.x_BTD)) == 0
+        for name in ("position", "modality"):
+            a, b = (layout.by_example(getattr(layout.meta, name)) for layout in (one, other))
+            assert (a == b).all(), name
+    assert not rows.packed.padding_BT.any() and rows.masked.padding_BT.all(axis=1).any()
