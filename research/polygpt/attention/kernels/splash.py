@@ -42,7 +42,7 @@ def refuses(rule: Rule, operands: Operands) -> str | None:
     if SameSegment() not in parts:
         return "splash attention tells padding by segments, and the mask has no SameSegment"
     try:
-        itself_T = _at_indices(_within_example(parts), np.arange(T), np.arange(T))
+        itself_T = _known_at(_within_example(parts), np.arange(T), np.arange(T))
     except _Unknowable as what:
         return f"splash attention knows the order of positions and their distances alone, and the mask looks at {what}"
     if not itself_T.all():
@@ -112,6 +112,12 @@ def _at_indices(parts: list[Mask], query_index: Any, key_index: Any) -> Any:
     return seen
 
 
+def _known_at(parts: list[Mask], query_index: np.ndarray, key_index: np.ndarray) -> np.ndarray:
+    """The same, while a program is being traced: a mask may call functions of jax on differences of positions."""
+    with jax.ensure_compile_time_eval():
+        return np.asarray(_at_indices(parts, query_index, key_index))
+
+
 def _pattern(parts: list[Mask], T: int) -> patterns.Mask:
     if parts == [Causal()]:
         return patterns.CausalMask((T, T))  # the kernel computes it, where it loads the tiles of others
@@ -128,7 +134,7 @@ class _Pattern(patterns.Mask):
 
     def __getitem__(self, slices: tuple[slice, slice]) -> np.ndarray:
         rows, columns = slices
-        return _at_indices(self.parts, self.index_T[rows][:, None], self.index_T[columns][None, :])
+        return _known_at(self.parts, self.index_T[rows][:, None], self.index_T[columns][None, :])
 
 
 class _Unknowable(Exception):

@@ -1,0 +1,169 @@
+"""The choice of a backend: by platform and size, and in words where one refuses."""
+
+import importlib.util
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+from problems import NAMES, problem
+
+from polygpt import topology
+from polygpt.attention.contract import Context, Dims
+from polygpt.attention.kernels import dispatch
+from polygpt.attention.kernels.problem import Operands, Rule
+from polygpt.attention.masks import DECODER, Causal, Meta, SameSegment
+from polygpt.attention.multi_head import MultiHead
+from polygpt.attention.scores import SoftCap
+from polygpt.errors import SpecError
+
+WHOLE = SameSegment() & Causal()
+
+
+def shapes(T: int, S: int | None = None, B: int = 2, d: int = 64, dtype=jnp.bfloat16) -> Operands:
+    S = T if S is None else S
+    query, key = (Meta(*[jax.ShapeDtypeStruct((B, n), jnp.int32)] * 5) for n in (T, S))
+    return Operands(*(jax.ShapeDtypeStruct((B, 2, n, d), dtype) for n in (T, S, S)), query, key)
+
+
+@pytest.mark.parametrize(
+    ("platform", "rule", "operands", "chosen"),
+    [
+        ("cpu", Rule(DECODER), shapes(1023), "reference"),
+        ("cpu", Rule(DECODER), shapes(1024), "chunked"),
+        ("cpu", Rule(DECODER), shapes(1, 8192), "reference"),
+        ("cpu", Rule(DECODER), shapes(16, 8192), "chunked"),
+        ("tpu", Rule(WHOLE), shapes(512), "reference"),
+        ("tpu", Rule(WHOLE), shapes(2048), "library"),
+        ("tpu", Rule(WHOLE, SoftCap(3.0)), shapes(2048), "library"),
+        ("tpu", Rule(DECODER), shapes(2048), "flex"),
+        ("tpu", Rule(WHOLE), shapes(16, 2048), "flex"),
+        ("tpu", Rule(DECODER), shapes(1, 2048), "reference"),
+        ("gpu", Rule(DECODER), shapes(2048), "library"),
+        ("gpu", Rule(DECODER), shapes(2048, dtype=jnp.float32), "chunked"),
+        ("gpu", Rule(DECODER, SoftCap(3.0)), shapes(2048), "chunked"),
+        ("gpu", Rule(DECODER), shapes(32768, B=1), "chunked"),
+    ],
+)
+def test_the_automatic_choice(platform, rule, operands, chosen):
+    with dispatch.compiling_for(platform):
+        assert dispatch.choose(rule, operands) == chosen
+
+
+def test_the_platform_is_that_of_the_innermost_context():
+    assert dispatch.platform() == "cpu"
+    with dispatch.compiling_for("tpu"):
+        with dispatch.compiling_for("gpu"):
+            assert dispatch.platform() == "gpu"
+        assert dispatch.platform() == "tpu"
+    assert dispatch.platform() == "cpu"
+
+
+def test_a_backend_that_refuses_is_replaced_with_one_line_in_the_log(caplog):
+    dispatch._say.cache_clear()
+    rule, operands = Rule(DECODER, SoftCap(3.0)), shapes(32)
+    line = (
+        "attention: reference instead of library: SoftCap cannot be written as a bias, "
+        "all that jax.nn.dot_product_attention takes"
+    )
+    with caplog.at_level(logging.INFO, dispatch.__name__):
+        for _ in range(3):
+            assert dispatch.choose(rule, operands, "library") == "reference"
+        assert [record.getMessage() for record in caplog.records] == [line]
+        assert dispatch.choose(rule, shapes(2048), "library") == "chunked"
+        assert dispatch.choose(rule, shapes(2048), "library") == "chunked"
+    assert [record.getMessage() for record in caplog.records] == [line, line.replace("reference", "chunked")]
+
+
+def test_no_word_is_said_of_what_was_not_asked_for(caplog):
+    with caplog.at_level(logging.DEBUG), dispatch.compiling_for("tpu"):
+        assert dispatch.choose(Rule(DECODER), shapes(2048)) == "flex"  # library refuses
+        assert dispatch.choose(Rule(DECODER), shapes(2048), "flex") == "flex"
+    assert not caplog.records
+
+
+def test_strict_makes_a_refusal_an_error():
+    rule, operands = problem("sigmoid")
+    expected = (
+        "attention.backend is 'library' and strict is set, but it cannot compute this: "
+        "jax.nn.dot_product_attention knows no sigmoid normalizer"
+    )
+    with pytest.raises(SpecError) as error:
+        dispatch.attend(rule, operands, "library", strict=True)
+    assert str(error.value) == expected
+    assert dispatch.choose(*problem("packed"), "chunked", strict=True) == "chunked"
+
+
+def test_strict_reaches_the_layer():
+    from flax import nnx
+
+    spec = MultiHead(2, scores=(SoftCap(2.0),), backend="library", strict=True)
+    meta = Meta(*[jnp.ones((1, 4), jnp.int32)] * 5)
+    module = spec.build(Dims(8), nnx.Rngs(0))
+    with pytest.raises(SpecError, match="cannot be written as a bias"):
+        module(jnp.zeros((1, 4, 8)), Context(meta, meta, DECODER))
+
+
+@pytest.mark.parametrize("backend", dispatch.BACKENDS)
+def test_a_backend_refuses_in_one_line_or_not_at_all(backend):
+    """That those which do not refuse are equal to the reference is tested in each backend's own file."""
+    for platform in ("cpu", "tpu", "gpu"):
+        for name in NAMES:
+            with dispatch.compiling_for(platform):
+                reason = dispatch._module(backend).refuses(*problem(name))
+            assert reason is None or ("\n" not in reason and 20 < len(reason) < 160), reason
+            if backend in ("reference", "chunked"):
+                assert reason is None
+
+
+def test_every_backend_is_described_and_can_be_asked_for():
+    about = dispatch.about()
+    assert list(about) == ["auto", *dispatch.BACKENDS] and all(about.values())
+    for backend in about:
+        MultiHead(2, backend=backend)
+
+
+# --- several devices --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["packed", "table", "gates"])
+def test_rows_over_a_mesh_change_nothing(name):
+    rule, operands = problem(name)
+    mesh = Mesh(np.asarray(jax.devices()[:1]), ("rows",))
+
+    def total(operands, backend):
+        y, lse = dispatch.attend(rule, operands, backend)
+        return jnp.sum(jnp.sin(y)) + jnp.sum(jnp.sin(jnp.maximum(lse, -1e3))), (y, lse)
+
+    differentiate = jax.jit(jax.grad(total, has_aux=True, allow_int=True), static_argnums=1)
+    want = differentiate(operands, "reference")
+    with dispatch.rows_over(mesh, "rows"):
+        got = jax.jit(jax.grad(total, has_aux=True, allow_int=True), static_argnums=1)(operands, "reference")
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        if a.dtype == jnp.float32:
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install 'polygpt[tpu]'")
+@pytest.mark.parametrize("backend", ["library", "flex"])
+def test_kernels_compile_for_rows_over_several_tpus(backend):
+    mesh = Mesh(np.asarray(topology.devices("v5e:2x2")), ("rows",))
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("rows"))
+    operands = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), shapes(1024, B=8))
+
+    def loss(operands):
+        return jnp.sum(dispatch.attend(Rule(WHOLE), operands, backend, strict=True)[0].astype(jnp.float32))
+
+    def compiled():
+        function = jax.jit(jax.grad(loss, allow_int=True))
+        return topology.compiled(function.lower(operands)).as_text()
+
+    with dispatch.compiling_for("tpu"):
+        with pytest.raises(NotImplementedError, match="cannot be automatically partitioned"):
+            compiled()
+        with dispatch.rows_over(mesh, "rows"):
+            text = compiled()
+    assert "tpu_custom_call" in text and "all-gather" not in text, "each device computes its own rows"
