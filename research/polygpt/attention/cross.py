@@ -13,11 +13,11 @@ from polygpt.sequence import TEXT
 
 @dataclasses.dataclass(frozen=True)
 class GatedCross(MultiHead):
-    """tanh(alpha) * attention(text, media). Alayrac et al., Flamingo (2204.14198), section 3.1.2 and Figure 4.
+    """Text looks at media, through a tanh gate. Alayrac et al., Flamingo (2204.14198), section 3.1.2 and Figure 4.
 
-    Keys and values are made of what the stack of blocks was given, the embeddings themselves, whatever the layer's
-    depth. Text positions see the media positions of their own example before them (Flamingo: of the last item alone);
-    the output is zero where there are none, and at media positions.
+    tanh(alpha) * attention(text, media). Keys and values are made of what the stack of blocks was given, the embeddings
+    themselves, whatever the layer's depth. Text positions see the media positions of their own example before them
+    (Flamingo: of the last item alone); the output is zero where there are none, and at media positions.
     """
 
     alpha: float = 0.0

@@ -14,11 +14,12 @@ from polygpt.nn.norms import RMSNorm
 
 @dataclasses.dataclass(frozen=True)
 class Differential(MultiHead):
-    """(softmax(q1 k1^T) - lambda softmax(q2 k2^T)) v. Ye et al., Differential Transformer (2410.05258), section 2.1.
+    """The difference of two softmax maps. Ye et al., Differential Transformer (2410.05258), section 2.1, eq. 1 to 3.
 
-    Eq. 1 to 3. A head of the width d holds two queries and two keys of d/2 each and one value of d; lambda is
-    exp(a b) - exp(a' b') + lambda_init with learned vectors that all heads share, and the output of each head is
-    normalised and multiplied by 1 - lambda_init. The paper has half as many heads as a plain transformer of that width.
+    (softmax(q1 k1^T) - lambda softmax(q2 k2^T)) v. A head of the width d holds two queries and two keys of d/2 each and
+    one value of d; lambda is exp(a b) - exp(a' b') + lambda_init with learned vectors that all heads share, and the
+    output of each head is normalised and multiplied by 1 - lambda_init. The paper has half as many heads as a plain
+    transformer of that width.
     """
 
     lambda_init: float = 0.8

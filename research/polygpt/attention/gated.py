@@ -13,10 +13,10 @@ from polygpt.nn.linear import Linear
 
 @dataclasses.dataclass(frozen=True)
 class GatedOutput(MultiHead):
-    """softmax(q k^T) v * sigmoid(x W). Qiu et al., Gated Attention for Large Language Models (2505.06708), section 2.2.
+    """A sigmoid gate behind attention. Qiu et al., Gated Attention for Large Language Models (2505.06708), section 2.2.
 
-    The gate of position G1 there, which the authors recommend: after attention and before the output projection, of
-    each head its own, computed from the layer's (normalised) input.
+    softmax(q k^T) v * sigmoid(x W), then the output projection: position G1 there, which the authors recommend. The
+    gate is computed from the layer's (normalised) input.
     """
 
     gate: Literal["element", "head"] = "element"

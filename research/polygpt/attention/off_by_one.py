@@ -13,10 +13,11 @@ from polygpt.attention.multi_head import MultiHead, MultiHeadModule
 
 @dataclasses.dataclass(frozen=True)
 class SoftmaxOffByOne(MultiHead):
-    """exp(s_j) / (exp(b) + sum_k exp(s_k)), b = 0 (softmax1). Miller, Attention Is Off By One (evanmiller.org, 2023).
+    """Softmax with one more term in its denominator. Miller, Attention Is Off By One (evanmiller.org, 2023), softmax1.
 
-    With `learned`, b is a number a head: the sinks of gpt-oss (model card, 2508.10925, under "Attention"). The softmax of the
-    backend is multiplied by sigmoid(lse - b), the share of the sum that is not the extra term: every backend has it.
+    exp(s_j) / (exp(b) + sum_k exp(s_k)) with b = 0; with `learned`, b is a number a head: the sinks of gpt-oss (model
+    card, 2508.10925, section on attention). The softmax of the backend is multiplied by sigmoid(lse - b), the share of
+    the sum that is not the extra term: every backend has it.
     """
 
     learned: bool = False

@@ -24,10 +24,10 @@ class Shift(Score):
 
 @dataclasses.dataclass(frozen=True)
 class SigmoidAttention(MultiHead):
-    """sigmoid(q k^T / sqrt(d) - log n) v. Ramapuram et al., Sigmoid Self-Attention (2409.04431), section 2.
+    """Each weight a sigmoid of its own score. Ramapuram et al., Sigmoid Self-Attention (2409.04431), section 2.
 
-    The bias -log n makes the weights of a query sum to about one at the start of training, which the authors find
-    decisive (their section 5); n is the length of the sequence.
+    sigmoid(q k^T / sqrt(d) - log n) v. The bias -log n makes the weights of a query sum to about one at the start of
+    training, which the authors find decisive (their section 5); n is the length of the sequence.
     """
 
     normalizer: ClassVar[Literal["softmax", "sigmoid"]] = "sigmoid"

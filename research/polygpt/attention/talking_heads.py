@@ -19,10 +19,10 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class TalkingHeads(MultiHead):
-    """softmax(q k^T P) P' v, where P and P' mix heads. Shazeer et al., Talking-Heads Attention (2003.02436), section 4.
+    """Heads mixed before and after the softmax. Shazeer et al., Talking-Heads Attention (2003.02436), section 4.
 
-    P and P' are square, [H, H], and start as the identity: multi-head attention. Modifications act on the scores before
-    they are mixed, the mask after.
+    softmax(q k^T P) P' v; P and P' act on the axis of heads, are square, [H, H], and start as the identity: multi-head
+    attention. Modifications act on the scores before they are mixed, the mask after.
     """
 
     def validate(self):

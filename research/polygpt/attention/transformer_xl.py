@@ -15,13 +15,13 @@ from polygpt.nn.positions import NoPosition, Position
 
 @dataclasses.dataclass(frozen=True)
 class TransformerXL(MultiHead):
-    """(q + u) k^T + (q + v) (W R_{i-j})^T. Dai et al., Transformer-XL (1901.02860), sections 3.2 and 3.3.
+    """Recurrence over pieces, and relative positions. Dai et al., Transformer-XL (1901.02860), sections 3.2 and 3.3.
 
     An example is read in pieces: a position sees its own piece and the one before, into whose activations no gradient
-    flows. R_n are sines and cosines of n. Those of a difference are sums of products, so the term is written, with no
-    error, as an inner product of a longer query and a longer key: every backend computes it, and nothing is shifted.
-    Where a gradient is to stop, the two pieces are two calls of the backend, joined by the sums of their softmax. A
-    bidirectional span sees its own positions in the piece after, too.
+    flows. Scores are (q + u) k^T + (q + v) (W R_{i-j})^T, where R_n are sines and cosines of n. Those of a difference
+    are sums of products, so the term is written, with no error, as an inner product of a longer query and a longer key:
+    every backend computes it, and nothing is shifted. Where a gradient is to stop, the two pieces are two calls of the
+    backend, joined by the sums of their softmax. A bidirectional span sees its own positions in the piece after, too.
     """
 
     position: Position | None = NoPosition()
