@@ -78,9 +78,11 @@ def compile_for(name: str, function: Callable, *arguments: Any) -> jax.stages.Co
         UserError: as `devices`. What the TPU compiler refuses is a `jax.errors.JaxRuntimeError`; RESOURCE_EXHAUSTED,
             with the figures, where the device's memory does not suffice.
     """
-    place = jax.sharding.SingleDeviceSharding(devices(name)[0])
+    mesh = jax.sharding.Mesh(devices(name)[:1], ("device",))
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), arguments)
-    return compiled(jax.jit(function, out_shardings=place).lower(*shapes))
+    with jax.set_mesh(mesh):  # Pallas asks it what kind of TPU this is
+        return compiled(jax.jit(function, out_shardings=place).lower(*shapes))
 
 
 def compiled(lowered: jax.stages.Lowered) -> jax.stages.Compiled:

@@ -123,8 +123,8 @@ def specs(operands: Operands, block_q: int, block_k: int, at: Callable[..., Plac
     query, key, value = operands.query_BHTd, operands.key_BKSd, operands.value_BKSe
     return Operands(
         spec((None, None, block_q, query.shape[3]), lambda p: (p.row, p.head, p.query, 0)),
-        spec((None, None, block_k, key.shape[3]), lambda p: (p.row, p.head // group, p.key, 0)),
-        spec((None, None, block_k, value.shape[3]), lambda p: (p.row, p.head // group, p.key, 0)),
+        spec((None, None, block_k, key.shape[3]), lambda p: (p.row, jax.lax.div(p.head, group), p.key, 0)),
+        spec((None, None, block_k, value.shape[3]), lambda p: (p.row, jax.lax.div(p.head, group), p.key, 0)),
         spec((None, META_ROWS, block_q), lambda p: (p.row, 0, p.query)),
         spec((None, META_ROWS, block_k), lambda p: (p.row, 0, p.key)),
         Terms(
@@ -167,7 +167,7 @@ class Tile:
         )
         shape = product.shape
         return cls(
-            rule, masked, product, _meta(refs.query[...], query_axis, shape), _meta(refs.key[...], key_axis, shape), terms
+            rule, masked, product, _meta(refs.query, query_axis, shape), _meta(refs.key, key_axis, shape), terms
         )
 
     def score(self) -> jax.Array:
@@ -204,11 +204,13 @@ def along(row_1N: jax.Array, axis: int) -> jax.Array:
 
 
 def as_row(column_N1: jax.Array) -> jax.Array:
-    """[N, 1] as [1, N]."""
-    return column_N1[:, 0][None, :]
+    """[N, 1] as [1, N]: by a transposition, for which every TPU has an instruction."""
+    return jnp.broadcast_to(column_N1, (column_N1.shape[0], META_ROWS)).T[:1, :]
 
 
-def _meta(rows_8N, axis, shape) -> Meta:
-    side = rows_8N if axis == 1 else rows_8N.T
+def _meta(ref, axis, shape) -> Meta:
     count = len(dataclasses.fields(Meta))
-    return Meta(*(jnp.broadcast_to(jax.lax.slice_in_dim(side, n, n + 1, axis=1 - axis), shape) for n in range(count)))
+    if axis == 1:
+        return Meta(*(jnp.broadcast_to(ref[n : n + 1, :], shape) for n in range(count)))
+    columns = ref[...].T
+    return Meta(*(jnp.broadcast_to(columns[:, n : n + 1], shape) for n in range(count)))
