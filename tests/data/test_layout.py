@@ -1,6 +1,8 @@
 """The layout: where texts and media of an example stand in its row, what is predicted, and what is refused."""
 
 import dataclasses
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -85,6 +87,23 @@ def test_coordinates_of_text_media_and_text(small):
         expected = text(0, 2) + picture(2) + text(2 + extent, 1) + text(sound, n) + picture(second)
         np.testing.assert_array_equal(row.coordinate, expected + text(second + extent, 2))
         np.testing.assert_array_equal(row.position, range(len(row)))
+
+
+@pytest.mark.parity
+def test_coordinates_equal_those_of_qwen2_vl(small):
+    pytest.importorskip("transformers")
+    import torch
+    from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
+
+    first, second = (Medium("image", small.png(seed)) for seed in (1, 2))
+    row = row_of([Text("ab", 0.0), first, Text("or", 0.0), second, Text("both")], small)
+    model = SimpleNamespace(  # all that the method asks of its model; the weights are not needed
+        config=SimpleNamespace(vision_config=SimpleNamespace(spatial_merge_size=1)),
+        get_vision_position_ids=partial(Qwen2VLModel.get_vision_position_ids, None),
+    )
+    kind = torch.tensor(row.modality)[None]
+    expected, _ = Qwen2VLModel.get_rope_index(model, kind, kind, torch.tensor([[1, 2, 2]] * 2))
+    np.testing.assert_array_equal(row.coordinate, expected[:, 0].T)
 
 
 def test_the_last_position_of_a_medium_predicts_the_text_that_follows(small):
