@@ -1,5 +1,6 @@
 # make demo    install, train experiments/quickstart.py, evaluate, sample, write the report
-# make test    install the test extras, run the whole suite with coverage
+# make test    install the test extras, run the suite with coverage, but for its slow tests
+# make test-all    the slow tests too: every attention variant checked and trained, kills, TPU compilation
 # make lint    ruff
 # make clean   remove the environment, caches and runs
 #
@@ -10,9 +11,10 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
 TESTS  ?= tests
+MARKED ?= not slow
 PYTEST ?= -n 2 --cov --cov-report=term --cov-fail-under=90
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-all lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -21,7 +23,10 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-test
 	@$(BIN)/python -c "import torch, transformers" 2>/dev/null \
 	  || echo "make test: torch and transformers are not installed, so the parity tests are skipped (README: Tests)"
-	$(BIN)/python -m pytest $(PYTEST) $(TESTS)
+	$(BIN)/python -m pytest -m "$(MARKED)" $(PYTEST) $(TESTS)
+
+test-all: MARKED = not nothing
+test-all: test
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

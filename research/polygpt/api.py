@@ -7,7 +7,9 @@ from polygpt.adapters.audio import AudioAdapter
 from polygpt.adapters.base import Adapter, Connector
 from polygpt.adapters.image import ImageAdapter
 from polygpt.attention.contract import Attention
+from polygpt.attention.masks import Mask, Window
 from polygpt.attention.multi_head import MultiHead
+from polygpt.attention.scores import Score
 from polygpt.blocks.stack import StackSpec
 from polygpt.data.augment import Noise, RandomResizedCrop, RandomShift, SpecAugment, Speed
 from polygpt.data.example import Example, Medium, Text
@@ -71,6 +73,7 @@ __all__ = [
     "Lion",
     "LogMel",
     "MLP",
+    "Mask",
     "MediaFolder",
     "Medium",
     "ModelSpec",
@@ -87,6 +90,7 @@ __all__ = [
     "Rope",
     "SGDR",
     "Sampling",
+    "Score",
     "Sinusoidal",
     "Source",
     "SpecAugment",
@@ -102,6 +106,7 @@ __all__ = [
     "WarmupCosine",
     "WarmupExponential",
     "WarmupLinear",
+    "Window",
     "ZLoss",
     "preset",
 ]

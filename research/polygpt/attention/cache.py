@@ -63,7 +63,7 @@ def empty(arrays: Any, size: int, mask: Mask, ring: bool = True) -> Full | Ring:
     if not fits:
         return Full(arrays)
     rows = jax.tree.leaves(arrays)[0].shape[0]
-    return Ring(arrays, Meta(*[jnp.zeros((rows, size), jnp.int32)] * 5), reach)
+    return Ring(arrays, Meta(*(jnp.zeros((rows, size), jnp.int32) for _ in range(5))), reach)
 
 
 def extend(cache: Full | Ring | None, new: Any, context) -> tuple[Any, Meta, Full | Ring | None]:

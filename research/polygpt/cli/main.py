@@ -21,6 +21,11 @@ VERBS = {
     "data check": ("polygpt.cli.data_check", "walk a whole dataset and list what is wrong with it"),
     "tokenizer train": ("polygpt.cli.tokenizer_train", "train a byte-pair tokenizer on text files"),
     "model show": ("polygpt.cli.model_show", "count a model's parameters and its FLOPs a token"),
+    "attention list": ("polygpt.cli.attention_list", "list every attention variant, its paper, backends and cost"),
+    "attention check": ("polygpt.cli.attention_check", "prove a variant: every property, measured beside its bound"),
+    "attention bench": ("polygpt.cli.attention_bench", "measure a variant's time, memory and FLOPs over the length"),
+    "attention show": ("polygpt.cli.attention_show", "draw who sees whom, and the blocks that a kernel skips"),
+    "attention new": ("polygpt.cli.attention_new", "write a starting file for a variant of your own"),
 }
 """Each verb's file and what it does."""
 

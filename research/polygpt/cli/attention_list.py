@@ -1,0 +1,53 @@
+"""polygpt attention list: every variant, and what computes it."""
+
+import dataclasses
+import textwrap
+from argparse import Namespace
+
+from polygpt.cli.arguments import Parser
+from polygpt.cli.output import print_table
+
+EXAMPLES = """\
+examples:
+  polygpt attention list
+  polygpt attention list --markdown
+  polygpt train experiments/quickstart.py --model.decoder.attention polygpt.attention.sliding:SlidingWindow
+
+A variant of your own is a file anywhere: polygpt attention new NAME."""
+
+PACKAGE = "polygpt.attention."
+
+
+def parser(prog: str, about: str) -> Parser:
+    """The verb's arguments."""
+    words = Parser(prog, about, EXAMPLES)
+    words.add_argument("--markdown", action="store_true", help="print the variants as a Markdown table alone")
+    return words
+
+
+def run(arguments: Namespace) -> dict:
+    """Prints the variants, then the backends; returns them as data."""
+    from polygpt.attention.kernels import dispatch
+    from polygpt.lab import catalogue
+
+    entries = [catalogue.entry(cls) for cls in catalogue.variants()]
+    backends = dispatch.about()
+    if arguments.markdown:
+        print(catalogue.markdown(entries))
+    else:
+        rows = [
+            [
+                one.spec.removeprefix(PACKAGE),
+                one.family,
+                one.paper or "–",
+                "all" if set(one.backends) == set(dispatch.BACKENDS) else ", ".join(one.backends) or "its own",
+                one.cost,
+            ]
+            for one in entries
+        ]
+        columns = ["variant", "family", "arXiv", "backends", "FLOPs a query seeing S keys"]
+        print_table(f"{len(rows)} variants; write {PACKAGE} before a name", columns, rows)
+        print("what computes the softmax family, --model.decoder.attention.backend NAME:")
+        for name, text in backends.items():
+            print(textwrap.fill(text, 120, initial_indent=f"  {name:11}", subsequent_indent=" " * 13))
+    return {"variants": [dataclasses.asdict(one) for one in entries], "backends": backends}

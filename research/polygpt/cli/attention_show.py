@@ -1,0 +1,60 @@
+"""polygpt attention show MODULE:SPEC: who sees whom in a row of a given layout, and which blocks a kernel skips."""
+
+from argparse import Namespace
+from pathlib import Path
+
+from polygpt.cli import variant
+from polygpt.cli.arguments import Parser
+from polygpt.errors import UserError
+
+EXAMPLES = """\
+examples:
+  polygpt attention show polygpt.attention.multi_head:MultiHead
+  polygpt attention show polygpt.attention.sliding:SlidingWindow --window 8 --layout "9 image:9 3 | 6 audio:6 pad:3"
+  polygpt attention show mine.py:Mine --block 16 --picture mine.png
+
+A layout is one row: packed examples parted by "|"; a number is that many positions of text, NAME:N a medium of N
+positions, pad:N padding."""
+
+LAYOUT = "6 image:9 8 | 14 audio:6 3 | pad:2"
+WIDEST = 64
+"""The longest row that is drawn in characters too."""
+
+
+def parser(prog: str, about: str) -> Parser:
+    """The verb's arguments."""
+    words = Parser(prog, about, EXAMPLES, variant.fields)
+    words.add_argument("spec", metavar="MODULE:SPEC", help="the variant; its fields are set by --name value")
+    words.add_argument("--layout", default=LAYOUT, metavar="TEXT", help='the row (default: "%(default)s")')
+    words.add_argument(
+        "--causal_media", action="store_true", help="media are causal: by default they see all of themselves"
+    )
+    words.add_argument("--block", type=int, default=8, metavar="N", help="positions of a block (default: %(default)s)")
+    words.add_argument("--picture", metavar="F", help="the PNG to draw (default: runs/<SPEC>-mask.png)")
+    return words
+
+
+def run(arguments: Namespace) -> dict:
+    """Draws mask and block map; returns their counts and the picture's place."""
+    from polygpt.attention.kernels.block_map import count
+    from polygpt.attention.masks import DECODER, Causal, SameSegment
+    from polygpt.lab import drawing
+
+    if arguments.block < 1:
+        raise UserError(f"attention show: --block is {arguments.block}: it must be positive")
+    spec = variant.load(arguments.spec, arguments.changes, arguments.options)
+    name = arguments.spec.rpartition(":")[2]
+    row = drawing.read_row(arguments.layout, not arguments.causal_media)
+    mask = DECODER if spec.sees_ahead() else SameSegment() & Causal()
+    if hasattr(spec, "mask"):
+        mask = spec.mask(mask)
+    if row.length <= WIDEST:
+        print(drawing.text_picture(mask, row))
+    found, exact = drawing.blocks(mask, row, arguments.block)
+    seen = int(drawing.matrix(mask, row).sum())
+    print(f"{name}: {seen:,} of {row.length**2:,} pairs are seen; blocks of {arguments.block}: {count(found)}")
+    picture = Path(arguments.picture or f"runs/{name}-mask.png")
+    drawing.draw(mask, row, arguments.block, picture, f"{name}, {arguments.layout}")
+    print(f"drawn: {picture}")
+    counts = {"map": vars(count(found)), "exact": vars(count(exact))}
+    return {"positions": row.length, "seen": seen, "blocks": counts, "picture": picture}

@@ -1,0 +1,69 @@
+"""Every attention variant of the package, found by walking its folder, and what each says of itself."""
+
+import dataclasses
+import importlib
+import inspect
+import pkgutil
+import re
+
+import polygpt.attention
+from polygpt.attention.contract import Attention
+from polygpt.spec import class_name
+
+NAMED = re.compile(r"\b(\d{4}\.\d{4,5})\b")
+"""An arXiv number."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One variant.
+
+    Attributes:
+        name: the class.
+        spec: what `--model.decoder.attention` takes.
+        family: softmax or linear.
+        about: the first sentence of its docstring.
+        paper: the arXiv number, or what the docstring calls the source.
+        backends: those that can compute it; empty where it has a form of its own.
+        cost: FLOPs beside the projections of one query that sees S keys.
+    """
+
+    name: str
+    spec: str
+    family: str
+    about: str
+    paper: str
+    backends: tuple[str, ...]
+    cost: str
+
+
+def variants() -> list[type[Attention]]:
+    """The classes, softmax family first, each family by name."""
+    found = {}
+    for module in pkgutil.iter_modules(polygpt.attention.__path__, "polygpt.attention."):
+        for value in vars(importlib.import_module(module.name)).values():
+            own = isinstance(value, type) and issubclass(value, Attention) and value.__module__ == module.name
+            if own and not value.__name__.startswith("_") and value is not Attention:
+                found[value.__name__] = value
+    return sorted(found.values(), key=lambda cls: (cls.family != "softmax", cls.__name__))
+
+
+def entry(cls: type[Attention]) -> Entry:
+    """What a variant says of itself; one without defaults for its fields cannot be listed."""
+    spec = cls()
+    text = " ".join(inspect.getdoc(cls).split())
+    numbers = NAMED.findall(text) or NAMED.findall(inspect.getmodule(cls).__doc__ or "")
+    about = re.split(r"(?<=[a-z\)])\. ", text)[0].rstrip(".")
+    return Entry(
+        cls.__name__, class_name(cls), spec.family, about, numbers[0] if numbers else "", spec.backends(), spec.cost()
+    )
+
+
+def markdown(entries: list[Entry]) -> str:
+    """The table of the README."""
+    lines = ["| variant | family | paper | backends | FLOPs a query, beside projections |", "|---|---|---|---|---|"]
+    for one in entries:
+        paper = f"[{one.paper}](https://arxiv.org/abs/{one.paper})" if one.paper else "–"
+        own = ", ".join(one.backends) or "its own parallel and step form"
+        lines.append(f"| `{one.spec}` | {one.family} | {paper} | {own} | {one.cost} |")
+    return "\n".join(lines)

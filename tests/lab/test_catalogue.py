@@ -1,0 +1,64 @@
+"""`polygpt attention list`, `new` and `bench`."""
+
+import json
+import re
+
+import pytest
+
+from polygpt.attention.multi_head import MultiHead
+from polygpt.cli.main import main
+from polygpt.lab import catalogue
+from polygpt.overrides import override
+from polygpt.spec import load_class
+
+ENTRIES = [catalogue.entry(cls) for cls in catalogue.variants()]
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
+def test_a_variant_says_what_it_is(entry):
+    assert load_class(entry.spec).__name__ == entry.name
+    assert entry.family in ("softmax", "linear")
+    assert entry.paper or "20" in entry.about, "an arXiv number, or a source with its year"
+    assert 10 < len(entry.about) and entry.cost
+    assert set(entry.backends) <= {"reference", "chunked", "library", "flex"}
+    assert bool(entry.backends) == (entry.family == "softmax"), "the linear family has forms of its own"
+
+
+def test_the_list_names_every_variant_once(capsys):
+    assert main(["attention", "list", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    specs = [one["spec"] for one in found["variants"]]
+    assert len(set(specs)) == len(specs) == len(ENTRIES) >= 20
+    assert set(found["backends"]) == {"auto", "reference", "chunked", "library", "flex"}
+    assert "GPU" in found["backends"]["flex"] and "TPU" in found["backends"]["flex"]
+    assert main(["attention", "list"]) == 0
+    table = capsys.readouterr().out
+    assert all(spec.removeprefix("polygpt.attention.") in table for spec in specs)
+
+
+@pytest.mark.parametrize("kind", ["mask", "module"])
+def test_a_starting_file_is_a_variant(tmp_path, capsys, kind):
+    words = ["attention", "new", "MyOwnHEADS", "--kind", kind, "--folder", str(tmp_path)]
+    assert main(words) == 0
+    path = tmp_path / "my_own_heads.py"
+    assert f"polygpt attention check {path}:MyOwnHEADS" in capsys.readouterr().out
+    cls = load_class(f"{path}:MyOwnHEADS")
+    assert issubclass(cls, MultiHead) and override(cls(), {"heads": "2"}).heads == 2
+    assert main(words) == 2 and "exists already" in capsys.readouterr().err, "nothing is overwritten"
+    assert main([*words[:2], "lower", *words[3:]]) == 2 and "class name" in capsys.readouterr().err
+
+
+def test_the_benchmark_compares_two_variants(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    window = "polygpt.attention.sliding:SlidingWindow"
+    words = ["attention", "bench", window, "--window", "4", "--against", "polygpt.attention.multi_head:MultiHead"]
+    assert main([*words, "--lengths", "8,16", "--model_width", "16", "--json"]) == 0
+    costs = json.loads(capsys.readouterr().out)["costs"]
+    assert len(costs) == 2 * 2 * 3 and all(cost["seconds"] > 0 and cost["megabytes"] > 0 for cost in costs)
+    flops = {(cost["variant"], cost["length"], cost["kind"]): 1e9 * cost["gflops"] for cost in costs}
+    projections = 2 * 4 * 16 * 16
+    assert flops["MultiHead", 8, "forward"] == pytest.approx(8 * (projections + 4 * 16 * 4.5))
+    assert flops["SlidingWindow", 16, "forward and backward"] == pytest.approx(3 * 16 * (projections + 4 * 16 * 4))
+    assert flops["MultiHead", 16, "decode"] == pytest.approx(projections + 4 * 16 * 16)
+    assert (tmp_path / "runs" / "attention-bench.png").stat().st_size > 5000
+    assert main([*words, "--lengths", "8,x"]) == 2 and re.search("--lengths", capsys.readouterr().err)

@@ -1,0 +1,84 @@
+"""The picture of a mask: rows read from a line of text, what is drawn, and how many blocks are skipped."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from polygpt.attention.masks import DECODER, Window
+from polygpt.cli.main import main
+from polygpt.errors import UserError
+from polygpt.lab.drawing import blocks, draw, matrix, read_row, text_picture
+
+ROW = "2 image:3 1 | 2 pad:1"
+
+
+def test_a_row_is_read_from_text():
+    row = read_row("2 image:3 | 1 audio:2 image:1 pad:2")
+    meta = {name: np.asarray(array)[0].tolist() for name, array in vars(row.meta).items()}
+    assert row.names == ("text", "image", "audio") and row.length == 11
+    assert meta["position"] == [0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 0]
+    assert meta["segment"] == [1, 1, 1, 1, 1, 2, 2, 2, 2, 0, 0]
+    assert meta["span"] == [0, 0, 1, 1, 1, 0, 2, 2, 3, 0, 0]
+    assert meta["modality"] == [0, 0, 1, 1, 1, 0, 2, 2, 1, -1, -1]
+    assert not np.asarray(read_row("image:3", bidirectional=False).meta.span).any()
+
+
+@pytest.mark.parametrize(
+    "text, part", [("2 image", "'image'"), ("0", "'0'"), ("image:-1", "'image:-1'"), (" | ", "empty")]
+)
+def test_a_row_that_cannot_be_read_is_told(text, part):
+    with pytest.raises(UserError, match=part):
+        read_row(text)
+
+
+def test_the_picture_in_characters():
+    assert text_picture(DECODER, read_row(ROW)).splitlines() == [
+        "  TTiiiTTT-",
+        "T #........",
+        "T ##.......",
+        "i #####....",
+        "i #####....",
+        "i #####....",
+        "T ######...",
+        "T ......#..",
+        "T ......##.",
+        "- .........",
+    ]
+
+
+def test_the_picture_shows_the_mask_and_its_blocks(tmp_path):
+    row, mask = read_row("16 | 16"), DECODER & Window(4)
+    found, exact = blocks(mask, row, 4)
+    np.testing.assert_array_equal(found, exact)
+    assert (found > 0).sum() == 4 + 3 + 4 + 3, "the diagonal and one block before it, in both examples"
+    draw(mask, row, 4, tmp_path / "deep" / "mask.png", "a title")
+    pixels = np.asarray(Image.open(tmp_path / "deep" / "mask.png").convert("L"))
+    dark = (pixels < 80).mean()  # seen pairs are the dark part of the left half
+    assert 0.2 * matrix(mask, row).mean() < dark < 0.6 * matrix(mask, row).mean()
+
+
+def test_the_command_draws_a_variant_with_its_fields(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = [
+        "attention",
+        "show",
+        "polygpt.attention.sliding:SlidingWindow",
+        "--window",
+        "2",
+        "--layout",
+        "8",
+        "--block",
+        "4",
+    ]
+    assert main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["seen"] == 15 and found["blocks"]["map"] == found["blocks"]["exact"] == {
+        "empty": 1,
+        "partial": 3,
+        "full": 0,
+    }
+    assert (tmp_path / found["picture"]).stat().st_size > 5000
+    assert main([*words[:3], "--layout", "8 what"]) == 2
+    assert "'what'" in capsys.readouterr().err
