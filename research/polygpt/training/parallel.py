@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from polygpt.attention.kernels.dispatch import rows_over
 from polygpt.errors import UserError
 from polygpt.sequence import Batch
 from polygpt.training.compilation import compiler_options
@@ -82,9 +83,15 @@ def _compile_one(make_step: Callable) -> Callable:
 
 
 def _compile_sharded(make_step: Callable, rows, whole) -> Callable:
-    # One program sees the whole batch; the compiler splits it and puts in the sums over devices.
+    # One program sees the whole batch; the compiler splits it and puts in the sums over devices. Kernels it cannot split.
+    step = make_step()
+
+    def step_over_rows(state, batch):
+        with rows_over(rows.mesh, AXIS):
+            return step(state, batch)
+
     return jax.jit(
-        make_step(),
+        step_over_rows,
         in_shardings=(whole, rows),
         out_shardings=whole,
         donate_argnums=0,
