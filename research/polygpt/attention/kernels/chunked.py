@@ -61,7 +61,7 @@ def _attend(rule, sizes, operands, visits):
 
         def visit(n, state):
             top_BHt1, total_BHt1, sum_BHte = state
-            tile = _tile(queries, jax.tree.map(lambda x: x[order[n]], keys), operands.terms.head)
+            tile = _tile(queries, _block(keys, order[n]), operands.terms.head)
             score_BHts = _modified(rule, tile, _products(tile.query_BHTd, tile.key_BKSd), tile.terms)
             visible_B1ts = _visible(rule, tile)
             if rule.normalizer == "sigmoid":
@@ -108,9 +108,9 @@ def _backward(rule, sizes, kept, cotangents):
 
         def visit(n, state):
             of_queries, of_keys, of_heads = state
-            tile = _tile(queries, jax.tree.map(lambda x: x[order[n]], keys), operands.terms.head)
+            tile = _tile(queries, _block(keys, order[n]), operands.terms.head)
             here = _tile_gradients(rule, tile, *results)
-            of_keys = jax.tree.map(lambda old, new: old.at[order[n]].add(new), of_keys, here[1])
+            of_keys = _added(of_keys, here[1], order[n])
             return jax.tree.map(jnp.add, of_queries, here[0]), of_keys, jax.tree.map(jnp.add, of_heads, here[2])
 
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (queries[0], queries[2]))
@@ -230,6 +230,17 @@ def _blocks(x, axis: int, size: int, **padding):
     widths[axis] = (0, count * size - x.shape[axis])
     x = jnp.pad(x, widths, **padding)
     return jnp.moveaxis(x.reshape(*x.shape[:axis], count, size, *x.shape[axis + 1 :]), axis, 0)
+
+
+def _block(blocks, index):
+    """One of the blocks of each array."""
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), blocks)
+
+
+def _added(blocks, new, index):
+    """`new` added to one of the blocks; unlike `.at[index].add`, which is a scatter, in place on every platform."""
+    sums = jax.tree.map(jnp.add, _block(blocks, index), new)
+    return jax.tree.map(lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, index, 0), blocks, sums)
 
 
 def _whole(x, length: int):
