@@ -69,13 +69,17 @@ class Form:
         Zero where the output does not depend on the input, and, but by an accident of probability zero, only there.
         """
         _, back = jax.vjp(lambda x_BTD: self.apply(params, x_BTD, meta), x_BTD)
-        T = x_BTD.shape[1]
+        B, T = meta.index.shape
 
-        def of_query(t):
-            (dx_BSD,) = back(jnp.where((jnp.arange(T) == t)[None, :, None], cotangent_BTD, 0))
-            return jnp.max(jnp.abs(dx_BSD), axis=-1)
+        def of_query(t, b):
+            here = (jnp.arange(T) == t)[None, :, None] & (jnp.arange(B) == b)[:, None, None]
+            (dx_BSD,) = back(jnp.where(here, cotangent_BTD, 0))
+            return jnp.max(jnp.abs(dx_BSD[b]), axis=-1)
 
-        influence_TBS = jax.vmap(of_query)(jnp.arange(T))
+        def of_row(b):  # alone: that rows do not mix is another property
+            return jax.vmap(lambda t: of_query(t, b))(jnp.arange(T))
+
+        influence_TBS = jax.lax.map(of_row, jnp.arange(B)).swapaxes(0, 1)
         return influence_TBS / jnp.max(influence_TBS)
 
     def _through_cache(self, params, x_BTD, meta, cache):
