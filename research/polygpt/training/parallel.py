@@ -83,7 +83,7 @@ def _compile_one(make_step: Callable) -> Callable:
 
 
 def _compile_sharded(make_step: Callable, rows, whole) -> Callable:
-    # One program sees the whole batch; the compiler splits it and puts in the sums over devices. Kernels it cannot split.
+    # One program sees the whole batch; the compiler splits it and puts in the sums over devices, kernels excepted.
     step = make_step()
 
     def step_over_rows(state, batch):
