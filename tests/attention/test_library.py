@@ -65,7 +65,7 @@ def test_on_a_cpu_every_problem_agrees_or_is_refused(name):
 
 
 def test_in_bfloat16():
-    assert_agrees(library.attend, *narrow("packed", "bfloat16"))
+    assert_agrees(library.attend, *narrow("packed", "bfloat16"), gradients=False)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ On a TPU see `splash.py`. Elsewhere it is `jax.nn.dot_product_attention` with th
 that rows are not packed and have no padding, which its faster causal form would need, is known as the program runs and
 not when it is compiled. So memory grows with B T S on a GPU, where cuDNN reads the mask as a bias of 16 bits, and with
 B H T S elsewhere, as the reference's. A score modification is a bias where it adds what does not depend on the score;
-not to cuDNN, which would round it to 16 bits and give it no gradient in batches (jax issue 30593).
+not to cuDNN, which would round it to 16 bits and give it no gradient in batches (jax#30593).
 
 lse is computed a second time by the chunked backend, since that of libraries has no gradient. A compiled program that
 does not use lse leaves that out.
