@@ -68,7 +68,7 @@ def _block(count: int) -> int:
 
 
 def _padded(operands: Operands, queries: int, keys: int) -> Operands:
-    """With so many more positions of padding, segment 0, at the end: keys that nobody sees, queries that nobody reads."""
+    """With so many more positions of padding (segment 0) at the end: keys that none sees, queries that none reads."""
 
     def pad(x, axis, count):
         return jnp.pad(x, [(0, count if i == axis else 0) for i in range(x.ndim)])

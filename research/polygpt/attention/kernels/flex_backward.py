@@ -108,7 +108,7 @@ def _over_keys_kernel(rule, visits, words, refs, saved, dquery_ref, of_query, of
 
 
 def _over_queries(rule, block_q, block_k, interpret, operands, kind_BKQ, saved):
-    """Gradients of key, value and the terms of keys: the grid is (rows, key heads, visits, query heads of the key head).
+    """Gradients of key, value and the terms of keys: the grid is (rows, key heads, visits, query heads of each).
 
     Tiles are [keys, queries] here, so that no matrix is turned round before a product.
     """

@@ -63,7 +63,7 @@ def forward(
 
 
 def _kernel(rule, visits, words, refs, y_ref, lse_ref, greatest_ref, sum_ref, mixed_ref):
-    """One visit. Scratch: the greatest score so far, the sum of exp(score - greatest), and that of the values so weighted."""
+    """One visit. Scratch: the greatest score so far, the sum of exp(score - greatest), that of values so weighted."""
     visit = visits.at(words, pl.program_id(0), pl.program_id(2))
 
     @pl.when(visit.first)

@@ -1,8 +1,8 @@
 """What the kernels of `flex.py` share: the list of blocks that they visit, and the scores of one block.
 
-A tile is the part of the score matrix where one block of queries meets one block of keys. Masks and score modifications
-are functions of a pair, so they are evaluated on tiles as they are, whichever way round a tile lies: [queries, keys] for
-sums over keys, [keys, queries] for sums over queries.
+A tile is the part of the score matrix where a block of queries meets a block of keys. Masks and score modifications are
+functions of a pair, so they are evaluated on tiles as they are, whichever way round a tile lies: [queries, keys] for sums
+over keys, [keys, queries] for sums over queries.
 """
 
 import dataclasses
@@ -120,7 +120,7 @@ def specs(operands: Operands, block_q: int, block_k: int, at: Callable[..., Plac
     def of_head(x):
         return spec((None, *x.shape[1:]), lambda p: (p.head, *(0 for _ in x.shape[1:])))
 
-    query, key, value = operands.query_BHTd, operands.key_BKSd, operands.value_BKSe
+    query, key, value, terms = operands.query_BHTd, operands.key_BKSd, operands.value_BKSe, operands.terms
     return Operands(
         spec((None, None, block_q, query.shape[3]), lambda p: (p.row, p.head, p.query, 0)),
         spec((None, None, block_k, key.shape[3]), lambda p: (p.row, jax.lax.div(p.head, group), p.key, 0)),
@@ -129,7 +129,10 @@ def specs(operands: Operands, block_q: int, block_k: int, at: Callable[..., Plac
         spec((None, META_ROWS, block_k), lambda p: (p.row, 0, p.key)),
         Terms(
             jax.tree.map(of_head, operands.terms.head),
-            {name: spec((None, None, 1, block_q), lambda p: (p.row, p.head, 0, p.query)) for name in operands.terms.query},
+            {
+                name: spec((None, None, 1, block_q), lambda p: (p.row, p.head, 0, p.query))
+                for name in operands.terms.query
+            },
             {name: spec((None, None, 1, block_k), lambda p: (p.row, p.head, 0, p.key)) for name in operands.terms.key},
         ),
     )
@@ -166,9 +169,7 @@ class Tile:
             {name: along(ref[...], key_axis) for name, ref in refs.terms.key.items()},
         )
         shape = product.shape
-        return cls(
-            rule, masked, product, _meta(refs.query, query_axis, shape), _meta(refs.key, key_axis, shape), terms
-        )
+        return cls(rule, masked, product, _meta(refs.query, query_axis, shape), _meta(refs.key, key_axis, shape), terms)
 
     def score(self) -> jax.Array:
         """The modified score, LOWEST where it is forbidden."""
