@@ -101,7 +101,7 @@ def test_what_it_refuses():
     half = dataclasses.replace(operands, value_BKSe=operands.value_BKSe.astype(jnp.float16))
     assert "values are float16" in flex.refuses(rule, half)
     long = shapes(8, 1, 1, 2**17)
-    assert "it can list 65536" in flex.refuses(rule, long) and "131072 queries" in flex.refuses(rule, long)
+    assert "it can list 131072" in flex.refuses(rule, long) and "131072 queries" in flex.refuses(rule, long)
 
 
 def shapes(B: int, H: int, K: int, T: int, width: int = 128, dtype="bfloat16", **terms) -> Operands:
@@ -132,8 +132,11 @@ def compiled(name: str, rule: Rule, operands: Operands) -> jax.stages.Compiled:
 
 @needs_libtpu
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
-@pytest.mark.parametrize("normalizer", ["softmax", "sigmoid"])
+@pytest.mark.parametrize(
+    "name, normalizer",
+    [("v4:2x2x1", "softmax"), ("v5e:2x2", "softmax"), ("v5p:2x2x1", "softmax"), ("v6e:2x2", "softmax")]
+    + [("v5e:2x2", "sigmoid")],
+)
 def test_it_compiles_for_a_tpu_with_every_kind_of_term(name, normalizer):
     mask = SameSegment() & Causal() & (Dilated(3, 8) | Sinks(4) | Blockwise(16, 1) & ~QueryModality(1))
     score = Gates().then(Slopes()).then(Table()).then(SoftCap(20.0))

@@ -25,7 +25,7 @@ BLOCK = 512
 """Queries and keys of a block, where there are as many."""
 LANES = 128
 """Blocks are multiples of this: numbers lie that many abreast on a TPU."""
-VISITS = 2**16
+VISITS = 2**17
 """Blocks of a problem (rows x blocks of queries x blocks of keys) whose list fits into a TPU's scalar memory."""
 
 

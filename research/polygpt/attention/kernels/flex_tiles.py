@@ -1,8 +1,8 @@
 """What the kernels of `flex.py` share: the list of blocks that they visit, and the scores of one block.
 
 A tile is the part of the score matrix where a block of queries meets a block of keys. Masks and score modifications are
-functions of a pair, so they are evaluated on tiles as they are, whichever way round a tile lies: [queries, keys] for sums
-over keys, [keys, queries] for sums over queries.
+functions of a pair, so they are evaluated on tiles as they are, whichever way round a tile lies: [queries, keys] for
+sums over keys, [keys, queries] for sums over queries.
 """
 
 import dataclasses
@@ -79,9 +79,10 @@ class Visits:
 
 
 def packed(operands: Operands) -> Operands:
-    """The operands as kernels read them: metadata [B, META_ROWS, T], terms of queries and keys [B, H, 1, T],
+    """The operands as kernels read them.
 
-    terms of heads [H, ..., 1, 1]. All numbers lie along rows: columns would take 128 times their room on a TPU.
+    Metadata are [B, META_ROWS, T], terms of queries and keys [B, H, 1, T], those of heads [H, ..., 1, 1]. Numbers of
+    positions lie along rows: in columns each would take the room of 128 on a TPU.
     """
 
     def rows(meta):
@@ -128,12 +129,9 @@ def specs(operands: Operands, block_q: int, block_k: int, at: Callable[..., Plac
         spec((None, META_ROWS, block_q), lambda p: (p.row, 0, p.query)),
         spec((None, META_ROWS, block_k), lambda p: (p.row, 0, p.key)),
         Terms(
-            jax.tree.map(of_head, operands.terms.head),
-            {
-                name: spec((None, None, 1, block_q), lambda p: (p.row, p.head, 0, p.query))
-                for name in operands.terms.query
-            },
-            {name: spec((None, None, 1, block_k), lambda p: (p.row, p.head, 0, p.key)) for name in operands.terms.key},
+            jax.tree.map(of_head, terms.head),
+            {name: spec((None, None, 1, block_q), lambda p: (p.row, p.head, 0, p.query)) for name in terms.query},
+            {name: spec((None, None, 1, block_k), lambda p: (p.row, p.head, 0, p.key)) for name in terms.key},
         ),
     )
 
