@@ -163,13 +163,13 @@ def latent(p, x_BTD, row, spec):
 
 
 def differential(p, x_BTD, row, spec):
-    """Ye et al., equations 1 to 3."""
-    query, key, value = projected(p, x_BTD, spec)
-    half = query.shape[-1] // 2
-    parts = slice(None, half), slice(half, None)
+    """Ye et al., equations 1 to 3; the projections hold all heads of the first map, then all of the second."""
+    H, K = spec.heads, spec.kv_heads or spec.heads
+    value = projected(p, x_BTD, spec)[2]
+    queries, keys = (np.split(x_BTD @ p[name]["kernel"], 2, axis=-1) for name in ("query", "key"))
     maps = [
-        rows_of(softmax, scores(turned(query[..., part], row), turned(key[..., part], row)), sees(row))
-        for part in parts
+        rows_of(softmax, scores(turned(heads(q, H), row), turned(heads(k, K), row).repeat(H // K, axis=1)), sees(row))
+        for q, k in zip(queries, keys, strict=True)
     ]
     (q1, k1), (q2, k2) = p["vectors"]
     lam = np.exp(q1 @ k1) - np.exp(q2 @ k2) + spec.lambda_init

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from polygpt.attention.contract import Dims
-from polygpt.attention.masks import KeyModality, Mask, QueryModality
+from polygpt.attention.masks import Causal, KeyModality, Mask, QueryModality
 from polygpt.attention.multi_head import MultiHead, MultiHeadModule
 from polygpt.sequence import TEXT
 
@@ -28,7 +28,10 @@ class GatedCross(MultiHead):
         self.require(not self.bias, "bias", "false: without media before it a position is to get zeros")
 
     def mask(self, mask: Mask) -> Mask:
-        return super().mask(mask) & QueryModality(TEXT) & ~KeyModality(TEXT)
+        return super().mask(mask) & Causal() & QueryModality(TEXT) & ~KeyModality(TEXT)
+
+    def sees_ahead(self) -> bool:
+        return False
 
     def build(self, dims: Dims, rngs: nnx.Rngs) -> nnx.Module:
         return _GatedCross(self, dims, rngs)

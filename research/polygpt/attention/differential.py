@@ -67,15 +67,21 @@ class _Differential(MultiHeadModule):
         plus, minus = jnp.exp(jnp.sum(self.vectors[:, 0] * self.vectors[:, 1], axis=-1))
         return plus - minus + self.spec.lambda_init
 
-    def _placed(self, x_BHTd, norm, context):
-        first, second = jnp.split(x_BHTd, 2, axis=-1)
-        placed = super()._placed(first, norm, context), super()._placed(second, norm, context)
-        return jnp.concatenate(placed, axis=-1)
+    def queries(self, x_BTD, context):
+        """[B, 2 H, T, d/2]: those of the first map, then those of the second."""
+        return self._placed(self._halves(self.query(x_BTD)), self.query_norm, context)
+
+    def keys(self, x_BTD, context):
+        """[B, 2 K, T, d/2], likewise."""
+        return self._placed(self._halves(self.key(x_BTD)), self.key_norm, context)
+
+    def _halves(self, x_BTE):
+        return x_BTE.reshape(*x_BTE.shape[:2], -1, self.spec.width_of_query(self.dims.width)).transpose(0, 2, 1, 3)
 
 
 def _maps(operands: Operands) -> list[Operands]:
     """The problem of each of the two maps."""
-    queries, keys = (jnp.split(x, 2, axis=-1) for x in (operands.query_BHTd, operands.key_BKSd))
+    queries, keys = (jnp.split(x, 2, axis=1) for x in (operands.query_BHTd, operands.key_BKSd))
     return [
         dataclasses.replace(operands, query_BHTd=query_BHTd, key_BKSd=key_BKSd)
         for query_BHTd, key_BKSd in zip(queries, keys, strict=True)
