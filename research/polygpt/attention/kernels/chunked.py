@@ -21,9 +21,9 @@ from polygpt.attention.kernels.reference import LOWEST
 from polygpt.attention.scores import Terms
 
 SCORES = 2**18
-"""Scores of a tile, over all rows and heads, that fit the caches of a CPU: 1 MiB. Times as fast as the reference, forward
-and backward, causal, widths of 64, by the size of a block: one head at T 4096 4.7 (128), 7.5 (256), 12 (512), 3.4 (1024); 24 rows
-and heads at T 1024 3.4 (64), 5.6 (128), 2.8 (256), 1.9 (512)."""
+"""Scores of a tile, over all rows and heads, that fit the caches of a CPU: 1 MiB. By the size of a block, times as fast
+as the reference, forward and backward, causal, heads 64 wide: one head at T 4096 4.7 (128), 7.5 (256), 12 (512) and
+3.4 (1024); 24 rows times heads at T 1024 3.4 (64), 5.6 (128), 2.8 (256) and 1.9 (512)."""
 SMALLEST, LARGEST = 128, 512
 """Positions of a block: smaller ones are slower by their number, larger ones by what they cannot skip."""
 MOST = 256
