@@ -11,6 +11,7 @@ from flax import nnx
 from polygpt.attention.contract import Attention, Context, Dims
 from polygpt.attention.kernels.dispatch import LONG
 from polygpt.attention.masks import DECODER, Mask, Meta
+from polygpt.lab.compiled import compiled
 from polygpt.lab.layout import CHUNK, LEAST, PREFILL, Layout, layouts
 from polygpt.lab.measured import rounding
 from polygpt.nn.positions import Rope
@@ -47,8 +48,8 @@ class Form:
     def __init__(self, spec: Attention, dims: Dims):
         self.spec, self.dims = spec, dims
         self.graphdef, self.abstract = nnx.split(nnx.eval_shape(self.build))
-        self.forward, self.gradient = jax.jit(self.apply), jax.jit(self.pull_back)
-        self.influence, self.through_cache = jax.jit(self._influence), jax.jit(self._through_cache)
+        self.forward, self.gradient = compiled(self.apply), compiled(self.pull_back)
+        self.influence, self.through_cache = compiled(self._influence), compiled(self._through_cache)
 
     def build(self) -> nnx.Module:
         """The module, with initial parameters."""

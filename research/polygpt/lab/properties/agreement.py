@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from polygpt.errors import SpecError
+from polygpt.lab.compiled import compiled
 from polygpt.lab.measured import Measured, absent, difference
 from polygpt.lab.subject import Form, Subject
 from polygpt.spec import from_json, hints, to_json
@@ -30,7 +31,7 @@ def backend(name: str, subject: Subject) -> Measured:
     except SpecError as refusal:
         if "strict is set" not in str(refusal):
             raise
-        return absent(str(refusal).removeprefix("attention.backend ").removesuffix(" (strict is set)"))
+        return absent(f"refused: {str(refusal).partition('cannot compute this: ')[2]}")
     return Measured(max(errors), subject.bound)
 
 
@@ -70,7 +71,7 @@ def jit(subject: Subject) -> Measured:
 def vmap(subject: Subject) -> Measured:
     """Mapped over rows, the same as a batch of them."""
     rows = jax.tree.map(lambda array: array[:, None], (subject.rows.packed.x_BTD, subject.rows.packed.meta))
-    y_B1TD = jax.jit(jax.vmap(functools.partial(subject.form.apply, subject.params)))(*rows)
+    y_B1TD = compiled(jax.vmap(functools.partial(subject.form.apply, subject.params)))(*rows)
     return _same(subject, y_B1TD[:, 0])
 
 
@@ -85,7 +86,7 @@ def scan_and_remat(subject: Subject) -> Measured:
     """In a loop that computes its layers again on the way back: the same results and gradients."""
     layouts, form = (subject.rows.packed, subject.rows.permuted), subject.form
 
-    @jax.jit
+    @compiled
     def scanned(params, x_LBTD, meta):
         def together(params, x_LBTD):
             layer = jax.checkpoint(lambda _, columns: (None, form.apply(params, *columns)))
