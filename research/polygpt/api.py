@@ -6,6 +6,7 @@ Nothing depends on this file; every other name is imported from where it is defi
 from polygpt.adapters.audio import AudioAdapter
 from polygpt.adapters.base import Adapter, Connector
 from polygpt.adapters.image import ImageAdapter
+from polygpt.attention.biases import ALiBi, T5Bias
 from polygpt.attention.contract import Attention
 from polygpt.attention.masks import Mask, Window
 from polygpt.attention.multi_head import MultiHead
@@ -33,7 +34,7 @@ from polygpt.models.multimodal import ModelSpec
 from polygpt.models.presets import preset
 from polygpt.nn.mlp import MLP, GatedMLP
 from polygpt.nn.norms import LayerNorm, RMSNorm
-from polygpt.nn.positions import Learned, NoPosition, Rope, Sinusoidal
+from polygpt.nn.positions import Learned, MRope, NoPosition, Rope, Rope2D, Sinusoidal
 from polygpt.objectives.base import Objective
 from polygpt.objectives.next_token import NextToken
 from polygpt.objectives.z_loss import ZLoss
@@ -45,6 +46,7 @@ from polygpt.training.checkpoint import CheckpointSpec
 from polygpt.training.experiment import Experiment, TrainSpec
 
 __all__ = [
+    "ALiBi",
     "Adafactor",
     "AdamW",
     "Adapter",
@@ -73,6 +75,7 @@ __all__ = [
     "Lion",
     "LogMel",
     "MLP",
+    "MRope",
     "Mask",
     "MediaFolder",
     "Medium",
@@ -88,6 +91,7 @@ __all__ = [
     "RandomResizedCrop",
     "RandomShift",
     "Rope",
+    "Rope2D",
     "SGDR",
     "Sampling",
     "Score",
@@ -96,6 +100,7 @@ __all__ = [
     "SpecAugment",
     "Speed",
     "StackSpec",
+    "T5Bias",
     "Task",
     "Text",
     "TextFiles",

@@ -33,7 +33,7 @@ ABOUT = {
 """Each backend, a file of this folder (see `problem.py`): what it is, what it takes, and by that what it refuses."""
 BACKENDS = tuple(ABOUT)
 """Their names."""
-LONG = 1024
+LONG = 512
 """Keys from which on the automatic choice avoids the materialised matrix of the reference."""
 DENSE = 2**29
 """Numbers of a dense mask, B T S, up to which the automatic choice takes cuDNN: 1 GiB at 16 bits."""

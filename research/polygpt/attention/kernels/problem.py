@@ -38,7 +38,8 @@ class Rule:
 
     def visible(self, query: Meta, key: Meta) -> jax.Array:
         """bool, of the shape that the arrays of `query` and `key` broadcast to."""
-        return self.mask(query, key) & (key.segment > 0)
+        shape = jnp.broadcast_shapes(query.index.shape, key.index.shape)
+        return jnp.broadcast_to(self.mask(query, key) & (key.segment > 0), shape)
 
 
 @jax.tree_util.register_dataclass
