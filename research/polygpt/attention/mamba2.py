@@ -93,8 +93,7 @@ class _Mamba2(StatefulModule):
         dt_BHT1 = _heads(dt_BTH, spec.heads)
         log_decay = -jnp.exp(self.A_log[...])[None, :, None, None] * dt_BHT1
         y_BHTP, state = linear_recurrence(row, C_BGTN, B_BGTN, x_BHTP * dt_BHT1, log_decay, state, spec.chunk)
-        skipped_BHTP = self.D[...][None, :, None, None] * x_BHTP
-        y_BHTP += jnp.where(row.real_BT[:, None, :, None], skipped_BHTP, 0)
+        y_BHTP += self.D[...][None, :, None, None] * x_BHTP
         return self.output(self._normed(joined(y_BHTP), z_BTE)), state, past
 
     def _normed(self, y_BTE, z_BTE):

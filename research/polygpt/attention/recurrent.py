@@ -82,6 +82,7 @@ class StatefulModule(nnx.Module):
         before = self.empty(x_BTD.shape[0]) if cache is None else cache
         row = course(context.query.segment, before["last"])
         y_BTD, state, past = self.read(x_BTD, context, row, before["state"], before["past"])
+        y_BTD = jnp.where(row.real_BT[..., None], y_BTD, 0)
         return y_BTD, None if cache is None else {"state": state, "past": past, "last": row.last_B}
 
     def empty(self, rows: int) -> Any:
