@@ -35,7 +35,7 @@ def test_a_specification_explains_itself_and_goes_through_json(cls):
     assert from_json(to_json(spec)) == spec
 
 
-# --- attention --------------------------------------------------------------------------------------------------------
+# --- attention through a whole model (what one layer must do, `polygpt attention check` measures) --------------------
 
 T = 10
 ROWS = [[example(6, seed=1), example(3, seed=2)], [example(9, seed=3)], []]
@@ -56,18 +56,6 @@ def test_attention_keeps_shape_and_is_finite(variant):
     assert np.isfinite(outputs.logits_BTV).all()
 
 
-def test_attention_does_not_look_ahead_or_across(variant):
-    _, params, batch, apply, _ = variant
-    before = np.asarray(apply(params, batch).logits_BTV)
-    for t in (2, 7):
-        tokens_BT = batch.tokens_BT.copy()
-        tokens_BT[:, t] = (tokens_BT[:, t] + 1) % 31
-        changed_BT = (np.asarray(apply(params, batch.replace(tokens_BT=tokens_BT)).logits_BTV) != before).any(-1)
-        assert not changed_BT[:, :t].any(), "ahead"
-        assert not changed_BT[batch.segment_BT != batch.segment_BT[:, t : t + 1]].any(), "across"
-        assert changed_BT[1, t:9].any()
-
-
 def test_attention_with_a_cache_equals_attention_without(variant):
     model, params, batch, apply, decode = variant
     one = jax.tree.map(lambda x: x[1:2], batch)
@@ -78,16 +66,6 @@ def test_attention_with_a_cache_equals_attention_without(variant):
         logits_BTV, cache = decode(params, columns(one, t, t + 1, media=False), cache)
         got.append(logits_BTV)
     np.testing.assert_allclose(np.concatenate(got, axis=1)[0], expected[:9], rtol=0, atol=1e-5)
-
-
-def test_attention_has_finite_gradients_beside_padding(variant):
-    model, params, batch, _, _ = variant
-
-    def loss(params):
-        return jnp.sum(jnp.sin(model.apply(params, batch).logits_BTV))
-
-    for path, gradient in jax.tree_util.tree_flatten_with_path(jax.jit(jax.grad(loss))(params))[0]:
-        assert np.isfinite(gradient).all(), jax.tree_util.keystr(path)
 
 
 def test_attention_computes_in_bfloat16(variant):

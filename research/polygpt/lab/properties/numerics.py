@@ -8,10 +8,9 @@ from polygpt.lab.compiled import compiled
 from polygpt.lab.measured import EPSILON, Measured
 from polygpt.lab.subject import Subject
 
-STEPS = (2.0**-6, 2.0**-9)
-"""The steps of finite differences, of which the better counts. With the larger one rounding hardly matters, as some
-parts of a variant compute in float32 whatever is asked; with the smaller one it does not matter how sharply results
-bend: the error of the formula goes with the fourth power of the step."""
+STEPS = (2.0**-6, 2.0**-7, 2.0**-9)
+"""The steps of finite differences, of which the best counts. With the largest rounding hardly matters, as some parts of
+a variant compute in float32 whatever is asked; with the smallest it does not matter how sharply results bend: the error of the formula goes with the fourth power of the step."""
 
 
 def finite_gradients(subject: Subject) -> Measured:
