@@ -2,8 +2,9 @@
 
 FlexAttention (Dong et al., 2412.05496) for JAX. Mask and score modification are the same Python functions that the
 other backends call; here Pallas traces them into the kernel, on tiles of metadata (`flex_tiles.py`). Blocks that the
-block map calls EMPTY are neither computed nor fetched, and in FULL ones the mask is not asked. Forward
-(`flex_forward.py`) and backward (`flex_backward.py`) take memory in proportion to T + S.
+block map calls EMPTY are neither computed nor fetched, and in FULL ones the mask is not asked (`DECODER` is a third of
+the instructions of a tile). Forward (`flex_forward.py`) and backward (`flex_backward.py`) take memory in proportion to
+T + S. Like all kernels for TPUs it is not partitioned by the compiler: over a mesh it is called inside `jax.shard_map`.
 
 On a CPU the kernel is interpreted: slow, for tests. There is no form for GPUs.
 """
