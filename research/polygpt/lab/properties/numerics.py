@@ -10,7 +10,8 @@ from polygpt.lab.subject import Subject
 
 STEPS = (2.0**-6, 2.0**-7, 2.0**-9)
 """The steps of finite differences, of which the best counts. With the largest rounding hardly matters, as some parts of
-a variant compute in float32 whatever is asked; with the smallest it does not matter how sharply results bend: the error of the formula goes with the fourth power of the step."""
+a variant compute in float32 whatever is asked; with the smallest it does not matter how sharply results bend: the error
+of the formula goes with the fourth power of the step."""
 
 
 def finite_gradients(subject: Subject) -> Measured:
