@@ -26,7 +26,7 @@ class Optim(Spec):
     groups: tuple[Group, ...] = ()
     """Rules for parts of the model; the first whose pattern is found in a parameter's path takes it."""
     no_decay: str = r"(bias|scale|table)$|norm|embed|position|^modality/"
-    """Regular expression of the paths without weight decay, unless their group says one: biases, norms, embeddings."""
+    """Regular expression of paths without weight decay, unless their group says one: biases, norms, embeddings, gates."""
     ema: float | None = None
     """Decay of an exponential moving average of the parameters, with which the model is evaluated; null for none."""
 
