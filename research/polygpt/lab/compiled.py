@@ -11,8 +11,8 @@ from polygpt.training.compilation import compiler_options
 def compiled(function: Callable) -> Callable:
     """`jax.jit(function)`; on a CPU without LLVM's optimisations, as each program is run only a few times.
 
-    There the YNNPACK fusions are left out too, as in training: with jax 0.10.2 gradients inside a loop came out
-    different from one run to the next with them, and influenced by inputs that they do not depend on.
+    There the YNNPACK fusions are left out too, as in training: with them jax 0.10.2 computes wrong gradients where a
+    backward pass through a norm is vmapped, moved by inputs on which the result does not depend.
     """
     return jax.jit(function, compiler_options=_options())
 
