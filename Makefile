@@ -1,6 +1,6 @@
 # make demo    install, train experiments/quickstart.py, evaluate, sample, write the report
-# make test    install the test extras, run the suite with coverage, but for its slow tests
-# make test-all    the slow tests too: every attention variant checked and trained, kills, TPU compilation
+# make test    install the test extras, run the suite with coverage, all but its slow tests
+#              (make test MARKED=slow PYTEST="-n 2": those, every attention variant checked and trained among them)
 # make lint    ruff
 # make clean   remove the environment, caches and runs
 #
@@ -14,7 +14,7 @@ TESTS  ?= tests
 MARKED ?= not slow
 PYTEST ?= -n 2 --cov --cov-report=term --cov-fail-under=90
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -24,9 +24,6 @@ test: $(VENV)/.installed-test
 	@$(BIN)/python -c "import torch, transformers" 2>/dev/null \
 	  || echo "make test: torch and transformers are not installed, so the parity tests are skipped (README: Tests)"
 	$(BIN)/python -m pytest -m "$(MARKED)" $(PYTEST) $(TESTS)
-
-test-all: MARKED = not nothing
-test-all: test
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
