@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,6 @@ from polygpt.cli.main import main
 
 README = Path(__file__).parents[1] / "README.md"
 QUICK = ["--train.steps", "2", "--train.evaluate_every", "null", "--data.rows", "2", "--no-report", "--json"]
-SHALLOW = ["--model.decoder.depth", "1", "--model.adapters.audio.tower.depth", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def folder(tmp_path_factory):
 def commands(file: str) -> list[list[str]]:
     """The README's `polygpt` commands that name `file`, split into words."""
     lines = re.findall(r"^polygpt (.*?)(?:  +#.*)?$", README.read_text(), re.MULTILINE)
-    return [line.split() for line in lines if file in line.split() or f"{file.removesuffix('.py')}" in line]
+    return [shlex.split(line) for line in lines if file in line.split() or f"{file.removesuffix('.py')}" in line]
 
 
 def run(monkeypatch, folder: Path, words: list[str]) -> dict:
@@ -64,15 +64,60 @@ def test_a_folder_of_media_trains_evaluates_and_generates(monkeypatch, folder):
     assert "--model.decoder.depth" in deeper
 
 
-def test_an_attention_variant_of_ones_own_trains_by_name(monkeypatch, folder):
-    (words,) = commands("sliding.py")
+def test_an_attention_of_ones_own_is_checked_drawn_measured_and_compared(monkeypatch, folder):
+    check, show, bench, baseline, ablation, hybrid = tutorial()
+    lines = (folder / "near_first.py").read_text().splitlines()
+    prose = [line for line in lines if not line or line.lstrip().startswith(('"""', "import"))]
+    assert len(lines) - len(prose) <= 20
+    findings = {
+        one["name"]: one["passed"] for one in run(monkeypatch, folder, [*check, "--no-tpu", "--json"])["findings"]
+    }
+    assert all(passed is not False for passed in findings.values()) and sum(map(bool, findings.values())) >= 19
+    assert run(monkeypatch, folder, [*show, "--json"])["blocks"]["map"]["empty"] > 0
+    costs = run(monkeypatch, folder, [*bench, "--lengths", "16,32", "--model_width", "32", "--json"])["costs"]
+    assert {cost["variant"] for cost in costs} == {"NearFirst", "MultiHead"}
+    for words in (baseline, ablation, hybrid):
+        assert run(monkeypatch, folder, [*words, *QUICK, "--model.adapters.audio.tower.depth", "0"])["step"] == 2
+    configs = {
+        name: json.loads((folder / "runs" / name / "config.json").read_text()) for name in ("mha", "near", "hybrid")
+    }
+    plain, own = (configs[name]["model"]["decoder"].pop("attention") for name in ("mha", "near"))
+    assert configs["mha"] == configs["near"], "one field changed"
+    assert plain["class"].endswith(":MultiHead") and own["class"].endswith("near_first.py:NearFirst")
+    assert own["heads"] == plain["heads"] == 4 and own["window"] == 32, "fields that both variants have are kept"
+    assert configs["hybrid"]["model"]["decoder"]["pattern"][1]["class"].endswith(":Mamba2")
+
+
+def tutorial() -> list[list[str]]:
+    """The commands of "Your own attention", with the quickstart's own path."""
+    section = README.read_text().split("## Your own attention")[1].split("\n## ")[0]
     quickstart = str(README.parent / "experiments" / "quickstart.py")
-    words = [quickstart if word == "experiments/quickstart.py" else word for word in words]
-    assert run(monkeypatch, folder, [*words, *QUICK, *SHALLOW])["step"] == 2
-    config = json.loads((folder / "runs" / "sliding" / "config.json").read_text())
-    attention = config["model"]["decoder"]["attention"]
-    assert attention["class"].endswith("sliding.py:SlidingWindow") and attention["window"] == 32
-    assert attention["heads"] == 4, "fields that both variants have are kept"
+    lines = re.findall(r"^polygpt (.*?)(?:  +#.*)?$", section, re.MULTILINE)
+    return [
+        [quickstart if word == "experiments/quickstart.py" else word for word in shlex.split(line)] for line in lines
+    ]
+
+
+@pytest.mark.slow
+def test_the_tutorial_checks_its_variant_for_a_tpu_too(monkeypatch, folder):
+    check = tutorial()[0]
+    result = run(monkeypatch, folder, [*check, "--only", "compiles for TPU", "--json"])
+    assert result["fault"] is None
+
+
+def test_the_table_of_variants_is_what_the_command_prints():
+    from polygpt.lab import catalogue
+
+    table = catalogue.markdown([catalogue.entry(cls) for cls in catalogue.variants()])
+    print(table)
+    lines = README.read_text().splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("| variant |"))
+    rows = table.splitlines()
+    assert lines[start + len(rows)] == "", "no variant that is gone"
+    for line, row in zip(lines[start:], rows, strict=False):
+        assert line.startswith(row), (
+            "polygpt attention list --markdown; one column follows, see tests/lab/test_every_variant.py"
+        )
 
 
 def test_a_dataset_a_modality_and_a_loss_of_ones_own_learn(monkeypatch, folder):

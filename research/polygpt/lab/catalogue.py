@@ -8,6 +8,7 @@ import re
 
 import polygpt.attention
 from polygpt.attention.contract import Attention
+from polygpt.attention.kernels.dispatch import BACKENDS
 from polygpt.spec import class_name
 
 NAMED = re.compile(r"\b(\d{4}\.\d{4,5})\b")
@@ -38,14 +39,14 @@ class Entry:
 
 
 def variants() -> list[type[Attention]]:
-    """The classes, softmax family first, each family by name."""
+    """The classes, softmax family first, each family by the name of the file."""
     found = {}
     for module in pkgutil.iter_modules(polygpt.attention.__path__, "polygpt.attention."):
         for value in vars(importlib.import_module(module.name)).values():
             own = isinstance(value, type) and issubclass(value, Attention) and value.__module__ == module.name
             if own and not value.__name__.startswith("_") and value is not Attention:
                 found[value.__name__] = value
-    return sorted(found.values(), key=lambda cls: (cls.family != "softmax", cls.__name__))
+    return sorted(found.values(), key=lambda cls: (cls.family != "softmax", class_name(cls)))
 
 
 def entry(cls: type[Attention]) -> Entry:
@@ -61,9 +62,9 @@ def entry(cls: type[Attention]) -> Entry:
 
 def markdown(entries: list[Entry]) -> str:
     """The table of the README."""
-    lines = ["| variant | family | paper | backends | FLOPs a query, beside projections |", "|---|---|---|---|---|"]
+    lines = ["| variant | family | paper | backends | FLOPs a query that sees S keys |", "|---|---|---|---|---|"]
     for one in entries:
         paper = f"[{one.paper}](https://arxiv.org/abs/{one.paper})" if one.paper else "–"
-        own = ", ".join(one.backends) or "its own parallel and step form"
+        own = "all" if set(one.backends) == set(BACKENDS) else ", ".join(one.backends) or "its own"
         lines.append(f"| `{one.spec}` | {one.family} | {paper} | {own} | {one.cost} |")
     return "\n".join(lines)
