@@ -1,59 +1,96 @@
 """Specifications overridden by dotted names, `{"model.decoder.depth": "4"}`: what a command line may set, and sets.
 
 The text of a value is read as JSON where it is JSON. A field that holds a specification takes another class by name,
-`"package.module:Class"`, and keeps the fields that both classes share. A list of specifications takes such names too,
-with their defaults: `'["package.module:Class", null]'`.
+`"package.module:Class"`: it is then what the class's defaults make it, but for the fields that the former value shares
+with it and had changed from its own defaults. A list takes such names too: `'["package.module:Class", null]'`.
 """
 
 import json
 import types
 import typing
 from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, fields
 from typing import Any, Union
 
 from polygpt.errors import SpecError
-from polygpt.spec import Spec, conform, field_help, from_json, hints, load_class, nearest, to_json
+from polygpt.spec import Spec, conform, field_help, from_json, hints, load_class, nearest
+
+Changes = dict[tuple[str, ...], str]
+"""Texts by the rest of a dotted name; () is the value itself."""
 
 
 def override(spec: Any, changes: Mapping[str, str]) -> Any:
-    """`spec` with each dotted name set to the value that its text means.
-
-    The order does not matter: a change that does not fit yet is tried again after the others.
+    """`spec` with each dotted name set to the value that its text means, all at once: their order does not matter.
 
     Raises:
         SpecError: for a name that does not exist (with the nearest names) or a value that its field does not allow.
     """
-    faults: list[SpecError] = []
-    waiting: dict[str, str] = {}
-    for name, text in changes.items():
-        try:
-            spec = _set(spec, type(spec), name.split("."), text, name)
-        except SpecError as fault:
-            faults.append(fault)
-            waiting[name] = text
-    if len(waiting) == len(changes) > 0:
-        raise faults[0]
-    return override(spec, waiting) if waiting else spec
+    return _set(spec, type(spec), {tuple(name.split(".")): text for name, text in changes.items()}, "")
 
 
-def _set(value: Any, annotation: Any, path: list[str], text: str, name: str) -> Any:
-    if not path:
-        return _parse(value, annotation, text, name)
-    key, rest = path[0], path[1:]
-    if isinstance(value, Spec):
-        known = hints(type(value))
-        if key not in known:
-            raise SpecError(f"--{name}: {type(value).__name__} has no field {key!r}: {nearest(key, known)}")
-        return value.replace(**{key: _set(getattr(value, key), known[key], rest, text, name)})
+def _set(value: Any, annotation: Any, changes: Changes, name: str) -> Any:
+    """`value`, the dotted `name` of the whole, with changes to itself or below it."""
+    inside: dict[str, Changes] = {}
+    for path, text in changes.items():
+        if path:
+            inside.setdefault(path[0], {})[path[1:]] = text
+    kept = vars(value) if isinstance(value, Spec) else {}
+    cls = type(value)
+    if () in changes:
+        data = _read(changes[()])
+        if not (isinstance(data, str) and _holds_spec(annotation, value)):
+            value = _parse(data, annotation, changes[()], name)
+            return _set(value, annotation, {path: text for path, text in changes.items() if path}, name)
+        kept, cls = _shared(value, load_class(data)), load_class(data)
+    elif not inside:
+        return value
+    if isinstance(value, Spec) or () in changes:
+        return _made(cls, kept, annotation, inside, name)
     if isinstance(value, Mapping):
-        if key not in value:
-            raise SpecError(f"--{name}: no entry {key!r}: {nearest(key, value)}")
-        return {**value, key: _set(value[key], _inner(annotation), rest, text, name)}
-    if isinstance(value, tuple) and key.isdigit() and int(key) < len(value):
-        items = list(value)
-        items[int(key)] = _set(items[int(key)], _inner(annotation, int(key)), rest, text, name)
-        return tuple(items)
-    raise SpecError(f"--{name}: {key!r} is not inside {value!r}")
+        for key in inside:
+            if key not in value:
+                raise SpecError(f"--{_join(name, key)}: no entry {key!r}: {nearest(key, value)}")
+        changed = {key: _set(value[key], _inner(annotation), own, _join(name, key)) for key, own in inside.items()}
+        return {**value, **changed}
+    for key in inside:
+        if not (isinstance(value, tuple) and key.isdigit() and int(key) < len(value)):
+            raise SpecError(f"--{_join(name, key)}: {key!r} is not inside {value!r}")
+    items = list(value)
+    for key, own in inside.items():
+        items[int(key)] = _set(items[int(key)], _inner(annotation, int(key)), own, _join(name, key))
+    return tuple(items)
+
+
+def _made(cls: type, kept: Mapping[str, Any], annotation: Any, inside: dict[str, Changes], name: str) -> Any:
+    """A specification of `cls` with the fields `kept`, changed: made once, so that fields may change together."""
+    known, values = hints(cls), dict(kept)
+    for key, own in inside.items():
+        if key not in known:
+            raise SpecError(f"--{_join(name, key)}: {cls.__name__} has no field {key!r}: {nearest(key, known)}")
+        values[key] = _set(values.get(key, _default(cls, key)), known[key], own, _join(name, key))
+    try:
+        made = cls(**values)
+    except TypeError as error:
+        raise SpecError(f"--{name}: {cls.__name__} needs more than its class: {error}") from None
+    return conform(annotation, made, f"--{name}") if name else made
+
+
+def _shared(value: Any, cls: type) -> dict[str, Any]:
+    """The fields of a specification that `cls` has too and that are not the defaults of its own class."""
+    if not isinstance(value, Spec):
+        return {}
+    own = {key: getattr(value, key) for key in hints(type(value)) if key in hints(cls)}
+    return {key: field for key, field in own.items() if field != _default(type(value), key)}
+
+
+def _default(cls: type, key: str) -> Any:
+    """A field's default; MISSING where there is none."""
+    field = next(field for field in fields(cls) if field.name == key)
+    return field.default if field.default_factory is MISSING else field.default_factory()
+
+
+def _join(name: str, key: str) -> str:
+    return f"{name}.{key}" if name else key
 
 
 def _inner(annotation: Any, index: int = 0) -> Any:
@@ -63,37 +100,31 @@ def _inner(annotation: Any, index: int = 0) -> Any:
         found = [_inner(option, index) for option in arguments]
         return next((inner for inner in found if inner is not Any), Any)
     if origin is tuple:
-        return arguments[0] if arguments[-1] is Ellipsis else arguments[index]
+        return arguments[0] if arguments[-1] is Ellipsis else arguments[index] if index < len(arguments) else Any
     return arguments[1] if isinstance(origin, type) and issubclass(origin, Mapping) else Any
 
 
-def _parse(value: Any, annotation: Any, text: str, name: str) -> Any:
+def _read(text: str) -> Any:
     try:
-        data = json.loads(text)
+        return json.loads(text)
     except json.JSONDecodeError:
-        data = {"true": True, "false": False, "none": None}.get(text.lower(), text)
-    if isinstance(data, str) and _holds_spec(annotation, value):
-        cls = load_class(data)
-        shared = {}
-        if isinstance(value, Spec):
-            shared = {key: getattr(value, key) for key in hints(type(value)) if key in hints(cls)}
-        try:
-            data = cls(**shared)
-        except TypeError as error:
-            raise SpecError(f"--{name}: {cls.__name__} needs more than its class: {error}") from None
+        return {"true": True, "false": False, "none": None}.get(text.lower(), text)
+
+
+def _parse(data: Any, annotation: Any, text: str, name: str) -> Any:
+    if isinstance(data, list) and typing.get_origin(annotation) is tuple:
+        data = [
+            _made(load_class(item), {}, _inner(annotation, i), {}, _join(name, str(i)))
+            if isinstance(item, str) and _holds_spec(_inner(annotation, i), None)
+            else from_json(item, f"--{name}[{i}]")
+            for i, item in enumerate(data)
+        ]
     else:
-        data = from_json(_named(data, annotation), f"--{name}")
+        data = from_json(data, f"--{name}")
     try:
         return conform(annotation, data, f"--{name}")
     except SpecError:
         return conform(annotation, text, f"--{name}")  # a field of text whose value looks like JSON: --name 12
-
-
-def _named(data: Any, annotation: Any) -> Any:
-    """Class names in a list of specifications become what they name, with its defaults, as JSON data."""
-    if not (isinstance(data, list) and typing.get_origin(annotation) is tuple and _holds_spec(_inner(annotation), None)):
-        return data
-    return [to_json(load_class(item)()) if isinstance(item, str) else item for item in data]
 
 
 def _holds_spec(annotation: Any, value: Any) -> bool:

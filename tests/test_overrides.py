@@ -1,0 +1,51 @@
+"""Overrides by dotted names: all at once, in any order, another class by its name."""
+
+import pytest
+
+from polygpt.attention.multi_head import MultiHead
+from polygpt.blocks.stack import StackSpec
+from polygpt.errors import SpecError
+from polygpt.lab import catalogue
+from polygpt.overrides import override
+from polygpt.spec import class_name
+
+
+@pytest.mark.parametrize("cls", catalogue.variants(), ids=lambda cls: cls.__name__)
+def test_a_variant_named_is_the_variant_with_its_own_defaults(cls):
+    """What is trained is what was checked."""
+    assert override(StackSpec(), {"attention": class_name(cls)}).attention == cls()
+
+
+def test_fields_that_were_set_stay_where_both_classes_have_them():
+    stack = StackSpec(attention=MultiHead(8, kv_heads=2))
+    found = override(
+        stack, {"attention.window": "16", "attention": "polygpt.attention.sliding:SlidingWindow"}
+    ).attention
+    assert (type(found).__name__, found.heads, found.kv_heads, found.window) == ("SlidingWindow", 8, 2, 16)
+
+
+def test_fields_that_fit_only_together_are_set_together():
+    assert override(MultiHead(4, 2), {"heads": "9", "kv_heads": "3"}) == MultiHead(9, 3)
+    three = StackSpec(depth=6, pattern=(None, None, MultiHead(1)))
+    four = {
+        "depth": "8",
+        "pattern": '[null, null, null, "polygpt.attention.multi_head:MultiHead"]',
+        "pattern.3.heads": "2",
+    }
+    assert override(three, four).variants()[3::4] == (MultiHead(2), MultiHead(2))
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"attention.scores": '["polygpt.attention.masks:Window"]'}, "--attention.scores.0: Window needs more"),
+        ({"pattern": '[null, "polygpt.nn.norms:RMSNorm"]'}, r"--pattern.1 is RMSNorm\(.*must be Attention or null"),
+        ({"pattern": '["polygpt.nn.norms:NoSuch"]'}, "has no 'NoSuch'"),
+        ({"pattern.0.heads": "2"}, "'0' is not inside"),
+        ({"attention.kv_heads": "3"}, "kv_heads is 3: it must be a divisor of heads"),
+        ({"attention": "polygpt.attention.sliding:SlidingWindow", "attention.windows": "3"}, "did you mean window"),
+    ],
+)
+def test_what_does_not_fit_is_told_by_its_name(changes, fault):
+    with pytest.raises(SpecError, match=fault):
+        override(StackSpec(), changes)
