@@ -117,3 +117,23 @@ def test_check_compares_shapes_lengths_and_adapters():
     long = Media(good.media["image"].features, np.array([[0, P + 1], [0, 0]], np.int32))
     with pytest.raises(UserError, match="an item of image has the length 4"):
         check(good.replace(media={"image": long}), 6, {"image": P})
+
+
+@pytest.mark.parametrize(
+    ("segment", "position", "words"),
+    [
+        ([1, 1, 2, 2, 1, 0], [0, 1, 0, 1, 2, 0], "position 4: a segment that goes on behind another"),
+        ([1, 1, 1, 2, 2, 0], [0, 1, 3, 0, 1, 0], "position 2: a position id that does not count its example from 0"),
+        ([1, 1, 1, 2, 2, 0], [0, 1, 2, 3, 4, 0], "position 3: a position id that does not"),
+        ([2, 2, 2, 3, 3, 0], [1, 2, 3, 0, 1, 0], "position 0: a position id that does not"),
+    ],
+)
+def test_check_counts_the_positions_of_each_example(segment, position, words):
+    sound = dict.fromkeys(("tokens_BT", "slot_BT", "span_BT", "target_BT"), np.zeros((1, 6), np.int32))
+    sound |= {"modality_BT": np.int8([[0, 0, 0, 0, 0, -1]]), "weight_BT": np.zeros((1, 6), np.float32), "media": {}}
+    right = Batch(**sound, segment_BT=np.int32([[1, 1, 2, 2, 2, 0]]), position_BT=np.int32([[0, 1, 0, 1, 2, 9]]))
+    check(right, 6, {})
+    check(right.replace(segment_BT=np.int32([[3, 3, 5, 0, 5, 0]]), modality_BT=np.int8([[0, 0, 0, -1, 0, -1]]),
+                        position_BT=np.int32([[0, 1, 0, 7, 1, 0]])), 6, {})  # fmt: skip
+    with pytest.raises(UserError, match=words):
+        check(right.replace(segment_BT=np.int32([segment]), position_BT=np.int32([position])), 6, {})

@@ -150,6 +150,8 @@ def check(batch: Batch, vocabulary: int, positions: dict[str, int]) -> None:
     fail_where((modality < PADDING) | (modality > len(positions)), "a modality that no adapter has")
     fail_where((modality == PADDING) != (segment == 0), "padding and segment 0 do not coincide")
     fail_where((segment == 0) & (batch.weight_BT != 0), "a loss weight on padding")
+    fail_where(batch.span_BT < 0, "a span below 0")
+    _check_segments(segment, np.asarray(batch.position_BT), fail_where)
     for number, (name, P) in enumerate(positions.items(), start=1):
         length_BN = np.asarray(batch.media[name].length_BN)
         N = length_BN.shape[1]
@@ -161,3 +163,14 @@ def check(batch: Batch, vocabulary: int, positions: dict[str, int]) -> None:
         fail_where(here & ((batch.slot_BT < 0) | (item >= N)), f"a slot outside the {N} items of {name}")
         length_BT = np.take_along_axis(length_BN, np.clip(item, 0, N - 1), axis=1)
         fail_where(here & (batch.slot_BT % P >= length_BT), f"a slot beyond the length of its {name} item")
+
+
+def _check_segments(segment_BT, position_BT, fail_where) -> None:
+    """Examples lie one behind the other, each with the position ids 0, 1, 2, ...: windows and caches count on it."""
+    greatest_BT = np.maximum.accumulate(np.pad(segment_BT, ((0, 0), (1, 0))), axis=1)[:, :-1]
+    real_BT, begins_BT = segment_BT > 0, segment_BT > greatest_BT
+    fail_where(real_BT & (segment_BT < greatest_BT), "a segment that goes on behind another")
+    # The number of its own example's positions before each: all real ones before it, less those before the example.
+    count_BT = np.cumsum(real_BT, axis=1) - 1
+    first_BT = np.maximum.accumulate(np.where(begins_BT, count_BT, 0), axis=1)
+    fail_where(real_BT & (position_BT != count_BT - first_BT), "a position id that does not count its example from 0")

@@ -101,6 +101,18 @@ def test_attention_is_written_for_every_layer_and_word():
     np.testing.assert_allclose(shades, rows[0, 0] / rows[0, 0].max(), atol=1e-3)
 
 
+def test_a_layer_without_weights_is_left_out_and_the_others_keep_their_numbers():
+    rng = np.random.default_rng(0)
+    weights = rng.random((3, 1, 4)).astype(np.float32) / 10
+    weights[1] = np.nan
+    item = Item("image", made_up_report.picture(rng, 0, 1).png, (8, 8), (2, 2), attention_LWP=weights)
+    page = render(Content("x", samples={"t": (Sample((item,), (Word("a"),), "", None, ""),)}))
+    assert re.findall(r'<option value="(\d)">layer (\d)</option>', page) == [("0", "1"), ("2", "3")]
+    data = json.loads(html.unescape(re.search(r'data-attention="(.*?)"', page).group(1)))
+    shares = [weights[[0, 2]].mean(axis=0).sum(), weights[0].sum(), 0, weights[2].sum()]
+    np.testing.assert_allclose(np.ravel(data["share"]), shares, atol=1e-4)
+
+
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Content) if field.name != "title"])
 def test_any_part_may_be_missing(field):
     full = made_up_report.content()

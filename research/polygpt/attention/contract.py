@@ -76,6 +76,9 @@ class Attention(Spec):
 
         It has a method `weights(x_BTD, context, chosen_R=None) -> [B, H, R, S]` too where the variant has weights to
         look at: an exact pass over the chosen queries (int32 indices; None means all), whatever the backend.
+
+        With a cache the result is that of the whole row at once, however it is cut into calls, as long as no
+        bidirectional span is cut.
         """
         raise NotImplementedError
 

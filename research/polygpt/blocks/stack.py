@@ -45,8 +45,12 @@ class StackSpec(Spec):
         self.require(self.width >= 1, "width", "at least 1")
         self.require(self.depth >= 0, "depth", "at least 0")
         self.require(0 <= self.dropout < 1, "dropout", "at least 0 and below 1")
+        short = len(self.pattern) <= max(self.depth, 1)
+        self.require(short, "depth", f"at least the pattern's {len(self.pattern)} blocks")
         whole = self.depth % len(self.period()) == 0
-        self.require(whole or not self.scan, "depth", f"a multiple of the pattern's {len(self.pattern)} (or scan false)")
+        self.require(
+            whole or not self.scan, "depth", f"a multiple of the pattern's {len(self.pattern)} (or scan false)"
+        )
 
     def period(self) -> tuple[Attention, ...]:
         """The attention variants that repeat."""
@@ -160,7 +164,9 @@ class Stack(nnx.Module):
             params, time = inputs
             outputs = []
             for i, (graphdef, _) in enumerate(split):
-                here = caches and jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, time, 0, False), caches[i])
+                here = caches and jax.tree.map(
+                    lambda leaf: jax.lax.dynamic_index_in_dim(leaf, time, 0, False), caches[i]
+                )
                 block = nnx.merge(graphdef, params[i])
                 x_BTD, output = self._remat(call, block)(x_BTD, time * p + i, here)
                 outputs.append(output)

@@ -38,7 +38,8 @@ class Item:
         wav: the recording, if it is one.
         seconds: its length.
         attention_LWP: for each layer and each word of the answer, the attention that the predictions of the word's
-            tokens pay to each position, averaged over heads and tokens; None if unknown.
+            tokens pay to each position, averaged over heads and tokens; NaN in a layer that has no weights to look at,
+            None if nothing is known.
     """
 
     modality: str

@@ -145,7 +145,7 @@ def _samples(samples: Mapping[str, tuple[Sample, ...]]) -> str:
 
 def _sample(sample: Sample) -> str:
     attended = [part for part in sample.prompt if isinstance(part, Item) and part.attention_LWP is not None]
-    layers = attended[0].attention_LWP.shape[0] if attended else 0
+    layers = np.flatnonzero(~np.isnan(attended[0].attention_LWP).all(axis=(1, 2))) if attended else ()
     prompt = "".join(
         f"<span class='said'>{escape(part)}</span>" if isinstance(part, str) else _item(part) for part in sample.prompt
     )
@@ -155,7 +155,7 @@ def _sample(sample: Sample) -> str:
     words = " ".join(_word(word, i, bool(attended)) for i, word in enumerate(sample.words)) or "<i>nothing</i>"
     chooser = ""
     if attended:
-        options = "".join(f'<option value="{i}">layer {i + 1}</option>' for i in range(layers))
+        options = "".join(f'<option value="{i}">layer {i + 1}</option>' for i in layers)
         options = f"<option value='mean'>all layers</option>{options}"
         chooser = f"<label class='layer'>attention: <select>{options}</select></label>"
     truth = f"<div><dt>truth</dt><dd class='truth'>{escape(sample.truth)}</dd></div>" if sample.truth else ""
@@ -174,7 +174,8 @@ def _word(word: Word, number: int, attended: bool) -> str:
 
 
 def _with_mean(attention_LWP: np.ndarray) -> np.ndarray:
-    return np.concatenate([attention_LWP.mean(axis=0, keepdims=True), attention_LWP])
+    """[1 + L, W, P]: the mean of the layers that have weights first; zeros in those that have none."""
+    return np.nan_to_num(np.concatenate([np.nanmean(attention_LWP, axis=0, keepdims=True), attention_LWP]))
 
 
 def _item(item: Item) -> str:
@@ -191,7 +192,7 @@ def _item(item: Item) -> str:
     map_, data, share = "", "", ""
     if item.attention_LWP is not None:
         rows, columns = item.grid
-        weights = _with_mean(item.attention_LWP)  # [1 + L, W, P]
+        weights = _with_mean(item.attention_LWP)
         filled = weights.shape[-1]
         relative = weights / np.maximum(weights.max(axis=-1, keepdims=True), 1e-9)
         packed = {

@@ -140,7 +140,7 @@ def _attention(run):
     @jax.jit
     def heads_averaged(params, batch, chosen_R):
         found = run.model.attention(params, batch, chosen_R)
-        return [weights_BHRT[0].mean(axis=0) for _, weights_BHRT in sorted(found.items())]
+        return {layer: weights_BHRT[0].mean(axis=0) for layer, weights_BHRT in found.items()}
 
     def attend(example: Example, answer: str) -> dict:
         written = Example((*example.prompt, Text(answer)), example.place)
@@ -152,7 +152,9 @@ def _attention(run):
         predicted = predictions(batch)
         chosen_R = np.zeros(-(-len(predicted) // QUERIES) * QUERIES, np.int32)  # few lengths: few programs
         chosen_R[: len(predicted)] = predicted
-        weights_LRT = np.stack(heads_averaged(run.params, batch, chosen_R))
+        found = heads_averaged(run.params, batch, chosen_R)
+        nothing_RT = np.full((len(chosen_R), layout.length), np.nan, np.float32)
+        weights_LRT = np.stack([found.get(layer, nothing_RT) for layer in range(run.model.spec.decoder.depth)])
         return maps(weights_LRT, batch, answer, run.tokenizer, {n: a.positions for n, a in adapters.items()})
 
     def without(*notes: str):
@@ -182,7 +184,8 @@ def maps(weights_LRT: np.ndarray, batch, answer: str, tokenizer, positions: Mapp
     """From a row's attention to the attention that each word of the answer pays to each medium.
 
     Args:
-        weights_LRT: weights [L, prediction, key], averaged over heads; rows beyond the predictions are not read.
+        weights_LRT: weights [L, prediction, key], averaged over heads; rows beyond the predictions are not read. NaN in
+            layers that have none.
         batch: the row, alone in its batch.
         answer: the answer.
         tokenizer: decodes its tokens.
