@@ -12,7 +12,7 @@ from polygpt.errors import UserError
 EXAMPLES = """\
 examples:
   polygpt attention bench polygpt.attention.sliding:SlidingWindow --against polygpt.attention.multi_head:MultiHead
-  polygpt attention bench mine.py:Mine --lengths 256,1024,4096 --width 256 --heads 8
+  polygpt attention bench mine.py:Mine --lengths 256,1024,4096 --model_width 512 --heads 8
   polygpt attention bench polygpt.attention.sliding:SlidingWindow --window 1024 --lengths 4096,16384
 
 Peak memory is the compiled program's: temporaries and results, without parameters. Times are medians of interleaved
