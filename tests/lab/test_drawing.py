@@ -25,6 +25,10 @@ def test_a_row_is_read_from_text():
     assert not np.asarray(read_row("image:3", bidirectional=False).meta.span).any()
 
 
+def test_padding_within_an_example_moves_no_position():
+    assert np.asarray(read_row("3 pad:2 3").meta.position)[0].tolist() == [0, 1, 2, 0, 0, 3, 4, 5]
+
+
 @pytest.mark.parametrize(
     "text, part", [("2 image", "'image'"), ("0", "'0'"), ("image:-1", "'image:-1'"), (" | ", "empty")]
 )

@@ -60,7 +60,7 @@ def read_row(text: str, bidirectional: bool = True) -> Row:
             fields["segment"] += [0 if name == "pad" else segment] * n
             fields["span"] += [spans if medium and bidirectional else 0] * n
             fields["modality"] += [-1 if name == "pad" else names.index(name or "text")] * n
-            position += n
+            position += 0 if name == "pad" else n
     if not fields["position"]:
         raise UserError("layout: it is empty: write the positions of a row, as in '5 image:4 3 | 6'")
     arrays = {name: jnp.asarray(values, jnp.int32)[None] for name, values in fields.items()}
