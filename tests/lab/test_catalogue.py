@@ -7,7 +7,7 @@ import pytest
 
 from polygpt.attention.multi_head import MultiHead
 from polygpt.cli.main import main
-from polygpt.lab import catalogue
+from polygpt.lab import catalogue, starter
 from polygpt.overrides import override
 from polygpt.spec import load_class
 
@@ -45,7 +45,47 @@ def test_a_starting_file_is_a_variant(tmp_path, capsys, kind):
     cls = load_class(f"{path}:MyOwnHEADS")
     assert issubclass(cls, MultiHead) and override(cls(), {"heads": "2"}).heads == 2
     assert main(words) == 2 and "exists already" in capsys.readouterr().err, "nothing is overwritten"
-    assert main([*words[:2], "lower", *words[3:]]) == 2 and "class name" in capsys.readouterr().err
+    few = "causality, mask honoured, full cache = no cache"
+    assert main(["attention", "check", f"{path}:MyOwnHEADS", "--only", few, "--json"]) == 0
+    assert [one["passed"] for one in json.loads(capsys.readouterr().out)["findings"]] == [True] * 3
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("NearFirst", "near_first"),
+        ("H2O", "h2o"),
+        ("V2Gate", "v2_gate"),
+        ("A_b", "a_b"),
+        ("GQAWide", "gqa_wide"),
+        ("Near_First", "near_first"),
+    ],
+)
+def test_a_starting_file_is_called_as_its_class(tmp_path, name, file):
+    assert starter.write(name, "mask", tmp_path) == (tmp_path / f"{file}.py", name)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "part"),
+    [
+        ("lower", "mask", "class name"),
+        ("None", "mask", "class name"),
+        ("Two words", "mask", "class name"),
+        ("A²", "mask", "class name"),
+        ("Decay", "mask", "a Decay of its own"),
+        ("Linear", "module", "a Linear of its own"),
+    ],
+)
+def test_a_name_that_makes_no_class_is_told(tmp_path, capsys, name, kind, part):
+    assert main(["attention", "new", name, "--kind", kind, "--folder", str(tmp_path)]) == 2
+    assert part in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_written_is_told(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main(["attention", "new", "Near", "--folder", str(tmp_path / "file")]) == 2
+    err = capsys.readouterr().err
+    assert "near.py cannot be written" in err and err.count("\n") == 1
 
 
 def test_the_benchmark_compares_two_variants(tmp_path, monkeypatch, capsys):

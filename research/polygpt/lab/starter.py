@@ -1,5 +1,6 @@
 """Starting files for a new variant: what `polygpt attention new` writes."""
 
+import keyword
 import re
 from pathlib import Path
 
@@ -77,27 +78,38 @@ class {name}Module(MultiHeadModule):
         super().__init__(spec, dims, rngs)
         self.gate = Linear(dims.width, dims.width, rngs=rngs, bias=spec.gate_bias, dtype=dims.dtype)
 
-    def mixed(self, y_BHTe, lse_BHT, x_BTD):
-        return super().mixed(y_BHTe, lse_BHT, x_BTD) * jax.nn.sigmoid(self.gate(x_BTD))
+    def mixed(self, y_BHTe, lse_BHT, x_BTD, context):
+        return super().mixed(y_BHTe, lse_BHT, x_BTD, context) * jax.nn.sigmoid(self.gate(x_BTD))
 '''
 
 KINDS = {"mask": SOFTMAX, "module": MODULE}
 """A mask and a score modification; a module of its own around the inherited kernels."""
 
 
+WORDS = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z0-9])(?=[A-Z][a-z])")
+"""Where a word of a class name ends and the next begins: V2|Gate, Own|HEADS, but H2O."""
+
+
 def write(name: str, kind: str, folder: Path) -> tuple[Path, str]:
     """Writes the file of a variant `name` (a class name, as "NearFirst") and returns its path and the class.
 
     Raises:
-        UserError: if the name is no class name, or the file is there already.
+        UserError: if the name is no class name or one that the file has for something else, if the file is there
+            already, or if it cannot be written.
     """
-    if not re.fullmatch(r"[A-Z]\w*", name):
+    if not re.match("[A-Z]", name) or not name.isidentifier() or keyword.iskeyword(name):
         raise UserError(f"attention new: {name!r} is no class name: begin with a capital letter, as in NearFirst")
-    words = re.findall(r"[A-Z]+(?![a-z])|[A-Z][a-z0-9_]*", name)
-    path = folder / ("_".join(words).lower() + ".py")
-    if path.exists():
-        raise UserError(f"attention new: {path} exists already: choose another name, or remove it")
-    text = KINDS[kind].format(title=" ".join(words).capitalize(), file=path.name, name=name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    if re.search(rf"^class {name}\(|import {name}$", KINDS[kind], re.MULTILINE):
+        raise UserError(f"attention new: the file has a {name} of its own: choose another name")
+    words = WORDS.sub("_", name).lower()
+    path = folder / f"{words}.py"
+    text = KINDS[kind].format(title=words.replace("_", " ").capitalize(), file=path.name, name=name)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("x") as file:
+            file.write(text)
+    except OSError as error:
+        if isinstance(error, FileExistsError) and folder.is_dir():
+            raise UserError(f"attention new: {path} exists already: choose another name, or remove it") from None
+        raise UserError(f"attention new: {path} cannot be written: {error.strerror}") from None
     return path, name
