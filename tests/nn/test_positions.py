@@ -20,7 +20,7 @@ def test_sinusoids():
 
 @pytest.mark.parametrize("width", [2, 7])
 def test_sinusoids_need_an_even_width(width):
-    with pytest.raises(SpecError, match=f"even width of at least 4, not {width}"):
+    with pytest.raises(SpecError, match=f"Sinusoidal needs an even width of at least 4, not {width}: change the width"):
         Sinusoidal().build(width, rngs=nnx.Rngs(0))
 
 
@@ -53,7 +53,7 @@ def test_rope_scores_depend_on_the_distance_alone():
 
 def test_rope_keeps_the_dtype_and_refuses_odd_heads():
     assert Rope().rotate(jnp.ones((1, 1, 4, 2), jnp.bfloat16), POSITION[:1]).dtype == jnp.bfloat16
-    with pytest.raises(SpecError, match="heads of an even width, not 3"):
+    with pytest.raises(SpecError, match="Rope needs heads of an even width, not 3: change heads or head_width"):
         Rope().rotate(jnp.ones((1, 1, 4, 3)), POSITION[:1])
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from polygpt.errors import SpecError
 from polygpt.nn.rotary import Scaling, frequencies, turn
 from polygpt.spec import Spec
 
@@ -79,7 +80,8 @@ class Sinusoidal(Position):
         self.require(self.base > 1, "base", "above 1")
 
     def build(self, width: int, *, rngs: nnx.Rngs) -> nnx.Module:
-        self.require(width % 2 == 0 and width >= 4, "base", f"used with an even width of at least 4, not {width}")
+        if width % 2 or width < 4:
+            raise SpecError(f"{type(self).__name__} needs an even width of at least 4, not {width}: change the width")
         return _Sinusoidal(self.base, width)
 
 
@@ -103,7 +105,10 @@ class Rope(Position):
 
     def rotate(self, x_BHTd: jax.Array, position_BT: jax.Array, coordinate_BT3: jax.Array | None = None) -> jax.Array:
         width = x_BHTd.shape[-1]
-        self.require(width % 2 == 0, "base", f"used with heads of an even width, not {width}")
+        if width % 2:
+            raise SpecError(
+                f"{type(self).__name__} needs heads of an even width, not {width}: change heads or head_width"
+            )
         pairs = round(self.fraction * width / 2)
         self.require(pairs >= 1, "fraction", f"large enough for two of {width} channels")
         angle_BTf = self.angles(position_BT, coordinate_BT3, pairs)
@@ -128,7 +133,11 @@ class Rope2D(Rope):
     """
 
     def angles(self, position_BT: jax.Array, coordinate_BT3: jax.Array | None, pairs: int) -> jax.Array:
-        self.require(pairs % 2 == 0, "fraction", f"such that a multiple of 4 channels of a head turns, not {2 * pairs}")
+        if pairs % 2:
+            raise SpecError(
+                f"{type(self).__name__} needs that a multiple of 4 channels of a head turns, not {2 * pairs}: "
+                "change heads, head_width or its fraction"
+            )
         axis_f, frequency_f = np.repeat([1, 2], pairs // 2), jnp.tile(self.frequencies(pairs // 2), 2)
         return _angles_of(position_BT, coordinate_BT3, axis_f, frequency_f)
 
