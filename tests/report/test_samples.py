@@ -176,12 +176,15 @@ def test_a_model_too_large_or_without_weights_has_no_maps(run, monkeypatch):
     monkeypatch.setattr(samples, "LARGEST", 1000)
     found, notes = samples.gather(run, per_task=1)
     assert "GiB" in notes[0] and found["sums"][0].prompt[0].attention_LWP is None
+    monkeypatch.undo()
 
-    decoder = run.model.spec.decoder
+    decoder, rest = run.model.spec.decoder, {name: value for name, value in vars(run).items() if name != "model"}
     for other in (decoder.replace(attention=NothingToSee()), decoder.replace(depth=0)):
         spec = dataclasses.replace(run.model.spec, decoder=other)
         attend, notes = samples._attention(SimpleNamespace(**vars(run) | {"model": bind(spec, 258)}))
         assert "no weights to look at" in notes[0] and attend(None, "x") == {}
+    spec = dataclasses.replace(run.model.spec, decoder=decoder.replace(pattern=(NothingToSee(), None)))
+    assert "are of the blocks 2:" in samples._attention(SimpleNamespace(model=bind(spec, 258), **rest))[1][0]
 
 
 def test_a_fault_of_the_attention_is_no_model_without_weights(run):

@@ -25,7 +25,7 @@ CUT = 160
 QUERIES = 32
 """The weights of the answer's predictions are computed in multiples of so many."""
 LARGEST = 2**30
-"""Bytes of so many predictions' attention weights, above which no maps are made."""
+"""Bytes of the attention weights of the longest answer, above which no maps are made."""
 
 
 def gather(run, per_task: int = 6) -> tuple[dict[str, tuple[Sample, ...]], tuple[str, ...]]:
@@ -150,7 +150,7 @@ def _attention(run):
             return {}
         batch = collate([row], layout.length, adapters)
         predicted = predictions(batch)
-        chosen_R = np.zeros(-(-len(predicted) // QUERIES) * QUERIES, np.int32)  # few lengths: few programs
+        chosen_R = np.zeros(_rounded(len(predicted)), np.int32)
         chosen_R[: len(predicted)] = predicted
         found = heads_averaged(run.params, batch, chosen_R)
         nothing_RT = np.full((len(chosen_R), layout.length), np.nan, np.float32)
@@ -163,7 +163,8 @@ def _attention(run):
     if not adapters:
         return without()
     empty = collate([None], layout.length, adapters)
-    shapes = jax.eval_shape(run.model.attention, run.model.abstract(), empty, np.zeros(QUERIES, np.int32))
+    most = _rounded(run.experiment.evaluation.sampling.max_tokens + 1)
+    shapes = jax.eval_shape(run.model.attention, run.model.abstract(), empty, np.zeros(most, np.int32))
     if not shapes:
         return without("No attention maps: this attention has no weights to look at.")
     size = 4 * sum(math.prod(leaf.shape) for leaf in shapes.values())
@@ -173,6 +174,11 @@ def _attention(run):
         shown = ", ".join(str(layer + 1) for layer in sorted(shapes))
         return attend, (f"Attention maps are of the blocks {shown}: the others have no weights to look at.",)
     return attend, ()
+
+
+def _rounded(predictions: int) -> int:
+    """Few lengths: few programs."""
+    return -(-predictions // QUERIES) * QUERIES
 
 
 def predictions(batch) -> np.ndarray:
