@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from polygpt.attention.kernels import reference
 from polygpt.attention.kernels.problem import Operands, Rule
 from polygpt.attention.masks import DECODER, Meta, SameSegment
 from polygpt.attention.multi_head import MultiHead
-from polygpt.attention.scores import KeyGate, LengthTemperature, QueryTemperature, Scale, Score, SoftCap, Terms
+from polygpt.attention.scores import KeyGate, LengthTemperature, QueryTemperature, Scale, Score, SoftCap, Terms, Then
 from polygpt.errors import SpecError
 
 B, H, T, D = 2, 3, 9, 5
@@ -136,6 +137,71 @@ def test_it_is_what_its_formula_says_on_matrices_and_on_tiles(name):
         np.testing.assert_allclose(bias + score_BHTS, got, rtol=0, atol=4 * 2.0**-24 * np.abs(want).max())
     else:
         assert np.abs(score(jnp.zeros_like(score_BHTS), query, key, broadcast) + score_BHTS - got).max() > 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Sharper(KeyGate):
+    """Derived from what adds, and multiplies."""
+
+    def __call__(self, score, query, key, terms):
+        return 2 * super().__call__(score, query, key, terms)
+
+
+class Doubled:
+    """A modification of no class of the library."""
+
+    def __call__(self, score, query, key, terms):
+        return 2 * super().__call__(score, query, key, terms)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixed(Doubled, LearnedBias):
+    """The same by inheritance from two."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Halved(Then):
+    """Two modifications, and a factor."""
+
+    def __call__(self, score, query, key, terms):
+        return 0.5 * super().__call__(score, query, key, terms)
+
+
+@dataclasses.dataclass(frozen=True)
+class Farther(KeyGate):
+    """Its own `__call__`, of which it says that it adds."""
+
+    adds: ClassVar[bool] = True
+
+    def __call__(self, score, query, key, terms):
+        return score + 2 * terms.key["gate"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Renamed(KeyGate):
+    """Nothing new."""
+
+
+ADD = [Score(), KeyGate(), LinearBias(), BucketBias(), LearnedBias(2), Then(KeyGate(), LearnedBias(2)), Farther()]
+MULTIPLY = [Scale(2.0), Sharper(), Mixed(2), Halved(KeyGate(), LearnedBias(2)), Then(KeyGate(), Sharper())]
+
+
+@pytest.mark.parametrize("score", [*ADD, Renamed(), *MULTIPLY], ids=lambda score: type(score).__name__)
+def test_no_class_inherits_that_it_adds(score):
+    """A library's kernel is given the sum as a bias, which would be wrong in silence."""
+    assert score.additive() == (score not in MULTIPLY)
+    spec = MultiHead(2, scores=(score,), backend="library", strict=True)
+    everything = jax.tree.map(jnp.asarray, QUERY)
+    x_BTD = jnp.asarray(np.random.default_rng(0).normal(size=(B, T, 8)), jnp.float32)
+
+    def y_BTD(spec):
+        return spec.build(Dims(8), nnx.Rngs(0))(x_BTD, Context(everything, everything, DECODER))[0]
+
+    if score in MULTIPLY:
+        with pytest.raises(SpecError, match="cannot be written as a bias"):
+            y_BTD(spec)
+    else:
+        np.testing.assert_allclose(y_BTD(spec), y_BTD(spec.replace(backend="reference")), rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("name", WRITTEN_OUT)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -30,14 +31,13 @@ class ALiBi(Position):
 class LinearBias(Score):
     """score - slope |distance|: what `ALiBi` does to scores."""
 
+    adds: ClassVar[bool] = True
+
     def __call__(self, score, query, key, terms):
         return score - terms.head["slope"] * abs(query.position - key.position).astype(jnp.float32)
 
     def build(self, width, heads, *, rngs):
         return _Slopes(heads)
-
-    def additive(self):
-        return True
 
 
 class _Slopes(nnx.Module):
@@ -92,6 +92,8 @@ class T5Bias(Position):
 class BucketBias(Score):
     """score + table[bucket of the distance]: what `T5Bias` does to scores."""
 
+    adds: ClassVar[bool] = True
+
     buckets: int = 32
     """Buckets in all."""
     max_distance: int = 128
@@ -111,9 +113,6 @@ class BucketBias(Score):
 
     def build(self, width, heads, *, rngs):
         return _Table(jax.random.normal(rngs.params(), (self.buckets, heads)) * width**-0.5)
-
-    def additive(self):
-        return True
 
 
 def starts(buckets: int, max_distance: int) -> list[int]:
@@ -143,6 +142,8 @@ class LearnedBias(Score):
     added to the score: Liu et al., Swin (2103.14030), eq. 4. The table starts at 0.
     """
 
+    adds: ClassVar[bool] = True
+
     distance: int = 16
     """The largest distance, before and after the query, with a number of its own."""
 
@@ -155,9 +156,6 @@ class LearnedBias(Score):
 
     def build(self, width, heads, *, rngs):
         return _Table(jnp.zeros((2 * self.distance + 1, heads)))
-
-    def additive(self):
-        return True
 
 
 class _Table(nnx.Module):

@@ -8,6 +8,7 @@ key stand are in `biases.py`.
 
 import dataclasses
 import math
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,9 @@ class Terms:
 class Score(Spec):
     """A modification; this base class leaves the score alone. A new one derives from it and overrides `__call__`."""
 
+    adds: ClassVar[bool] = True
+    """Said beside a `__call__` that adds what does not depend on the score; of another `__call__` it says nothing."""
+
     def __call__(self, score: jax.Array, query: Meta, key: Meta, terms: Terms) -> jax.Array:
         """The new score, float32.
 
@@ -51,8 +55,12 @@ class Score(Spec):
         return None
 
     def additive(self) -> bool:
-        """Whether it adds what does not depend on the score: a backend may then be given the sum as a bias."""
-        return type(self) is Score
+        """Whether it adds what does not depend on the score: a backend may then be given the sum as a bias.
+
+        It goes by `adds` of the very class whose `__call__` it is: who overrides that inherits no promise about it.
+        """
+        author = next(cls for cls in type(self).__mro__ if "__call__" in vars(cls))
+        return vars(author).get("adds", False)
 
     def then(self, other: "Score") -> "Score":
         """This one first, `other` on its result."""
@@ -64,6 +72,8 @@ class Score(Spec):
 @dataclasses.dataclass(frozen=True)
 class Then(Score):
     """Two modifications, one after the other."""
+
+    adds: ClassVar[bool] = True
 
     first: Score
     """What acts on the score."""
@@ -78,7 +88,7 @@ class Then(Score):
         return _Then(self, width, heads, rngs)
 
     def additive(self):
-        return self.first.additive() and self.second.additive()
+        return super().additive() and self.first.additive() and self.second.additive()
 
 
 class _Then(nnx.Module):
@@ -174,14 +184,13 @@ class KeyGate(Score):
     (Lin et al., 2503.02130) without the sum over what lies between key and query.
     """
 
+    adds: ClassVar[bool] = True
+
     def __call__(self, score, query, key, terms):
         return score + terms.key["gate"]
 
     def build(self, width, heads, *, rngs):
         return _KeyGate(width, heads, rngs)
-
-    def additive(self):
-        return True
 
 
 class _KeyGate(nnx.Module):

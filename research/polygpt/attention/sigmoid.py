@@ -12,14 +12,13 @@ from polygpt.attention.scores import Score
 class Shift(Score):
     """The score plus a constant, which softmax does not see and a sigmoid does."""
 
+    adds: ClassVar[bool] = True
+
     by: float = 0.0
     """The constant."""
 
     def __call__(self, score, query, key, terms):
         return score + self.by
-
-    def additive(self):
-        return True
 
 
 @dataclasses.dataclass(frozen=True)
