@@ -16,6 +16,9 @@ from polygpt.attention.masks import DECODER, Mask, Meta
 from polygpt.nn.positions import NoPosition, Position
 from polygpt.spec import Spec
 
+INSIDE = "null or one that acts inside attention: what adds to embeddings is set on the stack"
+"""What the `position` of a layer has to be."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Dims:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from polygpt.attention import cache as memory
-from polygpt.attention.contract import Attention, Context, Dims, blank_context
+from polygpt.attention.contract import INSIDE, Attention, Context, Dims, blank_context
 from polygpt.attention.kernels import dispatch, reference
 from polygpt.attention.kernels.problem import Operands, Rule
 from polygpt.attention.masks import DECODER, Mask, Meta
@@ -44,7 +44,7 @@ class MultiHead(Attention):
     scale: float | None = None
     """What queries are multiplied by; null means 1 / sqrt(d)."""
     qk_norm: Norm | None = None
-    """Normalisation of each query and key before the position encoding. Henry et al., QK-norm (2010.04245)."""
+    """Normalisation of each query and key before the position encoding. Dehghani et al., ViT-22B (2302.05442)."""
     scores: tuple[Score, ...] = ()
     """Score modifications, applied in this order after that of the position encoding."""
     position: Position | None = None
@@ -58,6 +58,8 @@ class MultiHead(Attention):
         self.require(self.heads >= 1, "heads", "at least 1")
         kv_heads = self.key_heads()
         self.require(kv_heads >= 1 and self.heads % kv_heads == 0, "kv_heads", f"a divisor of heads ({self.heads})")
+        self.require(self.head_width is None or self.head_width >= 1, "head_width", "null or at least 1")
+        self.require(self.position is None or not self.position.adds(), "position", INSIDE)
 
     def key_heads(self) -> int:
         """K."""
@@ -65,9 +67,10 @@ class MultiHead(Attention):
 
     def width_of_head(self, width: int) -> int:
         """d at the model width `width`; SpecError where the heads do not divide it."""
-        if self.head_width is None:
-            self.require(width % self.heads == 0, "heads", f"a divisor of the model width ({width}), or set head_width")
-        return self.head_width or width // self.heads
+        if self.head_width is not None:
+            return self.head_width
+        self.require(width % self.heads == 0, "heads", f"a divisor of the model width ({width}), or set head_width")
+        return width // self.heads
 
     def width_of_query(self, width: int) -> int:
         """The width of the vectors whose products are scores, for their scale and norm: d, unless a variant differs."""
@@ -162,9 +165,11 @@ class MultiHeadModule(nnx.Module):
         """The arrays of the problem: queries of `x_BTD` beside everything `seen`, whose metadata is `key`."""
         d = self.spec.width_of_query(self.dims.width)
         query_BHTd = self.queries(x_BTD, context)
-        scale = jnp.asarray(d**-0.5 if self.spec.scale is None else self.spec.scale, query_BHTd.dtype)
+        scale = d**-0.5 if self.spec.scale is None else self.spec.scale
+        # In float32: a scale rounded to bfloat16 would sharpen or flatten all of a layer's weights alike.
+        scaled_BHTd = (query_BHTd.astype(jnp.float32) * scale).astype(query_BHTd.dtype)
         terms = dataclasses.replace(self._terms(x_BTD, context), key=seen["terms"])
-        return Operands(query_BHTd * scale, seen["key"], seen["value"], context.query, key, terms)
+        return Operands(scaled_BHTd, seen["key"], seen["value"], context.query, key, terms)
 
     def queries(self, x_BTD: jax.Array, context: Context) -> jax.Array:
         """[B, H, T, d], with their positions in them."""

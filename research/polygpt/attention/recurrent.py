@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from polygpt.attention.contract import Attention, Context, Dims
+from polygpt.attention.contract import INSIDE, Attention, Context, Dims
 from polygpt.attention.kernels.recurrence import Course, course, linear_recurrence
 from polygpt.attention.masks import Mask, Meta
 from polygpt.attention.multi_head import joined
@@ -51,6 +51,7 @@ class _Stateful(Attention):
         self.require(self.head_width is None or self.head_width >= 1, "head_width", "null or at least 1")
         self.require(self.convolution >= 0 and self.convolution != 1, "convolution", "0, or at least 2")
         self.require(self.chunk >= 2 and self.chunk & (self.chunk - 1) == 0, "chunk", "a power of two, at least 2")
+        self.require(self.position is None or not self.position.adds(), "position", INSIDE)
 
     def encoding(self, dims: Dims) -> Position:
         """The position encoding that acts in this layer; SpecError for one that acts on scores, which are not here."""

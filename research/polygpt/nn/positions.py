@@ -39,6 +39,10 @@ class Position(Spec):
         """What it does to attention scores, a `polygpt.attention.scores.Score`; None leaves them alone."""
         return None
 
+    def adds(self) -> bool:
+        """Whether it adds to embeddings, which the stack does and a layer of attention cannot."""
+        return type(self).build is not Position.build
+
     def limit(self) -> int | None:
         """The number of distinct positions that the encoding knows; None is without bound."""
         return None
