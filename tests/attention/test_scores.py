@@ -282,8 +282,11 @@ def test_a_length_temperature_leaves_the_trained_length_alone():
         (lambda: SoftCap(0.0), "SoftCap.cap"),
         (lambda: LengthTemperature(1), "LengthTemperature.length"),
         (lambda: LearnedBias(0), "LearnedBias.distance"),
+        (lambda: LearnedBias(65), "LearnedBias.distance is 65: it must be from 1 to 64: use T5Bias"),
         (lambda: T5Bias(buckets=7), "T5Bias.buckets"),
         (lambda: T5Bias(buckets=32, max_distance=16), "T5Bias.max_distance"),
+        (lambda: BucketBias(buckets=7), "BucketBias.buckets"),
+        (lambda: BucketBias(buckets=32, max_distance=16), "BucketBias.max_distance"),
     ],
 )
 def test_settings_that_cannot_work_are_named(make, field):

@@ -80,9 +80,7 @@ class T5Bias(Position):
     """Whether keys after the query have buckets too, as in an encoder; else they count as distance 0."""
 
     def validate(self):
-        self.require(self.buckets >= 4 and self.buckets % 2 == 0, "buckets", "an even number of at least 4")
-        one_each = self.buckets // (4 if self.bidirectional else 2)
-        self.require(self.max_distance > one_each, "max_distance", f"above {one_each}, the distances with own buckets")
+        _require_buckets(self)
 
     def score(self) -> Score:
         return BucketBias(self.buckets, self.max_distance, self.bidirectional)
@@ -101,6 +99,9 @@ class BucketBias(Score):
     bidirectional: bool = False
     """Whether keys after the query have buckets of their own."""
 
+    def validate(self):
+        _require_buckets(self)
+
     def __call__(self, score, query, key, terms):
         return score + lookup(terms.head["table"], self.bucket(key.position - query.position))
 
@@ -113,6 +114,13 @@ class BucketBias(Score):
 
     def build(self, width, heads, *, rngs):
         return _Table(jax.random.normal(rngs.params(), (self.buckets, heads)) * width**-0.5)
+
+
+def _require_buckets(spec: T5Bias | BucketBias) -> None:
+    """SpecError, naming the class that was written, unless the buckets can be told apart."""
+    spec.require(spec.buckets >= 4 and spec.buckets % 2 == 0, "buckets", "an even number of at least 4")
+    one_each = spec.buckets // (4 if spec.bidirectional else 2)
+    spec.require(spec.max_distance > one_each, "max_distance", f"above {one_each}, the distances with own buckets")
 
 
 def starts(buckets: int, max_distance: int) -> list[int]:
@@ -148,7 +156,8 @@ class LearnedBias(Score):
     """The largest distance, before and after the query, with a number of its own."""
 
     def validate(self):
-        self.require(self.distance >= 1, "distance", "at least 1")
+        # `lookup` is a selection for each of 2 n + 1 distances, in every kernel and in its gradient.
+        self.require(1 <= self.distance <= 64, "distance", "from 1 to 64: use T5Bias for ranges of greater distances")
 
     def __call__(self, score, query, key, terms):
         relative = jnp.clip(key.position - query.position, -self.distance, self.distance)
