@@ -1,5 +1,6 @@
 """`polygpt attention list`, `new` and `bench`."""
 
+import inspect
 import json
 import re
 
@@ -18,10 +19,25 @@ ENTRIES = [catalogue.entry(cls) for cls in catalogue.variants()]
 def test_a_variant_says_what_it_is(entry):
     assert load_class(entry.spec).__name__ == entry.name
     assert entry.family in ("softmax", "linear")
-    assert entry.paper or "20" in entry.about, "an arXiv number, or a source with its year"
-    assert 10 < len(entry.about) and entry.cost
+    assert re.fullmatch(r"\d{4}\.\d{4,5}|[A-Z][\w .]+, (19|20)\d\d, \S+", entry.paper), "arXiv, or author, year, place"
+    assert 10 < len(entry.about) and entry.cost and not entry.about.endswith(" al")
+    source = inspect.getdoc(load_class(entry.spec)) + inspect.getmodule(load_class(entry.spec)).__doc__
+    assert re.split("[,/]", entry.paper)[0] in source, "the docstring says more of it"
     assert set(entry.backends) <= {"reference", "chunked", "library", "flex"}
     assert bool(entry.backends) == (entry.family == "softmax"), "the linear family has forms of its own"
+
+
+def test_a_source_is_not_inherited():
+    class Nearer(MultiHead):
+        """Of my own. Not by Vaswani et al. (1706.03762)."""
+
+    mine, known = catalogue.entry(Nearer), {one.name: one for one in ENTRIES}
+    assert (mine.paper, mine.about) == ("", "Of my own")
+    assert known["SoftmaxOffByOne"].paper == "Miller, 2023, evanmiller.org/attention-is-off-by-one.html"
+    assert known["LinearAttention"].about == "Softmax replaced by phi(q) phi(k)^T, phi = elu + 1"
+    rows = catalogue.markdown([mine, known["MultiHead"], known["SoftmaxOffByOne"]]).splitlines()[2:]
+    cells = [row.split(" | ")[2] for row in rows]
+    assert cells == ["–", "[1706.03762](https://arxiv.org/abs/1706.03762)", known["SoftmaxOffByOne"].paper]
 
 
 def test_the_list_names_every_variant_once(capsys):

@@ -15,6 +15,8 @@ class BlockSparse(MultiHead):
     Blocks are counted from the beginning of each packed example. The cache is a ring.
     """
 
+    paper = "2007.14062"
+
     block: int = 32
     """Positions of a block."""
     around: int = 1

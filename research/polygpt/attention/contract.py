@@ -73,6 +73,8 @@ class Attention(Spec):
 
     family: ClassVar[Literal["softmax", "linear"]] = "softmax"
     """Whether it weighs all keys anew for each query, or carries a state of fixed size along the row."""
+    paper: ClassVar[str] = ""
+    """Its source, for lists: an arXiv number, or "author, year, place". Subclasses have to name their own."""
 
     def build(self, dims: Dims, rngs: nnx.Rngs) -> nnx.Module:
         """The module, called as `(x_BTD, context, cache=None) -> (y_BTD, cache)`.

@@ -20,6 +20,8 @@ class GatedCross(MultiHead):
     (Flamingo: of the last item alone); the output is zero where there are none, and at media positions.
     """
 
+    paper = "2204.14198"
+
     alpha: float = 0.0
     """Where alpha starts: at 0 the layer has no effect at first, as in the paper."""
 

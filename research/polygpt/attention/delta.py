@@ -21,6 +21,8 @@ class DeltaNet(Recurrent):
     values, queries and keys of length 1, each head's output normalised. No encoding turns queries and keys.
     """
 
+    paper = "2406.06484"
+
     convolution: int = 4
     """How many positions a causal convolution over the projections looks at; 0 for none."""
     rotates: bool = False

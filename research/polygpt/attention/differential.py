@@ -22,6 +22,8 @@ class Differential(MultiHead):
     transformer of that width.
     """
 
+    paper = "2410.05258"
+
     lambda_init: float = 0.8
     """Where lambda starts; the paper also lets it grow with the layer l = 1, 2, ..: 0.8 - 0.6 exp(-0.3 (l - 1))."""
 
@@ -36,6 +38,9 @@ class Differential(MultiHead):
 
     def build(self, dims: Dims, rngs: nnx.Rngs) -> nnx.Module:
         return _Differential(self, dims, rngs)
+
+    def backends(self) -> tuple[str, ...]:
+        return tuple(name for name in super().backends() if name != "library")  # queries are narrower than values
 
     def score_flops(self, width: int, keys: float) -> float:
         return 6 * self.heads * self.width_of_head(width) * keys

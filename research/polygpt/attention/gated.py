@@ -19,6 +19,8 @@ class GatedOutput(MultiHead):
     gate is computed from the layer's (normalised) input.
     """
 
+    paper = "2505.06708"
+
     gate: Literal["element", "head"] = "element"
     """Whether each channel has a gate, or each head one."""
 

@@ -21,6 +21,8 @@ class GatedLinear(Recurrent):
     matrices down to single positions. Positions are in the decay: no encoding turns queries and keys.
     """
 
+    paper = "2312.06635"
+
     rank: int = 16
     """The rank of the projection to the decay."""
     temperature: float = 16.0

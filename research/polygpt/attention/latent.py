@@ -25,6 +25,8 @@ class MultiHeadLatent(MultiHead):
     are where the authors' code has them, on the maps from and to the model width.
     """
 
+    paper = "2405.04434"
+
     kv_rank: int | None = None
     """R, the width of the latent; null means 4 d, as in the paper."""
     q_rank: int | None = None
@@ -61,6 +63,9 @@ class MultiHeadLatent(MultiHead):
 
     def build(self, dims: Dims, rngs: nnx.Rngs) -> nnx.Module:
         return _Latent(self, dims, rngs)
+
+    def backends(self) -> tuple[str, ...]:
+        return tuple(name for name in super().backends() if name != "library")  # queries are wider than values
 
     def score_flops(self, width: int, keys: float) -> float:
         return 2 * self.heads * (self.width_of_query(width) + self.width_of_head(width)) * keys

@@ -21,6 +21,8 @@ class LinearAttention(Recurrent):
     RoFormer (2104.09864, eq. 19).
     """
 
+    paper = "2006.16236"
+
     norm: Norm | None = None
     """Normalisation of what each head has read."""
 

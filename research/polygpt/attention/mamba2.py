@@ -24,6 +24,8 @@ class Mamba2(_Stateful):
     queries, keys and values; the G groups are key heads. Positions are in the decay: no encoding acts here.
     """
 
+    paper = "2405.21060"
+
     expand: int = 2
     """Width of x, of all heads together, as a multiple of the model width."""
     state_width: int = 64

@@ -20,6 +20,8 @@ class MixtureOfTransformers(MultiHead):
     the projections cost `sets` times the FLOPs of multi-head attention.
     """
 
+    paper = "2411.04996"
+
     sets: int = 2
     """How many sets of projections there are: text has the first, modality m the set min(m, sets - 1)."""
 

@@ -28,6 +28,8 @@ from polygpt.nn.positions import Position
 class MultiHead(Attention):
     """Softmax attention with H query heads and K key and value heads."""
 
+    paper = "1706.03762"
+
     normalizer: ClassVar[Literal["softmax", "sigmoid"]] = "softmax"
     """How scores become weights."""
 

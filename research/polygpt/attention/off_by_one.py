@@ -20,6 +20,8 @@ class SoftmaxOffByOne(MultiHead):
     the sum that is not the extra term: every backend has it.
     """
 
+    paper = "Miller, 2023, evanmiller.org/attention-is-off-by-one.html"
+
     learned: bool = False
     """Whether the extra term is learned, a number a head that starts at 0."""
 

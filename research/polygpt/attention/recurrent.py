@@ -109,6 +109,8 @@ class Recurrent(_Stateful):
     S_t = S_{t-1} + k_t v_t^T, y_t = norm(S_t^T q_t): eq. 18 of Katharopoulos et al. (2006.16236) with no feature map.
     """
 
+    paper = "2210.10340"
+
     value_width: int | None = None
     """e, the width of a head's values; null means the model width over `heads`."""
     rotates: bool = True

@@ -19,6 +19,8 @@ class Retention(Recurrent):
     by the heads. The paper's models have a `value_width` twice the `head_width` and a smaller MLP for it.
     """
 
+    paper = "2307.08621"
+
     norm: Norm | None = LayerNorm()
     """Normalisation of what each head has read: the paper's group norm."""
     gate: bool = True

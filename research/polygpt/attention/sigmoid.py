@@ -29,6 +29,8 @@ class SigmoidAttention(MultiHead):
     training, which the authors find decisive (their section 5); n is the length of the sequence.
     """
 
+    paper = "2409.04431"
+
     normalizer: ClassVar[Literal["softmax", "sigmoid"]] = "sigmoid"
 
     length: int = 1024

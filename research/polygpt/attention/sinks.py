@@ -15,6 +15,8 @@ class SinksAndWindow(MultiHead):
     `sinks + window` positions.
     """
 
+    paper = "2309.17453"
+
     sinks: int = 4
     """How many first positions every query sees."""
     window: int = 64

@@ -14,6 +14,8 @@ class SlidingWindow(MultiHead):
     Through L layers a position hears of what is up to L (window - 1) positions away. The cache is a ring of `window`.
     """
 
+    paper = "2004.05150"
+
     window: int = 64
     """How many positions up to and with itself a query sees; in a tower as many to the other side too."""
 

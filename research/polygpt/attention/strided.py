@@ -15,6 +15,8 @@ class LocalAndStrided(MultiHead):
     sqrt(T). The positions at a stride lie in all blocks: kernels that skip empty blocks skip none of them.
     """
 
+    paper = "1904.10509"
+
     stride: int = 16
     """Positions from one distant key to the next."""
     window: int | None = None

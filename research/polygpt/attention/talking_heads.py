@@ -25,6 +25,8 @@ class TalkingHeads(MultiHead):
     attention. Modifications act on the scores before they are mixed, the mask after.
     """
 
+    paper = "2003.02436"
+
     def validate(self):
         super().validate()
         self.require(not self.strict or self.backend in ("auto", "reference"), "backend", f"reference: {REASON}")

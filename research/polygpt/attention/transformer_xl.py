@@ -24,6 +24,8 @@ class TransformerXL(MultiHead):
     backend, joined by the sums of their softmax. A bidirectional span sees its own positions in the piece after, too.
     """
 
+    paper = "1901.02860"
+
     position: Position | None = NoPosition()
     """A position encoding beside the relative one of this layer; null means that of the stack."""
     piece: int = 32

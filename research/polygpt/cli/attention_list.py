@@ -39,13 +39,13 @@ def run(arguments: Namespace) -> dict:
             [
                 one.spec.removeprefix(PACKAGE),
                 one.family,
-                one.paper or "–",
+                ", ".join(one.paper.split(", ")[:2]) or "–",  # without the place
                 "all" if set(one.backends) == set(dispatch.BACKENDS) else ", ".join(one.backends) or "its own",
                 one.cost,
             ]
             for one in entries
         ]
-        columns = ["variant", "family", "arXiv", "backends", "FLOPs a query seeing S keys"]
+        columns = ["variant", "family", "paper", "backends", "FLOPs a query seeing S keys"]
         print_table(f"{len(rows)} variants; write {PACKAGE} before a name", columns, rows)
         print("what computes the softmax family, --model.decoder.attention.backend NAME:")
         for name, text in backends.items():

@@ -11,8 +11,10 @@ from polygpt.attention.contract import Attention
 from polygpt.attention.kernels.dispatch import BACKENDS
 from polygpt.spec import class_name
 
-NAMED = re.compile(r"\b(\d{4}\.\d{4,5})\b")
+ARXIV = re.compile(r"\d{4}\.\d{4,5}")
 """An arXiv number."""
+SENTENCE = re.compile(r"(?<!\bal)\. (?=[A-Z])")
+"""Where a sentence ends."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Entry:
         spec: what `--model.decoder.attention` takes.
         family: softmax or linear.
         about: the first sentence of its docstring.
-        paper: the arXiv number, or what the docstring calls the source.
+        paper: what the class itself calls its source, an arXiv number or "author, year, place"; or "".
         backends: those that can compute it; empty where it has a form of its own.
         cost: FLOPs beside the projections of one query that sees S keys.
     """
@@ -52,19 +54,16 @@ def variants() -> list[type[Attention]]:
 def entry(cls: type[Attention]) -> Entry:
     """What a variant says of itself; one without defaults for its fields cannot be listed."""
     spec = cls()
-    text = " ".join(inspect.getdoc(cls).split())
-    numbers = NAMED.findall(text) or NAMED.findall(inspect.getmodule(cls).__doc__ or "")
-    about = re.split(r"(?<=[a-z\)])\. ", text)[0].rstrip(".")
-    return Entry(
-        cls.__name__, class_name(cls), spec.family, about, numbers[0] if numbers else "", spec.backends(), spec.cost()
-    )
+    about = SENTENCE.split(" ".join(inspect.getdoc(cls).split()))[0].rstrip(".")
+    paper = vars(cls).get("paper", "")  # not inherited: what derives from a paper's variant is not that paper's
+    return Entry(cls.__name__, class_name(cls), spec.family, about, paper, spec.backends(), spec.cost())
 
 
 def markdown(entries: list[Entry]) -> str:
     """The table of the README."""
     lines = ["| variant | family | paper | backends | FLOPs a query that sees S keys |", "|---|---|---|---|---|"]
     for one in entries:
-        paper = f"[{one.paper}](https://arxiv.org/abs/{one.paper})" if one.paper else "–"
+        paper = f"[{one.paper}](https://arxiv.org/abs/{one.paper})" if ARXIV.fullmatch(one.paper) else one.paper or "–"
         own = "all" if set(one.backends) == set(BACKENDS) else ", ".join(one.backends) or "its own"
         lines.append(f"| `{one.spec}` | {one.family} | {paper} | {own} | {one.cost} |")
     return "\n".join(lines)
