@@ -42,6 +42,8 @@ from polygpt.attention.sigmoid import SigmoidAttention
 from polygpt.attention.talking_heads import TalkingHeads
 from polygpt.attention.transformer_xl import TransformerXL
 from polygpt.errors import SpecError
+from polygpt.lab import catalogue
+from polygpt.nn.positions import NoPosition
 
 TOLERANCE = 1.5e-5
 """Outputs are up to 12 in size and carry the roundings to 2^-24 of a chain of four products: 1e-6 of that size."""
@@ -102,6 +104,36 @@ def test_with_a_cache_it_is_the_same(case):
             y_BTD, cache = call(state, x_BTD[:, start:stop], here, cache)
             got.append(y_BTD)
         np.testing.assert_allclose(np.concatenate(got, axis=1), expected_BTD, rtol=0, atol=TOLERANCE)
+
+
+CLAIMS = [(cls, backend) for cls in catalogue.variants() for backend in cls().backends()]
+
+
+@pytest.mark.parametrize(("cls", "backend"), CLAIMS, ids=lambda one: getattr(one, "__name__", one))
+def test_what_it_claims_computes_it(cls, backend):
+    """Each backend that a variant names takes a layer of it, here on a CPU: with `strict` a refusal is an error."""
+
+    @nnx.eval_shape
+    def y_BTD():
+        module = cls(backend=backend, strict=True).build(DIMS, nnx.Rngs(0))
+        return module(jnp.asarray(inputs()), context(jax.tree.map(jnp.asarray, row())))[0]
+
+    assert y_BTD.shape == (2, T, WIDTH)
+
+
+@pytest.mark.parametrize(
+    ("spec", "factor"), [(MultiHead(2, head_width=3), 3**-0.5), (MultiHead(2, scale=0.3), 0.3)], ids=["usual", "own"]
+)
+def test_in_bfloat16_a_scale_is_not_rounded(spec, factor):
+    """Queries times the exact factor, rounded once: bfloat16 has 0.5781 for 3^-1/2 = 0.5774 and 0.3008 for 0.3."""
+    module = spec.build(dataclasses.replace(DIMS, dtype="bfloat16", position=NoPosition()), nnx.Rngs(0))
+    x_BTD, here = jnp.asarray(inputs()), context(row())
+    operands = module.operands(x_BTD, here, module.remembered(x_BTD, here), here.key)
+    query_BHTd = np.asarray(module.queries(x_BTD, here), np.float64)
+    assert operands.query_BHTd.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(operands.query_BHTd, (query_BHTd * factor).astype(jnp.bfloat16))
+    wrong = query_BHTd * np.float64(jnp.bfloat16(factor))
+    assert (np.asarray(operands.query_BHTd) != wrong.astype(jnp.bfloat16)).any(), "a test that would see it"
 
 
 # --- what is special to each ------------------------------------------------------------------------------------------
