@@ -28,7 +28,7 @@ def parser(prog: str, about: str) -> Parser:
     words.add_argument("--model_width", type=int, default=256, metavar="D", help="(default: %(default)s)")
     words.add_argument("--rows", type=int, default=1, metavar="B", help="(default: %(default)s)")
     words.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="(default: %(default)s)")
-    words.add_argument("--picture", metavar="F", help="the PNG to draw (default: runs/attention-bench.png)")
+    words.add_argument("--picture", metavar="F", help="the picture to draw (default: runs/attention-bench.png)")
     return words
 
 
@@ -49,7 +49,9 @@ def run(arguments: Namespace) -> dict:
 
     from polygpt.cli.progress import Progress
     from polygpt.lab import bench
+    from polygpt.lab.picture import writable
 
+    picture = writable(Path(arguments.picture or "runs/attention-bench.png"))
     costs, rows = [], []
     measured = bench.compare(specs, lengths, arguments.model_width, arguments.rows, arguments.dtype)
     with Progress("measuring") as progress:
@@ -64,7 +66,6 @@ def run(arguments: Namespace) -> dict:
     device = jax.devices()[0].device_kind
     title = f"width {arguments.model_width}, {arguments.rows} rows, {arguments.dtype}, {device}, jax {jax.__version__}"
     print_table(title, columns, rows)
-    picture = Path(arguments.picture or "runs/attention-bench.png")
     bench.plot(costs, picture, title)
     print(f"drawn: {picture}")
     return {"costs": [dataclasses.asdict(cost) for cost in costs], "device": device, "picture": picture}

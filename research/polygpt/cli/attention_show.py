@@ -14,7 +14,9 @@ examples:
   polygpt attention show mine.py:Mine --block 16 --picture mine.png
 
 A layout is one row: packed examples parted by "|"; a number is that many positions of text, NAME:N a medium of N
-positions, pad:N padding."""
+positions, pad:N padding. Text is modality 0; the media are numbered from 1 in the order in which they appear, whatever
+their names: for a variant that tells them apart, name them in the order of the model's adapters. Every pair is drawn up
+to 1,024 positions, beyond that the blocks alone: choose a --block with which the row has some hundred of them."""
 
 LAYOUT = "6 image:9 8 | 14 audio:6 3 | pad:2"
 WIDEST = 64
@@ -30,7 +32,7 @@ def parser(prog: str, about: str) -> Parser:
         "--causal_media", action="store_true", help="media are causal: by default they see all of themselves"
     )
     words.add_argument("--block", type=int, default=8, metavar="N", help="positions of a block (default: %(default)s)")
-    words.add_argument("--picture", metavar="F", help="the PNG to draw (default: runs/<SPEC>-mask.png)")
+    words.add_argument("--picture", metavar="F", help="the picture to draw (default: runs/<SPEC>-mask.png)")
     return words
 
 
@@ -39,11 +41,13 @@ def run(arguments: Namespace) -> dict:
     from polygpt.attention.kernels.block_map import count
     from polygpt.attention.masks import DECODER, Causal, SameSegment
     from polygpt.lab import drawing
+    from polygpt.lab.picture import writable
 
     if arguments.block < 1:
         raise UserError(f"attention show: --block is {arguments.block}: it must be positive")
     spec = variant.load(arguments.spec, arguments.changes, arguments.options)
     name = arguments.spec.rpartition(":")[2]
+    picture = writable(Path(arguments.picture or f"runs/{name}-mask.png"))
     row = drawing.read_row(arguments.layout, not arguments.causal_media)
     mask = DECODER if spec.sees_ahead() else SameSegment() & Causal()
     if hasattr(spec, "mask"):
@@ -51,10 +55,10 @@ def run(arguments: Namespace) -> dict:
     if row.length <= WIDEST:
         print(drawing.text_picture(mask, row))
     found, exact = drawing.blocks(mask, row, arguments.block)
-    seen = int(drawing.matrix(mask, row).sum())
+    seen = drawing.seen(mask, row)
+    print("modalities: " + ", ".join(f"{medium} {number}" for number, medium in enumerate(row.names)))
     print(f"{name}: {seen:,} of {row.length**2:,} pairs are seen; blocks of {arguments.block}: {count(found)}")
-    picture = Path(arguments.picture or f"runs/{name}-mask.png")
     drawing.draw(mask, row, arguments.block, picture, f"{name}, {arguments.layout}")
     print(f"drawn: {picture}")
     counts = {"map": vars(count(found)), "exact": vars(count(exact))}
-    return {"positions": row.length, "seen": seen, "blocks": counts, "picture": picture}
+    return {"positions": row.length, "modalities": row.names, "seen": seen, "blocks": counts, "picture": picture}

@@ -124,6 +124,8 @@ def plot(costs: list[Cost], path, title: str) -> None:
     """Writes a PNG: time and memory over T, a column a kind, a line a variant."""
     from matplotlib.figure import Figure
 
+    from polygpt.lab import picture
+
     figure = Figure(figsize=(12, 6), layout="constrained")
     axes = figure.subplots(2, len(KINDS), sharex=True)
     for column, kind in enumerate(KINDS):
@@ -136,5 +138,4 @@ def plot(costs: list[Cost], path, title: str) -> None:
         axes[1, column].set(xlabel="T", xscale="log", yscale="log", ylabel="MB" if column == 0 else None)
     axes[0, 0].legend(fontsize="small")
     figure.suptitle(title)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    picture.save(figure, path)

@@ -2,20 +2,26 @@
 
 import dataclasses
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 
 from polygpt.attention.kernels.block_map import EMPTY, FULL, block_map, exact_block_map
 from polygpt.attention.masks import Mask, Meta, allowed
 from polygpt.errors import UserError
+from polygpt.lab import picture
 
 COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756", "#72b7b2")
 """Text, then media in order."""
+DENSE = 1024
+"""The longest row of which every pair is drawn; of a longer one the blocks are."""
+LINES = 64
+"""The most lines between blocks or examples that still leave something to see."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +76,19 @@ def read_row(text: str, bidirectional: bool = True) -> Row:
 
 def matrix(mask: Mask, row: Row) -> np.ndarray:
     """Who sees whom, bool [T, T]."""
-    return np.asarray(allowed(mask, row.meta, row.meta))[0]
+    return np.concatenate([*_queries(mask, row)])
+
+
+def seen(mask: Mask, row: Row) -> int:
+    """How many pairs are seen, without a matrix of all of them."""
+    return sum(int(part.sum()) for part in _queries(mask, row))
+
+
+def _queries(mask: Mask, row: Row) -> Iterator[np.ndarray]:
+    """The rows of the matrix, `DENSE` queries at a time."""
+    for start in range(0, row.length, DENSE):
+        query = jax.tree.map(lambda array, start=start: array[:, start : start + DENSE], row.meta)
+        yield np.asarray(allowed(mask, query, row.meta))[0]
 
 
 def blocks(mask: Mask, row: Row, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -86,38 +104,57 @@ def text_picture(mask: Mask, row: Row) -> str:
 
 
 def draw(mask: Mask, row: Row, size: int, path: Path, title: str) -> None:
-    """Writes a PNG: the mask, its modalities along both edges, and beside it the block map."""
-    figure = Figure(figsize=(11, 5.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    T, seen = row.length, matrix(mask, row)
-    left.imshow(seen, cmap=ListedColormap(["#f4f4f4", "#333333"]), vmin=0, vmax=1, extent=(0, T, T, 0))
-    for t, number in enumerate(np.asarray(row.meta.modality)[0]):
-        colour = "white" if number < 0 else COLOURS[number % len(COLOURS)]
-        for corner, width, height in (((t, -0.04 * T), 1, 0.03 * T), ((-0.04 * T, t), 0.03 * T, 1)):
-            left.add_patch(Rectangle(corner, width, height, color=colour, clip_on=False))
-    for t in np.flatnonzero(np.diff(np.asarray(row.meta.segment)[0])) + 1:
-        left.axhline(t, color="#e45756", linewidth=0.8)
-        left.axvline(t, color="#e45756", linewidth=0.8)
-    left.set(xlim=(0, T), ylim=(T, 0), xlabel="key", ylabel="query")
-    left.set_title(f"{seen.sum()} of {T * T} pairs are seen", pad=20)
-    for number, name in enumerate(row.names):
-        left.plot([], [], "s", color=COLOURS[number % len(COLOURS)], label=name)
-    left.legend(loc="upper right", fontsize="small")
+    """Writes a picture: the block map, the modalities along its edges; of rows up to `DENSE` every pair beside it."""
+    pairs = row.length <= DENSE
+    figure = Figure(figsize=(11, 5.4) if pairs else (7, 6.4), layout="constrained")
+    *left, right = figure.subplots(1, 1 + pairs, squeeze=False)[0]
+    for axes in left:
+        _draw_pairs(axes, matrix(mask, row), row)
+    _draw_blocks(right, *blocks(mask, row, size), size)
+    _draw_edges((left or [right])[0], row)
+    figure.suptitle(title)
+    picture.save(figure, path)
 
-    found, exact = blocks(mask, row, size)
+
+def _draw_pairs(axes, visible: np.ndarray, row: Row) -> None:
+    T = row.length
+    axes.imshow(visible, cmap=ListedColormap(["#f4f4f4", "#333333"]), vmin=0, vmax=1, extent=(0, T, T, 0))
+    _draw_lines(axes, np.flatnonzero(np.diff(np.asarray(row.meta.segment)[0])) + 1, "#e45756")
+    axes.set(xlim=(0, T), ylim=(T, 0), xlabel="key", ylabel="query")
+    axes.set_title(f"{visible.sum():,} of {T * T:,} pairs are seen", pad=20)
+
+
+def _draw_blocks(axes, found: np.ndarray, exact: np.ndarray, size: int) -> None:
     edge = found.shape[0] * size
     colours = ListedColormap(["#f4f4f4", "#9ecae9", "#2f6b9a"])
-    right.imshow(found, cmap=colours, vmin=EMPTY, vmax=FULL, extent=(0, edge, edge, 0))
-    for i in range(found.shape[0] + 1):
-        right.axhline(i * size, color="white", linewidth=0.8)
-        right.axvline(i * size, color="white", linewidth=0.8)
+    axes.imshow(found, cmap=colours, vmin=EMPTY, vmax=FULL, extent=(0, edge, edge, 0))
+    _draw_lines(axes, np.arange(found.shape[0] + 1) * size, "white")
     for kind, (name, colour) in enumerate(zip(("empty", "partial", "full"), colours.colors, strict=True)):
-        right.plot(
-            [], [], "s", color=colour, label=f"{name}: {(found == kind).sum()} (exactly {(exact == kind).sum()})"
-        )
-    right.legend(loc="upper right", fontsize="small")
-    right.set(xlabel="key", ylabel="query")
-    right.set_title(f"blocks of {size}: {(found == EMPTY).mean():.0%} are skipped", pad=20)
-    figure.suptitle(title)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+        label = f"{name}: {(found == kind).sum():,} (exactly {(exact == kind).sum():,})"
+        axes.plot([], [], "s", color=colour, label=label)
+    axes.legend(loc="upper right", fontsize="small")
+    axes.set(xlim=(0, edge), ylim=(edge, 0), xlabel="key", ylabel="query")
+    axes.set_title(f"blocks of {size}: {(found == EMPTY).mean():.0%} are skipped", pad=20)
+
+
+def _draw_lines(axes, places: np.ndarray, colour: str) -> None:
+    for place in places if len(places) <= LINES + 1 else ():
+        axes.axhline(place, color=colour, linewidth=0.8)
+        axes.axvline(place, color=colour, linewidth=0.8)
+
+
+def _draw_edges(axes, row: Row) -> None:
+    """The modalities as a strip above and one at the left, and their names."""
+    T, modality = row.length, np.asarray(row.meta.modality)[0]
+    limits = axes.get_xlim(), axes.get_ylim()
+    near, far = -0.01 * limits[0][1], -0.04 * limits[0][1]
+    colours = ListedColormap(["white", *(COLOURS[number % len(COLOURS)] for number in range(len(row.names)))])
+    for strip, extent in ((modality[None, :], (0, T, near, far)), (modality[:, None], (far, near, T, 0))):
+        options = {"vmin": -1, "vmax": len(row.names) - 1, "interpolation": "nearest", "clip_on": False}
+        axes.imshow(strip, cmap=colours, extent=extent, **options)
+    axes.set(xlim=limits[0], ylim=limits[1])
+    marks = [axes.plot([], [], "s", color=colours.colors[number + 1])[0] for number in range(len(row.names))]
+    if (blocks_legend := axes.get_legend()) is not None:
+        axes.add_artist(blocks_legend)  # which a second one would take the place of
+    axes.legend(marks, row.names, loc="lower left" if blocks_legend else "upper right", fontsize="small")
+    axes.tick_params(axis="y", pad=18)
