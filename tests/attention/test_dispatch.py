@@ -62,7 +62,7 @@ def test_the_platform_is_that_of_the_innermost_context():
 
 
 def test_a_backend_that_refuses_is_replaced_with_one_line_in_the_log(caplog):
-    dispatch._say.cache_clear()
+    dispatch.say_instead.cache_clear()
     rule, operands = Rule(DECODER, SoftCap(3.0)), shapes(32)
     line = (
         "attention: reference instead of library: SoftCap cannot be written as a bias, "

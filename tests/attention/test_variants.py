@@ -34,6 +34,7 @@ from polygpt.attention.cache import Ring
 from polygpt.attention.cross import GatedCross
 from polygpt.attention.differential import Differential
 from polygpt.attention.gated import GatedOutput
+from polygpt.attention.kernels import dispatch
 from polygpt.attention.latent import MultiHeadLatent
 from polygpt.attention.mixture import MixtureOfTransformers
 from polygpt.attention.multi_head import MultiHead
@@ -175,10 +176,12 @@ def test_heads_that_do_not_talk_are_multi_head_attention():
 def test_talking_heads_say_that_no_other_backend_can(caplog):
     with pytest.raises(SpecError, match="TalkingHeads.backend is 'chunked': it must be reference: talking heads mix"):
         TalkingHeads(4, backend="chunked", strict=True)
+    dispatch.say_instead.cache_clear()
     call, state, _ = made(TalkingHeads(4, backend="chunked"))
     with caplog.at_level(logging.WARNING):
         call(state, inputs(), context(row()))
     assert "reference instead of chunked: talking heads mix" in caplog.text
+    assert [record.name for record in caplog.records] == [dispatch.__name__], "in the words of every such choice"
 
 
 def test_gradients_stop_before_the_piece_before():

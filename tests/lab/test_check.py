@@ -1,17 +1,23 @@
 """`polygpt attention check`: each mistake is found and called by its name, and what is right passes."""
 
+import importlib
 import json
 
+import numpy as np
 import pytest
 
+from polygpt.attention.cross import GatedCross
+from polygpt.attention.masks import DECODER, Causal, KeyModality, QueryModality, SameSegment, Window
 from polygpt.attention.multi_head import MultiHead
+from polygpt.attention.retention import Retention
 from polygpt.attention.sliding import SlidingWindow
 from polygpt.cli.main import main
 from polygpt.errors import SpecError
 from polygpt.lab import check as lab
+from polygpt.lab import drawing
 from polygpt.lab.layout import layouts
 from polygpt.lab.measured import difference
-from polygpt.lab.subject import suitable_length
+from polygpt.lab.subject import seen_by, suitable_length
 from polygpt.spec import load_class
 
 OWN = __file__.replace("test_check", "wrong_variants")
@@ -112,6 +118,36 @@ def test_a_wrong_word_is_an_error_of_one_line(capsys, words, expected):
     assert main(["attention", "check", *words]) == 2
     err = capsys.readouterr().err
     assert expected in err and err.count("\n") == 1
+
+
+class Forward(MultiHead):
+    """Sees nothing ahead, though its mask would."""
+
+    def sees_ahead(self):
+        return False
+
+
+@pytest.mark.parametrize("verb", ["check", "bench", "show"])
+def test_every_verb_calls_the_variant_by_one_name(verb):
+    parser = importlib.import_module(f"polygpt.cli.attention_{verb}").parser(f"polygpt attention {verb}", "about")
+    assert parser.read(["mine.py:Mine"]).variant == "mine.py:Mine"
+
+
+@pytest.mark.parametrize(
+    ("spec", "mask"),
+    [
+        (MultiHead(), DECODER),
+        (SlidingWindow(window=3), DECODER & Window(3)),
+        (Retention(), SameSegment() & Causal()),
+        (Forward(), SameSegment() & Causal()),
+        (GatedCross(), SameSegment() & Causal() & QueryModality(0) & ~KeyModality(0)),
+    ],
+    ids=lambda one: type(one).__name__,
+)
+def test_what_a_decoder_lets_a_variant_see_is_said_in_one_place(spec, mask):
+    """By `seen_by`, in `attention check` and `attention show` alike."""
+    row = drawing.read_row("3 image:4 2 | 2 audio:2 1 pad:2")
+    np.testing.assert_array_equal(drawing.matrix(seen_by(spec), row), drawing.matrix(mask, row))
 
 
 def test_rows_go_beyond_what_a_variant_names():

@@ -1,20 +1,16 @@
 """Attention whose heads are mixed with each other before and after the softmax."""
 
 import dataclasses
-import functools
-import logging
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from polygpt.attention.contract import Dims
-from polygpt.attention.kernels import reference
+from polygpt.attention.kernels import dispatch, reference
 from polygpt.attention.multi_head import MultiHead, MultiHeadModule
 
 REASON = "talking heads mix the scores of all heads, which only the materialised matrix holds together"
-
-_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +47,7 @@ class _TalkingHeads(MultiHeadModule):
 
     def attend(self, rule, operands):
         if self.spec.backend not in ("auto", "reference"):
-            _say(self.spec.backend)
+            dispatch.say_instead("reference", self.spec.backend, REASON)
         weights_BHTS, lse_BHT = self._weights(rule, operands)
         return reference.weighted_values(weights_BHTS, operands.value_BKSe), lse_BHT
 
@@ -70,9 +66,3 @@ class _TalkingHeads(MultiHeadModule):
 def _mixed(x_BHTS: jax.Array, mixture_HG: jax.Array) -> jax.Array:
     """Heads H to mixtures of them G: [B, G, T, S]."""
     return jnp.einsum("bhts,hg->bgts", x_BHTS, mixture_HG)
-
-
-@functools.cache
-def _say(backend: str) -> None:
-    """Logs once that another backend computes."""
-    _log.warning(f"attention: reference instead of {backend}: {REASON}")

@@ -22,7 +22,7 @@ runs: compare within one table, not between two."""
 def parser(prog: str, about: str) -> Parser:
     """The verb's arguments."""
     words = Parser(prog, about, EXAMPLES, variant.fields)
-    words.add_argument("spec", metavar="MODULE:SPEC", help="the variant; its fields are set by --name value")
+    words.add_argument("variant", metavar="MODULE:SPEC", help="the variant; its fields are set by --name value")
     words.add_argument("--against", metavar="OTHER", help="another variant, with its defaults, to compare with")
     words.add_argument("--lengths", default="256,512,1024,2048", metavar="T,T,...", help="(default: %(default)s)")
     words.add_argument("--model_width", type=int, default=256, metavar="D", help="(default: %(default)s)")
@@ -40,7 +40,8 @@ def run(arguments: Namespace) -> dict:
         lengths = ()
     if not lengths or min(lengths) < 2 or min(arguments.model_width, arguments.rows) < 1:
         raise UserError("attention bench: --lengths takes numbers above 1 like 256,1024; --model_width, --rows above 0")
-    specs = {arguments.spec.rpartition(":")[2]: variant.load(arguments.spec, arguments.changes, arguments.options)}
+    own = variant.load(arguments.variant, arguments.changes, arguments.options)
+    specs = {arguments.variant.rpartition(":")[2]: own}
     if arguments.against:
         name = arguments.against.rpartition(":")[2]
         specs[name if name not in specs else f"{name} (defaults)"] = variant.load(arguments.against)

@@ -26,7 +26,7 @@ WIDEST = 64
 def parser(prog: str, about: str) -> Parser:
     """The verb's arguments."""
     words = Parser(prog, about, EXAMPLES, variant.fields)
-    words.add_argument("spec", metavar="MODULE:SPEC", help="the variant; its fields are set by --name value")
+    words.add_argument("variant", metavar="MODULE:SPEC", help="the variant; its fields are set by --name value")
     words.add_argument("--layout", default=LAYOUT, metavar="TEXT", help='the row (default: "%(default)s")')
     words.add_argument(
         "--causal_media", action="store_true", help="media are causal: by default they see all of themselves"
@@ -39,19 +39,17 @@ def parser(prog: str, about: str) -> Parser:
 def run(arguments: Namespace) -> dict:
     """Draws mask and block map; returns their counts and the picture's place."""
     from polygpt.attention.kernels.block_map import count
-    from polygpt.attention.masks import DECODER, Causal, SameSegment
     from polygpt.lab import drawing
     from polygpt.lab.picture import writable
+    from polygpt.lab.subject import seen_by
 
     if arguments.block < 1:
         raise UserError(f"attention show: --block is {arguments.block}: it must be positive")
-    spec = variant.load(arguments.spec, arguments.changes, arguments.options)
-    name = arguments.spec.rpartition(":")[2]
+    spec = variant.load(arguments.variant, arguments.changes, arguments.options)
+    name = arguments.variant.rpartition(":")[2]
     picture = writable(Path(arguments.picture or f"runs/{name}-mask.png"))
     row = drawing.read_row(arguments.layout, not arguments.causal_media)
-    mask = DECODER if spec.sees_ahead() else SameSegment() & Causal()
-    if hasattr(spec, "mask"):
-        mask = spec.mask(mask)
+    mask = seen_by(spec)
     if row.length <= WIDEST:
         print(drawing.text_picture(mask, row))
     found, exact = drawing.blocks(mask, row, arguments.block)

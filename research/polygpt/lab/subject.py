@@ -10,7 +10,7 @@ from flax import nnx
 
 from polygpt.attention.contract import Attention, Context, Dims
 from polygpt.attention.kernels.dispatch import LONG
-from polygpt.attention.masks import DECODER, Mask, Meta
+from polygpt.attention.masks import DECODER, Causal, Mask, Meta
 from polygpt.lab.compiled import compiled
 from polygpt.lab.layout import CHUNK, LEAST, PREFILL, Layout, layouts
 from polygpt.lab.measured import rounding
@@ -30,6 +30,12 @@ def suitable_length(spec: Attention) -> int:
     reach = mask_of(spec).reach() if mask_of(spec) is not None else None
     sizes += [reach.first + reach.last] if reach is not None else []
     return max([LEAST, *(size + 8 for size in sizes if size + 8 <= MOST)])
+
+
+def seen_by(spec: Attention) -> Mask:
+    """What queries see in a decoder: what the variant says of it, and nothing ahead where it sees nothing ahead."""
+    mask = mask_of(spec) or DECODER
+    return mask if spec.sees_ahead() else mask & Causal()
 
 
 def mask_of(spec: Attention) -> Mask | None:

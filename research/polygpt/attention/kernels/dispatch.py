@@ -110,7 +110,7 @@ def choose(rule: Rule, operands: Operands, backend: str = "auto", strict: bool =
     if strict:
         raise SpecError(f"attention.backend is {backend!r} and strict is set, but it cannot compute this: {reason}")
     instead = _best(rule, operands)
-    _say(f"attention: {instead} instead of {backend}: {reason}")
+    say_instead(instead, backend, reason)
     return instead
 
 
@@ -132,9 +132,9 @@ def _best(rule: Rule, operands: Operands) -> str:
 
 
 @functools.cache
-def _say(message: str) -> None:
-    """Logs a message once."""
-    _log.warning(message)
+def say_instead(instead: str, backend: str, reason: str) -> None:
+    """Logs once that one backend computes instead of that which was asked for, and why."""
+    _log.warning(f"attention: {instead} instead of {backend}: {reason}")
 
 
 @functools.cache

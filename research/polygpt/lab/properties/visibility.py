@@ -4,7 +4,7 @@ import numpy as np
 
 from polygpt.attention.masks import DECODER, allowed
 from polygpt.lab.measured import Measured, absent
-from polygpt.lab.subject import Subject, mask_of
+from polygpt.lab.subject import Subject, mask_of, seen_by
 
 SILENT = 0.01
 """The share of visible pairs that may be without influence, as a weight may underflow."""
@@ -71,9 +71,7 @@ def _visible(subject, mask) -> np.ndarray:
 
 def _permitted(subject) -> np.ndarray:
     """What the variant says that its outputs see, [T, B, S]."""
-    visible = _visible(subject, mask_of(subject.spec) or DECODER)
-    later, _, _ = _pairs(subject)
-    return visible if subject.spec.sees_ahead() else visible & ~later
+    return _visible(subject, seen_by(subject.spec))
 
 
 def _pairs(subject) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
