@@ -225,32 +225,56 @@ def test_it_and_its_gradients_are_finite_for_any_pair(name):
     assert all(np.isfinite(leaf).all() for leaf in leaves)
 
 
-@pytest.mark.parametrize("name", ["key_gate", "query_temperature", "t5", "learned", "alibi"])
-def test_its_gradients_are_those_of_differences(name):
-    """Of the attention's result, by the terms, in float32 against differences of the float64 formula of softmax."""
+# Those with terms, as functions of the scores [H, T, S], the differences of positions (key less query) and the terms.
+WITH_TERMS = {
+    "key_gate": lambda s, relative, terms: s + terms["key"]["gate"][0][:, None, :],
+    "query_temperature": lambda s, relative, terms: s * terms["query"]["factor"][0][:, :, None],
+    "t5": lambda s, relative, terms: (
+        s + terms["head"]["table"][np.vectorize(t5_bucket)(relative, 8, 20, False)].transpose(2, 0, 1)
+    ),
+    "learned": lambda s, relative, terms: s + terms["head"]["table"][np.clip(relative, -2, 2) + 2].transpose(2, 0, 1),
+    "alibi": lambda s, relative, terms: s - terms["head"]["slope"][:, None, None] * np.abs(relative),
+}
+
+
+@pytest.mark.parametrize("name", WITH_TERMS)
+def test_gradients_are_those_of_differences(name):
+    """Of sum(sin(softmax(score) v)) by queries, keys, values and every term: against differences in float64 NumPy."""
     score, _ = WRITTEN_OUT[name]
-    _, x_BTD = inputs()
     rng = np.random.default_rng(2)
-    query, key, value = (jnp.asarray(rng.normal(size=(1, H, T, 2)), jnp.float32) for _ in range(3))
     one = jax.tree.map(lambda x: jnp.asarray(x[:1]), QUERY)
-    terms, _ = terms_of(score, x_BTD)
-    terms = dataclasses.replace(
-        terms, query=jax.tree.map(lambda x: x[:1], terms.query), key=jax.tree.map(lambda x: x[:1], terms.key)
-    )
-    rule = Rule(SameSegment(), score)
+    relative = np.asarray(QUERY.position[0][None, :] - QUERY.position[0][:, None])
+    terms, _ = terms_of(score, inputs()[1])
+    first_row = {kind: jax.tree.map(lambda x: x[:1], getattr(terms, kind)) for kind in ("query", "key")}
+    arrays = {
+        **{name: jnp.asarray(rng.normal(size=(1, H, T, 2)), jnp.float32) for name in ("query", "key", "value")},
+        "terms": vars(dataclasses.replace(terms, **first_row)),
+    }
 
-    @jax.jit
-    def total(terms):
-        return jnp.sum(jnp.sin(reference.attend(rule, Operands(query, key, value, one, one, terms))[0]))
+    def total(arrays):
+        triple = (arrays[name] for name in ("query", "key", "value"))
+        y, _ = reference.attend(Rule(SameSegment(), score), Operands(*triple, one, one, Terms(**arrays["terms"])))
+        return jnp.sum(jnp.sin(y))
 
-    leaves, structure = jax.tree.flatten(terms)
-    gradient = jax.tree.leaves(jax.grad(total)(terms))[0]
-    direction = rng.normal(size=leaves[0].shape).astype(np.float32)
-    step = 1e-2
-    ahead, behind = (float(total(structure.unflatten([leaves[0] + sign * step * direction]))) for sign in (1, -1))
-    slope = float(np.sum(np.asarray(gradient) * direction))
-    # A central difference errs by step^2 times a third derivative of order 1, and by 2^-24 * 50 / step of rounding.
-    assert abs((ahead - behind) / (2 * step) - slope) < 2e-3 * max(1, abs(slope))
+    def expected(arrays):
+        query, key, value = (arrays[name][0] for name in ("query", "key", "value"))
+        weights = np.exp(WITH_TERMS[name](query @ key.swapaxes(1, 2), relative, arrays["terms"]))
+        return np.sum(np.sin(weights / weights.sum(-1, keepdims=True) @ value))
+
+    got = jax.tree.leaves(jax.jit(jax.grad(total))(arrays))
+    leaves, structure = jax.tree.flatten(jax.tree.map(lambda x: np.array(x, np.float64), arrays))
+    assert len(got) == len(leaves) == 4
+    for gradient, leaf in zip(got, leaves, strict=True):
+        slope, step = np.zeros_like(leaf), 1e-5
+        for at in np.ndindex(leaf.shape):
+            here = leaf[at]
+            for sign in (1, -1):
+                leaf[at] = here + sign * step
+                slope[at] += sign * expected(structure.unflatten(leaves)) / (2 * step)
+            leaf[at] = here
+        # Differences err by step^2 and by 2^-53 * 50 / step, both 1e-9 or less; float32 in some ten roundings.
+        size = max(1.0, np.abs(slope).max())
+        np.testing.assert_allclose(gradient, slope, rtol=0, atol=10 * 2.0**-24 * size)
 
 
 def test_alibi_has_the_slopes_of_the_paper_for_powers_of_two():
