@@ -5,6 +5,7 @@ import importlib.util
 import re
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from polygpt.attention.masks import (
     Sinks,
     Strided,
     Window,
+    allowed,
 )
 from polygpt.attention.scores import Scale, Score, SoftCap, Terms
 
@@ -154,6 +156,79 @@ def test_splash_attention_gives_nan_where_rows_are_not_laid_out_as_it_takes_them
     operands = dataclasses.replace(operands, query=gaps, key=gaps)
     y_BHTe, _ = jax.jit(interpreted, static_argnums=0)(rule, operands)
     assert np.isnan(y_BHTe[0]).all() and np.isfinite(y_BHTe[1]).all()
+
+
+def scrambled(rng) -> Meta:
+    """A row of 12 positions in which some of what splash attention takes for granted does not hold."""
+    T = 12
+    segment_T = np.sort(rng.integers(0, 3, T))
+    start_T = np.asarray([np.flatnonzero(segment_T == segment)[0] for segment in segment_T])
+    index_T, position_T = np.arange(T), np.arange(T) - start_T
+    match rng.integers(6):
+        case 0:  # examples in several pieces, each with its own order
+            order = rng.permutation(T)
+            segment_T, position_T = segment_T[order], position_T[order]
+        case 1:  # the same, positions as far apart as indices
+            segment_T = rng.integers(0, 3, T)
+            position_T = np.arange(T) + segment_T
+        case 2:
+            index_T = index_T + 1
+        case 3:  # padding in the midst of an example, which does not count
+            position_T = np.cumsum(segment_T == 1) - 1
+        case 4:
+            position_T = position_T + (rng.integers(0, 12, T) == 0)
+    return Meta(*(np.int32(x)[None] for x in (index_T, position_T, segment_T, 0 * index_T, 0 * index_T)))
+
+
+@pytest.mark.parametrize("mask", [ENCODER, WHOLE, ENCODER & Window(3), WHOLE & Window(3)], ids=str)
+def test_rows_are_taken_for_well_laid_out_only_where_the_kernel_computes_what_the_mask_says(mask):
+    rng = np.random.default_rng(0)
+    inner = [part for part in (Causal(), Window(3)) if str(part) in str(mask)]
+    index_1T = np.arange(12)[None]
+    usual = Meta(index_1T, index_1T, index_1T, index_1T, index_1T)  # what the kernel takes indices and positions for
+    found = []
+    for i in range(200):
+        query = scrambled(rng)
+        key = scrambled(rng) if i % 5 == 0 else query
+        sees_TT = np.asarray(allowed(mask, query, key))[0]
+        kernel_TT = (query.segment[0][:, None] == key.segment) & (key.segment > 0)
+        for part in inner:
+            kernel_TT &= np.asarray(allowed(part, usual, dataclasses.replace(usual, segment=index_1T + 1)))[0]
+        right = (sees_TT == kernel_TT).all() and (sees_TT.any(1) == (query.segment[0] > 0)).all()
+        found.append((bool(splash.laid_out(mask, query, key)[0]), right))
+        assert found[-1] in ((True, True), (False, False), (False, True)), "wrong in silence"
+    assert found.count((True, True)) > 60 and (not inner or found.count((False, False)) > 10)
+
+
+def test_a_packed_row_is_well_laid_out_whatever_its_padding_holds():
+    for mask in (ENCODER, WHOLE, WHOLE & Window(30)):
+        _, operands = long_problem()
+        assert splash.laid_out(mask, operands.query, operands.key).all()
+        padding = operands.query.segment == 0
+        garbage = dataclasses.replace(
+            operands.query,
+            **{name: jnp.where(padding, 77, getattr(operands.query, name)) for name in ("index", "position", "span")},
+        )
+        assert splash.laid_out(mask, garbage, operands.key).all()
+
+
+def test_beside_the_kernel_nothing_grows_with_queries_times_keys(monkeypatch):
+    def kernel(query_HTd, key_KSd, value_KSe, segments):
+        return query_HTd
+
+    monkeypatch.setattr(splash.splash, "make_splash_mha", lambda *arguments, **options: kernel)
+    monkeypatch.setattr(splash.chunked, "attend", lambda rule, operands: (None, jnp.zeros(())))
+    T = 1024
+    rule, operands = long_problem(WHOLE & Window(30), T=T, heads=(2, 2))
+
+    def sizes(jaxpr):
+        for equation in jaxpr.eqns:
+            yield from (variable.aval.size for variable in equation.outvars)
+            for inner in jax.extend.core.jaxprs_in_params(equation.params):
+                yield from sizes(inner)
+
+    largest = max(sizes(jax.make_jaxpr(splash.attend, static_argnums=0)(rule, operands).jaxpr))
+    assert largest == operands.query_BHTd.size < T * T
 
 
 @dataclasses.dataclass(frozen=True)

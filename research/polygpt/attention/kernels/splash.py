@@ -4,6 +4,9 @@ The kernel takes a mask of indices known when the program is compiled, and segme
 language are of that form where they are `SameSegment` and beside it compare indices, or positions with each other:
 within an example of a row positions are as far apart as indices. That a row is laid out so, examples in one piece and
 positions in order, is checked as the program runs, and the result is NaN where it is not.
+
+So it serves media towers and masks without spans. The mask of a decoder, DECODER, has spans, which only the data knows:
+splash attention refuses it, and `flex.py` computes it.
 """
 
 import dataclasses
@@ -65,18 +68,33 @@ def attend(rule: Rule, operands: Operands, interpret: bool = False) -> tuple[jax
     segments = splash.SegmentIds(operands.query.segment, operands.key.segment)
     y_BHTe = jax.vmap(kernel)(operands.query_BHTd, operands.key_BKSd, operands.value_BKSe, segments)
 
-    # Both reductions are fused with what they reduce: no [T, S] array is made.
-    query, key, _ = operands.views()
-    visible_B1TS = rule.visible(query, key)
-    index_T = jnp.arange(T, dtype=jnp.int32)
-    assumed_TS = _at_indices(inner, index_T[:, None], index_T[None, :])
-    assumed_B1TS = assumed_TS[None, None] & (query.segment == key.segment) & (key.segment > 0)
-    seeing_B1T1 = jnp.any(visible_B1TS, axis=-1, keepdims=True)
-    as_assumed_B111 = jnp.all(visible_B1TS == assumed_B1TS, axis=(1, 2, 3), keepdims=True)
-    y_BHTe = jnp.where(seeing_B1T1, y_BHTe, 0).astype(operands.value_BKSe.dtype)
-    y_BHTe = jnp.where(as_assumed_B111, y_BHTe, jnp.nan)
+    # A query that is no padding sees itself at least, where rows are laid out as they are taken to be.
+    y_BHTe = jnp.where(operands.query.segment[:, None, :, None] > 0, y_BHTe, 0).astype(operands.value_BKSe.dtype)
+    laid_out_B = laid_out(rule.mask, operands.query, operands.key)
+    y_BHTe = jnp.where(laid_out_B[:, None, None, None], y_BHTe, jnp.nan)
     # The kernel's own lse has no gradient. Nothing of this is computed where lse is not used.
     return y_BHTe, chunked.attend(rule, operands)[1]
+
+
+def laid_out(mask: Mask, query: Meta, key: Meta) -> jax.Array:
+    """Whether each row is such that what the kernel computes is what the mask says, bool [B]; padding may be anything.
+
+    Queries are to be the keys; where the mask looks at indices, they are to count from 0; where it looks at positions,
+    they are to be, within an example, indices less a constant. It takes time and memory as a sort of [B, T].
+    """
+    inner = _within_example(_conjuncts(mask))
+    index_1T, padding_BT = jnp.arange(query.index.shape[1], dtype=jnp.int32)[None], query.segment == 0
+    as_key_BT = query.segment == key.segment
+    if _looks_at("index", inner):
+        as_key_BT &= padding_BT | (query.index == index_1T) & (key.index == index_1T)
+    if not _looks_at("position", inner):
+        return jnp.all(as_key_BT, axis=1)
+    as_key_BT &= padding_BT | (query.position == key.position)
+    # Sorted, the constants of an example lie side by side, wherever its pieces lie in the row.
+    segment_BT, constant_BT = jax.lax.sort((query.segment, query.position - index_1T), dimension=1, num_keys=2)
+    same_BU = (segment_BT[:, 1:] == segment_BT[:, :-1]) & (segment_BT[:, 1:] > 0)
+    two_BU = same_BU & (constant_BT[:, 1:] != constant_BT[:, :-1])
+    return jnp.all(as_key_BT, axis=1) & ~jnp.any(two_BU, axis=1)
 
 
 def _blocks(T: int) -> splash.BlockSizes:
@@ -97,12 +115,18 @@ def _within_example(parts: list[Mask]) -> list[Mask]:
     return [part for part in parts if part != SameSegment()]
 
 
-def _at_indices(parts: list[Mask], query_index: Any, key_index: Any) -> Any:
-    """Whether all parts hold for these indices, in one example; _Unknowable names what else they depend on."""
-    query, key = (
-        Meta(index, _Position(index), *map(_Unknown, ("segments", "spans", "modalities")))
-        for index in (query_index, key_index)
-    )
+def _at_indices(parts: list[Mask], query_index: Any, key_index: Any, hidden: str = "") -> Any:
+    """Whether all parts hold for these indices, in one example; _Unknowable names what else they depend on.
+
+    The field `hidden`, "index" or "position", is not known either.
+    """
+
+    def meta(index):
+        known = {"index": index, "position": _Position(index)}
+        known[hidden] = _Unknown(hidden)
+        return Meta(known["index"], known["position"], *map(_Unknown, ("segments", "spans", "modalities")))
+
+    query, key = meta(query_index), meta(key_index)
     seen = (query_index >= 0) & (key_index >= 0)  # of the shape that both broadcast to
     for part in parts:
         try:
@@ -110,6 +134,16 @@ def _at_indices(parts: list[Mask], query_index: Any, key_index: Any) -> Any:
         except TypeError as error:  # a function instead of an operator
             raise _Unknowable(f"metadata otherwise than by operators: {error}") from error
     return seen
+
+
+def _looks_at(field: str, parts: list[Mask]) -> bool:
+    """Whether what the parts say depends on "index" or on "position"."""
+    try:
+        with jax.ensure_compile_time_eval():
+            _at_indices(parts, np.zeros(1, np.int32), np.zeros(1, np.int32), hidden=field)
+    except _Unknowable:
+        return True
+    return False
 
 
 def _known_at(parts: list[Mask], query_index: np.ndarray, key_index: np.ndarray) -> np.ndarray:
