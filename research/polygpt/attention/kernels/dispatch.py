@@ -23,9 +23,10 @@ ABOUT = {
     "reference": "the matrix of scores as a whole: computes everything, everywhere; its memory grows with T S",
     "chunked": "blocks of queries and keys in plain XLA, empty ones skipped: computes everything, everywhere; its "
     "memory grows with T + S",
-    "library": "softmax alone. TPU: splash attention, for SameSegment with Causal and distances of positions, SoftCap, "
-    "lengths that are multiples of 128, no cache; memory T + S. GPU: cuDNN, for 16 bits, any mask, no score "
-    "modification, even lengths, heads of a multiple of 8 up to 128; memory T S. Elsewhere "
+    "library": "softmax alone. TPU: splash attention, for media towers and masks without spans (it refuses decoders, "
+    "whose mask has them): SameSegment with Causal and distances of positions, SoftCap, lengths that are multiples of "
+    "128, no cache; memory T + S. GPU: cuDNN, for 16 bits, any mask, no score modification, even lengths, heads of a "
+    "multiple of 8 up to 128; memory T S. Elsewhere "
     "jax.nn.dot_product_attention, for any mask and what adds a bias to scores; memory T S",
     "flex": "one fused kernel for every mask and score modification, in float32 and bfloat16, empty blocks skipped: "
     "TPUs, and interpreted on a CPU for tests; no GPUs; its memory grows with T + S",
@@ -117,7 +118,8 @@ def choose(rule: Rule, operands: Operands, backend: str = "auto", strict: bool =
 def about() -> dict[str, str]:
     """A text for each backend, and for the automatic choice."""
     automatic = (
-        f"reference below {LONG} keys and for one query at a time; else on a TPU library, or flex where that refuses; "
+        f"reference below {LONG} keys and for one query at a time; else on a TPU library, or flex where that refuses, "
+        "as it does for decoders; "
         f"on a GPU library, where the mask B T S has no more than {DENSE:,} numbers; chunked everywhere else"
     )
     return {"auto": automatic, **ABOUT}
