@@ -86,8 +86,8 @@ class StackSpec(Spec):
 class Stack(nnx.Module):
     """The module of a `StackSpec`.
 
-    Parameters: `blocks/attention/...` [L, ...] if scanned, `blocks/0/...`, `blocks/1/...` if not; scanned with a pattern
-    of p blocks `blocks/0/...` to `blocks/<p - 1>/...`, each [L / p, ...].
+    Parameters: `blocks/attention/...` [L, ...] if scanned, `blocks/0/...`, `blocks/1/...` if not; scanned with a
+    pattern of p blocks `blocks/0/...` to `blocks/<p - 1>/...`, each [L / p, ...].
     """
 
     def __init__(self, spec: StackSpec, *, rngs: nnx.Rngs, dtype: str):

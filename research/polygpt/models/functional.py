@@ -71,9 +71,9 @@ class Model:
     ) -> tuple[jax.Array, Cache]:
         """Appends a batch of T positions to the cache; float32 logits [B, T, V] of its positions, and the new cache.
 
-        Prefill is this with a whole prompt and an empty cache. A bidirectional span has to lie within one call: what is
-        read before the rest of it is there has not seen that rest. With `last_B`, int32, the logits are [B, 1, V], of that
-        one position of each row: all logits of a long prompt may not fit into memory.
+        Prefill is this with a whole prompt and an empty cache. With `last_B`, int32, the logits are [B, 1, V], of that
+        one position of each row: all logits of a long prompt may not fit into memory. A bidirectional span has to lie
+        within one call: what is read before the rest of it is there has not seen that rest.
 
         `batch.media` may leave out modalities that the batch does not hold. The caller must know the cache's size: what
         does not fit is written over the last positions without an error, and the predictions are wrong from there on.

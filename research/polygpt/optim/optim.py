@@ -25,8 +25,8 @@ class Optim(Spec):
     """Microbatches that a batch is split into; their gradients are summed, as if the batch were whole."""
     groups: tuple[Group, ...] = ()
     """Rules for parts of the model; the first whose pattern is found in a parameter's path takes it."""
-    no_decay: str = r"(bias|scale|table)$|norm|embed|position|^modality/"
-    """Regular expression of paths without weight decay, unless their group says one: biases, norms, embeddings, gates."""
+    no_decay: str = r"(bias|scale|table|alpha|sink|A_log|/D)$|norm|embed|position|^modality/"
+    """Regular expression of paths without weight decay, unless a group says one: biases, norms, embeddings, gates."""
     ema: float | None = None
     """Decay of an exponential moving average of the parameters, with which the model is evaluated; null for none."""
 
