@@ -64,6 +64,7 @@ def test_a_folder_of_media_trains_evaluates_and_generates(monkeypatch, folder):
     assert "--model.decoder.depth" in deeper
 
 
+@pytest.mark.slow
 def test_an_attention_of_ones_own_is_checked_drawn_measured_and_compared(monkeypatch, folder):
     check, show, bench, baseline, ablation, hybrid = tutorial()
     lines = (folder / "near_first.py").read_text().splitlines()

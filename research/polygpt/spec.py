@@ -208,6 +208,8 @@ def load_class(name: str) -> type:
         found = getattr(found, part)
     if not (isinstance(found, type) and issubclass(found, Spec)):
         raise SpecError(f"{name!r} is not a specification: it must be a frozen dataclass derived from Spec")
+    if inspect.get_annotations(found) and "__dataclass_fields__" not in vars(found):
+        raise SpecError(f"{name!r} is not a dataclass: write @dataclasses.dataclass(frozen=True) above its class")
     return found
 
 

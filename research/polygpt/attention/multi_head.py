@@ -19,6 +19,7 @@ from polygpt.attention.kernels import dispatch, reference
 from polygpt.attention.kernels.problem import Operands, Rule
 from polygpt.attention.masks import DECODER, Mask, Meta
 from polygpt.attention.scores import Score, Terms
+from polygpt.errors import SpecError
 from polygpt.nn.linear import Linear
 from polygpt.nn.norms import Norm
 from polygpt.nn.positions import Position
@@ -62,6 +63,10 @@ class MultiHead(Attention):
         self.require(kv_heads >= 1 and self.heads % kv_heads == 0, "kv_heads", f"a divisor of heads ({self.heads})")
         self.require(self.head_width is None or self.head_width >= 1, "head_width", "null or at least 1")
         self.require(self.position is None or not self.position.adds(), "position", INSIDE)
+        for name, start, kind in (("mask", DECODER, Mask), ("score", Score(), Score)):
+            given = getattr(self, name)(start)
+            if not isinstance(given, kind):
+                raise SpecError(f"{type(self).__name__}.{name}() gives {given!r}: it must return a {kind.__name__}")
 
     def key_heads(self) -> int:
         """K."""
@@ -107,7 +112,9 @@ class MultiHead(Attention):
         return memory.empty(nnx.eval_shape(one_position), size, self.mask(DECODER), ring)
 
     def score_flops(self, width: int, keys: float) -> float:
-        return 4 * self.heads * self.width_of_head(width) * keys
+        reach = self.mask(DECODER).reach()
+        seen = keys if reach is None else min(keys, reach.first + reach.last)
+        return 4 * self.heads * self.width_of_head(width) * seen
 
     def backends(self) -> tuple[str, ...]:
         return dispatch.BACKENDS

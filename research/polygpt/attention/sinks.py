@@ -30,8 +30,5 @@ class SinksAndWindow(MultiHead):
     def mask(self, mask):
         return mask & (Window(self.window) | Sinks(self.sinks))
 
-    def score_flops(self, width, keys):
-        return super().score_flops(width, min(keys, self.sinks + self.window))
-
     def cost(self):
         return "4 H d min(S, sinks + window)"

@@ -26,8 +26,5 @@ class SlidingWindow(MultiHead):
     def mask(self, mask):
         return mask & Window(self.window)
 
-    def score_flops(self, width, keys):
-        return super().score_flops(width, min(keys, self.window))
-
     def cost(self):
         return "4 H d min(S, window)"
