@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
-from problems import NAMES, problem
+from problems import NAMES, assert_agrees, problem
 
 from polygpt import topology
 from polygpt.attention.contract import Context, Dims
@@ -172,3 +172,14 @@ def test_kernels_compile_for_rows_over_several_tpus(backend):
         with dispatch.rows_over(mesh, "rows"):
             text = compiled()
     assert "tpu_custom_call" in text and "all-gather" not in text, "each device computes its own rows"
+
+
+@pytest.mark.parametrize("backend", ["chunked", "flex"])
+def test_blocks_may_be_made_small_enough_for_a_short_row_to_have_several(backend):
+    rule, operands = problem("plain")
+    assert dispatch.block() is None
+    with dispatch.in_blocks_of(8):
+        assert_agrees(lambda rule, operands: dispatch.attend(rule, operands, backend, strict=True), rule, operands)
+        jaxpr = str(jax.make_jaxpr(lambda operands: dispatch.attend(rule, operands, backend))(operands))
+    whole = str(jax.make_jaxpr(lambda operands: dispatch.attend(rule, operands, backend))(operands))
+    assert jaxpr != whole

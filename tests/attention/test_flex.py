@@ -172,3 +172,24 @@ def test_its_memory_on_a_tpu_is_linear_in_the_length():
 def test_it_compiles_for_a_tpu_in_float32_and_at_odd_widths(width):
     text = compiled("v5e:2x2", Rule(DECODER, Score()), shapes(1, 2, 1, 1100, width, "float32")).as_text()
     assert text.count('custom_call_target="tpu_custom_call"') == 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Divided(Score):
+    """The score over a number of the query and of the key: not finite where that is 0."""
+
+    def __call__(self, score, query, key, terms):
+        return score / (terms.query["by"] * terms.key["by"])
+
+
+def test_padding_of_a_block_calls_a_score_with_no_terms_that_no_position_has():
+    rule, operands = problem("plain")
+    B, H, T, _ = operands.query_BHTd.shape
+    S = operands.key_BKSd.shape[2]
+    assert T % 8 or S % 8
+    operands = dataclasses.replace(
+        operands, terms=Terms(query={"by": jnp.full((B, H, T), 2.0)}, key={"by": jnp.full((B, H, S), 3.0)})
+    )
+    given = cotangents(operands)
+    for leaf in jax.tree.leaves(answers(attend, dataclasses.replace(rule, score=Divided()), operands, *given)):
+        assert np.isfinite(leaf).all()

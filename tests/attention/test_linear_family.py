@@ -13,8 +13,8 @@ from polygpt.attention.delta import DeltaNet
 from polygpt.attention.gated_linear import GatedLinear
 from polygpt.attention.linear import LinearAttention
 from polygpt.attention.mamba2 import Mamba2
-from polygpt.attention.masks import DECODER, ENCODER, Causal, Meta, SameSegment
-from polygpt.attention.recurrent import Recurrent
+from polygpt.attention.masks import DECODER, ENCODER, Causal, KeyModality, Meta, QueryModality, SameSegment
+from polygpt.attention.recurrent import Recurrent, check_mask
 from polygpt.attention.retention import Retention
 from polygpt.attention.scores import Score
 from polygpt.errors import SpecError
@@ -305,3 +305,9 @@ def test_the_cache_does_not_grow_with_the_row():
         assert small == large
         assert spec.score_flops(WIDTH, 10) == spec.score_flops(WIDTH, 1000) > 0
         assert spec.backends() == () and not spec.sees_ahead()
+
+
+@pytest.mark.parametrize("number", [1, 2, 7])
+def test_a_mask_of_modalities_is_refused_whatever_their_number(number):
+    with pytest.raises(SpecError, match="hides some"):
+        check_mask("X", DECODER & ~(QueryModality(number) & KeyModality(1)))

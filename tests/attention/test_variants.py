@@ -31,6 +31,7 @@ from variants import (
 )
 
 from polygpt.attention.cache import Ring
+from polygpt.attention.contract import Dims
 from polygpt.attention.cross import GatedCross
 from polygpt.attention.differential import Differential
 from polygpt.attention.gated import GatedOutput
@@ -44,7 +45,8 @@ from polygpt.attention.talking_heads import TalkingHeads
 from polygpt.attention.transformer_xl import TransformerXL
 from polygpt.errors import SpecError
 from polygpt.lab import catalogue
-from polygpt.nn.positions import NoPosition
+from polygpt.nn.positions import NoPosition, Rope
+from polygpt.nn.rotary import YaRN
 
 TOLERANCE = 1.5e-5
 """Outputs are up to 12 in size and carry the roundings to 2^-24 of a chain of four products: 1e-6 of that size."""
@@ -273,3 +275,8 @@ def test_one_set_of_projections_is_multi_head_attention():
 def test_what_cannot_work_is_refused_in_one_line(make, message):
     with pytest.raises(SpecError, match=message):
         make()
+
+
+def test_latent_attention_refuses_an_encoding_that_would_sharpen_half_of_its_scores():
+    with pytest.raises(SpecError, match="use NTK scaling"):
+        MultiHeadLatent(4).build(Dims(16, position=Rope(scaling=YaRN(4.0))), nnx.Rngs(0))

@@ -11,8 +11,10 @@ from polygpt.attention.contract import Dims
 from polygpt.attention.kernels import reference
 from polygpt.attention.kernels.problem import Operands
 from polygpt.attention.multi_head import MultiHead, MultiHeadModule
+from polygpt.errors import SpecError
 from polygpt.nn.linear import Linear
 from polygpt.nn.norms import RMSNorm
+from polygpt.nn.rotary import YaRN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +79,8 @@ class MultiHeadLatent(MultiHead):
 class _Latent(MultiHeadModule):
     def project(self, rngs):
         spec, D = self.spec, self.dims.width
+        if isinstance(getattr(spec.encoding(self.dims), "scaling", None), YaRN):
+            raise SpecError("MultiHeadLatent: YaRN would sharpen the rotary part of a score alone: use NTK scaling")
         H, d, r, R = spec.heads, spec.width_of_head(D), spec.width_of_rope(D), spec.rank(D)
         options = {"rngs": rngs, "dtype": self.dims.dtype}
         self.query_latent = spec.q_rank and Linear(D, spec.q_rank, bias=spec.bias, **options)

@@ -221,9 +221,9 @@ def check_mask(name: str, mask: Mask) -> None:
 def _against_recurrence(mask: Mask) -> tuple[bool, bool]:
     """Whether the mask shows what comes after, and whether it shows anything else than a recurrence sees.
 
-    The predicate is asked about near and far positions of two segments and three modalities, none in a span.
+    The predicate is asked about near and far positions of two segments and sixteen modalities, none in a span.
     """
-    index, segment, modality = (x.reshape(-1) for x in np.meshgrid(_PROBE, np.int32([1, 2]), np.arange(3)))
+    index, segment, modality = (x.reshape(-1) for x in np.meshgrid(_PROBE, np.int32([1, 2]), np.arange(16)))
     meta = Meta(index, index, segment, np.zeros_like(index), modality)
     query, key = (jax.tree.map(lambda x, shape=shape: x.reshape(shape), meta) for shape in ((-1, 1), (1, -1)))
     with jax.ensure_compile_time_eval():

@@ -19,7 +19,7 @@ class TransformerXL(MultiHead):
 
     An example is read in pieces: a position sees its own piece and the one before, into whose activations no gradient
     flows. Scores are (q + u) k^T + (q + v) (W R_{i-j})^T, where R_n are sines and cosines of n. Those of a difference
-    are sums of products, so the term is written, with no error, as an inner product of a longer query and a longer key:
+    are sums of products, so the term is, in exact arithmetic, an inner product of a longer query and a longer key:
     every backend computes it, and nothing is shifted. Where a gradient is to stop, the two pieces are two calls of the
     backend, joined by the sums of their softmax. A bidirectional span sees its own positions in the piece after, too.
     """

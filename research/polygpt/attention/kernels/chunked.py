@@ -15,6 +15,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from polygpt.attention.kernels import dispatch
 from polygpt.attention.kernels.block_map import EMPTY, block_map
 from polygpt.attention.kernels.problem import Operands, Rule
 from polygpt.attention.kernels.reference import LOWEST
@@ -49,7 +50,7 @@ def block_sizes(operands: Operands) -> tuple[int, int]:
         size //= 2
 
     def block(length):
-        return min(length, max(size, -(-length // MOST)))
+        return min(length, dispatch.block() or max(size, -(-length // MOST)))
 
     return block(T), block(S)
 

@@ -42,6 +42,7 @@ DENSE = 2**29
 _log = logging.getLogger(__name__)
 _target: ContextVar[str | None] = ContextVar("target", default=None)
 _rows: ContextVar[tuple[Mesh, str] | None] = ContextVar("rows", default=None)
+_block: ContextVar[int | None] = ContextVar("block", default=None)
 
 
 @contextlib.contextmanager
@@ -52,6 +53,21 @@ def compiling_for(platform: str) -> Iterator[None]:
     """
     with _set(_target, platform):
         yield
+
+
+@contextlib.contextmanager
+def in_blocks_of(size: int) -> Iterator[None]:
+    """Lets chunked and flex work in blocks of so many positions while a program is traced.
+
+    What a short row shows then is what a long one would: several blocks, empty and full ones among them.
+    """
+    with _set(_block, size):
+        yield
+
+
+def block() -> int | None:
+    """The size of blocks that `in_blocks_of` asks for; None leaves it to the backend."""
+    return _block.get()
 
 
 @contextlib.contextmanager

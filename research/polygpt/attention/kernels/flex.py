@@ -65,14 +65,14 @@ def attend(
 
 def _block(count: int) -> int:
     """The usual size of a block."""
-    return min(BLOCK, -(-count // LANES) * LANES)
+    return dispatch.block() or min(BLOCK, -(-count // LANES) * LANES)
 
 
 def _padded(operands: Operands, queries: int, keys: int) -> Operands:
     """With so many more positions of padding (segment 0) at the end: keys that none sees, queries that none reads."""
 
-    def pad(x, axis, count):
-        return jnp.pad(x, [(0, count if i == axis else 0) for i in range(x.ndim)])
+    def pad(x, axis, count, mode="constant"):
+        return jnp.pad(x, [(0, count if i == axis else 0) for i in range(x.ndim)], mode=mode)
 
     terms = operands.terms
     return Operands(
@@ -83,8 +83,9 @@ def _padded(operands: Operands, queries: int, keys: int) -> Operands:
         jax.tree.map(lambda x: pad(x, 1, keys), operands.key),
         dataclasses.replace(
             terms,
-            query={name: pad(x, 2, queries) for name, x in terms.query.items()},
-            key={name: pad(x, 2, keys) for name, x in terms.key.items()},
+            # A score need not be finite for terms that no position has, 0 among them: the last one is repeated.
+            query={name: pad(x, 2, queries, "edge") for name, x in terms.query.items()},
+            key={name: pad(x, 2, keys, "edge") for name, x in terms.key.items()},
         ),
     )
 

@@ -28,7 +28,7 @@ def masked_scores(rule: Rule, operands: Operands) -> tuple[jax.Array, jax.Array]
         "bktd,bkds->bkts",
         operands.query_BHTd.reshape(B, K, H // K * T, d),
         operands.key_BKSd.swapaxes(2, 3),
-        preferred_element_type=jnp.float32,
+        preferred_element_type=jnp.promote_types(jnp.float32, operands.query_BHTd.dtype),
     ).reshape(B, H, T, S)
     query, key, terms = operands.views()
     visible_B1TS = rule.visible(query, key)
