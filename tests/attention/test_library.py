@@ -372,3 +372,22 @@ def test_cudnn_is_what_a_gpu_is_given(monkeypatch):
 def test_what_cudnn_cannot_compute_is_refused(rule, operands, reason):
     with compiling_for("gpu"):
         assert reason in library.refuses(rule, operands)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tokamax") is None, reason="no tokamax: pip install 'polygpt[tokamax]'")
+@pytest.mark.parametrize("name", ["wide", "capped"])
+def test_tokamax_takes_what_jax_refuses(name):
+    rule, operands = problem("plain")
+    if name == "capped":
+        rule = dataclasses.replace(rule, score=SoftCap(5.0))
+    else:
+        operands = dataclasses.replace(operands, value_BKSe=jnp.concatenate([operands.value_BKSe] * 2, axis=-1))
+    assert library._jax_refuses(rule, operands) and library.refuses(rule, operands) is None
+    assert_agrees(library.attend, rule, operands)
+
+
+def test_without_tokamax_what_jax_refuses_is_refused(monkeypatch):
+    rule, operands = problem("plain")
+    rule = dataclasses.replace(rule, score=SoftCap(5.0))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "SoftCap cannot be written as a bias" in library.refuses(rule, operands)

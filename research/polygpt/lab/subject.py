@@ -43,6 +43,11 @@ def mask_of(spec: Attention) -> Mask | None:
     return spec.mask(DECODER) if hasattr(spec, "mask") else None
 
 
+def embedded(x_BTD: jax.Array) -> jax.Array:
+    """What the stack was given, for variants that look at it: made of the same inputs, and other than they."""
+    return jnp.flip(x_BTD, axis=-1)
+
+
 class Form:
     """A specification built in one way; its functions take the parameters, vectors [B, T, D] and metadata [B, T].
 
@@ -63,7 +68,8 @@ class Form:
 
     def apply(self, params: Any, x_BTD: jax.Array, meta: Meta) -> jax.Array:
         """y_BTD, without a cache."""
-        return nnx.merge(self.graphdef, params)(x_BTD, Context(meta, meta, DECODER), None)[0]
+        context = Context(meta, meta, DECODER, inputs_BTD=embedded(x_BTD))
+        return nnx.merge(self.graphdef, params)(x_BTD, context, None)[0]
 
     def pull_back(self, params: Any, x_BTD: jax.Array, meta: Meta, cotangent_BTD: jax.Array) -> tuple:
         """(y_BTD, gradient of the parameters, of x_BTD)."""
@@ -99,7 +105,8 @@ class Form:
             seen = jax.tree.map(
                 lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, cursor, axis=1), seen, query
             )
-            y_BTD, cache = module(x_BTD, Context(query, seen, DECODER, cursor), cache)
+            context = Context(query, seen, DECODER, cursor, inputs_BTD=embedded(x_BTD))
+            y_BTD, cache = module(x_BTD, context, cache)
             return (cache, seen, cursor + x_BTD.shape[1]), y_BTD
 
         def positions(start, stop):

@@ -27,7 +27,8 @@ ABOUT = {
     "whose mask has them): SameSegment with Causal and distances of positions, SoftCap, lengths that are multiples of "
     "128, no cache; memory T + S. GPU: cuDNN, for 16 bits, any mask, no score modification, even lengths, heads of a "
     "multiple of 8 up to 128; memory T S. Elsewhere "
-    "jax.nn.dot_product_attention, for any mask and what adds a bias to scores; memory T S",
+    "jax.nn.dot_product_attention, for any mask and what adds a bias to scores; memory T S. Where both refuse, tokamax "
+    "if it is installed: values of another width, SoftCap",
     "flex": "one fused kernel for every mask and score modification, in float32 and bfloat16, empty blocks skipped: "
     "TPUs, and interpreted on a CPU for tests; no GPUs; its memory grows with T + S",
 }

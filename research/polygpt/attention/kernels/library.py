@@ -6,9 +6,15 @@ not when it is compiled. So memory grows with B T S on a GPU, where cuDNN reads 
 B H T S elsewhere, as the reference's. A score modification is a bias where it adds what does not depend on the score;
 not to cuDNN, which would round it to 16 bits and give it no gradient in batches (jax#30593).
 
+Where those refuse and tokamax is installed, which is optional, it computes: it takes values of another width than
+queries and SoftCap too, and chooses among its kernels by itself.
+
 lse is computed a second time by the chunked backend, since that of libraries has no gradient. A compiled program that
 does not use lse leaves that out.
 """
+
+import functools
+import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +22,23 @@ import jax.numpy as jnp
 from polygpt.attention.kernels import chunked
 from polygpt.attention.kernels.dispatch import platform
 from polygpt.attention.kernels.problem import Operands, Rule
-from polygpt.attention.scores import Score
+from polygpt.attention.scores import Score, SoftCap
 
 
 def refuses(rule: Rule, operands: Operands) -> str | None:
     """Why it cannot compute this, or None."""
     if platform() == "tpu":
         return _splash().refuses(rule, operands)
+    reason = _jax_refuses(rule, operands)
+    return None if reason is None or _tokamax_takes(rule) else reason
+
+
+def _tokamax_takes(rule: Rule) -> bool:
+    takes = rule.normalizer == "softmax" and (rule.score.additive() or type(rule.score) is SoftCap)
+    return takes and importlib.util.find_spec("tokamax") is not None
+
+
+def _jax_refuses(rule: Rule, operands: Operands) -> str | None:
     d, e = operands.query_BHTd.shape[3], operands.value_BKSe.shape[3]
     if rule.normalizer != "softmax":
         return f"jax.nn.dot_product_attention knows no {rule.normalizer} normalizer"
@@ -55,17 +71,31 @@ def attend(rule: Rule, operands: Operands) -> tuple[jax.Array, jax.Array]:
     visible_B1TS = rule.visible(query, key)
     seeing_B1T1 = jnp.any(visible_B1TS, axis=-1, keepdims=True)
     bias_BHTS = None
-    if type(rule.score) is not Score:
+    if type(rule.score) not in (Score, SoftCap):
         zeros_BHTS = jnp.zeros((*operands.query_BHTd.shape[:3], operands.key_BKSd.shape[2]), jnp.float32)
         bias_BHTS = rule.score(zeros_BHTS, query, key, terms)
-    y_BTHe = jax.nn.dot_product_attention(
+    if _jax_refuses(rule, operands) is None:
+        implementation = "cudnn" if platform() == "gpu" else "xla"
+        compute = functools.partial(jax.nn.dot_product_attention, implementation=implementation)
+    else:
+        cap = rule.score.cap if type(rule.score) is SoftCap else None
+        compute = functools.partial(_tokamax().dot_product_attention, logits_soft_cap=cap)
+    y_BTHe = compute(
         *(x.swapaxes(1, 2) for x in (operands.query_BHTd, operands.key_BKSd, operands.value_BKSe)),
         bias=bias_BHTS,
         mask=visible_B1TS | ~seeing_B1T1,  # a softmax over nothing is left to no library
         scale=1.0,  # queries are scaled already
-        implementation="cudnn" if platform() == "gpu" else "xla",
     )
     return jnp.where(seeing_B1T1, y_BTHe.swapaxes(1, 2), 0), chunked.attend(rule, operands)[1]
+
+
+def _tokamax():
+    import tokamax
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # else it takes the command line of this program for its own
+    return tokamax
 
 
 def _splash():

@@ -1,5 +1,6 @@
 """What must not change the result: the backend, the company in the row and in the batch, and jax's transformations."""
 
+import dataclasses
 import functools
 import json
 
@@ -7,11 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from polygpt.attention.kernels import dispatch
 from polygpt.errors import SpecError
 from polygpt.lab.compiled import compiled
 from polygpt.lab.measured import Measured, absent, difference
 from polygpt.lab.subject import Form, Subject
 from polygpt.spec import from_json, hints, to_json
+
+BLOCK = 8
+"""Positions of the blocks in which backends are compared."""
 
 
 def backend(name: str, subject: Subject) -> Measured:
@@ -26,7 +31,8 @@ def backend(name: str, subject: Subject) -> Measured:
         for rows in (subject.rows.packed, subject.rows.masked):
             expected = _gradient(subject, subject.reference, rows)
             if np.isfinite(difference(expected, expected)):
-                got = _gradient(subject, form, rows)
+                with dispatch.in_blocks_of(BLOCK):  # several blocks, as a long row has, empty and full ones among them
+                    got = _gradient(subject, form, rows)
                 errors += [difference(a, b) for a, b in zip(got, expected, strict=True)]
     except SpecError as refusal:
         if "strict is set" not in str(refusal):
@@ -76,10 +82,14 @@ def vmap(subject: Subject) -> Measured:
 
 
 def pmap(subject: Subject) -> Measured:
-    """Mapped over devices, the same as on one."""
-    rows = jax.tree.map(lambda array: np.asarray(array)[None], (subject.rows.packed.x_BTD, subject.rows.packed.meta))
-    (y_BTD,) = jax.pmap(functools.partial(subject.form.apply, subject.params), devices=jax.local_devices()[:1])(*rows)
-    return _same(subject, y_BTD)
+    """Mapped over devices, as many as share the rows evenly, the same as on one."""
+    B, devices = len(subject.rows.packed.x_BTD), jax.local_devices()
+    n = max(n for n in range(1, B + 1) if B % n == 0 and n <= len(devices))
+    rows = (subject.rows.packed.x_BTD, subject.rows.packed.meta)
+    split = jax.tree.map(lambda array: np.asarray(array).reshape(n, B // n, *array.shape[1:]), rows)
+    y_nbTD = jax.pmap(functools.partial(subject.form.apply, subject.params), devices=devices[:n])(*split)
+    same = _same(subject, np.reshape(y_nbTD, rows[0].shape))
+    return dataclasses.replace(same, note=f"on {n} device{'s' * (n > 1)}")
 
 
 def scan_and_remat(subject: Subject) -> Measured:

@@ -49,7 +49,9 @@ def spans_bidirectional(subject: Subject) -> Measured:
     span_BT = subject.rows.packed.meta.span
     without = sum(not (seen & ahead & (span_BT == span)[None]).any() for span in np.unique(span_BT) if span)
     missing = (shown & ~seen).sum() / max(shown.sum(), 1)
-    note = f"{without} spans in which nothing is seen ahead" if without else ""
+    note = (
+        f"{without} spans in which nothing is seen ahead; if that is meant, let sees_ahead() say so" if without else ""
+    )
     return Measured(1.0 if without else float(missing), SILENT, note)
 
 
