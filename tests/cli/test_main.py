@@ -26,6 +26,19 @@ def test_help_names_every_verb_and_teaches(polygpt):
         assert out.count("polygpt train") >= 3
 
 
+@pytest.mark.parametrize(
+    ("verb", "word"), [("attention check", "MODULE:SPEC"), ("train", "FILE"), ("model show", "FILE|PRESET")]
+)
+def test_help_without_a_file_says_how_to_list_the_fields(polygpt, verb, word):
+    assert f"polygpt {verb} {word} --help" in polygpt(*verb.split(), "--help")[1]
+
+
+def test_brackets_and_colons_of_a_table_are_text(capsys):
+    output.print_table("of [tpu] :smile:", ["[bold]"], [["pip install 'polygpt[tpu]'"]])
+    out = capsys.readouterr().out
+    assert "of [tpu] :smile:" in out and "[bold]" in out and "polygpt[tpu]" in out
+
+
 def test_help_is_instant_because_nothing_heavy_is_imported():
     script = (
         "import sys; from polygpt.cli.main import main; assert main(['--help']) == 0;"

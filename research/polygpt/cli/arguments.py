@@ -90,7 +90,8 @@ class Parser(argparse.ArgumentParser):
     def _fields_help(self, words: list[str], changes: Mapping[str, str]) -> str:
         shown = self.fields(words[0] if words else None, changes, self.options)
         if shown is None:
-            return f"Every field that can be set: {self.prog} FILE --help"
+            word = self._get_positional_actions()[0].metavar
+            return f"Every field that can be set: {self.prog} {word} --help"
         return "fields, set by --name value or --name=value:\n\n" + fields_table(shown)
 
 

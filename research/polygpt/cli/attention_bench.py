@@ -22,7 +22,9 @@ runs: compare within one table, not between two."""
 def parser(prog: str, about: str) -> Parser:
     """The verb's arguments."""
     words = Parser(prog, about, EXAMPLES, variant.fields)
-    words.add_argument("variant", metavar="MODULE:SPEC", help="the variant; its fields are set by --name value")
+    words.add_argument(
+        "variant", metavar="MODULE:SPEC", help="the variant, or FILE.py:CLASS; its fields are set by --name value"
+    )
     words.add_argument("--against", metavar="OTHER", help="another variant, with its defaults, to compare with")
     words.add_argument("--lengths", default="256,512,1024,2048", metavar="T,T,...", help="(default: %(default)s)")
     words.add_argument("--model_width", type=int, default=256, metavar="D", help="(default: %(default)s)")

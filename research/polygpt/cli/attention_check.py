@@ -23,7 +23,9 @@ Exit code 2 if any property fails."""
 def parser(prog: str, about: str) -> Parser:
     """The verb's arguments."""
     words = Parser(prog, about, EXAMPLES, variant.fields)
-    words.add_argument("variant", metavar="MODULE:SPEC", help="an attention variant, or FILE.py:SPEC")
+    words.add_argument(
+        "variant", metavar="MODULE:SPEC", help="an attention variant, package.module:Class or FILE.py:CLASS"
+    )
     words.add_argument("--positions", type=int, metavar="T", help="positions a row (default: by the variant's sizes)")
     words.add_argument("--model_width", type=int, default=32, metavar="D", help="of the model around it (default: 32)")
     words.add_argument("--only", metavar="NAMES", help="properties to measure, separated by commas (default: all)")
@@ -38,7 +40,7 @@ def run(arguments: Namespace) -> dict:
     import traceback
 
     from polygpt.cli.progress import Progress
-    from polygpt.lab.check import PROPERTIES, TPU, check
+    from polygpt.lab.check import BUILDS, PROPERTIES, TPU, check
     from polygpt.spec import nearest, to_json
 
     chosen = [name for name in PROPERTIES if name != TPU or not arguments.no_tpu]
@@ -54,20 +56,24 @@ def run(arguments: Namespace) -> dict:
             if finding.exception:
                 traceback.print_exception(finding.exception)
     rows = [[one.name, one.result, _number(one.error), _number(one.bound), one.note] for one in findings]
-    title = f"{arguments.variant}: {subject.length} positions, model width {subject.width}"
+    length = subject and subject.length
+    title = f"{arguments.variant}: {length or 'no'} positions, model width {arguments.model_width}"
     print_table(title, ["property", "result", "error", "bound", ""], rows, notes=True)
     passed, failed = ([one.name for one in findings if one.passed is holds] for holds in (True, False))
     not_run = [one for one in findings if one.passed is None and one.note.startswith("not run")]
     summary = (
         f"{len(passed)} properties hold, {len(failed)} fail, {len(findings) - len(passed) - len(failed)} do not apply"
     )
-    print("; ".join([summary, *(f"{one.name} was {one.note}" for one in not_run)]))
+    broken = BUILDS in failed
+    remarks = ["the others cannot be measured"] if broken else [f"{one.name} was {one.note}" for one in not_run]
+    print("; ".join([summary, *remarks]))
+    fault = f"attention check: {arguments.variant}: fails {', '.join(failed)}"
     return {
         "spec": to_json(spec),
-        "positions": subject.length,
-        "model_width": subject.width,
+        "positions": length,
+        "model_width": arguments.model_width,
         "findings": [one.to_json() for one in findings],
-        "fault": f"attention check: {arguments.variant}: fails {', '.join(failed)}" if failed else None,
+        "fault": (f"{fault}: {findings[0].note}" if broken else fault) if failed else None,
     }
 
 

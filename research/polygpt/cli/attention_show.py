@@ -26,7 +26,9 @@ WIDEST = 64
 def parser(prog: str, about: str) -> Parser:
     """The verb's arguments."""
     words = Parser(prog, about, EXAMPLES, variant.fields)
-    words.add_argument("variant", metavar="MODULE:SPEC", help="the variant; its fields are set by --name value")
+    words.add_argument(
+        "variant", metavar="MODULE:SPEC", help="the variant, or FILE.py:CLASS; its fields are set by --name value"
+    )
     words.add_argument("--layout", default=LAYOUT, metavar="TEXT", help='the row (default: "%(default)s")')
     words.add_argument(
         "--causal_media", action="store_true", help="media are causal: by default they see all of themselves"

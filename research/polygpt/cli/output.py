@@ -62,7 +62,8 @@ def print_table(title: str, columns: list[str], rows: list[list[str]], notes: bo
         table.add_column(column, justify="right" if i and not prose else "left", no_wrap=not prose)
     for row in rows:
         table.add_row(*row)
-    console = Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else 140)
+    plainly = {"highlight": False, "markup": False, "emoji": False}  # "[tpu]" and ":x:" are text
+    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 140, **plainly)
     console.print(title, style="bold")
     console.print(table)
 

@@ -10,13 +10,15 @@ from collections.abc import Callable, Collection
 
 from polygpt.attention.contract import Attention
 from polygpt.errors import SpecError
+from polygpt.lab.blame import told
 from polygpt.lab.layout import LEAST
 from polygpt.lab.measured import Measured
-from polygpt.lab.properties import agreement, compilation, memory, numerics, visibility
+from polygpt.lab.properties import agreement, compilation, construction, memory, numerics, visibility
 from polygpt.lab.subject import WIDTH, Subject
 
-TPU = "compiles for TPU"
+BUILDS, TPU = "builds and runs", "compiles for TPU"
 PROPERTIES: dict[str, Callable[[Subject], Measured]] = {
+    BUILDS: construction.builds_and_runs,
     "causality": visibility.causality,
     "segments isolated": visibility.segments_isolated,
     "mask honoured": visibility.mask_honoured,
@@ -82,8 +84,8 @@ def check(
     length: int | None = None,
     chosen: Collection[str] = tuple(PROPERTIES),
     progress: Callable[[str, int, int], None] = lambda name, done, total: None,
-) -> tuple[Subject, list[Finding]]:
-    """Measures every property of a variant.
+) -> tuple[Subject | None, list[Finding]]:
+    """Measures every property of a variant; or the first alone, chosen or not, where it fails.
 
     Args:
         spec: the variant.
@@ -92,24 +94,39 @@ def check(
         chosen: names of the properties to measure.
         progress: called with a property's name, how many are done, and of how many.
 
+    Returns:
+        (what was examined, None where it could not be built; the findings).
+
     Raises:
         SpecError: what is asked cannot be built. What a property raises becomes a finding that failed.
     """
     if length is not None and length < LEAST:
         raise SpecError(f"a check of {length} positions: it needs at least {LEAST}")
-    subject = Subject(spec, width, length)
+    subject = None
+
+    def begin() -> Measured:
+        nonlocal subject
+        subject = Subject(spec, width, length)
+        return PROPERTIES[BUILDS](subject)
+
+    progress(BUILDS, 0, len(chosen))
+    first = _examine(BUILDS, begin, type(spec))
+    if isinstance(first.exception, SpecError):
+        raise first.exception
+    if first.passed is False:
+        return subject, [first]
     found = []
     for name in chosen:
         progress(name, len(found), len(chosen))
-        found.append(_examine(name, PROPERTIES[name], subject))
+        measure = functools.partial(PROPERTIES[name], subject)
+        found.append(first if name == BUILDS else _examine(name, measure, type(spec)))
     return subject, found
 
 
-def _examine(name: str, measure: Callable[[Subject], Measured], subject: Subject) -> Finding:
+def _examine(name: str, measure: Callable[[], Measured], cls: type[Attention]) -> Finding:
     begin = time.monotonic()
     try:
-        measured = measure(subject)
+        measured = measure()
     except Exception as error:
-        text = " ".join(str(error).split())
-        return Finding(name, False, None, None, f"{type(error).__name__}: {text}", time.monotonic() - begin, error)
+        return Finding(name, False, None, None, told(error, cls), time.monotonic() - begin, error)
     return Finding(name, measured.holds, measured.error, measured.bound, measured.note, time.monotonic() - begin)

@@ -1,0 +1,59 @@
+"""What every other property takes for granted: the variant is built, called, and keeps to the contract's shapes."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from polygpt.attention.contract import Context
+from polygpt.attention.masks import DECODER
+from polygpt.lab.measured import Measured
+from polygpt.lab.subject import Subject
+
+
+def builds_and_runs(subject: Subject) -> Measured:
+    """Called on rows [B, T, D] it gives (y_BTD, cache): y of the model's dtype, the cache of the form that it had."""
+    rows, form = subject.rows.packed, subject.form
+
+    def called(cache: Any, cursor: jax.Array | None) -> Any:
+        context = Context(rows.meta, rows.meta, DECODER, cursor, inputs_BTD=rows.x_BTD)
+        module = functools.partial(nnx.merge, form.graphdef)
+        return jax.eval_shape(lambda params, *words: module(params)(*words), subject.params, rows.x_BTD, context, cache)
+
+    fault = _of_result(called(None, None), rows.x_BTD)
+    for ring in (False, True):
+        if not fault:
+            cache = jax.eval_shape(lambda ring=ring: subject.spec.init_cache(form.dims, *rows.x_BTD.shape[:2], ring))
+            result = called(cache, jnp.zeros((), jnp.int32))
+            fault = _of_result(result, rows.x_BTD) or _of_cache(result[1], cache)
+            fault = fault and f"with a cache, {fault}"
+    return Measured(float(bool(fault)), 0.0, fault)
+
+
+def _of_result(result: Any, x_BTD: Any) -> str:
+    """What is wrong with the result of a call; empty where nothing is."""
+    if not (isinstance(result, tuple) and len(result) == 2):
+        return f"a call gives {_form(result)}: it must give a pair, (y_BTD, cache)"
+    got, due = _form(result[0]), _form(x_BTD)
+    if got == due:
+        return ""
+    if getattr(result[0], "shape", None) != x_BTD.shape:
+        got, due = (form.removeprefix(f"{x_BTD.dtype}") for form in (got, due))
+    return f"the result is {got} where {due} is due"
+
+
+def _of_cache(given_back: Any, cache: Any) -> str:
+    """What is wrong with the cache that a call gives back."""
+    if jax.tree.structure(given_back) != jax.tree.structure(cache):
+        return "the second result is not of the form that init_cache() gives"
+    for (path, new), old in zip(jax.tree_util.tree_leaves_with_path(given_back), jax.tree.leaves(cache), strict=True):
+        if _form(new) != _form(old):
+            return f"the second result has {_form(new)} at {jax.tree_util.keystr(path)}, init_cache() {_form(old)}"
+    return ""
+
+
+def _form(value: Any) -> str:
+    """An array as "float32[3, 24, 32]", anything else as its type."""
+    return f"{value.dtype}{list(value.shape)}" if hasattr(value, "shape") else type(value).__name__
