@@ -45,6 +45,7 @@ MISTAKES = {
     },
     "LeaksAcross": {"segments isolated", "packed examples in any order"},
     "IgnoresSpans": {"spans bidirectional"},
+    "OneAheadInSpans": {"spans bidirectional"},
     "CountsPadding": {"padding without effect", "ragged decoding = each alone"},
     "WrongCacheIndex": {"full cache = no cache", "ragged decoding = each alone"},
     "PositionOff": {"full cache = no cache", "ragged decoding = each alone"},
@@ -72,6 +73,8 @@ def test_a_mistake_is_called_by_its_name(name):
     chosen = [one for one in lab.PROPERTIES if one in {*QUICK, *MISTAKES[name]}]
     _, findings = lab.check(load_class(f"{OWN}:{name}")(), chosen=chosen)
     assert {one.name for one in findings if one.passed is False} == MISTAKES[name]
+    notes = {one.name: one.note for one in findings}
+    assert ("sees_ahead() returning False" in notes["spans bidirectional"]) == ("spans bidirectional" in MISTAKES[name])
 
 
 def test_a_recurrence_without_mistakes_passes():
@@ -82,10 +85,32 @@ def test_a_recurrence_without_mistakes_passes():
     assert "sees_ahead() is False" in reasons["spans bidirectional"]
 
 
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        (
+            SlidingWindow(window=300),
+            "reaches back 300 positions and rows have 24: pass a smaller field, or --positions 400",
+        ),
+        (MultiHead(), "its mask has no reach(): the cache holds every position"),
+        (Retention(), "its cache is no smaller with ring=True"),
+    ],
+    ids=lambda one: type(one).__name__,
+)
+def test_why_there_is_no_ring_is_said(spec, reason):
+    (found,) = lab.check(spec, chosen=[RING])[1]
+    assert (found.passed, found.note) == (None, reason)
+
+
 def test_the_verb_prints_a_table_and_names_what_fails(capsys):
     assert main(["attention", "check", f"{OWN}:Crashes", "--only", "causality, full cache = no cache"]) == 2
     out, err = capsys.readouterr()
-    assert "causality" in out and "pass" in out and "FAIL" in out and "KeyError: 'no such\\nthing'" in out
+    assert (
+        "causality" in out
+        and "pass" in out
+        and "FAIL" in out
+        and "KeyError: 'no such\\nthing'" in " ".join(out.split())
+    )
     assert err.splitlines()[-1].endswith("fails full cache = no cache") and "Traceback" not in err
 
 

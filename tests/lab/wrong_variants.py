@@ -197,7 +197,7 @@ class ReturnsFloat32Module(MultiHeadModule):
 
 @dataclasses.dataclass(frozen=True)
 class Crashes(MultiHead):
-    """Fails as soon as there is a cache."""
+    """Fails as soon as a position comes alone."""
 
     def build(self, dims, rngs):
         return CrashesModule(self, dims, rngs)
@@ -205,7 +205,7 @@ class Crashes(MultiHead):
 
 class CrashesModule(MultiHeadModule):
     def __call__(self, x_BTD, context, cache=None):
-        if cache is not None:
+        if x_BTD.shape[1] == 1:
             raise KeyError("no such\nthing")
         return super().__call__(x_BTD, context, cache)
 
@@ -278,3 +278,23 @@ class ReadsPadding(Decaying):
 
     skips: bool = False
     """As of the base."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OneAheadInSpans(Decaying):
+    """In a span a position sees the next one, and not the rest."""
+
+    def sees_ahead(self):
+        return True
+
+    def build(self, dims, rngs):
+        return OneAheadInSpansModule(self, dims, rngs)
+
+
+class OneAheadInSpansModule(DecayingModule):
+    def __call__(self, x_BTD, context, cache=None):
+        y_BTD, cache = super().__call__(x_BTD, context, cache)
+        span_BT = context.query.span
+        next_BT = jnp.roll(span_BT, -1, axis=1).at[:, -1].set(0)
+        same_BT1 = ((span_BT == next_BT) & (span_BT > 0))[..., None]
+        return y_BTD + jnp.where(same_BT1, self.value(jnp.roll(x_BTD, -1, axis=1)), 0), cache

@@ -16,10 +16,16 @@ def ring_cache(subject: Subject) -> Measured:
     """The same over a cache that is smaller than the row."""
     if _shapes(subject, ring=True) == _shapes(subject, ring=False):
         mask = mask_of(subject.spec)
-        reach = mask.reach() if mask is not None else None
-        if reach is None:
+        if mask is None:
             return absent("its cache is no smaller with ring=True")
-        return absent(f"reaches back {reach.first + reach.last} positions, rows have {subject.length}: a smaller field")
+        reach = mask.reach()
+        if reach is None:
+            return absent("its mask has no reach(): the cache holds every position")
+        back, T = reach.first + reach.last, subject.length
+        if back < T:
+            return absent(f"reaches back {back} positions of {T}, and yet its cache is no smaller with ring=True")
+        longer = 100 * (back // 100 + 1)
+        return absent(f"reaches back {back} positions and rows have {T}: pass a smaller field, or --positions {longer}")
     packed = _compare(subject, subject.rows.packed, subject.rows.packed, ring=True)
     ragged = _compare(subject, subject.rows.ragged, subject.rows.compact, ring=True)
     return max(packed, ragged, key=lambda measured: (measured.holds is False, measured.error))

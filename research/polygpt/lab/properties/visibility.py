@@ -39,20 +39,33 @@ def mask_honoured(subject: Subject) -> Measured:
 
 
 def spans_bidirectional(subject: Subject) -> Measured:
-    """In every span some position moves with a later one, and all do that the variant's mask lets see it."""
+    """In every span positions move with the later ones that the variant's mask shows them.
+
+    Of a variant without a mask it is asked that the first position of a span moves with the last.
+    """
     if not subject.spec.sees_ahead():
         return absent("causal by construction: sees_ahead() is False")
     later, _, same_span = _pairs(subject)
     ahead = later & same_span
-    shown = ahead & _permitted(subject) if mask_of(subject.spec) is not None else ahead & False
     seen = subject.influence_TBS > 0
-    span_BT = subject.rows.packed.meta.span
-    without = sum(not (seen & ahead & (span_BT == span)[None]).any() for span in np.unique(span_BT) if span)
-    missing = (shown & ~seen).sum() / max(shown.sum(), 1)
-    note = (
-        f"{without} spans in which nothing is seen ahead; if that is meant, let sees_ahead() say so" if without else ""
-    )
-    return Measured(1.0 if without else float(missing), SILENT, note)
+    spans = _spans(subject.rows.packed.meta.span)
+    if mask_of(subject.spec) is not None:
+        due = ahead & _permitted(subject)
+    else:
+        due = np.zeros_like(ahead)
+        for b, place in spans:
+            due[place[0], b, place[-1]] = len(place) >= 3
+    blind = sum(not (seen & ahead)[place[:, None], b, place[None]].any() for b, place in spans)
+    missing = float((due & ~seen).sum() / max(due.sum(), 1))
+    note = f"{blind} spans in which nothing is seen ahead" if blind else "later positions of a span without influence"
+    note += ": a variant that never looks ahead says so by sees_ahead() returning False"
+    missing = 1.0 if blind else missing
+    return Measured(missing, SILENT, note if missing > SILENT else "")
+
+
+def _spans(span_BT) -> list[tuple[int, np.ndarray]]:
+    """Each bidirectional span: its row, and the places of its positions."""
+    return [(b, np.flatnonzero(row == span)) for b, row in enumerate(span_BT) for span in np.unique(row) if span]
 
 
 def _influence(subject: Subject, forbidden_TBS: np.ndarray) -> Measured:
