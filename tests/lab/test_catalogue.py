@@ -7,6 +7,7 @@ import re
 import pytest
 
 from polygpt.attention.multi_head import MultiHead
+from polygpt.attention.recurrent import Recurrent
 from polygpt.cli.main import main
 from polygpt.lab import catalogue, starter
 from polygpt.overrides import override
@@ -52,14 +53,16 @@ def test_the_list_names_every_variant_once(capsys):
     assert all(spec.removeprefix("polygpt.attention.") in table for spec in specs)
 
 
-@pytest.mark.parametrize("kind", ["mask", "module"])
+@pytest.mark.parametrize("kind", starter.KINDS)
 def test_a_starting_file_is_a_variant(tmp_path, capsys, kind):
     words = ["attention", "new", "MyOwnHEADS", "--kind", kind, "--folder", str(tmp_path)]
     assert main(words) == 0
     path = tmp_path / "my_own_heads.py"
     assert f"polygpt attention check {path}:MyOwnHEADS" in capsys.readouterr().out
     cls = load_class(f"{path}:MyOwnHEADS")
-    assert issubclass(cls, MultiHead) and override(cls(), {"heads": "2"}).heads == 2
+    assert (
+        issubclass(cls, Recurrent if kind == "recurrent" else MultiHead) and override(cls(), {"heads": "2"}).heads == 2
+    )
     assert main(words) == 2 and "exists already" in capsys.readouterr().err, "nothing is overwritten"
     few = "causality, mask honoured, full cache = no cache"
     assert main(["attention", "check", f"{path}:MyOwnHEADS", "--only", few, "--json"]) == 0
@@ -90,6 +93,7 @@ def test_a_starting_file_is_called_as_its_class(tmp_path, name, file):
         ("A²", "mask", "class name"),
         ("Decay", "mask", "a Decay of its own"),
         ("Linear", "module", "a Linear of its own"),
+        ("Recurrent", "recurrent", "a Recurrent of its own"),
     ],
 )
 def test_a_name_that_makes_no_class_is_told(tmp_path, capsys, name, kind, part):

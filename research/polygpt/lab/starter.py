@@ -38,6 +38,8 @@ class {name}(pg.MultiHead):
     """By how much a score falls a position."""
 
     def mask(self, mask):
+        # A mask of your own is a pg.Mask with __call__(query, key); its reach() says how far back it looks at most, and
+        # makes the cache a ring.
         return mask & pg.Window(self.window)
 
     def score(self, score):
@@ -82,8 +84,52 @@ class {name}Module(MultiHeadModule):
         return super().mixed(y_BHTe, lse_BHT, x_BTD, context) * jax.nn.sigmoid(self.gate(x_BTD))
 '''
 
-KINDS = {"mask": SOFTMAX, "module": MODULE}
-"""A mask and a score modification; a module of its own around the inherited kernels."""
+RECURRENT = '''"""{title}: say in a line what it does, and name the paper.
+
+    polygpt attention check {file}:{name}
+    polygpt train experiments/quickstart.py --model.decoder.attention {file}:{name}
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from polygpt.attention.recurrent import Recurrent, RecurrentModule
+
+
+@dataclasses.dataclass(frozen=True)
+class {name}(Recurrent):
+    """S_t = a S_(t-1) + k_t v_t^T, y_t = norm(S_t^T q_t), with an a of its own for each head, which is learned."""
+
+    kept: float = 0.9
+    """a at first: how much of the state is left after a position."""
+
+    def validate(self):
+        super().validate()
+        self.require(0 < self.kept < 1, "kept", "between 0 and 1")
+
+    def build(self, dims, rngs):
+        return {name}Module(self, dims, rngs)
+
+
+class {name}Module(RecurrentModule):
+    """Override `log_decay`, `placed` (queries and keys) or `recur`; packing, padding and the cache are inherited."""
+
+    def __init__(self, spec, dims, rngs: nnx.Rngs):
+        super().__init__(spec, dims, rngs)
+        self.kept_H = nnx.Param(jnp.full(spec.heads, math.log(spec.kept / (1 - spec.kept)), jnp.float32))
+
+    def log_decay(self, x_BTD):
+        B, T, _ = x_BTD.shape
+        log_H = jax.nn.log_sigmoid(self.kept_H[...])
+        return jnp.broadcast_to(log_H[None, :, None, None], (B, self.spec.heads, T, 1))
+'''
+
+KINDS = {"mask": SOFTMAX, "module": MODULE, "recurrent": RECURRENT}
+"""A mask and a score modification; a module of its own around the inherited kernels; a state with its own decay."""
 
 
 WORDS = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z0-9])(?=[A-Z][a-z])")
@@ -99,7 +145,7 @@ def write(name: str, kind: str, folder: Path) -> tuple[Path, str]:
     """
     if not re.match("[A-Z]", name) or not name.isidentifier() or keyword.iskeyword(name):
         raise UserError(f"attention new: {name!r} is no class name: begin with a capital letter, as in NearFirst")
-    if re.search(rf"^class {name}\(|import {name}$", KINDS[kind], re.MULTILINE):
+    if re.search(rf"^class {name}\(|^from .* import .*\b{name}\b", KINDS[kind], re.MULTILINE):
         raise UserError(f"attention new: the file has a {name} of its own: choose another name")
     words = WORDS.sub("_", name).lower()
     path = folder / f"{words}.py"
