@@ -64,7 +64,7 @@ def test_a_starting_file_is_a_variant(tmp_path, capsys, kind):
         issubclass(cls, Recurrent if kind == "recurrent" else MultiHead) and override(cls(), {"heads": "2"}).heads == 2
     )
     assert main(words) == 2 and "exists already" in capsys.readouterr().err, "nothing is overwritten"
-    few = "causality, mask honoured, full cache = no cache"
+    few = "causality, full cache = no cache, gradient = finite differences"
     assert main(["attention", "check", f"{path}:MyOwnHEADS", "--only", few, "--json"]) == 0
     assert [one["passed"] for one in json.loads(capsys.readouterr().out)["findings"]] == [True] * 3
 

@@ -91,7 +91,6 @@ RECURRENT = '''"""{title}: say in a line what it does, and name the paper.
 """
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -104,8 +103,8 @@ from polygpt.attention.recurrent import Recurrent, RecurrentModule
 class {name}(Recurrent):
     """S_t = a S_(t-1) + k_t v_t^T, y_t = norm(S_t^T q_t), with an a of its own for each head, which is learned."""
 
-    kept: float = 0.9
-    """a at first: how much of the state is left after a position."""
+    kept: float = 0.5
+    """Where a of the first head starts: how much is left after a position. Each further head loses half as much."""
 
     def validate(self):
         super().validate()
@@ -120,7 +119,8 @@ class {name}Module(RecurrentModule):
 
     def __init__(self, spec, dims, rngs: nnx.Rngs):
         super().__init__(spec, dims, rngs)
-        self.kept_H = nnx.Param(jnp.full(spec.heads, math.log(spec.kept / (1 - spec.kept)), jnp.float32))
+        lost_H = (1 - spec.kept) * 2.0 ** -jnp.arange(spec.heads, dtype=jnp.float32)
+        self.kept_H = nnx.Param(jnp.log1p(-lost_H) - jnp.log(lost_H))  # the sigmoid of this is 1 - lost
 
     def log_decay(self, x_BTD):
         B, T, _ = x_BTD.shape
