@@ -57,16 +57,19 @@ class MultiHead(Attention):
     strict: bool = False
     """Whether a backend that cannot compute this is an error, instead of a logged reason and another backend."""
 
+    def __post_init__(self):
+        super().__post_init__()
+        for name, start, kind in (("mask", DECODER, Mask), ("score", Score(), Score)):
+            given = getattr(self, name)(start)
+            if not isinstance(given, kind):
+                raise SpecError(f"{type(self).__name__}.{name}() gives {given!r}: it must return a {kind.__name__}")
+
     def validate(self):
         self.require(self.heads >= 1, "heads", "at least 1")
         kv_heads = self.key_heads()
         self.require(kv_heads >= 1 and self.heads % kv_heads == 0, "kv_heads", f"a divisor of heads ({self.heads})")
         self.require(self.head_width is None or self.head_width >= 1, "head_width", "null or at least 1")
         self.require(self.position is None or not self.position.adds(), "position", INSIDE)
-        for name, start, kind in (("mask", DECODER, Mask), ("score", Score(), Score)):
-            given = getattr(self, name)(start)
-            if not isinstance(given, kind):
-                raise SpecError(f"{type(self).__name__}.{name}() gives {given!r}: it must return a {kind.__name__}")
 
     def key_heads(self) -> int:
         """K."""
