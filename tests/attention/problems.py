@@ -15,10 +15,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from random_masks import PAIRS, sees
 
 from polygpt.attention.kernels import reference
 from polygpt.attention.kernels.problem import Operands, Rule
-from polygpt.attention.masks import DECODER, ENCODER, And, Causal, Mask, Meta, Not, Or, SameSegment, SameSpan
+from polygpt.attention.masks import DECODER, ENCODER, Causal, Mask, Meta, SameSegment
 from polygpt.attention.scores import Scale, Score, SoftCap, Terms, Then, lookup
 
 B = 2
@@ -33,6 +34,10 @@ class Near(Mask):
 
     def __call__(self, query, key):
         return abs(query.position - key.position) < self.size
+
+
+WITH_NEAR = {**PAIRS, Near: lambda m, q, k: q["position"] - m.size < k["position"] < q["position"] + m.size}
+"""What each predicate of the problems says of one pair."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,25 +188,6 @@ def _wanted(score: Score, prefix: str = "") -> list[tuple[str, str, str]]:
     return [(kind, prefix, name) for kind, name in names.get(type(score), [])]
 
 
-def sees(mask: Mask, q, k) -> bool:
-    """Whether one query sees one key; both are dictionaries of integers."""
-    if isinstance(mask, And):
-        return sees(mask.left, q, k) and sees(mask.right, q, k)
-    if isinstance(mask, Or):
-        return sees(mask.left, q, k) or sees(mask.right, q, k)
-    if isinstance(mask, Not):
-        return not sees(mask.inner, q, k)
-    if isinstance(mask, Causal):
-        return k["index"] <= q["index"]
-    if isinstance(mask, SameSegment):
-        return k["segment"] == q["segment"]
-    if isinstance(mask, SameSpan):
-        return k["span"] == q["span"] and q["span"] != 0
-    if isinstance(mask, Near):
-        return q["position"] - mask.size < k["position"] < q["position"] + mask.size
-    raise TypeError(mask)
-
-
 def modified(score: Score, s: float, q, k, term, prefix: str = "") -> float:
     """The score of one pair; `term(kind, name)` is a number, or a column of a table."""
     if isinstance(score, Then):
@@ -236,7 +222,7 @@ def expected(rule: Rule, operands: Operands) -> tuple[np.ndarray, np.ndarray]:
     for b, t in np.ndindex(rows, T):
         q = {name: int(x[b, t]) for name, x in metas[0].items()}
         ks = [{name: int(x[b, s]) for name, x in metas[1].items()} for s in range(S)]
-        seen = [s for s in range(S) if ks[s]["segment"] != 0 and sees(rule.mask, q, ks[s])]
+        seen = [s for s in range(S) if ks[s]["segment"] != 0 and sees(rule.mask, q, ks[s], WITH_NEAR)]
         for h in range(H):
             scores = []
             for s in seen:

@@ -59,15 +59,15 @@ MASKS = st.recursive(
 )
 
 
-def sees(mask, query, key) -> bool:
-    """The mask asked of one pair of positions."""
+def sees(mask, query, key, pairs=PAIRS) -> bool:
+    """The mask asked of one pair of positions; `pairs` says what each predicate says."""
     if isinstance(mask, And):
-        return sees(mask.left, query, key) and sees(mask.right, query, key)
+        return sees(mask.left, query, key, pairs) and sees(mask.right, query, key, pairs)
     if isinstance(mask, Or):
-        return sees(mask.left, query, key) or sees(mask.right, query, key)
+        return sees(mask.left, query, key, pairs) or sees(mask.right, query, key, pairs)
     if isinstance(mask, Not):
-        return not sees(mask.inner, query, key)
-    return PAIRS[type(mask)](mask, query, key)
+        return not sees(mask.inner, query, key, pairs)
+    return pairs[type(mask)](mask, query, key)
 
 
 def reference(mask, query: Meta, key: Meta) -> np.ndarray:

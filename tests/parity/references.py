@@ -7,6 +7,18 @@ from polygpt.blocks.stack import StackSpec
 from polygpt.nn.mlp import MLP
 from polygpt.nn.norms import LayerNorm
 
+TOLERANCE = 1e-4
+"""What float32 results may differ by."""
+
+
+def compare(got, expected, where: str):
+    """Within the tolerance, and of a size beside which the tolerance is small."""
+    got, expected = np.asarray(got), np.asarray(expected)
+    assert got.shape == expected.shape and expected.std() > 0.1, where
+    error = np.abs(got - expected).max()
+    print(f"{where}: largest error {error:.1e}, standard deviation {expected.std():.2f}")
+    assert error < TOLERANCE, where
+
 
 def randomise(module, seed: int = 0):
     """Draws every weight of a torch module anew, biases and norms included, and sets it to evaluation."""

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from references import array, linear, norm, randomise
+from references import array, compare, linear, norm, randomise
 
 from polygpt.attention.biases import ALiBi, BucketBias, T5Bias, slopes
 from polygpt.attention.contract import Context, Dims
@@ -17,17 +17,7 @@ from polygpt.nn.norms import RMSNorm
 from polygpt.nn.positions import NoPosition, Rope
 
 pytestmark = pytest.mark.parity
-TOLERANCE = 1e-4
 B, T, WIDTH, HEADS, HEAD_WIDTH = 2, 12, 32, 4, 8
-
-
-@pytest.fixture(scope="module", autouse=True)
-def torch():
-    """torch, with transformers beside it; the tests are skipped where either is missing."""
-    torch = pytest.importorskip("torch", reason="parity needs torch: pip install 'polygpt[parity]'")
-    pytest.importorskip("transformers", reason="parity needs transformers: pip install 'polygpt[parity]'")
-    torch.set_num_threads(1)
-    return torch
 
 
 def inputs() -> np.ndarray:
@@ -44,12 +34,6 @@ def ours(spec: MultiHead, position, params, mask=DECODER) -> np.ndarray:
     index = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
     meta = Meta(index, index, jnp.ones_like(index), jnp.zeros_like(index), jnp.zeros_like(index))
     return nnx.merge(graphdef, state)(inputs(), Context(meta, meta, mask))[0]
-
-
-def compare(got, expected):
-    got, expected = np.asarray(got), np.asarray(expected)
-    assert got.shape == expected.shape and expected.std() > 0.1
-    assert np.abs(got - expected).max() < TOLERANCE
 
 
 def causal(torch, window: int = T):
@@ -90,7 +74,7 @@ def test_attention_with_alibi_is_blooms(torch):
         name: {"kernel": kernel[:, :, i].reshape(WIDTH, WIDTH), "bias": bias[:, i].reshape(WIDTH)}
         for i, name in enumerate(("query", "key", "value"))
     }
-    compare(ours(MultiHead(HEADS, bias=True), ALiBi(), params | {"output": linear(layer.dense)}), expected)
+    compare(ours(MultiHead(HEADS, bias=True), ALiBi(), params | {"output": linear(layer.dense)}), expected, "BLOOM")
 
 
 @pytest.mark.parametrize("bidirectional", [True, False])
@@ -120,7 +104,9 @@ def test_attention_with_buckets_is_t5s(torch, decoder):
     params = {name: linear(getattr(layer, name[0])) for name in ("query", "key", "value", "output")}
     params["terms"] = {"table": array(layer.relative_attention_bias.weight)}
     spec = MultiHead(HEADS, scale=1.0)
-    compare(ours(spec, T5Bias(8, 10, bidirectional=not decoder), params, DECODER if decoder else ENCODER), expected)
+    compare(
+        ours(spec, T5Bias(8, 10, bidirectional=not decoder), params, DECODER if decoder else ENCODER), expected, "T5"
+    )
 
 
 @pytest.mark.parametrize("sliding", [True, False], ids=["sliding", "full"])
@@ -141,7 +127,7 @@ def test_attention_with_soft_cap_window_and_groups_is_gemma_2s(torch, sliding):
         expected = layer(x_BTD, rotation, causal(torch, 5 if sliding else T))[0]
     fields = {"kv_heads": 2, "head_width": 6, "scale": 10**-0.5, "scores": (SoftCap(1.5),)}
     spec = SlidingWindow(HEADS, window=5, **fields) if sliding else MultiHead(HEADS, **fields)
-    compare(ours(spec, Rope(10000.0), llama_names(layer)), expected)
+    compare(ours(spec, Rope(10000.0), llama_names(layer)), expected, "Gemma 2")
 
 
 def test_attention_with_normalised_queries_and_keys_is_qwen_3s(torch):
@@ -160,4 +146,4 @@ def test_attention_with_normalised_queries_and_keys_is_qwen_3s(torch):
         expected = layer(x_BTD, rotary(x_BTD, torch.arange(T)[None]), causal(torch))[0]
     params = llama_names(layer) | {"query_norm": norm(layer.q_norm), "key_norm": norm(layer.k_norm)}
     spec = MultiHead(HEADS, kv_heads=2, head_width=6, qk_norm=RMSNorm(1e-5), position=Rope(10000.0))
-    compare(ours(spec, NoPosition(), params), expected)
+    compare(ours(spec, NoPosition(), params), expected, "Qwen 3")

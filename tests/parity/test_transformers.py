@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from references import array, conv1d, encoder, encoder_block, linear, listed, norm, randomise
+from references import array, compare, conv1d, encoder, encoder_block, linear, listed, norm, randomise
 
 from batches import build, example
 from polygpt.adapters.audio import AudioAdapter
@@ -24,32 +24,13 @@ from polygpt.nn.norms import LayerNorm, RMSNorm
 from polygpt.nn.positions import Learned, Rope, Sinusoidal
 
 pytestmark = pytest.mark.parity
-TOLERANCE = 1e-4
 DEPTH, WIDTH, HEADS = 3, 32, 4
 MARKS = {"bos_token_id": 0, "eos_token_id": 0}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def torch():
-    """torch, with transformers beside it; the tests are skipped where either is missing."""
-    torch = pytest.importorskip("torch", reason="parity needs torch: pip install 'polygpt[parity]'")
-    pytest.importorskip("transformers", reason="parity needs transformers: pip install 'polygpt[parity]'")
-    torch.set_num_threads(1)
-    return torch
 
 
 def stack(blocks):
     """Blocks as a scanned model holds them."""
     return jax.tree.map(lambda *leaves: np.stack(leaves), *blocks)
-
-
-def compare(got, expected, where: str):
-    """Within the tolerance, and of a size beside which the tolerance is small."""
-    got, expected = np.asarray(got), np.asarray(expected)
-    assert got.shape == expected.shape and expected.std() > 0.1, where
-    error = np.abs(got - expected).max()
-    print(f"{where}: largest error {error:.1e}, standard deviation {expected.std():.2f}")
-    assert error < TOLERANCE, where
 
 
 def gpt2(torch):
