@@ -42,6 +42,11 @@ RULES: dict[str, tuple[str, ...]] = {
 kv_heads (heads times their width), experts, layers (stacked). Of activations: rows, positions, features (the model's
 width), and hidden, heads, kv_heads, vocabulary, experts, stages (of the pipeline)."""
 
+RESIDUAL = ("rows", "positions", "features")
+"""The axes of the stream that every block adds to."""
+LOGITS = ("rows", "positions", "vocabulary")
+"""The axes of predictions: no device ever holds those of the whole vocabulary where it is split."""
+
 TOGETHER = (
     ("vocabulary", "width"),
     ("layers", "width", "hidden"),

@@ -72,7 +72,9 @@ class _ImageAdapter(nnx.Module):
         tower = spec.tower
         if tower.position == NoPosition():
             tower = tower.replace(position=Learned(spec.positions))
-        self.patch = Linear(spec.patch**2 * channels, tower.width, rngs=rngs, bias=True, dtype=dtype)
+        self.patch = Linear(
+            spec.patch**2 * channels, tower.width, rngs=rngs, bias=True, dtype=dtype, axes=(None, "width")
+        )
         self.tower = Tower(tower, rngs=rngs, dtype=dtype, grid=spec.grid)
         self.connector = spec.connector.build(tower.width, width, rngs=rngs, dtype=dtype)
 

@@ -18,6 +18,8 @@ from polygpt.spec import Spec
 
 INSIDE = "null or one that acts inside attention: what adds to embeddings is set on the stack"
 """What the `position` of a layer has to be."""
+QUERY, KEY, OUTPUT = ("width", "heads"), ("width", "kv_heads"), ("heads", "width")
+"""The axes of the kernels of queries, of keys and values, and of the output, by which they are split over devices."""
 
 
 @dataclasses.dataclass(frozen=True)

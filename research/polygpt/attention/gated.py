@@ -6,7 +6,7 @@ from typing import Literal
 import jax
 from flax import nnx
 
-from polygpt.attention.contract import Dims
+from polygpt.attention.contract import QUERY, Dims
 from polygpt.attention.multi_head import MultiHead, MultiHeadModule
 from polygpt.nn.linear import Linear
 
@@ -32,7 +32,8 @@ class _GatedOutput(MultiHeadModule):
     def project(self, rngs):
         super().project(rngs)
         gates = 1 if self.spec.gate == "head" else self.spec.width_of_head(self.dims.width)
-        self.gate = Linear(self.dims.width, self.spec.heads * gates, rngs=rngs, bias=False, dtype=self.dims.dtype)
+        options = {"rngs": rngs, "bias": False, "dtype": self.dims.dtype, "axes": QUERY}
+        self.gate = Linear(self.dims.width, self.spec.heads * gates, **options)
 
     def mixed(self, y_BHTe, lse_BHT, x_BTD, context):
         B, T, _ = x_BTD.shape

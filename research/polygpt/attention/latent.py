@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from polygpt.attention.contract import Dims
+from polygpt.attention.contract import OUTPUT, QUERY, Dims
 from polygpt.attention.kernels import reference
 from polygpt.attention.kernels.problem import Operands
 from polygpt.attention.multi_head import MultiHead, MultiHeadModule
@@ -85,12 +85,13 @@ class _Latent(MultiHeadModule):
         options = {"rngs": rngs, "dtype": self.dims.dtype}
         self.query_latent = spec.q_rank and Linear(D, spec.q_rank, bias=spec.bias, **options)
         self.query_latent_norm = spec.q_rank and RMSNorm().build(spec.q_rank)
-        self.query = Linear(spec.q_rank or D, H * (d + r), bias=False, **options)
+        self.query = Linear(spec.q_rank or D, H * (d + r), bias=False, axes=QUERY, **options)
         self.latent = Linear(D, R, bias=spec.bias, **options)
         self.latent_norm = RMSNorm().build(R)
         self.rope_key = Linear(D, r, bias=spec.bias, **options)
-        self.key, self.value = (Linear(R, H * d, bias=False, **options) for _ in range(2))
-        self.output = Linear(H * d, D, bias=spec.bias, scale=self.dims.output_scale, **options)
+        self.key, self.value = (Linear(R, H * d, bias=False, axes=QUERY, **options) for _ in range(2))
+        scale = self.dims.output_scale
+        self.output = Linear(H * d, D, bias=spec.bias, scale=scale, axes=OUTPUT, **options)
 
     def queries(self, x_BTD, context):
         """[B, H, T, d + r]."""

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from polygpt.attention.contract import Dims
+from polygpt.attention.contract import OUTPUT, Dims
 from polygpt.attention.kernels.recurrence import linear_recurrence
 from polygpt.attention.multi_head import joined
 from polygpt.attention.recurrent import StatefulModule, _Stateful
@@ -69,7 +69,7 @@ class _Mamba2(StatefulModule):
         self.widths = (inner, inner + 2 * shared, H)  # of z, of what is convolved, of dt
         options = {"rngs": rngs, "dtype": dims.dtype, "bias": spec.bias}
         self.input = Linear(dims.width, sum(self.widths), **options)
-        self.output = Linear(inner, dims.width, scale=dims.output_scale, **options)
+        self.output = Linear(inner, dims.width, scale=dims.output_scale, axes=OUTPUT, **options)
         if spec.convolution:
             self.convolve = ShortConvolution(
                 spec.convolution, inner + 2 * shared, rngs=rngs, bias=spec.convolution_bias

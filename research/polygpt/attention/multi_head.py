@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from polygpt.attention import cache as memory
-from polygpt.attention.contract import INSIDE, Attention, Context, Dims, blank_context
+from polygpt.attention.contract import INSIDE, KEY, OUTPUT, QUERY, Attention, Context, Dims, blank_context
 from polygpt.attention.kernels import dispatch, reference
 from polygpt.attention.kernels.problem import Operands, Rule
 from polygpt.attention.masks import DECODER, Mask, Meta
@@ -142,10 +142,11 @@ class MultiHeadModule(nnx.Module):
         spec, dims, d = self.spec, self.dims, self.spec.width_of_head(self.dims.width)
         key_bias = spec.bias if spec.key_bias is None else spec.key_bias
         options = {"rngs": rngs, "dtype": dims.dtype}
-        self.query = Linear(dims.width, spec.heads * d, bias=spec.bias, **options)
-        self.key = Linear(dims.width, spec.key_heads() * d, bias=key_bias, **options)
-        self.value = Linear(dims.width, spec.key_heads() * d, bias=spec.bias, **options)
-        self.output = Linear(spec.heads * d, dims.width, bias=spec.bias, scale=dims.output_scale, **options)
+        self.query = Linear(dims.width, spec.heads * d, bias=spec.bias, axes=QUERY, **options)
+        self.key = Linear(dims.width, spec.key_heads() * d, bias=key_bias, axes=KEY, **options)
+        self.value = Linear(dims.width, spec.key_heads() * d, bias=spec.bias, axes=KEY, **options)
+        scale = dims.output_scale
+        self.output = Linear(spec.heads * d, dims.width, bias=spec.bias, scale=scale, axes=OUTPUT, **options)
 
     def __call__(self, x_BTD: jax.Array, context: Context, cache: Any = None) -> tuple[jax.Array, Any]:
         seen, key, cache = memory.extend(cache, self.remembered(x_BTD, context), context)

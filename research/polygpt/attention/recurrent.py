@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from polygpt.attention.contract import INSIDE, Attention, Context, Dims
+from polygpt.attention.contract import INSIDE, OUTPUT, QUERY, Attention, Context, Dims
 from polygpt.attention.kernels.recurrence import Course, course, linear_recurrence
 from polygpt.attention.masks import Mask, Meta
 from polygpt.attention.multi_head import joined
@@ -147,11 +147,11 @@ class RecurrentModule(StatefulModule):
         self.spec, self.dims, self.encoding = spec, dims, spec.encoding(dims)
         H, d, e = spec.heads, spec.width_of_head(dims.width), spec.width_of_value(dims.width)
         options = {"rngs": rngs, "dtype": dims.dtype, "bias": spec.bias}
-        self.query = Linear(dims.width, H * d, **options)
-        self.key = Linear(dims.width, H * d, **options)
-        self.value = Linear(dims.width, H * e, **options)
-        self.gate = Linear(dims.width, H * e, **options) if spec.gate else None
-        self.output = Linear(H * e, dims.width, scale=dims.output_scale, **options)
+        self.query = Linear(dims.width, H * d, axes=QUERY, **options)
+        self.key = Linear(dims.width, H * d, axes=QUERY, **options)
+        self.value = Linear(dims.width, H * e, axes=QUERY, **options)
+        self.gate = Linear(dims.width, H * e, axes=QUERY, **options) if spec.gate else None
+        self.output = Linear(H * e, dims.width, scale=dims.output_scale, axes=OUTPUT, **options)
         self.norm = spec.norm and spec.norm.build(e)
         if spec.convolution:
             self.convolve = ShortConvolution(spec.convolution, 2 * H * d + H * e, rngs=rngs, bias=False)

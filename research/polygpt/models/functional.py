@@ -56,6 +56,10 @@ class Model:
         """The parameters' shapes and dtypes; allocates nothing."""
         return jax.eval_shape(lambda: _pure(nnx.state(self._build(jax.random.key(0)))))
 
+    def axes(self) -> Params:
+        """The names of every parameter's axes, by which they are split over devices: a tree of tuples."""
+        return _axes(nnx.state(nnx.eval_shape(lambda: self._build(jax.random.key(0)))))
+
     def apply(self, params: Params, batch: Batch, key: jax.Array | None = None) -> Outputs:
         """All predictions of a batch. With a key, dropout is on."""
         module = self._module(params)
@@ -118,6 +122,21 @@ def _pure(state: nnx.State) -> Params:
         return {str(key): tidy(value) for key, value in tree.items()} if isinstance(tree, dict) else tree
 
     return tidy(nnx.to_pure_dict(state))
+
+
+def _axes(state: nnx.State) -> Params:
+    """Of each parameter the names that it was made with; a stacked one has an axis more in front."""
+
+    def names(path, variable: nnx.Variable) -> tuple[str | None, ...]:
+        rank = len(variable.shape)
+        given = variable.get_metadata().get("axes")
+        if given is None:  # of a module that names none: a matrix is split like any other
+            given = (*[None] * (rank - 2), "width", None)[:rank] if rank > 1 else (None,) * rank
+        stacked = "layers" if [entry.key for entry in path[:2]] == ["decoder", "blocks"] else None
+        return (*[stacked] * (rank - len(given)), *given)
+
+    named = jax.tree_util.tree_map_with_path(names, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    return _pure(named)
 
 
 def _state(params: Params) -> nnx.State:

@@ -13,6 +13,7 @@ from polygpt.adapters.text import TextEmbedding
 from polygpt.models.decoder import Cache, Decoder, DecoderSpec
 from polygpt.nn.linear import Linear
 from polygpt.sequence import Batch, scatter_media
+from polygpt.sharding import LOGITS, RESIDUAL, constrain
 from polygpt.spec import Spec
 
 
@@ -40,9 +41,10 @@ class MultimodalModel(nnx.Module):
         self.names = tuple(spec.adapters)
         self.text = TextEmbedding(vocabulary, width, **options)
         self.adapters = nnx.Dict({name: adapter.build(width, **options) for name, adapter in spec.adapters.items()})
-        self.modality = nnx.Dict({name: nnx.Param(jnp.zeros(width)) for name in spec.adapters})
+        self.modality = nnx.Dict({name: nnx.Param(jnp.zeros(width), axes=(None,)) for name in spec.adapters})
         self.decoder = Decoder(spec.decoder, **options)
-        self.head = None if spec.decoder.tied else Linear(width, vocabulary, bias=False, **options)
+        head = {"bias": False, "axes": ("width", "vocabulary")}
+        self.head = None if spec.decoder.tied else Linear(width, vocabulary, **head, **options)
 
     def embed(self, batch: Batch, key: jax.Array | None = None) -> jax.Array:
         """The row as the decoder reads it, [B, T, D]. Media come only from the adapters that `batch.media` names."""
@@ -53,7 +55,7 @@ class MultimodalModel(nnx.Module):
             here = None if key is None else jax.random.fold_in(key, number)
             embedded_BNPD = self.adapters[name](batch.media[name], here)
             media[name] = embedded_BNPD + self.modality[name][...].astype(embedded_BNPD.dtype)[None, None, None]
-        return scatter_media(self.text(batch.tokens_BT), batch, media)
+        return constrain(scatter_media(self.text(batch.tokens_BT), batch, media), *RESIDUAL)
 
     def hidden(
         self, batch: Batch, cache: Cache | None = None, key: jax.Array | None = None
@@ -65,8 +67,8 @@ class MultimodalModel(nnx.Module):
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """float32 [B, T, V]."""
         if self.head is None:
-            return self.text.logits(hidden_BTD)
-        return self.head(hidden_BTD, output_dtype="float32")
+            return constrain(self.text.logits(hidden_BTD), *LOGITS)
+        return constrain(self.head(hidden_BTD, output_dtype="float32"), *LOGITS)
 
     def weights(self, batch: Batch, chosen_R: jax.Array | None = None) -> dict[int, jax.Array]:
         """By block of the decoder, the attention weights of the chosen positions, float32 [B, H, R, T]."""

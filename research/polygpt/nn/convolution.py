@@ -16,7 +16,7 @@ class TimeConvolution(nnx.Module):
 
     def __init__(self, inputs: int, outputs: int, *, size: int, stride: int, rngs: nnx.Rngs, dtype: str):
         self.size, self.stride = size, stride
-        self.linear = Linear(size * inputs, outputs, rngs=rngs, bias=True, dtype=dtype)
+        self.linear = Linear(size * inputs, outputs, rngs=rngs, bias=True, dtype=dtype, axes=(None, "width"))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, frames, inputs] -> [B, ceil(frames / stride), outputs]."""

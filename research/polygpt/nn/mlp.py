@@ -8,9 +8,15 @@ import jax
 from flax import nnx
 
 from polygpt.nn.linear import Linear
+from polygpt.sharding import constrain
 from polygpt.spec import Spec
 
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu", "sigmoid", "identity"]
+
+INWARD, OUTWARD = ("width", "hidden"), ("hidden", "width")
+"""The axes of the kernels of a feed-forward layer."""
+HIDDEN = ("rows", "positions", "hidden")
+"""The axes of what lies between them."""
 
 _ACTIVATIONS: dict[str, Callable] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -92,20 +98,22 @@ class _MLP(nnx.Module):
     def __init__(self, spec: MLP, width: int, rngs: nnx.Rngs, dtype: str, output_scale: float):
         hidden = spec.hidden_width(width)
         self.activation = spec.activation
-        self.up = Linear(width, hidden, rngs=rngs, bias=spec.bias, dtype=dtype)
-        self.down = Linear(hidden, width, rngs=rngs, bias=spec.bias, dtype=dtype, scale=output_scale)
+        self.up = Linear(width, hidden, rngs=rngs, bias=spec.bias, dtype=dtype, axes=INWARD)
+        self.down = Linear(hidden, width, rngs=rngs, bias=spec.bias, dtype=dtype, scale=output_scale, axes=OUTWARD)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        return self.down(activate(self.activation, self.up(x_BTD)))
+        hidden_BTF = activate(self.activation, self.up(x_BTD))
+        return self.down(constrain(hidden_BTF, *HIDDEN))
 
 
 class _GatedMLP(nnx.Module):
     def __init__(self, spec: GatedMLP, width: int, rngs: nnx.Rngs, dtype: str, output_scale: float):
         hidden = spec.hidden_width(width)
         self.activation = spec.activation
-        self.gate = Linear(width, hidden, rngs=rngs, bias=spec.bias, dtype=dtype)
-        self.up = Linear(width, hidden, rngs=rngs, bias=spec.bias, dtype=dtype)
-        self.down = Linear(hidden, width, rngs=rngs, bias=spec.bias, dtype=dtype, scale=output_scale)
+        self.gate = Linear(width, hidden, rngs=rngs, bias=spec.bias, dtype=dtype, axes=INWARD)
+        self.up = Linear(width, hidden, rngs=rngs, bias=spec.bias, dtype=dtype, axes=INWARD)
+        self.down = Linear(hidden, width, rngs=rngs, bias=spec.bias, dtype=dtype, scale=output_scale, axes=OUTWARD)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        return self.down(activate(self.activation, self.gate(x_BTD)) * self.up(x_BTD))
+        hidden_BTF = activate(self.activation, self.gate(x_BTD)) * self.up(x_BTD)
+        return self.down(constrain(hidden_BTF, *HIDDEN))

@@ -44,7 +44,7 @@ class LayerNorm(Norm):
 class _RMSNorm(nnx.Module):
     def __init__(self, spec: RMSNorm, width: int):
         self.epsilon = spec.epsilon
-        self.scale = nnx.Param(jnp.ones(width))
+        self.scale = nnx.Param(jnp.ones(width), axes=(None,))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         wide = x.astype(jnp.float32)
@@ -56,8 +56,8 @@ class _RMSNorm(nnx.Module):
 class _LayerNorm(nnx.Module):
     def __init__(self, spec: LayerNorm, width: int):
         self.epsilon = spec.epsilon
-        self.scale = nnx.Param(jnp.ones(width))
-        self.bias = nnx.Param(jnp.zeros(width))
+        self.scale = nnx.Param(jnp.ones(width), axes=(None,))
+        self.bias = nnx.Param(jnp.zeros(width), axes=(None,))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         wide = x.astype(jnp.float32)

@@ -171,7 +171,7 @@ def _angles_of(position_BT, coordinate_BT3, axis_f, frequency_f) -> jax.Array:
 
 class _Learned(nnx.Module):
     def __init__(self, length: int, width: int, rngs: nnx.Rngs):
-        self.table = nnx.Param(jax.random.normal(rngs.params(), (length, width)) * 0.02)
+        self.table = nnx.Param(jax.random.normal(rngs.params(), (length, width)) * 0.02, axes=(None, "width"))
 
     def __call__(self, position_BT: jax.Array) -> jax.Array:
         return jnp.take(self.table[...], position_BT, axis=0, mode="clip")
