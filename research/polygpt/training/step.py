@@ -11,6 +11,7 @@ import optax
 from polygpt.objectives.base import Objective
 from polygpt.sequence import Batch
 from polygpt.training.randomness import DROPOUT, derive
+from polygpt.training.spikes import SpikeSpec
 from polygpt.training.state import State
 
 Step = Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]
@@ -29,6 +30,7 @@ class Recipe:
         seed: of all randomness.
         accumulate: microbatches; they must divide the rows.
         ema: decay of the moving average of the parameters, or None.
+        spikes: what a spike of the loss is, or None: then nobody looks for them.
     """
 
     model: Any
@@ -39,6 +41,7 @@ class Recipe:
     seed: int = 0
     accumulate: int = 1
     ema: float | None = None
+    spikes: SpikeSpec | None = None
 
 
 def make_step(recipe: Recipe, reduce: Callable = lambda tree: tree, shard: Callable = lambda: 0) -> Step:
@@ -50,7 +53,8 @@ def make_step(recipe: Recipe, reduce: Callable = lambda tree: tree, shard: Calla
         shard: the number of this holder of rows, so that each draws its own dropout.
 
     The metrics are float32 scalars: the loss and each objective (means over the global batch by loss weight), the norms
-    of gradient and update, the learning rate, and how many updates were skipped, in all and in a row.
+    of gradient and update, the learning rate, how many updates were left out in all, how many of the last steps were
+    not finite, and where spikes are looked for, how many there were, in all and in a row.
     """
 
     def loss(params, batch, key, weights):
@@ -86,18 +90,24 @@ def make_step(recipe: Recipe, reduce: Callable = lambda tree: tree, shard: Calla
         gradient_norm, update_norm = optax.tree.norm(gradient), optax.tree.norm(updates)
         # Every quantity here is already global: all devices decide alike.
         finite = jnp.isfinite(value) & jnp.isfinite(gradient_norm) & jnp.isfinite(update_norm)
+        in_row = jnp.where(finite, 0, state.skipped_in_row + 1)
+        taken, window = finite, state.window
+        if recipe.spikes is not None:
+            spike, window = recipe.spikes.judge(window, value, gradient_norm, finite)
+            taken = finite & ~spike
         params, opt_state, ema = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
+            lambda new, old: jnp.where(taken, new, old),
             (params, opt_state, ema),
             (state.params, state.opt_state, state.ema),
         )
-        skipped = state.skipped + ~finite
-        in_row = jnp.where(finite, 0, state.skipped_in_row + 1)
+        skipped = state.skipped + ~taken
         metrics = {"loss": value} | {f"loss/{name}": mean for name, mean in means.items()}
         metrics |= {"gradient_norm": gradient_norm, "update_norm": update_norm}
         metrics |= {"learning_rate": recipe.learning_rate(applied), "skipped": skipped, "skipped_in_row": in_row}
+        if window is not None:
+            metrics |= {"spikes": window.spikes, "spikes_in_row": window.in_row}
         metrics = {name: jnp.asarray(metric, jnp.float32) for name, metric in metrics.items()}
-        return State(state.step + 1, params, opt_state, ema, skipped, in_row), metrics
+        return State(state.step + 1, params, opt_state, ema, skipped, in_row, window), metrics
 
     return step
 
