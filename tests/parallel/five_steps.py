@@ -39,9 +39,12 @@ def run(mode: str, accumulate: int) -> dict:
     objectives = {"next_token": (NextToken(), 1.0), "z": (ZLoss(), 1e-2)}
     rate, trainable = optim.schedule.build(STEPS), optim.trainable(params)
     recipe = Recipe(model, objectives, transformation, rate, trainable, 0, accumulate, optim.ema)
-    parallel = build(mode)
-    step = parallel.compile(lambda **wiring: make_step(recipe, **wiring))
-    state = parallel.create(lambda: create(model, transformation, 0, True))
+    parallel = build(mode, model.axes())
+
+    def initial():
+        return create(model, transformation, 0, True)
+
+    step, state = parallel.compile(lambda **wiring: make_step(recipe, **wiring), initial), parallel.create(initial)
 
     losses, donated = [], []
     for i in range(STEPS):
@@ -62,7 +65,7 @@ def run(mode: str, accumulate: int) -> dict:
     weight_BT[3] = np.nan  # a row of the first device alone
     after, metrics = step(jax.tree.map(lambda x: x.copy(), state), parallel.put(poisoned.replace(weight_BT=weight_BT)))
     return {
-        "devices": parallel.devices,
+        "devices": len(parallel.devices),
         "losses": losses,
         "params": [np.asarray(leaf).ravel().tolist() for leaf in jax.tree.leaves((state.params, state.ema))],
         "donated": all(donated),

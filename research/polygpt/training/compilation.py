@@ -16,14 +16,14 @@ def enable_cache() -> None:
 
 
 @functools.cache
-def compiler_options() -> dict[str, str] | None:
-    """XLA options of the training step on the default backend; pmap takes none.
+def compiler_options(platform: str | None = None) -> dict[str, str] | None:
+    """XLA options of the training step for a platform, the default backend's unless given; pmap takes none.
 
     On a CPU the YNNPACK fusions are left out: a step of the quickstart takes about a tenth less time without them, and
     small batched products, such as those of attention, half. The option is experimental: a compiler that does not know
     it is left alone.
     """
-    if jax.default_backend() != "cpu":
+    if (platform or jax.default_backend()) != "cpu":
         return None
     options = {"xla_cpu_experimental_ynn_fusion_type": ""}
     try:

@@ -12,6 +12,7 @@ from polygpt.models.multimodal import ModelSpec
 from polygpt.objectives.base import Objective
 from polygpt.objectives.next_token import NextToken
 from polygpt.optim.optim import Optim
+from polygpt.sharding import MeshSpec
 from polygpt.spec import Spec, nearest
 from polygpt.training.checkpoint import CheckpointSpec
 
@@ -25,8 +26,11 @@ class TrainSpec(Spec):
 
     steps: int
     """Batches to train on. A run that is started again with more steps goes on to them."""
-    parallel: Literal["single", "pmap", "sharded"] = "single"
-    """On one device, or rows over all devices by pmap or by a compiler-sharded program."""
+    parallel: Literal["single", "pmap", "sharded", "auto"] = "single"
+    """On one device; rows over all devices by pmap; one program split over `mesh` by the compiler; or, auto, whatever
+    suits the devices and the model, which is printed with the reason."""
+    mesh: MeshSpec = MeshSpec()
+    """How devices are arranged and what is split over which, where `parallel` is sharded."""
     log_every: int = 10
     """Steps between two lines of metrics."""
     evaluate_every: int | None = None

@@ -20,16 +20,13 @@ from polygpt import sequence, spec
 from polygpt.data.loader import train_batches
 from polygpt.errors import UserError
 from polygpt.evaluation.evaluate import evaluate
-from polygpt.models.functional import bind
-from polygpt.training import parallel
 from polygpt.training.checkpoint import Checkpoints
 from polygpt.training.compilation import enable_cache
 from polygpt.training.experiment import Experiment
 from polygpt.training.interruption import Interruption
 from polygpt.training.prefetch import Fed, Prefetch
+from polygpt.training.program import Program, assemble
 from polygpt.training.sinks import JsonLines, Sink, TensorBoard, Terminal
-from polygpt.training.state import create
-from polygpt.training.step import Recipe, make_step
 from polygpt.training.workdir import claim, require_same, storage_faults
 
 
@@ -102,17 +99,8 @@ class _Trainer:
             interruption,
         )
         self.tokenizer = experiment.tokenizer.build()
-        self.model = bind(experiment.model, self.tokenizer.vocabulary)
-        self.parallel = parallel.build(self.spec.parallel)
-        optim, seed = experiment.optim, experiment.seed
-        self.parallel.check_rows(experiment.data.rows, optim.accumulate)
-        shapes = self.model.abstract()
-        transformation = optim.build(shapes, self.spec.steps)
-        rate, trainable = optim.schedule.build(self.spec.steps), optim.trainable(shapes)
-        recipe = Recipe(
-            self.model, experiment.objectives, transformation, rate, trainable, seed, optim.accumulate, optim.ema
-        )
-        self.step = self.parallel.compile(lambda **wiring: make_step(recipe, **wiring))
+        program = assemble(experiment, self.tokenizer.vocabulary)
+        self.model, self.parallel, self.step = program.model, program.parallel, program.step
         self.all_finite = jax.jit(
             lambda params: jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(params)]))
         )
@@ -120,29 +108,25 @@ class _Trainer:
             experiment.data,
             self.tokenizer,
             experiment.model.adapters,
-            seed=seed,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            seed=experiment.seed,
+            feeder=self.parallel.feeder,
+            feeders=self.parallel.feeders,
         )
-
-        def initial():
-            return create(self.model, transformation, seed, optim.ema is not None)
-
         claim(workdir, experiment)  # not before: a setting or a source that is at fault leaves no folder behind
         self.checkpoints = Checkpoints(workdir / "checkpoints", self.spec.checkpoint, self.spec.better)
         stack.callback(self.checkpoints.close)
-        restored = self.checkpoints.restore(self.parallel.abstract(initial))
+        restored = self.checkpoints.restore(self.parallel.abstract(program.initial))
         self.standing = Standing()
         self.metric: float | None = None  # of the last step, if it was evaluated
         if restored is None:
-            self.state = self.parallel.create(initial)
+            self.state = self.parallel.create(program.initial)
         else:
             self.state, data = restored
             batches.set_state(data["batches"])
             self.standing = Standing(**data["standing"])
         self.done = self.saved = int(self.state.step)
         self.place = batches.get_state()  # in the data, after the last batch consumed: the prefetch thread is ahead
-        self._announce(optim.table(shapes), shapes)
+        self._announce(program)
         self.sinks = sinks(workdir, self.done, self.spec.steps)
         for sink in self.sinks:
             stack.callback(sink.close)
@@ -188,7 +172,7 @@ class _Trainer:
         if self._begin is None:  # the first step of this process: mostly compilation, and not counted
             self._restart_clock()
         else:
-            self._tokens += fed.tokens * jax.process_count()
+            self._tokens += fed.tokens * self.parallel.feeders
             self._waited += fed.waited
             self._steps += 1
         if step % self.spec.log_every == 0 or step == self.spec.steps:
@@ -241,7 +225,7 @@ class _Trainer:
             metric=self.metric,
             finite=bool(self.all_finite((self.state.params, self.state.ema))),
             data={
-                "batches": self.place,
+                "batches": [self.place],
                 "standing": dataclasses.asdict(self.standing),
                 "config": spec.to_json(self.experiment),
             },
@@ -261,11 +245,9 @@ class _Trainer:
     def _check(self, batch: sequence.Batch) -> None:
         sequence.check(batch, self.tokenizer.vocabulary, self.model.positions)
 
-    def _announce(self, table: str, shapes) -> None:
+    def _announce(self, program: Program) -> None:
         if jax.process_index() == 0:
-            count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
-            place = f"{self.parallel.devices} x {jax.devices()[0].device_kind}, {self.parallel.mode}"
-            print(f"{self.experiment.name}: {count:,} parameters on {place}\n{table}", file=sys.stderr)
+            print(program.about(), file=sys.stderr)
             if self.done:
                 print(f"goes on from step {self.done} in {self.workdir}", file=sys.stderr)
 

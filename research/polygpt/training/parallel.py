@@ -1,7 +1,6 @@
-"""The pure step on one device, or on rows split over many: three wrappers with the same results."""
+"""The pure step on one device, on rows split over many by pmap, or on any mesh: wrappers with the same results."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -9,13 +8,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from polygpt.attention.kernels.dispatch import rows_over
+from polygpt import sharding
 from polygpt.errors import UserError
 from polygpt.sequence import Batch
+from polygpt.sharding import Layout, MeshSpec
 from polygpt.training.compilation import compiler_options
 
 AXIS = "data"
-"""The mesh axis over which rows are split."""
+"""The axis over which pmap splits rows."""
 
 Mode = Literal["single", "pmap", "sharded"]
 
@@ -26,80 +26,187 @@ class Parallel:
 
     Attributes:
         mode: its name.
-        devices: how many devices share the rows.
-        state_sharding: where every leaf of the state lies (on all of them, whole).
-        compile: a function of `reduce` and `shard` that makes a step (`make_step`), to a compiled step. The state that
-            the step is given is donated: it is gone afterwards.
-        put: a NumPy batch of this process's rows to where the step wants it.
+        devices: those that take part.
+        rows: how many parts the rows are split into.
+        feeders: how many groups of processes read rows of their own: processes whose devices hold the same rows read
+            the same.
+        feeder: which of them this process belongs to.
+        layout: the mesh, where the mode is "sharded".
+        axes: the names of the parameters' axes, `Model.axes()`.
     """
 
     mode: Mode
-    devices: int
-    state_sharding: jax.sharding.Sharding
-    compile: Callable[[Callable], Callable]
-    put: Callable[[Batch], Batch]
+    devices: tuple[jax.Device, ...]
+    rows: int
+    feeders: int
+    feeder: int
+    layout: Layout | None
+    axes: Any
 
-    def create(self, function: Callable) -> Any:
-        """The tree that `function()` gives, made where the state lies."""
-        return jax.jit(function, out_shardings=self.state_sharding)()
+    def compile(self, make_step: Callable, initial: Callable) -> Callable:
+        """A compiled step. The state that it is given is donated: it is gone afterwards.
 
-    def abstract(self, function: Callable) -> Any:
+        Args:
+            make_step: a function of `reduce` and `shard` that makes a step.
+            initial: gives the state before the first step.
+        """
+        if self.mode == "pmap":
+            step = make_step(reduce=lambda tree: jax.lax.psum(tree, AXIS), shard=lambda: jax.lax.axis_index(AXIS))
+            # The state goes in and comes out whole (axis None): pmap is jit with shard_map inside and keeps it on every
+            # device.
+            axes = {"in_axes": (None, 0), "out_axes": (None, None)}
+            return jax.pmap(step, AXIS, donate_argnums=0, devices=self.devices, **axes)
+        step = make_step()
+        options = {"donate_argnums": 0, "compiler_options": compiler_options(self.devices[0].platform)}
+        if self.layout is None:
+            return jax.jit(step, **options)
+
+        def split_step(state, batch):
+            with sharding.using(self.layout):
+                return step(state, batch)
+
+        # One program sees the whole batch; the compiler splits it and puts in what the devices have to tell each other.
+        return jax.jit(split_step, out_shardings=(self.places(initial), self.layout.whole()), **options)
+
+    def create(self, initial: Callable) -> Any:
+        """The state that `initial()` gives, made where it lies."""
+        return jax.jit(initial, out_shardings=self.places(initial))()
+
+    def abstract(self, initial: Callable) -> Any:
         """Shapes, dtypes and places of what `create` would give."""
-        place = functools.partial(jax.ShapeDtypeStruct, sharding=self.state_sharding)
-        return jax.tree.map(lambda x: place(x.shape, x.dtype), jax.eval_shape(function))
+        return jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+            jax.eval_shape(initial),
+            self.places(initial),
+        )
 
-    def check_rows(self, rows: int, accumulate: int) -> None:
-        """Raises UserError unless `rows` can be split over the devices, and each share into microbatches."""
-        if rows % (self.devices * accumulate):
+    def places(self, initial: Callable) -> Any:
+        """Where every leaf of the state lies."""
+        shapes = jax.eval_shape(initial)
+        if self.layout is None:
+            whole = SingleDeviceSharding(self.devices[0]) if self.mode == "single" else self._over_rows(())
+            return jax.tree.map(lambda _: whole, shapes)
+        return places(shapes, self.axes, self.layout)
+
+    def put(self, batch: Batch) -> Batch:
+        """A batch of this feeder's rows, of NumPy arrays, to where the step wants it."""
+        if self.mode == "single":
+            return jax.device_put(batch, self.devices[0])
+        if self.mode == "pmap":
+            # [devices, rows of each, ...]: those of this process's devices are here.
+            local = self.rows // self.feeders
+            split = jax.tree.map(lambda x: x.reshape(local, -1, *x.shape[1:]), batch)
+            return jax.tree.map(lambda x: jax.make_array_from_process_local_data(self._over_rows(AXIS), x), split)
+        return jax.tree.map(self._put_rows, batch)
+
+    def put_whole(self, batch: Batch) -> Batch:
+        """A batch of all rows, the same in every process, split over the mesh as far as it divides."""
+        layout = self.layout
+
+        def put(x):
+            place = layout.place(("rows", *[None] * (x.ndim - 1)), x.shape)
+            return jax.make_array_from_callback(x.shape, place, lambda index: x[index])
+
+        return jax.tree.map(put, batch)
+
+    def check(self, rows: int, length: int, accumulate: int) -> None:
+        """Raises UserError unless rows, and the positions of each, can be split over the devices and microbatches."""
+        mesh = self.layout and self.layout.spec
+        stages = self.layout.size("stages") if self.layout else 1
+        microbatches = (mesh.microbatches or stages) if stages > 1 else 1
+        parts = self.rows * accumulate * microbatches
+        if rows % parts:
+            cut = f"{accumulate} microbatches" + (f" of {microbatches} of the pipeline" if stages > 1 else "")
             raise UserError(
-                f"data.rows is {rows}: it must be a multiple of {self.devices * accumulate} "
-                f"({self.devices} devices, {accumulate} microbatches)"
+                f"data.rows is {rows}: it must be a multiple of {parts} (split over {self.rows} devices, {cut})"
             )
+        if self.layout and length % (size := self.layout.size("positions")):
+            raise UserError(f"data.layout.length is {length}: it must be a multiple of {size}, by train.mesh.sequence")
+
+    def _over_rows(self, axis) -> NamedSharding:
+        spec = PartitionSpec(axis) if axis else PartitionSpec()
+        return NamedSharding(Mesh(np.asarray(self.devices), (AXIS,)), spec)
+
+    def _put_rows(self, x: np.ndarray) -> jax.Array:
+        shape = (x.shape[0] * self.feeders, *x.shape[1:])
+        place = self.layout.place(("rows", *[None] * (x.ndim - 1)), shape)
+        if self.feeders == 1:
+            return jax.make_array_from_callback(shape, place, lambda index: x[index])
+        size = shape[0] // self.rows
+        mine = _blocks_by_process(self.layout)[jax.process_index()]
+
+        def rows(index):
+            start = mine.index((index[0].start or 0) // size) * size
+            return x[start : start + size][(slice(None), *index[1:])]
+
+        return jax.make_array_from_callback(shape, place, rows)
 
 
-def build(mode: Mode, devices: list | None = None) -> Parallel:
-    """The wrapper of that name, over the given devices (all, or the first for `single`)."""
-    devices = devices or jax.devices()
-    mesh = Mesh(np.asarray(devices), (AXIS,))
-    rows, whole = NamedSharding(mesh, PartitionSpec(AXIS)), NamedSharding(mesh, PartitionSpec())
+def build(mode: Mode, axes: Any, mesh: MeshSpec | None = None, devices: list | None = None) -> Parallel:
+    """The wrapper of that name.
+
+    Args:
+        mode: "single", "pmap" or "sharded".
+        axes: the names of the parameters' axes, `Model.axes()`.
+        mesh: how devices are arranged where the mode is "sharded".
+        devices: all there are, by default; "single" takes the first.
+
+    Raises:
+        UserError: the mesh does not come out even, or one device is asked for where there are several processes.
+    """
+    devices = tuple(devices or jax.devices())
+    processes = sorted({device.process_index for device in devices})
     if mode == "single":
-        place = SingleDeviceSharding(devices[0])
-        return Parallel(mode, 1, place, _compile_one, lambda batch: jax.device_put(batch, place))
-    put = functools.partial(jax.tree.map, functools.partial(jax.make_array_from_process_local_data, rows))
-    if mode == "sharded":
-        compile = functools.partial(_compile_sharded, rows=rows, whole=whole)
-        return Parallel(mode, len(devices), whole, compile, put)
-
-    local = len(mesh.local_devices)
-
-    def put_by_device(batch: Batch) -> Batch:
-        return put(jax.tree.map(lambda x: x.reshape(local, -1, *x.shape[1:]), batch))
-
-    return Parallel(mode, len(devices), whole, functools.partial(_compile_pmap, devices=devices), put_by_device)
-
-
-def _compile_one(make_step: Callable) -> Callable:
-    return jax.jit(make_step(), donate_argnums=0, compiler_options=compiler_options())
+        if len(processes) > 1:
+            raise UserError(f"train.parallel is 'single', and there are {len(processes)} processes: choose 'sharded'")
+        return Parallel(mode, devices[:1], 1, 1, 0, None, axes)
+    if mode == "pmap":
+        return Parallel(mode, devices, len(devices), len(processes), jax.process_index(), None, axes)
+    layout = sharding.arrange(mesh or MeshSpec(), devices)
+    groups = sorted({blocks for blocks in _blocks_by_process(layout).values()})
+    if sum(map(len, groups)) != layout.size("rows"):
+        raise UserError(
+            f"train.mesh ({layout.about()}) gives processes rows that overlap in part: let data and fsdp be multiples "
+            "of the processes, or divide them"
+        )
+    here = _blocks_by_process(layout).get(jax.process_index(), groups[0])  # planned devices are of no process
+    return Parallel(mode, devices, layout.size("rows"), len(groups), groups.index(here), layout, axes)
 
 
-def _compile_sharded(make_step: Callable, rows, whole) -> Callable:
-    # One program sees the whole batch; the compiler splits it and puts in the sums over devices, kernels excepted.
-    step = make_step()
+def places(state: Any, axes: Any, layout: Layout) -> Any:
+    """Where every leaf of a state lies: parameters by the names of their axes, and what mirrors one beside it.
 
-    def step_over_rows(state, batch):
-        with rows_over(rows.mesh, AXIS):
-            return step(state, batch)
+    A leaf of the optimizer belongs to the parameter whose path its own ends with. Of the parameter's shape it is split
+    like it; short of one axis, as a factored moment is (Adafactor, 1804.04235, section 3), like the axes that are left.
+    """
+    named = {}
+    for path, names in jax.tree_util.tree_flatten_with_path(axes, is_leaf=lambda leaf: isinstance(leaf, tuple))[0]:
+        named[_keys(path)] = names
+    shapes = {_keys(path): leaf.shape for path, leaf in jax.tree_util.tree_flatten_with_path(state.params)[0]}
 
-    return jax.jit(
-        step_over_rows,
-        in_shardings=(whole, rows),
-        out_shardings=whole,
-        donate_argnums=0,
-        compiler_options=compiler_options(),
-    )
+    def place(path, leaf):
+        keys = _keys(path)
+        owner = next((keys[i:] for i in range(len(keys)) if keys[i:] in named), None)
+        if owner is None:
+            return layout.whole()
+        names, shape = named[owner], shapes[owner]
+        if leaf.shape == shape:
+            return layout.place(names, shape)
+        shorter = {names[:i] + names[i + 1 :] for i in range(len(shape)) if shape[:i] + shape[i + 1 :] == leaf.shape}
+        return layout.place(shorter.pop(), leaf.shape) if len(shorter) == 1 else layout.whole()
+
+    return jax.tree_util.tree_map_with_path(place, state)
 
 
-def _compile_pmap(make_step: Callable, devices) -> Callable:
-    step = make_step(reduce=lambda tree: jax.lax.psum(tree, AXIS), shard=lambda: jax.lax.axis_index(AXIS))
-    # The state goes in and comes out whole (axis None): pmap is jit with shard_map inside and keeps it on every device.
-    return jax.pmap(step, AXIS, in_axes=(None, 0), out_axes=(None, None), donate_argnums=0, devices=devices)
+def _keys(path) -> tuple[str, ...]:
+    """The keys of dicts along a path: of a parameter all of them, in an optimizer's state those at its end."""
+    return tuple(entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey))
+
+
+def _blocks_by_process(layout: Layout) -> dict[int, tuple[int, ...]]:
+    """By process, which parts of the rows its devices hold."""
+    parts = layout.size("rows")
+    held: dict[int, set[int]] = {}
+    for device, (index,) in layout.place(("rows",), (parts,)).devices_indices_map((parts,)).items():
+        held.setdefault(device.process_index, set()).add(index.start or 0)
+    return {process: tuple(sorted(blocks)) for process, blocks in held.items()}

@@ -1,0 +1,95 @@
+"""`train.parallel="auto"`: a sane way to use the devices there are, and the reason for it in words.
+
+Rows are split over as many devices as divide them. Parameters and optimizer are split too (fsdp) where whole copies
+would take too much of a device's memory, and heads (tensor) where that is not enough. What is exact is for
+`polygpt plan --search`, which compiles; this is arithmetic.
+"""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from math import prod
+
+import jax
+
+from polygpt.sharding import MeshSpec
+from polygpt.training.parallel import Mode
+
+WHOLE = 0.4
+"""Share of a device's memory that a whole copy of the state and the gradient may take; activations need the rest."""
+SPLIT = 0.6
+"""Share that the split state may take."""
+ROW = 128
+"""Positions that a part of a row should have at least, where rows themselves are split."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What was chosen.
+
+    Attributes:
+        mode: of `parallel.build`.
+        mesh: the mesh, if the mode is "sharded".
+        reason: why, in one line.
+    """
+
+    mode: Mode
+    mesh: MeshSpec
+    reason: str
+
+
+def choose(
+    *, state: int, gradient: int, memory: int, devices: int, rows: int, accumulate: int, length: int, heads: int
+) -> Choice:
+    """A way to run.
+
+    Args:
+        state: bytes of parameters, optimizer and moving average.
+        gradient: bytes of a gradient.
+        memory: bytes that one device has.
+        devices: how many there are.
+        rows: of the global batch.
+        accumulate: microbatches.
+        length: positions of a row.
+        heads: what a split over tensor has to divide.
+    """
+    if devices == 1:
+        return Choice("single", MeshSpec(), "there is one device")
+    parts = max(n for n in range(1, devices + 1) if devices % n == 0 and rows % (n * accumulate) == 0)
+    rest, need = devices // parts, state + gradient
+    why = f"{rows} rows over {parts} devices"
+    sequence = tensor = 1
+    if rest > 1 and length % rest == 0 and length >= ROW * rest:
+        sequence, why = rest, f"{why}, the positions of each over {rest}"
+    elif rest > 1:
+        tensor, why = rest, f"{why}, heads and hidden widths over {rest}"
+    whole = need / tensor <= WHOLE * memory
+    while not whole and need / (parts * tensor) > SPLIT * memory and parts % 2 == 0 and heads % (2 * tensor) == 0:
+        parts, tensor = parts // 2, 2 * tensor
+        why = f"{rows} rows over {parts} devices, heads and hidden widths over {tensor}"
+    state_is = f"state and gradient take {_size(need)} and a device has {_size(memory)}"
+    if whole:
+        reason = f"{why}; every device holds a whole copy: {state_is}"
+        return Choice("sharded", MeshSpec(data=parts, tensor=tensor, sequence=sequence), reason)
+    reason = f"{why}; parameters and optimizer are split: {state_is}"
+    return Choice("sharded", MeshSpec(data=1, fsdp=parts, tensor=tensor, sequence=sequence), reason)
+
+
+def memory_of(device: jax.Device) -> int:
+    """Bytes that a device has; of a CPU device its share of the machine's memory."""
+    statistics = device.memory_stats() if device.platform != "cpu" else None
+    if statistics and "bytes_limit" in statistics:
+        return statistics["bytes_limit"]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
+
+
+def bytes_of(shapes: Sequence) -> int:
+    """Bytes of all leaves of a tree of shapes."""
+    return sum(prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            return f"{count:.3g} {unit}"
+        count /= 1000

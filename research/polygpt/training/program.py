@@ -1,0 +1,105 @@
+"""The program that an experiment trains by, on given devices: what the loop runs and what a planner compiles."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import optax
+
+from polygpt.models.functional import Model, bind
+from polygpt.training import automatic, parallel
+from polygpt.training.experiment import Experiment
+from polygpt.training.parallel import Parallel
+from polygpt.training.state import create
+from polygpt.training.step import Recipe, make_step
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Program:
+    """See `assemble`.
+
+    Attributes:
+        experiment: what it was made from.
+        model: the bound model.
+        shapes: of its parameters.
+        recipe: what the step needs to know.
+        transformation: the optimizer.
+        parallel: how it runs.
+        reason: why so, if that was chosen here ("auto").
+    """
+
+    experiment: Experiment
+    model: Model
+    shapes: Any
+    recipe: Recipe
+    transformation: optax.GradientTransformation
+    parallel: Parallel
+    reason: str | None
+
+    def initial(self) -> Any:
+        """The state before the first step; to be compiled."""
+        return _create(self.experiment, self.model, self.transformation)
+
+    def about(self) -> str:
+        """The model's size, where it runs and why there, and how its parameters are trained."""
+        count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.shapes))
+        runs, layout = self.parallel, self.parallel.layout
+        place = f"{len(runs.devices)} x {runs.devices[0].device_kind}, {runs.mode}"
+        place += f" ({layout.about()})" if layout else ""
+        lines = [f"{self.experiment.name}: {count:,} parameters on {place}", self.experiment.optim.table(self.shapes)]
+        return "\n".join([self.reason, *lines] if self.reason else lines)
+
+    @functools.cached_property
+    def step(self) -> Callable:
+        """The compiled step, `(state, batch) -> (state, metrics)`; the state is donated."""
+        return self.parallel.compile(lambda **wiring: make_step(self.recipe, **wiring), self.initial)
+
+
+def assemble(
+    experiment: Experiment,
+    vocabulary: int,
+    devices: Sequence[jax.Device] | None = None,
+    memory: int | None = None,
+) -> Program:
+    """Nothing is allocated, and devices need not be there: those of `topology.devices` will do.
+
+    Args:
+        experiment: what to train.
+        vocabulary: V, of its tokenizer.
+        devices: all there are by default.
+        memory: bytes of each, for `train.parallel="auto"`; by default they are asked.
+
+    Raises:
+        UserError: rows, positions, blocks or heads cannot be divided as the mesh asks.
+    """
+    optim, train, layout = experiment.optim, experiment.train, experiment.data.layout
+    model = bind(experiment.model, vocabulary)
+    shapes = model.abstract()
+    transformation = optim.build(shapes, train.steps)
+    mode, mesh, reason = train.parallel, train.mesh, None
+    devices = list(devices or jax.devices())
+    if mode == "auto":
+        choice = automatic.choose(
+            state=automatic.bytes_of(jax.eval_shape(lambda: _create(experiment, model, transformation))),
+            gradient=automatic.bytes_of(shapes),
+            memory=memory or automatic.memory_of(devices[0]),
+            devices=len(devices),
+            rows=experiment.data.rows,
+            accumulate=optim.accumulate,
+            length=layout.length,
+            heads=getattr(experiment.model.decoder.attention, "heads", 1),
+        )
+        mode, mesh, reason = choice.mode, choice.mesh, f"train.parallel auto: {choice.mode}: {choice.reason}"
+    runs = parallel.build(mode, model.axes(), mesh, devices)
+    runs.check(experiment.data.rows, layout.length, optim.accumulate)
+    rate, trainable = optim.schedule.build(train.steps), optim.trainable(shapes)
+    seed, accumulate = experiment.seed, optim.accumulate
+    recipe = Recipe(model, experiment.objectives, transformation, rate, trainable, seed, accumulate, optim.ema)
+    return Program(experiment, model, shapes, recipe, transformation, runs, reason)
+
+
+def _create(experiment: Experiment, model: Model, transformation) -> Any:
+    return create(model, transformation, experiment.seed, experiment.optim.ema is not None)
