@@ -113,8 +113,8 @@ def test_an_adapter_fills_the_positions_that_it_says(cls):
     adapter = cls()
     features = np.zeros((2, adapter.items, *adapter.features.shape), np.float32)
     media = Media(features, np.full((2, adapter.items), adapter.positions, np.int32))
-    shape = jax.eval_shape(lambda media: adapter.build(24, rngs=nnx.Rngs(0), dtype="float32")(media), media).shape
-    assert shape == (2, adapter.items, adapter.positions, 24)
+    embedded, losses = jax.eval_shape(lambda media: adapter.build(24, rngs=nnx.Rngs(0), dtype="float32")(media), media)
+    assert losses == {} and embedded.shape == (2, adapter.items, adapter.positions, 24)
     lengths = [adapter.length(frames) for frames in range(1, adapter.features.shape[0] + 1)]
     assert lengths == sorted(lengths) and lengths[0] >= 1 and lengths[-1] == adapter.positions
     assert adapter.score_flops >= 0
@@ -132,7 +132,7 @@ def test_an_adapter_is_blind_to_unused_items(cls):
     @jax.jit
     def run(state, features):
         def total(state):
-            out = nnx.merge(graphdef, state)(Media(features, length_BN))
+            out, _ = nnx.merge(graphdef, state)(Media(features, length_BN))
             return jnp.sum(jnp.sin(out[:, 0])), out
 
         return jax.value_and_grad(total, has_aux=True)(state)

@@ -127,7 +127,7 @@ def check_tower(module, embed, features, layers, last):
     found = jax.jit(lambda x: layer_by_layer(module.tower, embed(x)))(features)
     for depth, (got, expected) in enumerate(zip(found, [*layers, last], strict=True)):
         compare(got, expected, f"layer {depth}")
-    whole = jax.jit(lambda x: module.encode(x, np.full(len(x), last.shape[1], np.int32)))(features)
+    whole = jax.jit(lambda x: module.encode(x, np.full(len(x), last.shape[1], np.int32))[0])(features)
     compare(whole, last, "the whole encoder")
 
 

@@ -17,6 +17,7 @@ from polygpt.blocks.stack import StackSpec
 from polygpt.data.media.audio import LogMel
 from polygpt.data.media.features import Features
 from polygpt.nn.convolution import TimeConvolution
+from polygpt.nn.losses import Losses
 from polygpt.nn.mlp import activate
 from polygpt.nn.positions import NoPosition, Sinusoidal
 from polygpt.sequence import Media
@@ -73,8 +74,8 @@ class _AudioAdapter(nnx.Module):
         self.tower = Tower(tower, rngs=rngs, dtype=dtype)
         self.connector = spec.connector.build(tower.width * spec.fold, width, rngs=rngs, dtype=dtype)
 
-    def __call__(self, media: Media, key: jax.Array | None = None) -> jax.Array:
-        """[B, N, frames, M] -> [B, N, P, D]."""
+    def __call__(self, media: Media, key: jax.Array | None = None) -> tuple[jax.Array, Losses]:
+        """[B, N, frames, M] -> ([B, N, P, D], losses)."""
         B, N, frames, M = media.features.shape
         inner = self.positions * self.fold
         length_B = media.length_BN.reshape(B * N) * self.fold
@@ -82,10 +83,10 @@ class _AudioAdapter(nnx.Module):
         # not on what an unused item or the rest of a used one holds, nor on how long the longest clip may be.
         mel_BFM = jnp.pad(media.features.reshape(B * N, frames, M), ((0, 0), (0, 2 * inner - frames), (0, 0)))
         real = jnp.arange(2 * inner)[None, :, None] < 2 * length_B[:, None, None]
-        x_BTD = self.encode(jnp.where(real, mel_BFM, 0), length_B, key)
-        return self.connector(x_BTD.reshape(B, N, self.positions, -1))
+        x_BTD, losses = self.encode(jnp.where(real, mel_BFM, 0), length_B, key)
+        return self.connector(x_BTD.reshape(B, N, self.positions, -1)), losses
 
-    def encode(self, mel_BFM: jax.Array, length_B: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """Log-mel frames to the tower's output, [B, ceil(frames / 2), width of the tower]."""
+    def encode(self, mel_BFM: jax.Array, length_B: jax.Array, key: jax.Array | None = None) -> tuple[jax.Array, Losses]:
+        """Log-mel frames to the tower's output, [B, ceil(frames / 2), width of the tower], and its losses."""
         x_BTD = activate("gelu", self.second(activate("gelu", self.first(mel_BFM))))
         return self.tower(x_BTD, length_B, key)

@@ -16,6 +16,7 @@ from polygpt.blocks.stack import StackSpec
 from polygpt.data.media.features import Features
 from polygpt.data.media.image import ImageFeatures
 from polygpt.nn.linear import Linear
+from polygpt.nn.losses import Losses
 from polygpt.nn.positions import Learned, NoPosition
 from polygpt.sequence import Media
 
@@ -78,14 +79,17 @@ class _ImageAdapter(nnx.Module):
         self.tower = Tower(tower, rngs=rngs, dtype=dtype, grid=spec.grid)
         self.connector = spec.connector.build(tower.width, width, rngs=rngs, dtype=dtype)
 
-    def __call__(self, media: Media, key: jax.Array | None = None) -> jax.Array:
-        """[B, N, H, W, C] -> [B, N, P, D]."""
+    def __call__(self, media: Media, key: jax.Array | None = None) -> tuple[jax.Array, Losses]:
+        """[B, N, H, W, C] -> ([B, N, P, D], losses)."""
         B, N, *shape = media.features.shape
         length_B = media.length_BN.reshape(B * N)
         pixels = jnp.where((length_B > 0)[:, None, None, None], media.features.reshape(B * N, *shape), 0)
-        x_BPD = self.connector(self.encode(pixels, length_B, key))
-        return x_BPD.reshape(B, N, *x_BPD.shape[1:])
+        x_BPD, losses = self.encode(pixels, length_B, key)
+        x_BPD = self.connector(x_BPD)
+        return x_BPD.reshape(B, N, *x_BPD.shape[1:]), losses
 
-    def encode(self, pixels_BHWC: jax.Array, length_B: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """Pixels to the tower's output, [B, P, width of the tower]."""
+    def encode(
+        self, pixels_BHWC: jax.Array, length_B: jax.Array, key: jax.Array | None = None
+    ) -> tuple[jax.Array, Losses]:
+        """Pixels to the tower's output, [B, P, width of the tower], and its losses."""
         return self.tower(self.patch(patches(pixels_BHWC, self.side)), length_B, key)

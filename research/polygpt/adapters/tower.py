@@ -9,6 +9,7 @@ from polygpt.attention.masks import ENCODER, Meta
 from polygpt.blocks.stack import Stack, StackSpec
 from polygpt.errors import SpecError
 from polygpt.nn.dropout import dropout
+from polygpt.nn.losses import Losses
 from polygpt.sequence import coordinates
 
 
@@ -21,8 +22,8 @@ class Tower(Stack):
         self.grid = grid
         self.position = spec.position.build(spec.width, rngs=rngs)
 
-    def __call__(self, x_BTD: jax.Array, length_B: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """Encodes B items of T positions of which the first `length_B` are real.
+    def __call__(self, x_BTD: jax.Array, length_B: jax.Array, key: jax.Array | None = None) -> tuple[jax.Array, Losses]:
+        """Encodes B items of T positions of which the first `length_B` are real; and the losses of routed layers.
 
         Positions beyond an item's length are not seen by the others.
 
@@ -42,4 +43,6 @@ class Tower(Stack):
         embedding_key, stack_key = (None, None) if key is None else jax.random.split(key)
         x_BTD = dropout(x_BTD, self.spec.dropout, embedding_key)
         place_BT3 = None if self.grid is None else jnp.broadcast_to(coordinates(self.grid)[None], (B, T, 3))
-        return super().__call__(x_BTD, Context(meta, meta, ENCODER, coordinate_BT3=place_BT3), key=stack_key)[0]
+        context = Context(meta, meta, ENCODER, coordinate_BT3=place_BT3)
+        x_BTD, _, losses = super().__call__(x_BTD, context, key=stack_key)
+        return x_BTD, losses

@@ -10,6 +10,7 @@ from flax import nnx
 from polygpt.attention.contract import Attention, Context, Dims
 from polygpt.attention.multi_head import MultiHead
 from polygpt.blocks.block import Block
+from polygpt.nn.losses import Losses, add
 from polygpt.nn.mlp import MLP, FeedForward
 from polygpt.nn.norms import LayerNorm, Norm
 from polygpt.nn.positions import NoPosition, Position
@@ -111,16 +112,17 @@ class Stack(nnx.Module):
 
     def __call__(
         self, x_BTD: jax.Array, context: Context, cache: Any = None, key: jax.Array | None = None
-    ) -> tuple[jax.Array, Any]:
-        """[B, T, D] -> ([B, T, D] normalised, cache)."""
+    ) -> tuple[jax.Array, Any, Losses]:
+        """[B, T, D] -> ([B, T, D] normalised, cache, sums of the blocks' losses)."""
         context = dataclasses.replace(context, inputs_BTD=x_BTD)
 
         def call(block, x_BTD, layer, cache):
             return block(x_BTD, context, cache, None if key is None else jax.random.fold_in(key, layer))
 
+        losses = {}
         if self.blocks is not None:
-            x_BTD, cache = self._over_blocks(call, x_BTD.astype(self.dtype), cache)
-        return self.norm(x_BTD), cache
+            x_BTD, cache, losses = self._over_blocks(call, x_BTD.astype(self.dtype), cache)
+        return self.norm(x_BTD), cache, losses
 
     def weights(self, x_BTD: jax.Array, context: Context, chosen_R: jax.Array | None = None) -> dict[int, jax.Array]:
         """By block, the attention weights of the chosen queries, float32 [B, H, R, T]; None means all.
@@ -131,11 +133,11 @@ class Stack(nnx.Module):
 
         def call(block, x_BTD, layer, cache):
             found = block.weights(x_BTD, context, chosen_R) if hasattr(block.attention, "weights") else None
-            return block(x_BTD, context)[0], found
+            return block(x_BTD, context)[0], found, {}
 
         if self.blocks is None:
             return {}
-        _, outputs = self._over_blocks(call, x_BTD.astype(self.dtype), None)
+        _, outputs, _ = self._over_blocks(call, x_BTD.astype(self.dtype), None)
         if self.spec.scan:  # of every block of the pattern, stacked
             outputs = [jax.tree.map(lambda leaf, i=i: leaf[i], found) for i in range(self._times) for found in outputs]
         return {layer: found for layer, found in enumerate(outputs) if found is not None}
@@ -145,16 +147,18 @@ class Stack(nnx.Module):
         return self.spec.depth // len(self.spec.period())
 
     def _over_blocks(self, call, x_BTD, caches):
-        """Threads x through `call(block, x, layer, cache of the layer) -> (x, output)`.
+        """Threads x through `call(block, x, layer, cache of the layer) -> (x, output, losses)`.
 
-        The outputs are a tuple as `init_cache` gives it: an output is the new cache where there are caches.
+        Gives x, the outputs and the sums of the losses. The outputs are a tuple as `init_cache` gives it: an output is
+        the new cache where there are caches.
         """
         if not self.spec.scan:
-            outputs = []
+            outputs, losses = [], {}
             for layer, block in enumerate(self.blocks):
-                x_BTD, output = self._remat(call, block)(x_BTD, layer, caches and caches[layer])
+                x_BTD, output, own = self._remat(call, block)(x_BTD, layer, caches and caches[layer])
                 outputs.append(output)
-            return x_BTD, tuple(outputs)
+                losses = add(losses, own)
+            return x_BTD, tuple(outputs), losses
         p = len(self.spec.period())
         split = [nnx.split(block) for block in (self.blocks if p > 1 else [self.blocks])]
 
@@ -162,25 +166,27 @@ class Stack(nnx.Module):
         def body(carry, inputs):
             x_BTD, caches = carry
             params, time = inputs
-            outputs = []
+            outputs, losses = [], {}
             for i, (graphdef, _) in enumerate(split):
                 here = caches and jax.tree.map(
                     lambda leaf: jax.lax.dynamic_index_in_dim(leaf, time, 0, False), caches[i]
                 )
                 block = nnx.merge(graphdef, params[i])
-                x_BTD, output = self._remat(call, block)(x_BTD, time * p + i, here)
+                x_BTD, output, own = self._remat(call, block)(x_BTD, time * p + i, here)
                 outputs.append(output)
+                losses = add(losses, own)
             if caches is None:
-                return (x_BTD, None), tuple(outputs)
+                return (x_BTD, None), (tuple(outputs), losses)
 
             def write(leaf, new):
                 return jax.lax.dynamic_update_index_in_dim(leaf, new, time, 0)
 
-            return (x_BTD, jax.tree.map(write, caches, tuple(outputs))), None
+            return (x_BTD, jax.tree.map(write, caches, tuple(outputs))), (None, losses)
 
         xs = tuple(params for _, params in split), jnp.arange(self._times)
-        (x_BTD, caches), outputs = jax.lax.scan(body, (x_BTD, caches), xs)
-        return x_BTD, outputs if caches is None else caches
+        (x_BTD, caches), (outputs, losses_T) = jax.lax.scan(body, (x_BTD, caches), xs)
+        losses = {name: jnp.sum(loss_T) for name, loss_T in losses_T.items()}
+        return x_BTD, outputs if caches is None else caches, losses
 
     def _remat(self, call, block):
         if self.spec.remat == "none":

@@ -11,6 +11,7 @@ from polygpt.attention.contract import Context
 from polygpt.attention.masks import DECODER, Meta
 from polygpt.blocks.stack import Stack, StackSpec
 from polygpt.nn.dropout import dropout
+from polygpt.nn.losses import Losses
 from polygpt.nn.mlp import FeedForward, GatedMLP
 from polygpt.nn.norms import Norm, RMSNorm
 from polygpt.nn.positions import Position, Rope
@@ -74,15 +75,15 @@ class Decoder(Stack):
 
     def __call__(
         self, x_BTD: jax.Array, batch: Batch, cache: Cache | None = None, key: jax.Array | None = None
-    ) -> tuple[jax.Array, Cache | None]:
-        """Reads `batch`, after what `cache` holds, and returns the hidden vectors and the cache with `batch` in it."""
+    ) -> tuple[jax.Array, Cache | None, Losses]:
+        """Reads `batch`, after what `cache` holds: the hidden vectors, the cache with `batch` in it, and the losses."""
         embedding_key, stack_key = (None, None) if key is None else jax.random.split(key)
         x_BTD = dropout(self._place(x_BTD, batch), self.spec.dropout, embedding_key)
         context, seen = self._context(batch, cache)
-        x_BTD, layers = super().__call__(x_BTD, context, None if cache is None else cache.layers, stack_key)
-        if cache is None:
-            return x_BTD, None
-        return x_BTD, Cache(layers, seen, cache.cursor + batch.shape[1])
+        x_BTD, layers, losses = super().__call__(x_BTD, context, None if cache is None else cache.layers, stack_key)
+        if cache is not None:
+            cache = Cache(layers, seen, cache.cursor + batch.shape[1])
+        return x_BTD, cache, losses
 
     def weights(self, x_BTD: jax.Array, batch: Batch, chosen_R: jax.Array | None = None) -> dict[int, jax.Array]:
         """By block, the attention weights of the chosen positions, float32 [B, H, R, T]; None means all."""

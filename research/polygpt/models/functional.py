@@ -9,6 +9,7 @@ from flax import nnx
 
 from polygpt.models.decoder import Cache, init_cache
 from polygpt.models.multimodal import ModelSpec, MultimodalModel
+from polygpt.nn.losses import Losses
 from polygpt.sequence import Batch
 
 Params = dict[str, Any]
@@ -23,10 +24,12 @@ class Outputs:
     Attributes:
         logits_BTV: float32, unnormalised log-probabilities of the next token.
         hidden_BTD: the decoder's normalised output, in the compute dtype.
+        losses: of routed layers, by name, sums over their real positions: see `nn/losses.py`. Objectives read them.
     """
 
     logits_BTV: jax.Array
     hidden_BTD: jax.Array
+    losses: Losses = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -63,8 +66,8 @@ class Model:
     def apply(self, params: Params, batch: Batch, key: jax.Array | None = None) -> Outputs:
         """All predictions of a batch. With a key, dropout is on."""
         module = self._module(params)
-        hidden_BTD, _ = module.hidden(batch, key=key)
-        return Outputs(module.logits(hidden_BTD), hidden_BTD)
+        hidden_BTD, _, losses = module.hidden(batch, key=key)
+        return Outputs(module.logits(hidden_BTD), hidden_BTD, losses)
 
     def init_cache(self, rows: int, size: int) -> Cache:
         """An empty cache for `rows` rows of at most `size` positions."""
@@ -83,7 +86,7 @@ class Model:
         does not fit is written over the last positions without an error, and the predictions are wrong from there on.
         """
         module = self._module(params)
-        hidden_BTD, cache = module.hidden(batch, cache)
+        hidden_BTD, cache, _ = module.hidden(batch, cache)
         if last_B is not None:
             hidden_BTD = jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)
         return module.logits(hidden_BTD), cache

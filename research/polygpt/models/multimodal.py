@@ -12,6 +12,7 @@ from polygpt.adapters.base import Adapter
 from polygpt.adapters.text import TextEmbedding
 from polygpt.models.decoder import Cache, Decoder, DecoderSpec
 from polygpt.nn.linear import Linear
+from polygpt.nn.losses import Losses, add
 from polygpt.sequence import Batch, scatter_media
 from polygpt.sharding import LOGITS, RESIDUAL, constrain
 from polygpt.spec import Spec
@@ -46,23 +47,30 @@ class MultimodalModel(nnx.Module):
         head = {"bias": False, "axes": ("width", "vocabulary")}
         self.head = None if spec.decoder.tied else Linear(width, vocabulary, **head, **options)
 
-    def embed(self, batch: Batch, key: jax.Array | None = None) -> jax.Array:
-        """The row as the decoder reads it, [B, T, D]. Media come only from the adapters that `batch.media` names."""
+    def embed(self, batch: Batch, key: jax.Array | None = None) -> tuple[jax.Array, Losses]:
+        """The row as the decoder reads it, [B, T, D], and the losses of the adapters.
+
+        Media come only from the adapters that `batch.media` names.
+        """
+        losses = {}
         media = dict.fromkeys(self.names)  # numbered as in the specification: jit sorts the keys of batch.media
         for number, name in enumerate(self.names, start=1):
             if name not in batch.media:
                 continue
             here = None if key is None else jax.random.fold_in(key, number)
-            embedded_BNPD = self.adapters[name](batch.media[name], here)
+            embedded_BNPD, own = self.adapters[name](batch.media[name], here)
+            losses = add(losses, own)
             media[name] = embedded_BNPD + self.modality[name][...].astype(embedded_BNPD.dtype)[None, None, None]
-        return constrain(scatter_media(self.text(batch.tokens_BT), batch, media), *RESIDUAL)
+        return constrain(scatter_media(self.text(batch.tokens_BT), batch, media), *RESIDUAL), losses
 
     def hidden(
         self, batch: Batch, cache: Cache | None = None, key: jax.Array | None = None
-    ) -> tuple[jax.Array, Cache | None]:
-        """The decoder's normalised output [B, T, D], and the cache with `batch` in it."""
+    ) -> tuple[jax.Array, Cache | None, Losses]:
+        """The decoder's normalised output [B, T, D], the cache with `batch` in it, and the losses of all layers."""
         media_key, decoder_key = (None, None) if key is None else jax.random.split(key)
-        return self.decoder(self.embed(batch, media_key), batch, cache, decoder_key)
+        x_BTD, own = self.embed(batch, media_key)
+        hidden_BTD, cache, losses = self.decoder(x_BTD, batch, cache, decoder_key)
+        return hidden_BTD, cache, add(own, losses)
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """float32 [B, T, V]."""
@@ -72,4 +80,4 @@ class MultimodalModel(nnx.Module):
 
     def weights(self, batch: Batch, chosen_R: jax.Array | None = None) -> dict[int, jax.Array]:
         """By block of the decoder, the attention weights of the chosen positions, float32 [B, H, R, T]."""
-        return self.decoder.weights(self.embed(batch), batch, chosen_R)
+        return self.decoder.weights(self.embed(batch)[0], batch, chosen_R)

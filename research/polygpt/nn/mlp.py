@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 from flax import nnx
@@ -35,7 +35,14 @@ def activate(name: Activation, x: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class FeedForward(Spec):
-    """A feed-forward layer. A new one derives from this class and builds a module `[B, T, D] -> [B, T, D]`."""
+    """A feed-forward layer. A new one derives from this class and builds a module `[B, T, D] -> [B, T, D]`.
+
+    The module of a routed one is called with the context too, and gives its losses beside its output: `(x_BTD, context)
+    -> (y_BTD, losses)`, the losses as in `nn/losses.py`.
+    """
+
+    routed: ClassVar[bool] = False
+    """Whether different positions go through different parameters."""
 
     def build(self, width: int, *, rngs: nnx.Rngs, dtype: str, output_scale: float) -> nnx.Module:
         """The module for vectors of `width`; `output_scale` scales the initial output kernel."""
@@ -44,6 +51,10 @@ class FeedForward(Spec):
     def hidden_width(self, width: int) -> int:
         """F, the hidden width at the model width `width`."""
         raise NotImplementedError
+
+    def idle(self, width: int) -> int:
+        """Elements of the matrices that a position is not multiplied with, such as those of experts not chosen."""
+        return 0
 
 
 @dataclasses.dataclass(frozen=True)
