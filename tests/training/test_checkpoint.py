@@ -11,11 +11,13 @@ from bigram import Bigram
 from polygpt.errors import UserError
 from polygpt.optim.optim import Optim
 from polygpt.optim.schedules import Constant
-from polygpt.training.checkpoint import Checkpoints, CheckpointSpec, Record, best, kept, read_parameters, records
+from polygpt.training.checkpoint import Checkpoints, CheckpointSpec, best, kept
+from polygpt.training.manifest import Record, records
 from polygpt.training.parallel import build
 from polygpt.training.state import create
+from polygpt.training.stored import read_parameters
 
-PARALLEL = build("single")
+PARALLEL = build("single", axes=None)
 TRANSFORMATION = Optim(Constant(0.1)).build(jax.eval_shape(Bigram().init, jax.random.key(0)), 10)
 
 
@@ -124,9 +126,9 @@ def test_what_is_kept_by_a_metric_that_grows():
 def half_write(folder, whole, kind):
     """Makes `whole` look as if the writing process had been killed."""
     if kind == "without its note":
-        (folder / whole / "_CHECKPOINT_METADATA").unlink()
+        (folder / whole / "manifest.json").unlink()
     elif kind == "with half a note":
-        note = folder / whole / "_CHECKPOINT_METADATA"
+        note = folder / whole / "manifest.json"
         note.write_text(note.read_text()[:20])
     else:
         (folder / whole).rename(folder / f"{whole}.orbax-checkpoint-tmp-123")

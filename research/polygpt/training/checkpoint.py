@@ -1,9 +1,13 @@
-"""Checkpoints: written in the background by Orbax, rotated, restored. Nothing else in the package knows Orbax.
+"""Checkpoints: written in the background, sealed, verified, rotated and restored.
 
 A checkpoint is a folder named by its step, `checkpoints/1000`. It holds the parameters, their moving average, the
 optimizer's state, the counts, and JSON data: the data iterator's state, the loop's, the configuration. Orbax writes it
-under another name, notes in `_CHECKPOINT_METADATA` when it is whole, and renames it. A folder without that note is half
-a checkpoint and is never read.
+under another name and renames it when it is whole; then its manifest is written, and only then are older ones removed.
+What has no manifest is half a checkpoint and is never read.
+
+Where several processes train, all of them read and write arrays; the first alone seals, renames and deletes, and says
+which checkpoint is read. Nothing in a checkpoint depends on devices or processes: arrays are read into whatever
+shardings are asked for.
 """
 
 import dataclasses
@@ -11,19 +15,22 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
-import orbax.checkpoint as ocp
+import jax
 
 from polygpt.errors import UserError
 from polygpt.spec import Spec
+from polygpt.training import manifest, stored
+from polygpt.training.manifest import Damaged, HalfWritten, Record, records
+from polygpt.training.processes import agree, gather
 from polygpt.training.state import State
+from polygpt.training.storage import storage_fault
 
 log = logging.getLogger(__name__)
-# Orbax logs the traceback of an error that it raises too: whoever catches it says it in one line.
-logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,32 +48,6 @@ class CheckpointSpec(Spec):
         self.require(self.every >= 1, "every", "at least 1")
         self.require(self.keep >= 1, "keep", "at least 1")
         self.require(self.keep_every is None or self.keep_every >= 1, "keep_every", "null or at least 1")
-
-
-@dataclasses.dataclass(frozen=True)
-class Record:
-    """What rotation knows of a checkpoint: the run's metric there (None: not evaluated), and whether all is finite."""
-
-    step: int
-    metric: float | None
-    finite: bool
-
-
-def records(folder: Path) -> list[Record]:
-    """The whole checkpoints in a folder, oldest first."""
-    found = (_record(place) for place in folder.glob("*") if place.name.isdigit())
-    return sorted((record for record in found if record), key=lambda record: record.step)
-
-
-def _record(place: Path) -> Record | None:
-    try:
-        note = json.loads((place / "_CHECKPOINT_METADATA").read_text())
-    except (OSError, ValueError):
-        return None
-    if not note.get("commit_timestamp_nsecs"):
-        return None
-    custom = note.get("custom_metadata") or {}
-    return Record(int(place.name), custom.get("metric"), custom.get("finite", True))
 
 
 def best(found: Sequence[Record], better: Literal["lower", "higher"]) -> Record | None:
@@ -88,6 +69,9 @@ def kept(found: Sequence[Record], spec: CheckpointSpec, better: Literal["lower",
 class Checkpoints:
     """The checkpoints of a run under way.
 
+    All that are listed here are sealed; after `restore`, none is newer than the state that the run goes on from. So
+    the last finite one has been verified, or was written, by this very process, and rotation can rely on it.
+
     Args:
         folder: absolute; made if it does not exist.
         spec: when and which.
@@ -96,21 +80,25 @@ class Checkpoints:
 
     def __init__(self, folder: Path, spec: CheckpointSpec, better: Literal["lower", "higher"]):
         self.folder, self.spec, self.better = folder, spec, better
-        folder.mkdir(parents=True, exist_ok=True)
-        for place in folder.glob("*"):
-            if place.name.isdigit() and _record(place) is None:
-                _set_aside(place, "it is half-written")
-        self._records = {record.step: record for record in records(folder)}
-        self._damaged: set[int] = set()
-        self._manager = ocp.CheckpointManager(
-            folder,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=_Rotation(self), cleanup_tmp_directories=True, enable_async_checkpointing=True
-            ),
-        )
+        self._primary = jax.process_index() == 0
+        self._damaged: dict[int, str] = {}
+        self._records: dict[int, Record] = {}
+        if self._primary:
+            self._survey()
+        seen = [dataclasses.astuple(record) for record in self._records.values()], list(self._damaged.items())
+        seen, damaged = json.loads(agree("checkpoints", json.dumps(seen)))
+        self._records, self._damaged = {step: Record(step, *rest) for step, *rest in seen}, dict(damaged)
+        self._writer = stored.writer()
+        self._thread = ThreadPoolExecutor(1, "checkpoints")
+        self._pending: Future | None = None
+        self._failure: Exception | None = None  # why the latest save is not there
 
     def save(self, state: State, *, metric: float | None, finite: bool, data: dict[str, Any]) -> None:
         """Writes a checkpoint in the background. Only the copy from the device is waited for, and the save before this.
+
+        A full disk, or a folder that may not be written, is logged; the checkpoints before this one are left as they
+        are, the next `save` tries again, and `wait` raises what went wrong with the latest. Where there is none to
+        fall back upon, or other processes would have to be told, it is raised.
 
         Args:
             state: the state; it may be donated as soon as this returns.
@@ -118,48 +106,59 @@ class Checkpoints:
             finite: whether all parameters are finite.
             data: JSON data.
         """
+        self._join()
+        self._failure = None
         step = int(state.step)
         if step in self._records:
-            if self._records[step].finite and step not in self._damaged:
-                return
-            self.wait()
-            _set_aside(self.folder / str(step), "a new one takes its place")
-            self._damaged.discard(step)
-            self._manager.reload()
-        metric = None if metric is None or not math.isfinite(metric) else metric
-        self._records[step] = Record(step, metric, finite)
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                **{name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()},
-                data=ocp.args.JsonSave(data),
-            ),
-            custom_metadata={"metric": metric, "finite": finite},
-            force=True,
-        )
+            return
+        record = Record(step, None if metric is None or not math.isfinite(metric) else float(metric), bool(finite))
+        try:
+            self._writer.save(self.folder / str(step), args=stored.parts(state, data))
+        except Exception as error:
+            self._fail(step, error)
+            self._join()
+        else:
+            self._pending = self._thread.submit(self._commit, record)
 
-    def restore(self, target: State) -> tuple[State, dict[str, Any]] | None:
+    def restore(
+        self, target: State, initial: Callable[[], State] | None = None, before: int | None = None
+    ) -> tuple[State, dict[str, Any]] | None:
         """The latest usable state with its JSON data, or None if there is no checkpoint.
 
+        Every byte is read twice: to verify it, by all processes together, and to restore it. What is passed over is
+        named in the log, and is set aside once an older one is found.
+
         Args:
-            target: shapes, dtypes and shardings of the state.
+            target: shapes, dtypes and shardings of the state, whatever those were that it was saved with.
+            initial: gives the state before the first step: for counts that the checkpoint is too old to have, which
+                are zero otherwise.
+            before: only checkpoints of earlier steps, to go back in a run under way; those after are set aside.
 
         Raises:
-            UserError: if there are whole and finite checkpoints and none of them can be read.
+            UserError: if there are checkpoints that are not half-written, and none of them can be used.
         """
-        faults = []
-        for record in sorted(self._records.values(), key=lambda record: -record.step):
-            if not record.finite:
-                log.warning("%s/%d holds values that are not finite: left out", self.folder, record.step)
+        self._join()
+        faults = {}
+        for step in sorted(self._records.keys() | self._damaged.keys(), reverse=True):
+            if before is not None and step >= before:
                 continue
-            try:
-                return self._read(record.step, target)
-            except Exception as error:  # whatever Orbax raises for a damaged file: an older checkpoint may be whole
-                self._damaged.add(record.step)
-                faults.append(f"{record.step}: {first_line(error)}")
-                log.warning("cannot read the checkpoint %s/%s", self.folder, faults[-1])
+            record = self._records.get(step)
+            if record and not record.finite:
+                log.warning("checkpoint %s/%d holds values that are not finite: passed over", self.folder, step)
+                continue
+            fault = self._verified(step) if record else self._damaged[step]
+            found, fault = (None, fault) if fault else self._read(step, target, initial)
+            if found:
+                self._set_aside_after(step)
+                return found
+            faults[step] = fault
+            log.warning("checkpoint %s/%d is damaged, and passed over: %s", self.folder, step, fault)
         if faults:
-            raise UserError(f"{self.folder}: no checkpoint can be read ({faults[0]}): remove the folder to start anew")
+            step, fault = next(iter(faults.items()))
+            raise UserError(
+                f"{self.folder}: no checkpoint can be read ({step}: {fault}): remove the folder to start anew"
+            )
+        self._set_aside_after(-1)
         return None
 
     def finite_steps(self) -> list[int]:
@@ -167,32 +166,98 @@ class Checkpoints:
         return [record.step for record in records(self.folder) if record.finite]
 
     def wait(self) -> None:
-        """Until all is written."""
-        self._manager.wait_until_finished()
+        """Until all is written. Raises what went wrong with the latest save."""
+        self._join()
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
 
     def close(self) -> None:
         """Waits, then ends the background threads."""
-        self._manager.close()
+        try:
+            self._join()
+        finally:
+            self._thread.shutdown()
+            self._writer.close()
 
-    def _read(self, step: int, target: State) -> tuple[State, dict[str, Any]]:
-        items = {name: ocp.args.StandardRestore(tree) for name, tree in _items(target).items()}
-        found = self._manager.restore(step, args=ocp.args.Composite(**items, data=ocp.args.JsonRestore()))
-        counts = found["counts"]
-        state = State(
-            step=counts["step"],
-            params=found["params"],
-            opt_state=found["optimizer"],
-            ema=found["ema"] if target.ema is not None else None,
-            skipped=counts["skipped"],
-            skipped_in_row=counts["skipped_in_row"],
-        )
-        return state, found["data"]
+    def _survey(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for leftover in [*self.folder.glob("*.orbax-checkpoint-tmp*"), *self.folder.glob("removed-*")]:
+            _remove(leftover)
+        for step, found in manifest.survey(self.folder):
+            if isinstance(found, HalfWritten):
+                _set_aside(self.folder / str(step), str(found))
+            elif isinstance(found, Damaged):
+                self._damaged[step] = str(found)
+            else:
+                self._records[step] = found
 
+    def _commit(self, record: Record) -> None:
+        """In the background: seals the checkpoint that Orbax has written, then removes what rotation does not keep."""
+        try:
+            self._writer.wait_until_finished()
+            if self._primary:
+                manifest.seal(self.folder / str(record.step), record, jax.process_count())
+        except Exception as error:
+            self._fail(record.step, error)
+            return
+        self._records[record.step] = record
+        keep = kept([self._records[step] for step in sorted(self._records)], self.spec, self.better)
+        for step in self._records.keys() - keep:
+            del self._records[step]
+            if self._primary:
+                _remove(self.folder / str(step))
+        if self._primary:
+            for aside in self.folder.glob("unusable-*"):
+                if int(aside.name.rpartition("-")[2]) <= record.step:  # the run has passed it
+                    _remove(aside)
 
-def read_parameters(folder: Path, step: int, target: Any, averaged: bool) -> Any:
-    """The parameters of a checkpoint, or their moving average, alone. `target` holds shapes, dtypes and shardings."""
-    with ocp.StandardCheckpointer() as reader:
-        return reader.restore(folder / str(step) / ("ema" if averaged else "params"), target)
+    def _fail(self, step: int, error: Exception) -> None:
+        self._failure = error
+        said = storage_fault(error, self.folder)
+        log.warning("checkpoint %s/%d is not written: %s", self.folder, step, said or first_line(error))
+        if self._primary:
+            for place in [self.folder / str(step), *self.folder.glob(f"{step}.orbax-checkpoint-tmp*")]:
+                _remove(place)
+
+    def _join(self) -> None:
+        """Waits for the save under way. Raises its failure unless the run can go on without this checkpoint."""
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
+        failure = self._failure
+        if failure is None:
+            return
+        alone = jax.process_count() == 1
+        if not (alone and storage_fault(failure, self.folder) and any(r.finite for r in self._records.values())):
+            self._failure = None
+            raise failure
+
+    def _verified(self, step: int) -> str:
+        """What is wrong with a checkpoint; "" if nothing."""
+        try:
+            manifest.verify(self.folder / str(step), share=(jax.process_index(), jax.process_count()))
+            fault = ""
+        except Damaged as damage:
+            fault = str(damage)
+        return _first(f"verified {step}", fault)
+
+    def _read(self, step: int, target: State, initial) -> tuple[tuple[State, dict[str, Any]] | None, str]:
+        """State and data, or what is wrong."""
+        try:
+            found, fault = stored.read(self._writer, self.folder / str(step), target, initial), ""
+        except Exception as error:  # whatever Orbax raises for a file that does not fit: an older checkpoint may
+            found, fault = None, first_line(error)
+        fault = _first(f"read {step}", fault)
+        return (None, fault) if fault else (found, "")
+
+    def _set_aside_after(self, step: int) -> None:
+        """The run goes on from `step`: what lies after it is of another course of things."""
+        for later in [later for later in self._records.keys() | self._damaged.keys() if later > step]:
+            self._records.pop(later, None)
+            self._damaged.pop(later, None)
+            if self._primary:
+                _set_aside(self.folder / str(later), f"the run goes on from step {max(step, 0)}")
 
 
 def first_line(error: BaseException) -> str:
@@ -200,26 +265,26 @@ def first_line(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
-def _items(state: State) -> dict[str, Any]:
-    counts = {"step": state.step, "skipped": state.skipped, "skipped_in_row": state.skipped_in_row}
-    items = {"params": state.params, "optimizer": state.opt_state, "counts": counts}
-    return items if state.ema is None else items | {"ema": state.ema}
+def _first(name: str, fault: str) -> str:
+    """The first process's fault that is one, for all."""
+    return next(filter(None, gather(name, fault)), "")
 
 
 def _set_aside(place: Path, why: str) -> None:
     """Out of the way of saving and restoring, but not lost."""
     aside = place.with_name(f"unusable-{place.name}")
-    shutil.rmtree(aside, ignore_errors=True)
+    _remove(aside)
     place.rename(aside)
     log.warning("checkpoint %s is now %s: %s", place, aside.name, why)
 
 
-class _Rotation(ocp.checkpoint_managers.PreservationPolicy):
-    def __init__(self, checkpoints: Checkpoints):
-        self.checkpoints = checkpoints
-
-    def should_preserve(self, checkpoints, *, context) -> list[bool]:
-        known = self.checkpoints._records
-        found = [known.get(info.step, Record(info.step, None, True)) for info in checkpoints]
-        keep = kept(found, self.checkpoints.spec, self.checkpoints.better)
-        return [record.step in keep for record in found]
+def _remove(place: Path) -> None:
+    """At once as far as a reader can tell: what is left of it when this is interrupted has another name."""
+    try:
+        if place.exists():
+            doomed = (
+                place if place.name.startswith("removed-") else place.rename(place.with_name(f"removed-{place.name}"))
+            )
+            shutil.rmtree(doomed)
+    except OSError as error:
+        log.warning("%s cannot be removed: %s", place, first_line(error))

@@ -1,6 +1,7 @@
 """A trained model from its run folder."""
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,9 +10,13 @@ import jax
 from polygpt.data.tokenizers.base import Tokenizer
 from polygpt.errors import UserError
 from polygpt.models.functional import Model, bind
-from polygpt.training.checkpoint import best, first_line, read_parameters, records
+from polygpt.training import manifest
+from polygpt.training.checkpoint import best, first_line
 from polygpt.training.experiment import Experiment
+from polygpt.training.stored import read_parameters
 from polygpt.training.workdir import load_experiment
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,15 +46,21 @@ def open_run(workdir: str | Path, checkpoint: Literal["best", "latest"] | None =
     Args:
         workdir: the folder.
         checkpoint: the one with the best metric, or the latest; without evaluations on the way, both are the latest.
-            By default what the experiment's train.use says.
+            By default what the experiment's train.use says. If it is damaged, the newest that is not takes its place,
+            and the log says so.
 
     Raises:
-        UserError: if it is no run folder, has no whole checkpoint, or the checkpoint cannot be read.
+        UserError: if it is no run folder, has no whole checkpoint, or none that can be read.
     """
     workdir = Path(workdir)
     experiment = load_experiment(workdir)
     folder = (workdir / "checkpoints").absolute()
-    found = [record for record in records(folder) if record.finite]
+    found = []
+    for step, record in manifest.survey(folder):
+        if isinstance(record, manifest.Damaged):
+            log.warning("checkpoint %s/%d is passed over: %s", folder, step, record)
+        elif record.finite:
+            found.append(record)
     if not found:
         raise UserError(f"{workdir} holds no whole checkpoint: train it further with polygpt train")
     use = checkpoint or experiment.train.use
@@ -58,8 +69,16 @@ def open_run(workdir: str | Path, checkpoint: Literal["best", "latest"] | None =
     model = bind(experiment.model, tokenizer.vocabulary)
     place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), model.abstract())
-    try:
-        params = read_parameters(folder, chosen.step, target, averaged=experiment.optim.ema is not None)
-    except Exception as error:  # whatever Orbax raises for a damaged file
-        raise UserError(f"{folder / str(chosen.step)} cannot be read: {first_line(error)}") from error
-    return Run(experiment, model, tokenizer, params, chosen.step, workdir)
+    averaged, fault = experiment.optim.ema is not None, None
+    for record in [chosen, *(record for record in reversed(found) if record != chosen)]:
+        place = folder / str(record.step)
+        try:
+            manifest.verify(place, items=("ema" if averaged else "params",))
+            params = read_parameters(folder, record.step, target, averaged)
+        except Exception as error:  # whatever Orbax raises for a file that does not fit
+            said = str(error) if isinstance(error, manifest.Damaged) else first_line(error)
+            log.warning("checkpoint %s is damaged, and passed over: %s", place, said)
+            fault = fault or f"{place} cannot be read: {said}"
+        else:
+            return Run(experiment, model, tokenizer, params, record.step, workdir)
+    raise UserError(fault)

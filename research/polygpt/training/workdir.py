@@ -1,10 +1,7 @@
 """The run folder: which experiment it belongs to, what it ran on, and what is said when it cannot be written."""
 
-import contextlib
-import errno
 import importlib.metadata
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -17,21 +14,41 @@ import jax
 from polygpt import spec
 from polygpt.errors import UserError
 from polygpt.files import write_atomically
-from polygpt.training.checkpoint import records
 from polygpt.training.experiment import Experiment
+from polygpt.training.manifest import records
+from polygpt.training.storage import storage_faults as storage_faults
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 """Packages whose versions are written down."""
 
 
+SAME_MATHEMATICS = (
+    "train.parallel",  # where it is computed: the results are equal to rounding
+    "train.mesh",
+    "train.processes",
+    "train.checkpoint",  # what is kept on disk
+    "train.use",
+    "train.prefetch",  # how early, how often and how loudly
+    "train.log_every",
+    "train.watchdog",
+    "model.decoder.remat",  # what is computed twice
+)
+"""Settings that may change while a run goes on, with all that is under them: none makes it another run."""
+
+
 def require_same(workdir: Path, experiment: Experiment) -> None:
-    """Raises UserError if the folder holds checkpoints of another experiment; train.steps alone may have grown."""
+    """Raises UserError if the folder holds checkpoints of another experiment.
+
+    `train.steps` may have grown, and what changes no result (SAME_MATHEMATICS) may be anything.
+    """
     path = workdir / "config.json"
     if not path.exists() or not records(workdir / "checkpoints"):
         return
     config = json.loads(json.dumps(spec.to_json(experiment)))
     for name, old, new in differences(_read(path), config):
         if name == "train.steps" and isinstance(old, int) and new > old:
+            continue
+        if any(name == same or name.startswith(f"{same}.") for same in SAME_MATHEMATICS):
             continue
         raise UserError(
             f"{workdir} is a run of another configuration: {name} is {_short(old)} there, {_short(new)} here: "
@@ -101,37 +118,3 @@ def _read(path: Path) -> Any:
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-_FAULTS = {
-    errno.ENOSPC: "free some space and run the same command again",
-    errno.EDQUOT: "free some space and run the same command again",
-    errno.EFBIG: "raise the limit on file sizes and run the same command again",
-    errno.EACCES: "choose another --workdir or change its permissions",
-    errno.EPERM: "choose another --workdir or change its permissions",
-    errno.EROFS: "choose another --workdir",
-    errno.ENOTDIR: "choose another --workdir",
-    errno.EEXIST: "choose another --workdir",
-}
-
-
-@contextlib.contextmanager
-def storage_faults(workdir: Path) -> Iterator[None]:
-    """A full disk or a folder that may not be written becomes a UserError that says what to do."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        code = error.errno if isinstance(error, OSError) else _errno_in(str(error), workdir)
-        place = Path(getattr(error, "filename", None) or workdir)
-        if code not in _FAULTS or not (place.is_relative_to(workdir) or workdir.is_relative_to(place)):
-            raise
-        raise UserError(f"cannot write {place}: {os.strerror(code)}: {_FAULTS[code]}") from error
-
-
-def _errno_in(text: str, workdir: Path) -> int | None:
-    """TensorStore reports the operating system's errors as text that names the file."""
-    if str(workdir) not in text:
-        return None
-    return next((code for code in _FAULTS if os.strerror(code).lower() in text.lower()), None)

@@ -1,0 +1,51 @@
+"""What the operating system says of a place that cannot be written, and what is to be done about it."""
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from polygpt.errors import UserError
+
+_REMEDIES = {
+    errno.ENOSPC: "free some space and run the same command again",
+    errno.EDQUOT: "free some space and run the same command again",
+    errno.EFBIG: "raise the limit on file sizes and run the same command again",
+    errno.EIO: "see whether the disk is well and run the same command again",
+    errno.EACCES: "choose another --workdir or change its permissions",
+    errno.EPERM: "choose another --workdir or change its permissions",
+    errno.EROFS: "choose another --workdir",
+    errno.ENOTDIR: "choose another --workdir",
+    errno.EEXIST: "choose another --workdir",
+}
+
+
+@contextlib.contextmanager
+def storage_faults(workdir: Path) -> Iterator[None]:
+    """A full disk or a folder that may not be written becomes a UserError that says what to do."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        said = storage_fault(error, workdir)
+        if said is None:
+            raise
+        raise said from error
+
+
+def storage_fault(error: Exception, workdir: Path) -> UserError | None:
+    """What to say of an error, if it is one of writing `workdir`."""
+    code = error.errno if isinstance(error, OSError) else _errno_in(str(error), workdir)
+    place = Path(getattr(error, "filename", None) or workdir)
+    if code not in _REMEDIES or not (place.is_relative_to(workdir) or workdir.is_relative_to(place)):
+        return None
+    return UserError(f"cannot write {place}: {os.strerror(code)}: {_REMEDIES[code]}")
+
+
+def _errno_in(text: str, workdir: Path) -> int | None:
+    """TensorStore reports the operating system's errors as text that names the file."""
+    if str(workdir) not in text:
+        return None
+    return next((code for code in _REMEDIES if os.strerror(code).lower() in text.lower()), None)

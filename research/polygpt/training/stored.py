@@ -1,0 +1,94 @@
+"""How a state lies in a checkpoint, by Orbax: as items whose arrays any devices can read their shards from."""
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from etils import epath
+
+from polygpt.training.state import State
+
+# Orbax logs the traceback of an error that it raises too: whoever catches it says it in one line.
+logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
+
+LARGE = {"params": "params", "opt_state": "optimizer", "ema": "ema"}
+"""Fields of the state that are items of their own, and the names of these. All others are in the item "counts"."""
+
+
+def writer() -> ocp.AsyncCheckpointer:
+    """Writes in the background, `save(place, args=parts(...))`, and reads."""
+    return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+
+
+def parts(state: State, data: dict[str, Any]) -> ocp.args.Composite:
+    """What is to be written: the items of a state, and JSON data."""
+    items = _items(state)
+    counts = ocp.args.PyTreeSave(items.pop("counts"))
+    return ocp.args.Composite(
+        **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
+        counts=counts,
+        data=ocp.args.JsonSave(data),
+    )
+
+
+def read(
+    reader: ocp.AsyncCheckpointer, place: Path, target: State, initial: Callable[[], State] | None = None
+) -> tuple[State, dict[str, Any]]:
+    """A state and its JSON data.
+
+    Args:
+        reader: a `writer`.
+        place: the folder of the checkpoint.
+        target: shapes, dtypes and shardings.
+        initial: gives the state before the first step, for counts that the checkpoint lacks; zero by default.
+    """
+    items = _items(target)
+    wanted = items.pop("counts")
+    there = ocp.PyTreeCheckpointHandler().metadata(epath.Path(place / "counts")).tree.keys()
+    counts = {name: tree for name, tree in wanted.items() if name in there}
+    found = reader.restore(
+        place,
+        args=ocp.args.Composite(
+            **{name: ocp.args.StandardRestore(tree) for name, tree in items.items()},
+            counts=ocp.args.PyTreeRestore(
+                counts,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(counts),
+                partial_restore=True,  # a count that is there and not in `State` any more is left where it is
+            ),
+            data=ocp.args.JsonRestore(),
+        ),
+    )
+    large = {field: found[name] for field, name in LARGE.items() if name in items}
+    lacking = _initial({name: tree for name, tree in wanted.items() if name not in there}, initial)
+    absent = {field.name: None for field in dataclasses.fields(State)}
+    return State(**(absent | large | found["counts"] | lacking)), found["data"]
+
+
+def read_parameters(folder: Path, step: int, target: Any, averaged: bool) -> Any:
+    """The parameters of a checkpoint, or their moving average, alone. `target` holds shapes, dtypes and shardings."""
+    with ocp.StandardCheckpointer() as reader:
+        return reader.restore(folder / str(step) / ("ema" if averaged else "params"), target)
+
+
+def _items(state: State) -> dict[str, Any]:
+    fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(State)}
+    there = {name: tree for name, tree in fields.items() if tree is not None}
+    items = {LARGE[name]: tree for name, tree in there.items() if name in LARGE}
+    return items | {"counts": {name: tree for name, tree in there.items() if name not in LARGE}}
+
+
+def _initial(targets: dict[str, Any], initial: Callable[[], State] | None) -> dict[str, Any]:
+    """The fields of that name as they are before the first step; what else `initial` computes is compiled away."""
+
+    def make():
+        if initial is None:
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), targets)
+        state = initial()
+        return {name: getattr(state, name) for name in targets}
+
+    return jax.jit(make, out_shardings=jax.tree.map(lambda x: x.sharding, targets))() if targets else {}
