@@ -1,0 +1,306 @@
+"""Several processes as one run: start-up, barriers, texts from all to all, and an end that all share.
+
+JAX starts the processes and its coordination service, which process 0 hosts, carries everything here. A process has its
+place from `polygpt launch` (the three POLYGPT_ variables), from SLURM (`srun` with several tasks) or from the metadata
+of a TPU pod; a process that has none is alone, and for it every function here does nothing.
+
+Only this file touches the private parts of JAX that the coordination service needs; `liveness.py` gets its client.
+"""
+
+import atexit
+import collections
+import contextlib
+import dataclasses
+import functools
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+import jax
+from jax._src import clusters, distributed
+
+from polygpt.errors import UserError
+from polygpt.spec import Spec
+from polygpt.training.liveness import Liveness, leave
+
+COORDINATOR, PROCESSES, PROCESS = "POLYGPT_COORDINATOR", "POLYGPT_PROCESSES", "POLYGPT_PROCESS"
+"""Variables that `polygpt launch` sets: host:port of process 0, how many there are, and which one this is."""
+
+SLOW = 30.0
+"""Seconds of waiting after which a barrier says so, and says it again."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class ProcessesSpec(Spec):
+    """How long the processes of a run wait for each other, in seconds."""
+
+    initialization_timeout: int = 1800
+    """For all processes to start. A cold pod may need many minutes to pull its images."""
+    barrier_timeout: int = 600
+    """At a barrier, from the first process to the last."""
+    heartbeat_timeout: int = 100
+    """When a process dies, all others have ended by then. One that is silent for five eighths of it, frozen or cut off,
+    counts as dead."""
+    shutdown_timeout: int = 3600
+    """For a process that is done to wait for the others, the first of which may have a report to write."""
+
+    def validate(self):
+        for name in ("initialization_timeout", "barrier_timeout", "shutdown_timeout"):
+            self.require(getattr(self, name) >= 1, name, "at least 1 second")
+        self.require(self.heartbeat_timeout >= 4, "heartbeat_timeout", "at least 4 seconds")
+
+
+@dataclasses.dataclass
+class _Group:
+    """The processes of this run, as one of them sees them."""
+
+    spec: ProcessesSpec
+    rank: int
+    count: int
+    names: list[str]  # by rank, for messages
+    uses: collections.Counter  # of each barrier's name: the service takes an identifier once
+    last: str | None = None
+    liveness: Liveness | None = None
+    failed: BaseException | None = None
+
+    @property
+    def client(self):
+        return distributed.global_state.client
+
+
+_group: _Group | None = None
+
+
+def initialize(spec: ProcessesSpec = ProcessesSpec()) -> None:
+    """Joins the other processes of this run, if there are any; call it before anything asks JAX for its devices.
+
+    Raises:
+        UserError: if the POLYGPT_ variables are at fault, or JAX has its devices already.
+    """
+    global _group
+    if _group is not None:
+        _group.spec = spec
+        return
+    if distributed.global_state.client is None:
+        where = _place()
+        if where is None:
+            return
+        _start(spec, **where)
+    state = distributed.global_state
+    if state.num_processes == 1:
+        return
+    names = [f"process {rank}" for rank in range(state.num_processes)]
+    group = _group = _Group(spec, state.process_id, state.num_processes, names, collections.Counter())
+    group.names = gather("start", f"process {group.rank} (host {socket.gethostname()}, pid {os.getpid()})")
+    group.liveness = Liveness(group.client, state.coordinator_address, group.rank, group.names, spec.heartbeat_timeout)
+    atexit.register(_finish)  # after JAX registered its own, and so before JAX closes the service
+
+
+@contextlib.contextmanager
+def together(spec: ProcessesSpec = ProcessesSpec()) -> Iterator[None]:
+    """`initialize`, and while entered an error in one process ends them all, each saying whose error it was.
+
+    An error of a collective is the consequence of another process's end: it waits for that one's name.
+    """
+    initialize(spec)
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        if _group is not None and _group.failed is None:
+            _group.failed = error
+            _group.liveness.fail(error)
+        raise
+
+
+def barrier(name: str) -> None:
+    """Waits until every process is here. A name may be used again; all processes use the names in the same order.
+
+    Raises:
+        UserError: after `barrier_timeout`, naming the processes that did not arrive.
+    """
+    if _group is not None:
+        _meet(_group, name, _group.spec.barrier_timeout)
+
+
+def gather(name: str, text: str) -> list[str]:
+    """Every process's text, by rank. Raises UserError as `barrier` does."""
+    if _group is None:
+        return [text]
+    group, use = _group, _group.uses[name]
+    group.client.key_value_set(f"polygpt/gather/{name}/{use}/{group.rank}", text)
+    _meet(group, name, group.spec.barrier_timeout)
+    texts = {_rank(key): text for key, text in group.client.key_value_dir_get(f"polygpt/gather/{name}/{use}/")}
+    if use:  # every process has read the texts of the use before: it has come to this one
+        group.client.key_value_delete(f"polygpt/gather/{name}/{use - 1}/{group.rank}")
+    return [texts[rank] for rank in range(group.count)]
+
+
+def agree(name: str, text: str) -> str:
+    """The first process's text, for all. Raises UserError as `barrier` does."""
+    if _group is None:
+        return text
+    group, use = _group, _group.uses[name]
+    if group.rank == 0:
+        group.client.key_value_set(f"polygpt/agree/{name}/{use}", text)
+    _meet(group, name, group.spec.barrier_timeout)
+    agreed = group.client.blocking_key_value_get(f"polygpt/agree/{name}/{use}", group.spec.barrier_timeout * 1000)
+    if group.rank == 0 and use:
+        group.client.key_value_delete(f"polygpt/agree/{name}/{use - 1}")
+    return agreed
+
+
+def tell(name: str, text: str) -> None:
+    """Leaves a text for all processes and waits for none. The first one under a name stands: later ones are dropped."""
+    if _group is not None:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # ALREADY_EXISTS; that the service is gone, others notice
+            _group.client.key_value_set(f"polygpt/told/{name}", text)
+
+
+def told(name: str) -> str | None:
+    """What a process has left under this name, or None. Every process hears of it that asks after `tell` returned."""
+    if _group is None:
+        return None
+    try:
+        return _group.client.key_value_try_get(f"polygpt/told/{name}")
+    except jax.errors.JaxRuntimeError as error:
+        if "NOT_FOUND" in str(error):
+            return None
+        raise
+
+
+def last_barrier() -> str | None:
+    """The last barrier and whether this process still waits there, for a person; None before the first."""
+    return None if _group is None else _group.last
+
+
+def _place() -> dict | None:
+    """What jax.distributed.initialize needs to know of this process; None if it is alone."""
+    given = [os.environ.get(name) for name in (COORDINATOR, PROCESSES, PROCESS)]
+    if any(given):
+        coordinator, count, rank = given
+        numbers = bool(count and rank) and count.isdecimal() and rank.isdecimal()
+        if not (coordinator and ":" in coordinator and numbers and int(rank) < int(count)):
+            raise UserError(
+                f"{COORDINATOR}, {PROCESSES} and {PROCESS} are {', '.join(map(repr, given))}: they must be "
+                "host:port, a number of processes and a smaller number from 0; polygpt launch sets them"
+            )
+        place = {"coordinator_address": coordinator, "num_processes": int(count), "process_id": int(rank)}
+        return place if int(count) > 1 else None
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # SLURM_NTASKS is there in a batch script's own shell too
+        return {"cluster_detection_method": "slurm"}
+    pods = [env for env in clusters.ClusterEnv._cluster_types if env.name in ("gcetpu", "gketpu")]
+    found = next((env for env in pods if env.is_env_present()), None)
+    return {"cluster_detection_method": found.name} if found and found.get_process_count() > 1 else None
+
+
+def _start(spec: ProcessesSpec, **where) -> None:
+    seconds, begun = spec.initialization_timeout, time.monotonic()
+    _log_to_stderr()
+    # JAX's own answer to SIGTERM would take the place of the run's, which saves and ends.
+    jax.config.update("jax_enable_preemption_service", False)
+    log.info("start-up: waiting for the other processes, %d s at most: %s", seconds, where)
+    try:
+        with _register_timeout(seconds), _saying("start-up: still waiting for other processes"):
+            jax.distributed.initialize(
+                **where,
+                initialization_timeout=seconds + 30,  # the service, which knows who is missing, gives up first
+                heartbeat_timeout_seconds=spec.heartbeat_timeout,
+                shutdown_timeout_seconds=spec.shutdown_timeout,
+            )
+    except RuntimeError as error:
+        raise UserError(f"the processes could not be joined ({str(error).splitlines()[0]}): {where}") from error
+    log.info("start-up: all processes are here after %.1f s", time.monotonic() - begun)
+
+
+@contextlib.contextmanager
+def _register_timeout(seconds: int) -> Iterator[None]:
+    """Gives the service a bound that jax.distributed.initialize does not pass on; its message lists the missing."""
+    module, make = distributed._jax, distributed._jax.get_distributed_runtime_service
+    module.get_distributed_runtime_service = functools.partial(make, cluster_register_timeout=seconds)
+    try:
+        yield
+    finally:
+        module.get_distributed_runtime_service = make
+
+
+def _meet(group: _Group, name: str, seconds: int) -> None:
+    """A barrier. Each process leaves a key before it waits, by which the missing are known."""
+    use = group.uses[name]
+    group.uses[name] += 1
+    place = f"polygpt/barrier/{name}/{use}"
+
+    def missing() -> str:
+        arrived = {_rank(key) for key, _ in group.client.key_value_dir_get(f"{place}/")}
+        return ", ".join(group.names[rank] for rank in range(group.count) if rank not in arrived) or "no process"
+
+    begun = time.monotonic()
+    group.last = f"waits at barrier {name!r}, use {use + 1}, since {time.strftime('%H:%M:%S')}"
+    log.info("barrier %r: begins", name)
+    group.client.key_value_set(f"{place}/{group.rank}", "")
+    try:
+        with _saying(f"barrier {name!r}: still waiting for", missing):
+            group.client.wait_at_barrier(place, seconds * 1000)
+    except jax.errors.JaxRuntimeError as error:
+        if "DEADLINE_EXCEEDED" not in str(error):
+            raise
+        raise UserError(
+            f"barrier {name!r}: {missing()} did not arrive within {time.monotonic() - begun:.0f} s "
+            "(train.processes.barrier_timeout): look at its log"
+        ) from error
+    group.client.key_value_delete(f"{place}/{group.rank}")
+    group.last = f"passed barrier {name!r}, use {use + 1}, at {time.strftime('%H:%M:%S')}"
+    log.info("barrier %r: ends after %.2f s", name, time.monotonic() - begun)
+
+
+def _rank(key: str) -> int:
+    return int(key.rpartition("/")[2])
+
+
+@contextlib.contextmanager
+def _saying(what: str, whom=lambda: "") -> Iterator[None]:
+    """Says every SLOW seconds that this takes long, and whom it waits for."""
+    done, begun = threading.Event(), time.monotonic()
+
+    def say():
+        while not done.wait(SLOW):
+            with contextlib.suppress(jax.errors.JaxRuntimeError):
+                log.warning("%s", f"{what} {whom()} after {time.monotonic() - begun:.0f} s".replace("  ", " "))
+
+    speaker = threading.Thread(target=say, daemon=True)
+    with contextlib.suppress(RuntimeError):  # Python 3.12 starts no thread at its end
+        speaker.start()
+    try:
+        yield
+    finally:
+        done.set()
+        if speaker.is_alive():
+            speaker.join()
+
+
+def _finish() -> None:
+    """At the end of the process: waits for the others, or after an error leaves without them."""
+    group = _group
+    if group.failed is not None or getattr(sys, "last_value", None) is not None:
+        leave(2 if isinstance(group.failed, UserError) else 1)
+    try:
+        _meet(group, "end", group.spec.shutdown_timeout)
+    except Exception as error:
+        print(f"polygpt: {error}", file=sys.stderr)
+        leave(1)
+    group.liveness.close()
+
+
+def _log_to_stderr() -> None:
+    """Lets this package's lines be seen where nobody has said where they go."""
+    logger = logging.getLogger("polygpt.training")
+    if not logger.hasHandlers():
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
