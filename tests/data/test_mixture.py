@@ -1,4 +1,4 @@
-"""The mixture: the order of examples, shares of tasks and processes."""
+"""The mixture: the order of examples, shares of tasks and feeders."""
 
 from collections import Counter
 
@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from polygpt.data import mixture
+from polygpt.data.division import Division
 from polygpt.data.mixture import TABLE, Order, Shuffled
 
 
@@ -35,17 +36,17 @@ def test_tasks_are_mixed_evenly_by_weight(weights, count):
 
 
 @pytest.mark.parametrize("size", [1, 5, 1000, TABLE + 7])
-@pytest.mark.parametrize("processes", [2, 3])
-def test_the_processes_share_an_epoch(size, processes):
+@pytest.mark.parametrize("feeders", [2, 3])
+def test_the_feeders_share_an_epoch(size, feeders):
     tasks = {"a": (size, 1.0), "b": (3, 1.0)}
     whole = Order(tasks, seed=1)
     count = min(size, 2000)
     expected = {whole[index] for index in range(2 * count)}
-    parts = [whole.shard(p, processes) for p in range(processes)]
-    drawn = [parts[i % processes][i // processes] for i in range(2 * count)]
+    parts = [whole.shard(i, Division(feeders)) for i in range(feeders)]
+    drawn = [parts[i % feeders][i // feeders] for i in range(2 * count)]
     a = [(position, number) for name, position, number in drawn if name == "a"]
     assert len(set(a)) == len(a)
-    common = min(count, len(a)) - 2 * processes
+    common = min(count, len(a)) - 2 * feeders
     assert {pair for pair in a if pair[0] < common} == {(p, n) for name, p, n in expected if name == "a" and p < common}
 
 

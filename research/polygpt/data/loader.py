@@ -1,28 +1,27 @@
 """The loader: a weighted mixture of tasks as an endless, exactly repeatable stream of batches.
 
-The order of examples (shuffled anew every epoch, sharded by process, mixed by weight) is a function of an index into
+The order of examples (shuffled anew every epoch, divided among feeders, mixed by weight) is a function of an index into
 the stream, and so is each example's augmentation. Grain runs the workers; its own chain of map datasets took longer to
 say which example comes next than it takes to lay that out. Packing comes last, in the training process. The state of an
 iterator is therefore a few integers, and the batches do not depend on the number of workers.
+
+A feeder is a process, or a group of processes, that reads rows which no other reads: processes that share the sequence
+or the layers of a row are one feeder.
 """
 
 import dataclasses
 import logging
-import pickle
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal
-
-import grain
-from absl import flags
+from typing import Any, Literal
 
 from polygpt.data.augment import Augment
+from polygpt.data.division import Division
 from polygpt.data.example import Example
-from polygpt.data.layout import LayoutSpec, MediaCache, lay_out
-from polygpt.data.mixture import Order
+from polygpt.data.layout import LayoutSpec, lay_out
+from polygpt.data.mixture import Order, divide_anew
 from polygpt.data.packing import Packer, Row, collate
-from polygpt.data.pickling import dumps
+from polygpt.data.reading import Groups, LaidOut, read_ahead
 from polygpt.data.sources.base import Source
 from polygpt.data.tokenizers.base import Tokenizer
 from polygpt.errors import BadRecord, UserError
@@ -31,8 +30,6 @@ from polygpt.spec import Spec
 
 LOOKAHEAD = 8
 """A batch that is being packed is closed when so many examples found no room; the next batch begins with them."""
-GROUP = 16
-"""Examples that travel together from a worker: each journey costs as much as laying out a short example."""
 LOGGED = 5
 """Skipped records of each reason that are logged one by one; the rest are counted."""
 
@@ -63,13 +60,16 @@ class DataSpec(Spec):
     layout: LayoutSpec
     """How examples become rows."""
     rows: int
-    """Rows of the global batch (B), divided among the processes."""
+    """Rows of the global batch (B), divided among the groups of processes that read different rows."""
     workers: int = 0
     """Processes that decode; 0 decodes in a thread of the training process."""
     cache: int = 512
     """Megabytes of decoded media that each process or worker keeps in memory; 0 keeps none."""
     on_bad_record: Literal["raise", "skip"] = "raise"
     """Whether a record that cannot be used stops the training or is counted and left out."""
+    log_examples: bool = False
+    """Write down which examples each step was trained on: a line a step in examples-*.jsonl in the run folder, with
+    [task, position in its stream, number of the example] for each."""
 
     def validate(self):
         self.require(len(self.tasks) > 0, "tasks", "at least one task")
@@ -84,25 +84,28 @@ def train_batches(
     adapters: Mapping,
     *,
     seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    feeder: int = 0,
+    feeders: int = 1,
 ) -> "TrainBatches":
-    """An endless iterator over this process's rows of each batch, as NumPy arrays.
+    """An endless iterator over a feeder's rows of each batch, as NumPy arrays.
 
     Args:
         data: what to load.
         tokenizer: the tokenizer.
         adapters: the model's adapters, by modality.
         seed: decides the order of examples and their augmentations.
-        process_index, process_count: which share of the rows and of the examples is this process's.
+        feeder, feeders: which share of the rows and of the examples it is, and of how many.
 
     Raises:
-        UserError: if a source cannot be opened or is empty, or the rows cannot be divided among the processes.
+        UserError: if a source cannot be opened or is empty, or the rows cannot be divided among the feeders.
     """
-    if data.rows % process_count:
-        raise UserError(f"data.rows is {data.rows}: it must be a multiple of the {process_count} processes")
+    if data.rows % feeders:
+        raise UserError(
+            f"data.rows is {data.rows}: it must be a multiple of the {feeders} feeders "
+            "(processes, or groups of them, that read different rows)"
+        )
     examples = {name: open_task(name, task) for name, task in data.tasks.items()}
-    return TrainBatches(data, examples, tokenizer, adapters, seed, process_index, process_count)
+    return TrainBatches(data, examples, tokenizer, adapters, seed, feeder, feeders)
 
 
 def open_task(name: str, task: Task) -> Sequence[Example]:
@@ -117,16 +120,21 @@ class TrainBatches(Iterator[Batch]):
     """See `train_batches`.
 
     Attributes:
-        skipped: how many records were left out, by reason, since the beginning of the training.
+        skipped: how many records were left out, by reason, since the beginning of the training. The sum over feeders is
+            that of the run.
+        last_examples: those in the last batch, as (task, position in its stream, number of the example), if
+            `data.log_examples`; otherwise none.
     """
 
-    def __init__(self, data, examples, tokenizer, adapters, seed, process_index, process_count):
+    def __init__(self, data, examples, tokenizer, adapters, seed, feeder, feeders):
         self.skipped: Counter[str] = Counter()
+        self.last_examples: tuple[tuple[str, int, int], ...] = ()
         self._data, self._adapters = data, dict(adapters)
-        self._rows, self._processes = data.rows // process_count, process_count
+        self._rows, self._feeder, self._feeders = data.rows // feeders, feeder, feeders
         self._counts = {name: len(some) for name, some in examples.items()}
-        order = Order({name: (self._counts[name], task.weight) for name, task in data.tasks.items()}, seed)
-        self._laid_out = _LaidOut(data, examples, tokenizer, self._adapters, order.shard(process_index, process_count))
+        self._order = Order({name: (self._counts[name], task.weight) for name, task in data.tasks.items()}, seed)
+        self._laid_out = LaidOut(data, examples, tokenizer, self._adapters, self._order)
+        self._follow(Division(feeders))
         self._next = 0  # index into the stream of the example that comes next
         self._waiting: list[tuple[int, Row]] = []  # examples that found no room in the last batch, with their indices
         self._stream: Iterator[list[Row | BadRecord]] | None = None
@@ -135,9 +143,11 @@ class TrainBatches(Iterator[Batch]):
     def __next__(self) -> Batch:
         packer = Packer(self._rows, self._data.layout.length, self._adapters, self._data.layout.packing)
         lookahead = min(LOOKAHEAD, self._rows)
-        waiting, failures = [], 0
+        packed, waiting, failures = [], [], 0
         for index, row in self._waiting:
-            if not packer.add(row):
+            if packer.add(row):
+                packed.append(index)
+            else:
                 waiting.append((index, row))
         while not packer.closed and len(waiting) < lookahead:
             index, row = self._next, self._draw()
@@ -146,44 +156,62 @@ class TrainBatches(Iterator[Batch]):
                 self._skip(row, failures)
                 continue
             failures = 0
-            if not packer.add(row):
+            if packer.add(row):
+                packed.append(index)
+            else:
                 waiting.append((index, row))
         self._waiting = waiting
+        if self._data.log_examples:
+            self.last_examples = tuple(self._order[index] for index in packed)
         return packer.batch()
 
-    def get_state(self) -> dict:
-        """Where the stream stands, as JSON data: `set_state` of an equal iterator continues from there, to the bit."""
+    def get_state(self) -> dict[str, Any]:
+        """Where this feeder's stream stands, as JSON data; see `set_state`."""
         return {
+            "feeder": self._feeder,
             "next": self._next,
             "waiting": [index for index, _ in self._waiting],
             "skipped": dict(self.skipped),
-            "processes": self._processes,
             "examples": dict(self._counts),
+            "division": self._order.division.to_json(),
         }
 
-    def set_state(self, state: dict) -> None:
-        """Continues where `get_state` was called.
+    def set_state(self, states: Sequence[dict[str, Any]]) -> None:
+        """Continues where the feeders of a run stopped: to the bit if there are as many now.
+
+        Otherwise everything that had not been in a batch is divided anew, so that an epoch still has every example once
+        (bar records that are left out), and the mixture goes on in the same proportions.
+
+        Args:
+            states: what `get_state` gave for each feeder after the same step, in any order, repeated or not.
 
         Raises:
-            UserError: if that was one of another number of processes, or of examples of a task.
+            UserError: if a feeder's is missing, or a task has another number of examples now.
             BadRecord: if an example that waits to be packed cannot be used any more, unless such are skipped.
         """
-        if state["processes"] != self._processes:
+        by_feeder = {state["feeder"]: state for state in states}
+        division = Division.from_json(states[0]["division"])
+        missing = sorted(set(range(division.feeders)) - set(by_feeder))
+        if missing:
             raise UserError(
-                f"the data iterator was saved by {state['processes']} processes and cannot be divided among "
-                f"{self._processes}: resume with as many"
+                f"the checkpoint has no state of the data iterator of feeder {', '.join(map(str, missing))} of "
+                f"{division.feeders}: it is incomplete; use another one"
             )
-        for name in state["examples"] | self._counts:
-            had, has = state["examples"].get(name, 0), self._counts.get(name, 0)
-            if had != has:
-                raise UserError(
-                    f"task {name!r} had {had} examples and has {has} now: the data changed since the checkpoint; "
-                    "use another workdir or restore the data"
-                )
+        saved = [by_feeder[i] for i in range(division.feeders)]
+        self._require_same_data(saved[0]["examples"])
         self.close()
-        self._next, self.skipped = state["next"], Counter(state["skipped"])
-        self._waiting = []
-        for index in state["waiting"]:
+        if division.feeders == self._feeders:
+            state = saved[self._feeder]
+            following, waiting, skipped = state["next"], state["waiting"], state["skipped"]
+        else:
+            orders = [self._order.shard(i, division) for i in range(division.feeders)]
+            nexts, waiting = [state["next"] for state in saved], [state["waiting"] for state in saved]
+            division = divide_anew(orders, nexts, waiting, self._feeders)
+            following, waiting = division.start, []
+            skipped = sum((Counter(state["skipped"]) for state in saved if self._feeder == 0), Counter())
+        self._follow(division)
+        self._next, self.skipped, self._waiting = following, Counter(skipped), []
+        for index in waiting:
             row = self._laid_out[index]
             if isinstance(row, BadRecord):
                 self._skip(row, failures=0)
@@ -196,9 +224,22 @@ class TrainBatches(Iterator[Batch]):
             self._stream.close()
         self._stream, self._drawn = None, []
 
+    def _follow(self, division: Division) -> None:
+        self._order = self._order.shard(self._feeder, division)
+        self._laid_out.order = self._order.shard(self._feeder, division)  # not the same: another thread reads it
+
+    def _require_same_data(self, examples: Mapping[str, int]) -> None:
+        for name in examples | self._counts:
+            had, has = examples.get(name, 0), self._counts.get(name, 0)
+            if had != has:
+                raise UserError(
+                    f"task {name!r} had {had} examples and has {has} now: the data changed since the checkpoint; "
+                    "use another workdir or restore the data"
+                )
+
     def _draw(self) -> Row | BadRecord:
         if self._stream is None:
-            self._stream = iter(_read_ahead(_Groups(self._laid_out, self._next), self._data.workers))
+            self._stream = iter(read_ahead(Groups(self._laid_out, self._next), self._data.workers))
         if not self._drawn:
             self._drawn = next(self._stream)[::-1]
         self._next += 1
@@ -213,54 +254,6 @@ class TrainBatches(Iterator[Batch]):
         if failures >= sum(self._counts.values()):
             counts = ", ".join(f"{reason} {n}" for reason, n in self.skipped.most_common())
             raise UserError(f"{failures} records in a row cannot be used ({counts}), the last one: {error}")
-
-
-class _LaidOut:
-    """The stream laid out, by random access: rows, and the faults of records. Travels to the workers."""
-
-    def __init__(self, data: DataSpec, examples: dict, tokenizer: Tokenizer, adapters: dict, order: Order):
-        self.data, self.examples, self.tokenizer, self.adapters, self.order = data, examples, tokenizer, adapters, order
-        self.cache = MediaCache(data.cache)
-
-    def __getstate__(self) -> bytes:
-        return dumps(self.__dict__)
-
-    def __setstate__(self, state: bytes) -> None:
-        self.__dict__.update(pickle.loads(state))
-
-    def __getitem__(self, index: int) -> Row | BadRecord:
-        name, position, number = self.order[index]
-        augment = self.data.tasks[name].augment
-        rng = self.order.generator(name, position) if augment else None
-        try:
-            example = self.examples[name][number]
-            return lay_out(example, self.data.layout, self.tokenizer, self.adapters, rng, augment, self.cache)
-        except BadRecord as error:
-            return error
-
-
-class _Groups:
-    """What `_LaidOut` gives from some index on, in groups."""
-
-    def __init__(self, laid_out: _LaidOut, start: int):
-        self.laid_out, self.start = laid_out, start
-
-    def __len__(self) -> int:
-        return sys.maxsize // GROUP
-
-    def __getitem__(self, group: int) -> list[Row | BadRecord]:
-        first = self.start + group * GROUP
-        return [self.laid_out[index] for index in range(first, first + GROUP)]
-
-
-def _read_ahead(groups: _Groups, workers: int) -> grain.IterDataset:
-    read = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
-    dataset = grain.MapDataset.source(groups).to_iter_dataset(read)
-    if workers == 0:
-        return dataset
-    if not flags.FLAGS.is_parsed():  # Grain reads its own flags when it starts workers, which fails in other programs
-        flags.FLAGS.mark_as_parsed()
-    return dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
 
 
 def example_batches(
