@@ -27,6 +27,7 @@ def test_an_experiment_loads_and_its_model_fits_its_rows(path):
     assert from_json(to_json(experiment)) == experiment
     model = bind(experiment.model, experiment.tokenizer.build().vocabulary)
     rows, length = experiment.data.rows, experiment.data.layout.length
-    batch = build([[]] * rows, length, adapters=experiment.model.adapters)
+    row = build([[]], length, adapters=experiment.model.adapters)
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), row)
     outputs = jax.eval_shape(model.apply, model.abstract(), batch)
     assert outputs.logits_BTV.shape == (rows, length, model.vocabulary)

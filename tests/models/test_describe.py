@@ -28,12 +28,15 @@ def mlp_connector(inputs, width):
 def count(p) -> int:
     """The parameters of a preset, from its figures alone."""
     head = p.width // p.heads
-    hidden = int(np.ceil(np.round(p.width * 8 / 3, 6) / 8)) * 8
+    multiple = 256 if p.width >= 1024 else 8
+    hidden = int(np.ceil(np.floor(p.width * 8 / 3) / multiple)) * multiple
     block = 2 * p.width**2 + 2 * p.width * p.kv_heads * head + 3 * p.width * hidden + 2 * p.width
     text = p.vocabulary * p.width
     decoder = p.depth * block + p.width
     if p.width >= 2048:  # a head of its own
         decoder += text
+    if p.tower is None:
+        return text + decoder
     width, depth, _ = p.tower
     patches = (p.pixels // p.patch) ** 2
     image = 3 * p.patch**2 * width + width + patches * width + encoder(width, depth) + mlp_connector(width, p.width)
@@ -47,10 +50,11 @@ EXACT = {
     "1m": 1_140_416,
     "10m": 11_855_488,
     "150m": 149_624_448,
-    "400m": 412_606_976,
-    "1b": 1_106_281_728,
+    "400m": 418_505_216,
+    "1b": 1_122_796_800,
     "3b": 3_291_187_584,
-    "7b": 6_993_623_808,
+    "7b": 7_025_081_088,
+    "32b": 32_541_064_192,
 }
 
 

@@ -21,7 +21,9 @@ LENGTH = 2048
 def parser(prog: str, about: str) -> Parser:
     """The verb's arguments."""
     words = Parser(prog, about, EXAMPLES, lambda *chosen: chosen[0] and _chosen(*chosen)[0])
-    words.add_argument("model", metavar="FILE|PRESET", help="an experiment's file, or 1m, 10m, 150m, 400m, 1b, 3b, 7b")
+    words.add_argument(
+        "model", metavar="FILE|PRESET", help="an experiment's file, or 1m, 10m, 150m, 400m, 1b, 3b, 7b, 32b"
+    )
     words.add_argument("--length", type=int, metavar="T", help=f"row length (default: the experiment's, or {LENGTH})")
     return words
 
@@ -52,7 +54,9 @@ def run(arguments: Namespace) -> dict:
         for part in found.parts
     ]
     rows.append(["all", f"{found.parameters:,}", "", ""])
-    title = f"{arguments.model}: {found.parameters:,} parameters, vocabulary {vocabulary:,}, rows of {found.length:,}"
+    active = "" if found.active == found.parameters else f" ({found.active:,} active)"
+    title = f"{arguments.model}: {found.parameters:,} parameters{active}, vocabulary {vocabulary:,}"
+    title += f", rows of {found.length:,}"
     print_table(title, ["part", "parameters", "MFLOPs forward", "for one"], rows)
     print(f"one training step: {found.flops_per_token / 1e6:,.1f} MFLOPs a text token (forward and backward)")
     return found.to_json()

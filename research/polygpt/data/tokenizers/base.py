@@ -13,7 +13,7 @@ class Tokenizer:
     A subclass gives `encode`; whatever the text, the ids lie below `bos`.
 
     Attributes:
-        vocabulary: the number of ids, specials included.
+        vocabulary: the number of ids, specials and those that never occur included.
         bos: the id that begins every example.
         eos: the id that ends every example.
         token_bytes: int32 [vocabulary], UTF-8 bytes that each token stands for; 0 for specials.
@@ -24,6 +24,14 @@ class Tokenizer:
         self._pieces = [*pieces, b"", b""]
         self.bos, self.eos, self.vocabulary = len(pieces), len(pieces) + 1, len(pieces) + 2
         self.token_bytes = np.array([len(piece) for piece in self._pieces], np.int32)
+
+    def padded(self, multiple: int) -> "Tokenizer":
+        """This tokenizer, its vocabulary rounded up to a multiple by ids that never occur and stand for nothing."""
+        more = -self.vocabulary % multiple
+        self._pieces += [b""] * more
+        self.vocabulary += more
+        self.token_bytes = np.pad(self.token_bytes, (0, more))
+        return self
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids, int32. Lone surrogates, which no UTF-8 text holds, become question marks."""
@@ -37,6 +45,13 @@ class Tokenizer:
 @dataclasses.dataclass(frozen=True)
 class TokenizerSpec(Spec):
     """Which tokenizer. Subclasses live one a file."""
+
+    multiple: int = dataclasses.field(default=1, kw_only=True)
+    """The vocabulary is rounded up to a multiple of this, so that its tables divide over devices and fill whole tiles;
+    the ids in between never occur."""
+
+    def validate(self):
+        self.require(self.multiple >= 1, "multiple", "at least 1")
 
     def build(self) -> Tokenizer:
         """The tokenizer.

@@ -24,12 +24,13 @@ class BPE(TokenizerSpec):
     file: str
     """The JSON file that `polygpt tokenizer train` wrote."""
 
-    def build(self) -> "BPETokenizer":
+    def build(self) -> Tokenizer:
         path = Path(self.file)
         if not path.is_file():
             raise UserError(f"no tokenizer file {path}: `polygpt tokenizer train` writes one")
         try:
-            return BPETokenizer(tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8")))
+            model = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+            return BPETokenizer(model).padded(self.multiple)
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
         except Exception as error:  # the library raises bare Exception

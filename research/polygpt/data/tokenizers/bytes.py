@@ -11,8 +11,8 @@ from polygpt.data.tokenizers.base import Tokenizer, TokenizerSpec
 class Bytes(TokenizerSpec):
     """UTF-8 bytes as ids 0 to 255; 256 begins an example, 257 ends it."""
 
-    def build(self) -> "ByteTokenizer":
-        return ByteTokenizer()
+    def build(self) -> Tokenizer:
+        return ByteTokenizer().padded(self.multiple)
 
 
 class ByteTokenizer(Tokenizer):

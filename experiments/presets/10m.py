@@ -1,0 +1,16 @@
+"""12 million parameters: a workstation's size.
+
+    polygpt train experiments/presets/10m.py
+    polygpt plan experiments/presets/10m.py --on v5e:4x4
+
+Meant for one GPU, or a v5e-4. What it takes on one slice of each TPU generation is in experiments/plans. It begins on the
+embedded data: exchange `data` and `tokenizer` for your own corpus, and let `steps` and the learning rate follow it.
+"""
+
+from polygpt.training.experiment import Experiment
+from polygpt.training.pretraining import pretraining
+
+
+def experiment() -> Experiment:
+    """The whole run."""
+    return pretraining("10m", length=512, rows=16, steps=10_000, peak=1e-3)

@@ -1,0 +1,16 @@
+"""150 million parameters: GPT-2's small size with eyes and ears.
+
+    polygpt train experiments/presets/150m.py
+    polygpt plan experiments/presets/150m.py --on v5e:4x4
+
+Meant for 8 GPUs, or a v5e-16. What it takes on one slice of each TPU generation is in experiments/plans. It begins on the
+embedded data: exchange `data` and `tokenizer` for your own corpus, and let `steps` and the learning rate follow it.
+"""
+
+from polygpt.training.experiment import Experiment
+from polygpt.training.pretraining import pretraining
+
+
+def experiment() -> Experiment:
+    """The whole run."""
+    return pretraining("150m", length=1024, rows=256, steps=50_000, peak=6e-4)

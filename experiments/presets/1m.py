@@ -1,0 +1,16 @@
+"""1.1 million parameters for a laptop: 8 rows of 256 positions.
+
+    polygpt train experiments/presets/1m.py
+    polygpt plan experiments/presets/1m.py --on v5e:4x4
+
+Meant for a laptop, or a v5e-4. What it takes on one slice of each TPU generation is in experiments/plans. It begins on the
+embedded data: exchange `data` and `tokenizer` for your own corpus, and let `steps` and the learning rate follow it.
+"""
+
+from polygpt.training.experiment import Experiment
+from polygpt.training.pretraining import pretraining
+
+
+def experiment() -> Experiment:
+    """The whole run."""
+    return pretraining("1m", length=256, rows=8, steps=2_000, peak=2e-3)

@@ -1,0 +1,17 @@
+"""3.3 billion parameters.
+
+    polygpt train experiments/presets/3b.py
+    polygpt plan experiments/presets/3b.py --on v5e:4x4
+
+Meant for a v5e-128. What it takes on one slice of each TPU generation is in experiments/plans. It begins on the
+embedded data: exchange `data` and `tokenizer` for your own corpus, and let `steps` and the learning rate follow it.
+"""
+
+from polygpt.sharding import MeshSpec
+from polygpt.training.experiment import Experiment
+from polygpt.training.pretraining import pretraining
+
+
+def experiment() -> Experiment:
+    """The whole run."""
+    return pretraining("3b", length=2048, rows=512, steps=200_000, peak=3e-4, mesh=MeshSpec(data=1, fsdp=-1))

@@ -1,0 +1,16 @@
+"""410 million parameters.
+
+    polygpt train experiments/presets/400m.py
+    polygpt plan experiments/presets/400m.py --on v5e:4x4
+
+Meant for 8 GPUs, or a v5e-16. What it takes on one slice of each TPU generation is in experiments/plans. It begins on the
+embedded data: exchange `data` and `tokenizer` for your own corpus, and let `steps` and the learning rate follow it.
+"""
+
+from polygpt.training.experiment import Experiment
+from polygpt.training.pretraining import pretraining
+
+
+def experiment() -> Experiment:
+    """The whole run."""
+    return pretraining("400m", length=1024, rows=256, steps=100_000, peak=4e-4)

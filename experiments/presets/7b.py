@@ -1,0 +1,17 @@
+"""7 billion parameters.
+
+    polygpt train experiments/presets/7b.py
+    polygpt plan experiments/presets/7b.py --on v5e:4x4
+
+Meant for a v5e-256. What it takes on one slice of each TPU generation is in experiments/plans. It begins on the
+embedded data: exchange `data` and `tokenizer` for your own corpus, and let `steps` and the learning rate follow it.
+"""
+
+from polygpt.sharding import MeshSpec
+from polygpt.training.experiment import Experiment
+from polygpt.training.pretraining import pretraining
+
+
+def experiment() -> Experiment:
+    """The whole run."""
+    return pretraining("7b", length=2048, rows=1024, steps=200_000, peak=3e-4, mesh=MeshSpec(data=1, fsdp=-1))
