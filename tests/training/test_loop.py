@@ -175,6 +175,8 @@ def test_records_left_out_are_counted_up_to_the_last_batch_that_was_consumed(tmp
     class Ahead:
         """The batches, with a record left out before each."""
 
+        last_examples = ()
+
         def __init__(self, batches):
             self.batches, self.drawn = batches, 0
 

@@ -11,7 +11,7 @@ from polygpt.training.prefetch import Prefetch
 
 
 class Counting:
-    """Batches whose iterator state is how many have been drawn."""
+    """Batches whose iterator state is how many have been drawn, and so is the number of their only example."""
 
     def __init__(self, fail_at=None, error=None):
         self.drawn, self.fail_at, self.error, self.closed = 0, fail_at, error, False
@@ -28,6 +28,10 @@ class Counting:
     def get_state(self):
         return {"drawn": self.drawn}
 
+    @property
+    def last_examples(self):
+        return (("counting", self.drawn, self.drawn),)
+
     def close(self):
         self.closed = True
 
@@ -35,7 +39,9 @@ class Counting:
 def test_each_batch_comes_with_the_state_after_it_though_more_are_fetched_ahead():
     batches = Counting()
     feed = Prefetch(batches, put=lambda batch: batch, check=lambda batch: None, ahead=3)
-    assert [next(feed).state["drawn"] for _ in range(5)] == [1, 2, 3, 4, 5]
+    some = [next(feed) for _ in range(5)]
+    assert [fed.state["drawn"] for fed in some] == [1, 2, 3, 4, 5]
+    assert [fed.examples for fed in some] == [(("counting", n, n),) for n in range(1, 6)]
     deadline = time.monotonic() + 10
     while batches.drawn < 8 and time.monotonic() < deadline:
         time.sleep(0.001)

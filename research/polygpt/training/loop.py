@@ -22,6 +22,7 @@ from polygpt.errors import UserError
 from polygpt.evaluation.evaluate import evaluate
 from polygpt.training.checkpoint import Checkpoints
 from polygpt.training.compilation import enable_cache
+from polygpt.training.example_log import example_log
 from polygpt.training.experiment import Experiment
 from polygpt.training.interruption import Interruption
 from polygpt.training.prefetch import Fed, Prefetch
@@ -128,6 +129,9 @@ class _Trainer:
         self.place = batches.get_state()  # in the data, after the last batch consumed: the prefetch thread is ahead
         self._announce(program)
         self.sinks = sinks(workdir, self.done, self.spec.steps)
+        self.example_log = example_log(workdir, self.parallel, self.done) if experiment.data.log_examples else None
+        if self.example_log:
+            self.sinks.append(self.example_log)
         for sink in self.sinks:
             stack.callback(sink.close)
         self.feed = Prefetch(batches, self.parallel.put, self._check, self.spec.prefetch)
@@ -169,6 +173,8 @@ class _Trainer:
             return
         (step, fed, metrics), self.pending = self.pending, None
         metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        if self.example_log:
+            self.example_log.examples(step, fed.examples)
         if self._begin is None:  # the first step of this process: mostly compilation, and not counted
             self._restart_clock()
         else:

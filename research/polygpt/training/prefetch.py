@@ -20,12 +20,14 @@ class Fed:
     Attributes:
         batch: where the step wants it.
         state: the iterator's state right after this batch, whatever has been fetched ahead since.
+        examples: which examples are in it, where they are logged; see `TrainBatches.last_examples`.
         tokens: positions of this process that are not padding.
         waited: seconds for which the loop had to wait for it.
     """
 
     batch: Batch
     state: dict[str, Any]
+    examples: tuple[tuple[str, int, int], ...]
     tokens: int
     waited: float = 0.0
 
@@ -34,7 +36,7 @@ class Prefetch:
     """Keeps `ahead` batches ready.
 
     Args:
-        batches: an iterator with `get_state()` and `close()`; from now on it belongs to the thread.
+        batches: an iterator with `get_state()`, `last_examples` and `close()`; from now on it belongs to the thread.
         put: sends a NumPy batch to the device.
         check: is called with the first batch.
         ahead: how many batches are made in advance.
@@ -55,6 +57,11 @@ class Prefetch:
             raise item
         return dataclasses.replace(item, waited=time.perf_counter() - begin)
 
+    @property
+    def ready(self) -> bool:
+        """Whether the next batch is there."""
+        return not self._ready.empty()
+
     def close(self) -> None:
         """Ends the thread and the iterator's workers."""
         self._stop.set()
@@ -71,7 +78,8 @@ class Prefetch:
                 if number == 0:
                     self._check(batch)
                 tokens = int(np.count_nonzero(batch.segment_BT))
-                self._ready.put(Fed(self._put(batch), self._batches.get_state(), tokens))
+                state, examples = self._batches.get_state(), self._batches.last_examples
+                self._ready.put(Fed(self._put(batch), state, examples, tokens))
                 if self._stop.is_set():
                     return
             raise UserError("the training data came to an end: a training iterator must be endless")
