@@ -1,20 +1,35 @@
 """A stack of blocks: what the decoder and the media towers are made of."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
+from polygpt import sharding
 from polygpt.attention.contract import Attention, Context, Dims
 from polygpt.attention.multi_head import MultiHead
 from polygpt.blocks.block import Block
+from polygpt.blocks.pipeline import Schedule, pipeline
+from polygpt.errors import SpecError
 from polygpt.nn.losses import Losses, add
 from polygpt.nn.mlp import MLP, FeedForward
 from polygpt.nn.norms import LayerNorm, Norm
 from polygpt.nn.positions import NoPosition, Position
 from polygpt.spec import Spec
+
+_policies = jax.checkpoint_policies
+_INPUT = "input of a block"
+"""The name by which the policies below know it."""
+_OF_ITERATIONS = {
+    # All but what picks out the parameters of the iteration, or casts them.
+    "none": lambda primitive, *_, **__: primitive.name not in ("dynamic_slice", "gather", "convert_element_type"),
+    "dots": _policies.save_from_both_policies(_policies.dots_saveable, _policies.save_only_these_names(_INPUT)),
+    "full": _policies.save_only_these_names(_INPUT),
+}
+"""By `remat`, what is kept of an iteration of a pipeline with more than one repeat."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +85,10 @@ class StackSpec(Spec):
         """FLOPs of all blocks' attention beside its matrices, for one position that sees `keys` keys."""
         return sum(variant.score_flops(self.width, keys) for variant in self.variants())
 
+    def idle(self) -> int:
+        """Elements of the feed-forward layers' matrices that a position is not multiplied with, in all blocks."""
+        return self.depth * self.mlp.idle(self.width)
+
     def init_cache(self, rows: int, size: int, dtype: str) -> tuple:
         """Empty caches for `size` positions: of every block, or scanned, of every block of the pattern, stacked."""
         dims = self.dims(dtype)
@@ -90,6 +109,9 @@ class Stack(nnx.Module):
     Parameters: `blocks/attention/...` [L, ...] if scanned, `blocks/0/...`, `blocks/1/...` if not; scanned with a
     pattern of p blocks `blocks/0/...` to `blocks/<p - 1>/...`, each [L / p, ...].
     """
+
+    pipelined: ClassVar[bool] = False
+    """Whether the blocks are computed in stages where the layout has some (`pipeline.py`), caches excepted."""
 
     def __init__(self, spec: StackSpec, *, rngs: nnx.Rngs, dtype: str):
         self.spec, self.dtype = spec, dtype
@@ -115,14 +137,49 @@ class Stack(nnx.Module):
     ) -> tuple[jax.Array, Any, Losses]:
         """[B, T, D] -> ([B, T, D] normalised, cache, sums of the blocks' losses)."""
         context = dataclasses.replace(context, inputs_BTD=x_BTD)
+        x_BTD = x_BTD.astype(self.dtype)
+        layout = sharding.active()
 
         def call(block, x_BTD, layer, cache):
             return block(x_BTD, context, cache, None if key is None else jax.random.fold_in(key, layer))
 
         losses = {}
-        if self.blocks is not None:
-            x_BTD, cache, losses = self._over_blocks(call, x_BTD.astype(self.dtype), cache)
+        if self.blocks is None:
+            pass
+        elif self.pipelined and cache is None and layout is not None and (stages := layout.size("stages")) > 1:
+            mesh = layout.spec
+            schedule = Schedule(stages, mesh.repeats, mesh.microbatches or stages)
+            x_BTD, losses = self.in_stages(x_BTD, context, key, schedule)
+        else:
+            x_BTD, cache, losses = self._over_blocks(call, x_BTD, cache)
         return self.norm(x_BTD), cache, losses
+
+    def in_stages(
+        self, x_BTD: jax.Array, context: Context, key: jax.Array | None, schedule: Schedule
+    ) -> tuple[jax.Array, Losses]:
+        """[B, T, D] -> ([B, T, D], sums of the blocks' losses): the blocks as a pipeline, without the last norm.
+
+        Dropout differs by block and microbatch.
+
+        Raises:
+            SpecError: the blocks are not scanned, or the numbers do not come out even.
+        """
+        if not self.spec.scan:
+            reason = "a stage is a run of stacked blocks"
+            raise SpecError(f"train.mesh.stage is {schedule.stages}: model.decoder.scan must be true, {reason}")
+        schedule.check(self.spec.depth, len(self.spec.period()), x_BTD.shape[0])
+        graphdefs, params = self._split()
+
+        def body(params, x_bTD, period, context, microbatch):
+            def call(block, x_bTD, layer, cache):
+                own = None if key is None else jax.random.fold_in(jax.random.fold_in(key, layer), microbatch)
+                return block(x_bTD, context, cache, own)
+
+            x_bTD, _, losses = self._over_period(call, graphdefs, params, x_bTD, period, None)
+            return x_bTD, losses
+
+        policy = _OF_ITERATIONS[self.spec.remat] if schedule.repeats > 1 else None
+        return pipeline(body, params, x_BTD, context, schedule, policy)
 
     def weights(self, x_BTD: jax.Array, context: Context, chosen_R: jax.Array | None = None) -> dict[int, jax.Array]:
         """By block, the attention weights of the chosen queries, float32 [B, H, R, T]; None means all.
@@ -159,44 +216,49 @@ class Stack(nnx.Module):
                 outputs.append(output)
                 losses = add(losses, own)
             return x_BTD, tuple(outputs), losses
-        p = len(self.spec.period())
-        split = [nnx.split(block) for block in (self.blocks if p > 1 else [self.blocks])]
+        graphdefs, params = self._split()
 
         # Caches are carried, not scanned over: the loop then updates them in place.
         def body(carry, inputs):
             x_BTD, caches = carry
             params, time = inputs
-            outputs, losses = [], {}
-            for i, (graphdef, _) in enumerate(split):
-                here = caches and jax.tree.map(
-                    lambda leaf: jax.lax.dynamic_index_in_dim(leaf, time, 0, False), caches[i]
-                )
-                block = nnx.merge(graphdef, params[i])
-                x_BTD, output, own = self._remat(call, block)(x_BTD, time * p + i, here)
-                outputs.append(output)
-                losses = add(losses, own)
+            here = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, time, 0, False), caches)
+            x_BTD, outputs, losses = self._over_period(call, graphdefs, params, x_BTD, time, here)
             if caches is None:
-                return (x_BTD, None), (tuple(outputs), losses)
+                return (x_BTD, None), (outputs, losses)
 
             def write(leaf, new):
                 return jax.lax.dynamic_update_index_in_dim(leaf, new, time, 0)
 
-            return (x_BTD, jax.tree.map(write, caches, tuple(outputs))), (None, losses)
+            return (x_BTD, jax.tree.map(write, caches, outputs)), (None, losses)
 
-        xs = tuple(params for _, params in split), jnp.arange(self._times)
-        (x_BTD, caches), (outputs, losses_T) = jax.lax.scan(body, (x_BTD, caches), xs)
+        (x_BTD, caches), (outputs, losses_T) = jax.lax.scan(body, (x_BTD, caches), (params, jnp.arange(self._times)))
         losses = {name: jnp.sum(loss_T) for name, loss_T in losses_T.items()}
         return x_BTD, outputs if caches is None else caches, losses
+
+    def _split(self):
+        """Of each block of the pattern, the static part and the stacked parameters."""
+        blocks = self.blocks if len(self.spec.period()) > 1 else [self.blocks]
+        return tuple(zip(*[nnx.split(block) for block in blocks], strict=True))
+
+    def _over_period(self, call, graphdefs, params, x_BTD, time, caches):
+        """`_over_blocks` for the blocks of the pattern alone, for the `time`-th time."""
+        outputs, losses = [], {}
+        for i, graphdef in enumerate(graphdefs):
+            block, layer = nnx.merge(graphdef, params[i]), time * len(graphdefs) + i
+            x_BTD, output, own = self._remat(call, block)(x_BTD, layer, caches and caches[i])
+            outputs.append(output)
+            losses = add(losses, own)
+        return x_BTD, tuple(outputs), losses
 
     def _remat(self, call, block):
         if self.spec.remat == "none":
             return lambda *arguments: call(block, *arguments)
-        policies = jax.checkpoint_policies
-        policy = policies.nothing_saveable if self.spec.remat == "full" else policies.dots_saveable
+        policy = _policies.nothing_saveable if self.spec.remat == "full" else _policies.dots_saveable
         graphdef, params = nnx.split(block)
 
         def pure(params, *arguments):
             return call(nnx.merge(graphdef, params), *arguments)
 
         checkpointed = jax.checkpoint(pure, policy=policy, prevent_cse=not self.spec.scan)
-        return lambda *arguments: checkpointed(params, *arguments)
+        return lambda x_BTD, *arguments: checkpointed(params, checkpoint_name(x_BTD, _INPUT), *arguments)

@@ -69,6 +69,8 @@ def init_cache(spec: DecoderSpec, rows: int, size: int, dtype: str) -> Cache:
 class Decoder(Stack):
     """Embeddings `[B, T, D]` to hidden vectors `[B, T, D]`: a stack that reads the sequence layout."""
 
+    pipelined = True
+
     def __init__(self, spec: DecoderSpec, *, rngs: nnx.Rngs, dtype: str):
         super().__init__(spec, rngs=rngs, dtype=dtype)
         self.position = spec.position.build(spec.width, rngs=rngs)
