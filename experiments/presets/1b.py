@@ -3,8 +3,8 @@
     polygpt train experiments/presets/1b.py
     polygpt plan experiments/presets/1b.py --on v5e:4x4
 
-Meant for a v5e-32. What it takes on one slice of each TPU generation is in experiments/plans. It begins on the
-embedded data: exchange `data` and `tokenizer` for your own corpus, and let `steps` and the learning rate follow it.
+Meant for a v5e-32; experiments/plans says what it takes on a slice of each TPU generation. It begins on the embedded
+data: exchange `data` and `tokenizer` for your own corpus, and let `steps` and the learning rate follow it.
 """
 
 from polygpt.sharding import MeshSpec

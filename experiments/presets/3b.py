@@ -1,10 +1,10 @@
 """3.3 billion parameters.
 
     polygpt train experiments/presets/3b.py
-    polygpt plan experiments/presets/3b.py --on v5e:4x4
+    polygpt plan experiments/presets/3b.py --on v5e:8x16
 
-Meant for a v5e-128. What it takes on one slice of each TPU generation is in experiments/plans. It begins on the
-embedded data: exchange `data` and `tokenizer` for your own corpus, and let `steps` and the learning rate follow it.
+Meant for a v5e-128; experiments/plans says what it takes on a slice of each TPU generation. It begins on the embedded
+data: exchange `data` and `tokenizer` for your own corpus, and let `steps` and the learning rate follow it.
 """
 
 from polygpt.sharding import MeshSpec

@@ -3,8 +3,9 @@
     polygpt train experiments/presets/400m.py
     polygpt plan experiments/presets/400m.py --on v5e:4x4
 
-Meant for 8 GPUs, or a v5e-16. What it takes on one slice of each TPU generation is in experiments/plans. It begins on the
-embedded data: exchange `data` and `tokenizer` for your own corpus, and let `steps` and the learning rate follow it.
+Meant for 8 GPUs, or a v5e-16; experiments/plans says what it takes on a slice of each TPU generation. It begins on
+the embedded data: exchange `data` and `tokenizer` for your own corpus, and let `steps` and the learning rate follow
+it.
 """
 
 from polygpt.training.experiment import Experiment

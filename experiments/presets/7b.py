@@ -1,10 +1,10 @@
 """7 billion parameters.
 
     polygpt train experiments/presets/7b.py
-    polygpt plan experiments/presets/7b.py --on v5e:4x4
+    polygpt plan experiments/presets/7b.py --on v5e:16x16 --search
 
-Meant for a v5e-256. What it takes on one slice of each TPU generation is in experiments/plans. It begins on the
-embedded data: exchange `data` and `tokenizer` for your own corpus, and let `steps` and the learning rate follow it.
+Meant for a v5e-256; experiments/plans says what it takes on a slice of each TPU generation. It begins on the embedded
+data: exchange `data` and `tokenizer` for your own corpus, and let `steps` and the learning rate follow it.
 """
 
 from polygpt.sharding import MeshSpec

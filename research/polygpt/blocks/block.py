@@ -10,6 +10,7 @@ from polygpt.nn.dropout import dropout
 from polygpt.nn.losses import Losses
 from polygpt.nn.mlp import FeedForward
 from polygpt.nn.norms import Norm
+from polygpt.sharding import RESIDUAL, constrain
 
 
 class Block(nnx.Module):
@@ -28,10 +29,10 @@ class Block(nnx.Module):
         """[B, T, D] -> ([B, T, D], cache, losses of a routed layer). Without a key there is no dropout."""
         attention_key, mlp_key = (None, None) if key is None else jax.random.split(key)
         y_BTD, cache = self.attention(self.attention_norm(x_BTD), context, cache)
-        x_BTD = x_BTD + dropout(y_BTD, self.dropout, attention_key)
+        x_BTD = constrain(x_BTD + dropout(y_BTD, self.dropout, attention_key), *RESIDUAL)
         normed_BTD = self.mlp_norm(x_BTD)
         y_BTD, losses = self.mlp(normed_BTD, context) if self.routed else (self.mlp(normed_BTD), {})
-        return x_BTD + dropout(y_BTD, self.dropout, mlp_key), cache, losses
+        return constrain(x_BTD + dropout(y_BTD, self.dropout, mlp_key), *RESIDUAL), cache, losses
 
     def weights(self, x_BTD: jax.Array, context: Context, chosen_R: jax.Array | None = None) -> jax.Array:
         """The attention weights of the chosen queries of this block, float32 [B, H, R, T]; None means all."""
