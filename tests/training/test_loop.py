@@ -18,9 +18,10 @@ from polygpt.nn.positions import Learned
 from polygpt.optim.schedules import Schedule
 from polygpt.overrides import override
 from polygpt.spec import from_json, to_json
-from polygpt.training import loop
+from polygpt.training import held_out, trainer
 from polygpt.training.checkpoint import records
-from polygpt.training.loop import Standing, pick, train
+from polygpt.training.held_out import Standing, pick
+from polygpt.training.loop import train
 from polygpt.training.run import open_run
 from polygpt.training.sinks import JsonLines, Silent
 
@@ -151,7 +152,7 @@ def test_an_error_of_the_evaluation_at_the_last_step_leaves_a_checkpoint_of_it(t
     def fail(*_, **__):
         raise UserError("a held-out record is corrupt")
 
-    monkeypatch.setattr(loop, "evaluate", fail)
+    monkeypatch.setattr(held_out, "evaluate", fail)
     with pytest.raises(UserError, match="a held-out record is corrupt"):
         train(smallest(**{"train.steps": "3", "train.evaluate_every": "3"}), tmp_path, quiet)
     (record,) = records(tmp_path / "checkpoints")
@@ -160,11 +161,11 @@ def test_an_error_of_the_evaluation_at_the_last_step_leaves_a_checkpoint_of_it(t
 
 def test_a_signal_that_comes_just_before_the_loop_ends_is_saved_too(tmp_path, monkeypatch):
     # The test of the loop asks for patience and then for the signal: what comes in between comes after all of a step.
-    def request(trainer):
-        trainer.interruption.requested = trainer.done == 5
+    def request(run):
+        run.interruption.requested = run.done == 5
         return False
 
-    monkeypatch.setattr(loop._Trainer, "_out_of_patience", request)
+    monkeypatch.setattr(trainer.Trainer, "_out_of_patience", request)
     outcome = train(smallest(**{"train.log_every": "1"}), tmp_path, quiet)
     assert (outcome.step, outcome.finished) == (5, False)
     assert [record.step for record in records(tmp_path / "checkpoints")] == [5]
@@ -193,8 +194,8 @@ def test_records_left_out_are_counted_up_to_the_last_batch_that_was_consumed(tmp
         def close(self):
             self.batches.close()
 
-    made = loop.train_batches
-    monkeypatch.setattr(loop, "train_batches", lambda *given, **named: Ahead(made(*given, **named)))
+    made = trainer.train_batches
+    monkeypatch.setattr(trainer, "train_batches", lambda *given, **named: Ahead(made(*given, **named)))
     outcome = train(smallest(**{"train.steps": "3", "train.prefetch": "4"}), tmp_path, quiet)
     assert outcome.skipped == {"empty text": 3}
 

@@ -15,6 +15,9 @@ from polygpt.optim.optim import Optim
 from polygpt.sharding import MeshSpec
 from polygpt.spec import Spec, nearest
 from polygpt.training.checkpoint import CheckpointSpec
+from polygpt.training.processes import ProcessesSpec
+from polygpt.training.spikes import SpikeSpec
+from polygpt.training.watchdog import WatchdogSpec
 
 LIKELIHOODS = ("loss", "perplexity", "bits_per_byte", "token_accuracy")
 """The figures of a task for which the model need not write answers."""
@@ -48,10 +51,16 @@ class TrainSpec(Spec):
     """Training stops after so many evaluations in a row without a better metric; null for never."""
     max_nonfinite: int = 10
     """Training stops with an error after so many steps in a row whose loss or gradient is not finite."""
+    spikes: SpikeSpec | None = None
+    """What counts as a spike of the loss, and what follows; null to take every finite step."""
     prefetch: int = 2
     """Batches that are made and sent to the device in advance."""
     checkpoint: CheckpointSpec = CheckpointSpec()
     """When checkpoints are written and which are kept."""
+    watchdog: WatchdogSpec | None = WatchdogSpec()
+    """When a run counts as stuck, so that the stacks of all threads are written down; null for never."""
+    processes: ProcessesSpec = ProcessesSpec()
+    """How long several processes wait for each other."""
 
     def validate(self):
         self.require(self.steps >= 1, "steps", "at least 1")

@@ -1,19 +1,29 @@
 """SIGTERM and SIGINT ask a run to save and end."""
 
+import itertools
 import signal
 import sys
 import threading
+
+import jax
+
+from polygpt.training import processes
+
+_runs = itertools.count()
 
 
 class Interruption:
     """While entered, the first SIGTERM or SIGINT sets `requested`; a second SIGINT interrupts at once.
 
-    Signals reach the main thread alone: elsewhere this does nothing.
+    Signals reach the main thread alone: elsewhere this does nothing. Where several processes train, one that gets a
+    signal ends them all, after the same step.
     """
 
     def __init__(self):
         self.requested = False
         self._before = {}
+        self._name = f"stop {next(_runs)}"  # all processes train the same runs in the same order
+        self._last: int | None = None
 
     def __enter__(self) -> "Interruption":
         if threading.current_thread() is threading.main_thread():
@@ -24,6 +34,23 @@ class Interruption:
     def __exit__(self, *_) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def due(self, step: int) -> bool:
+        """Whether the run ends here, `step` being the last that was begun; to be asked before each step.
+
+        Of several processes, the one with a signal tells the others to end two steps later, before which all of them
+        come to know. For, no process begins step n + 2 before step n is done, and that takes all processes: when the
+        one with the signal has begun n and no more, no other has begun more than n + 1, and none that has not been told
+        by then gets beyond n + 2.
+        """
+        if jax.process_count() == 1:
+            return self.requested
+        if self._last is None:
+            if self.requested:
+                processes.tell(self._name, str(step + 2))
+            told = processes.told(self._name)
+            self._last = None if told is None else int(told)
+        return self._last is not None and step >= self._last
 
     def _handle(self, number, _) -> None:
         if self.requested and number == signal.SIGINT:

@@ -97,9 +97,12 @@ def assemble(
     runs.check(experiment.data.rows, layout.length, optim.accumulate)
     rate, trainable = optim.schedule.build(train.steps), optim.trainable(shapes)
     seed, accumulate = experiment.seed, optim.accumulate
-    recipe = Recipe(model, experiment.objectives, transformation, rate, trainable, seed, accumulate, optim.ema)
+    recipe = Recipe(
+        model, experiment.objectives, transformation, rate, trainable, seed, accumulate, optim.ema, train.spikes
+    )
     return Program(experiment, model, shapes, recipe, transformation, runs, reason)
 
 
 def _create(experiment: Experiment, model: Model, transformation) -> Any:
-    return create(model, transformation, experiment.seed, experiment.optim.ema is not None)
+    optim, spikes = experiment.optim, experiment.train.spikes
+    return create(model, transformation, experiment.seed, optim.ema is not None, spikes)

@@ -19,7 +19,7 @@ from polygpt.files import plain
 
 
 class Sink(Protocol):
-    """Takes what is known of a step; steps only grow. `flush` is called before each checkpoint."""
+    """Takes what is known of a step; steps only grow, but for a rewind. `flush` is called before each checkpoint."""
 
     def step(self, step: int, loss: float) -> None:
         """Every step."""
@@ -32,6 +32,9 @@ class Sink(Protocol):
 
     def evaluation(self, step: int, results: Mapping[str, Any]) -> None:
         """What `evaluate` returned ("tasks", "modality_gain"), and as "metric" the figure that chooses the best."""
+
+    def rewind(self, step: int, spike: int) -> None:
+        """After the spike at step `spike` the run goes on from `step`: what was told of later steps does not hold."""
 
     def flush(self) -> None:
         """Puts everything where it survives the end of the process."""
@@ -55,6 +58,9 @@ class Silent:
     def evaluation(self, step, results):
         pass
 
+    def rewind(self, step, spike):
+        pass
+
     def flush(self):
         pass
 
@@ -68,6 +74,7 @@ class JsonLines(Silent):
     Lines: {"step": 10, "loss": ..., "loss/next_token": ..., "gradient_norm": ...},
     {"step": 100, "metric": ..., "evaluation": {task: {measure: value}}, "modality_gain": {...}}, and
     {"step": 10, "seconds": ..., "tokens_per_second": ..., "input_wait": ...}. A value that is not finite is null.
+    After a rewind from step 57 to 50 there is {"step": 51, "rewound_from": 57} in the place of the lines of 51 to 57.
 
     Args:
         workdir: the run folder.
@@ -75,11 +82,8 @@ class JsonLines(Silent):
     """
 
     def __init__(self, workdir: Path, step: int):
-        self._files = {}
-        for name in ("metrics", "timing"):
-            path = workdir / f"{name}.jsonl"
-            truncate(path, step)
-            self._files[name] = path.open("a", encoding="utf-8")
+        self._workdir = workdir
+        self._open(step)
 
     def metrics(self, step, values):
         self._write("metrics", {"step": step, **values})
@@ -91,6 +95,12 @@ class JsonLines(Silent):
         others = {name: value for name, value in results.items() if name != "tasks"}
         self._write("metrics", {"step": step, "evaluation": results["tasks"], **others})
 
+    def rewind(self, step, spike):
+        self.close()
+        self._open(step)
+        # With the next step's number: a run that is started again from `step` comes to this point again.
+        self._write("metrics", {"step": step + 1, "rewound_from": spike})
+
     def flush(self):
         for file in self._files.values():
             file.flush()
@@ -99,6 +109,13 @@ class JsonLines(Silent):
     def close(self):
         for file in self._files.values():
             file.close()
+
+    def _open(self, step: int) -> None:
+        self._files = {}
+        for name in ("metrics", "timing"):
+            path = self._workdir / f"{name}.jsonl"
+            truncate(path, step)
+            self._files[name] = path.open("a", encoding="utf-8")
 
     def _write(self, name: str, line: dict) -> None:
         file: TextIO = self._files[name]
@@ -128,7 +145,8 @@ class TensorBoard(Silent):
     """Event files for TensorBoard under `tensorboard/` in the run folder."""
 
     def __init__(self, workdir: Path, step: int):
-        self._writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+        self._folder = str(workdir / "tensorboard")
+        self._writer = SummaryWriter(self._folder, purge_step=step + 1)
 
     def metrics(self, step, values):
         self._scalars("train", step, values)
@@ -138,6 +156,10 @@ class TensorBoard(Silent):
 
     def evaluation(self, step, results):
         self._scalars("evaluation", step, dict(scalars(results)))
+
+    def rewind(self, step, spike):
+        self.close()
+        self._writer = SummaryWriter(self._folder, purge_step=step + 1)
 
     def flush(self):
         self._writer.flush()
@@ -192,6 +214,10 @@ class Terminal(Silent):
     def evaluation(self, step, results):
         losses = "  ".join(f"{name} {figures['loss']:.4f}" for name, figures in results["tasks"].items())
         self._console.print(f"step {step}, held-out loss: {losses}", soft_wrap=True)
+
+    def rewind(self, step, spike):
+        self._first = None
+        self._console.print(f"step {spike}: the loss spiked; back to step {step}, on with later data", soft_wrap=True)
 
     def close(self):
         if self._bar:

@@ -28,6 +28,19 @@ class Window:
 
 
 @dataclasses.dataclass(frozen=True)
+class Rewound:
+    """What was undone; in the data of every checkpoint.
+
+    Attributes:
+        times: rewinds so far.
+        spikes: spikes that the window at hand has not counted, as they were in what was undone.
+    """
+
+    times: int = 0
+    spikes: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class SpikeSpec(Spec):
     """A step is a spike if its loss is `sigmas` standard deviations above the mean of the last `window` steps.
 

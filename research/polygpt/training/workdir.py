@@ -1,11 +1,12 @@
 """The run folder: which experiment it belongs to, what it ran on, and what is said when it cannot be written."""
 
+import functools
 import importlib.metadata
 import json
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import jax
 from polygpt import spec
 from polygpt.errors import UserError
 from polygpt.files import write_atomically
+from polygpt.training import processes
 from polygpt.training.experiment import Experiment
 from polygpt.training.manifest import records
 from polygpt.training.storage import storage_faults as storage_faults
@@ -36,6 +38,24 @@ SAME_MATHEMATICS = (
 """Settings that may change while a run goes on, with all that is under them: none makes it another run."""
 
 
+def _by_the_first(action: Callable[[Path, Experiment], None]) -> Callable[[Path, Experiment], None]:
+    """The first process does it for all; where it fails, all fail with the same words."""
+
+    @functools.wraps(action)
+    def done_by_the_first(workdir: Path, experiment: Experiment) -> None:
+        fault = ""
+        if jax.process_index() == 0:
+            try:
+                action(workdir, experiment)
+            except UserError as error:
+                fault = str(error)
+        if fault := processes.agree(action.__name__, fault):
+            raise UserError(fault)
+
+    return done_by_the_first
+
+
+@_by_the_first
 def require_same(workdir: Path, experiment: Experiment) -> None:
     """Raises UserError if the folder holds checkpoints of another experiment.
 
@@ -56,6 +76,7 @@ def require_same(workdir: Path, experiment: Experiment) -> None:
         )
 
 
+@_by_the_first
 def claim(workdir: Path, experiment: Experiment) -> None:
     """Makes the folder this experiment's: writes config.json and environment.json."""
     workdir.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,189 @@
+"""Where a run's time went, over all its processes and restarts: `goodput.jsonl` in the run folder.
+
+A line is an interval: {"begin": seconds since 1970, "end": ..., "from": step, "step": step, "seconds": {...}}. It
+begins where the line before it ends, so the seconds of all lines add up to the time from the first start to the end.
+After a restart the first line also covers what nobody was there to write: up to the last sign of life of the process
+before (the file's time of modification) it is lost, from there on it is a restart. A line with "finished" ends the
+run's time: what follows begins anew, if the run is given more steps another day.
+
+Goodput is the share of the time in which steps were taken that were kept; MegaScale (arXiv:2402.15627) calls it the
+effective training time rate.
+"""
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+CATEGORIES = {
+    "productive": "taking steps",
+    "compile": "compiling the step",
+    "input_wait": "waiting for input",
+    "checkpoint": "saving",
+    "evaluation": "evaluating",
+    "restart": "starting up",
+    "lost": "going back",
+    "other": "telling sinks",
+}
+"""What time is counted as, and what the loop is doing meanwhile."""
+LOST = ("productive", "input_wait", "checkpoint", "evaluation", "other")
+"""What was for nothing where the steps are done again."""
+INTERVAL = 10.0
+"""Seconds between lines. Every checkpoint ends a line too, so that a restart goes on from the end of one."""
+
+
+class Goodput:
+    """A clock that always runs for exactly one category, and its record.
+
+    Args:
+        path: the file; None keeps no record, as in all processes but the first.
+        begun: when this process began, in seconds since 1970; now by default.
+
+    Attributes:
+        path: the file.
+        activity: the category that the time goes to now.
+        since: from when, on this clock.
+    """
+
+    def __init__(self, path: Path | None, begun: float | None = None):
+        self.path, self._file, self._step = path, None, 0
+        self._offset = time.time() - time.perf_counter()  # steady, however the system's clock is set meanwhile
+        self._begin = self.since = min(begun or self.now(), self.now())
+        self._alive = 0.0
+        self._seconds = dict.fromkeys(CATEGORIES, 0.0)
+        self.activity = "restart"
+
+    def now(self) -> float:
+        """Seconds since 1970."""
+        return self._offset + time.perf_counter()
+
+    def switch(self, activity: str) -> str:
+        """From now on time goes to this category; returns the one before."""
+        now = self.now()
+        self._seconds[self.activity] += now - self.since
+        before, self.activity, self.since = self.activity, activity, now
+        if self._file and now - self._alive > 1.0:
+            self._alive = now
+            os.utime(self.path)
+        return before
+
+    @contextlib.contextmanager
+    def doing(self, activity: str) -> Iterator[None]:
+        """Meanwhile time goes to this category."""
+        before = self.switch(activity)
+        try:
+            yield
+        finally:
+            self.switch(before)
+
+    def begin(self, step: int) -> None:
+        """The run goes on from this step: writes the first line of this process."""
+        if self.path is not None:
+            before, touched = _last(self.path)
+            if before is not None and not before.get("finished"):
+                end = min(before["end"], self._begin)
+                alive = min(max(touched, end), self._begin)
+                self._seconds["lost"] += alive - end
+                self._seconds["restart"] += self._begin - alive
+                self._begin = end
+            self._file = self.path.open("a", encoding="utf-8")
+        self._step = step
+        self.record(step)
+
+    def record(self, step: int, least: float = 0.0, **more: Any) -> None:
+        """Writes a line up to now, unless the last was less than `least` seconds ago."""
+        self.switch(self.activity)
+        if self._file is None or self.since - self._begin < least:
+            return
+        seconds = {name: round(value, 6) for name, value in self._seconds.items() if value}
+        line = {"begin": self._begin, "end": self.since, "from": self._step, "step": step, "seconds": seconds, **more}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        self._begin, self._step = self.since, step
+        self._seconds = dict.fromkeys(CATEGORIES, 0.0)
+
+    def back(self, step: int) -> None:
+        """The run goes on from this earlier step: the time of the steps after it is lost."""
+        self._step = step
+
+    def end(self, step: int, finished: bool) -> None:
+        """Writes the last line, if there was a first."""
+        self.record(step, **({"finished": True} if finished else {}))
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def process_begun() -> float | None:
+    """When this process was started, in seconds since 1970, where Linux tells; before Python and JAX were loaded."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        return time.time() - (float(Path("/proc/uptime").read_text().split()[0]) - ticks / os.sysconf("SC_CLK_TCK"))
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def read(path: Path | None) -> list[dict]:
+    """The lines of goodput.jsonl, but for one cut short; [] without a file."""
+    return [json.loads(line) for line in _whole(path)] if path and path.is_file() else []
+
+
+def summary(lines: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Seconds by category, over all lines; {} if there are none."""
+    total: dict[str, float] = {}
+    open_: list[tuple[float, Mapping[str, float]]] = []  # intervals that may still turn out to be for nothing
+
+    def add(seconds: Mapping[str, float], lost: bool) -> None:
+        for name, value in seconds.items():
+            name = "lost" if lost and name in LOST else name
+            total[name] = total.get(name, 0.0) + value
+
+    for line in lines:
+        while open_ and open_[-1][0] > line["from"]:  # its steps are done again from here on
+            add(open_.pop()[1], lost=True)
+        open_.append((line["step"], line["seconds"]))
+    for _, seconds in open_:
+        add(seconds, lost=False)
+    return {name: total.get(name, 0.0) for name in CATEGORIES} if total else {}
+
+
+def table(seconds: Mapping[str, float]) -> str:
+    """A summary for a person, a line a category."""
+    whole = sum(seconds.values())
+    lines = [f"goodput {seconds['productive'] / whole:.1%} of {duration(whole)}"]
+    lines += [
+        f"  {name.replace('_', ' '):<11}{duration(value):>12}{value / whole:>8.1%}"
+        for name, value in seconds.items()
+        if value > 0
+    ]
+    return "\n".join(lines)
+
+
+def duration(seconds: float) -> str:
+    """Seconds for a person: 8.31 s, 12:05 (minutes), 31:12:05 (hours)."""
+    if seconds < 60:
+        return f"{seconds:.2f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _whole(path: Path) -> list[bytes]:
+    """The lines of a file that a killed process may have left in the middle of one."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    return lines if not lines or lines[-1].endswith(b"\n") else lines[:-1]
+
+
+def _last(path: Path) -> tuple[dict | None, float]:
+    """The last line of the file and when it was last touched, having removed what is no whole line."""
+    if not path.is_file():
+        return None, 0.0
+    touched, whole = path.stat().st_mtime, _whole(path)
+    os.truncate(path, sum(map(len, whole)))
+    return (json.loads(whole[-1]) if whole else None), touched

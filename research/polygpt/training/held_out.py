@@ -1,0 +1,58 @@
+"""The run's metric on held-out data, and how it stands."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+
+from polygpt.errors import UserError
+from polygpt.evaluation.evaluate import evaluate
+from polygpt.training import processes
+from polygpt.training.program import Program
+from polygpt.training.state import State
+
+
+@dataclasses.dataclass
+class Standing:
+    """The best metric so far and how many evaluations ago it was."""
+
+    best: float | None = None
+    stale: int = 0
+
+    def update(self, metric: float, better: str) -> bool:
+        """Takes a new metric; True if it is the best."""
+        sign = 1 if better == "lower" else -1
+        improved = math.isfinite(metric) and (self.best is None or sign * metric < sign * self.best)
+        self.best, self.stale = (metric, 0) if improved else (self.best, self.stale + 1)
+        return improved
+
+
+def measure(program: Program, state: State, tokenizer) -> tuple[float, dict[str, Any]]:
+    """The run's metric, the same in all processes, and what `evaluate` gives with the averaged parameters.
+
+    Raises:
+        UserError: a held-out record cannot be used, or `train.metric` was not measured.
+    """
+    experiment, plan = program.experiment, program.experiment.evaluation
+    if experiment.train.evaluate == "loss":
+        plan = plan.replace(
+            modality_gain=False, tasks={name: task.replace(generate=False) for name, task in plan.tasks.items()}
+        )
+    params = jax.device_put(state.averaged, jax.local_devices()[0])
+    results = evaluate(program.model, params, tokenizer, experiment.model.adapters, experiment.data.layout, plan)
+    metric = pick(results["tasks"], experiment.train.metric)
+    return float(processes.agree("metric", repr(metric))), results
+
+
+def pick(tasks: dict[str, dict[str, Any]], metric: str) -> float:
+    """The figure of that name: "loss" is the mean over tasks. Raises UserError if it was not measured."""
+    if metric == "loss":
+        return sum(figures["loss"] for figures in tasks.values()) / len(tasks)
+    task, _, measure = metric.rpartition("/")
+    if measure not in tasks[task]:
+        raise UserError(
+            f"train.metric is {metric!r}, and {task} has {', '.join(sorted(tasks[task]))}: "
+            "choose one of these, or train.evaluate full"
+        )
+    return float(tasks[task][measure])

@@ -1,0 +1,41 @@
+"""How fast steps are: seconds a step, tokens a second, and the share of time spent waiting for input."""
+
+import time
+
+from polygpt.training.prefetch import Fed
+
+
+class Pace:
+    """Counts steps from one `restart` to the next.
+
+    Args:
+        feeders: groups of processes that read rows of their own.
+    """
+
+    def __init__(self, feeders: int):
+        self._feeders = feeders
+        self._begin: float | None = None
+
+    def restart(self) -> None:
+        """Begins to count."""
+        self._begin, self._steps, self._tokens, self._waited = time.perf_counter(), 0, 0, 0.0
+
+    def finished(self, fed: Fed) -> None:
+        """A step on that batch is done. The first of a process, mostly compilation, is not counted."""
+        if self._begin is None:
+            self.restart()
+            return
+        self._steps += 1
+        self._tokens += fed.tokens * self._feeders
+        self._waited += fed.waited
+
+    def timing(self) -> dict[str, float]:
+        """What sinks are told; {} before a step was counted."""
+        if self._begin is None or self._steps == 0:
+            return {}
+        seconds = time.perf_counter() - self._begin
+        return {
+            "seconds": seconds / self._steps,
+            "tokens_per_second": self._tokens / seconds,
+            "input_wait": self._waited / seconds,
+        }

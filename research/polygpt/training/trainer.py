@@ -1,0 +1,306 @@
+"""The training loop: data in, steps, metrics, evaluations and checkpoints out.
+
+A run repeats itself to the bit wherever it is cut: every figure in metrics.jsonl is a function of the state and the
+data, and a checkpoint holds both, with the data iterator as it was right after the batch of its step.
+
+Where several processes train, each runs this loop and all do the same at the same steps: what they decide by is global.
+The first alone writes figures.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from polygpt import sequence, spec
+from polygpt.data.loader import train_batches
+from polygpt.errors import UserError
+from polygpt.training import processes
+from polygpt.training.checkpoint import Checkpoints
+from polygpt.training.example_log import example_log
+from polygpt.training.experiment import Experiment
+from polygpt.training.goodput import INTERVAL, Goodput
+from polygpt.training.held_out import Standing, measure
+from polygpt.training.interruption import Interruption
+from polygpt.training.pace import Pace
+from polygpt.training.prefetch import Fed, Prefetch
+from polygpt.training.program import assemble
+from polygpt.training.sinks import Sink
+from polygpt.training.spikes import Rewound
+from polygpt.training.watchdog import Watchdog
+from polygpt.training.workdir import claim
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How training ended.
+
+    Attributes:
+        step: steps taken.
+        finished: False if a signal ended it early; the same call goes on from there.
+        skipped: records left out of the data, by reason.
+    """
+
+    step: int
+    finished: bool
+    skipped: dict[str, int]
+
+
+class Trainer:
+    """A run under way.
+
+    Args:
+        experiment: what to do.
+        workdir: the run folder.
+        sinks: see `loop.train`.
+        interruption: tells when to stop early.
+        clock: counts where the time goes.
+        watchdog: is told of every step.
+        stack: closes what is opened here.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        workdir: Path,
+        sinks: Callable[[Path, int, int], list[Sink]],
+        interruption: Interruption,
+        clock: Goodput,
+        watchdog: Watchdog,
+        stack: contextlib.ExitStack,
+    ):
+        self.experiment, self.spec, self.workdir = experiment, experiment.train, workdir
+        self.interruption, self.goodput, self.watchdog = interruption, clock, watchdog
+        self.tokenizer = experiment.tokenizer.build()
+        self.program = assemble(experiment, self.tokenizer.vocabulary)
+        self.parallel = self.program.parallel
+        self.all_finite = jax.jit(
+            lambda params: jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(params)]))
+        )
+        self.batches = train_batches(
+            experiment.data,
+            self.tokenizer,
+            experiment.model.adapters,
+            seed=experiment.seed,
+            feeder=self.parallel.feeder,
+            feeders=self.parallel.feeders,
+        )
+        claim(workdir, experiment)  # not before: a setting or a source that is at fault leaves no folder behind
+        self.checkpoints = Checkpoints(workdir / "checkpoints", self.spec.checkpoint, self.spec.better)
+        stack.callback(self.checkpoints.close)
+        self.metric: float | None = None  # of the last step, if it was evaluated
+        self.rewound = Rewound()
+        if (data := self._restore()) is not None:
+            self.batches.set_state(data["batches"])
+            self.rewound = Rewound(**data["rewound"])
+        self.place = (
+            self.batches.get_state()
+        )  # in the data, after the last batch consumed: the prefetch thread is ahead
+        first = jax.process_index() == 0
+        if first:
+            self._announce()
+        self.sinks = sinks(workdir, self.done, self.spec.steps) if first else []
+        self.example_log = example_log(workdir, self.parallel, self.done) if experiment.data.log_examples else None
+        if self.example_log:
+            self.sinks.append(self.example_log)
+        for sink in self.sinks:
+            stack.callback(sink.close)
+        self.feed = self._prefetch()
+        stack.callback(lambda: self.feed.close())
+        self.pending: tuple[int, Fed, dict[str, jax.Array]] | None = None
+        self.spiked: tuple[int, Any, int] | None = None  # step, place in the data, spikes, where a rewind is due
+        self.compiled = False
+        self.pace = Pace(self.parallel.feeders)
+
+    def run(self) -> Outcome:
+        """Trains up to the last step, or until it is stopped."""
+        if not self._finished():
+            self.goodput.begin(self.done)
+            self.goodput.switch("other")
+        while not self._finished() and not self.interruption.due(self.done):
+            self._advance()
+        self._settle()  # however the loop ended: a signal may come at any point of it
+        if self.spiked:
+            self._rewind()
+        if self.saved < self.done:
+            self._save()
+        with self._doing("checkpoint"):
+            self.checkpoints.wait()
+        finished = self._finished()
+        self.goodput.end(self.done, finished)
+        skipped = self._skipped()
+        if skipped and jax.process_index() == 0:
+            counts = ", ".join(f"{reason} {count}" for reason, count in sorted(skipped.items()))
+            print(f"records left out: {counts}", file=sys.stderr)
+        return Outcome(self.done, finished, skipped)
+
+    def _advance(self) -> None:
+        """A step, and what is due after it."""
+        if not self.feed.ready:
+            self._settle()  # first what the device is at: what is waited for input is then time in which it idles
+        with self.goodput.doing("input_wait"):
+            fed = next(self.feed)
+        with self.goodput.doing("productive" if self.compiled else "compile"):
+            with jax.transfer_guard("disallow"):  # what the step needs is on the device: anything else is a mistake
+                self.state, metrics = self.program.step(self.state, fed.batch)
+        self.compiled = True
+        self._settle()  # the step before this one, while this one computes
+        if self.spiked:  # this one's result is dropped, and all processes have begun it
+            return self._rewind()
+        self.done += 1
+        self.pending, self.place, self.metric = (self.done, fed, metrics), fed.state, None
+        last = self.done == self.spec.steps
+        evaluating = self.spec.evaluate_every and (last or self.done % self.spec.evaluate_every == 0)
+        saving = self.done % self.spec.checkpoint.every == 0
+        if evaluating or saving or last:
+            self._settle()
+            if self.spiked:
+                return self._rewind()
+            improved = evaluating and self._evaluate()
+            if saving or improved:
+                self._save()
+            self.pace.restart()
+
+    def _settle(self) -> None:
+        """Fetches the metrics of the pending step and gives them to the sinks."""
+        if self.pending is None:
+            return
+        (step, fed, metrics), self.pending = self.pending, None
+        with self.goodput.doing("productive"):
+            metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        self.pace.finished(fed)
+        self.watchdog.finished(step)
+        if self.spec.spikes is not None:
+            self._look_for_spikes(step, fed, metrics)
+        if self.example_log:
+            self.example_log.examples(step, fed.examples)
+        if step % self.spec.log_every == 0 or step == self.spec.steps:
+            self._tell("metrics", step, metrics)
+            if timing := self.pace.timing():
+                self._tell("timing", step, timing)
+            self.pace.restart()
+        self._tell("step", step, metrics["loss"])
+        self.goodput.record(step, least=INTERVAL)
+        if metrics["skipped_in_row"] >= self.spec.max_nonfinite:
+            self.checkpoints.wait()
+            kept = max(self.checkpoints.finite_steps(), default=None)
+            raise UserError(
+                f"step {step}: loss, gradient or update was not finite {self.spec.max_nonfinite} times in a row; "
+                + ("there is no checkpoint yet" if kept is None else f"the checkpoint of step {kept} is intact")
+                + ": lower the learning rate or look at the data (train.max_nonfinite sets this limit)"
+            )
+
+    def _look_for_spikes(self, step: int, fed: Fed, metrics: dict[str, float]) -> None:
+        """Completes the metrics by what was before the last rewind, and notes if there is to be another."""
+        spikes = self.spec.spikes
+        if spikes.action == "rewind" and metrics["spikes_in_row"] >= spikes.patience:
+            self.spiked = step, fed.state, int(metrics["spikes"])
+        metrics["spikes"] += self.rewound.spikes
+        metrics["rewinds"] = float(self.rewound.times)
+
+    def _rewind(self) -> None:
+        """Back to the last checkpoint, and on with the data after the last spike.
+
+        Only to one that was due by `checkpoint.every`: one that a signal left is not there in a run without the signal.
+        """
+        (step, place, spikes), self.spiked, self.pending = self.spiked, None, None
+        limits = self.spec.spikes
+        if self.rewound.times == limits.rewinds:
+            raise UserError(
+                f"step {step}: the loss spiked {limits.patience} times in a row, after {limits.rewinds} rewinds: lower "
+                "the learning rate or look at the data (train.spikes.rewinds sets this limit)"
+            )
+        self.goodput.record(step)
+        with self._doing("lost"):
+            self.feed.close()
+            self.state = None  # the device may not hold two
+            due = (step - 1) // self.spec.checkpoint.every * self.spec.checkpoint.every
+            self._restore(before=due + 1)
+            lost = spikes - int(self.state.window.spikes)
+            self.rewound = Rewound(self.rewound.times + 1, self.rewound.spikes + lost)
+            self.batches.set_state(self._everywhere(place))
+            self.place, self.feed = place, self._prefetch()
+        self.goodput.back(self.done)
+        self._tell("rewind", self.done, step)
+        self.pace.restart()
+
+    def _evaluate(self) -> bool:
+        """Measures the run's metric; True if it is the best so far. An error leaves a checkpoint of this step."""
+        try:
+            with self._doing("evaluation"):
+                self.metric, results = measure(self.program, self.state, self.tokenizer)
+        except Exception:
+            self._save()
+            raise
+        self._tell("evaluation", self.done, {"metric": self.metric, **results})
+        return self.standing.update(self.metric, self.spec.better)
+
+    def _save(self) -> None:
+        with self._doing("checkpoint"):
+            for sink in self.sinks:
+                sink.flush()  # before the checkpoint: what it restores must find its lines
+            self.checkpoints.save(
+                self.state,
+                metric=self.metric,
+                finite=bool(self.all_finite((self.state.params, self.state.ema))),
+                data={
+                    "batches": self._everywhere(self.place),
+                    "standing": dataclasses.asdict(self.standing),
+                    "rewound": dataclasses.asdict(self.rewound),
+                    "config": spec.to_json(self.experiment),
+                },
+            )
+        self.saved = self.done
+        self.goodput.record(self.done)
+
+    def _restore(self, before: int | None = None) -> dict[str, Any] | None:
+        """Takes the state from the last checkpoint and returns its data; without one, takes the initial state."""
+        initial = self.program.initial
+        found = self.checkpoints.restore(self.parallel.abstract(initial), initial, before)
+        self.state, data = found or (self.parallel.create(initial), None)
+        self.standing = Standing(**data["standing"]) if data else Standing()
+        self.done = self.saved = int(self.state.step)
+        return data
+
+    def _everywhere(self, place: dict[str, Any]) -> list[dict[str, Any]]:
+        """The places in the data of all processes."""
+        return [json.loads(text) for text in processes.gather("places in the data", json.dumps(place))]
+
+    def _skipped(self) -> dict[str, int]:
+        by_feeder = {place["feeder"]: place["skipped"] for place in self._everywhere(self.place)}
+        return dict(sum(map(collections.Counter, by_feeder.values()), collections.Counter()))
+
+    def _prefetch(self) -> Prefetch:
+        return Prefetch(self.batches, self.parallel.put, self._check, self.spec.prefetch)
+
+    def _finished(self) -> bool:
+        return self.done >= self.spec.steps or self._out_of_patience()
+
+    def _out_of_patience(self) -> bool:
+        return self.spec.patience is not None and self.standing.stale >= self.spec.patience
+
+    @contextlib.contextmanager
+    def _doing(self, what: str) -> Iterator[None]:
+        """Meanwhile no step is expected to finish."""
+        with self.goodput.doing(what):
+            yield
+            self.watchdog.rest()
+
+    def _tell(self, what: str, step: int, value: Any) -> None:
+        for sink in self.sinks:
+            getattr(sink, what)(step, value)
+
+    def _check(self, batch: sequence.Batch) -> None:
+        sequence.check(batch, self.tokenizer.vocabulary, self.program.model.positions)
+
+    def _announce(self) -> None:
+        print(self.program.about(), file=sys.stderr)
+        if self.done:
+            print(f"goes on from step {self.done} in {self.workdir}", file=sys.stderr)
