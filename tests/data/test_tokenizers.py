@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from polygpt.data.tokenizers.bpe import BPE, train_bpe
 from polygpt.data.tokenizers.bytes import Bytes
-from polygpt.errors import UserError
+from polygpt.errors import SpecError, UserError
 from polygpt.spec import from_json, to_json
 
 TEXT = "the cat sat on the mat, the dog sat on the cat; who sat on the dog?\n" * 40 + "größe, naïveté, 日本語\n" * 5
@@ -54,6 +54,22 @@ def test_specials_are_the_last_two_ids(tokenizer):
     assert (tokenizer.bos, tokenizer.eos) == (tokenizer.vocabulary - 2, tokenizer.vocabulary - 1)
     assert tokenizer.token_bytes.shape == (tokenizer.vocabulary,) and tokenizer.token_bytes.dtype == np.int32
     np.testing.assert_array_equal(np.flatnonzero(tokenizer.token_bytes == 0), [tokenizer.bos, tokenizer.eos])
+
+
+@pytest.mark.parametrize("multiple", [1, 2, 64, 1000])
+def test_a_vocabulary_is_rounded_up_by_ids_that_stand_for_nothing(bpe_spec, multiple):
+    for spec in (Bytes(), bpe_spec):
+        plain, padded = spec.build(), spec.replace(multiple=multiple).build()
+        assert padded.vocabulary % multiple == 0 and 0 <= padded.vocabulary - plain.vocabulary < multiple
+        assert (padded.used, padded.bos, padded.eos) == (plain.vocabulary, plain.bos, plain.eos)
+        np.testing.assert_array_equal(padded.encode(TEXT), plain.encode(TEXT))
+        assert padded.token_bytes.shape == (padded.vocabulary,) and padded.token_bytes.dtype == np.int32
+        np.testing.assert_array_equal(padded.token_bytes[: plain.vocabulary], plain.token_bytes)
+        assert not padded.token_bytes[plain.vocabulary :].any()
+        assert padded.decode([ord("a"), *range(padded.used, padded.vocabulary), ord("b")]) == plain.decode([97, 98])
+    assert from_json(to_json(bpe_spec.replace(multiple=8))) == bpe_spec.replace(multiple=8)
+    with pytest.raises(SpecError, match="Bytes.multiple is 0: it must be at least 1"):
+        Bytes(multiple=0)
 
 
 def test_half_a_surrogate_pair_does_not_stop_encoding(tokenizer):

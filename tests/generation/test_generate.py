@@ -168,6 +168,28 @@ def test_the_repetition_penalty_minds_prompt_and_text():
     assert write(Ranked(LINES.script), GREEDY.replace(max_tokens=3))[0].tokens == (0, 0, 0)
 
 
+class Rising(Script):
+    """Likes every id a little less than the next, of a vocabulary that is rounded up to 2048."""
+
+    def decode(self, params, batch, cache, last_B=None):
+        logits_BTV, cache = super().decode(params, batch, cache, last_B)
+        return jnp.broadcast_to(1e-4 * jnp.arange(2048)[None, None], (*logits_BTV.shape[:-1], 2048)), cache
+
+
+RISING = Rising(LINES.script)
+
+
+@pytest.mark.parametrize("more", [{}, {"top_k": 2000}, {"top_p": 0.999}, {"min_p": 0.5}, {"repetition_penalty": 0.5}])
+def test_ids_that_only_round_the_vocabulary_up_are_never_chosen(more):
+    tokenizer = ByteTokenizer().padded(2048)
+    sampling = Sampling(max_tokens=64, **more)
+    written = generate(RISING, PARAMS, tokenizer, [PROMPT] * 8, LAYOUT, sampling)
+    tokens = {token for one in written for token in one.tokens}
+    assert len(tokens) > 100 and max(tokens) < tokenizer.used == 258
+    (greedy,) = generate(RISING, PARAMS, tokenizer, [PROMPT], LAYOUT, GREEDY)
+    assert (greedy.tokens, greedy.finish) == ((), "eos"), "the last id that is used"
+
+
 def test_nothing_is_compiled_twice():
     model = script("some words to write down")
     sampling = GREEDY.replace(max_tokens=20)

@@ -51,7 +51,9 @@ class State:
 
 
 @partial(jax.jit, static_argnames=("model", "sampling", "size"))
-def prefill(model, sampling: Sampling, size: int, params, batch: Batch, eos, seed, index_B, limit_B) -> State:
+def prefill(
+    model, sampling: Sampling, size: int, params, batch: Batch, eos, seed, index_B, limit_B, used=None
+) -> State:
     """Reads the prompts and writes the first token of each row.
 
     Args:
@@ -64,6 +66,7 @@ def prefill(model, sampling: Sampling, size: int, params, batch: Batch, eos, see
         seed: uint32 scalar.
         index_B: int32, each prompt's number; with the seed it gives the row's randomness.
         limit_B: int32, how many tokens the row may have, at most S; 0 for rows that hold no prompt.
+        used: int32 scalar, only ids below it are chosen; None for all.
     """
     B, T = batch.shape
     last_B = jnp.maximum((batch.segment_BT > 0).sum(axis=1) - 1, 0)
@@ -89,12 +92,18 @@ def prefill(model, sampling: Sampling, size: int, params, batch: Batch, eos, see
         seen_BV=seen_BV,
         key_B=jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(index_B),
     )
-    return _write(state, logits_B1V[:, 0], sampling, eos)
+    return _write(state, logits_B1V[:, 0], sampling, eos, used)
 
 
 @partial(jax.jit, static_argnames=("model", "sampling"), donate_argnames="state")
-def decode(model, sampling: Sampling, params, state: State, eos, until) -> State:
-    """Writes tokens until every row is finished or has `until` of them. The given state is used up."""
+def decode(model, sampling: Sampling, params, state: State, eos, until, used=None) -> State:
+    """Writes tokens until every row is finished or has `until` of them. The given state is used up.
+
+    Args:
+        model, sampling, params, eos, used: as in `prefill`.
+        state: the generation so far.
+        until: int32 scalar.
+    """
 
     def unfinished(state: State):
         return (state.step < until) & ~state.done_B.all()
@@ -105,13 +114,15 @@ def decode(model, sampling: Sampling, params, state: State, eos, until) -> State
         nth = state.step - 1
         batch = _one_position(token_B, state.position_B + nth, state.coordinate_B + nth, segment_B)
         logits_B1V, cache = model.decode(params, batch, state.cache)
-        return _write(dataclasses.replace(state, cache=cache), logits_B1V[:, 0], sampling, eos)
+        return _write(dataclasses.replace(state, cache=cache), logits_B1V[:, 0], sampling, eos, used)
 
     return jax.lax.while_loop(unfinished, write_next, state)
 
 
-def _write(state: State, logits_BV, sampling: Sampling, eos) -> State:
+def _write(state: State, logits_BV, sampling: Sampling, eos, used) -> State:
     """Chooses each row's next token from its logits and appends it where the row is not finished."""
+    if used is not None:  # the ids that round the vocabulary up are trained to be unlikely, and not impossible
+        logits_BV = jnp.where((jnp.arange(logits_BV.shape[-1]) < used)[None], logits_BV, -jnp.inf)
     key_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(state.key_B, state.step)
     token_B = jnp.where(state.done_B, 0, choose(logits_BV, state.seen_BV, key_B, sampling))
     count_B = jnp.where(state.done_B, state.count_B, state.step + 1)

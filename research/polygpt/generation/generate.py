@@ -111,13 +111,14 @@ def _written(model, params, tokenizer, prompts, layout, sampling, indices, rows,
     index_B = np.zeros(rows, np.int32)
     index_B[: len(prompts)] = indices
 
-    choice, eos = sampling.choice(), np.int32(tokenizer.eos)
-    state = decoding.prefill(model, choice, size, params, batch, eos, np.uint32(sampling.seed), index_B, limit_B)
+    choice, eos, used = sampling.choice(), np.int32(tokenizer.eos), np.int32(tokenizer.used)
+    seed = np.uint32(sampling.seed)
+    state = decoding.prefill(model, choice, size, params, batch, eos, seed, index_B, limit_B, used)
     results = [Generated("", (), "unfinished") for _ in prompts]
     until = 0
     while any(result.finish == "unfinished" for result in results):
         until = min(until + every, size)
-        state = decoding.decode(model, choice, params, state, eos, np.int32(until))
+        state = decoding.decode(model, choice, params, state, eos, np.int32(until), used)
         tokens_BS, count_B, done_B = map(np.asarray, (state.tokens_BS, state.count_B, state.done_B))
         for b, result in enumerate(results):
             if result.finish == "unfinished":

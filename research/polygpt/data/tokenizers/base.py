@@ -14,15 +14,17 @@ class Tokenizer:
 
     Attributes:
         vocabulary: the number of ids, specials and those that never occur included.
+        used: the number of ids that occur; those from here on do not.
         bos: the id that begins every example.
         eos: the id that ends every example.
-        token_bytes: int32 [vocabulary], UTF-8 bytes that each token stands for; 0 for specials.
+        token_bytes: int32 [vocabulary], UTF-8 bytes that each token stands for; 0 for specials and unused ids.
     """
 
     def __init__(self, pieces: list[bytes]):
         """Args: pieces: the bytes of each token."""
         self._pieces = [*pieces, b"", b""]
-        self.bos, self.eos, self.vocabulary = len(pieces), len(pieces) + 1, len(pieces) + 2
+        self.bos, self.eos = len(pieces), len(pieces) + 1
+        self.used = self.vocabulary = len(pieces) + 2
         self.token_bytes = np.array([len(piece) for piece in self._pieces], np.int32)
 
     def padded(self, multiple: int) -> "Tokenizer":
