@@ -53,6 +53,10 @@ class AudioAdapter(Adapter):
         return {"first": 2 * inner, "second": inner, "tower": inner}
 
     @property
+    def idle(self) -> Mapping[str, int]:
+        return {"tower": self.tower.idle()}
+
+    @property
     def score_flops(self) -> float:
         inner = self.positions * self.fold
         return inner * self.tower.score_flops(inner)

@@ -42,6 +42,11 @@ class Adapter(Spec):
         return {}
 
     @property
+    def idle(self) -> Mapping[str, int]:
+        """By part of the module, elements of its matrices that a position is not multiplied with; 0 if not named."""
+        return {}
+
+    @property
     def score_flops(self) -> float:
         """FLOPs of attention scores and weighted values inside the adapter, for one item."""
         return 0.0

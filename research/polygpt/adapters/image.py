@@ -5,6 +5,7 @@ decoder, as in PaliGemma (2407.07726), section 3.
 """
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +51,10 @@ class ImageAdapter(Adapter):
     def grid(self) -> tuple[int, int, int]:
         height, width, _ = self.features.shape
         return 1, height // self.patch, width // self.patch
+
+    @property
+    def idle(self) -> Mapping[str, int]:
+        return {"tower": self.tower.idle()}
 
     @property
     def score_flops(self) -> float:

@@ -14,6 +14,7 @@ class Part:
     Attributes:
         name: the parameters whose path begins with this.
         parameters: exact count.
+        active: those of them that take part in what is computed of one position: less in a mixture of experts.
         flops: of one forward pass through the part, in multiply-adds counted as two: for one text token in the decoder,
             for one whole item in an adapter.
         unit: what `flops` is for, "token" or "item".
@@ -21,6 +22,7 @@ class Part:
 
     name: str
     parameters: int
+    active: int
     flops: int
     unit: str
 
@@ -39,6 +41,11 @@ class Description:
         return sum(part.parameters for part in self.parts)
 
     @property
+    def active(self) -> int:
+        """Count of the parameters that take part in what is computed of one position."""
+        return sum(part.active for part in self.parts)
+
+    @property
     def flops_per_token(self) -> int:
         """FLOPs of one training step a text token: forward, and twice as much backward."""
         return 3 * sum(part.flops for part in self.parts if part.unit == "token")
@@ -47,6 +54,7 @@ class Description:
         """The table as JSON data."""
         return {
             "parameters": self.parameters,
+            "active": self.active,
             "flops_per_token": self.flops_per_token,
             "vocabulary": self.vocabulary,
             "length": self.length,
@@ -57,10 +65,10 @@ class Description:
 def describe(spec: ModelSpec, vocabulary: int, length: int) -> Description:
     """Counts a model. Nothing is allocated.
 
-    FLOPs: a matrix of n parameters costs 2 n a position; scores and weighted values cost 2 d each for every head and
-    key that a position sees, which is (length + 1) / 2 keys on average in the causal decoder and all of an item in a
-    tower (Kaplan et al., 2001.08361, table 1, with the causal half left out). Norms, biases, activations and table
-    look-ups are not counted.
+    FLOPs: a matrix of n parameters costs 2 n a position, that of an expert which the position did not choose nothing;
+    scores and weighted values cost 2 d each for every head and key that a position sees, which is (length + 1) / 2 keys
+    on average in the causal decoder and all of an item in a tower (Kaplan et al., 2001.08361, table 1, with the causal
+    half left out). Norms, biases, activations and table look-ups are not counted.
 
     Args:
         spec: the model.
@@ -77,16 +85,24 @@ def describe(spec: ModelSpec, vocabulary: int, length: int) -> Description:
 
     decoder = spec.decoder
     head = 2 * decoder.width * vocabulary
-    parts = [Part("text", count("text/"), head if decoder.tied else 0, "token")]
+
+    def part(name: str, flops: int, unit: str, idle: int = 0) -> Part:
+        return Part(name, count(f"{name}/"), count(f"{name}/") - idle, flops, unit)
+
+    parts = [part("text", head if decoder.tied else 0, "token")]
     for name, adapter in spec.adapters.items():
-        prefix, applied = f"adapters/{name}/", adapter.applications
+        prefix, applied, idle = f"adapters/{name}/", adapter.applications, adapter.idle
         inner = {path.removeprefix(prefix).split("/")[0] for path in shapes if path.startswith(prefix)}
-        matrices = sum(2 * kernels(f"{prefix}{part}/") * applied.get(part, adapter.positions) for part in inner)
-        parts.append(Part(f"adapters/{name}", count(prefix), matrices + round(adapter.score_flops), "item"))
+        matrices = sum(
+            2 * (kernels(f"{prefix}{own}/") - idle.get(own, 0)) * applied.get(own, adapter.positions) for own in inner
+        )
+        flops = matrices + round(adapter.score_flops)
+        parts.append(part(f"adapters/{name}", flops, "item", sum(idle.values())))
     if spec.adapters:
-        parts.append(Part("modality", count("modality/"), 0, "token"))
+        parts.append(part("modality", 0, "token"))
     scores = decoder.score_flops((length + 1) / 2)
-    parts.append(Part("decoder", count("decoder/"), 2 * kernels("decoder/") + round(scores), "token"))
+    matrices = 2 * (kernels("decoder/") - decoder.idle())
+    parts.append(part("decoder", matrices + round(scores), "token", decoder.idle()))
     if not decoder.tied:
-        parts.append(Part("head", count("head/"), head, "token"))
+        parts.append(part("head", head, "token"))
     return Description(tuple(parts), vocabulary, length)

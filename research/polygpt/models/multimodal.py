@@ -29,6 +29,9 @@ class ModelSpec(Spec):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """The dtype to compute in. Parameters, normalisations, softmax and losses are float32 always."""
 
+    def validate(self):
+        self.decoder.mlp.check_modalities(("text", *self.adapters))
+
     def positions(self) -> dict[str, int]:
         """P of every adapter, in the order that numbers the modalities."""
         return {name: adapter.positions for name, adapter in self.adapters.items()}
@@ -60,7 +63,8 @@ class MultimodalModel(nnx.Module):
             here = None if key is None else jax.random.fold_in(key, number)
             embedded_BNPD, own = self.adapters[name](batch.media[name], here)
             losses = add(losses, own)
-            media[name] = embedded_BNPD + self.modality[name][...].astype(embedded_BNPD.dtype)[None, None, None]
+            embedded_BNPD += self.modality[name][...].astype(embedded_BNPD.dtype)[None, None, None]
+            media[name] = constrain(embedded_BNPD, "rows", None, None, "features")  # a row takes from all its media
         return constrain(scatter_media(self.text(batch.tokens_BT), batch, media), *RESIDUAL), losses
 
     def hidden(

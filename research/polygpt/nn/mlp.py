@@ -1,7 +1,7 @@
 """Position-wise feed-forward layers."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal
 
 import jax
@@ -56,6 +56,9 @@ class FeedForward(Spec):
         """Elements of the matrices that a position is not multiplied with, such as those of experts not chosen."""
         return 0
 
+    def check_modalities(self, names: Sequence[str]) -> None:
+        """Raises SpecError if it does not fit a model of these modalities, text first."""
+
 
 @dataclasses.dataclass(frozen=True)
 class MLP(FeedForward):
@@ -102,7 +105,8 @@ class GatedMLP(FeedForward):
         return -(-int(width * self.factor) // self.multiple) * self.multiple
 
     def build(self, width: int, *, rngs: nnx.Rngs, dtype: str, output_scale: float) -> nnx.Module:
-        return _GatedMLP(self, width, rngs, dtype, output_scale)
+        options = {"activation": self.activation, "bias": self.bias, "rngs": rngs, "dtype": dtype}
+        return GatedLayer(width, self.hidden_width(width), output_scale=output_scale, **options)
 
 
 class _MLP(nnx.Module):
@@ -117,13 +121,24 @@ class _MLP(nnx.Module):
         return self.down(constrain(hidden_BTF, *HIDDEN))
 
 
-class _GatedMLP(nnx.Module):
-    def __init__(self, spec: GatedMLP, width: int, rngs: nnx.Rngs, dtype: str, output_scale: float):
-        hidden = spec.hidden_width(width)
-        self.activation = spec.activation
-        self.gate = Linear(width, hidden, rngs=rngs, bias=spec.bias, dtype=dtype, axes=INWARD)
-        self.up = Linear(width, hidden, rngs=rngs, bias=spec.bias, dtype=dtype, axes=INWARD)
-        self.down = Linear(hidden, width, rngs=rngs, bias=spec.bias, dtype=dtype, scale=output_scale, axes=OUTWARD)
+class GatedLayer(nnx.Module):
+    """The module of `GatedMLP`, of any hidden width."""
+
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        *,
+        activation: Activation,
+        bias: bool,
+        rngs: nnx.Rngs,
+        dtype: str,
+        output_scale: float,
+    ):
+        self.activation = activation
+        self.gate = Linear(width, hidden, rngs=rngs, bias=bias, dtype=dtype, axes=INWARD)
+        self.up = Linear(width, hidden, rngs=rngs, bias=bias, dtype=dtype, axes=INWARD)
+        self.down = Linear(hidden, width, rngs=rngs, bias=bias, dtype=dtype, scale=output_scale, axes=OUTWARD)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         hidden_BTF = activate(self.activation, self.gate(x_BTD)) * self.up(x_BTD)

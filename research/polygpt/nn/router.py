@@ -1,0 +1,100 @@
+"""Which experts a position goes through, and the losses that keep routers healthy.
+
+Axis letters: E experts, k choices a position, M modalities with experts of their own.
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from polygpt.nn.losses import Losses
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """Where positions go.
+
+    Attributes:
+        expert_BTk: int32, the chosen experts, the likeliest first; E, which is no expert, at padding.
+        weight_BTk: float32, what each expert's output is multiplied with; 0 at padding.
+    """
+
+    expert_BTk: jax.Array
+    weight_BTk: jax.Array
+
+
+class Router(nnx.Module):
+    """A linear map to the experts and a softmax, in float32 whatever the model computes in: Switch, section 2.4."""
+
+    def __init__(self, width: int, experts: int, *, rngs: nnx.Rngs):
+        kernel = jax.random.normal(rngs.params(), (width, experts)) * width**-0.5
+        self.kernel = nnx.Param(kernel, axes=("width", None))
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """Logits, float32 [B, T, E]."""
+        highest = jax.lax.Precision.HIGHEST  # a choice may hang on the bits that accelerators would round off
+        return jnp.einsum("btd,de->bte", x_BTD.astype(jnp.float32), self.kernel[...], precision=highest)
+
+
+def allowed(groups: tuple[int, ...], experts: int) -> jax.Array:
+    """bool [M, E]: each modality's own experts, one group behind the other, and at the end those open to all."""
+    expert_E, rows, start = jnp.arange(experts), [], 0
+    for size in groups or (0,):
+        own_E = (expert_E >= start) & (expert_E < start + size)
+        rows.append(own_E | (expert_E >= sum(groups)))
+        start += size
+    return jnp.stack(rows)
+
+
+def route(
+    logits_BTE: jax.Array,
+    real_BT: jax.Array,
+    modality_BT: jax.Array,
+    *,
+    top_k: int,
+    normalize: bool,
+    groups: tuple[int, ...],
+    balance: Literal["row", "batch"],
+) -> tuple[Choice, Losses]:
+    """The choice of every position, and the losses `load_balance` and `router_z`.
+
+    Load balance: E sum_e f_e P_e with f_e the share of choices that fall on expert e and P_e its mean probability,
+    Fedus et al., Switch (2101.03961), eq. 4 to 6; 1 if all experts are used alike. Here f and P are taken over the
+    positions of each row, as over the groups of GShard (2006.16668, algorithm 1), or of all rows; with groups, over
+    those of each modality, E being the experts that it may choose.
+
+    Router z: (logsumexp of the logits)^2, Zoph et al., ST-MoE (2202.08906), eq. 5.
+
+    Both are sums over the real positions, as losses of layers are.
+    """
+    E = logits_BTE.shape[-1]
+    allowed_ME = allowed(groups, E)
+    member_BTM = real_BT[..., None]
+    if groups:
+        modality_BT = jnp.clip(modality_BT, 0, len(groups) - 1)  # padding has none
+        logits_BTE = jnp.where(allowed_ME[modality_BT], logits_BTE, -jnp.inf)
+        member_BTM = member_BTM & (modality_BT[..., None] == jnp.arange(len(groups))[None, None])
+    probability_BTE = jax.nn.softmax(logits_BTE, axis=-1)
+    weight_BTk, expert_BTk = jax.lax.top_k(probability_BTE, top_k)
+    if normalize:
+        weight_BTk = weight_BTk / jnp.sum(weight_BTk, axis=-1, keepdims=True)
+    real_BT1 = real_BT[..., None]
+    choice = Choice(jnp.where(real_BT1, expert_BTk, E), jnp.where(real_BT1, weight_BTk, 0.0))
+
+    chosen_BTE = jnp.sum(choice.expert_BTk[..., None] == jnp.arange(E)[None, None, None], axis=2, dtype=jnp.float32)
+    member_BTM = member_BTM.astype(jnp.float32)
+    positions_BM = jnp.sum(member_BTM, axis=1)
+    chosen_BME = jnp.einsum("btm,bte->bme", member_BTM, chosen_BTE)
+    probability_BME = jnp.einsum("btm,bte->bme", member_BTM, probability_BTE)
+    if balance == "batch":
+        sums = (positions_BM, chosen_BME, probability_BME)
+        positions_BM, chosen_BME, probability_BME = (jnp.sum(x, axis=0, keepdims=True) for x in sums)
+    experts_M = jnp.sum(allowed_ME, axis=-1, dtype=jnp.float32)
+    # n E f P, with f = chosen / (k n) and P = probability / n.
+    balance_BM = jnp.sum(chosen_BME * probability_BME, axis=-1) * experts_M[None] / jnp.maximum(top_k * positions_BM, 1)
+    z_BT = jnp.square(jax.nn.logsumexp(logits_BTE, axis=-1))
+    return choice, {"load_balance": jnp.sum(balance_BM), "router_z": jnp.sum(jnp.where(real_BT, z_BT, 0.0))}
