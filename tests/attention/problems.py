@@ -106,7 +106,7 @@ def _meta(index, position, segment, span) -> Meta:
     return Meta(*arrays, np.broadcast_to(np.asarray(span, np.int32), arrays[0].shape).copy(), np.zeros_like(arrays[0]))
 
 
-def _rows(lengths_of_rows, T: int) -> Meta:
+def rows_of(lengths_of_rows, T: int) -> Meta:
     """Packed examples of these lengths, one list a row, and padding behind them."""
     position, segment = np.zeros((2, B, T), np.int32)
     for row, lengths in enumerate(lengths_of_rows):
@@ -118,45 +118,49 @@ def _rows(lengths_of_rows, T: int) -> Meta:
     return _meta(np.arange(T), position, segment, np.zeros(T))
 
 
-def _part(meta: Meta, chosen) -> Meta:
+def part_of(meta: Meta, chosen) -> Meta:
     return jax.tree.map(lambda x: x[:, chosen], meta)
 
 
 def layout(name: str, rng: np.random.Generator) -> tuple[Meta, Meta]:
     """Metadata of queries and keys."""
     if name == "plain":
-        meta = _rows([[19], [19]], 19)
+        meta = rows_of([[19], [19]], 19)
         return meta, meta
     if name == "packed":
-        meta = _rows([[7, 9, 3], [4, 11]], 19)
+        meta = rows_of([[7, 9, 3], [4, 11]], 19)
         return meta, meta
     if name == "spans":
-        meta = _rows([[12, 5], [19]], 19)
+        meta = rows_of([[12, 5], [19]], 19)
         span = np.zeros((B, 19), np.int32)
         span[0, 2:6], span[0, 8:12], span[0, 12:14], span[1, 5:18] = 1, 2, 1, 1
         meta = dataclasses.replace(meta, span=span)
         return meta, meta
     if name == "empty":
-        meta = _rows([[13], []], 17)
+        meta = rows_of([[13], []], 17)
         return meta, meta
     if name == "cross":
-        return _rows([[5, 4], [10]], 11), _rows([[6, 9, 2], [3, 12]], 18)
+        return rows_of([[5, 4], [10]], 11), rows_of([[6, 9, 2], [3, 12]], 18)
     if name == "decode":
-        meta = _rows([[9, 14], [18]], 23)  # the second row's queries are padding for the most part
-        return _part(meta, slice(14, 23)), meta
+        meta = rows_of([[9, 14], [18]], 23)  # the second row's queries are padding for the most part
+        return part_of(meta, slice(14, 23)), meta
     if name == "one_query":
-        meta = _rows([[21], [4, 17]], 21)
-        return _part(meta, slice(20, 21)), meta
+        meta = rows_of([[21], [4, 17]], 21)
+        return part_of(meta, slice(20, 21)), meta
     if name == "unordered":  # as in a ring: gaps, and no order
-        meta = _rows([[23], [11, 12]], 23)
-        return _part(meta, slice(12, 23)), _part(meta, rng.permutation(23)[:17])
+        meta = rows_of([[23], [11, 12]], 23)
+        return part_of(meta, slice(12, 23)), part_of(meta, rng.permutation(23)[:17])
     raise KeyError(name)
 
 
 def problem(name: str, seed: int = 0, dtype: str = "float32") -> tuple[Rule, Operands]:
     """One of `NAMES`."""
-    case, rng = CASES[name], np.random.default_rng(seed)
-    query, key = layout(case.layout, rng)
+    rng = np.random.default_rng(seed)
+    return made(CASES[name], *layout(CASES[name].layout, rng), rng, dtype)
+
+
+def made(case: Case, query: Meta, key: Meta, rng, dtype: str = "float32") -> tuple[Rule, Operands]:
+    """A problem of this kind for queries and keys of these metadata."""
     T, S, (H, K), (d, e) = query.index.shape[1], key.index.shape[1], case.heads, case.widths
 
     def normal(*shape, scale=1.0):

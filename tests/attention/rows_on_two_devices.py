@@ -7,17 +7,16 @@ import functools
 import json
 
 import jax
-import numpy as np
 
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-from jax.sharding import Mesh  # noqa: E402
 from problems import assert_agrees, problem  # noqa: E402
 
+from polygpt import sharding  # noqa: E402
 from polygpt.attention.kernels import dispatch  # noqa: E402
 
-MESH = Mesh(np.asarray(jax.devices()), ("rows",))
+LAYOUT = sharding.arrange(sharding.MeshSpec(), jax.devices())
 
 
 @functools.cache
@@ -25,7 +24,7 @@ def split(backend: str):
     """`attend` with its rows over both devices."""
 
     def attend(rule, operands):
-        with dispatch.rows_over(MESH, "rows"):
+        with sharding.using(LAYOUT):
             return dispatch.attend(rule, operands, backend, strict=True)
 
     return attend

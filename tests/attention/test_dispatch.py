@@ -9,12 +9,10 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from jax.sharding import Mesh
 from problems import NAMES, assert_agrees, problem
 
-from polygpt import topology
+from polygpt import sharding, topology
 from polygpt.attention.contract import Context, Dims
 from polygpt.attention.kernels import dispatch
 from polygpt.attention.kernels.problem import Operands, Rule
@@ -155,8 +153,8 @@ def test_rows_over_two_devices_change_nothing():
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install 'polygpt[tpu]'")
 @pytest.mark.parametrize("backend", ["library", "flex"])
 def test_kernels_compile_for_rows_over_several_tpus(backend):
-    mesh = Mesh(np.asarray(topology.devices("v5e:2x2")), ("rows",))
-    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("rows"))
+    layout = sharding.arrange(sharding.MeshSpec(), topology.devices("v5e:2x2"))
+    rows = layout.place(("rows",), (8,))
     operands = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), shapes(1024, B=8))
 
     def loss(operands):
@@ -169,7 +167,7 @@ def test_kernels_compile_for_rows_over_several_tpus(backend):
     with dispatch.compiling_for("tpu"):
         with pytest.raises(NotImplementedError, match="cannot be automatically partitioned"):
             compiled()
-        with dispatch.rows_over(mesh, "rows"):
+        with sharding.using(layout):
             text = compiled()
     assert "tpu_custom_call" in text and "all-gather" not in text, "each device computes its own rows"
 

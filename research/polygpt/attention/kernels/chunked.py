@@ -58,11 +58,20 @@ def block_sizes(operands: Operands) -> tuple[int, int]:
 @functools.partial(jax.jit, static_argnums=(0, 2, 3))
 def in_blocks(rule: Rule, operands: Operands, block_q: int, block_k: int) -> tuple[jax.Array, jax.Array]:
     """`attend` with tiles of `block_q` queries and `block_k` keys; T and S need not be multiples."""
-    blocks_Bij = block_map(rule.mask, operands.query, operands.key, block_q, block_k)
+    return _attend(rule, (block_q, block_k), operands, _visits(rule, (block_q, block_k), operands))
+
+
+def gradients(rule: Rule, operands: Operands, lse_BHT: jax.Array, dy_BHTe: jax.Array, delta_BHT: jax.Array) -> Operands:
+    """The part of these keys in the gradients, as the folder's `problem.py` says."""
+    sizes = block_sizes(operands)
+    return _gradients(rule, sizes, operands, _visits(rule, sizes, operands), lse_BHT, dy_BHTe, delta_BHT)
+
+
+def _visits(rule, sizes, operands):
+    """Of each block of queries: how many blocks of keys to visit, and which; the rest of the list is not looked at."""
+    blocks_Bij = block_map(rule.mask, operands.query, operands.key, *sizes)
     seen_ij = jnp.any(blocks_Bij != EMPTY, axis=0)
-    # Of each block of queries: how many blocks of keys to visit, and which; the rest of the list is not looked at.
-    visits = jnp.sum(seen_ij, axis=1, dtype=jnp.int32), jnp.argsort(~seen_ij, axis=1, stable=True)
-    return _attend(rule, (block_q, block_k), operands, visits)
+    return jnp.sum(seen_ij, axis=1, dtype=jnp.int32), jnp.argsort(~seen_ij, axis=1, stable=True)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -110,13 +119,20 @@ def _forward(rule, sizes, operands, visits):
 def _backward(rule, sizes, kept, cotangents):
     operands, visits, y_BHTe, lse_BHT = kept
     dy_BHTe, dlse_BHT = cotangents
-    T, S = y_BHTe.shape[2], operands.key_BKSd.shape[2]
     # What the normalizer takes away from the cotangent of each weight: d y_t / d score_s = p_s (v_s - y_t), and
     # d lse_t / d score_s = p_s.
-    common_BHT = jnp.sum(dy_BHTe.astype(jnp.float32) * y_BHTe.astype(jnp.float32), axis=-1) - dlse_BHT
+    delta_BHT = jnp.sum(dy_BHTe.astype(jnp.float32) * y_BHTe.astype(jnp.float32), axis=-1) - dlse_BHT
+    return _gradients(rule, sizes, operands, visits, lse_BHT, dy_BHTe, delta_BHT), None
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _gradients(rule, sizes, operands, visits, lse_BHT, dy_BHTe, delta_BHT) -> Operands:
+    T, S = operands.query_BHTd.shape[2], operands.key_BKSd.shape[2]
     # No weight where there is no query: exp(score - lse) is 0.
     lse_iBHt = _blocks(lse_BHT, 2, sizes[0], fill=-LOWEST)
-    results = _blocks(dy_BHTe, 2, sizes[0]), _blocks(common_BHT, 2, sizes[0]), lse_iBHt
+    results = _blocks(dy_BHTe, 2, sizes[0]), _blocks(delta_BHT, 2, sizes[0]), lse_iBHt
     keys = _key_blocks(operands, sizes[1])
 
     def block_of_queries(sums, block):
@@ -141,7 +157,7 @@ def _backward(rule, sizes, kept, cotangents):
     dquery_BHTd, query = jax.tree.map(lambda x: _whole(x, T), of_queries)
     dkey_BKSd, dvalue_BKSe = (_whole(x.swapaxes(-1, -2), S) for x in of_keys[:2])
     key = jax.tree.map(lambda x: _whole(x, S), of_keys[2])
-    gradients = Operands(
+    return Operands(
         dquery_BHTd.astype(operands.query_BHTd.dtype),
         dkey_BKSd.astype(operands.key_BKSd.dtype),
         dvalue_BKSe.astype(operands.value_BKSe.dtype),
@@ -149,13 +165,9 @@ def _backward(rule, sizes, kept, cotangents):
         None,
         jax.tree.map(lambda x, like: x.astype(like.dtype), Terms(head, query, key), operands.terms),
     )
-    return gradients, None
 
 
-_attend.defvjp(_forward, _backward)
-
-
-def _tile_gradients(rule, tile: Operands, dy_BHte, common_BHt, lse_BHt):
+def _tile_gradients(rule, tile: Operands, dy_BHte, delta_BHt, lse_BHt):
     """Of a tile: ((query, terms), (key turned, value turned, terms), terms of heads)."""
     score_BHts, pullback = jax.vjp(
         functools.partial(_modified, rule, tile), _products(tile.query_BHTd, tile.key_BKSd), tile.terms
@@ -167,7 +179,7 @@ def _tile_gradients(rule, tile: Operands, dy_BHte, common_BHt, lse_BHt):
         dscore_BHts = weight_BHts * (1 - weight_BHts) * dweight_BHts
     else:
         weight_BHts = jnp.where(visible_B1ts, jnp.exp(score_BHts - lse_BHt[..., None]), 0.0)
-        dscore_BHts = weight_BHts * (dweight_BHts - common_BHt[..., None])
+        dscore_BHts = weight_BHts * (dweight_BHts - delta_BHt[..., None])
     dproduct_BHts, terms = pullback(dscore_BHts)
     K = tile.key_BKSd.shape[1]
     of_query = _weighted(dproduct_BHts, tile.key_BKSd), terms.query

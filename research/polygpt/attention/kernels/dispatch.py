@@ -12,11 +12,10 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 
 import jax
-from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 
+from polygpt import sharding
+from polygpt.attention.kernels import sharded
 from polygpt.attention.kernels.problem import Operands, Rule
-from polygpt.attention.scores import Terms
 from polygpt.errors import SpecError
 
 ABOUT = {
@@ -42,7 +41,6 @@ DENSE = 2**29
 
 _log = logging.getLogger(__name__)
 _target: ContextVar[str | None] = ContextVar("target", default=None)
-_rows: ContextVar[tuple[Mesh, str] | None] = ContextVar("rows", default=None)
 _block: ContextVar[int | None] = ContextVar("block", default=None)
 
 
@@ -72,17 +70,6 @@ def block() -> int | None:
 
 
 @contextlib.contextmanager
-def rows_over(mesh: Mesh, axis: str) -> Iterator[None]:
-    """Says, while a program for several devices is traced, that rows lie split over this axis of the mesh.
-
-    Each device then computes attention for its own rows. The compiler splits what is written in XLA by itself, but it
-    refuses to split a kernel.
-    """
-    with _set(_rows, (mesh, axis)):
-        yield
-
-
-@contextlib.contextmanager
 def _set(variable: ContextVar, value) -> Iterator[None]:
     token = variable.set(value)
     try:
@@ -97,7 +84,7 @@ def platform() -> str:
 
 
 def attend(rule: Rule, operands: Operands, backend: str = "auto", strict: bool = False) -> tuple[jax.Array, jax.Array]:
-    """(y_BHTe, lse_BHT), as `problem.py` says.
+    """(y_BHTe, lse_BHT), as `problem.py` says; under a layout each device computes its part, see `sharded.py`.
 
     Args:
         rule, operands: the problem.
@@ -108,26 +95,27 @@ def attend(rule: Rule, operands: Operands, backend: str = "auto", strict: bool =
         SpecError: with `strict`, naming the backend and its reason.
     """
 
-    def here(operands):
-        return _module(choose(rule, operands, backend, strict)).attend(rule, operands)
+    def module(rule, operands, part=False):
+        return _module(choose(rule, operands, backend, strict, part))
 
-    if (over := _rows.get()) is None:
-        return here(operands)
-    mesh, axis = over
-    split = Operands(*[P(axis)] * 5, Terms(head=P(), query=P(axis), key=P(axis)))
-    return jax.shard_map(here, mesh=mesh, in_specs=(split,), out_specs=P(axis), check_vma=False)(operands)
+    if (layout := sharding.active()) is not None:
+        return sharded.attend(rule, operands, layout, module)
+    return module(rule, operands).attend(rule, operands)
 
 
-def choose(rule: Rule, operands: Operands, backend: str = "auto", strict: bool = False) -> str:
-    """The name of the backend that `attend` uses; errors as `attend`."""
+def choose(rule: Rule, operands: Operands, backend: str = "auto", strict: bool = False, part: bool = False) -> str:
+    """The name of the backend that `attend` uses; errors as `attend`.
+
+    `part` says that the keys are some of those that the queries see, and results are to be joined with others.
+    """
     if backend == "auto":
-        return _best(rule, operands)
-    reason = _module(backend).refuses(rule, operands)
+        return _best(rule, operands, part)
+    reason = _refuses(backend, rule, operands, part)
     if reason is None:
         return backend
     if strict:
         raise SpecError(f"attention.backend is {backend!r} and strict is set, but it cannot compute this: {reason}")
-    instead = _best(rule, operands)
+    instead = _best(rule, operands, part)
     say_instead(instead, backend, reason)
     return instead
 
@@ -142,12 +130,18 @@ def about() -> dict[str, str]:
     return {"auto": automatic, **ABOUT}
 
 
-def _best(rule: Rule, operands: Operands) -> str:
+def _refuses(backend: str, rule: Rule, operands: Operands, part: bool) -> str | None:
+    if part and not hasattr(_module(backend), "gradients"):
+        return f"positions are split in a ring, and {backend} gives no gradients of a part of the keys"
+    return _module(backend).refuses(rule, operands)
+
+
+def _best(rule: Rule, operands: Operands, part: bool) -> str:
     B, T, S = operands.query_BHTd.shape[0], operands.query_BHTd.shape[2], operands.key_BKSd.shape[2]
     if S < LONG or T == 1:  # small, or a decode step, whose scores are one row
         return "reference"
     preferred = {"tpu": ("library", "flex"), "gpu": ("library",) if B * T * S <= DENSE else ()}.get(platform(), ())
-    return next((name for name in preferred if _module(name).refuses(rule, operands) is None), "chunked")
+    return next((name for name in preferred if _refuses(name, rule, operands, part) is None), "chunked")
 
 
 @functools.cache

@@ -19,7 +19,7 @@ from polygpt.attention.kernels import dispatch
 from polygpt.attention.kernels.block_map import block_map
 from polygpt.attention.kernels.flex_backward import backward
 from polygpt.attention.kernels.flex_forward import forward
-from polygpt.attention.kernels.flex_tiles import packed
+from polygpt.attention.kernels.flex_tiles import LOWEST, packed, unpacked
 from polygpt.attention.kernels.problem import Operands, Rule
 
 BLOCK = 512
@@ -54,13 +54,40 @@ def attend(
         rule, operands: the problem.
         block_q, block_k: sizes of the blocks of queries and of keys; on a TPU multiples of `LANES`.
     """
+    T = operands.query_BHTd.shape[2]
+    y_BHTe, lse_BH1T = _attend(rule, *_prepared(rule, operands, block_q, block_k))
+    return y_BHTe[:, :, :T], lse_BH1T[:, :, 0, :T]
+
+
+def gradients(
+    rule: Rule,
+    operands: Operands,
+    lse_BHT: jax.Array,
+    dy_BHTe: jax.Array,
+    delta_BHT: jax.Array,
+    block_q: int | None = None,
+    block_k: int | None = None,
+) -> Operands:
+    """The part of these keys in the gradients, as the folder's `problem.py` says; blocks as of `attend`."""
+    T, S = operands.query_BHTd.shape[2], operands.key_BKSd.shape[2]
+    block_q, block_k, interpret, whole, kind_BQK = _prepared(rule, operands, block_q, block_k)
+    more = ((0, 0), (0, 0), (0, whole.query_BHTd.shape[2] - T))
+    # No weight where there is no query: exp(score - lse) is 0.
+    lse_BHT = jnp.pad(lse_BHT, more, constant_values=-LOWEST)
+    dy_BHTe, delta_BHT = jnp.pad(dy_BHTe, (*more, (0, 0))), jnp.pad(delta_BHT, more)
+    dquery, dkey, dvalue, dterms = backward(
+        rule, block_q, block_k, interpret, whole, kind_BQK, lse_BHT[:, :, None], dy_BHTe, delta_BHT[:, :, None]
+    )
+    return Operands(dquery[:, :, :T], dkey[:, :, :S], dvalue[:, :, :S], None, None, unpacked(dterms, T, S))
+
+
+def _prepared(rule, operands, block_q, block_k):
+    """(sizes of blocks, whether to interpret, operands as the kernels take them, the block map)."""
     T, S = operands.query_BHTd.shape[2], operands.key_BKSd.shape[2]
     block_q, block_k = block_q or _block(T), block_k or _block(S)
-    kind_BQK = block_map(rule.mask, operands.query, operands.key, block_q, block_k)
-    interpret = dispatch.platform() == "cpu"
     whole = packed(_padded(operands, -T % block_q, -S % block_k))
-    y_BHTe, lse_BH1T = _attend(rule, block_q, block_k, interpret, whole, kind_BQK)
-    return y_BHTe[:, :, :T], lse_BH1T[:, :, 0, :T]
+    kind_BQK = block_map(rule.mask, operands.query, operands.key, block_q, block_k)
+    return block_q, block_k, dispatch.platform() == "cpu", whole, kind_BQK
 
 
 def _block(count: int) -> int:

@@ -102,6 +102,15 @@ def packed(operands: Operands) -> Operands:
     )
 
 
+def unpacked(terms: Terms, T: int, S: int) -> Terms:
+    """Terms as they were before `packed`, of the first T queries and S keys."""
+    return Terms(
+        {name: jnp.moveaxis(x[..., 0, 0], 0, -1) for name, x in terms.head.items()},
+        {name: x[:, :, 0, :T] for name, x in terms.query.items()},
+        {name: x[:, :, 0, :S] for name, x in terms.key.items()},
+    )
+
+
 class Place(NamedTuple):
     """Where a step of a grid is: row, query head, block of queries, block of keys."""
 

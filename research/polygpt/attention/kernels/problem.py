@@ -1,13 +1,19 @@
 """What an attention backend is asked: a rule, known when the program is compiled, and the arrays it acts on.
 
-A backend is a file of this folder with two functions:
+A backend is a file of this folder with two functions, and one more where it can take keys in parts (`ring.py`):
 
     refuses(rule, operands) -> str | None      why it cannot compute this, or None
     attend(rule, operands) -> (y_BHTe, lse_BHT)
+    gradients(rule, operands, lse_BHT, dy_BHTe, delta_BHT) -> Operands
 
 y is in the dtype of the values; lse, float32, is the logarithm of the sum of exponentiated scores, differentiable, for
 combining the results of several calls. A query that may see nothing has y = 0, a very negative finite lse, and zero
 gradients. With the sigmoid normalizer there is no sum and lse is 0.
+
+The third gives the gradients of the operands, of their metadata None, where these keys are some of those that a query
+sees: lse is that of all its keys, dy and dlse are the cotangents of what they give together, and delta, float32, is
+sum_e dy y - dlse. A weight is then exp(score - lse), and the gradient of its score is weight (dy v - delta): equations
+(12) to (15) in FlashAttention (2205.14135), appendix B.2. With the sigmoid normalizer neither is looked at.
 
 Axis letters: B rows, H query heads, K key heads, T queries, S keys, d width of a query, e width of a value.
 """

@@ -6,6 +6,8 @@ the small arrays of heads alone and never to the [.., T, S] weights. Groups of h
 reason.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -62,3 +64,21 @@ def attend(rule: Rule, operands: Operands) -> tuple[jax.Array, jax.Array]:
     if rule.normalizer == "sigmoid":
         return y_BHTe, jnp.zeros(y_BHTe.shape[:3], jnp.float32)
     return y_BHTe, jax.nn.logsumexp(score_BHTS, axis=-1)
+
+
+def gradients(rule: Rule, operands: Operands, lse_BHT: jax.Array, dy_BHTe: jax.Array, delta_BHT: jax.Array) -> Operands:
+    """The part of these keys in the gradients, as the folder's `problem.py` says."""
+
+    def scored(query_BHTd, key_BKSd, terms):
+        return masked_scores(rule, dataclasses.replace(operands, query_BHTd=query_BHTd, key_BKSd=key_BKSd, terms=terms))
+
+    arrays = operands.query_BHTd, operands.key_BKSd, operands.terms
+    score_BHTS, pull_scores, visible_B1TS = jax.vjp(scored, *arrays, has_aux=True)
+    if rule.normalizer == "sigmoid":
+        weight_BHTS = normalized(rule, score_BHTS, visible_B1TS)
+    else:
+        weight_BHTS = jnp.where(visible_B1TS, jnp.exp(score_BHTS - lse_BHT[..., None]), 0)
+    dweight_BHTS, dvalue_BKSe = jax.vjp(weighted_values, weight_BHTS, operands.value_BKSe)[1](dy_BHTe)
+    away_BHTS = weight_BHTS * dweight_BHTS if rule.normalizer == "sigmoid" else delta_BHT[..., None]
+    dquery_BHTd, dkey_BKSd, dterms = pull_scores(weight_BHTS * (dweight_BHTS - away_BHTS))
+    return Operands(dquery_BHTd, dkey_BKSd, dvalue_BKSe, None, None, dterms)
