@@ -14,6 +14,7 @@ from flax import nnx
 
 from polygpt.errors import SpecError
 from polygpt.nn.rotary import Scaling, frequencies, turn
+from polygpt.sharding import constrain
 from polygpt.spec import Spec
 
 
@@ -174,7 +175,8 @@ class _Learned(nnx.Module):
         self.table = nnx.Param(jax.random.normal(rngs.params(), (length, width)) * 0.02, axes=(None, "width"))
 
     def __call__(self, position_BT: jax.Array) -> jax.Array:
-        return jnp.take(self.table[...], position_BT, axis=0, mode="clip")
+        # Rows of a table are looked up whole.
+        return jnp.take(constrain(self.table[...], None, None), position_BT, axis=0, mode="clip")
 
 
 class _Sinusoidal(nnx.Module):
