@@ -31,11 +31,12 @@ def run(arguments: Namespace) -> dict:
     from polygpt.cli.progress import Progress
     from polygpt.cli.results import print_results
     from polygpt.report.finish import evaluate_run, write_report
+    from polygpt.training.goodput import process_begun
     from polygpt.training.loop import train
     from polygpt.training.run import open_run
 
     workdir = Path(arguments.workdir or Path("runs") / chosen.name)
-    outcome = train(chosen, workdir)
+    outcome = train(chosen, workdir, begun=process_begun())
     done = {"step": outcome.step, "workdir": workdir}
     if not outcome.finished:
         return done | {"interrupted": f"interrupted at step {outcome.step}, saved: the same command goes on"}

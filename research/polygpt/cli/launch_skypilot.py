@@ -1,0 +1,33 @@
+"""polygpt launch skypilot --on WHAT -- train FILE: print a SkyPilot task."""
+
+from argparse import Namespace
+
+from polygpt.cli.launch import LaunchParser, count
+
+EXAMPLES = """\
+examples:
+  polygpt launch skypilot --on v5e:4x8 --bucket BUCKET -- train mine.py > mine.yaml && sky jobs launch mine.yaml
+  polygpt launch skypilot --on H100:8 --nodes 4 --spot -- train mine.py --train.parallel sharded
+
+Prints a task for `sky`. Nothing is sent anywhere."""
+
+
+def parser(prog: str, about: str) -> LaunchParser:
+    """The verb's arguments."""
+    words = LaunchParser(prog, about, EXAMPLES)
+    words.add_argument("--on", metavar="WHAT", required=True, help="a TPU slice, v5e:4x8, or a node's GPUs, H100:8")
+    words.add_argument("--nodes", metavar="N", type=count, default=1, help="nodes with GPUs (default: 1)")
+    words.add_argument("--name", metavar="NAME", default="polygpt", help="the task's name (default: polygpt)")
+    words.add_argument("--bucket", metavar="BUCKET", default="BUCKET", help="the bucket that is mounted at /runs")
+    words.add_argument("--spot", action="store_true", help="on machines that may be taken away")
+    return words
+
+
+def run(arguments: Namespace) -> dict:
+    """Prints the task and returns it."""
+    from polygpt.scale.launch import templates
+
+    given = (arguments.command, arguments.on, arguments.nodes, arguments.name, arguments.bucket, arguments.spot)
+    text = templates.skypilot(*given)
+    print(text, end="")
+    return {"template": text}

@@ -1,0 +1,60 @@
+"""polygpt launch slurm -- train FILE: a command as a SLURM job of several nodes."""
+
+from argparse import Namespace
+from pathlib import Path
+
+from polygpt.cli.launch import LaunchParser, count, workdir
+from polygpt.errors import UserError
+
+EXAMPLES = """\
+examples:
+  polygpt launch slurm --nodes 4 --gpus 8 --hours 24 --partition gpu -- train mine.py --train.parallel sharded
+  polygpt launch slurm --nodes 2 --set slurm_account=lab --set cpus_per_task=32 -- train mine.py
+  polygpt launch slurm --cluster local --tasks 2 -- train mine.py        the same, tried on this machine
+
+One process runs on each node, with all its GPUs. Before the time is up, or when the job is preempted, the run saves,
+and the job is queued again; it resumes. The run folder and the logs must lie where all nodes see them."""
+
+
+def parser(prog: str, about: str) -> LaunchParser:
+    """The verb's arguments."""
+    words = LaunchParser(prog, about, EXAMPLES)
+    words.add_argument("--nodes", metavar="N", type=count, default=1, help="how many nodes (default: 1)")
+    words.add_argument("--tasks", metavar="N", type=count, default=1, help="processes on each node (default: 1)")
+    words.add_argument("--gpus", metavar="N", type=count, help="GPUs of each node")
+    words.add_argument("--hours", metavar="H", type=float, default=1.0, help="the time limit (default: 1)")
+    words.add_argument("--partition", metavar="P", help="SLURM's partition")
+    words.add_argument("--name", metavar="NAME", default="polygpt", help="the job's name (default: polygpt)")
+    words.add_argument("--folder", metavar="DIR", help="of script and logs (default: slurm in the run folder)")
+    words.add_argument("--set", metavar="K=V", action="append", default=[], help="any other parameter of submitit")
+    words.add_argument("--cluster", choices=("slurm", "local", "debug"), default="slurm", help="where (default: slurm)")
+    words.add_argument("--wait", action="store_true", help="until the job has ended")
+    return words
+
+
+def run(arguments: Namespace) -> dict:
+    """Submits the job; returns its number and the place of its logs."""
+    from polygpt.scale.launch import slurm
+
+    folder = Path(arguments.folder) if arguments.folder else workdir(arguments.command) / "slurm"
+    more = dict(_pair(text) for text in arguments.set)
+    more |= {"gpus_per_node": arguments.gpus} if arguments.gpus else {}
+    more |= {"slurm_partition": arguments.partition} if arguments.partition else {}
+    task = slurm.Task(arguments.command)
+    minutes = max(1, round(arguments.hours * 60))
+    job = slurm.submit(task, folder, arguments.cluster, arguments.name, arguments.nodes, arguments.tasks, minutes, more)
+    print(f"job {job.job_id}: its logs are {folder}/{job.job_id}_*_log.out")
+    done = {"job": job.job_id, "folder": folder}
+    if arguments.wait:
+        faults = [str(error) for error in (sub.exception() for sub in job._sub_jobs or [job]) if error is not None]
+        if faults:
+            lines = [line for line in faults[0].splitlines() if line.strip()]
+            return done | {"interrupted": f"job {job.job_id}: {lines[-1]}: see {folder}"}
+    return done
+
+
+def _pair(text: str) -> tuple[str, str | int]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise UserError(f"--set {text}: write NAME=VALUE")
+    return name, int(value) if value.isdecimal() else value
