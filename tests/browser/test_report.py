@@ -76,7 +76,7 @@ def test_pictures_are_drawn_and_recordings_play(report):
 def test_every_section_is_there_and_linked(report):
     page = report(made_up_report.content())
     ids = page.run("[...document.querySelectorAll('section')].map(s => s.id)")
-    assert ids == ["results", "gain", "curves", "samples", "details"]
+    assert ids == ["results", "gain", "curves", "time", "samples", "details"]
     assert page.run("[...document.querySelectorAll('nav a')].map(a => a.hash.slice(1))") == ids
     assert page.run("document.querySelectorAll('.chart svg path.line').length") == 7
     assert page.run("document.querySelectorAll('details[open]').length") == 0, "details begin folded"

@@ -42,7 +42,7 @@ def test_train_again_goes_on_where_it_was(trained, polygpt, tmp_path):
 
 
 def test_an_interrupted_run_is_code_1_so_that_nothing_follows_it(trained, polygpt, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "train", lambda *_: loop.Outcome(2, finished=False, skipped={}))
+    monkeypatch.setattr(loop, "train", lambda *_, **__: loop.Outcome(2, finished=False, skipped={}))
     code, out, err = polygpt("train", trained.file, "--workdir", tmp_path / "run", "--json")
     assert (code, err) == (1, "polygpt: interrupted at step 2, saved: the same command goes on\n")
     assert json.loads(out)["step"] == 2 and "interrupted at step 2" in json.loads(out)["interrupted"]

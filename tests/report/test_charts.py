@@ -88,3 +88,10 @@ def test_intervals_mark_those_that_exclude_zero():
     assert re.findall(r'<tr class="(\w+)">', rows) == ["sure", "unsure"]
     x = [float(value) for value in re.findall(r'class="(?:zero|mid)" x1="([\d.]+)"', rows)]
     assert x[0] == x[2] and x[1] > x[3] > x[0], "one axis for all rows"
+
+
+def test_a_divided_bar_is_as_long_as_its_parts_together():
+    html = charts.shares({"productive": 6.0, "input_wait": 0.0, "lost": 2.0})
+    bars = [tuple(map(float, found)) for found in re.findall(r'x="([\d.]+)" y="0" width="([\d.]+)"', html)]
+    assert bars == [(0, 750), (750, 0), (750, 250)]
+    assert 'aria-label="productive 75.0%, lost 25.0%"' in html

@@ -105,6 +105,20 @@ def test_a_report_without_evaluation_shows_that_of_training(run):
     page = finish.write_report(run).read_text()
     assert 'id="results"' in page and "Held-out loss" in page and "+0.300" in page and "75.0%" in page
     assert "the held-out results are of step 30" in page and "3 updates were left out" in page
+    assert 'id="time"' not in page
+
+
+def test_a_report_says_where_the_time_went_over_all_restarts(run):
+    lines = [
+        {"from": 0, "step": 20, "seconds": {"compile": 10.0, "productive": 60.0}},
+        {"from": 20, "step": 25, "seconds": {"productive": 20.0}},
+        {"from": 20, "step": 20, "seconds": {"restart": 30.0}},
+        {"from": 20, "step": 30, "seconds": {"productive": 40.0}},
+    ]
+    (run.workdir / "goodput.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"fro')
+    page = finish.write_report(run).read_text()
+    assert "Goodput is 62.5%: the share of 2:40" in page
+    assert '<th scope="row" class="time lost">lost</th><td class="number">20.00 s</td><td class="number">12.5%' in page
 
 
 def test_what_is_not_finite_is_null_in_the_results_and_blank_in_the_report(run, monkeypatch):

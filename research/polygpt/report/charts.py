@@ -167,3 +167,21 @@ def intervals(gains: Mapping[str, Mapping[str, float]]) -> str:
             f'<td class="number soft">{gain["low"]:+.3f} to {gain["high"]:+.3f}</td></tr>'
         )
     return "".join(rows)
+
+
+def shares(parts: Mapping[str, float]) -> str:
+    """One bar divided in proportion to the parts, which share the class "time" and bear their names as another."""
+    whole, left, drawn = sum(parts.values()), 0.0, []
+    for name, value in parts.items():
+        width = value / whole * 1000
+        text = f"{name.replace('_', ' ')} {value / whole:.1%}"
+        drawn.append(
+            f'<rect class="time {escape(name)}" x="{left:.2f}" y="0" width="{width:.2f}" height="26">'
+            f"<title>{escape(text)}</title></rect>"
+        )
+        left += width
+    label = ", ".join(f"{name.replace('_', ' ')} {value / whole:.1%}" for name, value in parts.items() if value)
+    return (
+        f'<svg class="shares" viewBox="0 0 1000 26" preserveAspectRatio="none" role="img" aria-label="{escape(label)}">'
+        f"{''.join(drawn)}</svg>"
+    )

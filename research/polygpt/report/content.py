@@ -89,6 +89,7 @@ class Content:
         modalities: the same measures over all tasks, by the media that an example holds ("text", "image+audio").
         gains: the modality gains, {"task/modality": {"gain", "low", "high"}}, in nats a token.
         charts: the curves.
+        time: seconds of the run by what they were spent on ("productive", "compile", ...), in the order to be drawn.
         samples: by task.
         config, environment: JSON data, shown folded.
         notes: plain sentences.
@@ -100,6 +101,7 @@ class Content:
     modalities: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     gains: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
     charts: tuple[Chart, ...] = ()
+    time: Mapping[str, float] = dataclasses.field(default_factory=dict)
     samples: Mapping[str, tuple[Sample, ...]] = dataclasses.field(default_factory=dict)
     config: Any = None
     environment: Any = None

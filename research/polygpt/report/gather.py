@@ -12,6 +12,7 @@ import numpy as np
 from polygpt import spec
 from polygpt.report import samples
 from polygpt.report.content import Chart, Content, Line
+from polygpt.training import goodput
 
 TITLES = {
     "loss": ("Training loss", "nats a token", True),
@@ -50,8 +51,13 @@ def content(run, results: Mapping[str, Any] | None) -> Content:
         where = f"the held-out results are of step {results['step']:,}" if results else "there are no held-out results"
         notes.append(f"Step {int(run.step):,} was not evaluated, {where}: polygpt evaluate {folder}")
     training = [line for line in metrics if "evaluation" not in line]
-    if training and (skipped := training[-1].get("skipped")):
-        notes.append(f"{skipped:,.0f} updates were left out because they were not finite.")
+    last = training[-1] if training else {}
+    if skipped := last.get("skipped"):
+        notes.append(f"{skipped:,.0f} updates were left out: they were not finite, or the loss spiked.")
+    if spikes := last.get("spikes"):
+        notes.append(
+            f"The loss spiked {spikes:,.0f} times; the run went back to a checkpoint {last['rewinds']:,.0f} times."
+        )
     drawn, sample_notes = samples.gather(run)
     gains = (results or {}).get("modality_gain", {})
     steps = run.experiment.train.steps
@@ -64,6 +70,7 @@ def content(run, results: Mapping[str, Any] | None) -> Content:
         modalities=(results or {}).get("modalities", {}),
         gains={n: g for n, g in gains.items() if all(_finite(g.get(key)) for key in ("gain", "low", "high"))},
         charts=charts(metrics, timing),
+        time=goodput.summary(goodput.read(folder / "goodput.jsonl")),
         samples=drawn,
         config=spec.to_json(run.experiment),
         environment=environment,

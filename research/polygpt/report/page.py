@@ -10,6 +10,7 @@ import numpy as np
 
 from polygpt.report import charts
 from polygpt.report.content import Content, Item, Sample, Word
+from polygpt.training.goodput import duration
 
 MEASURES = {
     "accuracy": "accuracy",
@@ -38,6 +39,7 @@ def render(content: Content) -> str:
         ("results", "Held-out results", results),
         ("gain", "Does it look and listen?", _gains(content.gains)),
         ("curves", "Training", _curves(content)),
+        ("time", "Where the time went", _time(content.time)),
         ("samples", "Held-out samples", _samples(content.samples)),
         ("details", "How to repeat it", _details(content)),
     ]
@@ -122,6 +124,25 @@ def _gains(gains: Mapping) -> str:
 def _curves(content: Content) -> str:
     drawn = "".join(charts.chart(chart) for chart in content.charts)
     return f"<div class='charts'>{drawn}</div>" if drawn else ""
+
+
+def _time(seconds: Mapping[str, float]) -> str:
+    whole = sum(seconds.values())
+    if not whole:
+        return ""
+    return (
+        f"<p>Goodput is {seconds['productive'] / whole:.1%}: the share of {duration(whole)}, from the first start to the "
+        "last line written, in which steps were taken that were kept. Lost is what a restart or a rewind did again; the "
+        "rest is overhead.</p><div class='scroll'>"
+        f"{charts.shares(seconds)}<table class='times'><tbody>"
+        + "".join(
+            f'<tr><th scope="row" class="time {name}">{escape(name.replace("_", " "))}</th>'
+            f'<td class="number">{duration(value)}</td><td class="number">{value / whole:.1%}</td></tr>'
+            for name, value in seconds.items()
+            if value
+        )
+        + "</tbody></table></div>"
+    )
 
 
 def _samples(samples: Mapping[str, tuple[Sample, ...]]) -> str:

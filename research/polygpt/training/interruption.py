@@ -35,22 +35,22 @@ class Interruption:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def due(self, step: int) -> bool:
-        """Whether the run ends here, `step` being the last that was begun; to be asked before each step.
+    def due(self, begun: int) -> bool:
+        """Whether the run ends here, this process having begun so many steps; to be asked before each.
 
-        Of several processes, the one with a signal tells the others to end two steps later, before which all of them
-        come to know. For, no process begins step n + 2 before step n is done, and that takes all processes: when the
-        one with the signal has begun n and no more, no other has begun more than n + 1, and none that has not been told
-        by then gets beyond n + 2.
+        Of several processes, the one with a signal tells the others to end two steps later, and all come to know in
+        time. For no process begins step n + 2 before step n is done, and step n is not done before all have begun it:
+        while one has begun n steps, no other has begun more than n + 2, and to begin n + 3 it would have to ask after
+        that one had gone on, and so had told it.
         """
         if jax.process_count() == 1:
             return self.requested
         if self._last is None:
             if self.requested:
-                processes.tell(self._name, str(step + 2))
+                processes.tell(self._name, str(begun + 2))
             told = processes.told(self._name)
             self._last = None if told is None else int(told)
-        return self._last is not None and step >= self._last
+        return self._last is not None and begun >= self._last
 
     def _handle(self, number, _) -> None:
         if self.requested and number == signal.SIGINT:

@@ -99,10 +99,8 @@ class Trainer:
         self.rewound = Rewound()
         if (data := self._restore()) is not None:
             self.batches.set_state(data["batches"])
-            self.rewound = Rewound(**data["rewound"])
-        self.place = (
-            self.batches.get_state()
-        )  # in the data, after the last batch consumed: the prefetch thread is ahead
+            self.rewound = Rewound(**data.get("rewound", {}))
+        self.place = self.batches.get_state()  # after the last batch consumed: the prefetch thread is ahead
         first = jax.process_index() == 0
         if first:
             self._announce()
@@ -116,7 +114,7 @@ class Trainer:
         stack.callback(lambda: self.feed.close())
         self.pending: tuple[int, Fed, dict[str, jax.Array]] | None = None
         self.spiked: tuple[int, Any, int] | None = None  # step, place in the data, spikes, where a rewind is due
-        self.compiled = False
+        self.begun = 0  # steps that this process has sent to its devices
         self.pace = Pace(self.parallel.feeders)
 
     def run(self) -> Outcome:
@@ -124,7 +122,7 @@ class Trainer:
         if not self._finished():
             self.goodput.begin(self.done)
             self.goodput.switch("other")
-        while not self._finished() and not self.interruption.due(self.done):
+        while not self._finished() and not self.interruption.due(self.begun):
             self._advance()
         self._settle()  # however the loop ended: a signal may come at any point of it
         if self.spiked:
@@ -147,10 +145,10 @@ class Trainer:
             self._settle()  # first what the device is at: what is waited for input is then time in which it idles
         with self.goodput.doing("input_wait"):
             fed = next(self.feed)
-        with self.goodput.doing("productive" if self.compiled else "compile"):
+        with self.goodput.doing("productive" if self.begun else "compile"):
             with jax.transfer_guard("disallow"):  # what the step needs is on the device: anything else is a mistake
                 self.state, metrics = self.program.step(self.state, fed.batch)
-        self.compiled = True
+        self.begun += 1
         self._settle()  # the step before this one, while this one computes
         if self.spiked:  # this one's result is dropped, and all processes have begun it
             return self._rewind()

@@ -1,0 +1,137 @@
+"""Where the time goes: every moment in one category, over restarts too."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from polygpt.training.goodput import CATEGORIES, LOST, Goodput, duration, process_begun, read, summary, table
+
+
+def wall(lines):
+    return lines[-1]["end"] - lines[0]["begin"]
+
+
+def test_every_moment_goes_to_one_category_and_the_inner_one_counts(tmp_path):
+    clock = Goodput(tmp_path / "goodput.jsonl", begun=time.time() - 5)
+    clock.begin(0)
+    clock.switch("other")
+    with clock.doing("evaluation"):
+        time.sleep(0.02)
+        with clock.doing("checkpoint"):
+            time.sleep(0.05)
+    clock.record(1)
+    clock.record(2, least=60.0)
+    clock.end(3, finished=True)
+    clock.close()
+    lines = read(tmp_path / "goodput.jsonl")
+    assert [(line["from"], line["step"]) for line in lines] == [(0, 0), (0, 1), (1, 3)]
+    assert all(after["begin"] == before["end"] for before, after in zip(lines, lines[1:], strict=False))
+    found = summary(lines)
+    assert found.keys() == CATEGORIES.keys()
+    assert sum(found.values()) == pytest.approx(wall(lines), abs=1e-4)
+    assert found["restart"] == pytest.approx(5, abs=0.5)
+    assert 0.02 <= found["evaluation"] < 0.05 <= found["checkpoint"] < 1
+
+
+def test_after_a_kill_the_time_up_to_the_last_sign_of_life_is_lost_and_the_rest_is_the_restart(tmp_path):
+    path, now = tmp_path / "goodput.jsonl", time.time()
+    first = {"begin": now - 100, "end": now - 60, "from": 0, "step": 4, "seconds": {"productive": 40.0}}
+    path.write_text(json.dumps(first) + '\n{"begin": 17')
+    os.utime(path, (now - 45, now - 45))
+    clock = Goodput(path, begun=now - 10)
+    clock.begin(4)
+    clock.close()
+    lines = read(path)
+    assert lines[0] == first and lines[1]["begin"] == first["end"]
+    assert lines[1]["seconds"]["lost"] == pytest.approx(15, abs=0.1)
+    assert lines[1]["seconds"]["restart"] == pytest.approx(45, abs=1)
+    assert sum(summary(lines).values()) == pytest.approx(wall(lines), abs=1e-4)
+
+
+def test_a_finished_run_that_is_given_more_steps_does_not_count_the_days_between(tmp_path):
+    path = tmp_path / "goodput.jsonl"
+    line = {"begin": 0.0, "end": 10.0, "from": 0, "step": 4, "seconds": {"productive": 10.0}, "finished": True}
+    path.write_text(json.dumps(line) + "\n")
+    clock = Goodput(path)
+    clock.begin(4)
+    clock.close()
+    assert sum(summary(read(path)).values()) == pytest.approx(10, abs=1)
+
+
+def test_steps_that_are_done_again_are_lost():
+    def line(first, last, **seconds):
+        return {"begin": 0, "end": 0, "from": first, "step": last, "seconds": seconds}
+
+    lines = [
+        line(0, 0, restart=3.0),
+        line(0, 10, productive=8.0, compile=5.0, checkpoint=1.0),
+        line(10, 14, productive=4.0, input_wait=0.5),
+        line(14, 20, productive=6.0, evaluation=2.0, checkpoint=1.0),
+        line(10, 10, restart=2.0),  # the checkpoint of step 20 was not whole
+        line(10, 20, productive=10.0, compile=5.0),
+    ]
+    found = summary(lines)
+    assert found["productive"] == 18 and found["lost"] == 4 + 0.5 + 6 + 2 + 1
+    assert (found["compile"], found["restart"], found["checkpoint"]) == (10, 5, 1)
+    assert sum(found.values()) == sum(sum(line["seconds"].values()) for line in lines)
+    assert set(LOST) < CATEGORIES.keys() and summary([]) == {}
+
+
+def test_the_table_is_for_a_person():
+    seconds = dict.fromkeys(CATEGORIES, 0.0) | {"productive": 5400.0, "input_wait": 30.0, "restart": 570.0}
+    assert table(seconds).splitlines() == [
+        "goodput 90.0% of 1:40:00",
+        "  productive      1:30:00   90.0%",
+        "  input wait      30.00 s    0.5%",
+        "  restart            9:30    9.5%",
+    ]
+    assert [duration(value) for value in (0.5, 59.9, 61, 3600 * 49 + 62)] == ["0.50 s", "59.90 s", "1:01", "49:01:02"]
+
+
+def test_the_process_knows_when_it_was_started():
+    begun = process_begun()
+    assert begun is None or 0 < time.time() - begun < 24 * 3600
+
+
+EXPERIMENT = Path(__file__).with_name("tiny_experiment.py")
+
+
+@pytest.mark.slow
+def test_a_run_restarted_five_times_adds_up_to_its_wall_time(tmp_path):
+    command = [Path(sys.executable).with_name("polygpt"), "train", EXPERIMENT, "--workdir", tmp_path, "--no-report"]
+    command += ["--train.steps", "1000000", "--train.checkpoint.every", "50", "--train.evaluate_every", "400"]
+    signals = [signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGTERM, signal.SIGKILL]
+    rng = random.Random(0)
+    path = tmp_path / "goodput.jsonl"
+
+    def start():
+        return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    begin = time.time()
+    for number in signals:
+        before = path.read_text().count("\n") if path.exists() else 0
+        process = start()
+        while not path.exists() or path.read_text().count("\n") < before + 3:
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.05)
+        time.sleep(rng.uniform(0.5, 2.0))
+        process.send_signal(number)
+        process.communicate()
+    process = start()
+    time.sleep(rng.uniform(5.0, 8.0))
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate()
+    took = time.time() - begin
+    found = summary(read(path))
+    print(table(found), f"measured {took:.2f} s", sep="\n")
+    assert sum(found.values()) == pytest.approx(took, rel=0.02)
+    assert found["lost"] > 0 and found["restart"] > 0 and found["productive"] > 0
+    assert re.search(r"goodput [\d.]+% of", output), "it is printed at the end"
