@@ -297,10 +297,11 @@ def _finish() -> None:
 
 
 def _log_to_stderr() -> None:
-    """Lets this package's lines be seen where nobody has said where they go."""
+    """Lets this package's lines be seen, whatever the level of others."""
     logger = logging.getLogger("polygpt.training")
-    if not logger.hasHandlers():
+    if not logger.handlers:
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        handler.setFormatter(logging.Formatter("%(levelname)s %(asctime)s %(message)s", "%H:%M:%S"))
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
+        logger.propagate = False

@@ -48,8 +48,9 @@ def run(
 ) -> Outcome:
     """Runs `command` in `count` processes that find each other, until the last one has ended.
 
-    What process 0 prints is printed here; everything, each line with its process in front, is added to a file a
-    process. SIGINT and SIGTERM are passed on. When one process fails, the others have `grace` seconds to end.
+    What process 0 prints is printed here, and the warnings and errors of the others; everything, each line with its
+    process in front, is added to a file a process. SIGINT and SIGTERM are passed on. When one process fails, the others
+    have `grace` seconds to end.
 
     Args:
         command: words after `program`.
@@ -128,7 +129,7 @@ def _free_port() -> int:
 def _listen(rank: int, pipe, file, terminal) -> None:
     for line in pipe:
         file.write(f"[p{rank}] ".encode() + line)
-        if rank == 0 or line.startswith(b"polygpt: "):
+        if rank == 0 and not line.startswith(b"INFO ") or line.startswith((b"polygpt: ", b"WARNING ")):
             text = line.decode(errors="replace")
             print(text if rank == 0 else f"[p{rank}] {text}", end="", file=terminal, flush=True)
 
