@@ -23,9 +23,10 @@ from polygpt.spec import Spec
 _policies = jax.checkpoint_policies
 _INPUT = "input of a block"
 """The name by which the policies below know it."""
+_MOVES = ("dynamic_slice", "gather", "squeeze", "transpose", "reshape", "broadcast_in_dim", "convert_element_type")
 _OF_ITERATIONS = {
-    # All but what picks out the parameters of the iteration, or casts them.
-    "none": lambda primitive, *_, **__: primitive.name not in ("dynamic_slice", "gather", "convert_element_type"),
+    # What is moved or cast, not computed, is parameters too.
+    "none": lambda primitive, *_, **__: primitive.name not in _MOVES,
     "dots": _policies.save_from_both_policies(_policies.dots_saveable, _policies.save_only_these_names(_INPUT)),
     "full": _policies.save_only_these_names(_INPUT),
 }
@@ -138,7 +139,6 @@ class Stack(nnx.Module):
         """[B, T, D] -> ([B, T, D] normalised, cache, sums of the blocks' losses)."""
         context = dataclasses.replace(context, inputs_BTD=x_BTD)
         x_BTD = x_BTD.astype(self.dtype)
-        layout = sharding.active()
 
         def call(block, x_BTD, layer, cache):
             return block(x_BTD, context, cache, None if key is None else jax.random.fold_in(key, layer))
@@ -146,9 +146,7 @@ class Stack(nnx.Module):
         losses = {}
         if self.blocks is None:
             pass
-        elif self.pipelined and cache is None and layout is not None and (stages := layout.size("stages")) > 1:
-            mesh = layout.spec
-            schedule = Schedule(stages, mesh.repeats, mesh.microbatches or stages)
+        elif self.pipelined and cache is None and (schedule := _schedule(x_BTD.shape[0])) is not None:
             x_BTD, losses = self.in_stages(x_BTD, context, key, schedule)
         else:
             x_BTD, cache, losses = self._over_blocks(call, x_BTD, cache)
@@ -262,3 +260,15 @@ class Stack(nnx.Module):
 
         checkpointed = jax.checkpoint(pure, policy=policy, prevent_cse=not self.spec.scan)
         return lambda x_BTD, *arguments: checkpointed(params, checkpoint_name(x_BTD, _INPUT), *arguments)
+
+
+def _schedule(rows: int) -> Schedule | None:
+    """That of the active layout; None where it has no stages, or cannot cut so many rows, as those of an evaluation.
+
+    The rows of training are checked before.
+    """
+    layout = sharding.active()
+    if layout is None or (stages := layout.size("stages")) == 1:
+        return None
+    schedule = Schedule(stages, layout.spec.repeats, layout.spec.microbatches or stages)
+    return schedule if rows % schedule.microbatches == 0 else None

@@ -23,7 +23,8 @@ def token_scores(model, params, batch: Batch):
     target_BT = jnp.take_along_axis(logits_BTV, batch.target_BT[..., None], axis=-1)[..., 0]
     predicted_BT = batch.weight_BT > 0
     loss_BT = jax.nn.logsumexp(logits_BTV, axis=-1) - target_BT
-    return jnp.where(predicted_BT, loss_BT, 0), predicted_BT & (logits_BTV.argmax(axis=-1) == batch.target_BT)
+    correct_BT = predicted_BT & (logits_BTV.argmax(axis=-1) == batch.target_BT)
+    return model.whole((jnp.where(predicted_BT, loss_BT, 0), correct_BT))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -92,7 +92,7 @@ def prefill(
         seen_BV=seen_BV,
         key_B=jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(index_B),
     )
-    return _write(state, logits_B1V[:, 0], sampling, eos, used)
+    return _written(model, _write(state, logits_B1V[:, 0], sampling, eos, used))
 
 
 @partial(jax.jit, static_argnames=("model", "sampling"), donate_argnames="state")
@@ -116,7 +116,13 @@ def decode(model, sampling: Sampling, params, state: State, eos, until, used=Non
         logits_B1V, cache = model.decode(params, batch, state.cache)
         return _write(dataclasses.replace(state, cache=cache), logits_B1V[:, 0], sampling, eos, used)
 
-    return jax.lax.while_loop(unfinished, write_next, state)
+    return _written(model, jax.lax.while_loop(unfinished, write_next, state))
+
+
+def _written(model, state: State) -> State:
+    """With what a host reads of it to be had everywhere."""
+    read = model.whole((state.tokens_BS, state.count_B, state.done_B))
+    return dataclasses.replace(state, **dict(zip(("tokens_BS", "count_B", "done_B"), read, strict=True)))
 
 
 def _write(state: State, logits_BV, sampling: Sampling, eos, used) -> State:

@@ -8,7 +8,6 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-import jax.numpy as jnp
 import numpy as np
 
 from polygpt.data.example import Medium, Text
@@ -125,7 +124,7 @@ def _written(model, params, tokenizer, prompts, layout, sampling, indices, rows,
                 results[b] = _read(tokens_BS[b, : count_B[b]], bool(done_B[b]), len(result.tokens), tokenizer, sampling)
         stopped_B = np.ones(rows, bool)
         stopped_B[: len(results)] = [result.finish != "unfinished" for result in results]
-        state = dataclasses.replace(state, done_B=jnp.asarray(stopped_B))
+        state = dataclasses.replace(state, done_B=stopped_B)
         yield results
 
 

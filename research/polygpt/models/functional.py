@@ -1,5 +1,6 @@
 """The functional core: from here on a model is a static description, a pytree of parameters, pure functions of both."""
 
+import contextlib
 import dataclasses
 from typing import Any
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from polygpt import sharding
 from polygpt.models.decoder import Cache, init_cache
 from polygpt.models.multimodal import ModelSpec, MultimodalModel
 from polygpt.nn.losses import Losses
@@ -40,16 +42,26 @@ class Model:
         spec: what it was built from.
         vocabulary: V, the number of token ids.
         graphdef: the static part of the Flax NNX module.
+        layout: the mesh that it is split over by itself, see `on`; None leaves that to whoever compiles it.
     """
 
     spec: ModelSpec
     vocabulary: int
     graphdef: Any
+    layout: sharding.Layout | None = None
 
     @property
     def positions(self) -> dict[str, int]:
         """P of every adapter, in the order that numbers the modalities."""
         return self.spec.positions()
+
+    def on(self, layout: sharding.Layout | None) -> "Model":
+        """This model, computing on a mesh whoever compiles it: what evaluates and generates need not know of it."""
+        return self if layout is None else dataclasses.replace(self, layout=layout)
+
+    def whole(self, tree: Any) -> Any:
+        """Arrays of a program that is being traced, to be had on every device: a host may then read them."""
+        return tree if self.layout is None else jax.lax.with_sharding_constraint(tree, self.layout.whole())
 
     def init(self, key: jax.Array) -> Params:
         """Initial parameters."""
@@ -65,9 +77,10 @@ class Model:
 
     def apply(self, params: Params, batch: Batch, key: jax.Array | None = None) -> Outputs:
         """All predictions of a batch. With a key, dropout is on."""
-        module = self._module(params)
-        hidden_BTD, _, losses = module.hidden(batch, key=key)
-        return Outputs(module.logits(hidden_BTD), hidden_BTD, losses)
+        with self._split():
+            module = self._module(params)
+            hidden_BTD, _, losses = module.hidden(batch, key=key)
+            return Outputs(module.logits(hidden_BTD), hidden_BTD, losses)
 
     def init_cache(self, rows: int, size: int) -> Cache:
         """An empty cache for `rows` rows of at most `size` positions."""
@@ -85,11 +98,12 @@ class Model:
         `batch.media` may leave out modalities that the batch does not hold. The caller must know the cache's size: what
         does not fit is written over the last positions without an error, and the predictions are wrong from there on.
         """
-        module = self._module(params)
-        hidden_BTD, cache, _ = module.hidden(batch, cache)
-        if last_B is not None:
-            hidden_BTD = jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)
-        return module.logits(hidden_BTD), cache
+        with self._split():
+            module = self._module(params)
+            hidden_BTD, cache, _ = module.hidden(batch, cache)
+            if last_B is not None:
+                hidden_BTD = jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)
+            return module.logits(hidden_BTD), cache
 
     def attention(self, params: Params, batch: Batch, chosen_R: jax.Array | None = None) -> dict[int, jax.Array]:
         """By block of the decoder, the attention weights of the chosen positions, float32 [B, H, R, T].
@@ -97,7 +111,11 @@ class Model:
         Exact, and beside whatever backend the model computes with; None means all positions. Blocks whose attention has
         no weights to look at are left out.
         """
-        return self._module(params).weights(batch, chosen_R)
+        with self._split():
+            return self.whole(self._module(params).weights(batch, chosen_R))
+
+    def _split(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext() if self.layout is None else sharding.using(self.layout)
 
     def _build(self, key: jax.Array) -> MultimodalModel:
         return MultimodalModel(self.spec, self.vocabulary, nnx.Rngs(key))

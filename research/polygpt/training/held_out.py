@@ -39,8 +39,10 @@ def measure(program: Program, state: State, tokenizer) -> tuple[float, dict[str,
         plan = plan.replace(
             modality_gain=False, tasks={name: task.replace(generate=False) for name, task in plan.tasks.items()}
         )
-    params = jax.device_put(state.averaged, jax.local_devices()[0])
-    results = evaluate(program.model, params, tokenizer, experiment.model.adapters, experiment.data.layout, plan)
+    model, params = program.evaluated, state.averaged
+    if model.layout is None:  # pmap keeps a copy on every device
+        params = jax.device_put(params, jax.local_devices()[0])
+    results = evaluate(model, params, tokenizer, experiment.model.adapters, experiment.data.layout, plan)
     metric = pick(results["tasks"], experiment.train.metric)
     return float(processes.agree("metric", repr(metric))), results
 

@@ -53,6 +53,11 @@ class Program:
         return "\n".join([self.reason, *lines] if self.reason else lines)
 
     @functools.cached_property
+    def evaluated(self) -> Model:
+        """The model as evaluation is to compute it: on the mesh that it is trained on."""
+        return self.model.on(self.parallel.layout)
+
+    @functools.cached_property
     def step(self) -> Callable:
         """The compiled step, `(state, batch) -> (state, metrics)`; the state is donated."""
         return self.parallel.compile(lambda **wiring: make_step(self.recipe, **wiring), self.initial)

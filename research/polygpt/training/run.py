@@ -7,12 +7,14 @@ from typing import Any, Literal
 
 import jax
 
+from polygpt import sharding
 from polygpt.data.tokenizers.base import Tokenizer
 from polygpt.errors import UserError
 from polygpt.models.functional import Model, bind
 from polygpt.training import manifest
 from polygpt.training.checkpoint import best, first_line
 from polygpt.training.experiment import Experiment
+from polygpt.training.program import assemble
 from polygpt.training.stored import read_parameters
 from polygpt.training.workdir import load_experiment
 
@@ -27,7 +29,7 @@ class Run:
         experiment: what it was trained by.
         model: its functional form.
         tokenizer: its tokenizer.
-        params: its parameters on the first device; the moving average where the experiment keeps one.
+        params: its parameters, on the first device or over all; the moving average where the experiment keeps one.
         step: the checkpoint's step.
         workdir: the run folder.
     """
@@ -40,7 +42,9 @@ class Run:
     workdir: Path
 
 
-def open_run(workdir: str | Path, checkpoint: Literal["best", "latest"] | None = None) -> Run:
+def open_run(
+    workdir: str | Path, checkpoint: Literal["best", "latest"] | None = None, spread: bool = False
+) -> Run:
     """Opens a run folder.
 
     Args:
@@ -48,6 +52,8 @@ def open_run(workdir: str | Path, checkpoint: Literal["best", "latest"] | None =
         checkpoint: the one with the best metric, or the latest; without evaluations on the way, both are the latest.
             By default what the experiment's train.use says. If it is damaged, the newest that is not takes its place,
             and the log says so.
+        spread: over all devices, as it was trained, where its train.parallel is sharded or auto. Of several processes
+            all have to open it, and to do the same with it.
 
     Raises:
         UserError: if it is no run folder, has no whole checkpoint, or none that can be read.
@@ -67,8 +73,15 @@ def open_run(workdir: str | Path, checkpoint: Literal["best", "latest"] | None =
     chosen = (best(found, experiment.train.better) if use == "best" else None) or found[-1]
     tokenizer = experiment.tokenizer.build()
     model = bind(experiment.model, tokenizer.vocabulary)
-    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), model.abstract())
+    target, layout = model.abstract(), None
+    if spread and experiment.train.parallel in ("sharded", "auto"):
+        layout = assemble(experiment, tokenizer.vocabulary).parallel.layout
+    if layout is None:
+        place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        places = jax.tree.map(lambda x: place, target)
+    else:
+        model, places = model.on(layout), sharding.tree(layout, target, model.axes())
+    target = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), target, places)
     averaged, fault = experiment.optim.ema is not None, None
     for record in [chosen, *(record for record in reversed(found) if record != chosen)]:
         place = folder / str(record.step)
@@ -77,7 +90,7 @@ def open_run(workdir: str | Path, checkpoint: Literal["best", "latest"] | None =
             params = read_parameters(folder, record.step, target, averaged)
         except Exception as error:  # whatever Orbax raises for a file that does not fit
             said = str(error) if isinstance(error, manifest.Damaged) else first_line(error)
-            log.warning("checkpoint %s is damaged, and passed over: %s", place, said)
+            log.warning("checkpoint %s is passed over: %s", place, said)
             fault = fault or f"{place} cannot be read: {said}"
         else:
             return Run(experiment, model, tokenizer, params, record.step, workdir)

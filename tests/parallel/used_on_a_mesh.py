@@ -1,0 +1,51 @@
+"""Scores and answers of a model that lies split over eight CPU devices, and of the same on one, written as JSON.
+
+Run as a process of its own: the number of devices is set once a process.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+jax.config.update("jax_num_cpu_devices", 8)
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from batches import ADAPTERS, build, example, lively, tiny  # noqa: E402
+from polygpt import sharding  # noqa: E402
+from polygpt.data.example import Text  # noqa: E402
+from polygpt.data.layout import LayoutSpec  # noqa: E402
+from polygpt.data.tokenizers.bytes import Bytes  # noqa: E402
+from polygpt.evaluation.likelihood import score  # noqa: E402
+from polygpt.generation.generate import generate  # noqa: E402
+from polygpt.generation.sampling import Sampling  # noqa: E402
+from polygpt.models.functional import bind  # noqa: E402
+from polygpt.sharding import MeshSpec  # noqa: E402
+
+MESHES = {
+    "data 2, fsdp 2, tensor 2": MeshSpec(fsdp=2, tensor=2),
+    "sequence 2, stage 2, tensor 2": MeshSpec(data=1, sequence=2, stage=2, tensor=2),
+}
+
+
+def use(model, params) -> dict:
+    tokenizer = Bytes(multiple=4).build()
+    rows = [(example(9, ("image", 4), 6, seed=row),) for row in range(5)]  # no axis divides five rows
+    scores = score(model, params, build(rows, 32, adapters=ADAPTERS), tokenizer.token_bytes)
+    prompts = [[Text("one")], [Text("and a longer one")], [Text("x")]]
+    answers = generate(model, params, tokenizer, prompts, LayoutSpec(32), Sampling(temperature=0.0, max_tokens=6))
+    return {"loss": scores.loss.tolist(), "answers": [list(answer.tokens) for answer in answers]}
+
+
+if __name__ == "__main__":
+    model = bind(tiny(heads=4, kv_heads=4), Bytes(multiple=4).build().vocabulary)
+    params = lively(model)
+    found = {"single": use(model, jax.device_put(params, jax.devices()[0]))}
+    for name, mesh in MESHES.items():
+        layout = sharding.arrange(mesh, jax.devices())
+        split = jax.tree.map(jax.device_put, params, sharding.tree(layout, params, model.axes()))
+        assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(split))
+        found[name] = use(model.on(layout), split)
+    print(json.dumps(jax.tree.map(lambda x: x.tolist() if isinstance(x, np.ndarray) else x, found)))
