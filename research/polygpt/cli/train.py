@@ -43,7 +43,7 @@ def run(arguments: Namespace) -> dict:
     if arguments.no_report:
         print(f"step {outcome.step}, {workdir}")
         return done
-    trained = open_run(workdir)
+    trained = open_run(workdir, spread=True)  # of several processes, all take part
     with Progress() as progress:
         results = evaluate_run(trained, progress)
     report = write_report(trained)

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from polygpt.evaluation.evaluate import Progress, evaluate
 from polygpt.files import plain, write_atomically
 from polygpt.report import gather, page
@@ -28,8 +30,7 @@ def evaluate_run(run, progress: Progress | None = None) -> dict[str, Any]:
     given = (run.model, run.params, run.tokenizer, adapters, layout, experiment.evaluation)
     found = evaluate(*given, progress=progress)
     results = {"step": int(run.step), **found}
-    text = json.dumps(plain(results), indent=2, allow_nan=False)
-    write_atomically(Path(run.workdir) / RESULTS, text + "\n")
+    _write(Path(run.workdir) / RESULTS, json.dumps(plain(results), indent=2, allow_nan=False) + "\n")
     return results
 
 
@@ -39,6 +40,12 @@ def write_report(run, place: str | Path | None = None) -> Path:
     if isinstance(results, Mapping) and results.get("step") != int(run.step):
         results = None  # of another checkpoint
     place = Path(place) if place else Path(run.workdir) / "report.html"
-    place.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(place, page.render(gather.content(run, results)))
+    _write(place, page.render(gather.content(run, results)))
     return place
+
+
+def _write(place: Path, text: str) -> None:
+    """Of several processes, which all compute it together, the first writes it."""
+    if jax.process_index() == 0:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(place, text)
