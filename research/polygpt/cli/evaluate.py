@@ -21,6 +21,8 @@ def add_run(words: Parser) -> None:
     """The arguments that name a trained model."""
     words.add_argument("run", metavar="RUN", help="a run folder, such as runs/quickstart")
     words.add_argument("--checkpoint", choices=("best", "latest"), help="which one (default: as the run's train.use)")
+    spread = "over all devices, on the run's mesh (default: the first device alone)"
+    words.add_argument("--spread", action="store_true", help=spread)
 
 
 def run(arguments: Namespace) -> dict:
@@ -31,6 +33,6 @@ def run(arguments: Namespace) -> dict:
     from polygpt.training.run import open_run
 
     with Progress() as progress:
-        results = evaluate_run(open_run(arguments.run, arguments.checkpoint), progress)
+        results = evaluate_run(open_run(arguments.run, arguments.checkpoint, arguments.spread), progress)
     print_results(results)
     return results

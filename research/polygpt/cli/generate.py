@@ -61,7 +61,7 @@ def run(arguments: Namespace) -> dict:
     if arguments.interactive and arguments.json:
         raise UserError("generate: --interactive and --json exclude each other: leave one out")
     prompt = [_part(kind, value) for kind, value in arguments.parts]
-    opened = open_run(arguments.run, arguments.checkpoint)
+    opened = open_run(arguments.run, arguments.checkpoint, arguments.spread)
     given = (opened.model, opened.params, opened.tokenizer)
     layout = opened.experiment.data.layout
 

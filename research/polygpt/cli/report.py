@@ -26,7 +26,7 @@ def run(arguments: Namespace) -> dict:
     from polygpt.report.finish import write_report
     from polygpt.training.run import open_run
 
-    opened = open_run(arguments.run, arguments.checkpoint)
+    opened = open_run(arguments.run, arguments.checkpoint, arguments.spread)
     report = write_report(opened, arguments.output)
     print(f"report: {report}")
     return {"step": opened.step, "report": report}
