@@ -55,9 +55,8 @@ def content(run, results: Mapping[str, Any] | None) -> Content:
     if skipped := last.get("skipped"):
         notes.append(f"{skipped:,.0f} updates were left out: they were not finite, or the loss spiked.")
     if spikes := last.get("spikes"):
-        notes.append(
-            f"The loss spiked {spikes:,.0f} times; the run went back to a checkpoint {last['rewinds']:,.0f} times."
-        )
+        times = last.get("rewinds", 0)
+        notes.append(f"The loss spiked {spikes:,.0f} times; the run went back to a checkpoint {times:,.0f} times.")
     drawn, sample_notes = samples.gather(run)
     gains = (results or {}).get("modality_gain", {})
     steps = run.experiment.train.steps

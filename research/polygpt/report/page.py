@@ -131,9 +131,9 @@ def _time(seconds: Mapping[str, float]) -> str:
     if not whole:
         return ""
     return (
-        f"<p>Goodput is {seconds['productive'] / whole:.1%}: the share of {duration(whole)}, from the first start to the "
-        "last line written, in which steps were taken that were kept. Lost is what a restart or a rewind did again; the "
-        "rest is overhead.</p><div class='scroll'>"
+        f"<p>Goodput is {seconds['productive'] / whole:.1%}: the share of {duration(whole)}, from the first start to "
+        "the end, in which steps were taken that were kept. Lost is what was done again after a restart or a rewind, "
+        "or was under way when a process was killed.</p><div class='scroll'>"
         f"{charts.shares(seconds)}<table class='times'><tbody>"
         + "".join(
             f'<tr><th scope="row" class="time {name}">{escape(name.replace("_", " "))}</th>'

@@ -121,6 +121,7 @@ class Trainer:
         """Trains up to the last step, or until it is stopped."""
         if not self._finished():
             self.goodput.begin(self.done)
+            self.watchdog.rest()
             self.goodput.switch("other")
         while not self._finished() and not self.interruption.due(self.begun):
             self._advance()
@@ -145,9 +146,9 @@ class Trainer:
             self._settle()  # first what the device is at: what is waited for input is then time in which it idles
         with self.goodput.doing("input_wait"):
             fed = next(self.feed)
-        with self.goodput.doing("productive" if self.begun else "compile"):
-            with jax.transfer_guard("disallow"):  # what the step needs is on the device: anything else is a mistake
-                self.state, metrics = self.program.step(self.state, fed.batch)
+        doing = self.goodput.doing("productive") if self.begun else self._doing("compile")
+        with doing, jax.transfer_guard("disallow"):  # what the step needs is on the device: else there is a mistake
+            self.state, metrics = self.program.step(self.state, fed.batch)
         self.begun += 1
         self._settle()  # the step before this one, while this one computes
         if self.spiked:  # this one's result is dropped, and all processes have begun it
