@@ -1,0 +1,83 @@
+"""One of several processes: python several_processes.py SCENARIO RANK COUNT PORT. What happens to it, it prints."""
+
+import os
+import signal
+import sys
+import time
+
+SCENARIO, RANK, COUNT, PORT = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+os.environ |= {
+    "POLYGPT_COORDINATOR": f"127.0.0.1:{PORT}",
+    "POLYGPT_PROCESSES": str(COUNT),
+    "POLYGPT_PROCESS": str(RANK),
+}
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
+
+from polygpt.errors import UserError  # noqa: E402
+from polygpt.training import processes  # noqa: E402
+
+SPEC = processes.ProcessesSpec(barrier_timeout=60, heartbeat_timeout=12, shutdown_timeout=60)
+
+
+def sums():
+    """Collectives, until one fails."""
+    mesh = Mesh(jax.devices(), ("all",))
+    ones = jax.jit(lambda: jnp.ones(COUNT), out_shardings=NamedSharding(mesh, PartitionSpec("all")))()
+    add = jax.jit(jnp.sum, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    while True:
+        assert float(add(ones)) == COUNT
+        yield
+        time.sleep(0.02)
+
+
+def talk():
+    print("gathered", processes.gather("names", f"{RANK}"), processes.gather("names", f"again {RANK}"))
+    print("agreed", processes.agree("word", f"of {RANK}"), processes.agree("word", f"of {RANK}, again"))
+    assert processes.told("stop") is None
+    processes.barrier("asked")
+    if RANK == 1:
+        processes.tell("stop", "3")
+    processes.barrier("a/b c")
+    print("told", processes.told("stop"))
+    print("last", processes.last_barrier())
+    if RANK == COUNT - 1:
+        time.sleep(1)  # the others wait at the end
+
+
+def missing():
+    if RANK == 1:
+        time.sleep(30)
+    processes.barrier("early")
+
+
+def error():
+    if RANK == 1:
+        raise UserError("the disk is full")
+    for _ in sums():
+        pass
+
+
+def killed(rank, number):
+    for step, _ in enumerate(sums()):
+        if step == 0:
+            processes.barrier("under way")
+        if step == 5 and RANK == rank:
+            print("ends", flush=True)
+            os.kill(os.getpid(), number)
+
+
+SCENARIOS = {
+    "talk": talk,
+    "missing": missing,
+    "error": error,
+    "killed": lambda: killed(2, signal.SIGKILL),
+    "first killed": lambda: killed(0, signal.SIGKILL),
+    "frozen": lambda: killed(1, signal.SIGSTOP),
+}
+
+spec = SPEC.replace(barrier_timeout=3) if SCENARIO == "missing" else SPEC
+with processes.together(spec):
+    SCENARIOS[SCENARIO]()

@@ -1,0 +1,130 @@
+"""Several processes as one run: what they tell each other, and how they end when one of them does."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from polygpt.errors import SpecError, UserError
+from polygpt.training import processes
+
+SCRIPT = Path(__file__).with_name("several_processes.py")
+BOUND = 12  # heartbeat_timeout there
+
+
+def run(scenario, count=3, ends=None):
+    """(code, output) of each process; `ends` is the one that dies. Gives the seconds, too, from then on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"PYTHONUNBUFFERED": "1"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), scenario, str(rank), str(count), str(port)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(count)
+    ]
+    begun = None
+    if ends is not None:
+        for line in started[ends].stdout:
+            if line == "ends\n":
+                break
+        begun = time.monotonic()
+    try:
+        outputs = [p.communicate(timeout=120)[0] for rank, p in enumerate(started) if rank != ends]
+        seconds = begun and time.monotonic() - begun
+    finally:
+        for process in started:
+            process.kill()
+    return [p.returncode for rank, p in enumerate(started) if rank != ends], outputs, seconds
+
+
+def test_alone_nothing_waits(monkeypatch):
+    for name in (processes.COORDINATOR, processes.PROCESSES, processes.PROCESS):
+        monkeypatch.delenv(name, raising=False)
+    with processes.together():
+        processes.barrier("b")
+        processes.tell("t", "x")
+        assert processes.gather("g", "mine") == ["mine"] and processes.agree("a", "mine") == "mine"
+        assert processes.told("t") is None and processes.last_barrier() is None
+
+
+@pytest.mark.parametrize(
+    "place", [("host", "2", "0"), ("host:1", "two", "0"), ("host:1", "2", "2"), ("host:1", "", ""), ("", "2", "1")]
+)
+def test_variables_at_fault_are_named(monkeypatch, place):
+    for name, value in zip((processes.COORDINATOR, processes.PROCESSES, processes.PROCESS), place, strict=True):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="POLYGPT_COORDINATOR, POLYGPT_PROCESSES and POLYGPT_PROCESS are"):
+        processes.initialize()
+
+
+@pytest.mark.parametrize(
+    "field", ["initialization_timeout", "barrier_timeout", "heartbeat_timeout", "shutdown_timeout"]
+)
+def test_bounds_are_checked(field):
+    with pytest.raises(SpecError, match=f"{field} is 0: it must be at least"):
+        processes.ProcessesSpec(**{field: 0})
+
+
+def test_a_batch_script_of_slurm_is_alone_and_a_step_of_several_tasks_is_not(monkeypatch):
+    for name in (processes.COORDINATOR, processes.PROCESSES, processes.PROCESS):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    assert processes._place() is None
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    assert processes._place() == {"cluster_detection_method": "slurm"}
+
+
+def test_texts_reach_all_and_all_end_together():
+    codes, outputs, _ = run("talk")
+    assert codes == [0, 0, 0], outputs
+    for output in outputs:
+        assert "gathered ['0', '1', '2'] ['again 0', 'again 1', 'again 2']\n" in output
+        assert "agreed of 0 of 0, again\n" in output and "told 3\n" in output
+        assert re.search(r"last passed barrier 'a/b c', use 1, at \d\d:\d\d:\d\d\n", output)
+        for name in ("start", "names", "a/b c", "end"):
+            assert f"barrier '{name}': begins" in output
+            assert re.search(rf"barrier '{name}': ends after \d+\.\d\d s", output)
+    assert float(re.search(r"barrier 'end': ends after (\S+) s", outputs[0])[1]) > 0.5
+
+
+def test_a_barrier_names_who_did_not_come():
+    codes, outputs, _ = run("missing")
+    assert codes[1] == 1 and codes[0] in (1, 2) and codes[2] in (1, 2)
+    said = re.search(r"barrier 'early': process 1 \(host \S+, pid \d+\) did not arrive within \d s", outputs[0])
+    assert said and all(said[0] in output for output in outputs)  # process 1, too, hears why it was ended
+
+
+def test_an_error_in_one_process_is_told_by_all():
+    codes, outputs, _ = run("error")
+    assert codes == [1, 2, 1]
+    for rank in (0, 2):
+        assert re.search(
+            r"process 1 \(host \S+, pid \d+\) failed: UserError: the disk is full: stopping", outputs[rank]
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("scenario", "rank", "said"),
+    [
+        ("killed", 2, r"process 2 \(host \S+, pid \d+\) has not been heard of for \d+ s: stopping"),
+        ("frozen", 1, r"process 1 \(host \S+, pid \d+\) has not been heard of for \d+ s: stopping"),
+        ("first killed", 0, r"process 0 \(host \S+, pid \d+\), which coordinates, is gone"),
+    ],
+)
+def test_when_one_dies_the_others_say_who_and_end_within_the_bound(scenario, rank, said):
+    codes, outputs, seconds = run(scenario, ends=rank)
+    assert codes == [1, 1], outputs
+    assert all(re.search(said, output) for output in outputs), outputs
+    assert seconds < BOUND + 3  # a busy machine ends processes slowly
