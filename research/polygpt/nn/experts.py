@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -10,10 +10,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from polygpt.errors import SpecError
-from polygpt.nn.grouping import through_buffers, through_sorted
+from polygpt.nn.expert_parallel import Kernels, at_experts, at_rows, dropless
+from polygpt.nn.grouping import through_buffers
 from polygpt.nn.losses import Losses
 from polygpt.nn.mlp import Activation, FeedForward, GatedLayer, activate
 from polygpt.nn.router import Choice, Router, route
+from polygpt.sharding import RESIDUAL, constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,37 +113,39 @@ class _Mixture(nnx.Module):
         """[B, T, D] -> ([B, T, D], losses). `context.query` knows segments and modalities."""
         spec, query = self.spec, context.query
         real_BT = query.segment > 0
-        choice, losses = route(
-            self.router(x_BTD), real_BT, query.modality, top_k=spec.top_k, normalize=spec.normalize,
-            groups=spec.groups, balance=spec.balance,
-        )  # fmt: skip
+        logits_BTE = constrain(self.router(x_BTD), "rows", "positions", None)
+        options = {"top_k": spec.top_k, "normalize": spec.normalize, "groups": spec.groups, "balance": spec.balance}
+        choice, losses = route(logits_BTE, real_BT, query.modality, **options)
         x_BTD = x_BTD.astype(self.dtype)
+        kernels = self.experts.kernels(self.dtype)
         if spec.capacity is not None and context.cursor is None:
-            y_BTD, dropped = self._in_buffers(x_BTD, choice)
+            y_BTD, dropped = self._in_buffers(x_BTD, choice, kernels)
             losses["dropped"] = dropped / spec.top_k
         else:
-            y_BTD = self._dropless(x_BTD, choice)
-        y_BTD = y_BTD.astype(self.dtype)
+            y_BTD = dropless(x_BTD, choice, kernels, lambda own, x, grouped: self._apply(own, x, grouped, grouped))
+        y_BTD = constrain(y_BTD, *RESIDUAL)
         return y_BTD if self.shared is None else y_BTD + self.shared(x_BTD), losses
 
-    def _in_buffers(self, x_BTD: jax.Array, choice: Choice) -> tuple[jax.Array, jax.Array]:
-        def multiply(x_BECD, kernel_EDF):
-            return jnp.einsum("becd,edf->becf", x_BECD, kernel_EDF)
+    def _in_buffers(self, x_BTD: jax.Array, choice: Choice, kernels: Kernels) -> tuple[jax.Array, jax.Array]:
+        def inward(x_BECD, kernel_EDF):
+            return at_experts(jnp.einsum("becd,edf->becf", x_BECD, kernel_EDF), "hidden")
+
+        def outward(x_BECF, kernel_EFD):
+            return at_experts(jnp.einsum("becf,efd->becd", x_BECF, kernel_EFD))
 
         def function(x_BECD):
-            return self._apply(self.experts.kernels(self.dtype), x_BECD, multiply)
+            y_BECD = self._apply(kernels, at_experts(at_rows(x_BECD)), inward, outward)
+            return constrain(at_rows(y_BECD), "rows", None, None, None)
 
-        return through_buffers(x_BTD, choice, self.spec.experts, self.spec.places(x_BTD.shape[1]), function)
+        # The places of a row are counted from its beginning: its positions have to be together.
+        x_BTD, choice = jax.tree.map(lambda x: constrain(x, "rows", None, None), (x_BTD, choice))
+        places = self.spec.places(x_BTD.shape[1])
+        y_BTD, dropped = through_buffers(x_BTD, choice, self.spec.experts, places, function)
+        return y_BTD.astype(self.dtype), dropped
 
-    def _dropless(self, x_BTD: jax.Array, choice: Choice) -> jax.Array:
-        def function(x_ND, grouped):
-            return self._apply(self.experts.kernels(self.dtype), x_ND, grouped)
-
-        return through_sorted(x_BTD, choice, self.spec.experts, function)
-
-    def _apply(self, kernels, x, multiply):
+    def _apply(self, kernels: Kernels, x: jax.Array, inward: Callable, outward: Callable) -> jax.Array:
         gate, up, down = kernels
-        return multiply(activate(self.spec.activation, multiply(x, gate)) * multiply(x, up), down)
+        return outward(activate(self.spec.activation, inward(x, gate)) * inward(x, up), down)
 
 
 class _Experts(nnx.Module):
@@ -153,7 +157,7 @@ class _Experts(nnx.Module):
         self.up = _Kernel((E, width, F), ("experts", "width", "hidden"), 1.0, rngs)
         self.down = _Kernel((E, F, width), ("experts", "hidden", "width"), output_scale, rngs)
 
-    def kernels(self, dtype: str) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def kernels(self, dtype: str) -> Kernels:
         """gate, up and down in the dtype to compute in."""
         return tuple(layer.kernel[...].astype(dtype) for layer in (self.gate, self.up, self.down))
 

@@ -50,6 +50,19 @@ def allowed(groups: tuple[int, ...], experts: int) -> jax.Array:
     return jnp.stack(rows)
 
 
+def likeliest(logits_BTE: jax.Array, k: int) -> jax.Array:
+    """int32 [B, T, k]: the experts of the largest logits, the largest first.
+
+    One after the other, because compilers do not split `top_k` over devices: it gathers the logits of all positions.
+    """
+    left_BTE, found = jax.lax.stop_gradient(logits_BTE), []
+    for _ in range(k):
+        found.append(jnp.argmax(left_BTE, axis=-1).astype(jnp.int32))
+        here_BTE = found[-1][..., None] == jnp.arange(logits_BTE.shape[-1], dtype=jnp.int32)[None, None]
+        left_BTE = jnp.where(here_BTE, -jnp.inf, left_BTE)
+    return jnp.stack(found, axis=-1)
+
+
 def route(
     logits_BTE: jax.Array,
     real_BT: jax.Array,
@@ -79,13 +92,15 @@ def route(
         logits_BTE = jnp.where(allowed_ME[modality_BT], logits_BTE, -jnp.inf)
         member_BTM = member_BTM & (modality_BT[..., None] == jnp.arange(len(groups))[None, None])
     probability_BTE = jax.nn.softmax(logits_BTE, axis=-1)
-    weight_BTk, expert_BTk = jax.lax.top_k(probability_BTE, top_k)
+    expert_BTk = likeliest(logits_BTE, top_k)
+    is_chosen_BTkE = expert_BTk[..., None] == jnp.arange(E, dtype=jnp.int32)[None, None, None]
+    weight_BTk = jnp.sum(jnp.where(is_chosen_BTkE, probability_BTE[:, :, None], 0.0), axis=-1)
     if normalize:
         weight_BTk = weight_BTk / jnp.sum(weight_BTk, axis=-1, keepdims=True)
     real_BT1 = real_BT[..., None]
     choice = Choice(jnp.where(real_BT1, expert_BTk, E), jnp.where(real_BT1, weight_BTk, 0.0))
 
-    chosen_BTE = jnp.sum(choice.expert_BTk[..., None] == jnp.arange(E)[None, None, None], axis=2, dtype=jnp.float32)
+    chosen_BTE = jnp.sum(is_chosen_BTkE, axis=2, dtype=jnp.float32)
     member_BTM = member_BTM.astype(jnp.float32)
     positions_BM = jnp.sum(member_BTM, axis=1)
     chosen_BME = jnp.einsum("btm,bte->bme", member_BTM, chosen_BTE)
