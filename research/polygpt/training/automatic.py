@@ -55,7 +55,8 @@ def choose(
     """
     if devices == 1:
         return Choice("single", MeshSpec(), "there is one device")
-    parts = max(n for n in range(1, devices + 1) if devices % n == 0 and rows % (n * accumulate) == 0)
+    divisors = (n for n in range(1, devices + 1) if devices % n == 0 and rows % (n * accumulate) == 0)
+    parts = max(divisors, default=1)
     rest, need = devices // parts, state + gradient
     why = f"{rows} rows over {parts} devices"
     sequence = tensor = 1
