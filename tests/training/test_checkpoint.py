@@ -1,5 +1,9 @@
 """Checkpoints: what is kept, what is never restored, and that a donated state is written as it was."""
 
+import contextlib
+import dataclasses
+import os
+import re
 import shutil
 
 import jax
@@ -11,10 +15,12 @@ from bigram import Bigram
 from polygpt.errors import UserError
 from polygpt.optim.optim import Optim
 from polygpt.optim.schedules import Constant
+from polygpt.training import manifest, stored
 from polygpt.training.checkpoint import Checkpoints, CheckpointSpec, best, kept
 from polygpt.training.manifest import Record, records
 from polygpt.training.parallel import build
 from polygpt.training.state import create
+from polygpt.training.storage import storage_fault
 from polygpt.training.stored import read_parameters
 
 PARALLEL = build("single", axes=None)
@@ -151,6 +157,127 @@ def test_a_half_written_checkpoint_is_neither_restored_nor_in_the_way(tmp_path, 
     assert_state_is(restore(tmp_path)[0], 3)
 
 
+def test_what_the_run_has_passed_by_is_set_aside_until_it_has_come_so_far_again(tmp_path, advance, caplog):
+    checkpoints = open_folder(tmp_path, keep=1)
+    several = states(6, advance)
+    for state, finite in zip(several, [True, False, False], strict=False):
+        saved(checkpoints, state, finite=finite)
+    checkpoints.close()
+    again = open_folder(tmp_path, keep=1)
+    restored, _ = again.restore(PARALLEL.abstract(initial))
+    assert_state_is(restored, 1)
+    assert f"checkpoint {tmp_path}/3 holds values that are not finite: passed over" in caplog.text
+    assert aside(tmp_path) == {"unusable-3"} and steps(tmp_path) == [1]
+    state = advance(restored)
+    saved(again, state)
+    again.wait()
+    assert aside(tmp_path) == {"unusable-3"} and steps(tmp_path) == [2]
+    saved(again, advance(state))
+    again.close()
+    assert aside(tmp_path) == set() and steps(tmp_path) == [3]
+
+
+def aside(folder):
+    return {place.name for place in folder.iterdir() if not place.name.isdigit()}
+
+
+def test_a_run_under_way_goes_back_before_a_step_and_saves_its_steps_anew(tmp_path, advance):
+    checkpoints = open_folder(tmp_path, keep=9)
+    for state in states(4, advance):
+        saved(checkpoints, state)
+    restored, data = checkpoints.restore(PARALLEL.abstract(initial), before=3)
+    assert data == {"at": 2} and steps(tmp_path) == [1, 2]
+    assert_state_is(restored, 2)
+    saved(checkpoints, advance(restored))
+    checkpoints.close()
+    assert steps(tmp_path) == [1, 2, 3]
+
+
+def test_the_one_before_is_there_until_the_new_one_has_its_manifest(tmp_path, advance, monkeypatch):
+    seen, seal = [], manifest.seal
+
+    def watched(place, record, processes):
+        seen.append((record.step, steps(tmp_path)))
+        seal(place, record, processes)
+
+    monkeypatch.setattr(manifest, "seal", watched)
+    checkpoints = open_folder(tmp_path, keep=1)
+    for state in states(3, advance):
+        saved(checkpoints, state)
+    checkpoints.close()
+    assert seen == [(1, []), (2, [1]), (3, [2])]
+    assert steps(tmp_path) == [3]
+
+
+@contextlib.contextmanager
+def forbidden(folder):
+    """Nothing can be written in the folder. Root may write everywhere, and is nobody meanwhile."""
+    user, mode = os.geteuid(), folder.stat().st_mode
+    folder.chmod(0o500)
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+        folder.chmod(mode)
+
+
+def test_a_save_that_is_not_permitted_is_logged_and_the_next_tries_again(tmp_path, advance, caplog):
+    checkpoints = open_folder(tmp_path)
+    one, two, three, four = map(lambda state: jax.tree.map(jnp.copy, state), states(4, advance))
+    saved(checkpoints, one)
+    checkpoints.wait()
+    with forbidden(tmp_path):
+        saved(checkpoints, two)
+        saved(checkpoints, three)
+        with pytest.raises(Exception) as failure:
+            checkpoints.wait()
+    said = storage_fault(failure.value, tmp_path)
+    assert "Permission denied: choose another --workdir or change its permissions" in str(said)
+    for step in (2, 3):
+        assert f"checkpoint {tmp_path}/{step} is not written: cannot write" in caplog.text
+    assert steps(tmp_path) == [1]
+    saved(checkpoints, four)
+    checkpoints.wait()
+    checkpoints.close()
+    assert steps(tmp_path) == [1, 4] and not aside(tmp_path)
+    assert_state_is(restore(tmp_path)[0], 4)
+
+
+def test_a_first_save_that_fails_is_an_error_at_once(tmp_path, advance):
+    checkpoints = open_folder(tmp_path)
+    (state,) = states(1, advance)
+    with forbidden(tmp_path), pytest.raises(Exception) as failure:
+        saved(checkpoints, state)
+        checkpoints.close()
+    assert "Permission denied" in str(storage_fault(failure.value, tmp_path))
+    assert steps(tmp_path) == []
+    checkpoints.close()
+
+
+def test_a_count_that_is_new_begins_as_in_a_new_run_and_one_that_is_gone_is_left(tmp_path, advance, monkeypatch):
+    items = stored._items
+
+    def older(state):
+        found = items(state)
+        counts = {"gone": jnp.ones(3)} | {name: x for name, x in found["counts"].items() if name != "skipped"}
+        return found | {"counts": counts}
+
+    checkpoints = open_folder(tmp_path)
+    (state,) = states(1, advance)
+    with monkeypatch.context() as patch:
+        patch.setattr(stored, "_items", older)
+        saved(checkpoints, state)
+        checkpoints.close()
+    target, begin = PARALLEL.abstract(initial), dataclasses.replace(initial(), skipped=jnp.int32(7))
+    assert restore(tmp_path, target)[0].skipped == 0
+    again = open_folder(tmp_path)
+    restored, _ = again.restore(target, lambda: begin)
+    again.close()
+    assert (int(restored.skipped), int(restored.step), int(restored.skipped_in_row)) == (7, 1, 1)
+
+
 def damage(place):
     for file in place.rglob("*"):
         if file.is_file() and "d" in file.parent.name:
@@ -158,7 +285,7 @@ def damage(place):
     shutil.rmtree(place / "optimizer")
 
 
-def test_a_damaged_checkpoint_gives_way_to_an_older_one_and_is_written_anew(tmp_path, advance):
+def test_a_damaged_checkpoint_gives_way_to_an_older_one_and_is_written_anew(tmp_path, advance, caplog):
     checkpoints = open_folder(tmp_path, keep=3)
     for state in states(2, advance):
         saved(checkpoints, state)
@@ -167,6 +294,7 @@ def test_a_damaged_checkpoint_gives_way_to_an_older_one_and_is_written_anew(tmp_
     again = open_folder(tmp_path, keep=3)
     restored, _ = again.restore(PARALLEL.abstract(initial))
     assert_state_is(restored, 1)
+    assert re.search(rf"checkpoint {tmp_path}/2 is passed over: counts/.* has .* bytes of .* more", caplog.text)
     saved(again, advance(restored))
     again.close()
     assert_state_is(restore(tmp_path)[0], 2)

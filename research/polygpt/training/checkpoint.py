@@ -58,12 +58,17 @@ def best(found: Sequence[Record], better: Literal["lower", "higher"]) -> Record 
 
 
 def kept(found: Sequence[Record], spec: CheckpointSpec, better: Literal["lower", "higher"]) -> set[int]:
-    """The steps that rotation keeps: the latest, every n-th, the best, and the last finite one come what may."""
+    """The steps that rotation keeps: the latest, every n-th, the best, and the last finite one come what may.
+
+    So is the last finite one that was due by `every`: the one that a rewind goes back to, however many signals left
+    theirs since.
+    """
     steps = {record.step for record in found[-spec.keep :]}
     if spec.keep_every:
         steps |= {record.step for record in found if record.step % spec.keep_every == 0}
     finite = [record for record in found if record.finite]
-    return steps | {record.step for record in (finite[-1:] + [best(found, better)]) if record}
+    due = [record for record in finite if record.step % spec.every == 0]
+    return steps | {record.step for record in (finite[-1:] + due[-1:] + [best(found, better)]) if record}
 
 
 class Checkpoints:
@@ -112,8 +117,11 @@ class Checkpoints:
         if step in self._records:
             return
         record = Record(step, None if metric is None or not math.isfinite(metric) else float(metric), bool(finite))
+        place = self.folder / str(step)
         try:
-            self._writer.save(self.folder / str(step), args=stored.parts(state, data))
+            if self._primary and place.exists():
+                _set_aside(place, "a new one takes its place")
+            self._writer.save(place, args=stored.parts(state, data))
         except Exception as error:
             self._fail(step, error)
             self._join()
@@ -152,7 +160,7 @@ class Checkpoints:
                 self._set_aside_after(step)
                 return found
             faults[step] = fault
-            log.warning("checkpoint %s/%d is damaged, and passed over: %s", self.folder, step, fault)
+            log.warning("checkpoint %s/%d is passed over: %s", self.folder, step, fault)
         if faults:
             step, fault = next(iter(faults.items()))
             raise UserError(
