@@ -32,18 +32,25 @@ from polygpt.generation.sampling import Sampling
 from polygpt.models.decoder import DecoderSpec
 from polygpt.models.multimodal import ModelSpec
 from polygpt.models.presets import preset
+from polygpt.nn.experts import MixtureOfExperts
 from polygpt.nn.mlp import MLP, GatedMLP
 from polygpt.nn.norms import LayerNorm, RMSNorm
 from polygpt.nn.positions import Learned, MRope, NoPosition, Rope, Rope2D, Sinusoidal
 from polygpt.objectives.base import Objective
+from polygpt.objectives.load_balance import LoadBalance
 from polygpt.objectives.next_token import NextToken
+from polygpt.objectives.router_z import RouterZLoss
 from polygpt.objectives.z_loss import ZLoss
 from polygpt.optim.groups import Group
 from polygpt.optim.optim import Optim
 from polygpt.optim.optimizers import Adafactor, AdamW, Lion, Muon
 from polygpt.optim.schedules import SGDR, WSD, Constant, WarmupCosine, WarmupExponential, WarmupLinear
+from polygpt.sharding import MeshSpec
 from polygpt.training.checkpoint import CheckpointSpec
 from polygpt.training.experiment import Experiment, TrainSpec
+from polygpt.training.processes import ProcessesSpec
+from polygpt.training.spikes import SpikeSpec
+from polygpt.training.watchdog import WatchdogSpec
 
 __all__ = [
     "ALiBi",
@@ -73,12 +80,15 @@ __all__ = [
     "LayoutSpec",
     "Learned",
     "Lion",
+    "LoadBalance",
     "LogMel",
     "MLP",
     "MRope",
     "Mask",
     "MediaFolder",
     "Medium",
+    "MeshSpec",
+    "MixtureOfExperts",
     "ModelSpec",
     "MultiHead",
     "Muon",
@@ -87,11 +97,13 @@ __all__ = [
     "Noise",
     "Objective",
     "Optim",
+    "ProcessesSpec",
     "RMSNorm",
     "RandomResizedCrop",
     "RandomShift",
     "Rope",
     "Rope2D",
+    "RouterZLoss",
     "SGDR",
     "Sampling",
     "Score",
@@ -99,6 +111,7 @@ __all__ = [
     "Source",
     "SpecAugment",
     "Speed",
+    "SpikeSpec",
     "StackSpec",
     "T5Bias",
     "Task",
@@ -111,6 +124,7 @@ __all__ = [
     "WarmupCosine",
     "WarmupExponential",
     "WarmupLinear",
+    "WatchdogSpec",
     "Window",
     "ZLoss",
     "preset",
