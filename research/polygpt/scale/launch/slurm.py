@@ -8,6 +8,7 @@ import dataclasses
 import os
 import signal
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,12 @@ class Task:
     """What submitit runs in each task of a job.
 
     Attributes:
-        command: words after `polygpt`.
-        variables: set for it beside those that are there.
+        command: words after `program`.
+        program: the words in front.
     """
 
     command: list[str]
-    variables: dict[str, str] = dataclasses.field(default_factory=dict)
+    program: Sequence[str] = PROGRAM
 
     def __call__(self) -> int:
         import submitit
@@ -43,7 +44,7 @@ class Task:
             PROCESS: str(self.here.global_rank),
         }
         # Of its own, not in this process: submitit has the signals here.
-        self.process = subprocess.Popen([*PROGRAM, *self.command], env=os.environ | self.variables | place)
+        self.process = subprocess.Popen([*self.program, *self.command], env=os.environ | place)
         code = self.process.wait()
         if code:
             raise RuntimeError(f"process {self.here.global_rank} on {self.here.hostname} ended with code {code}")
@@ -55,7 +56,7 @@ class Task:
 
         self.process.send_signal(signal.SIGTERM)
         self.process.wait()
-        return submitit.helpers.DelayedSubmission(Task(self.command, self.variables))
+        return submitit.helpers.DelayedSubmission(Task(self.command, self.program))
 
 
 def submit(

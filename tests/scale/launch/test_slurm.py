@@ -1,0 +1,85 @@
+"""`polygpt launch slurm`: tasks find each other and are queued again; on submitit's own executor for one machine."""
+
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+
+from polygpt.cli.main import main
+from polygpt.errors import UserError
+from polygpt.scale.launch import slurm
+
+submitit = pytest.importorskip("submitit")
+
+PLACE = """
+import os, sys
+print("at", *(os.environ["POLYGPT_" + name] for name in ("COORDINATOR", "PROCESSES", "PROCESS")), sys.argv[1:])
+sys.exit(int(os.environ["POLYGPT_PROCESS"]) if "fail" in sys.argv else 0)
+"""
+SAVES = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: (print("saved", flush=True), sys.exit(1)))
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def submit(words, folder):
+    task = slurm.Task(words, [sys.executable, "-c", PLACE])
+    return slurm.submit(task, folder, "local", tasks=2, minutes=5, more={"cpus_per_task": 1})
+
+
+def test_each_task_knows_its_place(tmp_path):
+    job = submit(["train", "x.py"], tmp_path)
+    assert job.results() == [0, 0]
+    found = {}
+    for rank in range(2):
+        text = (tmp_path / f"{job.job_id}_{rank}_log.out").read_text()
+        coordinator, count, number, words = re.search(r"^at (\S+) (\d) (\d) (.*)$", text, re.MULTILINE).groups()
+        found[int(number)] = (coordinator, count, words)
+    assert set(found) == {0, 1} and found[0] == found[1]
+    host, port = found[0][0].rsplit(":", 1)
+    assert host and 61440 <= int(port) < 65536 and found[0][1:] == ("2", "['train', 'x.py']")
+
+
+def test_a_task_that_fails_is_a_job_that_failed(tmp_path):
+    job = submit(["fail"], tmp_path)
+    with pytest.raises(submitit.core.utils.UncompletedJobError, match="process 1 on .* ended with code 1"):
+        job.results()
+
+
+def test_before_its_time_is_up_the_run_saves_and_the_same_is_queued_again():
+    task = slurm.Task(["train", "x.py"])
+    task.process = subprocess.Popen([sys.executable, "-c", SAVES], stdout=subprocess.PIPE, text=True)
+    assert task.process.stdout.readline() == "ready\n"
+    begun = time.monotonic()
+    again = task.checkpoint()
+    assert time.monotonic() - begun < 30 and task.process.stdout.read() == "saved\n"
+    assert again.function == slurm.Task(["train", "x.py"])
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--set", "cpus", "--"], "--set cpus: write NAME=VALUE"),
+        (
+            ["--cluster", "local", "--nodes", "2", "--"],
+            "the job was not submitted: LocalExecutor can use only one node",
+        ),
+        (["--cluster", "local", "--set", "local_nonsense=1", "--"], "the job was not submitted"),
+        ([], "nothing follows the --"),
+    ],
+)
+def test_faults_are_told_in_one_line(tmp_path, capsys, words, text):
+    folder = ["--folder", str(tmp_path)]
+    assert main(["launch", "slurm", *folder, *words, *(["train", "x.py"] if "--" in words else [])]) == 2
+    said = capsys.readouterr().err
+    assert text in said and said.count("\n") == 1
+
+
+def test_without_submitit_the_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    with pytest.raises(UserError, match=r"pip install 'polygpt\[slurm\]'"):
+        slurm.submit(slurm.Task(["train", "x.py"]), tmp_path)
