@@ -32,6 +32,9 @@ SAME_MATHEMATICS = (
     "train.use",
     "train.prefetch",  # how early, how often and how loudly
     "train.log_every",
+    "data.workers",
+    "data.cache",
+    "data.log_examples",
     "train.watchdog",
     "model.decoder.remat",  # what is computed twice
 )
