@@ -31,6 +31,18 @@ from polygpt.sharding import RESIDUAL, Layout
 Body = Callable[[Any, jax.Array, jax.Array, Context, jax.Array], tuple[jax.Array, Losses]]
 """One period of blocks: `(params, x_bTD, period, context, microbatch) -> (x_bTD, losses)`."""
 
+INPUT = "input of a block"
+"""The name that blocks under recomputation give to it."""
+_policies = jax.checkpoint_policies
+_MOVES = ("dynamic_slice", "gather", "squeeze", "transpose", "reshape", "broadcast_in_dim", "convert_element_type")
+KEPT = {
+    # All that is computed. What is only moved or cast may be parameters.
+    "none": lambda primitive, *_, **__: primitive.name not in _MOVES,
+    "dots": _policies.save_from_both_policies(_policies.dots_saveable, _policies.save_only_these_names(INPUT)),
+    "full": _policies.save_only_these_names(INPUT),
+}
+"""By `StackSpec.remat`, what the backward pass is left of an iteration, whose parameters are never among it."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
@@ -88,9 +100,8 @@ def pipeline(
         x_BTD: what goes in. A microbatch is every M-th row, so that rows that lie on a device stay there.
         context: of all rows, without a cursor: caches do not go through pipelines.
         schedule: which has been checked.
-        policy: what of an iteration is kept for the backward pass, as `jax.checkpoint` takes it; None for everything.
-            With repeats there has to be one that leaves out the parameters: they differ by iteration then, and
-            everything would be as many copies of them.
+        policy: what of an iteration is kept for the backward pass, one of `KEPT`; None for all that it needs. With
+            repeats there has to be one: iterations differ in their parameters then, and all would be copies of them.
     """
     P, R, M = schedule.stages, schedule.repeats, schedule.microbatches
     with sharding.using(_within(sharding.active())):
@@ -130,7 +141,8 @@ def _stage(body: Body, schedule: Schedule, policy: Callable | None) -> Callable:
 
     def stage(params, x_bTD, context, stage, step):
         busy = (step >= 0) & (step < M * R)
-        repeat = jnp.clip(step // M, 0, R - 1)
+        # A number where there is one round: parameters must not look as if they differed by iteration.
+        repeat = jnp.clip(step // M, 0, R - 1) if R > 1 else 0
         mine = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, repeat, 0, False), params)
         K = jax.tree.leaves(mine)[0].shape[0]
 

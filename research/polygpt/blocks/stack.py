@@ -12,25 +12,13 @@ from polygpt import sharding
 from polygpt.attention.contract import Attention, Context, Dims
 from polygpt.attention.multi_head import MultiHead
 from polygpt.blocks.block import Block
-from polygpt.blocks.pipeline import Schedule, pipeline
+from polygpt.blocks.pipeline import INPUT, KEPT, Schedule, pipeline
 from polygpt.errors import SpecError
 from polygpt.nn.losses import Losses, add
 from polygpt.nn.mlp import MLP, FeedForward
 from polygpt.nn.norms import LayerNorm, Norm
 from polygpt.nn.positions import NoPosition, Position
 from polygpt.spec import Spec
-
-_policies = jax.checkpoint_policies
-_INPUT = "input of a block"
-"""The name by which the policies below know it."""
-_MOVES = ("dynamic_slice", "gather", "squeeze", "transpose", "reshape", "broadcast_in_dim", "convert_element_type")
-_OF_ITERATIONS = {
-    # What is moved or cast, not computed, is parameters too.
-    "none": lambda primitive, *_, **__: primitive.name not in _MOVES,
-    "dots": _policies.save_from_both_policies(_policies.dots_saveable, _policies.save_only_these_names(_INPUT)),
-    "full": _policies.save_only_these_names(_INPUT),
-}
-"""By `remat`, what is kept of an iteration of a pipeline with more than one repeat."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +164,7 @@ class Stack(nnx.Module):
             x_bTD, _, losses = self._over_period(call, graphdefs, params, x_bTD, period, None)
             return x_bTD, losses
 
-        policy = _OF_ITERATIONS[self.spec.remat] if schedule.repeats > 1 else None
+        policy = KEPT[self.spec.remat] if schedule.repeats > 1 else None
         return pipeline(body, params, x_BTD, context, schedule, policy)
 
     def weights(self, x_BTD: jax.Array, context: Context, chosen_R: jax.Array | None = None) -> dict[int, jax.Array]:
@@ -252,14 +240,15 @@ class Stack(nnx.Module):
     def _remat(self, call, block):
         if self.spec.remat == "none":
             return lambda *arguments: call(block, *arguments)
-        policy = _policies.nothing_saveable if self.spec.remat == "full" else _policies.dots_saveable
+        policies = jax.checkpoint_policies
+        policy = policies.nothing_saveable if self.spec.remat == "full" else policies.dots_saveable
         graphdef, params = nnx.split(block)
 
         def pure(params, *arguments):
             return call(nnx.merge(graphdef, params), *arguments)
 
         checkpointed = jax.checkpoint(pure, policy=policy, prevent_cse=not self.spec.scan)
-        return lambda x_BTD, *arguments: checkpointed(params, checkpoint_name(x_BTD, _INPUT), *arguments)
+        return lambda x_BTD, *arguments: checkpointed(params, checkpoint_name(x_BTD, INPUT), *arguments)
 
 
 def _schedule(rows: int) -> Schedule | None:
