@@ -78,6 +78,7 @@ SCENARIOS = {
     "frozen": lambda: killed(1, signal.SIGSTOP),
 }
 
-spec = SPEC.replace(barrier_timeout=3) if SCENARIO == "missing" else SPEC
+CHANGES = {"missing": {"barrier_timeout": 3}, "absent": {"initialization_timeout": 5}}
+spec = SPEC.replace(**CHANGES.get(SCENARIO, {}))
 with processes.together(spec):
     SCENARIOS[SCENARIO]()

@@ -17,8 +17,11 @@ SCRIPT = Path(__file__).with_name("several_processes.py")
 BOUND = 12  # heartbeat_timeout there
 
 
-def run(scenario, count=3, ends=None):
-    """(code, output) of each process; `ends` is the one that dies. Gives the seconds, too, from then on."""
+def run(scenario, count=3, ends=None, absent=0):
+    """Codes and outputs of the processes but the one that `ends`, and the seconds from its end on.
+
+    Of `count` processes the last few may be `absent`.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -31,7 +34,7 @@ def run(scenario, count=3, ends=None):
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for rank in range(count)
+        for rank in range(count - absent)
     ]
     begun = None
     if ends is not None:
@@ -112,6 +115,15 @@ def test_an_error_in_one_process_is_told_by_all():
         assert re.search(
             r"process 1 \(host \S+, pid \d+\) failed: UserError: the disk is full: stopping", outputs[rank]
         )
+
+
+def test_at_the_start_the_absent_are_numbered():
+    codes, outputs, _ = run("absent", count=3, absent=1)
+    assert all(codes)
+    for output in outputs:
+        assert "start-up: waiting for the other processes, 5 s at most" in output
+        # The service's own words; the process is aborted before any of ours.
+        assert re.search(r"tasks that reached the barrier: 2/3.*timed out task names:\s*2\n", output, re.DOTALL), output
 
 
 @pytest.mark.slow

@@ -28,6 +28,13 @@ def run(arguments: Namespace) -> dict:
     """Trains; returns what `evaluate` returns, and the places of the run and its report."""
     chosen = experiment.load(arguments.file, arguments.changes, arguments.options)
 
+    from polygpt.training import processes
+
+    with processes.together(chosen.train.processes):  # evaluation and report included: an error there ends them all
+        return _train(chosen, arguments)
+
+
+def _train(chosen, arguments: Namespace) -> dict:
     from polygpt.cli.progress import Progress
     from polygpt.cli.results import print_results
     from polygpt.report.finish import evaluate_run, write_report

@@ -18,11 +18,11 @@ import time
 
 from polygpt.errors import UserError
 
-BEATS = 8
-"""Beats within the bound. Silence over five of them is death: it is seen by the sixth, told by the seventh."""
+BEATS = 10
+"""Beats within the bound. Silence over six of them is death: it is seen by the seventh at most, and told at once."""
 
 FAREWELL = 2.0
-"""Seconds that process 0 stays after a verdict: with it goes the service, and the others are to read it first."""
+"""Seconds, a beat at most, that process 0 stays after a verdict: the service, which the others read it from, is its."""
 
 FOREVER = 10**9
 """Milliseconds, some days; a wait that ends sooner is begun again."""
@@ -99,7 +99,7 @@ class Liveness:
                 value = beats.get(rank)
                 if rank not in seen or seen[rank][0] != value:
                     seen[rank] = (value, now)
-                elif now - seen[rank][1] > self.bound * 5 / BEATS:
+                elif now - seen[rank][1] > self.bound * 6 / BEATS:
                     self._end(f"{self.names[rank]} has not been heard of for {now - seen[rank][1]:.0f} s", tell=True)
             self.closing.wait(self.bound / BEATS)
 
@@ -142,7 +142,7 @@ class Liveness:
             if tell:
                 self._tell(why)
             elif self.rank == 0:
-                time.sleep(FAREWELL)
+                time.sleep(min(FAREWELL, self.bound / BEATS))
             leave(1)
 
     def _tell(self, why: str) -> None:
@@ -151,7 +151,7 @@ class Liveness:
             with contextlib.suppress(Exception):  # a verdict stands already
                 self.client.key_value_set(f"polygpt/verdict/{rank}", why)
         if self.rank == 0:
-            time.sleep(FAREWELL)
+            time.sleep(min(FAREWELL, self.bound / BEATS))
 
     def _say(self, text: str) -> None:
         with contextlib.suppress(OSError):

@@ -45,7 +45,7 @@ class ProcessesSpec(Spec):
     barrier_timeout: int = 600
     """At a barrier, from the first process to the last."""
     heartbeat_timeout: int = 100
-    """When a process dies, all others have ended by then. One that is silent for five eighths of it, frozen or cut off,
+    """When a process dies, all others have ended by then. One that is silent for six tenths of it, frozen or cut off,
     counts as dead."""
     shutdown_timeout: int = 3600
     """For a process that is done to wait for the others, the first of which may have a report to write."""
@@ -97,9 +97,9 @@ def initialize(spec: ProcessesSpec = ProcessesSpec()) -> None:
         return
     names = [f"process {rank}" for rank in range(state.num_processes)]
     group = _group = _Group(spec, state.process_id, state.num_processes, names, collections.Counter())
-    group.names = gather("start", f"process {group.rank} (host {socket.gethostname()}, pid {os.getpid()})")
-    group.liveness = Liveness(group.client, state.coordinator_address, group.rank, group.names, spec.heartbeat_timeout)
+    group.liveness = Liveness(group.client, state.coordinator_address, group.rank, names, spec.heartbeat_timeout)
     atexit.register(_finish)  # after JAX registered its own, and so before JAX closes the service
+    names[:] = gather("start", f"process {group.rank} (host {socket.gethostname()}, pid {os.getpid()})")
 
 
 @contextlib.contextmanager
@@ -108,8 +108,8 @@ def together(spec: ProcessesSpec = ProcessesSpec()) -> Iterator[None]:
 
     An error of a collective is the consequence of another process's end: it waits for that one's name.
     """
-    initialize(spec)
     try:
+        initialize(spec)
         yield
     except (Exception, KeyboardInterrupt) as error:
         if _group is not None and _group.failed is None:
