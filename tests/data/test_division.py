@@ -135,6 +135,16 @@ def test_as_many_feeders_go_on_to_the_bit_after_another_division():
             assert feeder.last_examples == other.last_examples
 
 
+@pytest.mark.slow
+def test_worker_processes_read_what_is_left_over_too():
+    before = Run(3)
+    before.take((1, 3, 2))
+    states = before.states()
+    plain, working = Run(2, states), Run(2, states, DATA.replace(workers=1))
+    assert plain.take((4, 4)) == working.take((4, 4))
+    working.close()
+
+
 def positions(order: Order, start: int, count: int) -> list[int]:
     return [order[index][1] for index in range(start, start + count)]
 

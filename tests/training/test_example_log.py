@@ -49,6 +49,14 @@ def test_each_step_names_its_examples_and_a_run_that_was_cut_off_names_the_same(
     assert (tmp_path / "cut" / "examples-0.jsonl").read_bytes() == path.read_bytes()
 
 
+def test_a_run_that_goes_on_may_begin_to_log(tmp_path):
+    chosen = override(experiment(), OPTIONS | {"data.log_examples": "false", "train.steps": "2"})
+    train(chosen, tmp_path, lambda *_: [])
+    assert not list(tmp_path.glob("examples-*"))
+    train(override(chosen, {"data.log_examples": "true", "train.steps": "4"}), tmp_path, lambda *_: [])
+    assert [line["step"] for line in lines(tmp_path / "examples-0.jsonl")] == [3, 4]
+
+
 def test_files_of_feeders_that_are_no_more_are_cut_too(tmp_path):
     for feeder in range(4):
         log = ExampleLog(tmp_path, feeder, 4, 0)
