@@ -32,7 +32,8 @@ def test_every_moment_goes_to_one_category_and_the_inner_one_counts(tmp_path):
     clock.end(3, finished=True)
     clock.close()
     lines = read(tmp_path / "goodput.jsonl")
-    assert [(line["from"], line["step"]) for line in lines] == [(0, 0), (0, 1), (1, 3)]
+    assert [(line["from"], line["step"]) for line in lines] == [(0, 0), (0, 1), (1, 3), (3, 3)]
+    assert [line.get("finished") for line in lines] == [None, None, None, True]
     assert all(after["begin"] == before["end"] for before, after in zip(lines, lines[1:], strict=False))
     found = summary(lines)
     assert found.keys() == CATEGORIES.keys()
@@ -101,6 +102,20 @@ def test_the_process_knows_when_it_was_started():
     assert begun is None or 0 < time.time() - begun < 24 * 3600
 
 
+def test_a_full_disk_does_not_end_the_run_and_the_interval_goes_on(tmp_path, monkeypatch):
+    clock = Goodput(tmp_path / "goodput.jsonl")
+    clock.begin(0)
+    file, clock._file = clock._file, Path("/dev/full").open("ab", buffering=0)
+    clock.record(1)
+    clock._file.close()
+    clock._file = file
+    clock.record(2)
+    clock.close()
+    lines = read(tmp_path / "goodput.jsonl")
+    assert [(line["from"], line["step"]) for line in lines] == [(0, 0), (0, 2), (2, 2)]
+    assert sum(summary(lines).values()) == pytest.approx(wall(lines), abs=1e-4)
+
+
 EXPERIMENT = Path(__file__).with_name("tiny_experiment.py")
 
 
@@ -122,11 +137,11 @@ def test_a_run_restarted_five_times_adds_up_to_its_wall_time(tmp_path):
         while not path.exists() or path.read_text().count("\n") < before + 3:
             assert process.poll() is None, process.communicate()[0]
             time.sleep(0.05)
-        time.sleep(rng.uniform(0.5, 2.0))
+        time.sleep(rng.uniform(0.5, 3.0))
         process.send_signal(number)
         process.communicate()
     process = start()
-    time.sleep(rng.uniform(5.0, 8.0))
+    time.sleep(20.0)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate()
     took = time.time() - begin

@@ -56,6 +56,27 @@ def test_tensorboard_gets_every_number_by_name(tmp_path):
     }
 
 
+def test_a_rewind_takes_back_what_was_told_of_later_steps(tmp_path, capsys):
+    sinks = [JsonLines(tmp_path, 0), TensorBoard(tmp_path, 0), Terminal(0, 100)]
+    for sink in sinks:
+        for step in (10, 20, 30):
+            sink.metrics(step, {"loss": 1.0})
+            sink.timing(step, {"seconds": 0.1, "tokens_per_second": 1.0, "input_wait": 0.0})
+        sink.rewind(20, 33)
+        sink.metrics(30, {"loss": 2.0})
+        sink.close()
+    assert read(tmp_path / "metrics.jsonl") == [
+        {"step": 10, "loss": 1.0},
+        {"step": 20, "loss": 1.0},
+        {"step": 21, "rewound_from": 33},
+        {"step": 30, "loss": 2.0},
+    ]
+    assert [line["step"] for line in read(tmp_path / "timing.jsonl")] == [10, 20]
+    assert "step 33: the loss spiked; back to step 20, on with later data" in capsys.readouterr().err
+    JsonLines(tmp_path, 20).close()
+    assert len(read(tmp_path / "metrics.jsonl")) == 2, "a restart from step 20 comes to the rewind again"
+
+
 def scalars_in(data):
     """{(tag, step): value} of an event file: records of length (8 bytes), its checksum (4), data, checksum (4)."""
     found = {}

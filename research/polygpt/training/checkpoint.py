@@ -10,6 +10,7 @@ which checkpoint is read. Nothing in a checkpoint depends on devices or processe
 shardings are asked for.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -26,7 +27,7 @@ from polygpt.errors import UserError
 from polygpt.spec import Spec
 from polygpt.training import manifest, stored
 from polygpt.training.manifest import Damaged, HalfWritten, Record, records
-from polygpt.training.processes import agree, gather
+from polygpt.training.processes import agree, barrier, gather
 from polygpt.training.state import State
 from polygpt.training.storage import storage_fault
 
@@ -146,6 +147,7 @@ class Checkpoints:
             UserError: if there are checkpoints that are not half-written, and none of them can be used.
         """
         self._join()
+        barrier("checkpoints to be read")  # the first process may still be sealing the latest
         faults = {}
         for step in sorted(self._records.keys() | self._damaged.keys(), reverse=True):
             if before is not None and step >= before:
@@ -225,8 +227,9 @@ class Checkpoints:
         said = storage_fault(error, self.folder)
         log.warning("checkpoint %s/%d is not written: %s", self.folder, step, said or first_line(error))
         if self._primary:
-            for place in [self.folder / str(step), *self.folder.glob(f"{step}.orbax-checkpoint-tmp*")]:
-                _remove(place)
+            with contextlib.suppress(OSError):  # it cannot even be listed
+                for place in [self.folder / str(step), *self.folder.glob(f"{step}.orbax-checkpoint-tmp*")]:
+                    _remove(place)
 
     def _join(self) -> None:
         """Waits for the save under way. Raises its failure unless the run can go on without this checkpoint."""

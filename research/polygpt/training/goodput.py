@@ -52,7 +52,7 @@ class Goodput:
         self.path, self._file, self._step = path, None, 0
         self._offset = time.time() - time.perf_counter()  # steady, however the system's clock is set meanwhile
         self._begin = self.since = min(begun or self.now(), self.now())
-        self._alive = 0.0
+        self._alive, self._ending = 0.0, {}
         self._seconds = dict.fromkeys(CATEGORIES, 0.0)
         self.activity = "restart"
 
@@ -65,10 +65,15 @@ class Goodput:
         now = self.now()
         self._seconds[self.activity] += now - self.since
         before, self.activity, self.since = self.activity, activity, now
-        if self._file and now - self._alive > 1.0:
-            self._alive = now
-            os.utime(self.path)
+        self.touch()
         return before
+
+    def touch(self) -> None:
+        """Gives a sign of life, if the last is more than a second old."""
+        if self._file and self.now() - self._alive > 1.0:
+            self._alive = self.now()
+            with contextlib.suppress(OSError):
+                os.utime(self.path)
 
     @contextlib.contextmanager
     def doing(self, activity: str) -> Iterator[None]:
@@ -89,35 +94,49 @@ class Goodput:
                 self._seconds["lost"] += alive - end
                 self._seconds["restart"] += self._begin - alive
                 self._begin = end
-            self._file = self.path.open("a", encoding="utf-8")
+            self._file = self.path.open("ab", buffering=0)
         self._step = step
         self.record(step)
 
     def record(self, step: int, least: float = 0.0, **more: Any) -> None:
-        """Writes a line up to now, unless the last was less than `least` seconds ago."""
+        """Writes a line up to now, unless the last was less than `least` seconds ago.
+
+        If it cannot be written, the interval goes on: accounts are not worth a run, and a full disk is others' to tell.
+        """
         self.switch(self.activity)
         if self._file is None or self.since - self._begin < least:
             return
         seconds = {name: round(value, 6) for name, value in self._seconds.items() if value}
         line = {"begin": self._begin, "end": self.since, "from": self._step, "step": step, "seconds": seconds, **more}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-        self._begin, self._step = self.since, step
-        self._seconds = dict.fromkeys(CATEGORIES, 0.0)
+        if self._append(json.dumps(line).encode() + b"\n"):
+            self._begin, self._step = self.since, step
+            self._seconds = dict.fromkeys(CATEGORIES, 0.0)
 
     def back(self, step: int) -> None:
         """The run goes on from this earlier step: the time of the steps after it is lost."""
         self._step = step
 
     def end(self, step: int, finished: bool) -> None:
-        """Writes the last line, if there was a first."""
-        self.record(step, **({"finished": True} if finished else {}))
+        """The run ends at this step; what is closed after it still counts."""
+        self.record(step)
+        self._ending = {"finished": True} if finished else {}
 
     def close(self) -> None:
-        """Closes the file."""
+        """Writes the last line, if there was a first."""
         if self._file is not None:
+            self.record(self._step, **self._ending)
             self._file.close()
             self._file = None
+
+    def _append(self, data: bytes) -> bool:
+        """Writes all of it or nothing; whether it did."""
+        size = os.fstat(self._file.fileno()).st_size
+        with contextlib.suppress(OSError):
+            if self._file.write(data) == len(data):
+                return True
+        with contextlib.suppress(OSError):
+            os.ftruncate(self._file.fileno(), size)
+        return False
 
 
 def process_begun() -> float | None:

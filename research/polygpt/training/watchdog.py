@@ -98,6 +98,7 @@ class Watchdog:
     def _watch(self) -> None:
         pause = min(5.0, self.spec.minimum / 4)
         while not self._closing.wait(pause):
+            self._goodput.touch()  # a process that hangs is alive: its time is lost, and no restart
             seconds, patience = self.halt()
             self._reported = self._reported if seconds > self._reported else 0.0
             if seconds > max(patience, 2 * self._reported):  # reported anew when it has lasted twice as long
