@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from polygpt.attention.kernels.problem import Operands, Rule
 from polygpt.attention.kernels.reference import LOWEST
+from polygpt.attention.masks import Meta
 from polygpt.attention.scores import Terms
 
 
@@ -108,15 +109,15 @@ def _joined(rule, one, other):
 
 
 def _keys(operands: Operands):
-    """What travels."""
-    return operands.key_BKSd, operands.value_BKSe, operands.key, operands.terms.key
+    """What travels, metadata as one array: a TPU has few arrays under way at a time, and the others wait."""
+    return operands.key_BKSd, operands.value_BKSe, jnp.stack(jax.tree.leaves(operands.key)), operands.terms.key
 
 
 def _with(operands: Operands, keys) -> Operands:
     """The problem of these queries and those keys."""
-    key_BKSd, value_BKSe, key, terms = keys
+    key_BKSd, value_BKSe, meta_nBS, terms = keys
     terms = dataclasses.replace(operands.terms, key=terms)
-    return dataclasses.replace(operands, key_BKSd=key_BKSd, value_BKSe=value_BKSe, key=key, terms=terms)
+    return dataclasses.replace(operands, key_BKSd=key_BKSd, value_BKSe=value_BKSe, key=Meta(*meta_nBS), terms=terms)
 
 
 def _parts(operands: Operands):

@@ -1,0 +1,148 @@
+"""Attends with rows, heads and positions split over eight CPU devices, in problems of every kind of mask and term.
+
+Prints, as JSON, what was compared and what the compiled programs hold. Run as a process of its own: the number of
+devices is set once a process.
+"""
+
+import dataclasses
+import functools
+import json
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+sys.path.insert(0, str(Path(__file__).parents[1] / "attention"))
+
+from problems import Case, Gates, Slopes, Table, assert_agrees, made, part_of, rows_of  # noqa: E402
+
+from polygpt import sharding  # noqa: E402
+from polygpt.attention.kernels import dispatch  # noqa: E402
+from polygpt.attention.kernels.problem import Operands, Rule  # noqa: E402
+from polygpt.attention.masks import DECODER, ENCODER, Causal, Meta, Prefix, SameSegment, Sinks, Window  # noqa: E402
+from polygpt.attention.scores import Scale, SoftCap  # noqa: E402
+
+T = 16
+CASES = {
+    "spans": Case("spans"),
+    "one key head": Case("spans", heads=(4, 1)),
+    "three key heads": Case("packed", heads=(6, 3)),
+    "nothing seen": Case("empty", score=Gates(), heads=(2, 2)),
+    "encoder": Case("packed", ENCODER, heads=(2, 2)),
+    "window": Case("packed", DECODER & Window(3)),
+    "prefix": Case("packed", SameSegment() & (Causal() | Prefix(5))),
+    "sinks": Case("spans", DECODER & (Window(3) | Sinks(2))),
+    "slopes": Case("packed", score=Slopes()),
+    "table": Case("spans", score=SoftCap(2.0).then(Table())),
+    "gates": Case("spans", score=Scale(2.0).then(Gates())),
+    "sigmoid": Case("spans", score=Gates().then(Slopes()), normalizer="sigmoid"),
+    "other keys": Case("cross", ENCODER),
+    "one query": Case("one query"),
+    "odd lengths": Case("odd"),
+}
+"""The devices divide the positions of all but the last two."""
+MESHES = {
+    "sequence 8": {"sequence": 8},
+    "sequence 4, tensor 2": {"sequence": 4, "tensor": 2},
+    "data 2, sequence 2, tensor 2": {"data": 2, "sequence": 2, "tensor": 2},
+    "tensor 8": {"tensor": 8},
+    "fsdp 4, sequence 2": {"fsdp": 4, "sequence": 2},
+}
+
+
+def layout_of(name: str) -> tuple[Meta, Meta]:
+    """Metadata of queries and keys."""
+    packed = rows_of([[7, 5, 2], [3, 13]], T)
+    span = np.zeros((2, T), np.int32)
+    span[0, 2:6], span[0, 8:11], span[1, 3:14] = 1, 2, 1  # over the borders between devices
+    match name:
+        case "spans":
+            return (dataclasses.replace(packed, span=span),) * 2
+        case "empty":
+            return (rows_of([[13], []], T),) * 2
+        case "cross":
+            return rows_of([[5, 2], [8]], 8), rows_of([[6, 7, 2], [3, 12]], T)
+        case "one query":
+            return part_of(packed, slice(11, 12)), packed
+        case "odd":
+            return (rows_of([[7, 9, 3], [4, 11]], 19),) * 2
+    return packed, packed
+
+
+def problem(name: str) -> tuple[Rule, Operands]:
+    """One of `CASES`."""
+    case = CASES[name]
+    rule, operands = made(case, *layout_of(case.layout), np.random.default_rng(0))
+    return rule, operands
+
+
+@functools.cache
+def split(mesh: str, context: str, backend: str):
+    """`attend` over this mesh."""
+    layout = sharding.arrange(sharding.MeshSpec(data=1, context=context).replace(**MESHES[mesh]), jax.devices())
+
+    def attend(rule, operands):
+        with sharding.using(layout), dispatch.in_blocks_of(2):
+            return dispatch.attend(rule, operands, backend, strict=True)
+
+    return attend
+
+
+def compared(mesh: str, context: str, backend: str, names=tuple(CASES)) -> list[str]:
+    """Raises where values are not those of float64, or gradients not those of one device."""
+    for name in names:
+        assert_agrees(split(mesh, context, backend), *problem(name))
+    return [f"{mesh}, {context}, {backend}: {name}" for name in names]
+
+
+def compiled(context: str, length: int):
+    """A program with gradients of rows of this length, over eight devices."""
+    layout = sharding.arrange(sharding.MeshSpec(data=1, sequence=8, context=context), jax.devices())
+
+    def shape(dtype, names, *sizes):
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=layout.place(names, sizes))
+
+    arrays = [shape(jnp.float32, ("rows", "heads", "positions", None), 1, 2, length, 64)] * 3
+    meta = Meta(*[shape(jnp.int32, ("rows", "positions"), 1, length)] * 5)
+
+    def loss(operands):
+        with sharding.using(layout):
+            return jnp.sum(dispatch.attend(Rule(DECODER), operands, "chunked", strict=True)[0])
+
+    return jax.jit(jax.grad(loss, allow_int=True)).lower(Operands(*arrays, meta, meta)).compile()
+
+
+def programs() -> dict:
+    """Of each context: bytes of temporaries by length, and how often the text has each collective."""
+    found = {}
+    for context in ("gather", "ring"):
+        programs = {length: compiled(context, length) for length in (2048, 4096)}
+        text = programs[2048].as_text()
+        found[context] = {
+            "temporaries": [program.memory_analysis().temp_size_in_bytes for program in programs.values()],
+            **{name: text.count(f" {name}(") for name in ("collective-permute", "all-gather")},
+        }
+    return found
+
+
+QUICK = [
+    ("sequence 4, tensor 2", "ring", "reference", ("spans", "nothing seen", "prefix", "sinks", "sigmoid", "one query")),
+    ("data 2, sequence 2, tensor 2", "gather", "reference", ("spans", "gates", "odd lengths")),
+    ("tensor 8", "gather", "reference", ("one key head",)),
+]
+SLOW = [
+    *((mesh, context, "reference") for mesh in MESHES for context in ("gather", "ring")),
+    ("sequence 4, tensor 2", "ring", "chunked", ("spans", "nothing seen", "gates", "sigmoid", "window")),
+    ("sequence 4, tensor 2", "ring", "flex", ("spans", "nothing seen", "table", "sigmoid", "three key heads")),
+    ("data 2, sequence 2, tensor 2", "gather", "flex", ("spans", "gates")),
+]
+
+if __name__ == "__main__":
+    assert len(jax.devices()) == 8
+    slow = sys.argv[1:] == ["slow"]
+    done = [line for chosen in (SLOW if slow else QUICK) for line in compared(*chosen)]
+    print(json.dumps({"compared": done, "programs": None if slow else programs()}))

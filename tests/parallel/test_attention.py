@@ -1,0 +1,92 @@
+"""Attention over eight fake devices: gathered keys and the ring, every kind of mask and term, and every variant."""
+
+import functools
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from polygpt import sharding, topology
+from polygpt.attention.kernels import dispatch
+from polygpt.attention.kernels.problem import Operands, Rule
+from polygpt.attention.masks import DECODER, Meta
+from polygpt.errors import SpecError
+from polygpt.sharding import MeshSpec
+
+
+def run(script: str, *arguments) -> dict:
+    """What a script prints as JSON. It compiles with fewer optimizations, which takes half the time."""
+    environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    command = [sys.executable, Path(__file__).with_name(script), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def quick():
+    return run("attention_on_eight_devices.py")
+
+
+def test_values_and_gradients_are_those_of_one_device(quick):
+    """Packed rows with spans and padding, rows of padding, masks, terms, key heads fewer than devices, a decode step."""
+    assert len(quick["compared"]) == 10 and "sequence 4, tensor 2, ring, reference: spans" in quick["compared"]
+
+
+@pytest.mark.slow
+def test_they_are_with_every_mesh_mask_and_backend():
+    assert len(run("attention_on_eight_devices.py", "slow")["compared"]) == 162
+
+
+def test_no_device_of_a_ring_holds_the_keys_of_all(quick):
+    """What a program with gradients needs a position, of which each of eight devices has an eighth."""
+    gather, ring = (quick["programs"][context] for context in ("gather", "ring"))
+    assert gather["all-gather"] > 0 and gather["collective-permute"] == 0
+    assert ring["all-gather"] == 0 and ring["collective-permute"] > 0
+    gathered, round_ring = (two - one for one, two in (gather["temporaries"], ring["temporaries"]))
+    more, keys_and_values = 2048, 2 * 2 * 64 * 4
+    # Keys and values of all devices and the gradients of both, which no device of a ring has.
+    assert gathered - round_ring > 0.9 * more * 2 * keys_and_values
+    assert round_ring < gathered / 2
+
+
+@pytest.mark.slow
+def test_every_variant_is_the_same_with_rows_positions_and_heads_split():
+    found = run("variants_on_eight_devices.py")
+    assert len(found) >= 20
+
+
+def shapes(layout, T: int) -> Operands:
+    def shape(dtype, names, *sizes):
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=layout.place(names, sizes))
+
+    meta = Meta(*[shape(jnp.int32, ("rows", "positions"), 1, T)] * 5)
+    heads = [(8, "heads"), (2, "kv_heads"), (2, "kv_heads")]
+    arrays = [shape(jnp.bfloat16, ("rows", name, "positions", None), 1, count, T, 128) for count, name in heads]
+    return Operands(*arrays, meta, meta)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install 'polygpt[tpu]'")
+def test_a_ring_of_kernels_compiles_for_tpus():
+    spec = MeshSpec(data=1, sequence=4, tensor=2, context="ring")
+    layout = sharding.arrange(spec, topology.devices("v5e:2x4"))
+
+    def loss(operands, backend="auto"):
+        return jnp.sum(dispatch.attend(Rule(DECODER), operands, backend, strict=True)[0].astype(jnp.float32))
+
+    with dispatch.compiling_for("tpu"), sharding.using(layout):
+        operands = shapes(layout, 8192)
+        text = topology.compiled(jax.jit(jax.grad(loss, allow_int=True)).lower(operands)).as_text()
+        refused = "positions are split in a ring, and library gives no gradients of a part of the keys"
+        with pytest.raises(SpecError, match=refused):
+            jax.eval_shape(functools.partial(loss, backend="library"), operands)
+    for kernel in ("flex_forward", "flex_backward_query", "flex_backward_key"):
+        assert kernel in text
+    assert "collective-permute-start" in text and "all-gather" not in text
