@@ -22,6 +22,9 @@ PROGRAM = (sys.executable, "-m", "polygpt.cli.main")
 OURS = (signal.SIGTERM, signal.SIGKILL)
 """What the launcher itself ends processes with, in this order."""
 
+UNHEARD = (b"INFO ", b"[Gloo] ")
+"""Beginnings of lines of process 0 that are for its log alone: barriers, and connections between processes."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
@@ -88,7 +91,7 @@ def run(
                 listeners.append(threading.Thread(target=_listen, args=(rank, pipe, file, terminal), daemon=True))
                 listeners[-1].start()
         with _passing_on(processes) as asked:
-            first = _wait(processes, grace)
+            first = _wait(processes, grace, asked)
         for listener in listeners:
             listener.join(5)  # a grandchild may hold the pipe open
     codes = tuple(process.returncode for process in processes)
@@ -129,7 +132,7 @@ def _free_port() -> int:
 def _listen(rank: int, pipe, file, terminal) -> None:
     for line in pipe:
         file.write(f"[p{rank}] ".encode() + line)
-        if rank == 0 and not line.startswith(b"INFO ") or line.startswith((b"polygpt: ", b"WARNING ")):
+        if rank == 0 and not line.startswith(UNHEARD) or line.startswith((b"polygpt: ", b"WARNING ")):
             text = line.decode(errors="replace")
             print(text if rank == 0 else f"[p{rank}] {text}", end="", file=terminal, flush=True)
 
@@ -152,7 +155,7 @@ def _passing_on(processes: Sequence[subprocess.Popen]) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _wait(processes: Sequence[subprocess.Popen], grace: float) -> int:
+def _wait(processes: Sequence[subprocess.Popen], grace: float, asked: Sequence[int]) -> int:
     """Until all have ended. Gives the first that failed, 0 if none did; after it the others are ended too."""
     first, deadline, left = None, None, list(OURS)
     while None in [process.poll() for process in processes]:
@@ -160,7 +163,8 @@ def _wait(processes: Sequence[subprocess.Popen], grace: float) -> int:
         if failed and first is None:
             first = min(failed, key=lambda rank: processes[rank].returncode)  # signals before codes
             deadline = time.monotonic() + grace
-            _say(f"{describe(first, processes[first].returncode)}: the others have {grace:.0f} s to end")
+            if not asked:
+                _say(f"{describe(first, processes[first].returncode)}: the others have {grace:.0f} s to end")
         if deadline is not None and time.monotonic() > deadline and left:
             number = left.pop(0)
             alive = [rank for rank, process in enumerate(processes) if process.poll() is None]
