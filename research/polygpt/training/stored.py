@@ -65,8 +65,7 @@ def read(
     )
     large = {field: found[name] for field, name in LARGE.items() if name in items}
     lacking = _initial({name: tree for name, tree in wanted.items() if name not in there}, initial)
-    absent = {field.name: None for field in dataclasses.fields(State)}
-    return State(**(absent | large | found["counts"] | lacking)), found["data"]
+    return dataclasses.replace(target, **large, **found["counts"], **lacking), found["data"]
 
 
 def read_parameters(folder: Path, step: int, target: Any, averaged: bool) -> Any:
@@ -77,7 +76,7 @@ def read_parameters(folder: Path, step: int, target: Any, averaged: bool) -> Any
 
 def _items(state: State) -> dict[str, Any]:
     fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(State)}
-    there = {name: tree for name, tree in fields.items() if tree is not None}
+    there = {name: tree for name, tree in fields.items() if jax.tree.leaves(tree)}  # Orbax refuses what has none
     items = {LARGE[name]: tree for name, tree in there.items() if name in LARGE}
     return items | {"counts": {name: tree for name, tree in there.items() if name not in LARGE}}
 

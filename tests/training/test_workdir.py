@@ -1,0 +1,58 @@
+"""What may change while a run goes on, and what makes it another run."""
+
+import dataclasses
+
+import pytest
+from tiny_experiment import experiment
+
+from polygpt.errors import UserError
+from polygpt.overrides import override
+from polygpt.training.manifest import Record, seal
+from polygpt.training.workdir import SAME_MATHEMATICS, claim, require_same
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    """As a run leaves it that has saved once."""
+    claim(tmp_path, experiment())
+    place = tmp_path / "checkpoints" / "7"
+    place.mkdir(parents=True)
+    seal(place, Record(7, None, True), 1)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train.parallel": "sharded", "train.mesh.fsdp": "4", "train.mesh.tensor": "2"},
+        {"train.processes.barrier_timeout": "5", "train.prefetch": "3", "train.log_every": "7"},
+        {"train.checkpoint.every": "9", "train.checkpoint.keep_every": "90", "train.use": "latest"},
+        {"model.decoder.remat": "full", "train.steps": "99"},
+    ],
+)
+def test_a_run_goes_on_elsewhere_and_with_another_rhythm(workdir, changes):
+    require_same(workdir, override(experiment(), changes))
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"optim.ema": "0.5"}, "optim.ema is 0.9 there, 0.5 here"),
+        ({"train.steps": "59"}, "train.steps is 60 there, 59 here"),
+        ({"data.rows": "8"}, "data.rows"),
+        ({"model.decoder.dropout": "0"}, "model.decoder.dropout"),
+        ({"train.metric": "text/loss"}, "train.metric"),
+        ({"seed": "1"}, "seed is 0 there, 1 here"),
+    ],
+)
+def test_other_mathematics_are_another_run(workdir, changes, named):
+    with pytest.raises(UserError, match=f"is a run of another configuration: {named}"):
+        require_same(workdir, override(experiment(), changes))
+
+
+def test_the_settings_that_may_change_exist():
+    for name in SAME_MATHEMATICS:
+        spec = experiment()
+        for part in name.split("."):
+            assert part in {field.name for field in dataclasses.fields(spec)}, name
+            spec = getattr(spec, part)
