@@ -42,14 +42,8 @@ def devices(name: str, slices: int = 1) -> list[jax.Device]:
     Raises:
         UserError: there is no such slice, or libtpu is not installed.
     """
+    require(name)
     generation, _, shape = name.partition(":")
-    shapes = SHAPES.get(generation)
-    # libtpu takes an empty name for a v2, and shapes that nobody is offered.
-    if shapes is None:
-        examples = ", ".join(f"{generation}:{shapes[1]}" for generation, shapes in SHAPES.items())
-        raise UserError(f"no TPU slice is called {name!r}: accepted are GENERATION:SHAPE, such as {examples}")
-    if shape not in shapes and not (shapes is SOLID and _multiples_of_4(shape)):
-        raise UserError(f"no TPU slice is called {name!r}: {_accepted(generation)}")
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("compiling for a TPU needs libtpu, which is not installed: pip install 'polygpt[tpu]'")
     options = dict(MEGACORE.get(generation, {}))
@@ -64,6 +58,18 @@ def devices(name: str, slices: int = 1) -> list[jax.Device]:
     except jax.errors.JaxRuntimeError as error:
         raise UserError(f"TPU slice {name!r}: {str(error).splitlines()[0]}; {_accepted(generation)}") from error
     return list(found.devices)
+
+
+def require(name: str) -> None:
+    """Raises UserError unless there is a slice of that name; libtpu is not asked."""
+    generation, _, shape = name.partition(":")
+    shapes = SHAPES.get(generation)
+    # libtpu takes an empty name for a v2, and shapes that nobody is offered.
+    if shapes is None:
+        examples = ", ".join(f"{generation}:{shapes[1]}" for generation, shapes in SHAPES.items())
+        raise UserError(f"no TPU slice is called {name!r}: accepted are GENERATION:SHAPE, such as {examples}")
+    if shape not in shapes and not (shapes is SOLID and _multiples_of_4(shape)):
+        raise UserError(f"no TPU slice is called {name!r}: {_accepted(generation)}")
 
 
 def compile_for(name: str, function: Callable, *arguments: Any) -> jax.stages.Compiled:

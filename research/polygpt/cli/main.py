@@ -26,6 +26,8 @@ VERBS = {
     "attention bench": ("polygpt.cli.attention_bench", "measure a variant's time, memory and FLOPs over the length"),
     "attention show": ("polygpt.cli.attention_show", "draw who sees whom, and the blocks that a kernel skips"),
     "attention new": ("polygpt.cli.attention_new", "write a starting file for a variant of your own"),
+    "plan": ("polygpt.cli.plan", "compile a step for devices that are not here: memory, time, collectives"),
+    "plan check": ("polygpt.cli.plan_check", "compile committed plans again: fails where memory or exchanges grew"),
     "launch local": ("polygpt.cli.launch_local", "run a command in several processes on this machine"),
     "launch slurm": ("polygpt.cli.launch_slurm", "submit a command as a SLURM job of several nodes"),
     "launch gke": ("polygpt.cli.launch_gke", "print a JobSet and an xpk command for a TPU slice on GKE"),

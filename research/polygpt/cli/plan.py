@@ -1,0 +1,118 @@
+"""polygpt plan FILE --on SLICE: what a training step takes on devices that need not be there."""
+
+import json
+import os
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+from polygpt.cli import experiment
+from polygpt.cli.arguments import Parser
+from polygpt.cli.output import print_table
+from polygpt.errors import UserError
+
+EXAMPLES = """\
+examples:
+  polygpt plan experiments/presets/7b.py --on v5e:16x16
+  polygpt plan experiments/presets/7b.py --on v5e:16x16 --search
+  polygpt plan experiments/presets/1b.py --on v5p:4x4x4 --slices 2 --train.mesh.fsdp 16 --train.mesh.data -1
+  polygpt plan experiments/quickstart.py --on cpu:8 --train.parallel sharded
+
+The TPU compiler comes with `pip install 'polygpt[tpu]'` and needs no TPU. --on takes v4, v5e, v5p, v6e or tpu7x with a
+slice's shape; h100:8, h200:8, a100:8 and cpu:8 are compiled for made-up CPU devices, and what is estimated is said."""
+
+BUDGET = 780
+"""Seconds that a search takes at most."""
+NEAREST = 300
+"""Seconds for compiling changes that fit, where the program does not."""
+
+
+def parser(prog: str, about: str) -> Parser:
+    """The verb's arguments."""
+    words = Parser(prog, about, EXAMPLES, experiment.fields)
+    words.add_argument("file", metavar="FILE", help="a Python file with `def experiment() -> Experiment`")
+    words.add_argument("--on", metavar="SLICE", required=True, help="v5e:16x16, v5p:4x4x4, h100:8, cpu:8, ...")
+    words.add_argument("--slices", type=int, default=1, metavar="N", help="so many slices, joined by the network")
+    words.add_argument("--search", action="store_true", help="find the fastest mesh, remat, microbatches that fit")
+    words.add_argument("--budget", type=float, default=BUDGET, metavar="S", help=f"seconds to search ({BUDGET})")
+    words.add_argument("--output", metavar="DIR", help="where to write (default: plans/<experiment>-<slice>)")
+    return words
+
+
+def run(arguments: Namespace) -> dict:
+    """Plans, prints, writes; returns the plan as data."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing is run: an accelerator that is busy is left alone
+    from polygpt.scale.plan.target import target
+
+    on = target(arguments.on, arguments.slices)
+    if arguments.budget <= 0:
+        raise UserError(f"plan: --budget is {arguments.budget:g}: it must be positive")
+    chosen = experiment.load(arguments.file, arguments.changes, arguments.options)
+    on.prepare()
+    slices = f"-{arguments.slices}x" if arguments.slices > 1 else "-"
+    folder = Path(arguments.output or Path("plans") / f"{chosen.name}{slices}{arguments.on.replace(':', '-')}")
+    data, found = _searched(chosen, on, arguments.budget) if arguments.search else (_planned(chosen, on), None)
+    data |= {"file": arguments.file, "changes": arguments.changes | data.get("best", {})}
+    _print(data, found)
+    _write(data, found, folder)
+    print(f"written to {folder}")
+    return data | {"folder": folder}
+
+
+def _planned(chosen, on) -> dict:
+    from polygpt.scale.plan import search
+    from polygpt.scale.plan.plan import plan
+
+    data = plan(chosen, on).to_json()
+    if data["memory"] is None or not data["memory"]["fits"]:
+        _tell("does not fit; looking for the nearest changes that do")
+        data["changes"] = search.nearest(chosen, on, data, NEAREST, _tell)
+    return data
+
+
+def _searched(chosen, on, budget: float):
+    from polygpt.scale.plan import search
+
+    found = search.search(chosen, on, budget, _tell)
+    if found.best is None:
+        raise UserError(
+            f"plan: none of {len(found.compiled)} compiled ways to run fits {on.name}, of {len(found.ways)} predicted: "
+            "take a larger slice, or fewer rows (--data.rows)"
+        )
+    best = found.best.candidate
+    return found.best.data | {"best": best.overrides(chosen), "searched": len(found.ways)}, found
+
+
+def _print(data: dict, found) -> None:
+    from polygpt.scale.plan.tables import about, headline, searched, tables
+
+    print(headline(data))
+    for line in about(data):
+        print(f"  {line}")
+    for table in [*tables(data), *([searched(found)] if found else [])]:
+        print_table(table.title, list(table.columns), [list(row) for row in table.rows])
+        for note in table.notes:
+            print(note + "\n")
+    if data.get("best"):
+        print("to run so: " + " ".join(f"--{name} {value}" for name, value in data["best"].items()))
+
+
+def _write(data: dict, found, folder: Path) -> None:
+    from polygpt.files import plain, write_atomically
+    from polygpt.scale.plan.pictures import draw_plan, draw_search
+    from polygpt.scale.plan.tables import markdown
+
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = []
+    if data["memory"]:
+        draw_plan(data, folder / "plan.png")
+        pictures.append("plan.png")
+    if found:
+        draw_search(found, folder / "search.png")
+        pictures.append("search.png")
+    write_atomically(folder / "plan.json", json.dumps(plain(data), indent=1) + "\n")
+    write_atomically(folder / "plan.md", markdown(data, found, pictures))
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

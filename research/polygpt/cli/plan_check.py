@@ -1,0 +1,42 @@
+"""polygpt plan check FOLDER: compiles committed plans again and compares."""
+
+import os
+from argparse import Namespace
+from pathlib import Path
+
+from polygpt.cli.arguments import Parser
+from polygpt.cli.output import print_table
+
+EXAMPLES = """\
+examples:
+  polygpt plan check
+  polygpt plan check experiments/plans/1b
+
+Compiles every plan below a folder again, from the experiment and overrides that it names. Memory of a device, or bytes
+of collectives, that grew by more than 5 % are an error."""
+
+
+def parser(prog: str, about: str) -> Parser:
+    """The verb's arguments."""
+    words = Parser(prog, about, EXAMPLES)
+    words.add_argument("folder", metavar="FOLDER", nargs="?", default="experiments/plans", help="where the plans are")
+    return words
+
+
+def run(arguments: Namespace) -> dict:
+    """Compares; the result has a fault where something grew."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from polygpt.scale.plan.check import GROWTH, check, plans_below
+    from polygpt.scale.plan.tables import gib
+
+    found = [check(path) for path in plans_below(Path(arguments.folder))]
+    rows = []
+    for one in found:
+        memory = f"{gib(one.memory[0])} -> {gib(one.memory[1])}"
+        sent = f"{one.sent[0] / 1e9:,.2f} -> {one.sent[1] / 1e9:,.2f}"
+        rows.append([str(one.path), memory, sent, "grew" if one.grew else "as it was"])
+    print_table(f"{len(rows)} plans", ["plan", "memory of a device", "GB sent by a device a step", ""], rows)
+    grown = [str(one.path) for one in found if one.grew]
+    fault = f"plan check: by more than {GROWTH:.0%}: {', '.join(grown)}" if grown else None
+    plans = [{"path": one.path, "memory": one.memory, "sent": one.sent, "grew": one.grew} for one in found]
+    return {"plans": plans, "fault": fault}

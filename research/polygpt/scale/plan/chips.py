@@ -1,0 +1,124 @@
+"""Published figures of accelerators: the one table that every estimate of time reads.
+
+All figures are of one chip, or of one GPU: bytes, bytes per second, and FLOP/s of dense bfloat16 products. What JAX
+calls a device is a chip, but half of one on a tpu7x, whose two chiplets are two devices.
+
+Sources, by the names that the table gives:
+    v4 page, v5e page, v5p page, v6e page, tpu7x page: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, the tables
+        "key specifications". They tell the interconnect as one sum over all links and both directions (v5e 400 GB/s,
+        v5p 1,200, v6e 800, tpu7x 1,200); a link in one direction is that over twice the number of links. Older prints
+        of the v5e page say 819 GB/s of HBM, newer 800 GiB/s. The two halves of a tpu7x talk six times as fast as a link
+        ("dual-chiplet architecture").
+    TPU v4 paper: Jouppi et al. (2304.01433), table 4: 6 links of 50 GB/s.
+    compiler: what libtpu 0.0.42 calls "available HBM" when it refuses a program for that slice; the rest of the
+        published capacity is reserved for the system (v5p page, first note).
+    datasheets: NVIDIA A100, H100 and H200 Tensor Core GPU datasheets (SXM; dense, without sparsity; NVLink over both
+        directions, halved), and DGX A100, H100 and H200 for the network: one adapter of 200 or 400 Gb/s a GPU.
+"""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Literal
+
+from polygpt.errors import UserError
+from polygpt.spec import nearest
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One accelerator.
+
+    Attributes:
+        name: as `--on` has it.
+        title: as people have it.
+        flops: peak of dense bfloat16 products, FLOP/s; None where nobody publishes one.
+        memory: published capacity, bytes.
+        usable: what a program may take of it, bytes.
+        bandwidth: of that memory, bytes/s.
+        link: one link of the interconnect, one way, bytes/s; of a GPU all its links, one way.
+        links: their number.
+        network: data-centre network, one way, bytes/s.
+        shape: how chips are joined: a torus of two or three dimensions, or a switch.
+        ring: the smallest length from which on an axis of the torus is closed to a ring in every slice; below it, and
+            in lengths that are no multiple of it, its ends are not joined.
+        devices: JAX devices a chip.
+        source: of the figures.
+    """
+
+    name: str
+    title: str
+    flops: float | None
+    memory: float
+    usable: float
+    bandwidth: float | None
+    link: float | None
+    links: int
+    network: float | None
+    shape: Literal["2D torus", "3D torus", "switch", "memory"]
+    ring: int = 0
+    devices: int = 1
+    source: str = ""
+
+    def each(self, figure: float | None) -> float | None:
+        """A chip's figure as the share of one JAX device."""
+        return None if figure is None else figure / self.devices
+
+
+def _tpu(name, title, teraflops, gib, usable, gigabytes, link, links, network, ring, source, devices=1) -> Chip:
+    shape = "2D torus" if links == 4 else "3D torus"
+    bandwidth, link, network = gigabytes * 1e9, link * 1e9, network * 1e9 / 8
+    return Chip(
+        name, title, teraflops * 1e12, gib * GIB, usable * GIB, bandwidth, link, links, network, shape, ring, devices,
+        f"{source}; usable memory: compiler",
+    )  # fmt: skip
+
+
+def _gpu(name, title, teraflops, gigabytes, terabytes, nvlink, network, source) -> Chip:
+    # CUDA and NCCL keep about a twentieth of the memory, and JAX asks for three quarters unless it is told otherwise.
+    memory = gigabytes * 1e9
+    return Chip(
+        name, title, teraflops * 1e12, memory, 0.94 * memory, terabytes * 1e12, nvlink * 1e9, 1, network * 1e9 / 8,
+        "switch", source=source,
+    )  # fmt: skip
+
+
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        _tpu("v4", "TPU v4", 275, 32, 30.75, 1200, 50, 6, 50, 4, "v4 page; links: TPU v4 paper; network: as v5p"),
+        _tpu("v5e", "TPU v5e", 197, 16, 15.75, 819, 50, 4, 25, 16, "v5e page; network: its 2 x 100 Gb/s for 8 chips"),
+        _tpu("v5p", "TPU v5p", 459, 95, 95.74, 2765, 100, 6, 50, 4, "v5p page"),
+        _tpu("v6e", "TPU v6e (Trillium)", 918, 32, 31.25, 1638, 100, 4, 100, 16, "v6e page, tpu7x page"),
+        _tpu("tpu7x", "TPU7x (Ironwood)", 2307, 192, 189.5, 7380, 100, 6, 100, 4, "tpu7x page", devices=2),
+        _gpu("a100", "NVIDIA A100 SXM 80 GB", 312, 80, 2.039, 300, 200, "A100 and DGX A100 datasheets"),
+        _gpu("h100", "NVIDIA H100 SXM", 989.4, 80, 3.35, 450, 400, "H100 and DGX H100 datasheets"),
+        _gpu("h200", "NVIDIA H200 SXM", 989.4, 141, 4.8, 450, 400, "H200 and DGX H200 datasheets"),
+    )
+}
+"""The chips, by name."""
+
+SWITCHED = {"a100": 8, "h100": 8, "h200": 8}
+"""GPUs that one NVLink switch joins; more of them talk over the network."""
+
+
+def cpu() -> Chip:
+    """This machine, shared by devices that JAX makes up: nobody publishes its speed, and it is not guessed."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Chip("cpu", "this machine's CPU", None, memory, memory, None, None, 0, None, "memory", source="this machine")
+
+
+def chip(name: str) -> Chip:
+    """The chip of that name; UserError with the nearest names if there is none."""
+    if name == "cpu":
+        return cpu()
+    if name not in CHIPS:
+        raise UserError(f"--on {name}: no figures of such a chip: {nearest(name, [*CHIPS, 'cpu'])}")
+    return CHIPS[name]
+
+
+def table() -> Sequence[dict]:
+    """The published figures as rows of JSON data, for the documents that plans write."""
+    return [dataclasses.asdict(chip) for chip in CHIPS.values()]

@@ -1,0 +1,257 @@
+"""A compiled program's text, read: instructions, which computation calls which, and how often each runs in a step.
+
+XLA's own cost analysis counts the body of a loop once; a model's blocks are scanned, so everything that matters happens
+in loops. Here every instruction comes with the number of times that one call of the program executes it.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+BYTES = {
+    "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "f8e4m3b11fnuz": 1, "s16": 2,
+    "u16": 2, "f16": 2, "bf16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16,
+}  # fmt: skip
+"""Bytes of an element; other types, tokens among them, have none."""
+
+_SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^{}]*\})?")
+_HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_END = re.compile(r"^\}(, execution_thread=.*)?$")
+_NAME = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
+_CALLED = re.compile(r"\b(calls|body|condition|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """One array of an instruction's result.
+
+    Attributes:
+        dtype: as in the text, "bf16".
+        shape: its sizes.
+        near: whether it lies in the memory next to the compute units (VMEM and scalar memory), not in HBM.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    near: bool = False
+
+    @property
+    def size(self) -> int:
+        """Elements."""
+        return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> float:
+        """Bytes, without the padding of tiles."""
+        return self.size * BYTES.get(self.dtype, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line.
+
+    Attributes:
+        name: without the percent sign.
+        opcode: "fusion", "all-gather-start", ...
+        results: its arrays, those of a tuple one by one.
+        operands: names of instructions of the same computation.
+        text: the whole line.
+        root: whether it is what its computation gives.
+    """
+
+    name: str
+    opcode: str
+    results: tuple[Array, ...]
+    operands: tuple[str, ...]
+    text: str
+    root: bool
+
+    @property
+    def bytes(self) -> float:
+        """Bytes of the result."""
+        return sum(array.bytes for array in self.results)
+
+    def attribute(self, name: str) -> str | None:
+        """What stands behind `name=`, up to the next attribute; None if there is no such attribute."""
+        found = re.search(rf"[,)] {name}=", self.text)
+        if found is None:
+            return None
+        return self.text[found.end() : _end_of(self.text, found.end(), ",")]
+
+    def called(self) -> dict[str, str]:
+        """Computations that it calls, by the attribute that names them."""
+        return {kind: name for kind, name in _CALLED.findall(self.text)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Executed:
+    """An instruction as the program executes it.
+
+    Attributes:
+        instruction: the line.
+        within: the computation that holds it.
+        times: how often in one call of the program.
+        loops: the loops around it, outermost first.
+        fused: whether it is part of a fusion, and its operands and results are no arrays in memory.
+        beside: whether it belongs to a call that runs beside the rest of the program.
+    """
+
+    instruction: Instruction
+    within: dict[str, Instruction]
+    times: int
+    loops: tuple[str, ...]
+    fused: bool = False
+    beside: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A whole compiled program.
+
+    Attributes:
+        computations: by name, their instructions by name, in order.
+        entry: the name of the one that is called.
+        unknown: loops of which the text does not say how often they run; they are counted once.
+    """
+
+    computations: dict[str, dict[str, Instruction]]
+    entry: str
+    unknown: tuple[str, ...] = ()
+
+    def executed(self) -> Iterator[Executed]:
+        """Every instruction that runs, fused ones too; the scalar functions of reductions are left out."""
+        yield from self._executed(self.entry, 1, ())
+
+    def _executed(self, name: str, times: int, loops: tuple[str, ...], **where: bool) -> Iterator[Executed]:
+        within = self.computations[name]
+        for instruction in within.values():
+            yield Executed(instruction, within, times, loops, **where)
+            opcode, called = instruction.opcode, instruction.called()
+            if opcode == "while":
+                trips = self.trips(instruction, within) or 1
+                yield from self._executed(called["body"], times * trips, (*loops, instruction.name), **where)
+            elif opcode == "fusion":
+                yield from self._executed(called["calls"], times, loops, **where | {"fused": True})
+            elif opcode in ("async-start", "call-start"):
+                inside = called.get("calls") or called["to_apply"]
+                yield from self._executed(inside, times, loops, **where | {"beside": True})
+            elif opcode == "call":
+                yield from self._executed(called["to_apply"], times, loops, **where)
+            elif opcode == "conditional":
+                for branch in self._branches(instruction):
+                    yield from self._executed(branch, times, loops, **where)
+
+    def _branches(self, instruction: Instruction) -> list[str]:
+        listed = _BRANCHES.search(instruction.text)
+        if listed:
+            return [name.strip().lstrip("%") for name in listed.group(1).split(",")]
+        return [name for kind, name in instruction.called().items() if kind.endswith("_computation")]
+
+    def trips(self, loop: Instruction, within: dict[str, Instruction]) -> int | None:
+        """How often a loop's body runs, each time that the loop is entered; None if the text does not say."""
+        if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.text):
+            return int(known.group(1))
+        condition = self.computations[loop.called()["condition"]]
+        root = next(instruction for instruction in condition.values() if instruction.root)
+        if root.opcode == "fusion" and len(root.operands) == 2:  # a CPU wraps the comparison
+            inner = self.computations[root.called()["calls"]]
+            direction = next((i.attribute("direction") for i in inner.values() if i.opcode == "compare"), None)
+        else:
+            direction = root.attribute("direction")
+        constants = [_integer(condition.get(name)) for name in root.operands]
+        end = next((value for value in constants if value is not None), None)
+        counter = next((condition[name] for name in root.operands if _index(condition.get(name)) is not None), None)
+        if end is None or counter is None or direction not in ("LT", "LE"):
+            return None
+        start = self._start(loop, within, _index(counter))
+        return max(end - start + (direction == "LE"), 0)
+
+    def _start(self, loop: Instruction, within: dict[str, Instruction], index: int) -> int:
+        """The number at which a loop's counter begins: 0 where it is not a constant in the text, as in all of JAX."""
+        given = within.get(loop.operands[0])
+        if given is None or given.opcode != "tuple" or index >= len(given.operands):
+            return 0
+        value = within.get(given.operands[index])
+        while value is not None and value.opcode in ("copy", "bitcast"):
+            value = within.get(value.operands[0])
+        return _integer(value) or 0
+
+
+def parse(text: str) -> Program:
+    """The program whose `compiled.as_text()` this is."""
+    computations: dict[str, dict[str, Instruction]] = {}
+    entry, current = "", None
+    for line in _lines(text):
+        if current is None:
+            if head := _HEAD.match(line):
+                current = computations.setdefault(head.group(2), {})
+                entry = head.group(2) if head.group(1) else entry
+        elif _END.match(line):
+            current = None
+        elif instruction := _instruction(line):
+            current[instruction.name] = instruction
+    program = Program(computations, entry)
+    loops = (run for run in program.executed() if run.instruction.opcode == "while")
+    unknown = {run.instruction.name for run in loops if program.trips(run.instruction, run.within) is None}
+    return dataclasses.replace(program, unknown=tuple(sorted(unknown)))
+
+
+def _lines(text: str) -> Iterator[str]:
+    """Lines, where the metadata of a kernel may have broken one into several."""
+    waiting = ""
+    for line in text.splitlines():
+        begins = not line or _NAME.match(line) or _END.match(line) or _HEAD.match(line)
+        if begins and waiting:
+            yield waiting
+            waiting = ""
+        waiting = f"{waiting} {line.strip()}" if waiting and not begins else line
+    yield waiting
+
+
+def _instruction(line: str) -> Instruction | None:
+    named = _NAME.match(line)
+    if named is None:
+        return None
+    at = named.end()
+    behind = _end_of(line, at, " ")  # of the result's type
+    opening = line.index("(", behind)
+    closing = _end_of(line, opening + 1, ")")
+    results = tuple(
+        Array(dtype, tuple(int(n) for n in sizes.split(",") if n), bool(re.search(r"S\([1-9]", layout or "")))
+        for dtype, sizes, layout in _SHAPE.findall(line[at:behind])
+    )
+    opcode = line[behind + 1 : opening]
+    inside = "" if opcode in ("constant", "parameter") else re.sub(r"/\*.*?\*/", "", line[opening + 1 : closing])
+    operands = tuple(re.findall(r"%([\w.\-]+)", inside))
+    return Instruction(named.group(2), opcode, results, operands, line, bool(named.group(1)))
+
+
+def _end_of(text: str, at: int, mark: str) -> int:
+    """Where the first `mark` outside of brackets stands, from `at` on; the text's end if there is none."""
+    depth = 0
+    for i in range(at, len(text)):
+        c = text[i]
+        if depth == 0 and c == mark:
+            return i
+        if c in "([{":
+            depth += 1
+        elif c in ")]}":
+            depth -= 1
+            if depth < 0:
+                return i
+    return len(text)
+
+
+def _integer(instruction: Instruction | None) -> int | None:
+    if instruction is None or instruction.opcode != "constant":
+        return None
+    value = re.search(r"constant\((-?\d+)\)", instruction.text)
+    return int(value.group(1)) if value else None
+
+
+def _index(instruction: Instruction | None) -> int | None:
+    if instruction is None or instruction.opcode != "get-tuple-element":
+        return None
+    return int(re.search(r"index=(\d+)", instruction.text).group(1))

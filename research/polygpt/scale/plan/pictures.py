@@ -1,0 +1,70 @@
+"""The pictures of a plan: memory against what there is, the bounds of a step, the ways that a search compared."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from polygpt.scale.plan.search import Found
+
+PARTS = ("parameters", "optimizer", "batch", "padding", "temporaries", "output", "program")
+COLOURS = ("#3566a8", "#7ba3d0", "#8a8f98", "#c4c8ce", "#d98a3d", "#a05a9c", "#5b8f5b")
+
+
+def draw_plan(data: Mapping, path: Path) -> None:
+    """Memory by part, and the least time of a step by bound."""
+    memory, roofline = data["memory"], data["roofline"]
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    at = 0.0
+    for name, colour in zip(PARTS, COLOURS, strict=True):
+        width = memory[name] / 2**30
+        left.barh([0], [width], left=at, color=colour, label=f"{name} {width:.2f}")
+        at += width
+    left.axvline(memory["usable"] / 2**30, color="#b03030", label=f"usable {memory['usable'] / 2**30:.2f}")
+    left.set(title="memory of a device, GiB", yticks=[], xlim=(0, 1.08 * max(at, memory["usable"] / 2**30)))
+    left.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3, frameon=False)
+    if roofline:
+        names = {"compute": "compute", "memory": "HBM", "links": "interconnect", "network": "network"}
+        shown = [(text, roofline[name]) for name, text in names.items() if roofline[name] or name != "network"]
+        ruling = max(seconds for _, seconds in shown)
+        colours = ["#b03030" if seconds == ruling else "#7ba3d0" for _, seconds in shown]
+        right.barh([name for name, _ in shown], [seconds for _, seconds in shown], color=colours)
+        right.invert_yaxis()
+        right.set(title=f"least seconds of a step; MFU ceiling {roofline['mfu_ceiling']:.1%}")
+    else:
+        right.set_axis_off()
+    figure.savefig(path, dpi=150)
+
+
+def draw_search(found: Found, path: Path) -> None:
+    """Time of a step against memory: all ways predicted, those compiled, and the front that no other way beats."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    guessed = [way for way in found.ways if not way.fits and not (way.data and "memory" in way.data)]
+    usable = found.target.usable / 2**30
+    axes.scatter(
+        [found.memory(way) / 2**30 for way in guessed], [found.rank(way) for way in guessed],
+        s=6, color="#b8bdc6", label=f"predicted ({len(guessed)})",
+    )  # fmt: skip
+    fits = [way for way in found.ways if way.fits]
+    x, y = [found.memory(way) / 2**30 for way in fits], [found.rank(way) for way in fits]
+    axes.scatter(x, y, s=36, color="#3566a8", label=f"compiled, fits ({len(fits)})", zorder=3)
+    front, least = [], float("inf")
+    for a, b in sorted(zip(x, y, strict=True)):
+        if b < least:
+            front.append((a, b))
+            least = b
+    if front:
+        axes.step(*zip(*front, strict=True), where="post", color="#3566a8", linewidth=1, label="no other beats these")
+    if best := found.best:
+        axes.annotate(
+            best.candidate.about().replace(" | ", "\n"), (found.memory(best) / 2**30, found.rank(best)),
+            xytext=(12, 12), textcoords="offset points", fontsize=7,
+        )  # fmt: skip
+        axes.set_ylim(0, 4 * found.rank(best))
+    axes.axvline(usable, color="#b03030", label=f"usable {usable:.2f} GiB")
+    axes.set(xlabel="memory of a device, GiB", ylabel="seconds of a step", xlim=(0, 2 * usable))
+    axes.set_title(f"{found.experiment.name} on {found.target.name}: ways to run")
+    axes.legend(fontsize=8, frameon=False)
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,178 @@
+"""A plan: everything that is known of a training step before it runs, on devices that need not be there."""
+
+import dataclasses
+import importlib.metadata
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from polygpt.scale.plan import collectives, compilation, hlo, links, work
+from polygpt.scale.plan.collectives import Collective
+from polygpt.scale.plan.compilation import Built
+from polygpt.scale.plan.flops import Flops, flops
+from polygpt.scale.plan.memory import Exhausted, Memory
+from polygpt.scale.plan.roofline import Roofline
+from polygpt.scale.plan.target import Target
+from polygpt.training.experiment import Experiment
+
+
+@dataclasses.dataclass(frozen=True)
+class Exchange:
+    """A collective, and the least time that its executions take in a step."""
+
+    what: Collective
+    seconds: float
+
+    def to_json(self) -> dict:
+        """As JSON data; of the group its size alone."""
+        own = dataclasses.asdict(self.what) | {"group": len(self.what.group), "axes": list(self.what.axes)}
+        return own | {"sent": self.what.sent, "sent_a_step": self.what.sent_a_step, "seconds": self.seconds}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What was found; `plan` makes one.
+
+    Attributes:
+        name: of the experiment.
+        target: what it is planned for.
+        settings: what a search changes: mesh, remat, microbatches, rows, length.
+        memory: of a device; None where the compiler refused for want of it.
+        exhausted: what it said then.
+        flops: of a step.
+        exchanges: between devices, largest first.
+        kernels: fused kernels by name, with executions and FLOPs of a step.
+        roofline: the least time of a step; None where the chip's figures are not published, or nothing was compiled.
+        seconds: that tracing and compiling took.
+        reason: why this mesh, where that was chosen automatically.
+        warnings: what a reader must know.
+    """
+
+    name: str
+    target: Target
+    settings: Mapping[str, Any]
+    memory: Memory | None
+    exhausted: Exhausted | None
+    flops: Flops
+    exchanges: tuple[Exchange, ...]
+    kernels: Mapping[str, tuple[int, float]]
+    roofline: Roofline | None
+    seconds: float
+    reason: str | None
+    warnings: tuple[str, ...]
+
+    @property
+    def sent(self) -> float:
+        """Bytes that each device sends in a step."""
+        return sum(exchange.what.sent_a_step for exchange in self.exchanges)
+
+    def to_json(self) -> dict:
+        """As JSON data."""
+        chip = dataclasses.asdict(self.target.chip)
+        return {
+            "experiment": self.name,
+            "on": self.target.name,
+            "slices": self.target.slices,
+            "devices": self.target.count,
+            "chip": chip,
+            "links": links.describe(self.target),
+            "estimated": self.target.estimated,
+            "settings": dict(self.settings),
+            "reason": self.reason,
+            "memory": self.memory and self.memory.to_json(),
+            "exhausted": self.exhausted and dataclasses.asdict(self.exhausted),
+            "flops": self.flops.to_json(),
+            "collectives": [exchange.to_json() for exchange in self.exchanges],
+            "collective_bytes": self.sent,
+            "kernels": {name: {"times": n, "flops": count} for name, (n, count) in self.kernels.items()},
+            "roofline": self.roofline and self.roofline.to_json(),
+            "compile_seconds": self.seconds,
+            "versions": versions(),
+            "warnings": list(self.warnings),
+        }
+
+
+def plan(experiment: Experiment, target: Target) -> Plan:
+    """Compiles the step of an experiment for a target and reads what it takes.
+
+    Raises:
+        UserError: rows, positions or heads cannot be divided as the mesh asks, or the compiler for it is not installed.
+    """
+    target.prepare()
+    built = compilation.build(experiment, target)
+    counted = flops(experiment, built.vocabulary)
+    if not built.text:
+        return _plan(experiment, target, built, counted)
+    program = hlo.parse(built.text)
+    found = collectives.collectives(program, built.mesh)
+    both = [(one, links.seconds(one, target, built.devices)) for one in found]
+    exchanges = tuple(Exchange(one, one.times * sum(seconds)) for one, seconds in both)
+    times, executed = collectives.kernels(program), work.kernel_flops(program)
+    products = work.products(program) + sum(executed.values())
+    roofline = None
+    if target.peak:
+        roofline = Roofline(
+            compute=products / target.peak,
+            memory=work.traffic(program) / target.chip.each(target.chip.bandwidth),
+            links=sum(one.times * inside for one, (inside, _) in both),
+            network=sum(one.times * across for one, (_, across) in both),
+            useful=counted.useful / target.count,
+            executed=products,
+            peak=target.peak,
+        )
+    kernels = {name: (count, executed[name]) for name, count in times.items()}
+    warnings = [f"how often the loop {name} runs is not in the program: counted once" for name in program.unknown]
+    warnings += [f"the FLOPs of the kernel {name} are not known: counted as 0" for name, n in executed.items() if not n]
+    return _plan(experiment, target, built, counted, exchanges, kernels, roofline, warnings)
+
+
+def _plan(experiment, target, built: Built, counted, exchanges=(), kernels=None, roofline=None, warnings=()) -> Plan:
+    warnings = list(warnings)
+    if built.devices and len(built.devices) < target.count:
+        idle = f"{target.count - len(built.devices)} of {target.count} devices are idle"
+        warnings.append(f"train.parallel is single: {idle}; try --train.parallel auto")
+    if experiment.train.parallel == "pmap":
+        warnings.append("train.parallel is pmap: planned as one program that splits rows, which computes the same")
+    return Plan(
+        name=experiment.name,
+        target=target,
+        settings=settings(experiment, built.mesh),
+        memory=built.memory,
+        exhausted=built.exhausted,
+        flops=counted,
+        exchanges=tuple(exchanges),
+        kernels=kernels or {},
+        roofline=roofline,
+        seconds=built.seconds,
+        reason=built.reason,
+        warnings=tuple(warnings),
+    )
+
+
+def settings(experiment: Experiment, mesh: Mapping[str, int]) -> dict[str, Any]:
+    """What a plan depends on beside the model: mesh, remat, microbatches, rows."""
+    model, spec = experiment.model, experiment.train.mesh
+    towers = {adapter.tower.remat for adapter in model.adapters.values() if hasattr(adapter, "tower")}
+    return {
+        "mesh": {axis: size for axis, size in mesh.items() if size > 1},
+        "features": list(spec.rules["features"]),
+        "context": spec.context if mesh.get("sequence", 1) > 1 else None,
+        "remat": model.decoder.remat,
+        "towers": "/".join(sorted(towers)) or None,
+        "microbatches": experiment.optim.accumulate,
+        "rows": experiment.data.rows,
+        "length": experiment.data.layout.length,
+        "dtype": model.dtype,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of what compiles."""
+    found = {"jax": jax.__version__}
+    for name in ("jaxlib", "libtpu"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found

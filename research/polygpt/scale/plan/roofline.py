@@ -1,0 +1,73 @@
+"""The least time that a step can take: compute, memory and interconnect, each at its published peak."""
+
+import dataclasses
+
+CEILING = """\
+The ceiling is what the published peaks allow this very program, if compute, memory and interconnect overlapped fully: a
+step takes at least as long as the longest of the three. It is no forecast. Matrix products do not reach the peak,
+exchanges wait for what they send and are not all hidden, and input, host and stragglers take their time: measured MFU
+lies below it. A plan whose ceiling is low cannot be fast; one whose ceiling is high may still be slow. "Nothing hidden"
+adds the three up."""
+"""What a ceiling is and is not, to be printed beside it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Roofline:
+    """Seconds of one step, on one device.
+
+    Attributes:
+        compute: matrix products and attention kernels at the peak of bfloat16.
+        memory: bytes that the program reads and writes, at the memory's bandwidth.
+        links: exchanges within a slice or node, one after another.
+        network: exchanges between slices or nodes.
+        useful: useful FLOPs of one device.
+        executed: FLOPs that it executes.
+        peak: its FLOP/s.
+        idle: share of the time that a pipeline's stages wait for each other, of compute.
+    """
+
+    compute: float
+    memory: float
+    links: float
+    network: float
+    useful: float
+    executed: float
+    peak: float
+    idle: float = 0.0
+
+    @property
+    def bounds(self) -> dict[str, float]:
+        """The three bounds, the network as a fourth where there is one."""
+        bounds = {"compute": self.compute, "HBM": self.memory, "interconnect": self.links}
+        return bounds | ({"network": self.network} if self.network else {})
+
+    @property
+    def bound(self) -> str:
+        """The one that rules."""
+        return max(self.bounds, key=self.bounds.get)
+
+    @property
+    def step(self) -> float:
+        """Seconds of a step if all overlap."""
+        return max(self.bounds.values())
+
+    @property
+    def serial(self) -> float:
+        """Seconds of a step if nothing overlaps."""
+        return sum(self.bounds.values())
+
+    @property
+    def ceiling(self) -> float:
+        """MFU if all overlap: useful FLOPs over what the peak would do in that time."""
+        return self.useful / (self.step * self.peak)
+
+    @property
+    def floor(self) -> float:
+        """MFU at the published peaks if nothing overlaps; no lower bound of a measured one."""
+        return self.useful / (self.serial * self.peak)
+
+    def to_json(self) -> dict:
+        """As JSON data."""
+        derived = {"bound": self.bound, "step": self.step, "serial": self.serial}
+        derived |= {"mfu_ceiling": self.ceiling, "mfu_nothing_hidden": self.floor, "ceiling": CEILING}
+        return dataclasses.asdict(self) | derived

@@ -1,0 +1,260 @@
+"""The fastest way to run that fits: everything is predicted by arithmetic, the most promising are compiled.
+
+A way is ranked by the mean of two times of a step: with everything overlapped and with nothing overlapped. A compiled
+program corrects the predictions of those that are not compiled yet, so that the next to be compiled is the one that
+looks best after all that is known. Only what was compiled, and fits, can win.
+"""
+
+import concurrent.futures
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+from polygpt.errors import UserError
+from polygpt.scale.plan.candidates import Candidate, candidates, current, smaller
+from polygpt.scale.plan.prediction import Correction, Facts, Prediction, arranged, facts, predict
+from polygpt.scale.plan.roofline import Roofline
+from polygpt.scale.plan.target import Target
+from polygpt.scale.plan.worker import plan_apart
+from polygpt.training.experiment import Experiment
+
+ROOM = 0.98
+"""Share of the memory that a prediction may take to be worth compiling."""
+
+
+@dataclasses.dataclass
+class Tried:
+    """A way to run, predicted and perhaps compiled.
+
+    Attributes:
+        candidate: the way.
+        prediction: by arithmetic.
+        data: its plan as JSON data, once compiled; {"failed": why} if that did not come to an end.
+    """
+
+    candidate: Candidate
+    prediction: Prediction
+    data: dict | None = None
+
+    @property
+    def fits(self) -> bool:
+        """Whether it was compiled and fits."""
+        return bool(self.data and self.data.get("memory") and self.data["memory"]["fits"])
+
+    def rank(self, correction: Correction) -> float:
+        """Seconds by which ways are compared."""
+        if self.fits and self.data["roofline"]:
+            return (self.data["roofline"]["step"] + self.data["roofline"]["serial"]) / 2
+        return rank(correction.roofline(self.prediction))
+
+    def memory(self, correction: Correction) -> float:
+        """Bytes of a device: the compiler's where it has said, else predicted."""
+        return self.data["memory"]["total"] if self.fits else correction.memory(self.prediction)
+
+
+def rank(roofline: Roofline) -> float:
+    """The mean of a step's time with everything and with nothing overlapped."""
+    return (roofline.step + roofline.serial) / 2
+
+
+@dataclasses.dataclass
+class Found:
+    """What a search has found.
+
+    Attributes:
+        ways: all that were predicted, the most promising first.
+        corrections: by (remat of the decoder, of towers).
+        seconds: that the search took.
+        experiment, target: what was searched for.
+    """
+
+    experiment: Experiment
+    target: Target
+    ways: list[Tried]
+    corrections: dict[Any, Correction]
+    seconds: float = 0.0
+
+    def correction(self, way: Tried) -> Correction:
+        """The error of predictions, learned from ways with the same remat, or from any."""
+        key = (way.candidate.remat, way.candidate.towers)
+        return self.corrections.get(key) or self.corrections.get(None) or Correction()
+
+    def rank(self, way: Tried) -> float:
+        """Seconds by which it is compared."""
+        return way.rank(self.correction(way))
+
+    def memory(self, way: Tried) -> float:
+        """Bytes of a device."""
+        return way.memory(self.correction(way))
+
+    @property
+    def compiled(self) -> list[Tried]:
+        """Those that were compiled, the fastest that fit first."""
+        return sorted((way for way in self.ways if way.data), key=lambda way: (not way.fits, self.rank(way)))
+
+    @property
+    def best(self) -> Tried | None:
+        """The fastest that was compiled and fits."""
+        return next((way for way in self.compiled if way.fits), None)
+
+    def next(self) -> Tried | None:
+        """The most promising of those that are not compiled, if any can beat the best; first of all one that fits."""
+        limit = ROOM * self.target.usable
+        open_ = [way for way in self.ways if way.data is None]
+        within = [way for way in open_ if self.memory(way) <= limit]
+        if self.best is None:
+            return min(within, key=self.rank, default=None) or min(open_, key=self.memory, default=None)
+        better = [way for way in within if self.rank(way) < 0.995 * self.rank(self.best)]
+        return min(better, key=self.rank, default=None)
+
+    def learn(self, way: Tried) -> None:
+        """Takes what the compiler said of a way."""
+        data, key = way.data, (way.candidate.remat, way.candidate.towers)
+        before = dataclasses.replace(self.correction(way))
+        if memory := data.get("memory"):
+            temporaries = memory["temporaries"] + memory["padding"] + memory["output"] + memory["program"]
+            roofline = data["roofline"] and Roofline(**{f.name: data["roofline"][f.name] for f in _FIELDS})
+            before.learn(way.prediction, temporaries, roofline)
+        else:
+            said = data.get("exhausted") or {}
+            needed = said.get("temporaries") or (said.get("all") or 0) - way.prediction.state
+            least = self.target.usable - way.prediction.state  # it was more than that
+            before.temporaries = max(needed, 1.05 * least, 0) / way.prediction.temporaries
+        self.corrections[key] = self.corrections[None] = before
+
+
+_FIELDS = dataclasses.fields(Roofline)
+
+
+def search(
+    experiment: Experiment, target: Target, seconds: float, tell: Callable[[str], None], at_once: int = 2
+) -> Found:
+    """Searches for so many seconds at most.
+
+    Args:
+        experiment: rows and model stay as they are.
+        target: the devices.
+        seconds: to search for; a compilation that has begun is stopped when they are over.
+        tell: is told of progress, a line at a time.
+        at_once: programs that are compiled side by side.
+
+    Raises:
+        UserError: nothing can be divided over these devices.
+    """
+    begin = time.monotonic()
+    target.prepare()
+    known = facts(experiment, target)
+    found = Found(experiment, target, _predicted(experiment, known, target), {})
+    if not found.ways:
+        rows = f"data.rows is {experiment.data.rows}"
+        raise UserError(f"--search: {rows}, and no mesh of {target.count} devices divides that: change it")
+    found.ways.sort(key=found.rank)
+    fit = sum(found.memory(way) <= ROOM * target.usable for way in found.ways)
+    tell(f"{len(found.ways)} ways to run, {fit} of them predicted to fit; compiling the most promising")
+
+    def left() -> float:
+        return seconds - (time.monotonic() - begin)
+
+    running: dict[concurrent.futures.Future, Tried] = {}
+    with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
+        while True:
+            while len(running) < at_once and left() > 20 and (way := found.next()):
+                tell(f"compiling {way.candidate.about()}: {_figures(found, way)} predicted")
+                way.data = {"failed": "under way"}
+                limit = min(left(), max(120.0, seconds / 2))
+                running[pool.submit(plan_apart, way.candidate.apply(experiment), target, limit)] = way
+            if not running:
+                break
+            done, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
+            for future in done:
+                way = running.pop(future)
+                try:
+                    way.data = future.result()
+                except UserError as error:
+                    way.data = {"failed": str(error)}
+                if "failed" not in way.data:
+                    found.learn(way)
+                tell(f"  {_outcome(found, way)} ({seconds - left():.0f} s)")
+    found.ways.sort(key=found.rank)
+    found.seconds = time.monotonic() - begin
+    return found
+
+
+def nearest(
+    experiment: Experiment, target: Target, data: dict, seconds: float, tell: Callable[[str], None]
+) -> list[dict]:
+    """The three nearest changes that make an experiment fit whose program did not.
+
+    Of each kind (remat, mesh, microbatches, rows) the smallest that is predicted to fit is compiled, and the next one
+    if it does not; what there was no time for is marked as predicted.
+
+    Args:
+        experiment: as it stands.
+        target: the devices.
+        data: its plan, as JSON data, with what the compiler said.
+        seconds: for compiling.
+        tell: is told of progress.
+    """
+    begin = time.monotonic()
+    known, now = facts(experiment, target), current(experiment, target.count)
+    here = _predict(experiment, known, target, now)
+    if here is None:
+        return []
+    found = Found(experiment, target, [], {})
+    found.learn(Tried(now, here, data))
+    options = []
+    for kind, chain in smaller(now).items():
+        ways = [Tried(way, guess) for way in chain if (guess := _predict(experiment, known, target, way))]
+        fitting = [way for way in ways if found.memory(way) <= ROOM * target.usable]
+        options += [(kind, fitting)] if fitting else []
+
+    def cost(way: Tried) -> float:
+        return found.rank(way) / way.candidate.rows if target.peak else way.prediction.temporaries
+
+    options.sort(key=lambda option: cost(option[1][0]))
+    answers = []
+    for kind, ways in options[:3]:
+        for way in ways[:2]:
+            left = seconds - (time.monotonic() - begin)
+            if left > 20:
+                tell(f"compiling {way.candidate.about()}")
+                try:
+                    way.data = plan_apart(way.candidate.apply(experiment), target, left)
+                except UserError as error:
+                    way.data = {"failed": str(error)}
+            if way.fits or way.data is None or "failed" in way.data:
+                break
+        answer = {"change": kind, "overrides": way.candidate.overrides(experiment), "compiled": way.fits}
+        answer |= {"memory": found.memory(way), "usable": target.usable, "about": way.candidate.about()}
+        if way.fits or way.data is None or "failed" in way.data:
+            answers.append(answer)
+    return answers
+
+
+def _predicted(experiment: Experiment, known: Facts, target: Target) -> list[Tried]:
+    layouts, ways = {}, []
+    for way in candidates(experiment, target):
+        key = repr(way.mesh)
+        if key not in layouts:
+            layouts[key] = arranged(way.mesh, known)
+        if layouts[key] is not None:
+            ways.append(Tried(way, predict(way.apply(experiment), known, target, layouts[key])))
+    return ways
+
+
+def _predict(experiment: Experiment, known: Facts, target: Target, way: Candidate) -> Prediction | None:
+    layout = arranged(way.mesh, known)
+    return layout and predict(way.apply(experiment), known, target, layout)
+
+
+def _figures(found: Found, way: Tried) -> str:
+    return f"{found.memory(way) / 2**30:.1f} GiB, {found.rank(way):.3g} s"
+
+
+def _outcome(found: Found, way: Tried) -> str:
+    if way.fits:
+        ceiling = f", MFU ceiling {way.data['roofline']['mfu_ceiling']:.1%}" if way.data["roofline"] else ""
+        return f"fits: {_figures(found, way)}{ceiling}: {way.candidate.about()}"
+    reason = way.data.get("failed") or "does not fit"
+    return f"{reason}: {way.candidate.about()}"

@@ -1,0 +1,187 @@
+"""A plan as tables, for the terminal and for Markdown; from its JSON data, so that committed plans can be shown."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from polygpt.scale.plan.search import Found
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A title, names of columns, rows of text, and sentences to be read below."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    notes: Sequence[str] = ()
+
+
+def tables(data: Mapping) -> list[Table]:
+    """All of a plan."""
+    found = [_memory(data), _flops(data)]
+    found += [_collectives(data)] if data["collectives"] else []
+    found += [_kernels(data)] if data["kernels"] else []
+    found += [_roofline(data)] if data["roofline"] else []
+    found += [_changes(data)] if data.get("changes") else []
+    return found
+
+
+def headline(data: Mapping) -> str:
+    """The plan in one line."""
+    memory, roofline = data["memory"], data["roofline"]
+    where = data["on"] + (f" x {data['slices']}" if data["slices"] > 1 else "")
+    if memory is None:
+        said = data["exhausted"] or {}
+        needed, there = said.get("temporaries") or said.get("all"), said.get("available")
+        of = "temporaries take" if said.get("temporaries") else "it takes"
+        figures = f": {of} {gib(needed)} and a device has {gib(there)}" if needed else ""
+        return f"{data['experiment']} on {where}: does not fit{figures}"
+    fits = "fits" if memory["fits"] else "DOES NOT FIT"
+    text = f"{data['experiment']} on {where}: {fits}, {gib(memory['total'])} of {gib(memory['usable'])} a device"
+    if roofline:
+        text += f"; at least {_seconds(roofline['step'])} a step, bound by {roofline['bound']}"
+        text += f"; MFU ceiling {roofline['mfu_ceiling']:.1%}"
+    return text
+
+
+def about(data: Mapping) -> list[str]:
+    """How it runs, and what a reader has to know."""
+    settings = data["settings"]
+    mesh = ", ".join(f"{axis} {size}" for axis, size in settings["mesh"].items()) or "one device"
+    words = [f"mesh {mesh}", f"remat {settings['remat']}"]
+    words += [f"towers' remat {settings['towers']}"] if settings["towers"] else []
+    words += [f"features split over {', '.join(settings['features'])}"] if settings["features"] else []
+    words += [f"sequence by {settings['context']}"] if settings["context"] else []
+    words += [f"{settings['rows']} rows of {settings['length']} in {settings['microbatches']} microbatches"]
+    versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
+    lines = ["; ".join(words)]
+    lines += [data["reason"]] if data["reason"] else []
+    lines += [f"{data['chip']['title']}: {data['links']}", f"compiled in {data['compile_seconds']:.0f} s by {versions}"]
+    lines += [f"estimated: {data['estimated']}"] if data["estimated"] else []
+    return lines + [f"note: {warning}" for warning in data["warnings"]]
+
+
+def markdown(data: Mapping, found: Found | None = None, pictures: Sequence[str] = ()) -> str:
+    """The whole document."""
+    parts = [f"# {headline(data)}", "\n".join(f"- {line}" for line in about(data))]
+    parts += [f"![{name.rpartition('.')[0]}]({name})" for name in pictures]
+    shown = tables(data) + ([searched(found)] if found else [])
+    for table in shown:
+        parts += [f"## {table.title}", _markdown(table), *(f"```\n{note}\n```" for note in table.notes)]
+    return "\n\n".join(parts) + "\n"
+
+
+def searched(found: Found, shown: int = 12) -> Table:
+    """What a search compiled, and the best of what it did not."""
+    rows = []
+    for way in [*found.compiled, *[way for way in found.ways if way.data is None]][:shown]:
+        roofline = way.data and way.data.get("roofline")
+        ceiling = f"{roofline['mfu_ceiling']:.1%}" if roofline else ""
+        what = "fits" if way.fits else (way.data.get("failed") or "does not fit") if way.data else "predicted"
+        figures = [gib(found.memory(way)), _seconds(found.rank(way))] if way.fits or not way.data else ["", ""]
+        rows.append([way.candidate.about(), what[:60], *figures, ceiling])
+    compiled = sum(way.data is not None for way in found.ways)
+    title = f"Search: {len(found.ways)} ways to run predicted, {compiled} compiled, {found.seconds:.0f} s"
+    note = "Time: the mean of a step with everything overlapped and with nothing overlapped."
+    return Table(title, ["way", "", "memory", "time", "MFU ceiling"], rows, [note])
+
+
+def gib(count: float | None) -> str:
+    """Bytes as GiB or MiB."""
+    if count is None:
+        return "?"
+    return f"{count / 2**30:.2f} GiB" if count >= 2**28 else f"{count / 2**20:.1f} MiB"
+
+
+def _memory(data: Mapping) -> Table:
+    memory = data["memory"]
+    if memory is None:
+        return Table("Memory of a device", ["the compiler said", ""], [], [data["exhausted"]["text"]])
+    names = {
+        "parameters": "parameters", "optimizer": "optimizer", "batch": "batch and the rest of the state",
+        "padding": "padding of arguments", "temporaries": "activations, gradients and other temporaries",
+        "output": "results", "program": "program", "total": "all", "usable": "usable",
+    }  # fmt: skip
+    share = memory["usable"]
+    rows = [[text, gib(memory[name]), f"{memory[name] / share:.1%}"] for name, text in names.items()]
+    return Table("Memory of a device", ["", "bytes", "of usable"], rows)
+
+
+def _flops(data: Mapping) -> Table:
+    flops, rows = data["flops"], []
+    for line in flops["lines"]:
+        units = f"{line['units']:,} {line['unit']}s"
+        rows.append([line["name"], _count(line["each"]), units, _count(line["forward"])])
+    rows.append(["forward", "", "", _count(flops["forward"])])
+    rows.append(["useful (3 x forward)", "", "", _count(flops["useful"])])
+    rows.append(["computed again, at most", "", "", _count(flops["again"])])
+    if roofline := data["roofline"]:
+        executed = roofline["executed"] * data["devices"]
+        rows.append(["in the compiled program, all devices", "", "", _count(executed)])
+    return Table("FLOPs of a step", ["", "each", "of", "FLOPs"], rows, [flops["formula"]])
+
+
+def _collectives(data: Mapping) -> Table:
+    """Those of one kind along the same axes together; the JSON data has each."""
+    groups: dict[tuple[str, str], list[Mapping]] = {}
+    for one in data["collectives"]:
+        groups.setdefault((one["kind"], f"{'+'.join(one['axes']) or '?'} ({one['group']})"), []).append(one)
+    rows = []
+    for (kind, axes), some in sorted(groups.items(), key=lambda item: -sum(one["seconds"] for one in item[1])):
+        sent, seconds = (sum(one[name] for one in some) for name in ("sent_a_step", "seconds"))
+        hidden = sum(one["sent_a_step"] for one in some if one["hidden"]) / sent
+        times, largest = sum(one["times"] for one in some), max(some, key=lambda one: one["sent_a_step"])
+        share = largest["sent_a_step"] / sent
+        most = f"{largest['dtype']} {largest['payload'] / 1e6:,.1f} MB, {_short(largest['origin'])} ({share:.0%})"
+        rows.append([kind, axes, f"{times:,}", f"{sent / 1e9:,.3f}", f"{seconds * 1e3:,.2f}", f"{hidden:.0%}", most])
+    seconds = sum(one["seconds"] for one in data["collectives"])
+    rows.append(["all", "", "", f"{data['collective_bytes'] / 1e9:,.3f}", f"{seconds * 1e3:,.2f}", "", ""])
+    columns = ["collective", "axes (devices)", "times", "GB sent", "ms", "async", "most of it: array, made for"]
+    return Table("Collectives of a step, for each device", columns, rows)
+
+
+def _short(origin: str) -> str:
+    return origin if len(origin) <= 28 else origin[:27] + "…"
+
+
+def _kernels(data: Mapping) -> Table:
+    rows = [[name, f"{one['times']:,}", _count(one["flops"])] for name, one in data["kernels"].items()]
+    return Table("Fused kernels in the compiled program", ["kernel", "times", "FLOPs"], rows)
+
+
+def _roofline(data: Mapping) -> Table:
+    roofline = data["roofline"]
+    names = {"compute": "compute", "memory": "HBM", "links": "interconnect", "network": "network"}
+    rows = [[text, _seconds(roofline[name])] for name, text in names.items() if roofline[name] or name != "network"]
+    rows += [["step, all overlapped", _seconds(roofline["step"])]]
+    rows += [["step, nothing hidden", _seconds(roofline["serial"])]]
+    rows += [["MFU ceiling", f"{roofline['mfu_ceiling']:.1%}"]]
+    rows += [["MFU if nothing is hidden", f"{roofline['mfu_nothing_hidden']:.1%}"]]
+    return Table(f"Roofline: bound by {roofline['bound']}", ["", ""], rows, [roofline["ceiling"]])
+
+
+def _changes(data: Mapping) -> Table:
+    rows = []
+    for change in data["changes"]:
+        words = " ".join(f"--{name} {value}" for name, value in change["overrides"].items())
+        how = "compiled" if change["compiled"] else "predicted"
+        rows.append([words, f"{gib(change['memory'])} of {gib(change['usable'])}", how])
+    return Table("The nearest changes that fit", ["change", "memory", ""], rows)
+
+
+def _markdown(table: Table) -> str:
+    if not table.rows:
+        return ""
+    lines = [table.columns, ["---", *["---:"] * (len(table.columns) - 1)], *table.rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.2f} ms"
+
+
+def _count(value: float) -> str:
+    for unit, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6)):
+        if value >= size:
+            return f"{value / size:,.2f} {unit}"
+    return f"{value:,.0f}"
