@@ -88,6 +88,17 @@ class Parallel:
             return jax.tree.map(lambda _: whole, shapes)
         return places(shapes, self.axes, self.layout)
 
+    def of_all(self, state: Any) -> Any:
+        """A state that all processes know to be one: pmap gives each its own copies."""
+        if self.mode != "pmap" or jax.process_count() == 1:
+            return state
+
+        def joined(x):
+            parts = [part.data for part in x.addressable_shards]
+            return jax.make_array_from_single_device_arrays(x.shape, self._over_rows(()), parts)
+
+        return jax.tree.map(joined, state)
+
     def put(self, batch: Batch) -> Batch:
         """A batch of this feeder's rows, of NumPy arrays, to where the step wants it."""
         if self.mode == "single":

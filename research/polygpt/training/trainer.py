@@ -246,7 +246,7 @@ class Trainer:
             for sink in self.sinks:
                 sink.flush()  # before the checkpoint: what it restores must find its lines
             self.checkpoints.save(
-                self.state,
+                self.parallel.of_all(self.state),
                 metric=self.metric,
                 finite=bool(self.all_finite((self.state.params, self.state.ema))),
                 data={
