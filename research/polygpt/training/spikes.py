@@ -47,7 +47,7 @@ class SpikeSpec(Spec):
     The update of a spike is left out, so that it leaves no trace in the parameters or in the optimizer's moments.
     A rewind does what PaLM did by hand (arXiv:2204.02311, section 5.1): training starts again from a checkpoint before
     the spikes and leaves out the batches seen before and during them. The criterion is the z-score of ZClip
-    (arXiv:2504.02507, section 3), here over a window, and one-sided: a fall is no harm.
+    (arXiv:2504.02507), here over a window, and one-sided: a fall is no harm.
     """
 
     window: int = 128
