@@ -53,9 +53,7 @@ def compared(cls, context_name: str) -> float:
     rng = np.random.default_rng(0)
     state = jax.tree.map(lambda x: x + jnp.float32(rng.normal(0, 0.3, x.shape)), state)
     x_BTD, y_BTD = (jnp.float32(rng.normal(size=(2, T, WIDTH))) for _ in range(2))
-    layout = sharding.arrange(
-        sharding.MeshSpec(data=2, sequence=2, tensor=2, context=context_name), jax.devices()
-    )
+    layout = sharding.arrange(sharding.MeshSpec(data=2, sequence=2, tensor=2, context=context_name), jax.devices())
 
     def total(state, x_BTD, context):
         got_BTD, _ = nnx.merge(graphdef, state)(sharding.constrain(x_BTD, *sharding.RESIDUAL), context)

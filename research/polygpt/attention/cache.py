@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from polygpt.attention.masks import Mask, Meta, Reach
+from polygpt.sharding import constrain
 
 
 @jax.tree_util.register_dataclass
@@ -79,10 +80,11 @@ def extend(cache: Full | Ring | None, new: Any, context) -> tuple[Any, Meta, Ful
     """
     if cache is None:
         return new, context.key, None
+    new = jax.tree.map(_split, new)
     if isinstance(cache, Full):
 
         def write(old, new):
-            return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), context.cursor, axis=2)
+            return _split(jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), context.cursor, axis=2))
 
         arrays = jax.tree.map(write, cache.arrays, new)
         return arrays, context.key, Full(arrays)
@@ -95,13 +97,18 @@ def extend(cache: Full | Ring | None, new: Any, context) -> tuple[Any, Meta, Ful
     def keep(old, x):
         shape = (*source_BR.shape[:1], 1, source_BR.shape[1], *[1] * (x.ndim - 3))
         taken = jnp.take_along_axis(x, source_BR.reshape(shape), axis=2)
-        return jnp.where(fresh_BR.reshape(shape), taken, old)
+        return _split(jnp.where(fresh_BR.reshape(shape), taken, old))
 
     def keep_meta(old, x):
         return jnp.where(fresh_BR, jnp.take_along_axis(x, source_BR, axis=1), old)
 
     arrays = jax.tree.map(keep, cache.arrays, new)
     return seen, meta, Ring(arrays, jax.tree.map(keep_meta, cache.meta, context.query), cache.reach)
+
+
+def _split(x: jax.Array) -> jax.Array:
+    """[B, ., S, ...] over the devices that have its rows and heads; positions whole, since each step writes to one."""
+    return constrain(x, "rows", "kv_heads", *[None] * (x.ndim - 2))
 
 
 def _latest(cache: Ring, query: Meta) -> tuple[jax.Array, jax.Array]:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from polygpt import sharding
 from polygpt.attention.contract import Context, Dims
 from polygpt.attention.multi_head import MultiHead, MultiHeadModule, joined
 from polygpt.nn.linear import Linear
@@ -63,8 +64,11 @@ def _by_set(linear: Linear, x_BTD: jax.Array, context: Context) -> jax.Array:
     B, T, D = x_BTD.shape
     sets = linear.kernel.shape[0]
     own_BTs = jax.nn.one_hot(jnp.clip(context.query.modality, 0, sets - 1), sets, dtype=bool)
-    wide_BTE = jnp.where(own_BTs[..., None], x_BTD[:, :, None, :], 0).astype(linear.dtype).reshape(B * T, sets * D)
-    y_BTE = (wide_BTE @ linear.kernel[...].astype(linear.dtype).reshape(sets * D, -1)).reshape(B, T, -1)
+    wide_BTE = jnp.where(own_BTs[..., None], x_BTD[:, :, None, :], 0).astype(linear.dtype)
+    # Flattened as in `Linear`, and as there not where positions are split over devices.
+    rows = (B, T) if sharding.splits("positions") else (B * T,)
+    kernel = linear.kernel[...].astype(linear.dtype).reshape(sets * D, -1)
+    y_BTE = (wide_BTE.reshape(*rows, sets * D) @ kernel).reshape(B, T, -1)
     if linear.bias is None:
         return y_BTE
     return y_BTE + own_BTs.astype(linear.dtype) @ linear.bias[...].astype(linear.dtype)

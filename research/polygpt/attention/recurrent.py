@@ -25,6 +25,7 @@ from polygpt.nn.linear import Linear
 from polygpt.nn.mlp import Activation, activate
 from polygpt.nn.norms import Norm, RMSNorm
 from polygpt.nn.positions import Position
+from polygpt.sharding import RESIDUAL, constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,10 +81,12 @@ class StatefulModule(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, context: Context, cache: Any = None) -> tuple[jax.Array, Any]:
         check_mask(type(self.spec).__name__, context.mask)
+        # A recurrence along positions that are split would wait for every device in turn: each has whole rows here.
+        x_BTD, context = _with_whole_rows(x_BTD, context)
         before = self.empty(x_BTD.shape[0]) if cache is None else cache
         row = course(context.query.segment, before["last"])
         y_BTD, state, past = self.read(x_BTD, context, row, before["state"], before["past"])
-        y_BTD = jnp.where(row.real_BT[..., None], y_BTD, 0)
+        y_BTD = constrain(jnp.where(row.real_BT[..., None], y_BTD, 0), *RESIDUAL)
         return y_BTD, None if cache is None else {"state": state, "past": past, "last": row.last_B}
 
     def empty(self, rows: int) -> Any:
@@ -201,6 +204,16 @@ class RecurrentModule(StatefulModule):
     def heads(self, x_BTE: jax.Array) -> jax.Array:
         """[B, T, H * c] -> [B, H, T, c]."""
         return x_BTE.reshape(*x_BTE.shape[:2], self.spec.heads, -1).transpose(0, 2, 1, 3)
+
+
+def _with_whole_rows(x_BTD: jax.Array, context: Context) -> tuple[jax.Array, Context]:
+    """The same, no positions of it split over devices."""
+    query = jax.tree.map(lambda x: constrain(x, "rows", None), context.query)
+    coordinate_BT3 = context.coordinate_BT3
+    if coordinate_BT3 is not None:
+        coordinate_BT3 = constrain(coordinate_BT3, "rows", None, None)
+    context = dataclasses.replace(context, query=query, coordinate_BT3=coordinate_BT3)
+    return constrain(x_BTD, "rows", None, None), context
 
 
 # --- the mask ---------------------------------------------------------------------------------------------------------

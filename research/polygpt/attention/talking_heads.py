@@ -9,6 +9,7 @@ from flax import nnx
 from polygpt.attention.contract import Dims
 from polygpt.attention.kernels import dispatch, reference
 from polygpt.attention.multi_head import MultiHead, MultiHeadModule
+from polygpt.sharding import constrain
 
 REASON = "talking heads mix the scores of all heads, which only the materialised matrix holds together"
 
@@ -64,5 +65,10 @@ class _TalkingHeads(MultiHeadModule):
 
 
 def _mixed(x_BHTS: jax.Array, mixture_HG: jax.Array) -> jax.Array:
-    """Heads H to mixtures of them G: [B, G, T, S]."""
-    return jnp.einsum("bhts,hg->bgts", x_BHTS, mixture_HG)
+    """Heads H to mixtures of them G: [B, G, T, S].
+
+    How the scores are split is said on either side: XLA's own choice for the gradient of the mixture, a product summed
+    over three axes, is wrong where rows and positions are split (jax 0.10.2 and 0.12).
+    """
+    x_BHTS = constrain(x_BHTS, "rows", None, "positions", None)
+    return constrain(jnp.einsum("bhts,hg->bgts", x_BHTS, mixture_HG), "rows", None, "positions", None)
