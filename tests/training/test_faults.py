@@ -90,8 +90,8 @@ def killed(folder, cache, rng):
         if expected < max(said[1]["committed"]):
             faults.append(f"{max(said[1]['committed'])} was committed, and is lost")
         injected = f"{event} file operations" if event else f"{delay:.3f} s"
-        left = Counter(place.name.lstrip("0123456789")[:8] for place in (folder / "checkpoints").iterdir())
-        half = len(list((folder / "checkpoints").glob("[0-9]*[0-9]"))) - len(steps_on_disk(folder))
+        left = Counter(place.name.strip("0123456789")[:8] for place in (folder / "checkpoints").iterdir())
+        half = left[""] - len(steps_on_disk(folder))
         happened = f"left {left['.orbax-c']} unfinished, {half} without a manifest, {left['removed-']} half removed"
         rows.append({"kind": "SIGKILL", "injected": f"{injected} into save {save}", "happened": happened})
         rows[-1] |= {"lost": stood - expected, "faults": faults}
