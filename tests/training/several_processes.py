@@ -76,6 +76,7 @@ SCENARIOS = {
     "killed": lambda: killed(2, signal.SIGKILL),
     "first killed": lambda: killed(0, signal.SIGKILL),
     "frozen": lambda: killed(1, signal.SIGSTOP),
+    "first frozen": lambda: killed(0, signal.SIGSTOP),
 }
 
 CHANGES = {"missing": {"barrier_timeout": 3}, "absent": {"initialization_timeout": 5}}

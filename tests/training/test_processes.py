@@ -133,6 +133,7 @@ def test_at_the_start_the_absent_are_numbered():
         ("killed", 2, r"process 2 \(host \S+, pid \d+\) has not been heard of for \d+ s: stopping"),
         ("frozen", 1, r"process 1 \(host \S+, pid \d+\) has not been heard of for \d+ s: stopping"),
         ("first killed", 0, r"process 0 \(host \S+, pid \d+\), which coordinates, is gone"),
+        ("first frozen", 0, r"process 0 \(host \S+, pid \d+\), which coordinates, has not been heard of for \d+ s"),
     ],
 )
 def test_when_one_dies_the_others_say_who_and_end_within_the_bound(scenario, rank, said):

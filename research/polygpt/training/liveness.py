@@ -57,7 +57,8 @@ class Liveness:
         self.answered = time.monotonic()  # when the service took the last beat
         self.closing = threading.Event()
         self.ending = threading.Lock()  # one thread tells the end, once
-        self.threads = [threading.Thread(target=task, daemon=True) for task in (self._beat, self._listen)]
+        tasks = [self._beat, self._listen] + ([self._watch_the_first] if rank else [])
+        self.threads = [threading.Thread(target=task, daemon=True) for task in tasks]
         for thread in self.threads:
             thread.start()
         if rank:
@@ -102,6 +103,11 @@ class Liveness:
                 elif now - seen[rank][1] > self.bound * 6 / BEATS:
                     self._end(f"{self.names[rank]} has not been heard of for {now - seen[rank][1]:.0f} s", tell=True)
             self.closing.wait(self.bound / BEATS)
+
+    def _watch_the_first(self) -> None:
+        while not self.closing.wait(self.bound / BEATS):
+            if (silent := time.monotonic() - self.answered) > self.bound * 6 / BEATS:
+                self._end(f"{self.names[0]}, which coordinates, has not been heard of for {silent:.0f} s")
 
     def _listen(self) -> None:
         verdict = None

@@ -210,7 +210,7 @@ def _start(spec: ProcessesSpec, **where) -> None:
             jax.distributed.initialize(
                 **where,
                 initialization_timeout=seconds + 30,  # the service, which knows who is missing, gives up first
-                heartbeat_timeout_seconds=spec.heartbeat_timeout,
+                heartbeat_timeout_seconds=2 * spec.heartbeat_timeout,  # counted from a beat; ours come first
                 shutdown_timeout_seconds=spec.shutdown_timeout,
             )
     except RuntimeError as error:
