@@ -35,7 +35,7 @@ def quick():
 
 
 def test_values_and_gradients_are_those_of_one_device(quick):
-    """Packed rows with spans and padding, rows of padding, masks, terms, key heads fewer than devices, a decode step."""
+    """Packed rows with spans and padding, rows of padding, masks, terms, few key heads, a decode step."""
     assert len(quick["compared"]) == 10 and "sequence 4, tensor 2, ring, reference: spans" in quick["compared"]
 
 

@@ -7,8 +7,8 @@ Heads: a device has H / n successive query heads and the key heads that they loo
 K key heads, or do not divide them, each key head is repeated until they do, lcm(K, n) in all: for n a multiple of K
 that is one a device, and H / n query heads share it.
 
-Positions: `gather` gives each device the keys of all for its own queries, `ring` sends them round (`ring.py`). Where
-the devices do not divide queries and keys, a decode step among them, positions lie whole, and so do rows and heads.
+Positions: each device gathers the keys of all for its own queries (`gathered.py`), or they travel in a ring
+(`ring.py`). Where the devices do not divide both queries and keys, as in a decode step, rows and heads alone are split.
 """
 
 import math
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from polygpt import sharding
-from polygpt.attention.kernels import ring
+from polygpt.attention.kernels import gathered, ring
 from polygpt.attention.kernels.problem import Operands, Rule
 from polygpt.attention.scores import Terms
 
@@ -51,11 +51,16 @@ def attend(
 
     def here(operands):
         with sharding.using(None):
-            if positions and layout.spec.context == "ring":
+            if not positions:
+                return choose(rule, operands, False).attend(rule, operands)
+            if layout.spec.context == "ring":
                 return ring.attend(rule, choose(rule, operands, True), positions, operands)
-            if positions:
-                operands = _gathered(operands, positions)
-            return choose(rule, operands, False).attend(rule, operands)
+            backend = choose(
+                rule, jax.eval_shape(lambda operands: gathered.whole(operands, positions), operands), False
+            )
+            if hasattr(backend, "gradients"):
+                return gathered.attend(rule, backend, positions, operands)
+            return backend.attend(rule, gathered.whole(operands, positions))
 
     split_attend = jax.shard_map(
         here, mesh=layout.mesh, in_specs=(split,), out_specs=(of_queries, of_queries), check_vma=False
@@ -76,20 +81,3 @@ def _repeated(operands: Operands, devices: int) -> Operands:
         return operands
     keys, values = (jnp.repeat(x, times, axis=1) for x in (operands.key_BKSd, operands.value_BKSe))
     return Operands(operands.query_BHTd, keys, values, operands.query, operands.key, operands.terms)
-
-
-def _gathered(operands: Operands, axes: str | tuple[str, ...]) -> Operands:
-    """This device's queries and the keys of all."""
-
-    def whole(x, axis):
-        return jax.lax.all_gather(x, axes, axis=axis, tiled=True)
-
-    terms = operands.terms
-    return Operands(
-        operands.query_BHTd,
-        whole(operands.key_BKSd, 2),
-        whole(operands.value_BKSe, 2),
-        operands.query,
-        jax.tree.map(lambda x: whole(x, 1), operands.key),
-        Terms(terms.head, terms.query, {name: whole(x, 2) for name, x in terms.key.items()}),
-    )
