@@ -190,7 +190,7 @@ def test_nothing_sees_what_comes_later(name):
 
     @jax.jit
     def influence(x_BTD):
-        """[T, T]: of a position by another; row by row, because ragged_dot knows no vmap over gradients."""
+        """[T, T]: of a position by another, one row after the other."""
         _, back = jax.vjp(lambda x_BTD: run(params, x_BTD, *one)[0], x_BTD)
         basis = jnp.eye(T * D).reshape(T * D, 1, T, D)
         return jnp.abs(jax.lax.map(lambda row: back(row)[0], basis)).reshape(T, D, T, D).max(axis=(1, 3))

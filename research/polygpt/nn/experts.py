@@ -49,8 +49,7 @@ class MixtureOfExperts(FeedForward):
     shared: int = 0
     """Further experts that every position goes through, with the weight 1: DeepSeekMoE (2401.06066), eq. 9."""
     capacity: float | None = None
-    """Places of an expert, as a multiple of its fair share of a row's choices; null drops none. Switch uses 1.25. On a
-    CPU null is slow: every expert is computed for every choice there."""
+    """Places of an expert, as a multiple of its fair share of a row's choices; null drops none. Switch uses 1.25."""
     groups: tuple[int, ...] = ()
     """Experts of each modality's own, text first, then the model's adapters in their order; the rest of the experts are
     open to all. Positions choose among their modality's and the open ones: MoMa (2407.21770), section 2.2. [] is all

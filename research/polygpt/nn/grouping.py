@@ -9,29 +9,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from polygpt.nn.grouped import grouped_matmul
+from polygpt.nn.rearrange import rearrange
 from polygpt.nn.router import Choice
-
-
-@jax.custom_vjp
-def rearrange(x_ND: jax.Array, index_M: jax.Array, inverse_N: jax.Array) -> jax.Array:
-    """[M, D]: rows of x by index, zeros where it is out of range. No row is taken twice.
-
-    `inverse_N` says for each row of x where it went: so the gradient is a gather too, not a scatter.
-    """
-    return jnp.take(x_ND, index_M, axis=0, mode="fill", fill_value=0)
-
-
-def _forward(x_ND, index_M, inverse_N):
-    return rearrange(x_ND, index_M, inverse_N), (index_M, inverse_N)
-
-
-def _backward(indices, y_MD):
-    index_M, inverse_N = indices
-    return rearrange(y_MD, inverse_N, index_M), None, None
-
-
-rearrange.defvjp(_forward, _backward)
-
 
 # --- buffers of a fixed size ------------------------------------------------------------------------------------------
 
@@ -90,12 +70,9 @@ def through_sorted(
     order_N = jnp.argsort(expert_N, stable=True).astype(jnp.int32)
     inverse_N = jnp.zeros_like(order_N).at[order_N].set(jnp.arange(B * T * k, dtype=jnp.int32), unique_indices=True)
     sizes_E = jnp.sum(expert_N[:, None] == jnp.arange(experts, dtype=jnp.int32)[None], axis=0, dtype=jnp.int32)
-    real_N1 = (jnp.arange(B * T * k) < jnp.sum(sizes_E))[:, None]
 
     def grouped(x_ND, kernel_EDF):
-        # What stands behind the last group is undefined in the product and in its gradient.
-        y_NF = jax.lax.ragged_dot(jnp.where(real_N1, x_ND, 0), kernel_EDF, sizes_E)
-        return jnp.where(real_N1, y_NF, 0)
+        return grouped_matmul(x_ND, kernel_EDF, sizes_E)
 
     sorted_ND = rearrange(jnp.repeat(x_BTD.reshape(B * T, -1), k, axis=0), order_N, inverse_N)
     y_ND = rearrange(function(sorted_ND, grouped), inverse_N, order_N)
