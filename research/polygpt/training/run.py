@@ -42,9 +42,7 @@ class Run:
     workdir: Path
 
 
-def open_run(
-    workdir: str | Path, checkpoint: Literal["best", "latest"] | None = None, spread: bool = False
-) -> Run:
+def open_run(workdir: str | Path, checkpoint: Literal["best", "latest"] | None = None, spread: bool = False) -> Run:
     """Opens a run folder.
 
     Args:
