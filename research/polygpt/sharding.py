@@ -26,7 +26,7 @@ AXES = ("stage", "data", "fsdp", "expert", "sequence", "tensor")
 """The axes of the mesh. Those that talk least come first: neighbours along the last have the fastest links."""
 
 RULES: dict[str, tuple[str, ...]] = {
-    "rows": ("data", "fsdp", "expert"),
+    "rows": ("data", "fsdp", "expert", "stage"),
     "positions": ("sequence",),
     "features": (),
     "vocabulary": ("tensor",),
@@ -54,10 +54,14 @@ TOGETHER = (
     ("layers", "width", "kv_heads"),
     ("layers", "experts", "width", "hidden"),
     ("rows", "positions", "vocabulary"),
-    ("stages", "rows", "positions", "features"),
-    ("stages", "rows", "positions", "hidden"),
-    ("stages", "rows", "heads", "positions"),
-    ("stages", "rows", "kv_heads", "positions"),
+    ("rows", "positions", "features"),
+    ("rows", "positions", "hidden"),
+    ("rows", "heads", "positions"),
+    ("rows", "kv_heads", "positions"),
+    ("stages", "positions", "features"),
+    ("stages", "positions", "hidden"),
+    ("stages", "heads", "positions"),
+    ("stages", "kv_heads", "positions"),
 )
 """Names that meet in one array: no mesh axis can split two of them."""
 

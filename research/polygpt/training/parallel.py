@@ -1,6 +1,7 @@
 """The pure step on one device, on rows split over many by pmap, or on any mesh: wrappers with the same results."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -122,15 +123,14 @@ class Parallel:
 
     def check(self, rows: int, length: int, accumulate: int) -> None:
         """Raises UserError unless rows, and the positions of each, can be split over the devices and microbatches."""
-        mesh = self.layout and self.layout.spec
-        stages = self.layout.size("stages") if self.layout else 1
-        microbatches = (mesh.microbatches or stages) if stages > 1 else 1
-        parts = self.rows * accumulate * microbatches
-        if rows % parts:
-            cut = f"{accumulate} microbatches" + (f" of {microbatches} of the pipeline" if stages > 1 else "")
-            raise UserError(
-                f"data.rows is {rows}: it must be a multiple of {parts} (split over {self.rows} devices, {cut})"
-            )
+        parts, cut = self.rows, f"split over {self.rows} devices, {accumulate} microbatches"
+        if self.layout and (stages := self.layout.size("stages")) > 1:
+            # In the pipeline the devices of all stages hold parts of the same microbatch.
+            microbatches, within = self.layout.spec.microbatches or stages, set(self.layout.names("stages"))
+            outer = math.prod(self.layout.mesh.shape[axis] for axis in set(self.layout.names("rows")) - within)
+            parts, cut = math.lcm(parts, microbatches * outer), f"{cut}, {microbatches} of the pipeline"
+        if rows % (parts * accumulate):
+            raise UserError(f"data.rows is {rows}: it must be a multiple of {parts * accumulate} ({cut})")
         if self.layout and length % (size := self.layout.size("positions")):
             raise UserError(f"data.layout.length is {length}: it must be a multiple of {size}, by train.mesh.sequence")
 
