@@ -15,14 +15,14 @@ from polygpt.training.processes import COORDINATOR, PROCESS, PROCESSES
 SCRIPT = Path(__file__).with_name("two_processes.py")
 
 
-def run(workdir, at=(0, 0)):
+def run(workdir, at=(0, 0), mode="sharded"):
     """What the two processes say of their outcomes; process i gets a SIGTERM after at[i] steps."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         place = f"127.0.0.1:{probe.getsockname()[1]}"
     started = [
         subprocess.Popen(
-            [sys.executable, SCRIPT, workdir, str(at[rank])],
+            [sys.executable, SCRIPT, workdir, str(at[rank]), mode],
             env=os.environ | {COORDINATOR: place, PROCESSES: "2", PROCESS: str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -56,3 +56,11 @@ def test_a_signal_to_one_process_ends_both_and_the_run_goes_on_to_the_bit(tmp_pa
     assert run(cut, at=(4, 0)) == (8, False), "both began six steps more, and the last made the rewind due"
     assert run(cut) == (16, True)
     assert (cut / "metrics.jsonl").read_bytes() == whole
+
+
+@pytest.mark.slow
+def test_pmap_over_two_processes_is_saved_and_goes_on(tmp_path):
+    assert run(tmp_path, at=(3, 0), mode="pmap") == (5, False)
+    assert run(tmp_path, mode="pmap") == (16, True)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-2]["step"] == 16 and lines[-2]["rewinds"] == 1

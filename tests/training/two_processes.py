@@ -1,4 +1,4 @@
-"""A tiny run as one of two processes. Arguments: the run folder, and after how many steps a SIGTERM comes."""
+"""A tiny run as one of two processes. Arguments: the run folder, after how many steps a SIGTERM comes, mode."""
 
 import dataclasses
 import os
@@ -26,7 +26,6 @@ CHANGES = {
     "train.log_every": "1",
     "train.evaluate_every": "8",
     "train.checkpoint.every": "4",
-    "train.parallel": "sharded",
     "train.processes.initialization_timeout": "120",
     "train.processes.barrier_timeout": "60",
 }
@@ -66,7 +65,7 @@ def numbered(batches):
     return Numbered()
 
 
-def main(workdir, at):
+def main(workdir, at, mode):
     made, advance = trainer.train_batches, trainer.Trainer._advance
     trainer.train_batches = lambda *given, **named: numbered(made(*given, **named))
 
@@ -76,11 +75,11 @@ def main(workdir, at):
             os.kill(os.getpid(), signal.SIGTERM)
 
     trainer.Trainer._advance = advance_and_stop
-    chosen = override(experiment(), CHANGES)
+    chosen = override(experiment(), CHANGES | {"train.parallel": mode})
     spikes = SpikeSpec(window=4, sigmas=8.0, action="rewind", patience=2)
     chosen = chosen.replace(train=chosen.train.replace(spikes=spikes))
     outcome = train(chosen, workdir, lambda workdir, step, steps: [JsonLines(workdir, step)])
     print("outcome", outcome.step, outcome.finished, flush=True)
 
 
-main(sys.argv[1], int(sys.argv[2]))
+main(sys.argv[1], int(sys.argv[2]), sys.argv[3])
