@@ -134,7 +134,7 @@ def test_nothing_sticks_out_sideways(report, width):
 def test_a_run_with_nothing_to_show_still_has_a_page(report):
     full = made_up_report.content()
     bare = dataclasses.replace(
-        full, tasks={}, modalities={}, gains={}, charts=(), samples={}, environment=None, config=None
+        full, tasks={}, modalities={}, gains={}, charts=(), time={}, samples={}, environment=None, config=None
     )
     page = report(bare)
     assert page.complaints == []

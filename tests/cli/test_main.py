@@ -82,7 +82,7 @@ EXAMPLES = sorted({runnable(line) for line in LINES if line.startswith("polygpt 
 def test_the_fields_that_examples_set_exist(line, monkeypatch):
     monkeypatch.chdir(ROOT)
     argv = shlex.split(line)[1:]
-    verb = next(verb for verb in cli.VERBS if argv[: len(verb.split())] == verb.split())
+    verb = max((verb for verb in cli.VERBS if argv[: len(verb.split())] == verb.split()), key=len)
     parser = MODULES[verb].parser(f"polygpt {verb}", "about")
     words = argv[len(verb.split()) :]
     arguments = parser.read(words)
