@@ -47,6 +47,12 @@ def told(text: str) -> list[tuple[str, list[list[int]]]]:
     ]
 
 
+def parts(text: str) -> tuple[str, str]:
+    """A compiled program's loops, as what is not in its entry is here, and what surrounds them."""
+    looped, _, entry = text.partition("\nENTRY ")
+    return looped, entry
+
+
 if __name__ == "__main__":
     model = bind(tiny(adapters={}, depth=8, width=WIDTH), 31)
     params = lively(model, scale=0.2)
@@ -74,7 +80,7 @@ if __name__ == "__main__":
         found[name] = {
             "loss_off": abs(float(ours) / float(loss) - 1),
             "off": max(jax.tree.leaves(off)),
-            "told": told(step.as_text()),
+            **{where: told(text) for where, text in zip(("looped", "around"), parts(step.as_text()), strict=True)},
             "kernels": [leaf.shape for leaf in jax.tree.leaves(params["decoder"]["blocks"]) if leaf.ndim == 3],
         }
     print(json.dumps(found))

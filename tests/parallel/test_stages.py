@@ -31,9 +31,8 @@ def runs():
 def gathered(run) -> list:
     """All-gathers of what looks like a kernel."""
     kernels = {tuple(shape[-2:]) for shape in run["kernels"]}
-    return [
-        shapes for kind, shapes in run["told"] if kind == "all-gather" and any(tuple(s[-2:]) in kernels for s in shapes)
-    ]
+    told = run["looped"] + run["around"]
+    return [shapes for kind, shapes in told if kind == "all-gather" and any(tuple(s[-2:]) in kernels for s in shapes)]
 
 
 def test_values_and_gradients_are_those_of_one_device(runs):
@@ -44,14 +43,18 @@ def test_values_and_gradients_are_those_of_one_device(runs):
 def test_activations_move_by_messages_between_neighbours_and_parameters_stay(runs):
     run = runs["stage 4, data 2"]
     # Forward one message of [1, b, T, D]; backward the last stage's goes apart from the others'.
-    assert [shapes for kind, shapes in run["told"] if kind == "collective-permute"] == [[[1, 2, 14, 32]]] * 3
-    assert not gathered(run) and "all-to-all" not in [kind for kind, _ in run["told"]]
+    assert [shapes for kind, shapes in run["looped"] if kind == "collective-permute"] == [[[1, 2, 14, 32]]] * 3
+    assert {kind for kind, _ in run["looped"]} == {"collective-permute", "all-reduce"}
+    # Outside, rows are split over the stages too: they go to their microbatches and back, as [..., T] or [..., T, D].
+    moved = [shape for kind, shapes in run["around"] if kind != "all-reduce" for shape in shapes]
+    assert moved and all(shape[-1:] == [14] or shape[-2:] == [14, 32] for shape in moved)
+    assert not gathered(run)
 
 
 def test_with_repeats_parameters_are_exchanged_and_never_gathered(runs):
     run = runs["stage 2 twice, tensor 2, data 2"]
     assert not gathered(run)
-    moved = [shapes for kind, shapes in run["told"] if kind == "all-to-all"]
+    moved = [shapes for kind, shapes in run["around"] if kind == "all-to-all"]
     assert len([shapes for shapes in moved if len(shapes[0]) == 6]) == 2 * len(run["kernels"]), "there, gradients back"
 
 
