@@ -69,10 +69,14 @@ def polygpt_step():
     recipe = Recipe(
         model, {"next_token": (NextToken(), 1.0)}, transformation, optim.schedule.build(1000), optim.trainable(shapes)
     )
-    parallel = build("single")
+    parallel = build("single", model.axes())
     batch = parallel.put(text_batch())
-    state = parallel.create(lambda: create(model, transformation, 0, ema=False))
-    step = parallel.compile(lambda **devices: make_step(recipe, **devices)).lower(state, batch).compile()
+
+    def initial():
+        return create(model, transformation, 0, ema=False)
+
+    state = parallel.create(initial)
+    step = parallel.compile(lambda **devices: make_step(recipe, **devices), initial).lower(state, batch).compile()
 
     def run() -> float:
         nonlocal state
