@@ -64,6 +64,9 @@ class Looks:
     def apply(self, params, batch, key=None):
         return types.SimpleNamespace(logits_BTV=self.decode(params, batch, None)[0])
 
+    def whole(self, tree):
+        return tree
+
     def _letter(self, batch):
         """What the picture at a position means; 0 where there is none."""
         grey_BN = batch.media["image"].features.mean(axis=(2, 3, 4))

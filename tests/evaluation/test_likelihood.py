@@ -18,6 +18,9 @@ class Table:
     def apply(self, params, batch, key=None):
         return types.SimpleNamespace(logits_BTV=params[batch.tokens_BT])
 
+    def whole(self, tree):
+        return tree
+
 
 MODEL = Table()
 TABLE = np.random.default_rng(0).normal(0, 2, (V, V)).astype(np.float32)

@@ -128,15 +128,17 @@ def test_a_run_restarted_five_times_adds_up_to_its_wall_time(tmp_path):
     path = tmp_path / "goodput.jsonl"
 
     def start():
-        return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-    begin = time.time()
-    for number in signals:
+        """A process that has begun to train."""
         before = path.read_text().count("\n") if path.exists() else 0
-        process = start()
+        process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         while not path.exists() or path.read_text().count("\n") < before + 3:
             assert process.poll() is None, process.communicate()[0]
             time.sleep(0.05)
+        return process
+
+    begin = time.time()
+    for number in signals:
+        process = start()
         time.sleep(rng.uniform(0.5, 3.0))
         process.send_signal(number)
         process.communicate()

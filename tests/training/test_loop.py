@@ -91,6 +91,7 @@ def test_a_signal_saves_and_ends_and_the_same_call_goes_on_to_the_same_end(finis
             if step == 5:
                 os.kill(os.getpid(), number)
 
+    before = signal.getsignal(signal.SIGINT)
     chosen = tiny(**{"train.evaluate_every": "4", "train.checkpoint.keep": "1"})
     outcome = train(chosen, tmp_path, lambda *where: [*quiet(*where), Interrupt()])
     assert not outcome.finished and 5 <= outcome.step < 12
@@ -100,7 +101,7 @@ def test_a_signal_saves_and_ends_and_the_same_call_goes_on_to_the_same_end(finis
     assert (tmp_path / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
     same = open_run(tmp_path, "latest").params, open_run(finished, "latest").params
     jax.tree.map(np.testing.assert_array_equal, *same)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_another_configuration_in_the_same_folder_is_refused_by_its_first_difference(finished):
