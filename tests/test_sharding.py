@@ -7,6 +7,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 from batches import ADAPTERS, tiny
 from polygpt.errors import SpecError, UserError
+from polygpt.lab.catalogue import variants
 from polygpt.models.functional import bind, paths
 from polygpt.sharding import AXES, RULES, TOGETHER, Layout, MeshSpec, arrange, constrain, splits, using
 
@@ -37,7 +38,9 @@ def test_a_mesh_that_does_not_come_out_even_is_refused(make, message):
     [
         ({"data": 0}, "MeshSpec.data is 0: it must be at least 1, or -1"),
         ({"data": -1, "fsdp": -1}, "MeshSpec.data and MeshSpec.fsdp are both -1"),
-        ({"rules": RULES | {"width": ("tensor",)}}, "splits 'width' and 'hidden' both over 'tensor'|'vocabulary'"),
+        ({"rules": RULES | {"width": ("tensor",)}}, "splits 'vocabulary' and 'width' both over 'tensor'"),
+        ({"rules": RULES | {"hidden": ("fsdp",)}}, "splits 'width' and 'hidden' both over 'fsdp'"),
+        ({"rules": RULES | {"experts": ("sequence",)}}, "splits 'positions' and 'experts' both over 'sequence'"),
         ({"rules": RULES | {"positions": ("data",)}}, "splits 'rows' and 'positions' both over 'data'"),
         ({"rules": RULES | {"hidden": ("tenser",)}}, r"rules\['hidden'\] names 'tenser': did you mean tensor"),
         ({"rules": RULES | {"hiden": ()}}, "no axis 'hiden': did you mean hidden"),
@@ -48,6 +51,19 @@ def test_a_mesh_that_does_not_come_out_even_is_refused(make, message):
 def test_a_table_that_cannot_be_is_refused(fields, message):
     with pytest.raises(SpecError, match=message):
         MeshSpec(**fields)
+
+
+@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("variant", variants(), ids=lambda variant: variant.__name__)
+def test_every_parameter_of_every_variant_can_be_placed(variant, scan):
+    model = bind(tiny(adapters=ADAPTERS, attention=variant(), width=32, scan=scan), 31)
+    everywhere = layout(data=2, fsdp=2, tensor=2, stage=2)
+    shapes = paths(model.abstract())
+    for path, names in _flat(model.axes()).items():
+        everywhere.place(names, shapes[path].shape)
+        if path.startswith("decoder/blocks"):
+            assert names[:1] == ("layers",) if scan else "layers" not in names, path
+            assert "layers" not in names[1:], path
 
 
 def test_every_parameter_of_a_model_names_axes_that_may_meet():

@@ -54,6 +54,7 @@ TOGETHER = (
     ("layers", "width", "kv_heads"),
     ("layers", "experts", "width", "hidden"),
     ("rows", "positions", "vocabulary"),
+    ("positions", "experts"),  # those of one device are computed for its own positions alone
     ("rows", "positions", "features"),
     ("rows", "positions", "hidden"),
     ("rows", "heads", "positions"),

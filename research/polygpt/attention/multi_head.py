@@ -23,6 +23,7 @@ from polygpt.errors import SpecError
 from polygpt.nn.linear import Linear
 from polygpt.nn.norms import Norm
 from polygpt.nn.positions import Position
+from polygpt.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,7 +204,9 @@ class MultiHeadModule(nnx.Module):
     def heads(self, x_BTE: jax.Array) -> jax.Array:
         """[B, T, heads * d] -> [B, heads, T, d]."""
         d = self.spec.width_of_head(self.dims.width)
-        return x_BTE.reshape(*x_BTE.shape[:2], -1, d).transpose(0, 2, 1, 3)
+        x_BHTd = x_BTE.reshape(*x_BTE.shape[:2], -1, d).transpose(0, 2, 1, 3)
+        # Whole heads on a device, also where there are fewer key heads than devices: halves would have to talk.
+        return constrain(x_BHTd, "rows", "heads", "positions", None)
 
     def _placed(self, x_BHTd, norm, context):
         x_BHTd = x_BHTd if norm is None else norm(x_BHTd)

@@ -73,7 +73,8 @@ class Model:
 
     def axes(self) -> Params:
         """The names of every parameter's axes, by which they are split over devices: a tree of tuples."""
-        return _axes(nnx.state(nnx.eval_shape(lambda: self._build(jax.random.key(0)))))
+        state = nnx.state(nnx.eval_shape(lambda: self._build(jax.random.key(0))))
+        return _axes(state, self.spec.decoder.scan)
 
     def apply(self, params: Params, batch: Batch, key: jax.Array | None = None) -> Outputs:
         """All predictions of a batch. With a key, dropout is on."""
@@ -145,16 +146,22 @@ def _pure(state: nnx.State) -> Params:
     return tidy(nnx.to_pure_dict(state))
 
 
-def _axes(state: nnx.State) -> Params:
-    """Of each parameter the names that it was made with; a stacked one has an axis more in front."""
+def _axes(state: nnx.State, scanned: bool) -> Params:
+    """Of each parameter the names that it was made with; what was stacked afterwards has axes more in front.
+
+    Args:
+        state: the parameters.
+        scanned: whether the decoder's blocks are stacked.
+    """
 
     def names(path, variable: nnx.Variable) -> tuple[str | None, ...]:
-        rank = len(variable.shape)
+        keys, rank = [entry.key for entry in path], len(variable.shape)
+        stacked = "blocks" in keys and (scanned or keys[0] != "decoder")
         given = variable.get_metadata().get("axes")
         if given is None:  # of a module that names none: a matrix is split like any other
-            given = (*[None] * (rank - 2), "width", None)[:rank] if rank > 1 else (None,) * rank
-        stacked = "layers" if [entry.key for entry in path[:2]] == ["decoder", "blocks"] else None
-        return (*[stacked] * (rank - len(given)), *given)
+            given = ("width", None) if rank - stacked > 1 else ()
+        front = ["layers" if keys[0] == "decoder" else None] if stacked and rank > len(given) else []
+        return (*front, *[None] * (rank - len(front) - len(given)), *given)
 
     named = jax.tree_util.tree_map_with_path(names, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
     return _pure(named)
