@@ -134,7 +134,7 @@ class Stack(nnx.Module):
         losses = {}
         if self.blocks is None:
             pass
-        elif self.pipelined and cache is None and (schedule := _schedule(x_BTD.shape[0])) is not None:
+        elif self.pipelined and cache is None and (schedule := _schedule()) is not None:
             x_BTD, losses = self.in_stages(x_BTD, context, key, schedule)
         else:
             x_BTD, cache, losses = self._over_blocks(call, x_BTD, cache)
@@ -153,6 +153,9 @@ class Stack(nnx.Module):
         if not self.spec.scan:
             reason = "a stage is a run of stacked blocks"
             raise SpecError(f"train.mesh.stage is {schedule.stages}: model.decoder.scan must be true, {reason}")
+        rows = x_BTD.shape[0]
+        # Those of training come out even; an evaluation may have any number, and is filled up.
+        x_BTD, context = _with_rows((x_BTD, context), -rows % schedule.microbatches)
         schedule.check(self.spec.depth, len(self.spec.period()), x_BTD.shape[0])
         graphdefs, params = self._split()
 
@@ -165,7 +168,8 @@ class Stack(nnx.Module):
             return x_bTD, losses
 
         policy = KEPT[self.spec.remat] if schedule.repeats > 1 else None
-        return pipeline(body, params, x_BTD, context, schedule, policy)
+        y_BTD, losses = pipeline(body, params, x_BTD, context, schedule, policy)
+        return y_BTD[:rows], losses
 
     def weights(self, x_BTD: jax.Array, context: Context, chosen_R: jax.Array | None = None) -> dict[int, jax.Array]:
         """By block, the attention weights of the chosen queries, float32 [B, H, R, T]; None means all.
@@ -251,13 +255,14 @@ class Stack(nnx.Module):
         return lambda x_BTD, *arguments: checkpointed(params, checkpoint_name(x_BTD, INPUT), *arguments)
 
 
-def _schedule(rows: int) -> Schedule | None:
-    """That of the active layout; None where it has no stages, or cannot cut so many rows, as those of an evaluation.
-
-    The rows of training are checked before.
-    """
+def _schedule() -> Schedule | None:
+    """That of the active layout, or None where it has no stages."""
     layout = sharding.active()
     if layout is None or (stages := layout.size("stages")) == 1:
         return None
-    schedule = Schedule(stages, layout.spec.repeats, layout.spec.microbatches or stages)
-    return schedule if rows % schedule.microbatches == 0 else None
+    return Schedule(stages, layout.spec.repeats, layout.spec.microbatches or stages)
+
+
+def _with_rows(tree: Any, more: int) -> Any:
+    """Arrays [B, ...] with so many rows of zeros behind: of padding, whose segment is 0."""
+    return tree if more == 0 else jax.tree.map(lambda x: jnp.pad(x, ((0, more), *[(0, 0)] * (x.ndim - 1))), tree)
