@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -9,6 +10,7 @@ import time
 import pytest
 
 from polygpt.cli.main import main
+from polygpt.errors import UserError
 from polygpt.scale.launch import local
 
 PLACE = """
@@ -23,6 +25,21 @@ if os.environ["POLYGPT_PROCESS"] == sys.argv[1]:
     os.kill(os.getpid(), int(sys.argv[2])) if int(sys.argv[2]) != 2 else sys.exit(2)
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
 time.sleep(60)
+"""
+LEAVES_WORD = """
+import os, pathlib, signal, sys, time
+def end(*_):
+    pathlib.Path("ended " + os.environ["POLYGPT_PROCESS"]).write_text("")
+    sys.exit(1)
+signal.signal(signal.SIGTERM, end)
+print("x" * 100000, flush=True)  # more than a pipe takes
+pathlib.Path("ready " + os.environ["POLYGPT_PROCESS"]).write_text("")
+time.sleep(60)
+"""
+LAUNCHER = f"""
+import pathlib, sys
+from polygpt.scale.launch import local
+sys.exit(local.run([], 2, 1, pathlib.Path("logs"), 20, [sys.executable, "-c", {LEAVES_WORD!r}]).codes != (1, 1))
 """
 DEAF = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: print('heard', flush=True)); time.sleep(60)"
 
@@ -74,6 +91,89 @@ def test_a_signal_is_passed_on(tmp_path, capfd):
     threading.Thread(target=stop, daemon=True).start()
     outcome = launch(code, [], 2, tmp_path, grace=20)
     assert outcome.codes == (1, 1) and outcome.ours and capfd.readouterr().err == ""
+
+
+def launcher(folder, before=None):
+    """A launcher of two processes that wait; gives it when they do."""
+    process = subprocess.Popen([sys.executable, "-c", LAUNCHER], cwd=folder, stdout=subprocess.PIPE, preexec_fn=before)
+    process.stdout.close()  # as the terminal does that is closed
+    wait_for(folder / "ready 0", folder / "ready 1")
+    return process
+
+
+def wait_for(*paths):
+    deadline = time.monotonic() + 20
+    while not all(path.exists() for path in paths):
+        assert time.monotonic() < deadline, paths
+        time.sleep(0.02)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for a signal")
+def test_a_launcher_that_is_killed_leaves_no_process_behind(tmp_path):
+    process = launcher(tmp_path)
+    process.kill()
+    process.wait()
+    wait_for(tmp_path / "ended 0", tmp_path / "ended 1")
+
+
+def test_a_launcher_whose_terminal_is_closed_lets_the_processes_save(tmp_path):
+    process = launcher(tmp_path)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(20) == 0
+    wait_for(tmp_path / "ended 0", tmp_path / "ended 1")
+
+
+def test_nohup_is_respected(tmp_path):
+    process = launcher(tmp_path, lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.3)
+    assert process.poll() is None and not (tmp_path / "ended 0").exists()
+    process.terminate()
+    assert process.wait(20) == 0
+
+
+def test_if_one_cannot_be_started_the_others_are_ended(tmp_path, monkeypatch):
+    popen, started = subprocess.Popen, []
+
+    def scarce(*words, **more):
+        if started:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        started.append(popen(*words, **more))
+        return started[0]
+
+    monkeypatch.setattr(local.subprocess, "Popen", scarce)
+    with pytest.raises(UserError, match="process 1 cannot be started: Resource temporarily unavailable"):
+        launch("import time; time.sleep(60)", [], 2, tmp_path)
+    assert started[0].wait(10) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (None, ["0,1", "2,3"]),
+        ("4,5,6,7", ["4,5", "6,7"]),
+        ("", ["", ""]),
+        ("-1", ["", ""]),
+        ("GPU-a,GPU-b,1,0,-1,2", 0),
+    ],
+)
+def test_visible_gpus_are_divided(monkeypatch, given, expected):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if given is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    assert [local.gpus(rank, 2, 2) for rank in range(2)] == (expected or ["GPU-a,GPU-b", "1,0"])
+
+
+def test_gpus_that_are_not_there_are_not_given(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    with pytest.raises(
+        UserError, match="4 processes with 1 of the GPUs each need 4, and CUDA_VISIBLE_DEVICES is '2,3'"
+    ):
+        launch(PLACE, [], 4, tmp_path / "logs")
+    assert not (tmp_path / "logs").exists()
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert local.gpus(3, 4, 1) == ""
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import shlex
 import signal
@@ -21,6 +22,17 @@ PROGRAM = (sys.executable, "-m", "polygpt.cli.main")
 
 OURS = (signal.SIGTERM, signal.SIGKILL)
 """What the launcher itself ends processes with, in this order."""
+
+BOUND = """
+import ctypes, os, signal, sys
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    if os.getppid() != int(sys.argv[1]):
+        sys.exit("polygpt: launch: the launcher has ended")
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
+"""What a process is before it becomes the command: it asks Linux for SIGTERM when the launcher ends, even if killed. A
+program of its own, because the launcher has threads and may run no Python between fork and exec."""
 
 UNHEARD = (b"INFO ", b"[Gloo] ")
 """Beginnings of lines of process 0 that are for its log alone: barriers, and connections between processes."""
@@ -52,8 +64,8 @@ def run(
     """Runs `command` in `count` processes that find each other, until the last one has ended.
 
     What process 0 prints is printed here, and the warnings and errors of the others; everything, each line with its
-    process in front, is added to a file a process. SIGINT and SIGTERM are passed on. When one process fails, the others
-    have `grace` seconds to end.
+    process in front, is added to a file a process. SIGINT and SIGTERM are passed on, and SIGHUP as SIGTERM. When one
+    process fails, the others have `grace` seconds to end. When the launcher is killed, they get SIGTERM (on Linux).
 
     Args:
         command: words after `program`.
@@ -63,35 +75,32 @@ def run(
         program: the words in front.
 
     Raises:
-        UserError: if the folder cannot be written.
+        UserError: if the folder cannot be written, there are too few GPUs or a process cannot be started.
     """
+    port = _free_port()
+    environments = [os.environ | environment(rank, count, devices, port) for rank in range(count)]
     try:
         logs.mkdir(parents=True, exist_ok=True)
         files = [(logs / f"p{rank}.log").open("ab", buffering=0) for rank in range(count)]
     except OSError as error:
         raise UserError(f"cannot write logs to {logs}: {error.strerror}: choose another --logs") from error
-    port = _free_port()
+    processes: list[subprocess.Popen] = []
     with contextlib.ExitStack() as stack:
-        processes = [
-            subprocess.Popen(
-                [*program, *command],
-                env=os.environ | environment(rank, count, devices, port),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                start_new_session=True,  # Ctrl-C reaches them through this process alone, and so once
-            )
-            for rank, _ in enumerate(stack.enter_context(file) for file in files)
-        ]
+        for file in files:
+            stack.enter_context(file)
         stack.callback(lambda: [process.kill() for process in processes if process.poll() is None])
+        asked = stack.enter_context(_passing_on(processes))
+        for rank, variables in enumerate(environments):
+            processes.append(_start([*program, *command], rank, variables))
+        for number in asked:  # those that were started after it came have not got it
+            _signal(processes, number)
         listeners = []
         for rank, (process, file) in enumerate(zip(processes, files, strict=True)):
             file.write(f"--- {time.strftime('%F %T')} pid {process.pid}: {shlex.join(command)}\n".encode())
             for pipe, terminal in ((process.stdout, sys.stdout), (process.stderr, sys.stderr)):
                 listeners.append(threading.Thread(target=_listen, args=(rank, pipe, file, terminal), daemon=True))
                 listeners[-1].start()
-        with _passing_on(processes) as asked:
-            first = _wait(processes, grace, asked)
+        first = _wait(processes, grace, asked)
         for listener in listeners:
             listener.join(5)  # a grandchild may hold the pipe open
     codes = tuple(process.returncode for process in processes)
@@ -103,18 +112,36 @@ def run(
 
 
 def environment(rank: int, count: int, devices: int, port: int) -> Mapping[str, str]:
-    """The variables that a process of the run needs beside those that are there."""
-    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    mine = range(rank * devices, (rank + 1) * devices)
+    """The variables that a process of the run needs beside those that are there. Raises UserError as `gpus` does."""
     return {
         COORDINATOR: f"127.0.0.1:{port}",
         PROCESSES: str(count),
         PROCESS: str(rank),
         "JAX_COORDINATOR_BIND_ADDRESS": f"127.0.0.1:{port}",  # by default every interface of the machine
         "JAX_NUM_CPU_DEVICES": str(devices),
-        "CUDA_VISIBLE_DEVICES": ",".join(gpus[i] if any(gpus) and i < len(gpus) else str(i) for i in mine),
+        "CUDA_VISIBLE_DEVICES": gpus(rank, count, devices),
         "PYTHONUNBUFFERED": "1",
     }
+
+
+def gpus(rank: int, count: int, devices: int) -> str:
+    """CUDA_VISIBLE_DEVICES of one of `count` processes on a machine: `devices` of what is visible here, in order.
+
+    Raises:
+        UserError: if fewer are visible than the processes need, unless none is or JAX is to use the CPU.
+    """
+    mine = slice(rank * devices, (rank + 1) * devices)
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is None:
+        return ",".join(map(str, range(count * devices)[mine]))
+    # As CUDA reads it: what follows an empty or a negative entry is not visible.
+    visible = list(itertools.takewhile(lambda name: name.strip() and not name.startswith("-"), given.split(",")))
+    if 0 < len(visible) < count * devices and os.environ.get("JAX_PLATFORMS") != "cpu":
+        raise UserError(
+            f"{count} processes with {devices} of the GPUs each need {count * devices}, and CUDA_VISIBLE_DEVICES is "
+            f"{given!r}: start fewer processes, or set JAX_PLATFORMS=cpu"
+        )
+    return ",".join(visible[mine])
 
 
 def describe(rank: int, code: int) -> str:
@@ -129,25 +156,45 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
+def _start(words: Sequence[str], rank: int, variables: Mapping[str, str]) -> subprocess.Popen:
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-Sc", BOUND, str(os.getpid()), *words],
+            env=variables,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C reaches them through this process alone, and so once
+        )
+    except OSError as error:
+        raise UserError(f"process {rank} cannot be started: {error.strerror}: start fewer, or free memory") from error
+
+
 def _listen(rank: int, pipe, file, terminal) -> None:
-    for line in pipe:
-        file.write(f"[p{rank}] ".encode() + line)
+    for line in pipe:  # to its end, whatever cannot be written: a process waits while its pipe is full
+        with contextlib.suppress(OSError):
+            file.write(f"[p{rank}] ".encode() + line)
         if rank == 0 and not line.startswith(UNHEARD) or line.startswith((b"polygpt: ", b"WARNING ")):
             text = line.decode(errors="replace")
-            print(text if rank == 0 else f"[p{rank}] {text}", end="", file=terminal, flush=True)
+            with contextlib.suppress(OSError):
+                print(text if rank == 0 else f"[p{rank}] {text}", end="", file=terminal, flush=True)
 
 
 @contextlib.contextmanager
 def _passing_on(processes: Sequence[subprocess.Popen]) -> Iterator[list[int]]:
-    """While entered, SIGINT and SIGTERM go to the processes; gives the list of those that came."""
+    """While entered, signals go to the processes, `processes` growing as it may; gives the list of those that came."""
     asked: list[int] = []
 
     def handle(number, _):
-        asked.append(number)
-        _signal(processes, number)
+        # SIGTERM for SIGHUP: a run saves at the one, and is ended at once by the other.
+        asked.append(signal.SIGTERM if number == signal.SIGHUP else number)
+        _signal(processes, asked[-1])
 
     here = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM) if here}
+    heard = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
+        heard.append(signal.SIGHUP)
+    before = {number: signal.signal(number, handle) for number in heard if here}
     try:
         yield asked
     finally:
@@ -183,4 +230,5 @@ def _signal(processes: Sequence[subprocess.Popen], number: int) -> None:
 
 
 def _say(text: str) -> None:
-    print(f"polygpt: launch: {text}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # the terminal is gone
+        print(f"polygpt: launch: {text}", file=sys.stderr, flush=True)
