@@ -41,7 +41,7 @@ def test_values_and_gradients_are_those_of_one_device(quick):
 
 @pytest.mark.slow
 def test_they_are_with_every_mesh_mask_and_backend():
-    assert len(run("attention_on_eight_devices.py", "slow")["compared"]) == 162
+    assert len(run("attention_on_eight_devices.py", "slow")["compared"]) == 100
 
 
 def test_no_device_of_a_ring_holds_the_keys_of_all(quick):
