@@ -12,15 +12,18 @@ examples:
   polygpt launch slurm --nodes 2 --set slurm_account=lab --set cpus_per_task=32 -- train mine.py
   polygpt launch slurm --cluster local --tasks 2 -- train mine.py        the same, tried on this machine
 
-One process runs on each node, with all its GPUs. Before the time is up, or when the job is preempted, the run saves,
-and the job is queued again; it resumes. The run folder and the logs must lie where all nodes see them."""
+One process runs on each node, with all its GPUs; --tasks divides them. Before the time is up, or when the job is
+preempted, the run saves, and the job is queued again; it resumes. The run folder and the logs must lie where all nodes
+see them."""
 
 
 def parser(prog: str, about: str) -> LaunchParser:
     """The verb's arguments."""
     words = LaunchParser(prog, about, EXAMPLES)
     words.add_argument("--nodes", metavar="N", type=count, default=1, help="how many nodes (default: 1)")
-    words.add_argument("--tasks", metavar="N", type=count, default=1, help="processes on each node (default: 1)")
+    words.add_argument(
+        "--tasks", metavar="N", type=count, default=1, help="processes on each node, which divide --gpus (default: 1)"
+    )
     words.add_argument("--gpus", metavar="N", type=count, help="GPUs of each node")
     words.add_argument("--hours", metavar="H", type=float, default=1.0, help="the time limit (default: 1)")
     words.add_argument("--partition", metavar="P", help="SLURM's partition")

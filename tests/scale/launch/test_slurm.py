@@ -1,9 +1,11 @@
 """`polygpt launch slurm`: tasks find each other and are queued again; on submitit's own executor for one machine."""
 
+import os
 import re
+import signal
 import subprocess
 import sys
-import time
+from unittest import mock
 
 import pytest
 
@@ -23,6 +25,20 @@ import signal, sys, time
 signal.signal(signal.SIGTERM, lambda *_: (print("saved", flush=True), sys.exit(1)))
 print("ready", flush=True)
 time.sleep(60)
+"""
+
+
+PREEMPTED = f"""
+import os, signal, sys
+import submitit
+from polygpt.scale.launch import slurm
+task = slurm.Task(["train", "x.py"], [sys.executable, "-c", {SAVES!r}])
+def handle(*_):  # as submitit's does, in the main thread
+    again = task.checkpoint()
+    print("queued again", again.function == slurm.Task(task.command, task.program), flush=True)
+    os._exit(0)
+signal.signal(signal.SIGUSR2, handle)
+task()
 """
 
 
@@ -51,13 +67,29 @@ def test_a_task_that_fails_is_a_job_that_failed(tmp_path):
 
 
 def test_before_its_time_is_up_the_run_saves_and_the_same_is_queued_again():
-    task = slurm.Task(["train", "x.py"])
-    task.process = subprocess.Popen([sys.executable, "-c", SAVES], stdout=subprocess.PIPE, text=True)
-    assert task.process.stdout.readline() == "ready\n"
-    begun = time.monotonic()
-    again = task.checkpoint()
-    assert time.monotonic() - begun < 30 and task.process.stdout.read() == "saved\n"
-    assert again.function == slurm.Task(["train", "x.py"])
+    here = os.environ | {"SUBMITIT_EXECUTOR": "local", "SUBMITIT_LOCAL_JOB_ID": "7"}
+    process = subprocess.Popen([sys.executable, "-c", PREEMPTED], env=here, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGUSR2)  # while the task waits for its process
+        assert process.communicate(timeout=20)[0] == "saved\nqueued again True\n" and process.returncode == 0
+    finally:
+        process.kill()
+
+
+@pytest.mark.parametrize("name", ["gpus_per_node", "slurm_gpus_per_node"])
+def test_tasks_of_a_node_divide_its_gpus(tmp_path, monkeypatch, capfd, name):
+    submitted = []
+    monkeypatch.setattr(submitit, "AutoExecutor", lambda *_, **__: mock.Mock(submit=submitted.append))
+    task = slurm.Task([], [sys.executable, "-c", "import os; print(os.environ['CUDA_VISIBLE_DEVICES'])"])
+    slurm.submit(task, tmp_path, nodes=2, tasks=2, more={name: 4})
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")  # as SLURM sets it on each node
+    for rank in range(4):
+        here = mock.Mock(hostnames=["a", "b"], job_id="7", num_tasks=4, num_nodes=2, global_rank=rank)
+        here.local_rank = rank % 2
+        monkeypatch.setattr(submitit, "JobEnvironment", lambda here=here: here)
+        assert submitted[0]() == 0
+    assert capfd.readouterr().out.split() == ["4,5", "6,7", "4,5", "6,7"]
 
 
 @pytest.mark.parametrize(
@@ -69,6 +101,7 @@ def test_before_its_time_is_up_the_run_saves_and_the_same_is_queued_again():
             "the job was not submitted: LocalExecutor can use only one node",
         ),
         (["--cluster", "local", "--set", "local_nonsense=1", "--"], "the job was not submitted"),
+        (["--tasks", "3", "--gpus", "8", "--"], "8 GPUs cannot be divided among 3 tasks of a node"),
         ([], "nothing follows the --"),
     ],
 )

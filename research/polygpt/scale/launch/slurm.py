@@ -8,12 +8,14 @@ import dataclasses
 import os
 import signal
 import subprocess
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from polygpt.errors import UserError
-from polygpt.scale.launch.local import PROGRAM
+from polygpt.scale.launch.local import PROGRAM, gpus
 from polygpt.training.processes import COORDINATOR, PROCESS, PROCESSES
 
 PORTS = (61440, 4096)
@@ -27,10 +29,12 @@ class Task:
     Attributes:
         command: words after `program`.
         program: the words in front.
+        gpus: how many of its node's GPUs each process takes; None for all that SLURM gives it.
     """
 
     command: list[str]
     program: Sequence[str] = PROGRAM
+    gpus: int | None = None
 
     def __call__(self) -> int:
         import submitit
@@ -43,20 +47,33 @@ class Task:
             PROCESSES: str(self.here.num_tasks),
             PROCESS: str(self.here.global_rank),
         }
+        if self.gpus:
+            tasks = self.here.num_tasks // self.here.num_nodes
+            place["CUDA_VISIBLE_DEVICES"] = gpus(self.here.local_rank, tasks, self.gpus)
         # Of its own, not in this process: submitit has the signals here.
         self.process = subprocess.Popen([*self.program, *self.command], env=os.environ | place)
-        code = self.process.wait()
+        code = self._end()
         if code:
             raise RuntimeError(f"process {self.here.global_rank} on {self.here.hostname} ended with code {code}")
         return code
 
     def checkpoint(self):
-        """Called by submitit before the job is stopped: the run saves, and the same task is queued again."""
+        """Called by submitit before the job is stopped: the run saves, and the same task is queued again.
+
+        It is called in a signal's handler, in the midst of __call__.
+        """
         import submitit
 
         self.process.send_signal(signal.SIGTERM)
-        self.process.wait()
-        return submitit.helpers.DelayedSubmission(Task(self.command, self.program))
+        self._end()
+        return submitit.helpers.DelayedSubmission(dataclasses.replace(self))
+
+    def _end(self) -> int:
+        """The process's code when it has ended. Holds no lock while it waits: the handler would wait for it in vain."""
+        threading.Thread(target=self.process.wait, daemon=True).start()
+        while self.process.returncode is None:
+            time.sleep(0.1)
+        return self.process.returncode
 
 
 def submit(
@@ -81,8 +98,14 @@ def submit(
         more: of submitit's parameters, "gpus_per_node", "cpus_per_task", "slurm_partition", ...
 
     Raises:
-        UserError: if submitit is not installed, or SLURM refuses.
+        UserError: if submitit is not installed, the GPUs of a node cannot be divided, or SLURM refuses.
     """
+    more = more or {}
+    count = more.get("slurm_gpus_per_node", more.get("gpus_per_node"))
+    if tasks > 1 and isinstance(count, int):
+        if count % tasks:
+            raise UserError(f"{count} GPUs cannot be divided among {tasks} tasks of a node: choose another --tasks")
+        task = dataclasses.replace(task, gpus=count // tasks)
     try:
         import submitit
     except ImportError:
@@ -90,7 +113,7 @@ def submit(
     try:
         executor = submitit.AutoExecutor(folder, cluster=cluster)
         executor.update_parameters(
-            name=name, nodes=nodes, tasks_per_node=tasks, timeout_min=minutes, stderr_to_stdout=True, **(more or {})
+            name=name, nodes=nodes, tasks_per_node=tasks, timeout_min=minutes, stderr_to_stdout=True, **more
         )
         return executor.submit(task)
     except (RuntimeError, ValueError, NameError, OSError, submitit.core.utils.FailedSubmissionError) as error:
