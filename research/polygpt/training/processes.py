@@ -191,7 +191,8 @@ def _place() -> dict | None:
                 "host:port, a number of processes and a smaller number from 0; polygpt launch sets them"
             )
         place = {"coordinator_address": coordinator, "num_processes": int(count), "process_id": int(rank)}
-        return place if int(count) > 1 else None
+        # Within a step of SLURM, JAX would ask it for what is left to say, and take one GPU of the node.
+        return place | {"cluster_detection_method": "deactivate"} if int(count) > 1 else None
     if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # SLURM_NTASKS is there in a batch script's own shell too
         return {"cluster_detection_method": "slurm"}
     pods = [env for env in clusters.ClusterEnv._cluster_types if env.name in ("gcetpu", "gketpu")]
