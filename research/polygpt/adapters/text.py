@@ -19,11 +19,13 @@ class TextEmbedding(nnx.Module):
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
         """int [B, T] -> [B, T, D]."""
-        # Gathered over the width first: rows of a table are looked up whole.
-        table_VD = sharding.constrain(self.table[...].astype(self.dtype), "vocabulary", None)
-        if not sharding.splits("vocabulary"):
-            return jnp.take(table_VD, tokens_BT, axis=0, mode="clip")
-        return _looked_up(table_VD, tokens_BT, sharding.active())
+        # In float32, and rounded afterwards: so the gradient, a sum over all places of a token, is not.
+        layout = sharding.active()
+        if layout is None or layout.size("vocabulary") * layout.size("width") == 1:
+            x_BTD = jnp.take(self.table[...], tokens_BT, axis=0, mode="clip")
+        else:
+            x_BTD = _looked_up(self.table[...], tokens_BT, layout)
+        return x_BTD.astype(self.dtype)
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """[B, T, D] -> float32 [B, T, V]."""
@@ -38,18 +40,21 @@ class TextEmbedding(nnx.Module):
 def _looked_up(table_VD: jax.Array, tokens_BT: jax.Array, layout: sharding.Layout) -> jax.Array:
     """[B, T, D]: each device looks up the tokens of its own part of the vocabulary, and the parts are summed.
 
-    Megatron-LM (1909.08053), section 3. The compiler by itself would gather the table.
+    Megatron-LM (1909.08053), section 3. The compiler by itself would gather the whole table, and sum the whole gradient
+    on every device.
     """
-    vocabulary = layout.axes(("vocabulary", None), table_VD.shape)
+    table = layout.axes(("vocabulary", "width"), table_VD.shape)
     rows = layout.axes(("rows", "positions", None), (*tokens_BT.shape, 1))
 
     def here(table_VD, tokens_BT):
-        if vocabulary[0] is None:  # the devices do not divide it
+        if table[1] is not None:  # rows of the table are looked up whole
+            table_VD = jax.lax.all_gather(table_VD, table[1], axis=1, tiled=True)
+        if table[0] is None:
             return jnp.take(table_VD, tokens_BT, axis=0, mode="clip")
-        local_BT = tokens_BT - jax.lax.axis_index(vocabulary[0]) * len(table_VD)
+        local_BT = tokens_BT - jax.lax.axis_index(table[0]) * len(table_VD)
         mine_BT = (0 <= local_BT) & (local_BT < len(table_VD))
         x_BTD = jnp.take(table_VD, jnp.where(mine_BT, local_BT, 0), axis=0, mode="clip")
-        return jax.lax.psum(jnp.where(mine_BT[..., None], x_BTD, 0), vocabulary[0])
+        return jax.lax.psum(jnp.where(mine_BT[..., None], x_BTD, 0), table[0])
 
-    specs = {"in_specs": (vocabulary, PartitionSpec(*rows[:2])), "out_specs": rows}
-    return jax.shard_map(here, mesh=layout.mesh, **specs)(table_VD, tokens_BT)
+    specs = {"in_specs": (table, PartitionSpec(*rows[:2])), "out_specs": rows}
+    return jax.shard_map(here, mesh=layout.mesh, check_vma=False, **specs)(table_VD, tokens_BT)
