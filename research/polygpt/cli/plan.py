@@ -23,6 +23,8 @@ slice's shape; h100:8, h200:8, a100:8 and cpu:8 are compiled for made-up CPU dev
 
 BUDGET = 780
 """Seconds that a search takes at most."""
+LIMIT = 3600
+"""Seconds that one compilation takes at most."""
 NEAREST = 300
 """Seconds for compiling changes that fit, where the program does not."""
 
@@ -61,9 +63,11 @@ def run(arguments: Namespace) -> dict:
 
 def _planned(chosen, on) -> dict:
     from polygpt.scale.plan import search
-    from polygpt.scale.plan.plan import plan
+    from polygpt.scale.plan.worker import plan_apart
 
-    data = plan(chosen, on).to_json()
+    data = plan_apart(chosen, on, LIMIT)  # a compiler that fails, or does not end, takes its own process with it
+    if "failed" in data:
+        raise UserError(f"plan: {on.name}: the compiler gave no program: {data['failed']}")
     if data["memory"] is None or not data["memory"]["fits"]:
         _tell("does not fit; looking for the nearest changes that do")
         data["changes"] = search.nearest(chosen, on, data, NEAREST, _tell)

@@ -140,29 +140,35 @@ def _meshes(now: MeshSpec, devices: int, heads: int, length: int, experts: int) 
                             continue  # the experiment's own table uses that axis otherwise
 
 
-def smaller(now: Candidate) -> dict[str, list[Candidate]]:
-    """By kind of change, ways to run that take less memory, the nearest first."""
-    mesh, change = now.mesh, lambda **changes: dataclasses.replace(now, **changes)
-    found: dict[str, list[Candidate]] = {"remat": [], "mesh": [], "microbatches": [], "rows": []}
-    strongest = REMAT[REMAT.index(now.remat) :]
-    towers = [] if now.towers is None else [REMAT[-1]] if now.towers != REMAT[-1] else []
-    found["remat"] += [change(towers=tower) for tower in towers]
-    found["remat"] += [change(remat=remat) for remat in strongest[1:]]
-    found["remat"] += [change(remat=remat, towers=tower) for remat in strongest[1:] for tower in towers]
-    across = mesh.data
-    while across % 2 == 0:
-        across //= 2
-        found["mesh"].append(change(mesh=mesh.replace(data=across, fsdp=mesh.fsdp * mesh.data // across)))
+def smaller(now: Candidate) -> dict[tuple[str, ...], list[Candidate]]:
+    """Ways to run that take less memory, by the kinds of change that they are made of, the nearest first.
+
+    The kinds are the mesh (more of it over fsdp or tensor, or less where that divides better), remat and microbatches,
+    alone and together, and, alone, fewer rows.
+    """
+    mesh = now.mesh
+    remats = [dataclasses.replace(now, remat=remat) for remat in REMAT[REMAT.index(now.remat) :]]
+    if now.towers is not None:
+        remats += [dataclasses.replace(way, towers=REMAT[-1]) for way in remats if way.towers != REMAT[-1]]
+    meshes = [mesh]
     for by in (2, 4, 8):
-        for axis in ("fsdp", "data"):
-            if getattr(mesh, axis) % by == 0 and mesh.tensor * by <= TENSOR:
-                sizes = {axis: getattr(mesh, axis) // by, "tensor": mesh.tensor * by}
-                found["mesh"].append(change(mesh=mesh.replace(**sizes)))
+        for taken, given in (("data", "fsdp"), ("fsdp", "data"), ("fsdp", "tensor"), ("data", "tensor")):
+            if getattr(mesh, taken) % by == 0 and (given != "tensor" or mesh.tensor * by <= TENSOR):
+                sizes = {taken: getattr(mesh, taken) // by, given: getattr(mesh, given) * by}
+                meshes.append(mesh.replace(**sizes))
     each = now.rows // (mesh.data * mesh.fsdp * mesh.expert * now.microbatches)
-    for by in (2, 4, 8, 16, 32, 64):
-        if each % by == 0:
-            found["microbatches"].append(change(microbatches=now.microbatches * by))
-            found["rows"].append(change(rows=now.rows // by))
+    halves = [by for by in (2, 4, 8, 16, 32, 64) if each % by == 0]
+    found: dict[tuple[str, ...], list[Candidate]] = {}
+    for chosen, remat, by in itertools.product(meshes, remats, [1, *halves]):
+        way = dataclasses.replace(remat, mesh=chosen, microbatches=now.microbatches * by)
+        same = {
+            "mesh": chosen == mesh,
+            "remat": (way.remat, way.towers) == (now.remat, now.towers),
+            "microbatches": by == 1,
+        }
+        if kinds := tuple(kind for kind, unchanged in same.items() if not unchanged):
+            found.setdefault(kinds, []).append(way)
+    found["rows",] = [dataclasses.replace(now, rows=now.rows // by) for by in halves]
     return found
 
 

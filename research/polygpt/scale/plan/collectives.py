@@ -140,21 +140,29 @@ def _groups(text: str, devices: int) -> list[tuple[int, ...]]:
         return [tuple(pair) for pair in _listed(pairs.group(1)) if pair[0] != pair[1]]
     if listed := re.search(r"replica_groups=\{(\{.*?\})\}", text):
         return [tuple(group) for group in _listed(listed.group(1))]
-    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
-        sizes = [int(n) for n in iota.group(3).split(",")]
-        order = [int(n) for n in iota.group(4).split(",")] if iota.group(4) else range(len(sizes))
-        numbers = np.arange(math.prod(sizes)).reshape(sizes).transpose(tuple(order))
+    if iota := re.search(rf"replica_groups=\[(\d+),(\d+)\]<={_IOTA}", text):
+        numbers = _iota(*iota.groups()[2:])
         return [tuple(group) for group in numbers.reshape(int(iota.group(1)), int(iota.group(2))).tolist()]
-    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text):
+    if named := re.search(rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\({_IOTA}\))? \{{([^}}]*)\}}", text):
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named.group(1))}
-        chosen = re.findall(r"'(\w+)'", named.group(2))
-        if ":" in named.group(2) or "device_ids=(" in text or math.prod(sizes.values()) != devices:
+        chosen = re.findall(r"'(\w+)'", named.group(4))
+        if ":" in named.group(4) or math.prod(sizes.values()) != devices:
             return []
-        numbers = np.arange(devices).reshape(tuple(sizes.values()))
+        numbers = _iota(*named.groups()[1:3]) if named.group(2) else np.arange(devices)
         axes = [list(sizes).index(name) for name in chosen]
-        last = np.moveaxis(numbers, axes, range(numbers.ndim - len(axes), numbers.ndim))
-        return [tuple(g) for g in last.reshape(-1, math.prod(sizes[name] for name in chosen)).tolist()]
+        grid = np.moveaxis(numbers.reshape(tuple(sizes.values())), axes, range(len(sizes) - len(axes), len(sizes)))
+        return [tuple(g) for g in grid.reshape(-1, math.prod(sizes[name] for name in chosen)).tolist()]
     return [tuple(range(devices))] if "replica_groups={}" in text else []
+
+
+_IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
+
+
+def _iota(sizes: str, order: str | None) -> np.ndarray:
+    """The numbers that "[4,2]T(1,0)" stands for: those from 0, in that shape, its axes exchanged."""
+    shape = [int(n) for n in sizes.split(",")]
+    axes = [int(n) for n in order.split(",")] if order else range(len(shape))
+    return np.arange(math.prod(shape)).reshape(shape).transpose(tuple(axes)).ravel()
 
 
 def _listed(text: str) -> list[list[int]]:

@@ -25,7 +25,7 @@ class Built:
     """A compiled step.
 
     Attributes:
-        text: of the compiled program; empty where it did not fit.
+        compiled: the program; None where it did not fit.
         memory: of a device; None where the compiler refused for want of it.
         exhausted: what the compiler said then.
         seconds: that tracing and compiling took.
@@ -35,7 +35,7 @@ class Built:
         devices: the order of the mesh's devices.
     """
 
-    text: str
+    compiled: jax.stages.Compiled | None
     memory: Memory | None
     exhausted: Exhausted | None
     seconds: float
@@ -69,7 +69,7 @@ def build(experiment: Experiment, target: Target) -> Built:
         if exceeded is None:
             raise
     return Built(
-        text=compiled.as_text() if compiled else "",
+        compiled=compiled,
         memory=memory.of(compiled, state, batch, target.usable) if compiled else None,
         exhausted=exceeded,
         seconds=time.perf_counter() - begin,

@@ -102,9 +102,9 @@ def plan(experiment: Experiment, target: Target) -> Plan:
     target.prepare()
     built = compilation.build(experiment, target)
     counted = flops(experiment, built.vocabulary)
-    if not built.text:
+    if built.compiled is None:
         return _plan(experiment, target, built, counted)
-    program = hlo.parse(built.text)
+    program = hlo.parse(built.compiled.as_text())
     found = collectives.collectives(program, built.mesh)
     both = [(one, links.seconds(one, target, built.devices)) for one in found]
     exchanges = tuple(Exchange(one, one.times * sum(seconds)) for one, seconds in both)

@@ -21,6 +21,10 @@ from polygpt.training.experiment import Experiment
 
 ROOM = 0.98
 """Share of the memory that a prediction may take to be worth compiling."""
+LOW = 1.5
+"""By how much predictions of temporaries are low, before anything is compiled."""
+TRIES = 3
+"""Ways of the same set of changes that are compiled until one fits."""
 
 
 @dataclasses.dataclass
@@ -78,7 +82,7 @@ class Found:
     def correction(self, way: Tried) -> Correction:
         """The error of predictions, learned from ways with the same remat, or from any."""
         key = (way.candidate.remat, way.candidate.towers)
-        return self.corrections.get(key) or self.corrections.get(None) or Correction()
+        return self.corrections.get(key) or self.corrections.get(None) or Correction(LOW)
 
     def rank(self, way: Tried) -> float:
         """Seconds by which it is compared."""
@@ -97,6 +101,10 @@ class Found:
     def best(self) -> Tried | None:
         """The fastest that was compiled and fits."""
         return next((way for way in self.compiled if way.fits), None)
+
+    def has(self, enough: int | None) -> bool:
+        """Whether so many that were compiled fit."""
+        return enough is not None and sum(way.fits for way in self.ways) >= enough
 
     def next(self) -> Tried | None:
         """The most promising of those that are not compiled, if any can beat the best; first of all one that fits."""
@@ -128,7 +136,12 @@ _FIELDS = dataclasses.fields(Roofline)
 
 
 def search(
-    experiment: Experiment, target: Target, seconds: float, tell: Callable[[str], None], at_once: int = 2
+    experiment: Experiment,
+    target: Target,
+    seconds: float,
+    tell: Callable[[str], None],
+    at_once: int = 2,
+    enough: int | None = None,
 ) -> Found:
     """Searches for so many seconds at most.
 
@@ -138,6 +151,7 @@ def search(
         seconds: to search for; a compilation that has begun is stopped when they are over.
         tell: is told of progress, a line at a time.
         at_once: programs that are compiled side by side.
+        enough: it ends when so many compiled ways fit; None goes on while one may be better.
 
     Raises:
         UserError: nothing can be divided over these devices.
@@ -159,20 +173,17 @@ def search(
     running: dict[concurrent.futures.Future, Tried] = {}
     with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
         while True:
-            while len(running) < at_once and left() > 20 and (way := found.next()):
+            while len(running) < at_once and left() > 20 and not found.has(enough) and (way := found.next()):
                 tell(f"compiling {way.candidate.about()}: {_figures(found, way)} predicted")
                 way.data = {"failed": "under way"}
                 limit = min(left(), max(120.0, seconds / 2))
-                running[pool.submit(plan_apart, way.candidate.apply(experiment), target, limit)] = way
+                running[pool.submit(_compiled, experiment, target, way, limit)] = way
             if not running:
                 break
             done, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
             for future in done:
                 way = running.pop(future)
-                try:
-                    way.data = future.result()
-                except UserError as error:
-                    way.data = {"failed": str(error)}
+                way.data = future.result()
                 if "failed" not in way.data:
                     found.learn(way)
                 tell(f"  {_outcome(found, way)} ({seconds - left():.0f} s)")
@@ -186,8 +197,8 @@ def nearest(
 ) -> list[dict]:
     """The three nearest changes that make an experiment fit whose program did not.
 
-    Of each kind (remat, mesh, microbatches, rows) the smallest that is predicted to fit is compiled, and the next one
-    if it does not; what there was no time for is marked as predicted.
+    Of each set of kinds (mesh, remat, microbatches; rows) the fastest that is predicted to fit is compiled, smallest
+    sets first, and where it does not fit the next; what there was no time for is marked as predicted.
 
     Args:
         experiment: as it stands.
@@ -203,33 +214,36 @@ def nearest(
         return []
     found = Found(experiment, target, [], {})
     found.learn(Tried(now, here, data))
-    options = []
-    for kind, chain in smaller(now).items():
+    answers: list[dict] = []
+    for kinds, chain in sorted(smaller(now).items(), key=lambda item: len(item[0])):
         ways = [Tried(way, guess) for way in chain if (guess := _predict(experiment, known, target, way))]
-        fitting = [way for way in ways if found.memory(way) <= ROOM * target.usable]
-        options += [(kind, fitting)] if fitting else []
-
-    def cost(way: Tried) -> float:
-        return found.rank(way) / way.candidate.rows if target.peak else way.prediction.temporaries
-
-    options.sort(key=lambda option: cost(option[1][0]))
-    answers = []
-    for kind, ways in options[:3]:
-        for way in ways[:2]:
+        for _ in range(TRIES):
+            within = [way for way in ways if way.data is None and found.memory(way) <= ROOM * target.usable]
+            if not within:
+                break
+            way = min(within, key=found.rank if target.peak else found.memory)
             left = seconds - (time.monotonic() - begin)
             if left > 20:
-                tell(f"compiling {way.candidate.about()}")
-                try:
-                    way.data = plan_apart(way.candidate.apply(experiment), target, left)
-                except UserError as error:
-                    way.data = {"failed": str(error)}
-            if way.fits or way.data is None or "failed" in way.data:
+                tell(f"compiling {way.candidate.about()}: {_figures(found, way)} predicted")
+                way.data = _compiled(experiment, target, way, left)
+                tell(f"  {_outcome(found, way)}")
+                if "failed" in way.data:
+                    continue
+                found.learn(way)
+            if way.data is None or way.fits:
+                answer = {"change": list(kinds), "overrides": way.candidate.overrides(experiment), "compiled": way.fits}
+                answers.append(answer | {"memory": found.memory(way), "usable": target.usable})
                 break
-        answer = {"change": kind, "overrides": way.candidate.overrides(experiment), "compiled": way.fits}
-        answer |= {"memory": found.memory(way), "usable": target.usable, "about": way.candidate.about()}
-        if way.fits or way.data is None or "failed" in way.data:
-            answers.append(answer)
+        if len(answers) == 3:
+            break
     return answers
+
+
+def _compiled(experiment: Experiment, target: Target, way: Tried, limit: float) -> dict:
+    try:
+        return plan_apart(way.candidate.apply(experiment), target, limit)
+    except UserError as error:
+        return {"failed": str(error)}
 
 
 def _predicted(experiment: Experiment, known: Facts, target: Target) -> list[Tried]:
