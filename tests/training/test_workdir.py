@@ -1,5 +1,6 @@
 """What may change while a run goes on, and what makes it another run."""
 
+import contextlib
 import dataclasses
 
 import pytest
@@ -14,7 +15,8 @@ from polygpt.training.workdir import SAME_MATHEMATICS, claim, require_same
 @pytest.fixture
 def workdir(tmp_path):
     """As a run leaves it that has saved once."""
-    claim(tmp_path, experiment())
+    with contextlib.ExitStack() as stack:
+        claim(tmp_path, experiment(), stack)
     place = tmp_path / "checkpoints" / "7"
     place.mkdir(parents=True)
     seal(place, Record(7, None, True), 1)

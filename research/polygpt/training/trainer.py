@@ -92,7 +92,7 @@ class Trainer:
             feeder=self.parallel.feeder,
             feeders=self.parallel.feeders,
         )
-        claim(workdir, experiment)  # not before: a setting or a source that is at fault leaves no folder behind
+        claim(workdir, experiment, stack)  # not before: a setting or a source that is at fault leaves no folder behind
         self.checkpoints = Checkpoints(workdir / "checkpoints", self.spec.checkpoint, self.spec.better)
         stack.callback(self.checkpoints.close)
         self.metric: float | None = None  # of the last step, if it was evaluated

@@ -1,5 +1,6 @@
 """The run folder: which experiment it belongs to, what it ran on, and what is said when it cannot be written."""
 
+import contextlib
 import functools
 import importlib.metadata
 import json
@@ -17,6 +18,7 @@ from polygpt.errors import UserError
 from polygpt.files import write_atomically
 from polygpt.training import processes
 from polygpt.training.experiment import Experiment
+from polygpt.training.lock import hold
 from polygpt.training.manifest import records
 from polygpt.training.storage import storage_faults as storage_faults
 
@@ -41,15 +43,15 @@ SAME_MATHEMATICS = (
 """Settings that may change while a run goes on, with all that is under them: none makes it another run."""
 
 
-def _by_the_first(action: Callable[[Path, Experiment], None]) -> Callable[[Path, Experiment], None]:
+def _by_the_first(action: Callable[..., None]) -> Callable[..., None]:
     """The first process does it for all; where it fails, all fail with the same words."""
 
     @functools.wraps(action)
-    def done_by_the_first(workdir: Path, experiment: Experiment) -> None:
+    def done_by_the_first(*arguments) -> None:
         fault = ""
         if jax.process_index() == 0:
             try:
-                action(workdir, experiment)
+                action(*arguments)
             except UserError as error:
                 fault = str(error)
         if fault := processes.agree(action.__name__, fault):
@@ -80,9 +82,13 @@ def require_same(workdir: Path, experiment: Experiment) -> None:
 
 
 @_by_the_first
-def claim(workdir: Path, experiment: Experiment) -> None:
-    """Makes the folder this experiment's: writes config.json and environment.json."""
+def claim(workdir: Path, experiment: Experiment, stack: contextlib.ExitStack) -> None:
+    """Makes the folder this experiment's: writes config.json and environment.json.
+
+    Until the stack is closed it is also this run's alone. Raises UserError if another run has it.
+    """
     workdir.mkdir(parents=True, exist_ok=True)
+    stack.enter_context(hold(workdir))
     for name, data in {"config.json": spec.to_json(experiment), "environment.json": environment()}.items():
         write_atomically(workdir / name, json.dumps(data, indent=2) + "\n")
 
