@@ -1,6 +1,10 @@
 """A signal to one of several processes ends them all after the same step, however far apart they are."""
 
+import io
+import os
 import random
+import signal
+import sys
 
 import jax
 import pytest
@@ -40,3 +44,15 @@ def test_one_process_alone_ends_at_once():
     assert not alone.due(3)
     alone.requested = True
     assert alone.due(3)
+
+
+def test_a_signal_is_heard_where_nobody_listens(monkeypatch):
+    read, write = os.pipe()
+    os.close(read)
+    closed = io.TextIOWrapper(io.FileIO(write, "w", closefd=False))
+    monkeypatch.setattr(sys, "stderr", closed)
+    with Interruption() as interruption:
+        signal.raise_signal(signal.SIGTERM)
+    monkeypatch.undo()
+    os.close(write)
+    assert interruption.requested

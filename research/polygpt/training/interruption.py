@@ -1,5 +1,6 @@
 """SIGTERM and SIGINT ask a run to save and end."""
 
+import contextlib
 import itertools
 import signal
 import sys
@@ -56,4 +57,5 @@ class Interruption:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = True
-        print(f"{signal.Signals(number).name}: saving after this step", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # who would have read it may have ended, and so have sent the signal
+            print(f"{signal.Signals(number).name}: saving after this step", file=sys.stderr, flush=True)
