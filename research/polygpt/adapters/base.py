@@ -52,9 +52,9 @@ class Adapter(Spec):
         return 0.0
 
     def build(self, width: int, *, rngs: nnx.Rngs, dtype: str) -> nnx.Module:
-        """A module `(media: Media, key) -> ([B, N, P, D], losses)` for a decoder of `width`.
+        """A module `(media: Media, key) -> [B, N, P, D]` for a decoder of `width`, or `-> ([B, N, P, D], losses)`.
 
-        The losses are those of routed layers, {} where there are none: see `nn/losses.py`.
+        The losses, if there are any, are those of routed layers: see `nn/losses.py`.
 
         It must be finite, and its gradient too, whatever the features of unused items hold.
         """

@@ -61,7 +61,8 @@ class MultimodalModel(nnx.Module):
             if name not in batch.media:
                 continue
             here = None if key is None else jax.random.fold_in(key, number)
-            embedded_BNPD, own = self.adapters[name](batch.media[name], here)
+            found = self.adapters[name](batch.media[name], here)
+            embedded_BNPD, own = found if isinstance(found, tuple) else (found, {})
             losses = add(losses, own)
             embedded_BNPD += self.modality[name][...].astype(embedded_BNPD.dtype)[None, None, None]
             media[name] = constrain(embedded_BNPD, "rows", None, None, "features")  # a row takes from all its media
