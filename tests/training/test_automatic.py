@@ -2,6 +2,7 @@
 
 import pytest
 
+from polygpt.errors import UserError
 from polygpt.training.automatic import choose
 
 GB = 10**9
@@ -32,8 +33,17 @@ def test_rows_of_every_choice_come_out_even():
     for rows in (1, 3, 8, 12, 64):
         for accumulate in (1, 2):
             choice = choose(
-                state=GB, gradient=GB, memory=16 * GB, devices=12, **MODEL | {"rows": rows, "accumulate": accumulate}
+                state=GB,
+                gradient=GB,
+                memory=16 * GB,
+                devices=12,
+                **MODEL | {"rows": rows, "accumulate": accumulate, "heads": 24},
             )
             sizes = choice.mesh.sizes(12)
             parts = sizes["data"] * sizes["fsdp"]
             assert rows % parts == 0 and (rows // parts) % accumulate == 0 or parts == 1
+
+
+def test_devices_that_would_all_do_the_same_are_refused():
+    with pytest.raises(UserError, match="data.rows 4 can be split over 1 of 3 devices.*make data.rows a multiple of 3"):
+        choose(state=GB, gradient=GB, memory=16 * GB, devices=3, **MODEL | {"rows": 4, "heads": 2, "length": 64})

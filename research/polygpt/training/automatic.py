@@ -7,12 +7,14 @@ would take too much of a device's memory, and heads (tensor) where that is not e
 
 import dataclasses
 import os
-from collections.abc import Sequence
 from math import prod
+from typing import Any
 
 import jax
 
+from polygpt.errors import UserError
 from polygpt.sharding import MeshSpec
+from polygpt.training import processes
 from polygpt.training.parallel import Mode
 
 WHOLE = 0.4
@@ -52,6 +54,9 @@ def choose(
         accumulate: microbatches.
         length: positions of a row.
         heads: what a split over tensor has to divide.
+
+    Raises:
+        UserError: if neither rows, positions nor heads can be divided so that every device has its own to do.
     """
     if devices == 1:
         return Choice("single", MeshSpec(), "there is one device")
@@ -62,6 +67,12 @@ def choose(
     sequence = tensor = 1
     if rest > 1 and length % rest == 0 and length >= ROW * rest:
         sequence, why = rest, f"{why}, the positions of each over {rest}"
+    elif heads % rest:
+        raise UserError(
+            f"train.parallel auto: data.rows {rows} can be split over {parts} of {devices} devices, and neither rows "
+            f"of {length} positions nor {heads} heads over {rest} more: make data.rows a multiple of "
+            f"{devices * accumulate}, or set train.mesh"
+        )
     elif rest > 1:
         tensor, why = rest, f"{why}, heads and hidden widths over {rest}"
     whole = need / tensor <= WHOLE * memory
@@ -76,17 +87,23 @@ def choose(
     return Choice("sharded", MeshSpec(data=1, fsdp=parts, tensor=tensor, sequence=sequence), reason)
 
 
-def memory_of(device: jax.Device) -> int:
+def memory_of_all() -> int:
+    """Bytes that every device of every process has at least; all processes have to ask."""
+    here = min(map(_memory_of, jax.local_devices()))
+    return min(map(int, processes.gather("memory of devices", str(here))))
+
+
+def bytes_of(shapes: Any) -> int:
+    """Bytes of all leaves of a tree of shapes."""
+    return sum(prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+
+
+def _memory_of(device: jax.Device) -> int:
     """Bytes that a device has; of a CPU device its share of the machine's memory."""
     statistics = device.memory_stats() if device.platform != "cpu" else None
     if statistics and "bytes_limit" in statistics:
         return statistics["bytes_limit"]
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
-
-
-def bytes_of(shapes: Sequence) -> int:
-    """Bytes of all leaves of a tree of shapes."""
-    return sum(prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
 
 
 def _size(count: float) -> str:

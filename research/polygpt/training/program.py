@@ -9,7 +9,10 @@ from typing import Any
 import jax
 import optax
 
+from polygpt import sharding
+from polygpt.errors import UserError
 from polygpt.models.functional import Model, bind
+from polygpt.sharding import Layout
 from polygpt.training import automatic, parallel
 from polygpt.training.experiment import Experiment
 from polygpt.training.parallel import Parallel
@@ -75,10 +78,11 @@ def assemble(
         experiment: what to train.
         vocabulary: V, of its tokenizer.
         devices: all there are by default.
-        memory: bytes of each, for `train.parallel="auto"`; by default they are asked.
+        memory: bytes of each, for `train.parallel="auto"`; by default all processes ask theirs.
 
     Raises:
-        UserError: rows, positions, blocks or heads cannot be divided as the mesh asks.
+        UserError: rows, positions or blocks cannot be divided as the mesh asks, or an axis of the mesh that is to split
+            parameters splits none.
     """
     optim, train, layout = experiment.optim, experiment.train, experiment.data.layout
     model = bind(experiment.model, vocabulary)
@@ -90,7 +94,7 @@ def assemble(
         choice = automatic.choose(
             state=automatic.bytes_of(jax.eval_shape(lambda: _create(experiment, model, transformation))),
             gradient=automatic.bytes_of(shapes),
-            memory=memory or automatic.memory_of(devices[0]),
+            memory=memory or automatic.memory_of_all(),
             devices=len(devices),
             rows=experiment.data.rows,
             accumulate=optim.accumulate,
@@ -100,12 +104,29 @@ def assemble(
         mode, mesh, reason = choice.mode, choice.mesh, f"train.parallel auto: {choice.mode}: {choice.reason}"
     runs = parallel.build(mode, model.axes(), mesh, devices)
     runs.check(experiment.data.rows, layout.length, optim.accumulate)
+    if runs.layout:
+        _require_splits(runs.layout, shapes, model.axes())
     rate, trainable = optim.schedule.build(train.steps), optim.trainable(shapes)
     seed, accumulate = experiment.seed, optim.accumulate
     recipe = Recipe(
         model, experiment.objectives, transformation, rate, trainable, seed, accumulate, optim.ema, train.spikes
     )
     return Program(experiment, model, shapes, recipe, transformation, runs, reason)
+
+
+def _require_splits(layout: Layout, shapes: Any, axes: Any) -> None:
+    """Raises UserError if a mesh axis is to split parameters by the layout's table, and none of theirs comes out even.
+
+    What such an axis does not split is computed by each of its devices once more.
+    """
+    wanted = {axis for name in jax.tree.leaves(axes) for axis in layout.names(name)}
+    places = jax.tree.leaves(sharding.tree(layout, shapes, axes))
+    split = set(jax.tree.leaves([tuple(place.spec) for place in places]))
+    if idle := sorted(wanted - split):
+        raise UserError(
+            f"train.mesh.{idle[0]} is {layout.mesh.shape[idle[0]]}, and it divides no axis of any parameter: choose a "
+            "divisor of the model's heads and widths"
+        )
 
 
 def _create(experiment: Experiment, model: Model, transformation) -> Any:
