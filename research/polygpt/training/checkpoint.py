@@ -27,7 +27,7 @@ from polygpt.errors import UserError
 from polygpt.spec import Spec
 from polygpt.training import manifest, stored
 from polygpt.training.manifest import Damaged, HalfWritten, Record, records
-from polygpt.training.processes import agree, barrier, gather
+from polygpt.training.processes import agree, barrier, first_fault
 from polygpt.training.state import State
 from polygpt.training.storage import storage_fault
 
@@ -156,7 +156,7 @@ class Checkpoints:
             if record and not record.finite:
                 log.warning("checkpoint %s/%d holds values that are not finite: passed over", self.folder, step)
                 continue
-            fault = self._verified(step) if record else self._damaged[step]
+            fault = manifest.verified_by_all(self.folder / str(step)) if record else self._damaged[step]
             found, fault = (None, fault) if fault else self._read(step, target, initial)
             if found:
                 self._set_aside_after(step)
@@ -244,22 +244,13 @@ class Checkpoints:
             self._failure = None
             raise failure
 
-    def _verified(self, step: int) -> str:
-        """What is wrong with a checkpoint; "" if nothing."""
-        try:
-            manifest.verify(self.folder / str(step), share=(jax.process_index(), jax.process_count()))
-            fault = ""
-        except Damaged as damage:
-            fault = str(damage)
-        return _first(f"verified {step}", fault)
-
     def _read(self, step: int, target: State, initial) -> tuple[tuple[State, dict[str, Any]] | None, str]:
         """State and data, or what is wrong."""
         try:
             found, fault = stored.read(self._writer, self.folder / str(step), target, initial), ""
         except Exception as error:  # whatever Orbax raises for a file that does not fit: an older checkpoint may
             found, fault = None, first_line(error)
-        fault = _first(f"read {step}", fault)
+        fault = first_fault(f"read {step}", fault)
         return (None, fault) if fault else (found, "")
 
     def _set_aside_after(self, step: int) -> None:
@@ -274,11 +265,6 @@ class Checkpoints:
 def first_line(error: BaseException) -> str:
     """An error on one line that is not endless."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
-
-
-def _first(name: str, fault: str) -> str:
-    """The first process's fault that is one, for all."""
-    return next(filter(None, gather(name, fault)), "")
 
 
 def _set_aside(place: Path, why: str) -> None:

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 
-from polygpt.errors import UserError
+import jax
 
 BEATS = 10
 """Beats within the bound. Silence over six of them is death: it is seen by the seventh at most, and told at once."""
@@ -26,6 +26,9 @@ FAREWELL = 2.0
 
 FOREVER = 10**9
 """Milliseconds, some days; a wait that ends sooner is begun again."""
+
+RESUMES = "stopping; the same command resumes"
+"""Said where a process has died. One that failed may fail again."""
 
 COLLECTIVE = (
     "Gloo",
@@ -38,7 +41,7 @@ COLLECTIVE = (
     "Socket",
     "collective",
 )
-"""Words in the message of an error that is another process's doing."""
+"""Words in the message of an error of JAX's that is another process's doing."""
 
 
 class Liveness:
@@ -76,13 +79,13 @@ class Liveness:
     def fail(self, error: BaseException) -> None:
         """Tells the others of an error in this process; one of a collective waits to be told whose fault it is."""
         text = " ".join(f"{type(error).__name__}: {error}".split())
-        if isinstance(error, Exception) and not isinstance(error, UserError) and any(w in text for w in COLLECTIVE):
+        if isinstance(error, jax.errors.JaxRuntimeError) and any(word in text for word in COLLECTIVE):
             self._say(
                 f"a collective failed ({text[:200]}): waiting up to {self.bound:.0f} s to learn which process ended"
             )
             time.sleep(self.bound)
         with self.ending:
-            self._tell(f"{self.names[self.rank]} failed: {text[:500]}")
+            self._tell(f"{self.names[self.rank]} failed: {text[:500]}: stopping")
 
     def _beat(self) -> None:
         count, seen = 0, {}
@@ -101,13 +104,14 @@ class Liveness:
                 if rank not in seen or seen[rank][0] != value:
                     seen[rank] = (value, now)
                 elif now - seen[rank][1] > self.bound * 6 / BEATS:
-                    self._end(f"{self.names[rank]} has not been heard of for {now - seen[rank][1]:.0f} s", tell=True)
+                    silent = f"{now - seen[rank][1]:.0f} s"
+                    self._end(f"{self.names[rank]} has not been heard of for {silent}: {RESUMES}", tell=True)
             self.closing.wait(self.bound / BEATS)
 
     def _watch_the_first(self) -> None:
         while not self.closing.wait(self.bound / BEATS):
             if (silent := time.monotonic() - self.answered) > self.bound * 6 / BEATS:
-                self._end(f"{self.names[0]}, which coordinates, has not been heard of for {silent:.0f} s")
+                self._end(f"{self.names[0]}, which coordinates, has not been heard of for {silent:.0f} s: {RESUMES}")
 
     def _listen(self) -> None:
         verdict = None
@@ -125,7 +129,7 @@ class Liveness:
         """In the thread of XLA that aborts this process, which it does as soon as it cannot reach the service."""
         silent = time.monotonic() - self.answered
         if not self.closing.is_set() and (silent > self.bound / 2 or not self._reachable()):
-            self._say(f"{self.names[0]}, which coordinates, is gone: stopping; the same command resumes")
+            self._say(f"{self.names[0]}, which coordinates, is gone: {RESUMES}")
             leave(1)
         ctypes.CDLL(None).signal(int(signal.SIGABRT), None)  # the default: some other fault, and the abort goes on
 
@@ -140,11 +144,11 @@ class Liveness:
     def _lost(self, error: Exception) -> None:
         """The service cannot be reached: its host, process 0, is gone."""
         if not self.closing.is_set():
-            self._end(f"{self.names[0]}, which coordinates, is gone ({str(error).splitlines()[0]})")
+            self._end(f"{self.names[0]}, which coordinates, is gone ({str(error).splitlines()[0]}): {RESUMES}")
 
     def _end(self, why: str, tell: bool = False) -> None:
         with self.ending:
-            self._say(f"{why}: stopping; the same command resumes")
+            self._say(why)
             if tell:
                 self._tell(why)
             elif self.rank == 0:

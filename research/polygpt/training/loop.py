@@ -40,8 +40,7 @@ def train(
     """
     workdir, settings = Path(workdir).absolute(), experiment.train
     enable_cache()
-    with storage_faults(workdir), contextlib.ExitStack() as stack:
-        stack.enter_context(processes.together(settings.processes))
+    with processes.together(settings.processes), storage_faults(workdir), contextlib.ExitStack() as stack:
         interruption = stack.enter_context(Interruption())
         clock = Goodput(workdir / "goodput.jsonl" if jax.process_index() == 0 else None, begun)
         stack.callback(clock.close)

@@ -14,7 +14,10 @@ from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import jax
+
 from polygpt.files import write_atomically
+from polygpt.training.processes import first_fault
 
 NAME = "manifest.json"
 THREADS = 4
@@ -107,6 +110,16 @@ def verify(place: Path, items: Collection[str] | None = None, share: tuple[int, 
     if faults:
         more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise Damaged(", ".join(faults[:3]) + more)
+
+
+def verified_by_all(place: Path, items: Collection[str] | None = None) -> str:
+    """What is wrong with a checkpoint, "" if nothing: `verify`, of whose work each process does a share."""
+    try:
+        verify(place, items, (jax.process_index(), jax.process_count()))
+        fault = ""
+    except Damaged as damage:
+        fault = str(damage)
+    return first_fault(f"verified {place.name}", fault)
 
 
 def survey(folder: Path) -> Iterator[tuple[int, Record | Damaged]]:

@@ -16,7 +16,6 @@ import logging
 import os
 import socket
 import sys
-import threading
 import time
 from collections.abc import Iterator
 
@@ -26,12 +25,10 @@ from jax._src import clusters, distributed
 from polygpt.errors import UserError
 from polygpt.spec import Spec
 from polygpt.training.liveness import Liveness, leave
+from polygpt.training.waiting import log_to_stderr, saying
 
 COORDINATOR, PROCESSES, PROCESS = "POLYGPT_COORDINATOR", "POLYGPT_PROCESSES", "POLYGPT_PROCESS"
 """Variables that `polygpt launch` sets: host:port of process 0, how many there are, and which one this is."""
-
-SLOW = 30.0
-"""Seconds of waiting after which a barrier says so, and says it again."""
 
 log = logging.getLogger(__name__)
 
@@ -111,8 +108,9 @@ def together(spec: ProcessesSpec = ProcessesSpec()) -> Iterator[None]:
     try:
         initialize(spec)
         yield
-    except (Exception, KeyboardInterrupt) as error:
-        if _group is not None and _group.failed is None:
+    except BaseException as error:
+        well = isinstance(error, SystemExit) and error.code in (0, None)
+        if _group is not None and _group.failed is None and not well:
             _group.failed = error
             _group.liveness.fail(error)
         raise
@@ -125,7 +123,7 @@ def barrier(name: str) -> None:
         UserError: after `barrier_timeout`, naming the processes that did not arrive.
     """
     if _group is not None:
-        _meet(_group, name, _group.spec.barrier_timeout)
+        _meet(_group, name)
 
 
 def gather(name: str, text: str) -> list[str]:
@@ -134,11 +132,16 @@ def gather(name: str, text: str) -> list[str]:
         return [text]
     group, use = _group, _group.uses[name]
     group.client.key_value_set(f"polygpt/gather/{name}/{use}/{group.rank}", text)
-    _meet(group, name, group.spec.barrier_timeout)
+    _meet(group, name)
     texts = {_rank(key): text for key, text in group.client.key_value_dir_get(f"polygpt/gather/{name}/{use}/")}
     if use:  # every process has read the texts of the use before: it has come to this one
         group.client.key_value_delete(f"polygpt/gather/{name}/{use - 1}/{group.rank}")
     return [texts[rank] for rank in range(group.count)]
+
+
+def first_fault(name: str, fault: str) -> str:
+    """The first process's fault that is one ("" is none), for all. Raises UserError as `barrier` does."""
+    return next(filter(None, gather(name, fault)), "")
 
 
 def agree(name: str, text: str) -> str:
@@ -148,7 +151,7 @@ def agree(name: str, text: str) -> str:
     group, use = _group, _group.uses[name]
     if group.rank == 0:
         group.client.key_value_set(f"polygpt/agree/{name}/{use}", text)
-    _meet(group, name, group.spec.barrier_timeout)
+    _meet(group, name)
     agreed = group.client.blocking_key_value_get(f"polygpt/agree/{name}/{use}", group.spec.barrier_timeout * 1000)
     if group.rank == 0 and use:
         group.client.key_value_delete(f"polygpt/agree/{name}/{use - 1}")
@@ -202,12 +205,12 @@ def _place() -> dict | None:
 
 def _start(spec: ProcessesSpec, **where) -> None:
     seconds, begun = spec.initialization_timeout, time.monotonic()
-    _log_to_stderr()
+    log_to_stderr()
     # JAX's own answer to SIGTERM would take the place of the run's, which saves and ends.
     jax.config.update("jax_enable_preemption_service", False)
     log.info("start-up: waiting for the other processes, %d s at most: %s", seconds, where)
     try:
-        with _register_timeout(seconds), _saying("start-up: still waiting for other processes"):
+        with _register_timeout(seconds), saying("start-up: still waiting for other processes"):
             jax.distributed.initialize(
                 **where,
                 initialization_timeout=seconds + 30,  # the service, which knows who is missing, gives up first
@@ -230,9 +233,9 @@ def _register_timeout(seconds: int) -> Iterator[None]:
         module.get_distributed_runtime_service = make
 
 
-def _meet(group: _Group, name: str, seconds: int) -> None:
-    """A barrier. Each process leaves a key before it waits, by which the missing are known."""
-    use = group.uses[name]
+def _meet(group: _Group, name: str, bound: str = "barrier_timeout") -> None:
+    """A barrier, bounded by that setting. Each process leaves a key before it waits, by which the missing are known."""
+    use, seconds = group.uses[name], getattr(group.spec, bound)
     group.uses[name] += 1
     place = f"polygpt/barrier/{name}/{use}"
 
@@ -245,14 +248,14 @@ def _meet(group: _Group, name: str, seconds: int) -> None:
     log.info("barrier %r: begins", name)
     group.client.key_value_set(f"{place}/{group.rank}", "")
     try:
-        with _saying(f"barrier {name!r}: still waiting for", missing):
+        with saying(f"barrier {name!r}: still waiting for", missing):
             group.client.wait_at_barrier(place, seconds * 1000)
     except jax.errors.JaxRuntimeError as error:
         if "DEADLINE_EXCEEDED" not in str(error):
             raise
         raise UserError(
             f"barrier {name!r}: {missing()} did not arrive within {time.monotonic() - begun:.0f} s "
-            "(train.processes.barrier_timeout): look at its log"
+            f"(train.processes.{bound}): look at its log"
         ) from error
     group.client.key_value_delete(f"{place}/{group.rank}")
     group.last = f"passed barrier {name!r}, use {use + 1}, at {time.strftime('%H:%M:%S')}"
@@ -263,46 +266,14 @@ def _rank(key: str) -> int:
     return int(key.rpartition("/")[2])
 
 
-@contextlib.contextmanager
-def _saying(what: str, whom=lambda: "") -> Iterator[None]:
-    """Says every SLOW seconds that this takes long, and whom it waits for."""
-    done, begun = threading.Event(), time.monotonic()
-
-    def say():
-        while not done.wait(SLOW):
-            with contextlib.suppress(jax.errors.JaxRuntimeError):
-                log.warning("%s", f"{what} {whom()} after {time.monotonic() - begun:.0f} s".replace("  ", " "))
-
-    speaker = threading.Thread(target=say, daemon=True)
-    with contextlib.suppress(RuntimeError):  # Python 3.12 starts no thread at its end
-        speaker.start()
-    try:
-        yield
-    finally:
-        done.set()
-        if speaker.is_alive():
-            speaker.join()
-
-
 def _finish() -> None:
     """At the end of the process: waits for the others, or after an error leaves without them."""
     group = _group
     if group.failed is not None or getattr(sys, "last_value", None) is not None:
         leave(2 if isinstance(group.failed, UserError) else 1)
     try:
-        _meet(group, "end", group.spec.shutdown_timeout)
+        _meet(group, "end", "shutdown_timeout")
     except Exception as error:
         print(f"polygpt: {error}", file=sys.stderr)
         leave(1)
     group.liveness.close()
-
-
-def _log_to_stderr() -> None:
-    """Lets this package's lines be seen, whatever the level of others."""
-    logger = logging.getLogger("polygpt.training")
-    if not logger.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(levelname)s %(asctime)s %(message)s", "%H:%M:%S"))
-        logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
-        logger.propagate = False

@@ -1,6 +1,7 @@
 """A trained model from its run folder."""
 
 import dataclasses
+import json
 import logging
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +15,8 @@ from polygpt.models.functional import Model, bind
 from polygpt.training import manifest
 from polygpt.training.checkpoint import best, first_line
 from polygpt.training.experiment import Experiment
+from polygpt.training.manifest import Record
+from polygpt.training.processes import agree, first_fault
 from polygpt.training.program import assemble
 from polygpt.training.stored import read_parameters
 from polygpt.training.workdir import load_experiment
@@ -59,12 +62,10 @@ def open_run(workdir: str | Path, checkpoint: Literal["best", "latest"] | None =
     workdir = Path(workdir)
     experiment = load_experiment(workdir)
     folder = (workdir / "checkpoints").absolute()
-    found = []
-    for step, record in manifest.survey(folder):
-        if isinstance(record, manifest.Damaged):
-            log.warning("checkpoint %s/%d is passed over: %s", folder, step, record)
-        elif record.finite:
-            found.append(record)
+    found = _finite(folder)
+    if spread:  # all choose from what the first has found
+        seen = agree("checkpoints to open", json.dumps([dataclasses.astuple(record) for record in found]))
+        found = [Record(*record) for record in json.loads(seen)]
     if not found:
         raise UserError(f"{workdir} holds no whole checkpoint: train it further with polygpt train")
     use = checkpoint or experiment.train.use
@@ -83,13 +84,35 @@ def open_run(workdir: str | Path, checkpoint: Literal["best", "latest"] | None =
     averaged, fault = experiment.optim.ema is not None, None
     for record in [chosen, *(record for record in reversed(found) if record != chosen)]:
         place = folder / str(record.step)
-        try:
-            manifest.verify(place, items=("ema" if averaged else "params",))
-            params = read_parameters(folder, record.step, target, averaged)
-        except Exception as error:  # whatever Orbax raises for a file that does not fit
-            said = str(error) if isinstance(error, manifest.Damaged) else first_line(error)
-            log.warning("checkpoint %s is passed over: %s", place, said)
-            fault = fault or f"{place} cannot be read: {said}"
-        else:
+        params, said = _read(place, target, averaged, spread)
+        if not said:
             return Run(experiment, model, tokenizer, params, record.step, workdir)
+        log.warning("checkpoint %s is passed over: %s", place, said)
+        fault = fault or f"{place} cannot be read: {said}"
     raise UserError(fault)
+
+
+def _finite(folder: Path) -> list[Record]:
+    """The whole checkpoints that can be used, oldest first; what is not whole is named in the log."""
+    found = []
+    for step, record in manifest.survey(folder):
+        if isinstance(record, manifest.Damaged):
+            log.warning("checkpoint %s/%d is passed over: %s", folder, step, record)
+        elif record.finite:
+            found.append(record)
+    return found
+
+
+def _read(place: Path, target: Any, averaged: bool, spread: bool) -> tuple[Any, str]:
+    """Parameters, and what is wrong with them: "" if nothing. Where they are spread, all processes find the same."""
+    items = ("ema" if averaged else "params",)
+    if spread and (fault := manifest.verified_by_all(place, items)):
+        return None, fault
+    params, fault = None, ""
+    try:
+        if not spread:
+            manifest.verify(place, items)
+        params = read_parameters(place.parent, int(place.name), target, averaged)
+    except Exception as error:  # whatever Orbax raises for a file that does not fit
+        fault = str(error) if isinstance(error, manifest.Damaged) else first_line(error)
+    return params, first_fault(f"opened {place.name}", fault) if spread else fault

@@ -7,10 +7,8 @@ Where several processes train, each runs this loop and all do the same at the sa
 The first alone writes figures.
 """
 
-import collections
 import contextlib
 import dataclasses
-import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +20,7 @@ import jax.numpy as jnp
 from polygpt import sequence, spec
 from polygpt.data.loader import train_batches
 from polygpt.errors import UserError
-from polygpt.training import processes
+from polygpt.training import feeders
 from polygpt.training.checkpoint import Checkpoints
 from polygpt.training.example_log import example_log
 from polygpt.training.experiment import Experiment
@@ -92,6 +90,7 @@ class Trainer:
             feeder=self.parallel.feeder,
             feeders=self.parallel.feeders,
         )
+        feeders.require_same_data(self.batches.get_state()["examples"], experiment.evaluation)
         claim(workdir, experiment, stack)  # not before: a setting or a source that is at fault leaves no folder behind
         self.checkpoints = Checkpoints(workdir / "checkpoints", self.spec.checkpoint, self.spec.better)
         stack.callback(self.checkpoints.close)
@@ -134,7 +133,7 @@ class Trainer:
             self.checkpoints.wait()
         finished = self._finished()
         self.goodput.end(self.done, finished)
-        skipped = self._skipped()
+        skipped = feeders.skipped(self.place)
         if skipped and jax.process_index() == 0:
             counts = ", ".join(f"{reason} {count}" for reason, count in sorted(skipped.items()))
             print(f"records left out: {counts}", file=sys.stderr)
@@ -224,19 +223,24 @@ class Trainer:
             self._restore(before=due + 1)
             lost = spikes - int(self.state.window.spikes)
             self.rewound = Rewound(self.rewound.times + 1, self.rewound.spikes + lost)
-            self.batches.set_state(self._everywhere(place))
+            self.batches.set_state(feeders.everywhere(place))
             self.place, self.feed = place, self._prefetch()
         self.goodput.back(self.done)
         self._tell("rewind", self.done, step)
         self.pace.restart()
 
     def _evaluate(self) -> bool:
-        """Measures the run's metric; True if it is the best so far. An error leaves a checkpoint of this step."""
+        """Measures the run's metric; True if it is the best so far.
+
+        An error leaves a checkpoint of this step, unless other processes would have to take part: they may be stuck.
+        """
         try:
             with self._doing("evaluation"):
                 self.metric, results = measure(self.program, self.state, self.tokenizer)
         except Exception:
-            self._save()
+            if jax.process_count() == 1:
+                with contextlib.suppress(Exception):  # the error of the evaluation is the one to know of
+                    self._save()
             raise
         self._tell("evaluation", self.done, {"metric": self.metric, **results})
         return self.standing.update(self.metric, self.spec.better)
@@ -250,7 +254,7 @@ class Trainer:
                 metric=self.metric,
                 finite=bool(self.all_finite((self.state.params, self.state.ema))),
                 data={
-                    "batches": self._everywhere(self.place),
+                    "batches": feeders.everywhere(self.place),
                     "standing": dataclasses.asdict(self.standing),
                     "rewound": dataclasses.asdict(self.rewound),
                     "config": spec.to_json(self.experiment),
@@ -267,14 +271,6 @@ class Trainer:
         self.standing = Standing(**data["standing"]) if data else Standing()
         self.done = self.saved = int(self.state.step)
         return data
-
-    def _everywhere(self, place: dict[str, Any]) -> list[dict[str, Any]]:
-        """The places in the data of all processes."""
-        return [json.loads(text) for text in processes.gather("places in the data", json.dumps(place))]
-
-    def _skipped(self) -> dict[str, int]:
-        by_feeder = {place["feeder"]: place["skipped"] for place in self._everywhere(self.place)}
-        return dict(sum(map(collections.Counter, by_feeder.values()), collections.Counter()))
 
     def _prefetch(self) -> Prefetch:
         return Prefetch(self.batches, self.parallel.put, self._check, self.spec.prefetch)

@@ -1,0 +1,46 @@
+"""What a person is told while processes wait for each other."""
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Iterator
+
+import jax
+
+SLOW = 30.0
+"""Seconds of waiting after which it is said, and said again."""
+
+log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def saying(what: str, whom=lambda: "") -> Iterator[None]:
+    """Says every SLOW seconds that this takes long, and whom it waits for."""
+    done, begun = threading.Event(), time.monotonic()
+
+    def say():
+        while not done.wait(SLOW):
+            with contextlib.suppress(jax.errors.JaxRuntimeError):
+                log.warning("%s", f"{what} {whom()} after {time.monotonic() - begun:.0f} s".replace("  ", " "))
+
+    speaker = threading.Thread(target=say, daemon=True)
+    with contextlib.suppress(RuntimeError):  # Python 3.12 starts no thread at its end
+        speaker.start()
+    try:
+        yield
+    finally:
+        done.set()
+        if speaker.is_alive():
+            speaker.join()
+
+
+def log_to_stderr() -> None:
+    """Lets this package's lines be seen, whatever the level of others."""
+    logger = logging.getLogger("polygpt.training")
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(levelname)s %(asctime)s %(message)s", "%H:%M:%S"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
