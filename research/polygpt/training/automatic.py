@@ -1,7 +1,7 @@
 """`train.parallel="auto"`: a sane way to use the devices there are, and the reason for it in words.
 
-Rows are split over as many devices as divide them. Parameters and optimizer are split too (fsdp) where whole copies
-would take too much of a device's memory, and heads (tensor) where that is not enough. What is exact is for
+Rows are split over as many devices as divide them, and positions (sequence) or heads (tensor) over the rest. Parameters
+and optimizer are split too (fsdp) where whole copies would take too much of a device's memory. What is exact is for
 `polygpt plan --search`, which compiles; this is arithmetic.
 """
 
@@ -20,7 +20,7 @@ from polygpt.training.parallel import Mode
 WHOLE = 0.4
 """Share of a device's memory that a whole copy of the state and the gradient may take; activations need the rest."""
 SPLIT = 0.6
-"""Share that the split state may take."""
+"""Share that the split state may take before the reason says that it hardly fits."""
 ROW = 128
 """Positions that a part of a row should have at least, where rows themselves are split."""
 
@@ -75,16 +75,15 @@ def choose(
         )
     elif rest > 1:
         tensor, why = rest, f"{why}, heads and hidden widths over {rest}"
-    whole = need / tensor <= WHOLE * memory
-    while not whole and need / (parts * tensor) > SPLIT * memory and parts % 2 == 0 and heads % (2 * tensor) == 0:
-        parts, tensor = parts // 2, 2 * tensor
-        why = f"{rows} rows over {parts} devices, heads and hidden widths over {tensor}"
-    state_is = f"state and gradient take {_size(need)} and a device has {_size(memory)}"
-    if whole:
-        reason = f"{why}; every device holds a whole copy: {state_is}"
-        return Choice("sharded", MeshSpec(data=parts, tensor=tensor, sequence=sequence), reason)
-    reason = f"{why}; parameters and optimizer are split: {state_is}"
-    return Choice("sharded", MeshSpec(data=1, fsdp=parts, tensor=tensor, sequence=sequence), reason)
+    takes = f"state and gradient take {_size(need)} and a device has {_size(memory)}"
+    sizes = {"tensor": tensor, "sequence": sequence}
+    if need / tensor <= WHOLE * memory:
+        held = "every device holds a whole copy" if tensor == 1 else "what is not split is on every device"
+        return Choice("sharded", MeshSpec(data=parts, **sizes), f"{why}; {held}: {takes}")
+    reason = f"{why}; parameters and optimizer are split: {takes}"
+    if need / (parts * tensor) > SPLIT * memory:
+        reason += f", which is too much for {devices} devices: take more, or look with polygpt plan --search"
+    return Choice("sharded", MeshSpec(data=1, fsdp=parts, **sizes), reason)
 
 
 def memory_of_all() -> int:
