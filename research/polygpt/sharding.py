@@ -238,6 +238,11 @@ def splits(logical: str) -> bool:
     return layout is not None and layout.size(logical) > 1
 
 
+def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes of one entry of a `PartitionSpec`."""
+    return (entry,) if isinstance(entry, str) else entry or ()
+
+
 def tree(layout: Layout, shapes: Any, axes: Any) -> Any:
     """The place of every leaf: `shapes` has arrays or their shapes, `axes` a tuple of names for each."""
     return jax.tree.map(lambda leaf, names: layout.place(names, leaf.shape), shapes, axes)

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from polygpt.nn.grouping import through_sorted
 from polygpt.nn.router import Choice
-from polygpt.sharding import active, using
+from polygpt.sharding import active, mesh_axes, using
 
 Kernels = tuple[jax.Array, jax.Array, jax.Array]
 """gate and up [E, D, F], down [E, F, D]."""
@@ -36,7 +36,7 @@ def _buffers(x_BECD, *logical):
         return x_BECD
     rows, experts, *rest = layout.axes(logical, x_BECD.shape)
     # What splits the experts cannot split the rows too.
-    rows = tuple(axis for axis in _names(rows) if axis not in _names(experts))
+    rows = tuple(axis for axis in mesh_axes(rows) if axis not in mesh_axes(experts))
     return jax.lax.with_sharding_constraint(x_BECD, NamedSharding(layout.mesh, PartitionSpec(rows, experts, *rest)))
 
 
@@ -54,8 +54,8 @@ def dropless(
     at_home = PartitionSpec(rows, positions, None)
     experts, _, hidden = layout.axes(("experts", None, "hidden"), kernels[0].shape)
     inward, outward = PartitionSpec(experts, None, hidden), PartitionSpec(experts, hidden, None)
-    gathered = tuple(axis for axis in _names(experts) if axis in _names(rows))
-    summed = tuple(axis for axis in (*_names(experts), *_names(hidden)) if axis not in gathered)
+    gathered = tuple(axis for axis in mesh_axes(experts) if axis in mesh_axes(rows))
+    summed = tuple(axis for axis in (*mesh_axes(experts), *mesh_axes(hidden)) if axis not in gathered)
 
     def of_one_device(x_BTD, choice, kernels):
         own = len(kernels[0])
@@ -84,8 +84,3 @@ def _sorted(x_BTD, choice, kernels, function):
         return function(kernels, x_ND, grouped)
 
     return through_sorted(x_BTD, choice, len(kernels[0]), compute).astype(x_BTD.dtype)
-
-
-def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """An entry of a PartitionSpec as a tuple of mesh axes."""
-    return (entry,) if isinstance(entry, str) else entry or ()

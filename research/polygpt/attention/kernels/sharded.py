@@ -37,7 +37,7 @@ def attend(
     """
     (B, H, T, _), S = operands.query_BHTd.shape, operands.key_BKSd.shape[2]
     rows, heads, positions = layout.axes(("rows", "heads", "positions"), (B, H, math.gcd(T, S)))
-    operands = _repeated(operands, math.prod(layout.mesh.shape[axis] for axis in _names(heads)))
+    operands = _repeated(operands, math.prod(layout.mesh.shape[axis] for axis in sharding.mesh_axes(heads)))
     of_queries, of_positions = P(rows, heads, positions), P(rows, positions)
     terms = operands.terms
     split = Operands(
@@ -66,11 +66,6 @@ def attend(
         here, mesh=layout.mesh, in_specs=(split,), out_specs=(of_queries, of_queries), check_vma=False
     )
     return split_attend(operands)
-
-
-def _names(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """The mesh axes of one entry of a `PartitionSpec`."""
-    return (axes,) if isinstance(axes, str) else axes or ()
 
 
 def _repeated(operands: Operands, devices: int) -> Operands:

@@ -21,7 +21,7 @@ from polygpt.scale.plan.collectives import Collective
 from polygpt.scale.plan.flops import Flops, flops, remat
 from polygpt.scale.plan.roofline import Roofline
 from polygpt.scale.plan.target import Target
-from polygpt.sharding import AXES, Layout, MeshSpec
+from polygpt.sharding import AXES, Layout, MeshSpec, mesh_axes
 from polygpt.training.experiment import Experiment
 
 KEPT = {"full": (1.0, 0.0), "dots": (1.0, 1.0), "none": (5.0, 2.2)}
@@ -219,13 +219,13 @@ def _group(layout: Layout, axes: tuple[str, ...]) -> tuple[int, ...]:
 
 def _shard(matrix: Matrix, layout: Layout) -> float:
     spec = layout.axes(matrix.names, matrix.shape)
-    return matrix.size / _parts(layout, [axis for entry in spec for axis in _names(entry)])
+    return matrix.size / _parts(layout, [axis for entry in spec for axis in mesh_axes(entry)])
 
 
 def _without(matrix: Matrix, layout: Layout, name: str) -> float:
     """Elements of a device once it has gathered the axis of that name."""
     spec = layout.axes(matrix.names, matrix.shape)
-    kept = [axis for own, entry in zip(matrix.names, spec, strict=True) if own != name for axis in _names(entry)]
+    kept = [axis for own, entry in zip(matrix.names, spec, strict=True) if own != name for axis in mesh_axes(entry)]
     return matrix.size / _parts(layout, kept)
 
 
@@ -237,7 +237,7 @@ def _block(known: Facts, layout: Layout, prefix: str, depth: int) -> tuple[float
             stacked = matrix.names[0] == "layers" or len(matrix.shape) == 3 and matrix.names[0] is None
             last = layout.axes(matrix.names, matrix.shape)[-1]
             blocks = matrix.shape[0] if stacked else 1
-            outputs += blocks * matrix.shape[-1] / _parts(layout, _names(last)) / depth
+            outputs += blocks * matrix.shape[-1] / _parts(layout, mesh_axes(last)) / depth
             total += _without(matrix, layout, "width") / depth
     return outputs, total
 
@@ -246,9 +246,6 @@ def _inner(adapter) -> int:
     """Positions of an item inside its tower."""
     return adapter.applications.get("tower", adapter.positions)
 
-
-def _names(entry) -> tuple[str, ...]:
-    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
 def _parts(layout: Layout, axes) -> int:
