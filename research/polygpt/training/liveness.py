@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 
-import jax
+from polygpt.errors import UserError
 
 BEATS = 10
 """Beats within the bound. Silence over six of them is death: it is seen by the seventh at most, and told at once."""
@@ -41,7 +41,7 @@ COLLECTIVE = (
     "Socket",
     "collective",
 )
-"""Words in the message of an error of JAX's that is another process's doing."""
+"""Words in the message of an error that is another process's doing."""
 
 
 class Liveness:
@@ -79,7 +79,9 @@ class Liveness:
     def fail(self, error: BaseException) -> None:
         """Tells the others of an error in this process; one of a collective waits to be told whose fault it is."""
         text = " ".join(f"{type(error).__name__}: {error}".split())
-        if isinstance(error, jax.errors.JaxRuntimeError) and any(word in text for word in COLLECTIVE):
+        # A collective's error comes as one of several classes; a connection of this process's own is an OSError.
+        foreign = isinstance(error, Exception) and not isinstance(error, (UserError, OSError))
+        if foreign and any(word in text for word in COLLECTIVE):
             self._say(
                 f"a collective failed ({text[:200]}): waiting up to {self.bound:.0f} s to learn which process ended"
             )

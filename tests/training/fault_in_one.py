@@ -1,0 +1,73 @@
+"""A tiny run as one of two processes, of which one meets a fault. Arguments: the fault, the run folder."""
+
+import errno
+import os
+import sys
+from pathlib import Path
+
+FAULT, WORKDIR, RANK = sys.argv[1], Path(sys.argv[2]), int(os.environ["POLYGPT_PROCESS"])
+
+from tiny_experiment import experiment  # noqa: E402
+
+from polygpt.data.sources.text_files import TextFiles  # noqa: E402
+from polygpt.errors import UserError  # noqa: E402
+from polygpt.overrides import override  # noqa: E402
+from polygpt.training import held_out, manifest, processes  # noqa: E402
+from polygpt.training.loop import train  # noqa: E402
+from polygpt.training.run import open_run  # noqa: E402
+from polygpt.training.sinks import Silent  # noqa: E402
+
+CHANGES = {
+    "train.parallel": "sharded",
+    "model.decoder.depth": "0",
+    "optim.accumulate": "1",
+    "train.steps": "6",
+    "train.evaluate_every": "4",
+    "train.checkpoint.every": "2",
+    "train.processes.initialization_timeout": "120",
+    "train.processes.heartbeat_timeout": "60",
+}
+
+
+class Sink(Silent):
+    """Meets what the first process meets in its third step."""
+
+    def step(self, step, loss):
+        if step == 3 and FAULT == "exit":
+            raise SystemExit(1)  # as rich does where its reader is gone
+        if step == 3 and FAULT == "disk":
+            raise OSError(errno.ENOSPC, "No space left on device", str(WORKDIR / "metrics.jsonl"))
+
+
+def fails(*_):
+    raise UserError("a held-out file is torn")
+
+
+def half(self, opened=TextFiles.open):
+    found = opened(self)
+    return [found[i] for i in range(len(found) // 2)]
+
+
+def verify(place, *given, verify=manifest.verify):
+    if place.name == "6":
+        raise manifest.Damaged("d/x cannot be read: Input/output error")
+    return verify(place, *given)
+
+
+if RANK == 1:
+    if FAULT == "evaluation":
+        held_out.evaluate = fails
+    elif FAULT == "data":
+        TextFiles.open = half
+
+chosen = override(experiment(), CHANGES)
+
+
+try:
+    with processes.together(chosen.train.processes):
+        train(chosen, WORKDIR, lambda *_: [Sink()])
+        if RANK == 1:
+            manifest.verify = verify
+        print("opened", open_run(WORKDIR, spread=True).step, flush=True)
+except UserError as error:
+    sys.exit(f"polygpt: {error}")

@@ -1,0 +1,74 @@
+"""A fault that one of two processes meets: both end soon and say whose it was, or both go on alike."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from polygpt.training.processes import COORDINATOR, PROCESS, PROCESSES
+
+SCRIPT = Path(__file__).with_name("fault_in_one.py")
+
+
+def run(fault, workdir):
+    """Codes and what is said by the two processes, and the seconds that they took."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        place = f"127.0.0.1:{probe.getsockname()[1]}"
+    begun = time.monotonic()
+    started = [
+        subprocess.Popen(
+            [sys.executable, SCRIPT, fault, workdir],
+            env=os.environ
+            | {COORDINATOR: place, PROCESSES: "2", PROCESS: str(i), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=240)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return [process.returncode for process in started], said, time.monotonic() - begun
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "rank", "code", "error"),
+    [
+        ("exit", 0, 1, "SystemExit: 1"),
+        ("evaluation", 1, 2, "UserError: a held-out file is torn"),
+        ("disk", 0, 2, r"UserError: cannot write \S+/metrics.jsonl: No space left on device: free some space .*"),
+    ],
+)
+def test_the_other_says_whose_fault_it_was(tmp_path, fault, rank, code, error):
+    codes, said, seconds = run(fault, tmp_path)
+    assert codes[rank] == code and codes[1 - rank] == 1, said
+    other = re.search(r"polygpt: (process \d) .*", said[1 - rank])
+    assert re.fullmatch(rf"polygpt: process {rank} \(host \S+, pid \d+\) failed: {error}: stopping", other[0]), said
+    assert seconds < 120  # far below every bound on waiting
+
+
+@pytest.mark.slow
+def test_other_data_in_one_is_refused_by_both_before_the_first_step(tmp_path):
+    codes, said, _ = run("data", tmp_path / "run")
+    assert set(codes) <= {1, 2}, said  # one may be told by the other before it says so itself
+    for text in said:
+        assert re.search(r"task 'text' has (\d+) examples in process 0 and \d+ in process 1: let all", text)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_one_cannot_read_is_opened_by_none(tmp_path):
+    codes, said, _ = run("checkpoint", tmp_path)
+    assert codes == [0, 0], said
+    for text in said:
+        assert "opened 4\n" in text and "checkpoints/6 is passed over: d/x cannot be read: Input/output error" in text
