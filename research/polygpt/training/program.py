@@ -13,7 +13,7 @@ from polygpt import sharding
 from polygpt.errors import UserError
 from polygpt.models.functional import Model, bind
 from polygpt.sharding import Layout
-from polygpt.training import automatic, parallel
+from polygpt.training import automatic, parallel, processes
 from polygpt.training.experiment import Experiment
 from polygpt.training.parallel import Parallel
 from polygpt.training.state import create
@@ -64,6 +64,18 @@ class Program:
     def step(self) -> Callable:
         """The compiled step, `(state, batch) -> (state, metrics)`; the state is donated."""
         return self.parallel.compile(lambda **wiring: make_step(self.recipe, **wiring), self.initial)
+
+    def ready(self, state: Any, batch: Any) -> Callable:
+        """The step, compiled for these arguments in every process before any of them goes on.
+
+        The first exchange between processes on CPUs waits half a minute for the last of them (Gloo), which may well
+        compile longer than the others.
+        """
+        if jax.process_count() == 1 or self.parallel.mode == "pmap":
+            return self.step
+        compiled = self.step.lower(state, batch).compile()
+        processes.barrier("compiled")
+        return compiled
 
 
 def assemble(

@@ -113,6 +113,7 @@ class Trainer:
         stack.callback(lambda: self.feed.close())
         self.pending: tuple[int, Fed, dict[str, jax.Array]] | None = None
         self.spiked: tuple[int, Any, int] | None = None  # step, place in the data, spikes, where a rewind is due
+        self.step: Callable | None = None  # compiled, once there is a batch to compile it for
         self.begun = 0  # steps that this process has sent to its devices
         self.pace = Pace(self.parallel.feeders)
 
@@ -147,7 +148,9 @@ class Trainer:
             fed = next(self.feed)
         doing = self.goodput.doing("productive") if self.begun else self._doing("compile")
         with doing, jax.transfer_guard("disallow"):  # what the step needs is on the device: else there is a mistake
-            self.state, metrics = self.program.step(self.state, fed.batch)
+            if self.step is None:
+                self.step = self.program.ready(self.state, fed.batch)
+            self.state, metrics = self.step(self.state, fed.batch)
         self.begun += 1
         self._settle()  # the step before this one, while this one computes
         if self.spiked:  # this one's result is dropped, and all processes have begun it
