@@ -70,7 +70,7 @@ def _planned(chosen, on) -> dict:
         raise UserError(f"plan: {on.name}: the compiler gave no program: {data['failed']}")
     if data["memory"] is None or not data["memory"]["fits"]:
         _tell("does not fit; looking for the nearest changes that do")
-        data["changes"] = search.nearest(chosen, on, data, NEAREST, _tell)
+        data["nearest"] = search.nearest(chosen, on, data, NEAREST, _tell)
     return data
 
 
@@ -94,7 +94,7 @@ def _print(data: dict, found) -> None:
     for line in about(data):
         print(f"  {line}")
     for table in [*tables(data), *([searched(found)] if found else [])]:
-        print_table(table.title, list(table.columns), [list(row) for row in table.rows])
+        print_table(table.title, list(table.columns), [list(row) for row in table.rows], table.prose)
         for note in table.notes:
             print(note + "\n")
     if data.get("best"):

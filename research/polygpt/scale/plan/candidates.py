@@ -122,7 +122,7 @@ def _meshes(now: MeshSpec, devices: int, heads: int, length: int, experts: int) 
         if tensor > TENSOR or heads % tensor:
             continue
         for sequence in _divisors(devices // tensor):
-            if length % sequence or length // sequence < 512:
+            if length % sequence or (sequence > 1 and length // sequence < 512):
                 continue
             for expert in _divisors(devices // tensor // sequence):
                 if experts % expert:

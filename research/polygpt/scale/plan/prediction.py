@@ -247,6 +247,5 @@ def _inner(adapter) -> int:
     return adapter.applications.get("tower", adapter.positions)
 
 
-
 def _parts(layout: Layout, axes) -> int:
     return math.prod(layout.mesh.shape[axis] for axis in axes)

@@ -3,17 +3,19 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 
+from polygpt.scale.plan.collectives import NETWORK
 from polygpt.scale.plan.search import Found
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A title, names of columns, rows of text, and sentences to be read below."""
+    """A title, names of columns, rows of text, and sentences to be read below; `prose`: the last column is text."""
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     notes: Sequence[str] = ()
+    prose: bool = False
 
 
 def tables(data: Mapping) -> list[Table]:
@@ -22,7 +24,7 @@ def tables(data: Mapping) -> list[Table]:
     found += [_collectives(data)] if data["collectives"] else []
     found += [_kernels(data)] if data["kernels"] else []
     found += [_roofline(data)] if data["roofline"] else []
-    found += [_changes(data)] if data.get("changes") else []
+    found += [_nearest(data)] if data.get("nearest") else []
     return found
 
 
@@ -125,7 +127,8 @@ def _collectives(data: Mapping) -> Table:
     """Those of one kind along the same axes together; the JSON data has each."""
     groups: dict[tuple[str, str], list[Mapping]] = {}
     for one in data["collectives"]:
-        groups.setdefault((one["kind"], f"{'+'.join(one['axes']) or '?'} ({one['group']})"), []).append(one)
+        along = "between slices" if one["kind"] == NETWORK else f"{'+'.join(one['axes']) or '?'} ({one['group']})"
+        groups.setdefault((one["kind"], along), []).append(one)
     rows = []
     for (kind, axes), some in sorted(groups.items(), key=lambda item: -sum(one["seconds"] for one in item[1])):
         sent, seconds = (sum(one[name] for one in some) for name in ("sent_a_step", "seconds"))
@@ -137,7 +140,7 @@ def _collectives(data: Mapping) -> Table:
     seconds = sum(one["seconds"] for one in data["collectives"])
     rows.append(["all", "", "", f"{data['collective_bytes'] / 1e9:,.3f}", f"{seconds * 1e3:,.2f}", "", ""])
     columns = ["collective", "axes (devices)", "times", "GB sent", "ms", "async", "most of it: array, made for"]
-    return Table("Collectives of a step, for each device", columns, rows)
+    return Table("Collectives of a step, for each device", columns, rows, prose=True)
 
 
 def _short(origin: str) -> str:
@@ -160,9 +163,9 @@ def _roofline(data: Mapping) -> Table:
     return Table(f"Roofline: bound by {roofline['bound']}", ["", ""], rows, [roofline["ceiling"]])
 
 
-def _changes(data: Mapping) -> Table:
+def _nearest(data: Mapping) -> Table:
     rows = []
-    for change in data["changes"]:
+    for change in data["nearest"]:
         words = " ".join(f"--{name} {value}" for name, value in change["overrides"].items())
         how = "compiled" if change["compiled"] else "predicted"
         rows.append([words, f"{gib(change['memory'])} of {gib(change['usable'])}", how])

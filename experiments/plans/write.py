@@ -1,0 +1,108 @@
+"""Writes the plans of this folder anew: every preset on one slice of each TPU generation.
+
+    python experiments/plans/write.py [PRESET ...] [--budget SECONDS] [--only SLICE]
+
+For each it compiles the most promising way to run, as `polygpt plan --search` does, and is content with the first that
+fits: a search looks further. Then it writes the index. A plan takes a minute or two on two cores. `polygpt plan check`
+compiles them all again and compares.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+from polygpt.errors import UserError
+from polygpt.files import plain, write_atomically
+from polygpt.scale.plan.search import search
+from polygpt.scale.plan.tables import gib
+from polygpt.scale.plan.target import target
+from polygpt.spec import load_file
+
+HERE = Path(__file__).parent
+SLICES = {
+    "1m": ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"),
+    "10m": ("v5e:2x4", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"),
+    "150m": ("v5e:4x4", "v5p:2x2x2", "v6e:2x4", "tpu7x:2x2x1"),
+    "400m": ("v5e:4x8", "v5p:2x2x4", "v6e:4x4", "tpu7x:2x2x2"),
+    "1b": ("v5e:8x8", "v5p:2x4x4", "v6e:4x8", "tpu7x:2x2x4"),
+    "3b": ("v5e:8x16", "v5p:4x4x4", "v6e:8x8", "tpu7x:2x4x4"),
+    "7b": ("v5e:16x16", "v5p:4x4x8", "v6e:8x16", "tpu7x:4x4x4"),
+    "32b": ("v5e:16x16", "v5p:4x4x8", "v6e:16x16", "tpu7x:4x4x4"),
+}
+"""Presets, and the slices that suit them."""
+
+
+def main() -> None:
+    """Plans what is asked for and writes the index of all."""
+    words = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    words.add_argument("presets", nargs="*", default=list(SLICES))
+    words.add_argument("--budget", type=float, default=780)
+    words.add_argument("--only", help="a slice")
+    chosen = words.parse_args()
+    for name in chosen.presets:
+        for on in SLICES[name]:
+            if chosen.only in (None, on):
+                write(name, on, chosen.budget)
+    index()
+
+
+def write(name: str, on: str, budget: float) -> None:
+    """Plans a preset on a slice."""
+    file = f"experiments/presets/{name}.py"
+    experiment = load_file(file).experiment()
+    try:
+        found = search(
+            experiment, target(on), budget, lambda line: print(line, file=sys.stderr, flush=True), 1, enough=1
+        )
+    except UserError as error:
+        print(f"{name} on {on}: {error}", file=sys.stderr)
+        return
+    if found.best is None:
+        print(f"{name} on {on}: nothing that was compiled fits", file=sys.stderr)
+        return
+    data = found.best.data | {"file": file, "changes": found.best.candidate.overrides(experiment)}
+    path = HERE / name / f"{on.replace(':', '-')}.json"
+    path.parent.mkdir(exist_ok=True)
+    write_atomically(path, json.dumps(plain(data), indent=1) + "\n")
+    print(f"{path}: {gib(data['memory']['total'])}", file=sys.stderr)
+
+
+def index() -> None:
+    """Writes README.md from the plans that are there."""
+    rows = []
+    for name in SLICES:
+        for path in sorted((HERE / name).glob("*.json")):
+            data = json.loads(path.read_text())
+            memory, roofline, settings = data["memory"], data["roofline"], data["settings"]
+            mesh = ", ".join(f"{axis} {size}" for axis, size in settings["mesh"].items())
+            how = f"{mesh}; remat {settings['remat']}" + (
+                f", towers {settings['towers']}" if settings["towers"] else ""
+            )
+            how += f"; {settings['microbatches']} microbatches" if settings["microbatches"] > 1 else ""
+            figures = [f"{gib(memory['total'])} of {gib(memory['usable'])}", f"{roofline['step']:.3f} s"]
+            figures += [roofline["bound"], f"{roofline['mfu_ceiling']:.1%}", f"{roofline['mfu_nothing_hidden']:.1%}"]
+            rows.append(
+                [f"[{name}]({name}/{path.name})", data["on"], how, *figures, f"{data['compile_seconds']:.0f} s"]
+            )
+    columns = [
+        "preset",
+        "on",
+        "how",
+        "memory of a device",
+        "step at least",
+        "bound by",
+        "MFU ceiling",
+        "nothing hidden",
+    ]
+    lines = [[*columns, "compiled in"], ["---"] * (len(columns) + 1), *rows]
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    text = (HERE / "about.md").read_text()
+    write_atomically(HERE / "README.md", f"{text.rstrip()}\n\n{table}\n")
+
+
+if __name__ == "__main__":
+    main()
