@@ -1,4 +1,4 @@
-"""A mesh that splits nothing is refused."""
+"""A mesh that splits nothing is refused; heads that it does not divide are named."""
 
 import pytest
 from jax.sharding import AbstractMesh
@@ -7,12 +7,15 @@ from tiny_experiment import experiment
 from polygpt.errors import UserError
 from polygpt.models.functional import bind
 from polygpt.sharding import AXES, Layout
-from polygpt.training.program import _require_splits
+from polygpt.training.program import _require_splits, _undivided_heads
+
+
+def layout_of(**sizes):
+    return Layout(AbstractMesh(tuple(sizes.get(axis, 1) for axis in AXES), AXES))
 
 
 def require_splits(**sizes):
-    model = bind(experiment().model, vocabulary=256)
-    layout = Layout(AbstractMesh(tuple(sizes.get(axis, 1) for axis in AXES), AXES))
+    model, layout = bind(experiment().model, vocabulary=256), layout_of(**sizes)
     _require_splits(layout, model.abstract(), model.axes())
 
 
@@ -23,3 +26,11 @@ def test_an_axis_of_the_mesh_that_divides_no_parameter_is_named():
         require_splits(tensor=5)
     with pytest.raises(UserError, match="train.mesh.fsdp is 3"):
         require_splits(fsdp=3, tensor=2)
+
+
+def test_heads_that_a_mesh_does_not_divide_are_named():
+    chosen = experiment()
+    heads = chosen.model.decoder.attention.heads
+    assert not _undivided_heads(layout_of(tensor=heads, data=3), chosen)
+    line = _undivided_heads(layout_of(tensor=2 * heads), chosen)[0]
+    assert line.startswith(f"model.decoder: train.mesh.tensor {2 * heads} does not divide its {heads} heads")

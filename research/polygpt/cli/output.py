@@ -59,7 +59,9 @@ def print_table(title: str, columns: list[str], rows: list[list[str]], notes: bo
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for i, column in enumerate(columns):
         prose = notes and i == len(columns) - 1
-        table.add_column(column, justify="right" if i and not prose else "left", no_wrap=not prose)
+        # Where a terminal is too narrow names and prose give way, and figures stay whole.
+        whole = max(len(row[i]) for row in [columns, *rows]) if i and not prose else None
+        table.add_column(column, justify="right" if i and not prose else "left", no_wrap=not prose, min_width=whole)
     for row in rows:
         table.add_row(*row)
     plainly = {"highlight": False, "markup": False, "emoji": False}  # "[tpu]" and ":x:" are text

@@ -32,6 +32,7 @@ class Program:
         transformation: the optimizer.
         parallel: how it runs.
         reason: why so, if that was chosen here ("auto").
+        notes: what the mesh asks for and the model cannot give.
     """
 
     experiment: Experiment
@@ -41,6 +42,7 @@ class Program:
     transformation: optax.GradientTransformation
     parallel: Parallel
     reason: str | None
+    notes: tuple[str, ...] = ()
 
     def initial(self) -> Any:
         """The state before the first step; to be compiled."""
@@ -53,7 +55,7 @@ class Program:
         place = f"{len(runs.devices)} x {runs.devices[0].device_kind}, {runs.mode}"
         place += f" ({layout.about()})" if layout else ""
         lines = [f"{self.experiment.name}: {count:,} parameters on {place}", self.experiment.optim.table(self.shapes)]
-        return "\n".join([self.reason, *lines] if self.reason else lines)
+        return "\n".join([*([self.reason] if self.reason else []), *lines, *self.notes])
 
     @functools.cached_property
     def evaluated(self) -> Model:
@@ -116,14 +118,16 @@ def assemble(
         mode, mesh, reason = choice.mode, choice.mesh, f"train.parallel auto: {choice.mode}: {choice.reason}"
     runs = parallel.build(mode, model.axes(), mesh, devices)
     runs.check(experiment.data.rows, layout.length, optim.accumulate)
+    notes = ()
     if runs.layout:
         _require_splits(runs.layout, shapes, model.axes())
+        notes = _undivided_heads(runs.layout, experiment)
     rate, trainable = optim.schedule.build(train.steps), optim.trainable(shapes)
     seed, accumulate = experiment.seed, optim.accumulate
     recipe = Recipe(
         model, experiment.objectives, transformation, rate, trainable, seed, accumulate, optim.ema, train.spikes
     )
-    return Program(experiment, model, shapes, recipe, transformation, runs, reason)
+    return Program(experiment, model, shapes, recipe, transformation, runs, reason, notes)
 
 
 def _require_splits(layout: Layout, shapes: Any, axes: Any) -> None:
@@ -139,6 +143,21 @@ def _require_splits(layout: Layout, shapes: Any, axes: Any) -> None:
             f"train.mesh.{idle[0]} is {layout.mesh.shape[idle[0]]}, and it divides no axis of any parameter: choose a "
             "divisor of the model's heads and widths"
         )
+
+
+def _undivided_heads(layout: Layout, experiment: Experiment) -> tuple[str, ...]:
+    """A line for each stack whose heads the mesh does not divide: its other widths may still be split."""
+    stacks = {"model.decoder": experiment.model.decoder}
+    for name, adapter in experiment.model.adapters.items():
+        if getattr(adapter, "tower", None) is not None:
+            stacks[f"model.adapters.{name}.tower"] = adapter.tower
+    parts, lines = layout.size("heads"), []
+    for name, stack in stacks.items():
+        heads = getattr(stack.attention, "heads", None)
+        if heads and heads % parts:
+            axes = ", ".join(f"train.mesh.{axis}" for axis in layout.names("heads"))
+            lines.append(f"{name}: {axes} {parts} does not divide its {heads} heads: each device computes all of them")
+    return tuple(lines)
 
 
 def _create(experiment: Experiment, model: Model, transformation) -> Any:

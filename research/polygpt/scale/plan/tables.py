@@ -75,15 +75,15 @@ def markdown(data: Mapping, found: Found | None = None, pictures: Sequence[str] 
 
 def searched(found: Found, shown: int = 12) -> Table:
     """What a search compiled, and the best of what it did not."""
-    rows = []
+    rows, same = [], f" | {found.experiment.data.rows} rows"
     for way in [*found.compiled, *[way for way in found.ways if way.data is None]][:shown]:
         roofline = way.data and way.data.get("roofline")
         ceiling = f"{roofline['mfu_ceiling']:.1%}" if roofline else ""
         what = "fits" if way.fits else (way.data.get("failed") or "does not fit") if way.data else "predicted"
         figures = [gib(found.memory(way)), _seconds(found.rank(way))] if way.fits or not way.data else ["", ""]
-        rows.append([way.candidate.about(), what[:60], *figures, ceiling])
+        rows.append([way.candidate.about().removesuffix(same), what[:60], *figures, ceiling])
     compiled = sum(way.data is not None for way in found.ways)
-    title = f"Search: {len(found.ways)} ways to run predicted, {compiled} compiled, {found.seconds:.0f} s"
+    title = f"Search: {len(found.ways)} ways to run {same[3:]} predicted, {compiled} compiled, {found.seconds:.0f} s"
     note = "Time: the mean of a step with everything overlapped and with nothing overlapped."
     return Table(title, ["way", "", "memory", "time", "MFU ceiling"], rows, [note])
 
