@@ -1,6 +1,7 @@
 # make demo    install, train experiments/quickstart.py, evaluate, sample, write the report
 # make test    install the test extras, run the suite with coverage, all but its slow tests
 #              (make test MARKED=slow PYTEST="-n 2": those, every attention variant checked and trained among them)
+#              (make test MARKED=plans PYTEST=: the large presets compiled again for TPUs, an hour)
 # make lint    ruff
 # make clean   remove the environment, caches and runs
 #
@@ -11,7 +12,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
 TESTS  ?= tests
-MARKED ?= not slow
+MARKED ?= not slow and not plans
 PYTEST ?= -n 2 --cov --cov-report=term --cov-fail-under=90
 
 .PHONY: demo test lint clean

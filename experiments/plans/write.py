@@ -1,10 +1,10 @@
 """Writes the plans of this folder anew: every preset on one slice of each TPU generation.
 
-    python experiments/plans/write.py [PRESET ...] [--budget SECONDS] [--only SLICE]
+    python experiments/plans/write.py [PRESET ...] [--missing] [--budget SECONDS] [--only SLICE]
 
 For each it compiles the most promising way to run, as `polygpt plan --search` does, and is content with the first that
-fits: a search looks further. Then it writes the index. A plan takes a minute or two on two cores. `polygpt plan check`
-compiles them all again and compares.
+fits: a search looks further. Then it writes the index. A plan of a large preset takes two to five minutes on two cores.
+`polygpt plan check` compiles them all again and compares.
 """
 
 import argparse
@@ -31,7 +31,7 @@ SLICES = {
     "1b": ("v5e:8x8", "v5p:2x4x4", "v6e:4x8", "tpu7x:2x2x4"),
     "3b": ("v5e:8x16", "v5p:4x4x4", "v6e:8x8", "tpu7x:2x4x4"),
     "7b": ("v5e:16x16", "v5p:4x4x8", "v6e:8x16", "tpu7x:4x4x4"),
-    "32b": ("v5e:16x16", "v5p:4x4x8", "v6e:16x16", "tpu7x:4x4x4"),
+    "32b": ("v5e:16x16", "v5p:4x4x4", "v6e:16x16", "tpu7x:4x4x4"),
 }
 """Presets, and the slices that suit them."""
 
@@ -41,11 +41,12 @@ def main() -> None:
     words = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     words.add_argument("presets", nargs="*", default=list(SLICES))
     words.add_argument("--budget", type=float, default=780)
+    words.add_argument("--missing", action="store_true", help="leave the plans that are there as they are")
     words.add_argument("--only", help="a slice")
     chosen = words.parse_args()
     for name in chosen.presets:
         for on in SLICES[name]:
-            if chosen.only in (None, on):
+            if chosen.only in (None, on) and not (chosen.missing and place(name, on).exists()):
                 write(name, on, chosen.budget)
     index()
 
@@ -65,10 +66,15 @@ def write(name: str, on: str, budget: float) -> None:
         print(f"{name} on {on}: nothing that was compiled fits", file=sys.stderr)
         return
     data = found.best.data | {"file": file, "changes": found.best.candidate.overrides(experiment)}
-    path = HERE / name / f"{on.replace(':', '-')}.json"
+    path = place(name, on)
     path.parent.mkdir(exist_ok=True)
     write_atomically(path, json.dumps(plain(data), indent=1) + "\n")
     print(f"{path}: {gib(data['memory']['total'])}", file=sys.stderr)
+
+
+def place(name: str, on: str) -> Path:
+    """The file of a plan."""
+    return HERE / name / f"{on.replace(':', '-')}.json"
 
 
 def index() -> None:

@@ -1,4 +1,4 @@
-"""Scores and answers of a model that lies split over eight CPU devices, and of the same on one, written as JSON.
+"""Scores and answers of models that lie split over eight CPU devices, and of the same on one, written as JSON.
 
 Run as a process of its own: the number of devices is set once a process.
 """
@@ -15,6 +15,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from batches import ADAPTERS, build, example, lively, tiny  # noqa: E402
 from polygpt import sharding  # noqa: E402
+from polygpt.attention.mamba2 import Mamba2  # noqa: E402
+from polygpt.attention.multi_head import MultiHead  # noqa: E402
+from polygpt.attention.sliding import SlidingWindow  # noqa: E402
 from polygpt.data.example import Text  # noqa: E402
 from polygpt.data.layout import LayoutSpec  # noqa: E402
 from polygpt.data.tokenizers.bytes import Bytes  # noqa: E402
@@ -29,6 +32,16 @@ MESHES = {
     "sequence 2, stage 2, tensor 2": MeshSpec(data=1, sequence=2, stage=2, tensor=2),
 }
 
+ATTENTIONS = {
+    "keys and values": {"attention": MultiHead(4)},
+    "a ring of the last keys, and a recurrent state": {
+        "attention": SlidingWindow(4, window=8),
+        "pattern": (None, Mamba2(heads=4, state_width=8)),
+        "depth": 4,
+    },
+}
+"""What the decoder remembers."""
+
 
 def use(model, params) -> dict:
     tokenizer = Bytes(multiple=4).build()
@@ -40,12 +53,14 @@ def use(model, params) -> dict:
 
 
 if __name__ == "__main__":
-    model = bind(tiny(heads=4, kv_heads=4), Bytes(multiple=4).build().vocabulary)
-    params = lively(model)
-    found = {"single": use(model, jax.device_put(params, jax.devices()[0]))}
-    for name, mesh in MESHES.items():
-        layout = sharding.arrange(mesh, jax.devices())
-        split = jax.tree.map(jax.device_put, params, sharding.tree(layout, params, model.axes()))
-        assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(split))
-        found[name] = use(model.on(layout), split)
+    found = {}
+    for what, attention in ATTENTIONS.items():
+        model = bind(tiny(**attention), Bytes(multiple=4).build().vocabulary)
+        params = lively(model)
+        found[what] = {"single": use(model, jax.device_put(params, jax.devices()[0]))}
+        for name, mesh in MESHES.items():
+            layout = sharding.arrange(mesh, jax.devices())
+            split = jax.tree.map(jax.device_put, params, sharding.tree(layout, params, model.axes()))
+            assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(split))
+            found[what][name] = use(model.on(layout), split)
     print(json.dumps(jax.tree.map(lambda x: x.tolist() if isinstance(x, np.ndarray) else x, found)))

@@ -49,9 +49,15 @@ def test_a_tiny_model_takes_no_more_than_it_did(name, hasty):
         assert made.sent <= (1 + GROWTH) * then["sent"]
 
 
-@pytest.mark.slow
+def committed_plans():
+    """Each with its marker: the small presets compile in seconds, a large one in minutes."""
+    for path in sorted(PLANS.glob("*/*.json")):
+        marker = pytest.mark.slow if path.parent.name in ("1m", "10m") else pytest.mark.plans
+        yield pytest.param(path, marks=marker, id=str(path.relative_to(PLANS)))
+
+
 @needs_libtpu
-@pytest.mark.parametrize("path", sorted(PLANS.glob("*/*.json")), ids=lambda path: str(path.relative_to(PLANS)))
+@pytest.mark.parametrize("path", committed_plans())
 def test_a_preset_takes_no_more_than_its_committed_plan(path, monkeypatch):
     if json.loads(path.read_text())["versions"]["libtpu"] != importlib.metadata.version("libtpu"):
         pytest.skip("committed by another compiler, which has other figures")

@@ -60,7 +60,8 @@ def draw_search(found: Found, path: Path) -> None:
     if best := found.best:
         axes.annotate(
             best.candidate.about().replace(" | ", "\n"), (found.memory(best) / 2**30, found.rank(best)),
-            xytext=(12, 12), textcoords="offset points", fontsize=7,
+            xytext=(12, 12), textcoords="offset points", fontsize=7, zorder=4,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
         )  # fmt: skip
         axes.set_ylim(0, 4 * found.rank(best))
     axes.axvline(usable, color="#b03030", label=f"usable {usable:.2f} GiB")
