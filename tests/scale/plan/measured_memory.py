@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from polygpt import topology
 from polygpt.attention.multi_head import MultiHead
 from polygpt.data.layout import LayoutSpec
 from polygpt.data.loader import DataSpec, Task
@@ -48,9 +49,9 @@ def measure(chosen: Experiment) -> dict[str, float]:
     """Bytes of a device, planned and measured."""
     on = target("cpu:8")
     on.prepare()
-    built = compilation.build(chosen, on)
-    runs = compilation.prepare(chosen, on)
-    state, shapes = runs.parallel.create(runs.initial), compilation.abstract_batch(chosen, runs.parallel)
+    planned, traced = compilation.build(chosen, on).memory, compilation.lower(chosen, on)
+    runs, shapes, step = traced.program, traced.batch, topology.compiled(traced.lowered)
+    state = runs.parallel.create(runs.initial)
     batch = jax.tree.map(lambda x: jax.device_put(np.ones(x.shape, x.dtype), x.sharding), shapes)
     jax.block_until_ready((state, batch))
     held = dict.fromkeys(jax.devices(), 0)
@@ -58,17 +59,16 @@ def measure(chosen: Experiment) -> dict[str, float]:
         for shard in leaf.addressable_shards:
             held[shard.device] += shard.data.nbytes
 
-    state, _ = built.compiled(state, batch)  # the first call also allocates what stays: threads, their scratch space
+    state, _ = step(state, batch)  # the first call also allocates what stays: threads, their scratch space
     jax.block_until_ready(state)
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak
     before = resident("VmRSS")
-    state, metrics = built.compiled(state, batch)
+    state, metrics = step(state, batch)
     jax.block_until_ready(state)
     grown = (resident("VmHWM") - before) / on.count
     assert np.isfinite(float(metrics["loss"]))
-    planned = built.memory
     return {
         "planned state and batch": planned.parameters + planned.optimizer + planned.batch + planned.padding,
         "measured state and batch": max(held.values()),

@@ -61,7 +61,7 @@ def test_of_experts_those_count_that_a_position_goes_through():
 
 def test_the_compiled_program_does_what_the_formula_says():
     built = compilation.build(experiment(), target("cpu:1"))
-    products = work.products(hlo.parse(built.compiled.as_text()))
+    products = work.products(hlo.parse(built.text))
     attention = L * 4 * D * T * TOKENS  # short rows: the whole matrix of scores, its upper half too
     assert products == 3 * (2 * MATRICES * TOKENS + attention + 2 * D * V * TOKENS)
 

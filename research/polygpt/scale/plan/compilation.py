@@ -1,7 +1,11 @@
 """The training step of an experiment, compiled ahead of time for devices that need not be there."""
 
+import contextlib
 import dataclasses
+import importlib.metadata
+import json
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -11,7 +15,8 @@ from jax.sharding import SingleDeviceSharding
 from polygpt import topology
 from polygpt.attention.kernels import dispatch
 from polygpt.data.packing import POSITION_ARRAYS
-from polygpt.scale.plan import memory
+from polygpt.scale.plan import kept, memory
+from polygpt.scale.plan.kept import Kept
 from polygpt.scale.plan.memory import Exhausted, Memory
 from polygpt.scale.plan.target import Target
 from polygpt.sequence import Batch, Media
@@ -25,17 +30,17 @@ class Built:
     """A compiled step.
 
     Attributes:
-        compiled: the program; None where it did not fit.
+        text: of the compiled program; None where it did not fit.
         memory: of a device; None where the compiler refused for want of it.
         exhausted: what the compiler said then.
-        seconds: that tracing and compiling took.
+        seconds: that compiling took, when it was done.
         mesh: devices along each axis.
         reason: why this mesh, where `train.parallel` is "auto".
         vocabulary: V.
         devices: the order of the mesh's devices.
     """
 
-    compiled: jax.stages.Compiled | None
+    text: str | None
     memory: Memory | None
     exhausted: Exhausted | None
     seconds: float
@@ -54,30 +59,82 @@ def build(experiment: Experiment, target: Target) -> Built:
     Raises:
         UserError: rows, positions or heads cannot be divided as the mesh asks.
     """
-    begin = time.perf_counter()
+    step = lower(experiment, target)
+    made = _compiled(step, target)
+    return Built(
+        text=made.text,
+        memory=memory.of(made.figures, step.state, step.batch, target.usable) if made.text else None,
+        exhausted=None if made.text else memory.exhausted(made.refusal),
+        seconds=made.seconds,
+        mesh=dict(step.mesh.shape),
+        reason=step.program.reason,
+        vocabulary=step.program.model.vocabulary,
+        devices=list(step.mesh.devices.flat),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A step traced for its devices: the program it is of, its arguments' shapes and places, and the mesh."""
+
+    program: Program
+    lowered: jax.stages.Lowered
+    state: Any
+    batch: Batch
+    mesh: jax.sharding.Mesh
+
+
+def lower(experiment: Experiment, target: Target) -> Step:
+    """Traces the step of an experiment. Errors as `build`."""
     program = prepare(experiment, target)
     runs = program.parallel
     state, batch = runs.abstract(program.initial), abstract_batch(experiment, runs)
     mesh = runs.layout.mesh if runs.layout else jax.sharding.Mesh(runs.devices, ("data",))
-    exceeded = compiled = None
     with dispatch.compiling_for(target.traced), jax.set_mesh(mesh):  # Pallas asks the mesh what kind of TPU it is
-        lowered = program.step.lower(state, batch)
+        with _without_traces():
+            return Step(program, program.step.lower(state, batch), state, batch, mesh)
+
+
+def _compiled(step: Step, target: Target) -> Kept:
+    """What the compiler makes of it, or made of it before."""
+    where = [target.name, str(target.slices), repr([device.id for device in step.mesh.devices.flat])]
+    path = kept.place([step.lowered.as_text(), *where, json.dumps(versions(), sort_keys=True)])
+    if (found := kept.read(path)) is not None:
+        return found
+    begin, text, figures, refusal = time.perf_counter(), None, {}, ""
     try:
-        compiled = topology.compiled(lowered)
+        compiled = topology.compiled(step.lowered)
+        text, analysis = compiled.as_text(), compiled.memory_analysis()
+        figures = {name: getattr(analysis, name) for name in memory.FIGURES}
     except jax.errors.JaxRuntimeError as error:
-        exceeded = memory.exhausted(error)
-        if exceeded is None:
+        refusal = str(error)
+        if memory.exhausted(refusal) is None:
             raise
-    return Built(
-        compiled=compiled,
-        memory=memory.of(compiled, state, batch, target.usable) if compiled else None,
-        exhausted=exceeded,
-        seconds=time.perf_counter() - begin,
-        mesh=dict(mesh.shape),
-        reason=program.reason,
-        vocabulary=program.model.vocabulary,
-        devices=list(mesh.devices.flat),
-    )
+    made = Kept(text, figures, refusal, time.perf_counter() - begin)
+    kept.write(path, made)
+    return made
+
+
+@contextlib.contextmanager
+def _without_traces() -> Iterator[None]:
+    """Kernels would carry the lines of the source that they were called from: a line more, and they would be others."""
+    before = jax.config.jax_traceback_in_locations_limit
+    jax.config.update("jax_traceback_in_locations_limit", 0)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_traceback_in_locations_limit", before)
+
+
+def versions() -> dict[str, str]:
+    """Of what compiles."""
+    found = {"jax": jax.__version__}
+    for name in ("jaxlib", "libtpu"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
 
 
 def prepare(experiment: Experiment, target: Target) -> Program:

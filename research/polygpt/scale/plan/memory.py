@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -69,9 +70,12 @@ class Exhausted:
     text: str
 
 
-def of(compiled: jax.stages.Compiled, state: Any, batch: Any, usable: float) -> Memory:
-    """The memory of a compiled step, given the shapes and places of its arguments."""
-    figures = compiled.memory_analysis()
+FIGURES = tuple(f"{what}_size_in_bytes" for what in ("argument", "output", "alias", "temp", "generated_code"))
+"""What is read of a compiler's memory analysis."""
+
+
+def of(figures: Mapping[str, int], state: Any, batch: Any, usable: float) -> Memory:
+    """The memory of a compiled step, given its `FIGURES`, and the shapes and places of its arguments."""
     parameters = of_device((state.params, state.ema))
     optimizer = of_device(state.opt_state)
     rest = of_device((state, batch)) - parameters - optimizer
@@ -79,10 +83,10 @@ def of(compiled: jax.stages.Compiled, state: Any, batch: Any, usable: float) -> 
         parameters=parameters,
         optimizer=optimizer,
         batch=rest,
-        padding=max(figures.argument_size_in_bytes - parameters - optimizer - rest, 0),
-        temporaries=figures.temp_size_in_bytes,
-        output=max(figures.output_size_in_bytes - figures.alias_size_in_bytes, 0),
-        program=figures.generated_code_size_in_bytes,
+        padding=max(figures["argument_size_in_bytes"] - parameters - optimizer - rest, 0),
+        temporaries=figures["temp_size_in_bytes"],
+        output=max(figures["output_size_in_bytes"] - figures["alias_size_in_bytes"], 0),
+        program=figures["generated_code_size_in_bytes"],
         usable=usable,
     )
 
@@ -100,7 +104,7 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SIZE = r"([\d.]+)\s*([KMGT]?)i?B?"
 
 
-def exhausted(error: BaseException) -> Exhausted | None:
+def exhausted(error: BaseException | str) -> Exhausted | None:
     """What a compiler's error says of memory; None if it is another error.
 
     Two forms are known, both of libtpu: "the total memory required for HLO temporaries (74.58G) exceeds available HBM

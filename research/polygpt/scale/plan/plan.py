@@ -1,11 +1,8 @@
 """A plan: everything that is known of a training step before it runs, on devices that need not be there."""
 
 import dataclasses
-import importlib.metadata
 from collections.abc import Mapping
 from typing import Any
-
-import jax
 
 from polygpt.scale.plan import collectives, compilation, hlo, links, work
 from polygpt.scale.plan.collectives import Collective
@@ -44,7 +41,7 @@ class Plan:
         exchanges: between devices, largest first.
         kernels: fused kernels by name, with executions and FLOPs of a step.
         roofline: the least time of a step; None where the chip's figures are not published, or nothing was compiled.
-        seconds: that tracing and compiling took.
+        seconds: that compiling took.
         reason: why this mesh, where that was chosen automatically.
         warnings: what a reader must know.
     """
@@ -88,7 +85,7 @@ class Plan:
             "kernels": {name: {"times": n, "flops": count} for name, (n, count) in self.kernels.items()},
             "roofline": self.roofline and self.roofline.to_json(),
             "compile_seconds": self.seconds,
-            "versions": versions(),
+            "versions": compilation.versions(),
             "warnings": list(self.warnings),
         }
 
@@ -102,9 +99,9 @@ def plan(experiment: Experiment, target: Target) -> Plan:
     target.prepare()
     built = compilation.build(experiment, target)
     counted = flops(experiment, built.vocabulary)
-    if built.compiled is None:
+    if built.text is None:
         return _plan(experiment, target, built, counted)
-    program = hlo.parse(built.compiled.as_text())
+    program = hlo.parse(built.text)
     found = collectives.collectives(program, built.mesh)
     both = [(one, links.seconds(one, target, built.devices)) for one in found]
     exchanges = tuple(Exchange(one, one.times * sum(seconds)) for one, seconds in both)
@@ -165,14 +162,3 @@ def settings(experiment: Experiment, mesh: Mapping[str, int]) -> dict[str, Any]:
         "length": experiment.data.layout.length,
         "dtype": model.dtype,
     }
-
-
-def versions() -> dict[str, str]:
-    """Of what compiles."""
-    found = {"jax": jax.__version__}
-    for name in ("jaxlib", "libtpu"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found

@@ -1,0 +1,37 @@
+"""What was compiled once is not compiled again; what depends on another thing is."""
+
+import dataclasses
+
+import tiny
+
+from polygpt import topology
+from polygpt.scale.plan import compilation, kept
+from polygpt.scale.plan.kept import Kept
+from polygpt.scale.plan.target import target
+
+
+def test_a_step_is_compiled_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("POLYGPT_CACHE", str(tmp_path))
+    compiled, real = [], topology.compiled
+    monkeypatch.setattr(topology, "compiled", lambda lowered: compiled.append(lowered) or real(lowered))
+    chosen = tiny.experiment()
+    chosen = chosen.replace(train=chosen.train.replace(parallel="single"))
+    first, second = (compilation.build(chosen, target("cpu:1")) for _ in range(2))
+    assert len(compiled) == 1 and first.text
+    for name in ("text", "memory", "seconds", "exhausted"):
+        assert getattr(first, name) == getattr(second, name)
+    other = chosen.replace(optim=chosen.optim.replace(clip=2 * chosen.optim.clip))
+    assert compilation.build(other, target("cpu:1")).text != first.text
+    assert len(compiled) == 2
+
+
+def test_a_damaged_file_counts_as_none_and_the_oldest_go(tmp_path, monkeypatch):
+    monkeypatch.setenv("POLYGPT_CACHE", str(tmp_path))
+    monkeypatch.setattr(kept, "MOST", 2)
+    made = Kept("text", {"temp_size_in_bytes": 1}, "", 2.0)
+    places = [kept.place(["same", name]) for name in "abc"]
+    for place in places:
+        kept.write(place, dataclasses.replace(made, text=place.name))
+    assert kept.read(places[0]) is None and kept.read(places[2]).text == places[2].name
+    places[2].write_bytes(places[2].read_bytes()[:-9])
+    assert kept.read(places[2]) is None
