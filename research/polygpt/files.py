@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file whole or not at all: who reads it meanwhile sees the old one."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Writes a file whole or not at all: who reads it meanwhile sees the old one. Text is written as UTF-8."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
