@@ -19,6 +19,7 @@ VERBS = {
     "report": ("polygpt.cli.report", "write a run's report, one HTML file"),
     "data show": ("polygpt.cli.data_show", "print and draw a few rows as the model will see them"),
     "data check": ("polygpt.cli.data_check", "walk a whole dataset and list what is wrong with it"),
+    "data fetch": ("polygpt.cli.data_fetch", "fetch a text corpus from a public registry, or list them"),
     "tokenizer train": ("polygpt.cli.tokenizer_train", "train a byte-pair tokenizer on text files"),
     "model show": ("polygpt.cli.model_show", "count a model's parameters and its FLOPs a token"),
     "attention list": ("polygpt.cli.attention_list", "list every attention variant, its paper, backends and cost"),
