@@ -152,7 +152,9 @@ def test_one_seed_without_a_noise_that_is_given():
 )
 def test_samples_without_variance_are_decided_and_it_is_said(text, verdict, p, low):
     a = sample(3.0)
-    found = one(text, {"a": a, "b": a + 0.1, "c": (a + 0.1) - 0.1})
+    c = a * 0.1 * 10
+    assert (a != c).any()  # by rounding
+    found = one(text, {"a": a, "b": a + 0.1, "c": c})
     assert (found.verdict, found.p) == (verdict, p)
     assert (found.low, found.high) == pytest.approx((low, low), abs=1e-12)
     assert found.note == "the same on every seed: no test of chance"
