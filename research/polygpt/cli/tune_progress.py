@@ -1,6 +1,7 @@
 """How a search stands, on stderr: a line for each trial that is done, and on a terminal a bar with those that run."""
 
 import math
+import sys
 import time
 
 from rich.console import Console
@@ -21,7 +22,8 @@ class Progress:
     """
 
     def __init__(self, search: Search, seconds: float = 10.0):
-        self._console = Console(stderr=True, highlight=False, markup=False, emoji=False)
+        # This stderr, even while that of a run is sent elsewhere.
+        self._console = Console(file=sys.stderr, highlight=False, markup=False, emoji=False)
         self._search, self._seconds = search, seconds
         self._told: set[int] | None = None
         self._best, self._printed = None, -math.inf
@@ -46,10 +48,8 @@ class Progress:
             line = self._line(trial)
             if not first:
                 self._say(line)
-        if first and len(fresh) > 1:
+        if first and fresh:
             self._say(f"goes on after {len(fresh)} trials{self._so_far()}")
-        elif first and fresh:
-            self._say(line)
         now = "  ".join(f"{number}: {_at(note)}" for number, note in sorted(standing.running.items()))
         if self._bar:
             self._bar.update(self._task, completed=len(standing.finished), now=f"{now}{self._so_far()}")

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from polygpt.ablation.tune import Choice, Search
+from polygpt.ablation.tune import Choice, Int, Search
 
 if TYPE_CHECKING:
     from polygpt.ablation.tuning.summary import Summary
@@ -81,6 +81,8 @@ def slices(summary: "Summary", path: Path) -> None:
             axes.set_xticks(range(len(knob.names())), knob.names(), rotation=30, ha="right", fontsize=7)
         elif knob.log:
             axes.set_xscale("log")
+        elif isinstance(knob, Int):
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel(name, fontsize=8)
         _bounded(axes, metric, search)
     for axes in every[len(search.knobs) :]:
@@ -140,5 +142,5 @@ def _bounded(axes: Axes, values: list[float], search: Search) -> None:
     sign = 1 if search.better == "lower" else -1
     best, median, worst = np.quantile(sign * np.array(values), (0, 0.5, 1))
     spread = median - best
-    if len(values) > 4 and worst - median > 5 * spread > 0:
+    if len(values) > 9 and worst - median > 5 * spread > 0:
         axes.set_ylim(*sorted((sign * (best - 0.3 * spread), sign * (median + 3 * spread))))

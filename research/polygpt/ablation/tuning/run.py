@@ -54,6 +54,7 @@ def run(search: Search, folder: str | Path, *, workers: int = 1, tell: Tell = la
     """
     folder = Path(folder).absolute()
     storage = Storage(search, folder)
+    tell(standing(storage))
     if workers == 1:
         trials.work(storage, lambda: tell(standing(storage)))
     else:

@@ -87,9 +87,13 @@ class Storage:
         return self.study.get_trials(deepcopy=False)
 
     def finished(self) -> list[Any]:
-        """Those that count: complete, or pruned."""
-        states = self.optuna.trial.TrialState
-        return [trial for trial in self.trials() if trial.state in (states.COMPLETE, states.PRUNED)]
+        """Those that count: complete, or given up."""
+        state = self.optuna.trial.TrialState
+        return [trial for trial in self.trials() if trial.state in (state.COMPLETE, state.PRUNED)]
+
+    def complete_ones(self) -> list[Any]:
+        """Those that ran to their end."""
+        return [trial for trial in self.trials() if trial.state == self.optuna.trial.TrialState.COMPLETE]
 
     @contextlib.contextmanager
     def next(self) -> Iterator[tuple[Any, Path] | None]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,10 +63,9 @@ class Summary:
 
 def summarize(storage: Storage) -> Summary:
     """Reads the trials and estimates importances."""
-    search, state = storage.search, storage.optuna.trial.TrialState
-    complete = [trial for trial in storage.trials() if trial.state == state.COMPLETE]
+    search, complete = storage.search, storage.complete_ones()
     best = sorted(storage.study.best_trials, key=lambda trial: trial.values[::-1]) if complete else []
-    made = [_plainly(search, trial, trial.state == state.COMPLETE) for trial in storage.finished()]
+    made = [_plainly(search, trial, trial in complete) for trial in storage.finished()]
     numbers = [trial.number for trial in best]
     return Summary(search, made, numbers if search.against else numbers[:1], _importance(storage, complete))
 
@@ -141,11 +141,14 @@ def _importance(storage: Storage, complete: list[Any]) -> dict[str, dict[str, fl
         return {}
     made = {"fANOVA": module.FanovaImportanceEvaluator(seed=storage.search.seed)}
     made["PED-ANOVA"] = module.PedAnovaImportanceEvaluator()
-    target = (lambda trial: trial.values[0]) if storage.search.against else None
+    sign = 1 if storage.search.better == "lower" else -1  # PED-ANOVA takes low ones for good
     found = {}
     for name, evaluator in made.items():
         try:
-            shares = module.get_param_importances(storage.study, evaluator=evaluator, target=target)
+            with warnings.catch_warnings(action="ignore"):
+                shares = module.get_param_importances(
+                    storage.study, evaluator=evaluator, target=lambda trial: sign * trial.values[0]
+                )
         except (RuntimeError, ValueError):  # too few, or too much alike
             continue
         found[name] = dict(shares)

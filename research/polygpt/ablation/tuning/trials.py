@@ -80,7 +80,7 @@ class _Trial:
             raise
         except Exception as error:
             reason = " ".join(f"failed: {type(error).__name__}: {error}".split())
-            if not any(trial.values for trial in self.storage.trials()):  # none went well: the values are not at fault
+            if not self.storage.complete_ones():  # none went well: the values are not at fault
                 self.storage.fail(self.trial, reason)
                 raise
             self.storage.prune(self.trial, reason)
