@@ -157,7 +157,7 @@ def short(value: float) -> str:
 
 def duration(seconds: float) -> str:
     """A time: "45 s", "12 min", "3.4 h"."""
-    if seconds < 90:
+    if seconds < 120:
         return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 

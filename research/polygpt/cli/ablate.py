@@ -84,7 +84,9 @@ def _print(frame, title: str) -> dict:
     found = verdicts(frame)
     print(f"{title}: {frame.ablation.question}\n")
     for table in [results_table(frame), costs_table(frame), *([claims_table(found)] if found else [])]:
-        print_table(table.title, list(table.columns), [list(row) for row in table.rows], notes=table.title == "Claims")
+        print_table(
+            table.title, list(table.columns), [list(row) for row in table.rows], notes=table.columns[-1] == "note"
+        )
         print("\n".join(table.notes) + "\n")
     said = headline(frame, found)
     print(said)
@@ -151,7 +153,7 @@ def _engines():
     from polygpt.spec import Spec
 
     members = [(name, cls, dataclasses.field(default=cls())) for name, cls in _classes().items()]
-    return dataclasses.make_dataclass("Engines", members, bases=(Spec,), frozen=True, module=__name__)()
+    return dataclasses.make_dataclass("Engines", members, bases=(Spec,), frozen=True)()
 
 
 def _engine(arguments: Namespace):

@@ -1,11 +1,11 @@
 """A user's own ablation, one file, as small as can be; and results for it that no training made."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from polygpt.ablation import results
-from polygpt.ablation.study import Ablation, load_ablation, places
+from polygpt.ablation.study import Ablation, Point, load_ablation, places
 
 FILE = '''"""Width of a tiny model.
 
@@ -81,28 +81,24 @@ def write_results(file: Path, loss: Loss, seeds: int | None = None) -> Path:
     path = file.with_name(results.RESULTS)
     for variant, at in places(ablation):
         for made in results.candidates(ablation, variant, at):
-            results.append(path, [_record(ablation, made, s, "tuning", loss) for s in results.tuning_seeds(ablation)])
+            results.append(path, [_line(ablation, made, s, "tuning", loss) for s in results.tuning_seeds(ablation)])
         chosen = results.choose(ablation, variant, at, {line["key"]: line for line in results.read(path)})
         numbers = range(ablation.seeds if seeds is None else seeds)
-        results.append(path, [_record(ablation, chosen, seed, "comparison", loss) for seed in numbers])
+        results.append(path, [_line(ablation, chosen, seed, "comparison", loss) for seed in numbers])
     return path
 
 
-def _record(ablation: Ablation, made, seed: int, stage, loss: Loss) -> dict[str, Any]:
-    at = {**made.at, **({} if made.tuned is None else {"tuned": made.tuned})}
-    value = loss(made.variant, at, seed)
-    final = {metric: value for metric in ablation.metrics()} | {"train/loss": value}
-    if ablation.reads and value is not None:
-        lengths = next(iter(ablation.reads.values()))
-        final |= {metric: value + i / 10 for i, metric in enumerate(dict.fromkeys(lengths.values()))}
+def record(seed: int, value: float | None, metrics: Sequence[str] = ("text/loss",), **others: Any) -> dict[str, Any]:
+    """What a run leaves; the first metric is `value`, each further one 0.1 more. None: it diverged half-way."""
     steps = [1, 2, 3, 4] if value is not None else [1, 2]
     curve = [5.0 - step / 2 + seed / 50 for step in steps]
-    record = {
+    measured = {metric: None if value is None else value + i / 10 for i, metric in enumerate(dict.fromkeys(metrics))}
+    return {
         "seed": seed,
-        "metrics": final,
+        "metrics": {**measured, "train/loss": curve[-1]},
         "curve": {"step": steps, "loss": curve},
-        "evaluations": {"step": steps[1:], ablation.metric: curve[1:]},
-        "parameters": 1000 + 500 * len(made.variant),
+        "evaluations": {"step": steps[1:], metrics[0]: curve[1:]},
+        "parameters": 3000,
         "flops": 2.5e9,
         "tokens": 96 * len(steps),
         "steps": len(steps),
@@ -110,5 +106,11 @@ def _record(ablation: Ablation, made, seed: int, stage, loss: Loss) -> dict[str,
         "diverged": value is None,
         "how": "4 seeds in one program",
         "made": {"polygpt": "0.0", "commit": "0123456789abcdef", "jax": "0.10", "device": "cpu"},
+        **others,
     }
-    return results.labelled({"key": results.key(made.experiment.replace(seed=seed)), **record}, made, stage)
+
+
+def _line(ablation: Ablation, made: Point, seed: int, stage: str, loss: Loss) -> dict[str, Any]:
+    at = {**made.at, **({} if made.tuned is None else {"tuned": made.tuned})}
+    left = record(seed, loss(made.variant, at, seed), ablation.metrics(), parameters=1000 * len(made.variant))
+    return results.labelled({"key": results.key(made.experiment.replace(seed=seed)), **left}, made, stage)
