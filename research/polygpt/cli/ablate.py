@@ -10,7 +10,7 @@ from polygpt.errors import UserError
 
 EXAMPLES = """\
 examples:
-  polygpt ablate                                        the ablations that are there, their questions and verdicts
+  polygpt ablate --list                                 the ablations that are there, their questions and verdicts
   polygpt ablate glu_variants
   polygpt ablate glu_variants --seeds 10                five more than it says
   polygpt ablate mine.py --engine processes --workers 4
