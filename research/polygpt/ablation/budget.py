@@ -3,19 +3,22 @@
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
+import jax
+
 from polygpt import spec
 from polygpt.errors import SpecError
-from polygpt.models.describe import describe
+from polygpt.models.functional import bind
 from polygpt.overrides import replaced
 from polygpt.scale.plan.flops import flops
 from polygpt.spec import Spec
 from polygpt.training.experiment import Experiment
 
-HALVINGS = 20
-"""Of the interval in which the value of `field` is looked for."""
+NEAR = 1e-3
+"""The search for equal parameters ends with a count, or an interval of values, as narrow as this share."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,15 +38,20 @@ class Costs:
 
 def costs(experiment: Experiment) -> Costs:
     """By formula; nothing is allocated."""
-    return _costs(json.dumps(spec.to_json(experiment.replace(seed=0))))
+    vocabulary = experiment.tokenizer.build().vocabulary
+    positions = experiment.data.rows * experiment.data.layout.length
+    return Costs(parameters(experiment), flops(experiment, vocabulary).useful, positions)
+
+
+def parameters(experiment: Experiment) -> int:
+    """Exact count of the model's."""
+    return _parameters(json.dumps(spec.to_json(experiment.model)), experiment.tokenizer.build().vocabulary)
 
 
 @functools.lru_cache(4096)
-def _costs(text: str) -> Costs:
-    experiment = spec.from_json(json.loads(text))
-    vocabulary, length = experiment.tokenizer.build().vocabulary, experiment.data.layout.length
-    parameters = describe(experiment.model, vocabulary, length).parameters
-    return Costs(parameters, flops(experiment, vocabulary).useful, experiment.data.rows * length)
+def _parameters(model: str, vocabulary: int) -> int:
+    shapes = bind(spec.from_json(json.loads(model)), vocabulary).abstract()
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +73,7 @@ class Budget(Spec):
         self.require(
             (self.field is not None) == (self.by == "parameters"),
             "field",
-            "given where `by` is parameters, and else null",
+            "given where by is parameters, else null",
         )
 
     def applied(self, experiment: Experiment, base: Experiment) -> Experiment:
@@ -77,10 +85,11 @@ class Budget(Spec):
         if self.by == "steps" or experiment == base:
             return experiment
         if self.by == "parameters":
-            return self._with_parameters(experiment, costs(base).parameters)
-        each, of_base = (
-            (made.positions if self.by == "tokens" else made.flops) for made in map(costs, (experiment, base))
-        )
+            return self._with_parameters(experiment, parameters(base))
+        if self.by == "tokens":
+            each, of_base = (made.data.rows * made.data.layout.length for made in (experiment, base))
+        else:
+            each, of_base = (costs(made).flops for made in (experiment, base))
         wanted = base.train.steps * of_base
         steps = max(1, round(wanted / each))
         self._require_near(steps * each, wanted, f"{steps:,} steps")
@@ -94,7 +103,7 @@ class Budget(Spec):
             """Parameters with this value; None if the experiment does not allow it."""
             if candidate not in found:
                 try:
-                    found[candidate] = costs(replaced(experiment, {self.field: candidate})).parameters
+                    found[candidate] = parameters(replaced(experiment, {self.field: candidate}))
                 except SpecError:
                     found[candidate] = None
             return found[candidate]
@@ -126,11 +135,10 @@ def _bisect(count: Callable[[Any], int | None], value: int | float, wanted: int)
     while (n := count(at(outer if up else -outer))) is not None and (n < wanted) == up and outer < 2**20:
         inner, outer = outer, 2 * outer
     low, high = (inner, outer) if up else (-outer, -inner)
-    for _ in range(HALVINGS):
-        if whole and high - low <= 1:
-            return
+    while high - low > (1 if whole else NEAR):
         middle = (low + high) // 2 if whole else (low + high) / 2
-        if (n := count(at(middle))) == wanted:
+        n = count(at(middle))
+        if n is not None and abs(n - wanted) <= NEAR * wanted:
             return
         # What is not allowed lies beyond the far end.
         beyond = up if n is None else n >= wanted

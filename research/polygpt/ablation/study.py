@@ -159,8 +159,9 @@ def point(ablation: Ablation, variant: str, at: Mapping[str, Name], tuned: Name 
         changes = united({**own, **around})
         if ablation.budget.by in ("tokens", "flops") and "train.steps" in ablation.variants[variant]:
             raise SpecError(f"it changes train.steps, which the budget by {ablation.budget.by} sets")
-        base, changed = replaced(ablation.base, united(around)), replaced(ablation.base, changes)
-        experiment = ablation.budget.applied(changed, base)
+        experiment = replaced(ablation.base, changes)
+        if ablation.budget.by != "steps":
+            experiment = ablation.budget.applied(experiment, replaced(ablation.base, united(around)))
         for metric in ablation.metrics():
             _check_metric(experiment, metric)
     except SpecError as error:

@@ -23,9 +23,7 @@ def grid(field: str, *values: Any) -> dict[Name, Changes]:
     """
     for value in values:
         if isinstance(value, bool) or not isinstance(value, Name):
-            raise SpecError(
-                f"grid({field!r}): {value!r} is no name: write a mapping from names to {{{field!r}: value}}"
-            )
+            raise SpecError(f"grid({field!r}): {value!r} is no name: write {{name: {{{field!r}: value}}, ...}} instead")
     return _distinct([(value, {field: value}) for value in values], f"grid({field!r})")
 
 
@@ -36,9 +34,9 @@ def product(*parts: Mapping[Name, Changes]) -> dict[Name, Changes]:
         SpecError: if two parts change one field.
     """
     pairs = [("", {})]
-    for part in parts:
+    for i, part in enumerate(parts):
         pairs = [
-            (f"{name} + {own}" if name else str(own), united({name or "the first": before, str(own): changes}))
+            (f"{name} + {own}" if name else str(own), united({name or "nothing": before, f"{own} (part {i})": changes}))
             for name, before in pairs
             for own, changes in part.items()
         ]
