@@ -11,11 +11,11 @@ from polygpt.errors import UserError
 EXAMPLES = """\
 examples:
   polygpt ablate --list                                 the ablations that are there, their questions and verdicts
-  polygpt ablate glu_variants
-  polygpt ablate glu_variants --seeds 10                five more than it says
+  polygpt ablate glu
+  polygpt ablate glu --seeds 10                         five more than it says
   polygpt ablate mine.py --engine processes --workers 4
-  polygpt ablate glu_variants --engine slurm --slurm.minutes 60
-  polygpt ablate glu_variants --only geglu --json
+  polygpt ablate glu --engine slurm --slurm.minutes 60
+  polygpt ablate glu --only geglu --json
 
 What is run is written down at once, in results.jsonl beside the ablation's file: a run that was interrupted goes on
 with the same command. --help after a name lists the fields of all engines."""
