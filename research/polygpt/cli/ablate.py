@@ -82,7 +82,7 @@ def _print(frame, title: str) -> dict:
     from polygpt.cli.output import print_table
 
     found = verdicts(frame)
-    print(f"{title}: {frame.ablation.question}\n")
+    print(f"{title}\n{frame.ablation.question}\n")
     for table in [results_table(frame), costs_table(frame), *([claims_table(found)] if found else [])]:
         print_table(
             table.title, list(table.columns), [list(row) for row in table.rows], notes=table.columns[-1] == "note"
