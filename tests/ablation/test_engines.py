@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -92,7 +93,7 @@ def test_inline_gives_records_in_the_order_of_the_seeds(inline):
         "wide": [0, 1],
     }
     losses = [record["metrics"]["text/loss"] for records in inline.values() for record in records]
-    assert len(set(losses)) == 4 and all(4 < loss < 7 for loss in losses)
+    assert len(set(losses)) == 4 and all(3 < loss < 5.5 for loss in losses)  # ln 260 is 5.6
 
 
 @pytest.mark.parametrize(
@@ -198,13 +199,17 @@ def test_slurm_trains_as_inline_though_one_job_is_killed(tmp_path, inline):
     assert {name: of_any_run(records) for name, records in done.items()} == inline
 
 
-def test_slurm_says_which_job_failed(tmp_path):
+@pytest.mark.slow
+def test_slurm_says_which_job_failed_and_why_a_task_did(tmp_path):
     pytest.importorskip("submitit")
-    made = finished_before(tmp_path, "a")
-    (made.folder / "answer.json").mkdir()  # cannot be written
-    (made.folder / "answer.json" / "in the way").touch()
-    with pytest.raises((UserError, OSError)):
-        run(Slurm(cluster="local", retries=0), [made])
+    missing = TextFiles((str(tmp_path / "gone.txt"),))
+    dies = task(tmp_path, "dies", source=deadly(tmp_path / "marks", times=9))
+    done = run(Slurm(cluster="local", retries=1), [dies, task(tmp_path, "gone", source=missing)])
+    assert done["gone"].final and "gone.txt" in done["gone"].message
+    assert re.match(
+        r"its job failed, 2 times, last \d+: RuntimeError: .* ended with code -9: see .*/slurm$", done["dies"].message
+    )
+    assert not done["dies"].final and len(list((tmp_path / "marks").iterdir())) == 2
 
 
 @pytest.mark.parametrize(

@@ -97,4 +97,3 @@ def _base(file: str, changes: Mapping[str, str], options: Sequence[str]):
 
 def _fields(file: str | None, changes: Mapping[str, str], options: Sequence[str]):
     return _base(file, changes, options) if file else None
-
