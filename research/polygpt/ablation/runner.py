@@ -105,42 +105,41 @@ class _Runner:
 
     def stage(self, stage: Stage, points: Iterable[Point], seeds: Iterable[int]) -> None:
         """Makes the runs of the points that are not there yet. Runs that several points ask for are made once."""
-        asked: dict[str, list[tuple[Point, int]]] = {}
+        asked: dict[str, list[Point]] = {}
+        missing: dict[str, tuple[Point, dict[int, str]]] = {}
         for made in points:
             for seed in seeds:
-                asked.setdefault(results.key(made.experiment.replace(seed=seed)), []).append((made, seed))
-        missing: dict[str, tuple[Point, list[int]]] = {}
-        for key, ((made, seed), *_) in asked.items():
-            if key not in self.found:
-                missing.setdefault(made.name, (made, []))[1].append(seed)
+                key = results.key(made.experiment.replace(seed=seed))
+                if key not in self.found and key not in asked:
+                    missing.setdefault(made.name, (made, {}))[1][seed] = key
+                asked.setdefault(key, []).append(made)
+        # Keys are of now: a file of code that is edited meanwhile is not what is run.
+        keys = {made.name: list(some.values()) for made, some in missing.values()}
         tasks = tuple(self._task(made, some) for made, some in missing.values())
-        self.tell(Planned(stage, len(asked), len(asked) - sum(len(task.seeds) for task in tasks), tasks))
+        self.tell(Planned(stage, len(asked), len(asked) - sum(map(len, keys.values())), tasks))
         failed = []
         for task, done in self.engine.run(tasks, self.tell) if tasks else ():
             if isinstance(done, Failure):
                 failed.append(self._failed(task, done))
-            else:
-                self._finished(task, done, stage, asked)
+                continue
+            pairs = [({"key": key, **record}, asked[key]) for key, record in zip(keys[task.name], done, strict=True)]
+            self._finished(task, stage, pairs)
         if failed:
             more = f" ({len(failed)} of {len(tasks)} tasks failed)" if len(failed) > 1 else ""
             raise UserError(f"{failed[0]}{more}")
 
-    def _task(self, made: Point, seeds: list[int]) -> Task:
-        experiments = tuple(made.experiment.replace(seed=seed) for seed in seeds)
-        keys = "".join(map(results.key, experiments))
-        return Task(made.name, experiments, self.folder / WORK / hashlib.sha256(keys.encode()).hexdigest()[:16])
+    def _task(self, made: Point, keys: dict[int, str]) -> Task:
+        experiments = tuple(made.experiment.replace(seed=seed) for seed in keys)
+        folder = hashlib.sha256("".join(keys.values()).encode()).hexdigest()[:16]
+        return Task(made.name, experiments, self.folder / WORK / folder)
 
-    def _finished(self, task: Task, records: list[dict[str, Any]], stage: Stage, asked: dict) -> None:
-        lines = []
-        for experiment, record in zip(task.experiments, records, strict=True):
-            key = results.key(experiment)
-            for made, _ in asked[key]:
-                lines.append(results.labelled({"key": key, **record}, made, stage))
-        whole = {line["key"]: line for line in reversed(lines)}  # each run once, under the point that came first
-        results.append(self.path, whole.values())
-        self.found |= whole
+    def _finished(self, task: Task, stage: Stage, pairs: list[tuple[dict[str, Any], list[Point]]]) -> None:
+        """Writes each run down once, under the point that came first, and tells of it under all that asked for it."""
+        lines = [results.labelled(record, asking[0], stage) for record, asking in pairs]
+        results.append(self.path, lines)
+        self.found |= {line["key"]: line for line in lines}
         shutil.rmtree(task.folder, ignore_errors=True)
-        self.tell(Finished(tuple(lines)))
+        self.tell(Finished(tuple(results.labelled(record, made, stage) for record, asking in pairs for made in asking)))
 
     def _failed(self, task: Task, failure: Failure) -> str:
         self.tell(Failed(task, failure))

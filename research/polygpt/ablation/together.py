@@ -227,6 +227,7 @@ class _Group:
 
     def _records(self) -> list[dict[str, Any]]:
         course, seconds = self.course, self._seconds() / len(self.seeds)
+        how = f"{len(self.seeds)} seed{'s' if len(self.seeds) > 1 else ''} in one program"
         return [
             record(
                 experiment,
@@ -234,7 +235,7 @@ class _Group:
                 [(step, tasks[i]) for step, tasks in course.evaluations if tasks[i]],
                 stopped=course.stopped[i] is not None,
                 seconds=seconds,
-                how=f"{len(self.seeds)} seeds in one program",
+                how=how,
             )
             for i, experiment in enumerate(self.experiments)
         ]
