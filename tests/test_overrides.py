@@ -3,10 +3,13 @@
 import pytest
 
 from polygpt.attention.multi_head import MultiHead
+from polygpt.attention.sliding import SlidingWindow
 from polygpt.blocks.stack import StackSpec
+from polygpt.data.sources.embedded import Embedded
 from polygpt.errors import SpecError
+from polygpt.evaluation.spec import EvalTask, EvaluationSpec
 from polygpt.lab import catalogue
-from polygpt.overrides import override
+from polygpt.overrides import override, replaced
 from polygpt.spec import class_name
 
 
@@ -49,3 +52,33 @@ def test_fields_that_fit_only_together_are_set_together():
 def test_what_does_not_fit_is_told_by_its_name(changes, fault):
     with pytest.raises(SpecError, match=fault):
         override(StackSpec(), changes)
+
+
+def test_values_of_a_program_are_set_as_they_are():
+    found = replaced(StackSpec(), {"attention": SlidingWindow(window=5), "attention.heads": 2, "depth": 3})
+    assert found == StackSpec(attention=SlidingWindow(heads=2, window=5), depth=3)
+    assert replaced(StackSpec(), {}) == StackSpec()
+
+
+def test_a_mapping_takes_a_new_entry_of_the_right_type_alone():
+    spec = EvaluationSpec({"text": EvalTask(Embedded("text"))})
+    more = EvalTask(Embedded("digits"))
+    found = replaced(spec, {"tasks.digits": more, "tasks.digits.limit": 7, "tasks.text.limit": 3})
+    assert found.tasks == {"text": spec.tasks["text"].replace(limit=3), "digits": more.replace(limit=7)}
+    with pytest.raises(SpecError, match="--tasks.digits is 7: it must be EvalTask"):
+        replaced(spec, {"tasks.digits": 7})
+    with pytest.raises(SpecError, match="--tasks.txt: no entry 'txt': did you mean text"):
+        replaced(spec, {"tasks.txt.limit": 7})
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"attention": "polygpt.attention.sliding:SlidingWindow"}, "--attention is 'polygpt.*it must be Attention"),
+        ({"depth": "3"}, "--depth is '3': it must be int"),
+        ({"attention.headz": 3}, "--attention.headz: MultiHead has no field 'headz': did you mean heads"),
+    ],
+)
+def test_a_value_of_another_type_is_told_by_its_name(changes, fault):
+    with pytest.raises(SpecError, match=fault):
+        replaced(StackSpec(), changes)

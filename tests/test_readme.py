@@ -128,6 +128,21 @@ def test_a_dataset_a_modality_and_a_loss_of_ones_own_learn(monkeypatch, folder):
     assert result["modality_gain"]["quadrants/point"]["low"] > 0
 
 
+@pytest.mark.slow
+def test_an_ablation_is_one_file(monkeypatch, folder):
+    file = folder / "gates.py"
+    whole = file.read_text()
+    small = whole.replace("steps=300", "steps=2").replace("limit=200", "limit=4").replace("warmup=20", "warmup=0")
+    file.write_text(small.replace("rows=16", "rows=2").replace("depth=2", "depth=1"))
+    words, more = commands("gates.py")
+    done = run(monkeypatch, folder, [*words, "--seeds", "2", "--json"])
+    assert done["made"] == 8 and [row["variant"] for row in done["rows"]] == ["gelu", "geglu"]
+    assert [claim["claim"] for claim in done["claims"]] == ["geglu < gelu", "abs(geglu - gelu) < noise"]
+    assert "**Verdict.**" in (folder / "gates" / "README.md").read_text()
+    assert run(monkeypatch, folder, [*words, "--seeds", "2", "--json"])["made"] == 0, "all is there"
+    assert more[2:] == ["--seeds", "8", "--engine", "processes", "--workers", "2"]
+
+
 def test_the_map_names_every_folder_and_nothing_else():
     package = README.parent / "research" / "polygpt"
     section = README.read_text().split("## The map")[1].split("##")[0]

@@ -19,6 +19,7 @@ from polygpt.data.loader import DataSpec, Task
 from polygpt.data.media.audio import LogMel
 from polygpt.data.media.image import ImageFeatures
 from polygpt.data.sources.base import Source
+from polygpt.data.sources.corpus import Corpus
 from polygpt.data.sources.embedded import Embedded
 from polygpt.data.sources.folder import MediaFolder
 from polygpt.data.sources.text_files import TextFiles
@@ -65,6 +66,7 @@ __all__ = [
     "Classification",
     "Connector",
     "Constant",
+    "Corpus",
     "DataSpec",
     "DecoderSpec",
     "Embedded",

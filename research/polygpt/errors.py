@@ -12,6 +12,10 @@ class SpecError(UserError, ValueError):
     """A specification holds a value that is not allowed, or names something that does not exist."""
 
 
+class Diverged(UserError):
+    """Training led nowhere: too many steps in a row were not finite, or the loss spiked too often."""
+
+
 class BadRecord(UserError, ValueError):
     """One record of a data source cannot be used.
 

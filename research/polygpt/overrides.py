@@ -1,6 +1,7 @@
 """Specifications overridden by dotted names, `{"model.decoder.depth": "4"}`: what a command line may set, and sets.
 
-The text of a value is read as JSON where it is JSON. A field that holds a specification takes another class by name,
+`replaced` takes values as they are, `{"model.decoder.depth": 4}`: what a program sets. For `override` the text of a
+value is read as JSON where it is JSON. A field that holds a specification takes another class by name,
 `"package.module:Class"`: it is then what the class's defaults make it, but for the fields that the former value shares
 with it and had changed from its own defaults. A list takes such names too: `'["package.module:Class", null]'`.
 """
@@ -9,14 +10,22 @@ import json
 import types
 import typing
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, Union
 
 from polygpt.errors import SpecError
 from polygpt.spec import Spec, conform, field_help, from_json, hints, load_class, nearest
 
-Changes = dict[tuple[str, ...], str]
-"""Texts by the rest of a dotted name; () is the value itself."""
+
+@dataclass(frozen=True)
+class _Value:
+    """A value that is no text to be read."""
+
+    value: Any
+
+
+Changes = dict[tuple[str, ...], str | _Value]
+"""Texts, or values, by the rest of a dotted name; () is the value itself."""
 
 
 def override(spec: Any, changes: Mapping[str, str]) -> Any:
@@ -28,6 +37,18 @@ def override(spec: Any, changes: Mapping[str, str]) -> Any:
     return _set(spec, type(spec), {tuple(name.split(".")): text for name, text in changes.items()}, "")
 
 
+def replaced(spec: Any, changes: Mapping[str, Any]) -> Any:
+    """`spec` with each dotted name set to a value of its field's own type, a specification among them; all at once.
+
+    Of two names of which one lies inside the other, the inner is set in what the outer was set to. A mapping takes new
+    entries.
+
+    Raises:
+        SpecError: as `override`.
+    """
+    return _set(spec, type(spec), {tuple(name.split(".")): _Value(value) for name, value in changes.items()}, "")
+
+
 def _set(value: Any, annotation: Any, changes: Changes, name: str) -> Any:
     """`value`, the dotted `name` of the whole, with changes to itself or below it."""
     inside: dict[str, Changes] = {}
@@ -36,6 +57,9 @@ def _set(value: Any, annotation: Any, changes: Changes, name: str) -> Any:
             inside.setdefault(path[0], {})[path[1:]] = text
     kept = vars(value) if isinstance(value, Spec) else {}
     cls = type(value)
+    if isinstance(changes.get(()), _Value):
+        value = conform(annotation, changes[()].value, f"--{name}")
+        return _set(value, annotation, {path: given for path, given in changes.items() if path}, name)
     if () in changes:
         data = _read(changes[()])
         if not (isinstance(data, str) and _holds_spec(annotation, value)):
@@ -48,9 +72,9 @@ def _set(value: Any, annotation: Any, changes: Changes, name: str) -> Any:
         return _made(cls, kept, annotation, inside, name)
     if isinstance(value, Mapping):
         for key in inside:
-            if key not in value:
+            if key not in value and not isinstance(inside[key].get(()), _Value):
                 raise SpecError(f"--{_join(name, key)}: no entry {key!r}: {nearest(key, value)}")
-        changed = {key: _set(value[key], _inner(annotation), own, _join(name, key)) for key, own in inside.items()}
+        changed = {key: _set(value.get(key), _inner(annotation), own, _join(name, key)) for key, own in inside.items()}
         return {**value, **changed}
     for key in inside:
         if not (isinstance(value, tuple) and key.isdigit() and int(key) < len(value)):

@@ -8,7 +8,9 @@ import jax
 
 from polygpt.errors import UserError
 from polygpt.evaluation.evaluate import evaluate
+from polygpt.evaluation.spec import EvaluationSpec
 from polygpt.training import processes
+from polygpt.training.experiment import Experiment
 from polygpt.training.program import Program
 from polygpt.training.state import State
 
@@ -28,21 +30,26 @@ class Standing:
         return improved
 
 
+def plan(experiment: Experiment) -> EvaluationSpec:
+    """What is evaluated in the course of training: losses alone, unless `train.evaluate` says more."""
+    held_out = experiment.evaluation
+    if experiment.train.evaluate == "full":
+        return held_out
+    tasks = {name: task.replace(generate=False) for name, task in held_out.tasks.items()}
+    return held_out.replace(modality_gain=False, tasks=tasks)
+
+
 def measure(program: Program, state: State, tokenizer) -> tuple[float, dict[str, Any]]:
     """The run's metric, the same in all processes, and what `evaluate` gives with the averaged parameters.
 
     Raises:
         UserError: a held-out record cannot be used, or `train.metric` was not measured.
     """
-    experiment, plan = program.experiment, program.experiment.evaluation
-    if experiment.train.evaluate == "loss":
-        plan = plan.replace(
-            modality_gain=False, tasks={name: task.replace(generate=False) for name, task in plan.tasks.items()}
-        )
+    experiment = program.experiment
     model, params = program.evaluated, state.averaged
     if model.layout is None:  # pmap keeps a copy on every device
         params = jax.device_put(params, jax.local_devices()[0])
-    results = evaluate(model, params, tokenizer, experiment.model.adapters, experiment.data.layout, plan)
+    results = evaluate(model, params, tokenizer, experiment.model.adapters, experiment.data.layout, plan(experiment))
     metric = pick(results["tasks"], experiment.train.metric)
     return float(processes.agree("metric", repr(metric))), results
 

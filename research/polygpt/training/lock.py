@@ -18,10 +18,10 @@ NAME = ".lock"
 
 
 @contextlib.contextmanager
-def hold(workdir: Path) -> Iterator[None]:
+def hold(workdir: Path, remedy: str = "wait for it or choose another --workdir") -> Iterator[None]:
     """While entered, the folder is this run's. However its process ends, the system lets go of the lock.
 
-    Where the file system knows no locks, as some that nodes share, two runs can meet.
+    Where the file system knows no locks, as some that nodes share, two runs can meet. `remedy` ends the error's message.
 
     Raises:
         UserError: if another run has the folder.
@@ -33,7 +33,7 @@ def hold(workdir: Path) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             holder = file.read().strip() or "another process"
-            raise UserError(f"{workdir} is in use by {holder}: wait for it or choose another --workdir") from None
+            raise UserError(f"{workdir} is in use by {holder}: {remedy}") from None
         except OSError:  # NFS without its lock service, and others
             pass
         file.truncate(0)

@@ -35,8 +35,8 @@ def train(
         begun: when the work for this call began, in seconds since 1970, to be counted as starting up; now by default.
 
     Raises:
-        UserError: if the folder is another experiment's, data or settings are at fault, the disk is full, too many
-            steps in a row were not finite, or the loss spiked too often.
+        Diverged: if too many steps in a row were not finite, or the loss spiked too often.
+        UserError: if the folder is another experiment's, data or settings are at fault, or the disk is full.
     """
     workdir, settings = Path(workdir).absolute(), experiment.train
     enable_cache()

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from polygpt import sequence, spec
 from polygpt.data.loader import train_batches
-from polygpt.errors import UserError
+from polygpt.errors import Diverged
 from polygpt.training import feeders
 from polygpt.training.checkpoint import Checkpoints
 from polygpt.training.example_log import example_log
@@ -192,7 +192,7 @@ class Trainer:
         if metrics["skipped_in_row"] >= self.spec.max_nonfinite:
             self.checkpoints.wait()
             kept = max(self.checkpoints.finite_steps(), default=None)
-            raise UserError(
+            raise Diverged(
                 f"step {step}: loss, gradient or update was not finite {self.spec.max_nonfinite} times in a row; "
                 + ("there is no checkpoint yet" if kept is None else f"the checkpoint of step {kept} is intact")
                 + ": lower the learning rate or look at the data (train.max_nonfinite sets this limit)"
@@ -214,7 +214,7 @@ class Trainer:
         (step, place, spikes), self.spiked, self.pending = self.spiked, None, None
         limits = self.spec.spikes
         if self.rewound.times == limits.rewinds:
-            raise UserError(
+            raise Diverged(
                 f"step {step}: the loss spiked {limits.patience} times in a row, after {limits.rewinds} rewinds: lower "
                 "the learning rate or look at the data (train.spikes.rewinds sets this limit)"
             )

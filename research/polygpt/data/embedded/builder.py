@@ -20,8 +20,6 @@ import hashlib
 import io
 import json
 import shutil
-import tempfile
-import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -29,7 +27,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from polygpt.cache import cache_folder
+from polygpt.cache import cache_folder, made_whole
 from polygpt.errors import UserError
 
 ARCHIVES = Path(__file__).parent
@@ -41,7 +39,6 @@ FIELDS = {
     "utterances": ("file", "audio", "text", "language", "voice", "kind"),
     "text": ("file", "text", "source"),
 }
-ABANDONED = 3600  # seconds after which an unfinished build is taken for one that was killed
 
 
 class PolygptEmbedded(tfds.core.GeneratorBasedBuilder):
@@ -84,8 +81,7 @@ def fingerprint(config: str) -> str:
 def data_dir(config: str) -> Path:
     """The TFDS data folder that holds `polygpt_embedded/<config>`, which is built first where it is not there.
 
-    A build happens in a folder of its own and is moved into place whole: a process that is killed leaves nothing that
-    looks finished, and of two that build at once one wins and the other takes its result.
+    It is built by `polygpt.cache.made_whole`: whole or not at all, also where several processes begin at once.
 
     Raises:
         UserError: if the cache folder cannot be written.
@@ -94,17 +90,9 @@ def data_dir(config: str) -> Path:
     if place.is_dir():
         return place
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(place.parent)
-        work = Path(tempfile.mkdtemp(prefix=f".building-{config}-", dir=place.parent))
-        try:
+        with made_whole(place) as work:
             _build(config, work)
             shutil.rmtree(work / "downloads", ignore_errors=True)
-            work.chmod(0o755)  # mkdtemp gives 0o700, but a cache may be shared
-            with contextlib.suppress(OSError):  # another process was first
-                work.rename(place)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
         raise UserError(
             f"cannot write the embedded data to {place.parent}: {error.strerror or error}: "
@@ -118,14 +106,6 @@ def _build(config: str, work: Path) -> None:
     silence = io.StringIO()
     with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):  # notes and progress bars of TFDS
         builder.download_and_prepare()
-
-
-def _sweep(folder: Path) -> None:
-    """Removes what killed builds left behind."""
-    for path in folder.glob(".building-*"):
-        with contextlib.suppress(OSError):
-            if time.time() - path.stat().st_mtime > ABANDONED:
-                shutil.rmtree(path, ignore_errors=True)
 
 
 @functools.cache

@@ -4,13 +4,14 @@ One process a node (or a task) runs the command; before the time limit, or when 
 the job goes back into the queue, where the same command resumes.
 """
 
+import contextlib
 import dataclasses
 import os
 import signal
 import subprocess
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,15 +107,31 @@ def submit(
         if count % tasks:
             raise UserError(f"{count} GPUs cannot be divided among {tasks} tasks of a node: choose another --tasks")
         task = dataclasses.replace(task, gpus=count // tasks)
+    made = executor(folder, cluster, name, nodes, tasks, minutes, more)
+    with refusals():
+        return made.submit(task)
+
+
+def executor(folder: Path, cluster: str, name: str, nodes: int, tasks: int, minutes: int, more: dict[str, Any]) -> Any:
+    """submitit's executor; for the arguments and errors see `submit`."""
     try:
         import submitit
     except ImportError:
-        raise UserError("launch slurm needs submitit, which is not installed: pip install 'polygpt[slurm]'") from None
-    try:
-        executor = submitit.AutoExecutor(folder, cluster=cluster)
-        executor.update_parameters(
+        raise UserError("SLURM needs submitit, which is not installed: pip install 'polygpt[slurm]'") from None
+    with refusals():
+        made = submitit.AutoExecutor(folder, cluster=cluster)
+        made.update_parameters(
             name=name, nodes=nodes, tasks_per_node=tasks, timeout_min=minutes, stderr_to_stdout=True, **more
         )
-        return executor.submit(task)
+    return made
+
+
+@contextlib.contextmanager
+def refusals() -> Iterator[None]:
+    """What submitit and SLURM say of a job that they do not take becomes a UserError."""
+    import submitit
+
+    try:
+        yield
     except (RuntimeError, ValueError, NameError, OSError, submitit.core.utils.FailedSubmissionError) as error:
         raise UserError(f"the job was not submitted: {error}") from error

@@ -1,0 +1,1 @@
+"""The ablation lab: variants of an experiment, run over seeds and compared."""

@@ -1,0 +1,165 @@
+"""What is held equal between variants: steps, tokens, FLOPs or parameters."""
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+
+from polygpt import spec
+from polygpt.errors import SpecError
+from polygpt.models.functional import bind
+from polygpt.overrides import replaced
+from polygpt.scale.plan.flops import flops
+from polygpt.spec import Spec
+from polygpt.training.experiment import Experiment
+
+NEAR = 1e-3
+"""The search for equal parameters ends with a count, or an interval of values, as narrow as this share."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """What an experiment's model and step take.
+
+    Attributes:
+        parameters: exact count of the model's.
+        flops: of one training step, forward and backward, by the formula of `scale/plan/flops.py`.
+        positions: of a batch, B T, those of padding included.
+    """
+
+    parameters: int
+    flops: float
+    positions: int
+
+
+def costs(experiment: Experiment) -> Costs:
+    """By formula; nothing is allocated."""
+    vocabulary = experiment.tokenizer.build().vocabulary
+    positions = experiment.data.rows * experiment.data.layout.length
+    return Costs(parameters(experiment), flops(experiment, vocabulary).useful, positions)
+
+
+def parameters(experiment: Experiment) -> int:
+    """Exact count of the model's."""
+    return _parameters(json.dumps(spec.to_json(experiment.model)), experiment.tokenizer.build().vocabulary)
+
+
+@functools.lru_cache(4096)
+def _parameters(model: str, vocabulary: int) -> int:
+    shapes = bind(spec.from_json(json.loads(model)), vocabulary).abstract()
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget(Spec):
+    """What every variant gets as much of as the base does, at the same values of all factors."""
+
+    by: Literal["steps", "tokens", "flops", "parameters"] = "steps"
+    """steps: the experiments are taken as they are. tokens, flops: `train.steps` is set so that the whole run sees as
+    many positions of batches, or takes as many FLOPs, as the base. parameters: `field` is set so that the model has as
+    many parameters."""
+    field: str | None = None
+    """The dotted number that is searched for an equal count of parameters, "model.decoder.mlp.factor": the parameters
+    must grow with it."""
+    tolerance: float = 0.02
+    """By what share of the base's a variant may differ."""
+
+    def validate(self):
+        self.require(self.tolerance >= 0, "tolerance", "at least 0")
+        self.require(
+            (self.field is not None) == (self.by == "parameters"),
+            "field",
+            "given where by is parameters, else null",
+        )
+
+    def applied(self, experiment: Experiment, base: Experiment) -> Experiment:
+        """The experiment with as much of it as `base`.
+
+        Raises:
+            SpecError: if no value comes within the tolerance.
+        """
+        if self.by == "steps" or experiment == base:
+            return experiment
+        if self.by == "parameters":
+            return self._with_parameters(experiment, parameters(base))
+        if self.by == "tokens":
+            each, of_base = (made.data.rows * made.data.layout.length for made in (experiment, base))
+        else:
+            each, of_base = (costs(made).flops for made in (experiment, base))
+        wanted = base.train.steps * of_base
+        steps = max(1, round(wanted / each))
+        self._require_near(steps * each, wanted, f"{steps:,} steps")
+        return experiment.replace(train=experiment.train.replace(steps=steps))
+
+    def _with_parameters(self, experiment: Experiment, wanted: int) -> Experiment:
+        value = _value(experiment, self.field)
+        found: dict[Any, int | None] = {}
+
+        def count(candidate) -> int | None:
+            """Parameters with this value; None if the experiment does not allow it."""
+            if candidate not in found:
+                try:
+                    found[candidate] = parameters(replaced(experiment, {self.field: candidate}))
+                except SpecError:
+                    found[candidate] = None
+            return found[candidate]
+
+        count(value)
+        _bisect(count, value, wanted)
+        best = min((abs(n - wanted), c) for c, n in found.items() if n is not None)[1]
+        self._require_near(found[best], wanted, f"{self.field} {best:.6g}")
+        return replaced(experiment, {self.field: best})
+
+    def _require_near(self, has: float, wanted: float, how: str) -> None:
+        if abs(has / wanted - 1) > self.tolerance:
+            raise SpecError(
+                f"budget: with {how} it has {has:,.0f} {self.by}, and the base {wanted:,.0f}: "
+                f"no nearer value was found within the tolerance of {self.tolerance:.1%}"
+            )
+
+
+def _bisect(count: Callable[[Any], int | None], value: int | float, wanted: int) -> None:
+    """Asks `count` of values ever nearer to where it passes `wanted`, from `value` on."""
+    whole = isinstance(value, int)
+    grain = _grain(count, value) if whole else None
+
+    def at(k):  # whole numbers in steps of the grain, others by factors
+        return value + k * grain if whole else value * 2.0**k
+
+    up = (count(value) or 0) < wanted
+    inner, outer = 0, 1
+    while (n := count(at(outer if up else -outer))) is not None and (n < wanted) == up and outer < 2**20:
+        inner, outer = outer, 2 * outer
+    low, high = (inner, outer) if up else (-outer, -inner)
+    while high - low > (1 if whole else NEAR):
+        middle = (low + high) // 2 if whole else (low + high) / 2
+        n = count(at(middle))
+        if n is not None and abs(n - wanted) <= NEAR * wanted:
+            return
+        # What is not allowed lies beyond the far end.
+        beyond = up if n is None else n >= wanted
+        low, high = (low, middle) if beyond else (middle, high)
+
+
+def _grain(count: Callable[[int], int | None], value: int) -> int:
+    """The least distance of whole numbers that are all allowed: a width, say, must be a multiple of its heads."""
+    for grain in range(1, max(value, 1) + 1):
+        if count(value + grain) is not None and count(value + 2 * grain) is not None:
+            return grain
+    return max(value, 1)
+
+
+def _value(experiment: Experiment, field: str) -> int | float:
+    value: Any = experiment
+    for key in field.split("."):
+        if isinstance(value, Spec):
+            value = getattr(value, key, None)
+        else:
+            value = value.get(key) if isinstance(value, dict) else None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise SpecError(f"budget: {field} is {value!r}: it must be a number of every variant's own")
+    return value

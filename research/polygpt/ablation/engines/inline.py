@@ -1,0 +1,21 @@
+"""The engine of one process: this one. Tasks are worked on one after the other."""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from polygpt.ablation.engines.base import Engine, Failure, Task, Tell, work
+
+
+@dataclasses.dataclass(frozen=True)
+class Inline(Engine):
+    """Works in this process. An error ends the task that it came up in, and no other."""
+
+    def run(self, tasks: Sequence[Task], tell: Tell) -> Iterator[tuple[Task, list[dict[str, Any]] | Failure]]:
+        for task in tasks:
+            try:
+                done = json.loads(work(task.to_json(), tell))
+            except Exception as error:
+                done = Failure.of(error)
+            yield task, done

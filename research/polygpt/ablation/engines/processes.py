@@ -1,0 +1,100 @@
+"""The engine of several processes on this machine."""
+
+import collections
+import contextlib
+import dataclasses
+import os
+import selectors
+import subprocess
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from polygpt.ablation.engines import children, worker
+from polygpt.ablation.engines.base import EVERY, Engine, Failure, Task, Tell
+from polygpt.ablation.engines.watching import Watch
+
+WORDS = ("-m", "polygpt.ablation.engines.worker")
+
+
+@dataclasses.dataclass(frozen=True)
+class Processes(Engine):
+    """A pool of processes, each with one task at a time.
+
+    A process that dies, killed by the system for want of memory, say, is started again, and its task goes on from what
+    it had saved; the others do not notice. Ctrl-C ends all of them, which save first.
+    """
+
+    workers: int | None = None
+    """How many; null for one on each GPU, or where there is none for one on every second core."""
+    retries: int = 2
+    """How often a task is begun again whose process died."""
+
+    def validate(self):
+        self.require(self.workers is None or self.workers >= 1, "workers", "null or at least 1")
+        self.require(self.retries >= 0, "retries", "at least 0")
+
+    def run(self, tasks: Sequence[Task], tell: Tell) -> Iterator[tuple[Task, list[dict[str, Any]] | Failure]]:
+        count = min(self.workers or children.count_gpus() or max(1, (os.cpu_count() or 1) // 2), len(tasks))
+        pool = _Pool(self.retries, children.shares(count), Watch(tell))
+        with children.ended(pool.started), contextlib.closing(pool.selector):
+            yield from pool.run(tasks)
+
+
+@dataclasses.dataclass
+class _Busy:
+    """A process with a task; `share` is its number among the shares of the machine."""
+
+    process: subprocess.Popen
+    task: Task
+    share: int
+
+
+class _Pool:
+    def __init__(self, retries: int, shares: list[dict[str, str]], watch: Watch):
+        self.retries, self.shares, self.watch = retries, shares, watch
+        self.selector = selectors.DefaultSelector()
+        self.started: list[subprocess.Popen] = []
+        self.idle: dict[int, subprocess.Popen | None] = dict.fromkeys(range(len(shares)))  # None: yet to be started
+        self.deaths: collections.Counter[str] = collections.Counter()
+
+    def run(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, list[dict[str, Any]] | Failure]]:
+        waiting, busy = collections.deque(tasks), {}
+        while waiting or busy:
+            while waiting and self.idle:
+                made = self._give(waiting.popleft(), *self.idle.popitem())
+                busy[made.process.stdout.fileno()] = made
+            for key, _ in self.selector.select(EVERY):
+                made = busy.pop(key.fd)
+                self.selector.unregister(key.fd)
+                line = made.process.stdout.readline()
+                if line.endswith("\n"):
+                    self.idle[made.share] = made.process
+                    yield made.task, worker.read(line)
+                    continue
+                self.idle[made.share] = None
+                self.deaths[made.task.name] += 1
+                if (ended := self._ended(made)) is None:
+                    waiting.appendleft(made.task)
+                else:
+                    yield made.task, ended
+            self.watch(made.task for made in busy.values())
+
+    def _give(self, task: Task, share: int, process: subprocess.Popen | None) -> _Busy:
+        if process is None or process.poll() is not None:
+            task.folder.mkdir(parents=True, exist_ok=True)
+            process = children.start(WORDS, self.shares[share], task.folder / worker.LOG)
+            self.started.append(process)
+        with contextlib.suppress(BrokenPipeError):  # it has died: its stdout tells so
+            process.stdin.write(task.to_json() + "\n")
+            process.stdin.flush()
+        self.selector.register(process.stdout.fileno(), selectors.EVENT_READ)
+        return _Busy(process, task, share)
+
+    def _ended(self, made: _Busy) -> Failure | None:
+        """What is to be said of a task whose process died; None if it is to be tried again."""
+        code = made.process.wait()
+        times = self.deaths[made.task.name]
+        if times <= self.retries:
+            return None
+        tried = f", {times} times" if times > 1 else ""
+        return Failure(f"its process {children.how(code)}{tried}: see {made.task.folder / worker.LOG}", False)

@@ -1,0 +1,104 @@
+"""The engine of a Ray cluster: a remote call a task, on whatever nodes there are."""
+
+import contextlib
+import dataclasses
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from polygpt.ablation.engines import worker
+from polygpt.ablation.engines.base import EVERY, Engine, Failure, Task, Tell
+from polygpt.ablation.engines.watching import Watch
+from polygpt.errors import UserError
+
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # or each worker warns that a later version will do what this asks for
+}
+"""Set before Ray is imported, which sends statistics of its use otherwise."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Ray(Engine):
+    """Ray's workers, one task each. Every node needs this package, and the user's own files at the same places.
+
+    When a worker or its node dies, Ray runs the task elsewhere. Where all nodes see the folder of the ablation it goes
+    on there from what was saved, and the progress of all tasks is told; where they do not, it begins again, the results
+    are the same, and nothing is told before a task is done.
+    """
+
+    address: str | None = None
+    """Of the cluster: "auto" for the one that this machine belongs to, "ray://head:10001" from outside; null to start
+    one on this machine, which ends with this process."""
+    cpus: float = 1.0
+    """Cores a task, by Ray's count."""
+    gpus: float | None = None
+    """GPUs a task; null for one where the cluster has any, and else none."""
+    retries: int = 3
+    """How often a task is run again whose worker died."""
+
+    def validate(self):
+        self.require(self.cpus > 0, "cpus", "positive")
+        self.require(self.gpus is None or self.gpus >= 0, "gpus", "null or at least 0")
+        self.require(self.retries >= 0, "retries", "at least 0")
+
+    def run(self, tasks: Sequence[Task], tell: Tell) -> Iterator[tuple[Task, list[dict[str, Any]] | Failure]]:
+        with _connected(self.address) as ray:
+            gpus = self.gpus if self.gpus is not None else float(ray.cluster_resources().get("GPU", 0) >= 1)
+            self._require_room(ray, gpus)
+            # An error of the task is part of its answer: what Ray retries is the death of workers.
+            remote = ray.remote(num_cpus=self.cpus, num_gpus=gpus, max_retries=self.retries)(worker.answer)
+            calls = {remote.remote(task.to_json()): task for task in tasks}
+            watch = Watch(tell)
+            try:
+                while calls:
+                    for done in ray.wait(list(calls), num_returns=1, timeout=EVERY)[0]:
+                        yield calls.pop(done), self._answer(ray, done)
+                    watch(calls.values())
+            finally:
+                for call in calls:
+                    with contextlib.suppress(Exception):  # it has ended meanwhile, or the cluster has
+                        ray.cancel(call)
+
+    def _answer(self, ray, done) -> list[dict[str, Any]] | Failure:
+        try:
+            return worker.read(ray.get(done))
+        except ray.exceptions.RayError as error:
+            tried = f", {self.retries + 1} times" if self.retries else ""
+            first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            return Failure(f"its worker died{tried}: {type(error).__name__}: {first.strip()}", False, str(error))
+
+    def _require_room(self, ray, gpus: float) -> None:
+        """Raises UserError if no node has what a task asks for: Ray would wait for one without end."""
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if not any(node.get("CPU", 0) >= self.cpus and node.get("GPU", 0) >= gpus for node in nodes):
+            most = max((node.get("CPU", 0), node.get("GPU", 0)) for node in nodes)
+            raise UserError(
+                f"Ray: a task asks for {self.cpus:g} CPUs and {gpus:g} GPUs, and no node has so many "
+                f"(the largest: {most[0]:g} and {most[1]:g}): lower cpus or gpus"
+            )
+
+
+@contextlib.contextmanager
+def _connected(address: str | None) -> Iterator[Any]:
+    """Ray, connected to the cluster; a connection that is there already is used, and stays."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    try:
+        import ray
+    except ImportError:
+        raise UserError("the engine Ray needs ray, which is not installed: pip install 'polygpt[ray]'") from None
+    if ray.is_initialized():
+        yield ray
+        return
+    local = {} if address else {"include_dashboard": False}
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"Ray: no connection to {address or 'a cluster of this machine'}: {first}") from error
+    try:
+        yield ray
+    finally:
+        ray.shutdown()

@@ -1,0 +1,110 @@
+"""The engine of a SLURM cluster: a job array, a job a task, through submitit."""
+
+import collections
+import contextlib
+import dataclasses
+import re
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from polygpt.ablation.engines import worker
+from polygpt.ablation.engines.base import EVERY, Engine, Failure, Task, Tell
+from polygpt.ablation.engines.watching import Watch
+from polygpt.scale.launch import slurm
+
+PROGRAM = (sys.executable, "-m", "polygpt.ablation.engines.worker")
+TASK, ANSWER = "task.json", "answer.json"
+"""In a task's folder: what its job is given and gives."""
+DELAY = 60.0
+"""Seconds that a file system of several nodes may take to show a file that another node has written."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Slurm(Engine):
+    """Jobs of one process each. The folder of the ablation must lie where all nodes see it.
+
+    Before its time is up, or when it is preempted, a job saves and is queued again. Ctrl-C cancels the jobs that are
+    left; what they saved stays.
+    """
+
+    cluster: Literal["slurm", "local"] = "slurm"
+    """Where; local is submitit's stand-in on this machine, which begins all jobs at once."""
+    minutes: int = 240
+    """The time limit of a job; one that needs longer is queued again, as often as submitit allows."""
+    at_once: int = 64
+    """How many jobs of the array run at a time."""
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Other parameters of submitit: `{"gpus_per_node": 1, "cpus_per_task": 8, "slurm_partition": "gpu"}`."""
+    retries: int = 2
+    """How often a task is submitted again whose job failed: killed, out of memory, on a broken node."""
+
+    def validate(self):
+        self.require(self.minutes >= 1, "minutes", "at least 1")
+        self.require(self.at_once >= 1, "at_once", "at least 1")
+        self.require(self.retries >= 0, "retries", "at least 0")
+
+    def run(self, tasks: Sequence[Task], tell: Tell) -> Iterator[tuple[Task, list[dict[str, Any]] | Failure]]:
+        if not tasks:
+            return
+        array, watch = _Array(self, tasks[0].folder.parent / "slurm"), Watch(tell)
+        with array.cancelled():
+            array.submit(tasks)
+            while array.jobs:
+                for task, job in list(array.jobs.values()):
+                    if job.done() and (done := array.ended(task, job)) is not None:
+                        yield task, done
+                watch(task for task, _ in array.jobs.values())
+                time.sleep(EVERY if array.jobs else 0)
+
+
+class _Array:
+    def __init__(self, engine: Slurm, folder: Path):
+        self.engine, self.folder = engine, folder
+        self.jobs: dict[str, tuple[Task, Any]] = {}
+        self.deaths: collections.Counter[str] = collections.Counter()
+        settings = dict(engine.settings)
+        if engine.cluster == "slurm":
+            settings["slurm_array_parallelism"] = engine.at_once
+        self.executor = slurm.executor(folder, engine.cluster, "ablation", 1, 1, engine.minutes, settings)
+
+    def submit(self, tasks: Sequence[Task]) -> None:
+        """As one array."""
+        calls = []
+        for task in tasks:
+            task.folder.mkdir(parents=True, exist_ok=True)
+            (task.folder / ANSWER).unlink(missing_ok=True)
+            (task.folder / TASK).write_text(task.to_json(), encoding="utf-8")
+            calls.append(slurm.Task([str(task.folder / TASK), str(task.folder / ANSWER)], PROGRAM))
+        with slurm.refusals(), self.executor.batch():
+            jobs = [self.executor.submit(call) for call in calls]
+        self.jobs |= {task.name: (task, job) for task, job in zip(tasks, jobs, strict=True)}
+
+    def ended(self, task: Task, job: Any) -> list[dict[str, Any]] | Failure | None:
+        """What came of a task whose job has ended; None if it was submitted again."""
+        del self.jobs[task.name]
+        error = job.exception()
+        path, deadline = task.folder / ANSWER, time.monotonic() + (DELAY if error is None else 0)
+        while not path.exists() and time.monotonic() < deadline:
+            time.sleep(EVERY)
+        if path.exists():
+            return worker.read(path.read_text(encoding="utf-8"))
+        self.deaths[task.name] += 1
+        if (times := self.deaths[task.name]) <= self.engine.retries:
+            return self.submit([task])
+        lines = [line for line in str(error or "it left no answer").splitlines() if line.strip()]
+        said = next((line for line in reversed(lines) if re.match(r"\w+Error: ", line)), lines[0])  # of a traceback
+        tried = f"{times} times, last " if times > 1 else ""
+        return Failure(f"its job failed, {tried}{job.job_id}: {said.strip()}: see {self.folder}", False)
+
+    @contextlib.contextmanager
+    def cancelled(self) -> Iterator[None]:
+        """However it is left, no job is left."""
+        try:
+            yield
+        finally:
+            for _, job in self.jobs.values():
+                with contextlib.suppress(Exception):  # it has ended meanwhile
+                    job.cancel()

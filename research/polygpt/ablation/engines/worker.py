@@ -1,0 +1,83 @@
+"""What a worker is: a process that is given tasks and answers each with records, or with why there are none.
+
+    python -m polygpt.ablation.engines.worker               tasks on stdin, a line each; a line on stdout for each
+    python -m polygpt.ablation.engines.worker TASK ANSWER   one task, from a file to a file
+
+What runs print is added to `log.txt` in the task's folder.
+"""
+
+import contextlib
+import ctypes
+import dataclasses
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from polygpt.ablation.engines.base import Failure, Task, work
+from polygpt.files import write_atomically
+
+LOG = "log.txt"
+"""In a task's folder."""
+
+
+def answer(task_json: str) -> str:
+    """Works on a task; what came of it as JSON, for `read`. SIGTERM and SIGINT end it as they end `work`."""
+    try:
+        return json.dumps({"records": json.loads(work(task_json))})
+    except Exception as error:
+        return json.dumps({"failure": dataclasses.asdict(Failure.of(error))})
+
+
+def read(text: str) -> list[dict[str, Any]] | Failure:
+    """The records, or why there are none, that `answer` gave."""
+    data = json.loads(text)
+    return Failure(**data["failure"]) if "failure" in data else data["records"]
+
+
+def end_with_parent() -> None:
+    """Asks Linux for a SIGTERM when the process that started this one ends, even if it is killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def main(argv: list[str]) -> int:
+    """Answers; 130 if a signal asked to stop."""
+    end_with_parent()
+    try:
+        if argv:
+            task, to = map(Path, argv)
+            write_atomically(to, answer(task.read_text(encoding="utf-8")))
+            return 0
+        with os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:
+            for line in sys.stdin:
+                with _printed_to(Task.from_json(line).folder):
+                    said = answer(line)
+                answers.write(said + "\n")
+                answers.flush()
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # who would have read it has ended
+        return 1
+    return 0
+
+
+@contextlib.contextmanager
+def _printed_to(folder: Path) -> Iterator[None]:
+    """While entered, what this process prints goes to the folder's log."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOG).open("ab") as log:
+        for stream in (1, 2):
+            os.dup2(log.fileno(), stream)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

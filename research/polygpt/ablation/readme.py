@@ -1,0 +1,295 @@
+"""The README of an ablation, its pictures and its tables for LaTeX, written from its file and its results alone.
+
+All is written anew by each `polygpt ablate`; of the README, what stands between the two marks of the notes is kept.
+"""
+
+import inspect
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from polygpt.ablation import results
+from polygpt.ablation.charts import Chart, charts
+from polygpt.ablation.claims import Verdict
+from polygpt.ablation.markup import (
+    Table,
+    as_written,
+    duration,
+    escaped_markdown,
+    latex,
+    markdown,
+    short,
+    with_interval,
+)
+from polygpt.ablation.pictures import draw, fingerprint, fingerprint_of
+from polygpt.ablation.results import Frame
+from polygpt.ablation.statistics import complete, interval_t
+from polygpt.ablation.study import FILE, PLACE, Ablation, load_ablation, places
+from polygpt.ablation.summary import best_place, missing, verdicts
+from polygpt.ablation.tables import claims_table, costs_table, headline, results_table
+from polygpt.errors import UserError
+from polygpt.files import write_atomically
+from polygpt.spec import load_file
+
+README, LATEX = "README.md", "table.tex"
+NOTES = ("<!-- notes: written by hand, kept -->", "<!-- end of notes -->")
+WRITTEN = "<!-- Written by polygpt ablate: what is changed here is lost, but for the notes at the end. -->"
+EVIDENCE = {
+    "V": "verified in the paper",
+    "A": "from the paper's abstract or a summary, not checked in the paper",
+    "M": "from memory, still to be checked in the paper",
+}
+LONG = 24
+"""Rows of a table from which on it is folded."""
+SUFFIXES = (".svg", ".png")
+
+
+def home(file: Path) -> Path:
+    """The folder of an ablation's results: its file's own if that is called experiment.py, else one of its name."""
+    return file.parent if file.name == FILE else file.with_suffix("")
+
+
+def source(folder: Path) -> Path:
+    """The file of the ablation whose results are in a folder, as `home` has it."""
+    beside = folder.with_name(f"{folder.name}.py")
+    return beside if beside.is_file() and not (folder / FILE).is_file() else folder / FILE
+
+
+def write(folder: Path, frame: Frame | None = None) -> list[Path]:
+    """Writes README.md, table.tex and the pictures; those of other content that were there are removed.
+
+    Args:
+        folder: of the results.
+        frame: they, where they have been read.
+
+    Returns:
+        The files.
+
+    Raises:
+        UserError: if there is a README.md that somebody wrote by hand, or `load_ablation` or `frame` raises it.
+    """
+    kept = _read(folder / README)
+    if kept is not None and WRITTEN not in kept:
+        raise UserError(f"{folder / README} was not written by polygpt ablate: move it away, to keep it")
+    frame = frame or _frame(folder)
+    shown = charts(frame)
+    drawn = {f"{chart.name}{suffix}": content for chart in shown for suffix, content in [draw(chart)]}
+    texts = _texts(folder, frame, {Path(name).stem: name for name in drawn})
+    for path in _pictures(folder):
+        if path.name not in drawn:
+            path.unlink()
+    for name, content in {**drawn, **texts}.items():
+        write_atomically(folder / name, content)
+    return [folder / name for name in (*texts, *drawn)]
+
+
+def stale(folder: Path) -> list[str]:
+    """What `write` would write otherwise than it is, a line each; [] if all is up to date, or nothing was ever run.
+
+    Pictures are compared by what they show: another version of Matplotlib draws the same in other bytes.
+    """
+    if not (folder / results.RESULTS).is_file() and not (folder / README).exists():
+        return []
+    frame = _frame(folder)
+    found = {path.stem: path for path in _pictures(folder)}
+    shown = {chart.name: chart for chart in charts(frame)}
+    texts = _texts(folder, frame, {name: path.name for name, path in found.items()})
+    lines = [str(folder / name) for name, text in texts.items() if _read(folder / name) != text]
+    for name in sorted({*shown, *found}):
+        same = name in shown and name in found and fingerprint_of(found[name].read_bytes()) == fingerprint(shown[name])
+        if not same:
+            lines.append(str(found.get(name, folder / name)))
+    return lines
+
+
+def _frame(folder: Path) -> Frame:
+    return results.frame(load_ablation(source(folder)), results.read(folder / results.RESULTS))
+
+
+def _pictures(folder: Path) -> list[Path]:
+    """Those that `write` drew, whatever they show."""
+    files = sorted(path for path in folder.glob("*") if path.suffix in SUFFIXES)
+    return [path for path in files if fingerprint_of(path.read_bytes()) is not None]
+
+
+def _texts(folder: Path, frame: Frame, pictures: Mapping[str, str]) -> dict[str, str]:
+    """The files of text by name; `pictures` are the files of charts by the chart's name."""
+    found = verdicts(frame)
+    tables = [results_table(frame), *([claims_table(found)] if found else []), costs_table(frame)]
+    return {
+        README: _readme(folder, frame, found, pictures),
+        LATEX: "% Written by polygpt ablate.\n\n" + "\n\n".join(map(latex, tables)) + "\n",
+    }
+
+
+# --- the README -------------------------------------------------------------------------------------------------------
+
+
+def title(file: Path) -> str:
+    """Of the ablation: the first line of its file's docstring, else the folder's name."""
+    said = inspect.getdoc(load_file(file))
+    return said.splitlines()[0].rstrip(".") if said else home(file).resolve().name.replace("_", " ")
+
+
+def command(folder: Path) -> str:
+    """What runs the ablation, from the folder that holds `experiments`."""
+    inside = folder.resolve().parts[-3:-1] == PLACE.parts
+    return f"polygpt ablate {folder.resolve().name if inside else source(folder).name}"
+
+
+def _readme(folder: Path, frame: Frame, found: Sequence[Verdict], pictures: Mapping[str, str]) -> str:
+    ablation = frame.ablation
+    parts = [
+        WRITTEN,
+        f"# {escaped_markdown(title(source(folder)))}",
+        f"**Question.** {escaped_markdown(ablation.question)}",
+        f"**Verdict.** {escaped_markdown(headline(frame, found))}",
+        f"**Cost.** {cost(frame, tuning(ablation, results.read(folder / results.RESULTS)))}",
+        f"**Command.** `{command(folder)}`",
+        *(_paper(frame) if ablation.paper else []),
+        *(_section("Claims", claims_table(found)) if found else []),
+        *_section("Results", results_table(frame), _shown(charts(frame), pictures)),
+        *_section("Cost of a run", costs_table(frame)),
+        "## What was run",
+        "\n".join(f"- {line}" for line in _run(frame)),
+        "## Notes",
+        _notes(folder),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _section(head: str, table: Table, between: Sequence[str] = ()) -> list[str]:
+    text = markdown(table)
+    if len(table.rows) >= LONG:
+        text = f"<details><summary>{len(table.rows)} rows</summary>\n\n{text}\n\n</details>"
+    return [f"## {head}", *between, text, *(escaped_markdown(note) for note in table.notes)]
+
+
+def _shown(shown: Sequence[Chart], pictures: Mapping[str, str]) -> list[str]:
+    lines = []
+    for chart in shown:
+        file = pictures.get(chart.name, f"{chart.name}.svg")
+        lines.append(f"![{escaped_markdown(chart.caption).replace(']', ')').replace('[', '(')}]({file})")
+    return lines
+
+
+def _paper(frame: Frame) -> list[str]:
+    paper = frame.ablation.paper
+    arxiv = re.fullmatch(r"\d{4}\.\d{4,5}(v\d+)?", paper.reference)
+    where = f"[arXiv:{paper.reference}](https://arxiv.org/abs/{paper.reference})" if arxiv else paper.reference
+    parts = ["## The paper", f"*{escaped_markdown(paper.title)}*, {where}, {escaped_markdown(paper.where)}."]
+    evidence = f"Evidence {paper.evidence}: its figures are {EVIDENCE[paper.evidence]}."
+    parts.append(f"{f'Setting: {escaped_markdown(paper.setting)}. ' if paper.setting else ''}{evidence}")
+    if paper.figures:
+        parts.append(markdown(_beside(frame)))
+    return parts
+
+
+def _beside(frame: Frame) -> Table:
+    """The paper's figures beside ours, each also as the difference to its first."""
+    ablation, paper = frame.ablation, frame.ablation.paper
+    first = next((variant for variant in frame.values if variant in paper.figures), None)
+    over = f", at its best {' and '.join(ablation.over)}" if ablation.over else ""
+    over += f", mean over {next(iter(ablation.reads))}" if ablation.reads else ""
+    heads = ["variant", f"paper{f' ({paper.unit})' if paper.unit else ''}", f"minus {first}"]
+    heads += [f"ours: {ablation.metric} ({ablation.unit}){over}", f"minus {first}"]
+    means = {variant: _at_best(frame, variant) for variant in frame.values}
+    rows = []
+    for variant in [*frame.values, *(name for name in paper.figures if name not in frame.values)]:
+        theirs = paper.figures.get(variant)
+        both = theirs is not None and first is not None and variant != first
+        line = [variant, as_written(theirs), _difference(theirs, paper.figures[first]) if both else "–"]
+        ours_S = means.get(variant)
+        line.append(_over_seeds(ours_S))
+        line.append(_over_seeds(ours_S - means[first]) if ours_S is not None and first not in (None, variant) else "–")
+        rows.append(line)
+    return Table("The paper's figures beside ours", heads, rows)
+
+
+def _at_best(frame: Frame, variant: str) -> np.ndarray:
+    """The metric, [S], where the variant does best; the mean over what is read at."""
+    at = best_place(frame, variant)
+    index = tuple(frame.axes[factor].index(value) for factor, value in at.items())
+    return frame.values[variant][(slice(None), *index)].reshape(len(frame.seeds), -1).mean(axis=1)
+
+
+def _difference(value: float, first: float) -> str:
+    """To as many digits as the two figures have."""
+    digits = max(len(as_written(one).partition(".")[2]) for one in (value, first))
+    return f"{value - first:+.{digits}f}"
+
+
+def _over_seeds(x_S) -> str:
+    kept = complete(x_S) if x_S is not None else ()
+    return with_interval(float(kept.mean()), interval_t(kept)) if len(kept) else "–"
+
+
+def _run(frame: Frame) -> Iterator[str]:
+    ablation, records = frame.ablation, frame.records
+    over = "".join(f" × {len(values)} of {factor}" for factor, values in ablation.over.items())
+    paired = "a seed gives every variant the same order of data, and runs are compared in pairs"
+    yield f"{len(ablation.variants)} variants{over} × {len(frame.seeds)} seeds; {paired}."
+    for factor, values in ablation.over.items():
+        yield f"Run over {factor}: {', '.join(map(str, values))}."
+    for factor, values in ablation.reads.items():
+        yield f"Read at {factor}: {', '.join(map(str, values))}."
+    if ablation.tuned:
+        values = ", ".join(map(str, ablation.tuned))
+        seeds = f"{ablation.tuning_seeds} seed{'s' * (ablation.tuning_seeds > 1)}"
+        yield f"Every point is tuned over {values}, with {seeds} of their own."
+    if not records:
+        return
+    steps = sorted({record["steps"] for record in records if not record["diverged"]})
+    if steps:
+        yield f"Steps: {steps[0]:,}{f' to {steps[-1]:,}' if len(steps) > 1 else ''}. {costs_table(frame).notes[0]}"
+    lacking, asked = missing(frame)
+    if lacking > 0:
+        yield f"{lacking} of {asked} runs are missing."
+    if gone := sum(record["diverged"] for record in records):
+        yield f"{gone} of {len(records)} runs diverged."
+    yield f"On {_distinct(record['made']['device'] for record in records)}; {_distinct(r['how'] for r in records)}."
+    versions = {name: _distinct(record["made"][name] for record in records) for name in ("polygpt", "jax")}
+    commits = _distinct((record["made"]["commit"] or "no commit")[:12] for record in records)
+    yield f"polygpt {versions['polygpt']} ({commits}), JAX {versions['jax']}."
+
+
+def _distinct(values) -> str:
+    return ", ".join(dict.fromkeys(map(str, values)))
+
+
+def cost(frame: Frame, tuned: Sequence[Mapping[str, Any]] = ()) -> str:
+    """What the runs took, in one sentence: wall time summed over runs and FLOPs by formula."""
+    lines = list({record["key"]: record for record in [*frame.records, *tuned]}.values())
+    seconds, flops = (math.fsum(line[name] for line in lines) for name in ("seconds", "flops"))
+    some = f" ({len(tuned)} of them to tune)" if tuned else ""
+    where = _distinct(line["made"]["device"] for line in lines)
+    if not lines:
+        return "nothing was run."
+    return f"{len(lines)} runs{some}, {duration(seconds)} of wall time on {where}, {short(flops)} FLOPs."
+
+
+def tuning(ablation: Ablation, records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The runs that learning rates, or whatever is tuned, were chosen by."""
+    if not ablation.tuned:
+        return []
+    found = {record["key"]: record for record in records}
+    made = [point for variant, at in places(ablation) for point in results.candidates(ablation, variant, at)]
+    keys = [results.key(p.experiment.replace(seed=s)) for p in made for s in results.tuning_seeds(ablation)]
+    return [found[key] for key in dict.fromkeys(keys) if key in found]
+
+
+def _notes(folder: Path) -> str:
+    """What stands between the marks in the README that is there, with them."""
+    begin, end = NOTES
+    before = _read(folder / README) or ""
+    if begin in before and end in before.partition(begin)[2]:
+        return begin + before.partition(begin)[2].partition(end)[0] + end
+    return f"{begin}\n\n{end}"
+
+
+def _read(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8") if path.is_file() else None

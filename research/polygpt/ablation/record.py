@@ -1,0 +1,99 @@
+"""What is kept of a run: a line of results, but for what says which run it was."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from polygpt import __version__
+from polygpt.ablation.budget import costs
+from polygpt.ablation.study import TRAINING_LOSS
+from polygpt.files import plain
+from polygpt.training.experiment import Experiment
+from polygpt.training.workdir import environment
+
+POINTS = 60
+"""A learning curve has at most so many."""
+COUNTS = ("n", "skipped")
+"""What an evaluation says of a task beside its measures."""
+
+Evaluations = Sequence[tuple[int, Mapping[str, Mapping[str, float]]]]
+"""Of each evaluation of a run the step, and by task its measures."""
+
+
+def record(
+    experiment: Experiment,
+    losses: np.ndarray,
+    evaluations: Evaluations,
+    *,
+    stopped: bool,
+    seconds: float,
+    how: str,
+) -> dict[str, Any]:
+    """A line of results, see `results.py`, without key, variant, point and stage.
+
+    Args:
+        experiment: the run's.
+        losses: of every step that was taken, from the first on; they need not be finite.
+        evaluations: in order.
+        stopped: whether the run was given up for losses that were not finite, or that spiked.
+        seconds: what it took.
+        how: where and with what.
+    """
+    steps, each = len(losses), costs(experiment)
+    last = evaluations[-1][1] if evaluations and evaluations[-1][0] == steps else {}
+    metrics = _flat(last) | {TRAINING_LOSS: finite_mean(losses[-max(1, steps // 10) :])}
+    final = [value for name, value in metrics.items() if name.rpartition("/")[2] == "loss"]
+    made = environment()
+    return plain(
+        {
+            "seed": experiment.seed,
+            "metrics": metrics,
+            "curve": _curve(losses),
+            "evaluations": _course(evaluations),
+            "parameters": each.parameters,
+            "flops": steps * each.flops,
+            "tokens": steps * each.positions,
+            "steps": steps,
+            "seconds": round(seconds, 3),
+            "diverged": stopped or not all(map(math.isfinite, final)),
+            "how": how,
+            "made": {
+                "polygpt": __version__,
+                "commit": made["revision"],
+                "jax": made["jax"],
+                "device": made["device"],
+            },
+        }
+    )
+
+
+def finite_mean(losses: np.ndarray) -> float:
+    """The mean of those that are finite, in float64; NaN if none is. The update of a step that is not was left out."""
+    finite = losses[np.isfinite(losses)]
+    return float(finite.mean(dtype=np.float64)) if len(finite) else math.nan
+
+
+def _curve(losses: np.ndarray) -> dict[str, list]:
+    """At most `POINTS` steps, each with the mean of the losses since the one before."""
+    edges = np.unique(np.linspace(0, len(losses), POINTS + 1).round().astype(int))
+    means = [float(f"{finite_mean(losses[low:high]):.6g}") for low, high in zip(edges, edges[1:], strict=False)]
+    return {"step": edges[1:].tolist(), "loss": means}
+
+
+def _course(evaluations: Evaluations) -> dict[str, list]:
+    """At most `POINTS` evaluations, the last among them."""
+    kept = evaluations[:: -math.ceil(len(evaluations) / POINTS)][::-1] if evaluations else []
+    flat = [_flat(tasks) for _, tasks in kept]
+    names = dict.fromkeys(name for figures in flat for name in figures)
+    return {"step": [step for step, _ in kept], **{name: [own.get(name) for own in flat] for name in names}}
+
+
+def _flat(tasks: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    return {
+        f"{task}/{measure}": value
+        for task, measures in tasks.items()
+        for measure, value in measures.items()
+        if measure not in COUNTS
+    }

@@ -1,0 +1,150 @@
+"""An ablation run: what is missing is worked out, handed to an engine, and written down as it comes in."""
+
+import dataclasses
+import hashlib
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+from polygpt.ablation import results
+from polygpt.ablation.engines.base import Engine, Failure, Progress, Task
+from polygpt.ablation.engines.inline import Inline
+from polygpt.ablation.results import Frame
+from polygpt.ablation.study import Ablation, Point, places
+from polygpt.errors import UserError
+from polygpt.files import write_atomically
+from polygpt.training.lock import hold
+
+Stage = Literal["tuning", "comparison"]
+
+WORK = ".work"
+"""The folder of what is under way, beside the results. Git does not see it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """A stage begins.
+
+    Attributes:
+        stage: which.
+        runs: of how many runs it is.
+        done: how many of them are there from before.
+        tasks: what is handed to the engine now.
+    """
+
+    stage: Stage
+    runs: int
+    done: int
+    tasks: tuple[Task, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """Runs are done and written down. `records` are their lines."""
+
+    records: tuple[dict[str, Any], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Failed:
+    """A task has no results."""
+
+    task: Task
+    failure: Failure
+
+
+Tell = Callable[[Planned | Progress | Finished | Failed], None]
+"""Is told what happens."""
+
+
+def run_all(
+    ablation: Ablation,
+    folder: str | Path,
+    *,
+    seeds: int | None = None,
+    engine: Engine | None = None,
+    tell: Tell = lambda event: None,
+) -> Frame:
+    """Makes all runs of an ablation that are not there yet: first those that tune, then those that are compared.
+
+    Args:
+        ablation: the question.
+        folder: where `results.jsonl` is, or will be; the folder of the ablation's file.
+        seeds: how many, from 0 on; by default as many as the ablation says.
+        engine: where they are computed; by default in this process.
+        tell: is told what happens.
+
+    Returns:
+        The comparison.
+
+    Raises:
+        UserError: if another process is running it, or tasks failed: of all that did not, the results are kept.
+        KeyboardInterrupt: a signal asked to stop; the same call goes on from there.
+    """
+    folder = Path(folder).absolute()
+    wanted = range(ablation.seeds if seeds is None else seeds)
+    work = folder / WORK
+    work.mkdir(parents=True, exist_ok=True)
+    with hold(work, "wait for it to end"):
+        write_atomically(work / ".gitignore", "*\n")
+        runner = _Runner(ablation, folder, engine or Inline(), tell)
+        if ablation.tuned:
+            grid = [made for variant, at in places(ablation) for made in results.candidates(ablation, variant, at)]
+            runner.stage("tuning", grid, results.tuning_seeds(ablation))
+        chosen = [results.choose(ablation, variant, at, runner.found) for variant, at in places(ablation)]
+        runner.stage("comparison", chosen, wanted)
+        return results.frame(ablation, runner.found.values(), wanted)
+
+
+class _Runner:
+    def __init__(self, ablation: Ablation, folder: Path, engine: Engine, tell: Tell):
+        self.ablation, self.folder, self.engine, self.tell = ablation, folder, engine, tell
+        self.path = folder / results.RESULTS
+        self.found = {line["key"]: line for line in results.read(self.path)}
+
+    def stage(self, stage: Stage, points: Iterable[Point], seeds: Iterable[int]) -> None:
+        """Makes the runs of the points that are not there yet. Runs that several points ask for are made once."""
+        asked: dict[str, list[Point]] = {}
+        missing: dict[str, tuple[Point, dict[int, str]]] = {}
+        for made in points:
+            for seed in seeds:
+                key = results.key(made.experiment.replace(seed=seed))
+                if key not in self.found and key not in asked:
+                    missing.setdefault(made.name, (made, {}))[1][seed] = key
+                asked.setdefault(key, []).append(made)
+        # Keys are of now: a file of code that is edited meanwhile is not what is run.
+        keys = {made.name: list(some.values()) for made, some in missing.values()}
+        tasks = tuple(self._task(made, some) for made, some in missing.values())
+        self.tell(Planned(stage, len(asked), len(asked) - sum(map(len, keys.values())), tasks))
+        failed = []
+        for task, done in self.engine.run(tasks, self.tell) if tasks else ():
+            if isinstance(done, Failure):
+                failed.append(self._failed(task, done))
+                continue
+            pairs = [({"key": key, **record}, asked[key]) for key, record in zip(keys[task.name], done, strict=True)]
+            self._finished(task, stage, pairs)
+        if failed:
+            more = f" ({len(failed)} of {len(tasks)} tasks failed)" if len(failed) > 1 else ""
+            raise UserError(f"{failed[0]}{more}")
+
+    def _task(self, made: Point, keys: dict[int, str]) -> Task:
+        experiments = tuple(made.experiment.replace(seed=seed) for seed in keys)
+        folder = hashlib.sha256("".join(keys.values()).encode()).hexdigest()[:16]
+        return Task(made.name, experiments, self.folder / WORK / folder)
+
+    def _finished(self, task: Task, stage: Stage, pairs: list[tuple[dict[str, Any], list[Point]]]) -> None:
+        """Writes each run down once, under the point that came first, and tells of it under all that asked for it."""
+        lines = [results.labelled(record, asking[0], stage) for record, asking in pairs]
+        results.append(self.path, lines)
+        self.found |= {line["key"]: line for line in lines}
+        shutil.rmtree(task.folder, ignore_errors=True)
+        self.tell(Finished(tuple(results.labelled(record, made, stage) for record, asking in pairs for made in asking)))
+
+    def _failed(self, task: Task, failure: Failure) -> str:
+        self.tell(Failed(task, failure))
+        if failure.final or not failure.trace:
+            return f"{task.name}: {failure.message}"
+        task.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(task.folder / "error.txt", failure.trace)
+        return f"{task.name}: {failure.message}: see {task.folder / 'error.txt'}"

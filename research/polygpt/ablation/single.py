@@ -1,0 +1,107 @@
+"""Runs one after the other, each as `polygpt train` does it: where seeds cannot be trained together.
+
+A run goes on from its last checkpoint; its figures are kept beside it, a line a step.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from polygpt.ablation.engines.base import Progress, Task, Tell
+from polygpt.ablation.record import record
+from polygpt.errors import Diverged
+from polygpt.files import plain, write_atomically
+from polygpt.training import goodput
+from polygpt.training.experiment import Experiment
+from polygpt.training.loop import train
+from polygpt.training.sinks import Silent, truncate
+
+FIGURES, RECORD = "figures.jsonl", "record.json"
+"""What is left in a run's folder: on the way, and in the end."""
+
+
+def run(task: Task, tell: Tell) -> list[dict[str, Any]]:
+    """The records of a task's runs. Errors as `run_once`."""
+    return [
+        run_once(experiment, task.folder / f"seed-{experiment.seed}", tell, task.name)
+        for experiment in task.experiments
+    ]
+
+
+def run_once(experiment: Experiment, workdir: Path, tell: Tell = lambda _: None, name: str = "") -> dict[str, Any]:
+    """Trains in a run folder, or goes on there; the record of the run.
+
+    Its metrics are those of the last step's parameters, whatever `train.use` says.
+
+    Raises:
+        UserError: data or settings are at fault, or the disk is full.
+        KeyboardInterrupt: a signal asked to stop; the run is saved.
+    """
+    if (workdir / RECORD).exists():
+        return json.loads((workdir / RECORD).read_text(encoding="utf-8"))
+    steps, stopped = experiment.train.steps, False
+    trained = experiment
+    if experiment.evaluation.tasks and experiment.train.evaluate_every is None:
+        trained = experiment.replace(train=experiment.train.replace(evaluate_every=steps))
+
+    def sinks(folder: Path, step: int, steps: int) -> list[Silent]:
+        progress = Progress(name or experiment.name, (experiment.seed,), step, steps, ())
+        return [_Figures(folder / FIGURES, step, lambda step, loss: tell(_at(progress, step, loss)))]
+
+    try:
+        if not train(trained, workdir, sinks).finished:
+            raise KeyboardInterrupt(f"{workdir}: saved")
+    except Diverged:
+        stopped = True
+    losses, evaluations = _read(workdir / FIGURES)
+    times = goodput.summary(goodput.read(workdir / "goodput.jsonl"))
+    seconds = sum(value for category, value in times.items() if category not in ("lost", "restart"))
+    made = record(trained, losses, evaluations, stopped=stopped, seconds=seconds, how="a run of its own")
+    write_atomically(workdir / RECORD, json.dumps(made))
+    return made
+
+
+def _at(progress: Progress, step: int, loss: float) -> Progress:
+    return Progress(progress.task, progress.seeds, step, progress.steps, (loss,))
+
+
+class _Figures(Silent):
+    """Every step's loss and every evaluation, a line each."""
+
+    def __init__(self, path: Path, step: int, tell):
+        self.path, self.tell = path, tell
+        self._open(step)
+
+    def _open(self, step: int) -> None:
+        truncate(self.path, step)
+        self.file = self.path.open("a", encoding="utf-8")
+
+    def step(self, step, loss):
+        self._write({"step": step, "loss": loss})
+        self.tell(step, loss)
+
+    def evaluation(self, step, results):
+        self._write({"step": step, "tasks": results["tasks"]})
+
+    def rewind(self, step, spike):
+        self.close()
+        self._open(step)
+
+    def flush(self):
+        self.file.flush()
+
+    def close(self):
+        self.file.close()
+
+    def _write(self, line: dict) -> None:
+        self.file.write(json.dumps(plain(line)) + "\n")
+
+
+def _read(path: Path) -> tuple[np.ndarray, list[tuple[int, dict]]]:
+    """The losses of all steps, a loss that is not finite as NaN, and the evaluations."""
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    losses = {line["step"]: np.nan if line["loss"] is None else line["loss"] for line in lines if "loss" in line}
+    evaluations = {line["step"]: line["tasks"] for line in lines if "tasks" in line}
+    return np.array([losses[step] for step in sorted(losses)], np.float32), list(evaluations.items())

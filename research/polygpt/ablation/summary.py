@@ -1,0 +1,175 @@
+"""The results of an ablation in numbers: intervals, differences, what runs took, and the verdicts on its claims."""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from polygpt.ablation.claims import Verdict, judge
+from polygpt.ablation.results import Frame
+from polygpt.ablation.statistics import Compared, compare, complete, interval_bootstrap, interval_t
+from polygpt.ablation.variants import Name
+
+_TAKES = ("parameters", "flops", "steps", "tokens")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A variant at one value of every factor.
+
+    Attributes:
+        variant: its name.
+        at: the value of each factor.
+        seeds: that have a result.
+        mean: of the metric over them; None without seeds.
+        t, bootstrap: 95 % intervals (low, high) of the mean.
+        compared: beside the first variant, at the same values; None for the first itself.
+        better: the chance that a run is better than one of the first variant; None for the first itself.
+        paper: the paper's figure; None without one.
+        diverged: seeds that count as diverged.
+    """
+
+    variant: str
+    at: dict[str, Name]
+    seeds: int
+    mean: float | None
+    t: tuple[float, float]
+    bootstrap: tuple[float, float]
+    compared: Compared | None
+    better: float | None
+    paper: float | None
+    diverged: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What the runs of a variant took.
+
+    Attributes:
+        variant, at: which; of the factors that are run over, those that change what a run takes.
+        runs: how many there are.
+        tuned: the values of the tuned grid that were chosen.
+        parameters: the model's.
+        flops: of a run, forward and backward, by formula.
+        steps, tokens: of a run; tokens are positions of batches.
+        seconds: of a run, the mean.
+        diverged: runs that did.
+    """
+
+    variant: str
+    at: dict[str, Name]
+    runs: int
+    tuned: tuple[Name, ...]
+    parameters: int
+    flops: float
+    steps: int
+    tokens: int
+    seconds: float
+    diverged: int
+
+
+def rows(frame: Frame) -> list[Row]:
+    """Every variant at every combination of the values of all factors, those that are read at among them."""
+    first = next(iter(frame.values))
+    paper = frame.ablation.paper
+    found = []
+    for variant, values in frame.values.items():
+        for at, x_S, first_S in zip(combinations(frame), columns(values), columns(frame.values[first]), strict=True):
+            kept = complete(x_S)
+            compared = None if variant == first else compare(x_S, first_S)
+            lower = compared and compared.superiority
+            found.append(
+                Row(
+                    variant=variant,
+                    at=at,
+                    seeds=len(kept),
+                    mean=float(kept.mean()) if len(kept) else None,
+                    t=interval_t(x_S),
+                    bootstrap=interval_bootstrap(x_S),
+                    compared=compared,
+                    better=lower if lower is None or frame.ablation.better == "lower" else 1 - lower,
+                    paper=paper.figures.get(variant) if paper else None,
+                    diverged=int((kept == frame.ablation.diverged).sum()),
+                )
+            )
+    return found
+
+
+def costs(frame: Frame) -> list[Cost]:
+    """What runs took: for every variant and value of the factors on which it depends."""
+    whole = [record for record in frame.records if not record["diverged"]] or frame.records
+    kept = [factor for factor in frame.ablation.over if _matters(factor, whole)]
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for record in frame.records:
+        at = {factor: record["at"][factor] for factor in kept}
+        groups.setdefault(repr((record["variant"], at)), []).append({**record, "at": at})
+    found = []
+    for lines in groups.values():
+        most = max(lines, key=lambda line: line["steps"])  # one that diverged has fewer
+        same = {name: most[name] for name in ("variant", "at", *_TAKES)}
+        tuned = tuple(dict.fromkeys(line["tuned"] for line in lines if line["tuned"] is not None))
+        seconds = math.fsum(line["seconds"] for line in lines) / len(lines)
+        diverged = sum(line["diverged"] for line in lines)
+        found.append(Cost(**same, tuned=tuned, runs=len(lines), seconds=seconds, diverged=diverged))
+    return found
+
+
+def _matters(factor: str, records: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether what a run takes depends on the factor."""
+    seen: dict[str, tuple] = {}
+    for record in records:
+        others = {name: value for name, value in record["at"].items() if name != factor}
+        takes = tuple(record[name] for name in _TAKES)
+        if seen.setdefault(repr((record["variant"], others)), takes) != takes:
+            return True
+    return False
+
+
+def verdicts(frame: Frame) -> list[Verdict]:
+    """What the seeds say of the ablation's claims."""
+    ablation = frame.ablation
+    return judge(frame.values, frame.axes, ablation.claims, noise=ablation.noise, better=ablation.better)
+
+
+def best_rows(found: Sequence[Row], better: str) -> list[int]:
+    """Of every combination of factors the row with the best mean, the first of equals."""
+    best: dict[str, int] = {}
+    for i, row in enumerate(found):
+        before = best.get(key := repr(row.at))
+        if row.mean is None or row.diverged == row.seeds:
+            continue
+        if before is None or (row.mean < found[before].mean if better == "lower" else row.mean > found[before].mean):
+            best[key] = i
+    return list(best.values())
+
+
+def best_place(frame: Frame, variant: str) -> dict[str, Name]:
+    """The values of the factors that are run over at which the variant's mean over seeds is best."""
+    shape = [len(values) for values in frame.ablation.over.values()]
+    values = frame.values[variant].reshape(len(frame.seeds), math.prod(shape), -1).mean(axis=2)
+    means = np.array([x.mean() if len(x := complete(x_S)) else math.nan for x_S in columns(values)])
+    if not np.isfinite(means).any():
+        means = np.zeros(len(means))
+    best = (np.nanargmin if frame.ablation.better == "lower" else np.nanargmax)(means)
+    index = np.unravel_index(best, shape) if shape else ()
+    return {factor: frame.axes[factor][i] for factor, i in zip(frame.ablation.over, index, strict=True)}
+
+
+def missing(frame: Frame) -> tuple[int, int]:
+    """(runs of the comparison that are not there, all of them)."""
+    places = math.prod(len(values) for values in frame.ablation.over.values())
+    asked = len(frame.ablation.variants) * places * max(frame.ablation.seeds, len(frame.seeds))
+    return asked - len(frame.records), asked
+
+
+def combinations(frame: Frame) -> Iterator[dict[str, Name]]:
+    """Every combination of the values of all factors, as `columns` orders them."""
+    for index in np.ndindex(*map(len, frame.axes.values())):
+        yield {factor: frame.axes[factor][i] for factor, i in zip(frame.axes, index, strict=True)}
+
+
+def columns(values: np.ndarray) -> Iterator[np.ndarray]:
+    """The samples [S] of an array [S, ...], the last axis fastest."""
+    yield from values.reshape(len(values), -1).T

@@ -1,0 +1,144 @@
+"""The results of an ablation as tables: what was measured, what it cost, what becomes of the claims."""
+
+import collections
+import math
+from collections.abc import Sequence
+
+from polygpt.ablation.claims import Verdict
+from polygpt.ablation.markup import Table, alone, as_written, probability, short, span, value_text, with_interval
+from polygpt.ablation.results import Frame
+from polygpt.ablation.summary import best_rows, costs, missing, rows
+
+
+def results_table(frame: Frame) -> Table:
+    """The metric; the best of each combination of factors stands out."""
+    ablation, found = frame.ablation, rows(frame)
+    first = next(iter(frame.values))
+    with_paper = not frame.axes and any(row.paper is not None for row in found)
+    heads = ["variant", *frame.axes, f"{ablation.metric} ({ablation.unit})", "bootstrap", f"minus {first}"]
+    heads += ["effect size", "P(better)", *(["paper"] if with_paper else [])]
+    cells = []
+    for row in found:
+        gone = row.diverged and row.diverged == row.seeds
+        figures = ["diverged", "–"] if gone else [with_interval(row.mean, row.t), span(row.bootstrap)]
+        line = [row.variant, *map(value_text, row.at.values()), *figures]
+        if row.compared is None or gone:
+            line += ["–"] * 3
+        else:
+            line += [with_interval(row.compared.mean, row.compared.t), _effect(row.compared.effect)]
+            line += [probability_of(row.better)]
+        cells.append(line + ([as_written(row.paper)] if with_paper else []))
+    bold = frozenset((i, len(frame.axes) + 1) for i in best_rows(found, ablation.better))
+    return Table(f"Results: {ablation.metric}, {ablation.better} is better", heads, cells, bold, notes=_said(frame))
+
+
+def costs_table(frame: Frame) -> Table:
+    """What the points of the comparison took."""
+    found, ablation = costs(frame), frame.ablation
+    diverged = any(cost.diverged for cost in found)
+    kept = [factor for factor in ablation.over if found and factor in found[0].at]
+    heads = ["variant", *kept, *(["tuned"] if ablation.tuned else []), "parameters", "FLOPs", "steps"]
+    heads += ["tokens", "seconds", "runs", *(["diverged"] if diverged else [])]
+    cells = []
+    for cost in found:
+        chosen = ", ".join(map(value_text, cost.tuned))
+        line = [cost.variant, *map(value_text, cost.at.values()), *([chosen] if ablation.tuned else [])]
+        line += [f"{cost.parameters:,}", short(cost.flops), f"{cost.steps:,}", f"{cost.tokens:,}"]
+        line += [alone(cost.seconds, 3), str(cost.runs)]
+        cells.append(line + ([str(cost.diverged)] if diverged else []))
+    return Table("Cost of a run", heads, cells, notes=[budget(frame)])
+
+
+def claims_table(found: Sequence[Verdict]) -> Table:
+    """Claims and what becomes of them."""
+    heads = ["claim", "in words", "verdict", "estimate (95 % interval)", "p (Holm)", "seeds to settle it", "note"]
+    cells = [
+        [
+            one.claim.text,
+            one.claim.says,
+            one.verdict,
+            with_interval(one.estimate, (one.low, one.high)),
+            probability(one.adjusted),
+            "" if one.verdict != "undecided" else "–" if one.seeds_needed is None else f"{one.seeds_needed:,}",
+            one.note,
+        ]
+        for one in found
+    ]
+    bold = frozenset((i, 2) for i, one in enumerate(found) if one.verdict != "undecided")
+    shown = [j for j in range(len(heads)) if j == 0 or any(row[j] for row in cells)]
+    bold = frozenset((i, shown.index(j)) for i, j in bold)
+    return Table(
+        "Claims",
+        [heads[j] for j in shown],
+        [[row[j] for j in shown] for row in cells],
+        bold,
+        code=frozenset({0}),
+        prose=frozenset(j for j, head in enumerate(shown) if heads[head] in ("in words", "verdict", "note")),
+        notes=[
+            "The estimate is the margin by which the deciding comparison holds (negative: by which it fails); "
+            "decided at p ≤ 0.05, by Holm's method over all claims."
+        ],
+    )
+
+
+# --- in words ---------------------------------------------------------------------------------------------------------
+
+
+def headline(frame: Frame, found: Sequence[Verdict]) -> str:
+    """The answer in one sentence."""
+    if not frame.records:
+        return "Not run yet."
+    parts = []
+    for verdict in ("held", "refuted", "undecided"):
+        some = [one.claim.says.rstrip(".") or one.claim.text for one in found if one.verdict == verdict]
+        if some:
+            counted = f"{len(some)} of {len(found)} claims {verdict}" if len(found) > 1 else verdict
+            parts.append(f"{counted}: {'; '.join(some)}" if len(found) <= 3 else counted)
+    table = rows(frame)
+    best = [table[i] for i in best_rows(table, frame.ablation.better)]
+    if best and not frame.axes:
+        row = best[0]
+        figure = f"{with_interval(row.mean, row.t)} {frame.ablation.unit}"
+        parts.append(f"best {frame.ablation.metric}: {row.variant}, {figure}, {row.seeds} seeds")
+    elif best:
+        times = collections.Counter(row.variant for row in best)
+        over = " and ".join(frame.axes)
+        parts.append(
+            f"best {frame.ablation.metric}: "
+            + ", ".join(f"{name} at {count} of {len(best)} values of {over}" for name, count in times.most_common())
+        )
+    sentence = "; ".join(parts)
+    return sentence[0].upper() + sentence[1:] + "."
+
+
+def budget(frame: Frame) -> str:
+    """What every variant got as much of, in one sentence."""
+    held, found = frame.ablation.budget, costs(frame)
+    names = {"steps": "steps", "tokens": "tokens", "flops": "FLOPs", "parameters": "parameters"}
+    amounts = [getattr(cost, held.by) for cost in found if cost.diverged < cost.runs]
+    low, high = (min(amounts), max(amounts)) if amounts else (0, 0)
+    # What every variant has as much of may differ from one value of a factor to another.
+    told = f" ({short(low)})" if short(low) == short(high) else f" ({short(low)} to {short(high)})"
+    if held.by == "steps":
+        return f"Budget: as many steps as the base{told if amounts else ''}, unless a variant sets them itself."
+    how = f", by {held.field}" if held.field else ", by the number of steps"
+    text = f"Budget: as many {names[held.by]} as the base, within {held.tolerance:.1%}{how}"
+    return text + (told if amounts else "") + "."
+
+
+def probability_of(share: float | None) -> str:
+    """A share of pairs, two digits."""
+    return "–" if share is None else f"{share:.2f}"
+
+
+def _effect(value: float | None) -> str:
+    return "–" if value is None else alone(value) if math.isinf(value) else f"{value:.2f}"
+
+
+def _said(frame: Frame) -> list[str]:
+    lacking, asked = missing(frame)
+    seeds = f"{len(frame.seeds)} seeds, the same for all variants" if len(frame.seeds) > 1 else "one seed: no intervals"
+    notes = [f"Means over {seeds}; ± and intervals 95 %, Student's t; differences are paired by seed."]
+    if frame.ablation.diverged is not None:
+        notes.append(f"A run that diverged, or did worse, counts as {alone(frame.ablation.diverged)}.")
+    return notes + ([f"{lacking} of {asked} runs are missing."] if lacking else [])

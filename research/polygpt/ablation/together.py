@@ -1,0 +1,339 @@
+"""All seeds of a point in one program: the training step, mapped over the seeds.
+
+A seed's numbers are those of a run of its own (`training/loop.py`) to rounding: initial parameters, dropout, the order
+of examples and augmentation are derived from the seed in the same way, and no seed sees another. A group of seeds
+leaves its state in its folder now and then; killed and begun again, it gives the same numbers to the bit.
+"""
+
+import dataclasses
+import io
+import json
+import logging
+import math
+import time
+import zipfile
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from polygpt import sequence
+from polygpt.ablation.engines.base import Progress, Task, Tell
+from polygpt.ablation.record import record
+from polygpt.data.layout import MediaCache
+from polygpt.data.loader import TrainBatches, train_batches
+from polygpt.evaluation.evaluate import evaluate
+from polygpt.files import write_atomically
+from polygpt.scale.plan.memory import exhausted
+from polygpt.sequence import Batch
+from polygpt.training import automatic, held_out
+from polygpt.training.compilation import compiler_options, enable_cache
+from polygpt.training.experiment import Experiment
+from polygpt.training.interruption import Interruption
+from polygpt.training.prefetch import Prefetch
+from polygpt.training.program import Program, assemble
+from polygpt.training.state import create
+from polygpt.training.step import make_step
+from polygpt.training.storage import storage_faults
+
+SAVE_EVERY = 20.0
+"""Seconds between two saves, or ten times what one takes, if that is more."""
+STATE, RECORDS = "state.npz", "records.json"
+"""What a group leaves in its folder: on the way, and in the end."""
+
+log = logging.getLogger(__name__)
+
+
+def reason_against(experiment: Experiment) -> str | None:
+    """Why seeds of an experiment cannot be trained together; None if they can."""
+    train = experiment.train
+    if train.parallel != "single" and not (train.parallel == "auto" and jax.device_count() == 1):
+        return f"train.parallel is {train.parallel!r}: one seed takes several devices"
+    if train.patience is not None:
+        return "train.patience ends the runs of different seeds at different steps"
+    if train.spikes is not None and train.spikes.action == "rewind":
+        return "train.spikes.action is 'rewind', and seeds would go back by themselves"
+    return None
+
+
+def run(task: Task, tell: Tell) -> list[dict[str, Any]]:
+    """The records of a task's runs; seeds that would not fit into the memory together are trained in smaller groups.
+
+    Raises:
+        UserError: data or settings are at fault, or the disk is full.
+        KeyboardInterrupt: a signal asked to stop; the state is saved.
+    """
+    enable_cache()
+    with storage_faults(task.folder):
+        return _in_groups(task, list(task.experiments), _most(task.experiments[0]), tell)
+
+
+def _in_groups(task: Task, experiments: list[Experiment], most: int, tell: Tell) -> list[dict[str, Any]]:
+    records = []
+    for part in np.array_split(np.arange(len(experiments)), math.ceil(len(experiments) / most)):
+        some = [experiments[i] for i in part]
+        try:
+            records += _Group(task, some, tell).run()
+        except jax.errors.JaxRuntimeError as error:
+            if exhausted(error) is None or len(some) == 1:
+                raise
+            log.warning("%s: %d seeds do not fit into the memory together: half as many", task.name, len(some))
+            records += _in_groups(task, some, math.ceil(len(some) / 2), tell)
+    return records
+
+
+def _most(experiment: Experiment) -> int:
+    """How many seeds fit into the memory of a device, by estimate.
+
+    Each takes its state, a gradient and updates, and activations: by layer T B D (34 + 5 H T / D) bytes at 16 bits
+    (Korthikanti et al., 2205.05198, eq. 1), and the logits with their gradient.
+    """
+    vocabulary, decoder = experiment.tokenizer.build().vocabulary, experiment.model.decoder
+    program = assemble(experiment, vocabulary, jax.devices()[:1])
+    length, rows = experiment.data.layout.length, experiment.data.rows // experiment.optim.accumulate
+    heads = getattr(decoder.attention, "heads", 1)
+    layer = (
+        decoder.width * (34 + 5 * heads * length / decoder.width) * (2 if experiment.model.dtype == "float32" else 1)
+    )
+    activations = rows * length * (decoder.depth * layer + 3 * 4 * vocabulary)
+    state = automatic.bytes_of(jax.eval_shape(program.initial)) + 2 * automatic.bytes_of(program.shapes)
+    return max(1, int(automatic.SPLIT * automatic.memory_of_all() / (state + activations)))
+
+
+class Streams(Iterator[Batch]):
+    """The batches of several seeds, stacked: every array has an axis of seeds in front."""
+
+    last_examples = ()
+
+    def __init__(self, streams: Sequence[TrainBatches]):
+        self.streams = streams
+
+    def __next__(self) -> Batch:
+        return jax.tree.map(lambda *arrays: np.stack(arrays), *[next(stream) for stream in self.streams])
+
+    def get_state(self) -> dict[str, Any]:
+        """Where each stands."""
+        return {"streams": [stream.get_state() for stream in self.streams]}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continues where `get_state` was asked."""
+        for stream, own in zip(self.streams, state["streams"], strict=True):
+            stream.set_state([own])
+
+    def close(self) -> None:
+        """Ends all workers."""
+        for stream in self.streams:
+            stream.close()
+
+
+@dataclasses.dataclass
+class Course:
+    """What is known of a group on the host.
+
+    Attributes:
+        done: steps taken.
+        losses: float32 [seeds, steps]; NaN where a step was not taken yet.
+        stopped: of each seed, after how many steps it was given up; None if it was not.
+        evaluations: of each the step, and for every seed its tasks' measures, {} once it was given up.
+        seconds: that it took so far.
+    """
+
+    done: int
+    losses: np.ndarray
+    stopped: list[int | None]
+    evaluations: list[tuple[int, list[dict[str, Any]]]]
+    seconds: float = 0.0
+
+
+class _Group:
+    """Seeds in training."""
+
+    def __init__(self, task: Task, experiments: Sequence[Experiment], tell: Tell):
+        self.name, self.experiments, self.tell = task.name, experiments, tell
+        self.experiment, self.seeds = experiments[0], tuple(experiment.seed for experiment in experiments)
+        self.folder = task.folder / "seeds-{}".format("-".join(map(str, self.seeds)))
+
+    def run(self) -> list[dict[str, Any]]:
+        """Trains and evaluates all of them, or reads what was found before."""
+        if (self.folder / RECORDS).exists():
+            return json.loads((self.folder / RECORDS).read_text(encoding="utf-8"))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.begun = time.monotonic()
+        self.tokenizer = self.experiment.tokenizer.build()
+        self.program = assemble(self.experiment, self.tokenizer.vocabulary, jax.devices()[:1])
+        self.cache = MediaCache(self.experiment.data.cache)
+        self.streams = self._streams()
+        self.pick = jax.jit(lambda tree, index: jax.tree.map(lambda x: x[index], tree))
+        self._restore()
+        feed = Prefetch(self.streams, self._put, self._check, self.experiment.train.prefetch)
+        try:
+            with Interruption() as interruption:
+                self._train(feed, interruption)
+        finally:
+            feed.close()
+        records = self._records()
+        write_atomically(self.folder / RECORDS, json.dumps(records))
+        (self.folder / STATE).unlink(missing_ok=True)
+        return records
+
+    def _train(self, feed: Prefetch, interruption: Interruption) -> None:
+        step, seeds = over_seeds(self.program), jnp.asarray(self.seeds, jnp.int32)
+        spec, course, pending = self.experiment.train, self.course, None
+        while course.done < spec.steps and None in course.stopped and not interruption.requested:
+            fed = next(feed)
+            self.state, figures = step(self.state, fed.batch, seeds)
+            course.done, self.place = course.done + 1, fed.state
+            if pending is not None:
+                self._settle(*pending)  # the step before this one, while this one computes
+            pending, last = (course.done, figures), course.done == spec.steps
+            evaluating = spec.evaluate_every and course.done % spec.evaluate_every == 0 and not last
+            if evaluating or last or time.monotonic() >= self.next_save:
+                self._settle(*pending)
+                pending = None
+                if evaluating:
+                    self._evaluate()
+                if last or time.monotonic() >= self.next_save:
+                    self._save()
+        if pending is not None:
+            self._settle(*pending)
+        if None in course.stopped and course.done < spec.steps:
+            self._save()
+            raise KeyboardInterrupt(f"{self.name}: saved at step {course.done}")
+        if None in course.stopped:
+            self._evaluate()
+
+    def _settle(self, step: int, figures: jax.Array) -> None:
+        """Takes down what a step gave."""
+        losses, in_row = np.asarray(figures)
+        self.course.losses[:, step - 1] = losses
+        for i, count in enumerate(in_row):
+            if self.course.stopped[i] is None and count >= self.experiment.train.max_nonfinite:
+                self.course.stopped[i] = step
+        self.tell(Progress(self.name, self.seeds, step, self.experiment.train.steps, tuple(map(float, losses))))
+
+    def _evaluate(self) -> None:
+        """Measures every seed that was not given up; the program that does it is compiled once."""
+        experiment, plan = self.experiment, held_out.plan(self.experiment)
+        if not plan.tasks or self.course.evaluations and self.course.evaluations[-1][0] == self.course.done:
+            return
+        given = self.tokenizer, experiment.model.adapters, experiment.data.layout, plan
+        tasks = []
+        for i, stopped in enumerate(self.course.stopped):
+            params = self.pick(self.state.averaged, i)
+            tasks.append({} if stopped else evaluate(self.program.evaluated, params, *given, cache=self.cache)["tasks"])
+        self.course.evaluations.append((self.course.done, tasks))
+
+    def _records(self) -> list[dict[str, Any]]:
+        course, seconds = self.course, self._seconds() / len(self.seeds)
+        how = f"{len(self.seeds)} seed{'s' if len(self.seeds) > 1 else ''} in one program"
+        return [
+            record(
+                experiment,
+                course.losses[i, : course.stopped[i] or course.done],
+                [(step, tasks[i]) for step, tasks in course.evaluations if tasks[i]],
+                stopped=course.stopped[i] is not None,
+                seconds=seconds,
+                how=how,
+            )
+            for i, experiment in enumerate(self.experiments)
+        ]
+
+    # --- data and state -----------------------------------------------------------------------------------------------
+
+    def _streams(self) -> Streams:
+        data = self.experiment.data
+        workers = math.ceil(data.workers / len(self.seeds))  # they change nothing but the time
+        data, adapters = data.replace(workers=workers), self.experiment.model.adapters
+        return Streams([train_batches(data, self.tokenizer, adapters, seed=seed) for seed in self.seeds])
+
+    def _put(self, batch: Batch) -> Batch:
+        return jax.device_put(batch, self.program.parallel.devices[0])
+
+    def _check(self, batch: Batch) -> None:
+        for i in range(len(self.seeds)):
+            own = jax.tree.map(lambda x, i=i: x[i], batch)
+            sequence.check(own, self.tokenizer.vocabulary, self.program.model.positions)
+
+    def _seconds(self) -> float:
+        return self.course.seconds + time.monotonic() - self.begun
+
+    def _save(self) -> None:
+        begin = time.monotonic()
+        course = dataclasses.asdict(self.course) | {"seconds": self._seconds(), "place": self.place}
+        arrays = {"losses": course.pop("losses"), "course": np.frombuffer(json.dumps(course).encode(), np.uint8)}
+        arrays |= {f"state/{path}": np.asarray(leaf) for path, leaf in _paths(self.state).items()}
+        buffer = io.BytesIO()
+        np.savez(buffer, **arrays)
+        write_atomically(self.folder / STATE, buffer.getbuffer())
+        self.next_save = time.monotonic() + max(SAVE_EVERY, 10 * (time.monotonic() - begin))
+
+    def _restore(self) -> None:
+        """Takes the state that was saved last; without one, or if it cannot be used, the initial one."""
+        self.next_save = time.monotonic() + SAVE_EVERY
+        try:
+            self._read()
+            log.warning("%s: goes on from step %d", self.name, self.course.done)
+        except FileNotFoundError:
+            self._begin()
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            log.warning("%s cannot be read, training begins anew: %s", self.folder / STATE, error)
+            self.streams = self._streams()
+            self._begin()
+
+    def _begin(self) -> None:
+        steps, count = self.experiment.train.steps, len(self.seeds)
+        self.state = jax.jit(jax.vmap(initial(self.program)))(jnp.asarray(self.seeds, jnp.int32))
+        self.course = Course(0, np.full((count, steps), np.nan, np.float32), [None] * count, [])
+        self.place = self.streams.get_state()
+
+    def _read(self) -> None:
+        shapes = jax.eval_shape(jax.vmap(initial(self.program)), jax.ShapeDtypeStruct((len(self.seeds),), jnp.int32))
+        with np.load(self.folder / STATE) as file:
+            course = json.loads(file["course"].tobytes())
+            losses, leaves = (
+                file["losses"],
+                [_as(file[f"state/{path}"], shape) for path, shape in _paths(shapes).items()],
+            )
+        self.place = course.pop("place")
+        self.streams.set_state(self.place)
+        self.course = Course(losses=losses, **course)
+        device = self.program.parallel.devices[0]
+        # Copied: an array that JAX takes over as it is on a CPU must not be donated.
+        self.state = jax.tree.map(
+            jnp.copy, jax.device_put(jax.tree.unflatten(jax.tree.structure(shapes), leaves), device)
+        )
+
+
+def initial(program: Program):
+    """The state before the first step, as a function of the seed."""
+    optim, spikes = program.experiment.optim, program.experiment.train.spikes
+    return lambda seed: create(program.model, program.transformation, seed, optim.ema is not None, spikes)
+
+
+def over_seeds(program: Program):
+    """The compiled step of all seeds, `(states, batches, seeds) -> (states, figures)`; the states are donated.
+
+    The figures are float32 [2, seeds]: the losses, and how many of the last steps were not finite.
+    """
+
+    def advance(state, batch, seed):
+        state, metrics = make_step(dataclasses.replace(program.recipe, seed=seed))(state, batch)
+        return state, jnp.stack([metrics["loss"], metrics["skipped_in_row"]])
+
+    options = compiler_options(program.parallel.devices[0].platform)
+    return jax.jit(jax.vmap(advance, out_axes=(0, 1)), donate_argnums=0, compiler_options=options)
+
+
+def _paths(tree: Any) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def _as(array: np.ndarray, shape: jax.ShapeDtypeStruct) -> np.ndarray:
+    """The array as it was saved: NumPy forgets the dtypes that it does not know. ValueError if it is another."""
+    array = array.view(shape.dtype) if array.dtype.kind == "V" else array
+    if array.shape != shape.shape or array.dtype != shape.dtype:
+        raise ValueError(f"an array is {array.dtype}{array.shape}, it must be {shape.dtype}{shape.shape}")
+    return array

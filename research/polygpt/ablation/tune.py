@@ -1,0 +1,271 @@
+"""A search for the best values of some fields of an experiment: what is searched, and for what.
+
+    def search() -> Search:
+        return Search(
+            experiment(),
+            {
+                "optim.schedule.peak": Float(1e-4, 1e-2, log=True),
+                "model.decoder.depth": Int(2, 6),
+                "mlp": Choice({"gelu": {}, "swiglu": {"model.decoder.mlp": GatedMLP("silu")}}),
+            },
+            trials=40,
+            pruning="median",
+        )
+
+`tuning/` runs it.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from polygpt import overrides
+from polygpt.ablation.budget import Budget
+from polygpt.ablation.study import TRAINING_LOSS
+from polygpt.ablation.variants import Changes, united
+from polygpt.errors import SpecError, UserError
+from polygpt.overrides import leaves, replaced
+from polygpt.spec import Spec, conform, faults_of, load_file, nearest
+from polygpt.training.experiment import Experiment
+
+EVALUATIONS = 10
+"""In a run that can be pruned, unless the experiment says how often it is evaluated."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Knob(Spec):
+    """Base of what is chosen from. The name of a knob is the dotted field that it sets."""
+
+    def changes(self, name: str, value: Any) -> Changes:
+        """What to change for a value that was chosen."""
+        return {name: value}
+
+
+@dataclasses.dataclass(frozen=True)
+class Float(Knob):
+    """A number between two, both included."""
+
+    low: float
+    """The least."""
+    high: float
+    """The greatest."""
+    log: bool = False
+    """Whether equal factors count as equal steps: for learning rates, weight decay."""
+
+    def validate(self):
+        self.require(math.isfinite(self.low) and self.low < self.high < math.inf, "high", f"more than {self.low}")
+        self.require(not self.log or self.low > 0, "low", "positive where log is true")
+
+
+@dataclasses.dataclass(frozen=True)
+class Int(Knob):
+    """A whole number between two, both included."""
+
+    low: int
+    """The least."""
+    high: int
+    """The greatest."""
+    step: int = 1
+    """The distance of two that may be chosen, counted from `low`."""
+    log: bool = False
+    """Whether equal factors count as equal steps: for widths."""
+
+    def validate(self):
+        self.require(self.low < self.high, "high", f"more than {self.low}")
+        self.require(self.step >= 1 and (self.step == 1 or not self.log), "step", "at least 1, and 1 where log is true")
+        self.require(not self.log or self.low > 0, "low", "positive where log is true")
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice(Knob):
+    """One of several, without an order."""
+
+    options: Any
+    """A list of values of the field (numbers, texts, true, false, null); or, by name, changes of any fields, as in an
+    ablation's variants: the knob may then have any name."""
+
+    def validate(self):
+        entries = self.options
+        if isinstance(entries, Mapping):
+            well = all(isinstance(name, str) and isinstance(changes, Mapping) for name, changes in entries.items())
+        else:
+            well = isinstance(entries, Sequence) and not isinstance(entries, str)
+            well = well and all(entry is None or isinstance(entry, (bool, int, float, str)) for entry in entries)
+        self.require(well, "options", "a list of plain values, or a mapping from names to changes")
+        self.require(len(self.names()) > 1, "options", "at least two that differ")
+
+    def names(self) -> list[str]:
+        """What the options are called."""
+        entries = self.options if isinstance(self.options, Mapping) else map(json.dumps, self.options)
+        return list(dict.fromkeys(entries))
+
+    def changes(self, name: str, value: str) -> Changes:
+        """What to change for an option, given its name."""
+        return self.options[value] if isinstance(self.options, Mapping) else {name: json.loads(value)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Search(Spec):
+    """What is searched, how, and for what."""
+
+    base: Experiment
+    """The experiment whose fields are set."""
+    knobs: Mapping[str, Knob]
+    """By dotted field, what its value is chosen from."""
+    metric: str = "text/loss"
+    """What is to be best: "task/measure" of a held-out task, or "train/loss", the mean of the last tenth of the
+    training losses."""
+    better: Literal["lower", "higher"] = "lower"
+    """Which metric is the better one."""
+    against: Literal["flops", "parameters"] | None = None
+    """A second thing to be small: FLOPs of the whole run by formula, or the count of parameters. The result is then a
+    front of runs that no other run beats in both, instead of a best one."""
+    budget: Budget = Budget()
+    """What every run gets as much of as the base."""
+    trials: int = 20
+    """How many runs."""
+    sampler: Literal["tpe", "random", "qmc", "nsga2"] = "tpe"
+    """What proposes values: a tree-structured Parzen estimator (Bergstra et al., NeurIPS 2011; for two objectives
+    Ozaki et al., 2022), independent draws, a scrambled Sobol' sequence, or a genetic algorithm (Deb et al., 2002)."""
+    seed: int = 0
+    """Of the sampler. Runs have the experiment's own seed."""
+    pruning: Literal["median", "halving"] | None = None
+    """Whether runs that do badly on the way are given up: those worse than the median of the others at the same part
+    of the run; or, after one, three and nine tenths of it, all but the best third (asynchronous successive halving,
+    1810.05934)."""
+
+    def validate(self):
+        self.require(bool(self.knobs), "knobs", "at least one")
+        self.require(self.trials >= 1, "trials", "at least 1")
+        self.require(self.seed >= 0, "seed", "at least 0")
+        self.require(
+            self.pruning is None or self.against is None, "pruning", "null with two objectives, which have no order"
+        )
+        for name, knob in self.knobs.items():
+            _check_knob(self.base, name, knob)
+        _check_metric(self)
+
+    def experiment(self, values: Mapping[str, Any]) -> Experiment:
+        """The experiment for the values of all knobs; of an option, its name.
+
+        Raises:
+            SpecError: if they do not fit together, or the budget cannot be met.
+        """
+        changes = united({name: knob.changes(name, values[name]) for name, knob in self.knobs.items()})
+        made = self.budget.applied(replaced(self.base, changes), self.base)
+        every, steps = made.train.evaluate_every, made.train.steps
+        if made.evaluation.tasks and self.metric != TRAINING_LOSS:
+            every = every or (max(1, steps // EVALUATIONS) if self.pruning else steps)
+        log_every = 1 if self.metric == TRAINING_LOSS else made.train.log_every
+        return made.replace(train=made.train.replace(evaluate_every=every, log_every=log_every))
+
+
+def find_search(file: str | Path) -> Search | None:
+    """What the `search()` of a file makes; None if it has none.
+
+    Raises:
+        UserError: if it fails, or makes something else.
+    """
+    make = getattr(load_file(file), "search", None)
+    if make is None:
+        return None
+    with faults_of(file):
+        made = make()
+    if not isinstance(made, Search):
+        raise UserError(f"{file}: search() returns {type(made).__name__}: it must return a Search")
+    return made
+
+
+def load_search(file: str | Path, knobs: Mapping[str, str], base: Experiment, **settings: Any) -> Search:
+    """The search of a file, changed; without one, that of the knobs.
+
+    Args:
+        file: the file.
+        knobs: more of them as texts, see `read_knob`; one that is there is replaced.
+        base: the experiment that is searched from.
+        settings: fields of `Search` that are to be other than in the file.
+
+    Raises:
+        UserError: if there are no knobs, or something does not fit.
+    """
+    made, more = find_search(file), {name: read_knob(base, name, text) for name, text in knobs.items()}
+    if made is not None:
+        return made.replace(base=base, knobs={**made.knobs, **more}, **settings)
+    if not more:
+        raise UserError(f"{file}: no function search(): write `def search() -> Search:` in it, or give --knob")
+    return Search(base, more, **settings)
+
+
+def read_knob(base: Experiment, name: str, text: str) -> Knob:
+    """A knob from the text of a command line: float:0:0.3, log:1e-4:1e-2, int:2:6, int:64:256:64, choice:2,4,8.
+
+    `log` is one of whole numbers where the field holds one. What stands after choice: is read as an override is; it may
+    name classes.
+
+    Raises:
+        SpecError: naming the knob and what can be written.
+    """
+    kind, _, rest = text.partition(":")
+    forms = "write float:LOW:HIGH, log:LOW:HIGH, int:LOW:HIGH[:STEP] or choice:A,B,..."
+    if kind == "choice":
+        try:
+            options = [item if isinstance(item, str) else json.dumps(item) for item in json.loads(f"[{rest}]")]
+        except ValueError:
+            options = [item.strip() for item in rest.split(",")]
+        return Choice({option: {name: _value(overrides.override(base, {name: option}), name)} for option in options})
+    try:
+        numbers = [float(part) if kind in ("float", "log") else int(part) for part in rest.split(":")]
+    except ValueError:
+        raise SpecError(f"--knob {name}={text}: {rest!r} is no range of numbers: {forms}") from None
+    if kind == "log":
+        whole = isinstance(_value(base, name), int) and all(number.is_integer() for number in numbers)
+        make, most, settings = (Int, 2, {"log": True}) if whole else (Float, 2, {"log": True})
+        numbers = list(map(int, numbers)) if whole else numbers
+    else:
+        make, most, settings = {"float": (Float, 2, {}), "int": (Int, 3, {})}.get(kind, (None, 0, {}))
+    if make is None or not 2 <= len(numbers) <= most:
+        raise SpecError(f"--knob {name}={text}: {forms}")
+    return make(*numbers, **settings)
+
+
+def _value(value: Any, name: str) -> Any:
+    """The value of a dotted field; None where there is no such field."""
+    for key in name.split("."):
+        if isinstance(value, tuple):
+            value = value[int(key)] if key.isdigit() and int(key) < len(value) else None
+        else:
+            value = value.get(key) if isinstance(value, Mapping) else getattr(value, key, None)
+    return value
+
+
+def _check_knob(base: Experiment, name: str, knob: Knob) -> None:
+    """Raises SpecError if a knob sets what is not there, or not so. Whether values fit together is seen later."""
+    known = {field: annotation for field, annotation, _, _ in leaves(base)}
+    if isinstance(knob, Choice) and isinstance(knob.options, Mapping):
+        for option, changes in knob.options.items():
+            for field in changes:
+                if field.partition(".")[0] not in {leaf.partition(".")[0] for leaf in known}:
+                    raise SpecError(f"knob {name!r}, option {option!r}: no field {field!r}: {nearest(field, known)}")
+        return
+    if name not in known:
+        raise SpecError(f"knob {name!r}: the experiment has no such field: {nearest(name, known)}")
+    values = map(json.loads, knob.names()) if isinstance(knob, Choice) else (knob.low, knob.high)
+    for value in values:
+        conform(known[name], value, f"knob {name!r}")
+
+
+def _check_metric(search: Search) -> None:
+    if search.metric == TRAINING_LOSS:
+        return
+    task, slash, _ = search.metric.rpartition("/")
+    tasks = search.base.evaluation.tasks
+    if not slash:
+        raise SpecError(
+            f"the metric {search.metric!r} must be 'task/measure', such as 'text/loss', or {TRAINING_LOSS!r}"
+        )
+    if task not in tasks:
+        there = f"{nearest(task, tasks)}" if tasks else f"the experiment holds out none: take {TRAINING_LOSS!r}"
+        raise SpecError(f"the metric {search.metric!r} is of no held-out task: {there}")

@@ -1,0 +1,253 @@
+"""A search in its folder: the trials that were made, and which values come next. Several processes may share it.
+
+`search.json` says what is searched; `journal.log` is Optuna's record of the trials; `trials/<number>` is the folder of
+a trial that is being run, whose lock tells that it is.
+"""
+
+import contextlib
+import json
+import logging
+import shutil
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from polygpt import spec
+from polygpt.ablation.tune import Choice, Float, Knob, Search
+from polygpt.errors import UserError
+from polygpt.files import write_atomically
+from polygpt.training.lock import hold
+from polygpt.training.workdir import differences
+
+SEARCH, JOURNAL, TRIALS = "search.json", "journal.log", "trials"
+MAY_CHANGE = ("trials", "sampler", "seed", "pruning")
+"""Settings with which the same search goes on."""
+DEATHS = 3
+"""After so many processes that died of a trial it is given up."""
+STARTUP = 10
+"""Trials before the sampler begins to learn from them, and at most a third of all."""
+LONGEST_WAIT = 120.0
+"""Seconds for another process to have asked for its trial."""
+
+
+def load_optuna() -> Any:
+    """Optuna, without its log. Raises UserError if it is not installed."""
+    try:
+        import optuna
+    except ImportError:
+        raise UserError("tune needs optuna, which is not installed: pip install 'polygpt[tune]'") from None
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    logging.getLogger("optuna").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    return optuna
+
+
+def read_search(folder: Path) -> Search:
+    """The search of a folder. Raises UserError if there is none."""
+    path = folder / SEARCH
+    if not path.is_file():
+        raise UserError(f"{folder} holds no search: it has no {SEARCH}")
+    return spec.from_json(json.loads(path.read_text(encoding="utf-8")), str(path))
+
+
+class Storage:
+    """A search's trials.
+
+    Args:
+        search: what is searched.
+        folder: made if it does not exist.
+
+    Raises:
+        UserError: if the folder holds another search, or optuna is not installed.
+    """
+
+    def __init__(self, search: Search, folder: Path):
+        self.optuna, self.search, self.folder = load_optuna(), search, folder
+        folder.mkdir(parents=True, exist_ok=True)
+        with self._alone():
+            self._require_same()
+            write_atomically(folder / SEARCH, json.dumps(spec.to_json(search), indent=1) + "\n")
+            journal, path = self.optuna.storages.journal, folder / JOURNAL
+            _mend(path, journal.JournalFileSymlinkLock(str(path)))
+            directions = ["minimize" if search.better == "lower" else "maximize", "minimize"]
+            self.study = self.optuna.create_study(
+                storage=self.optuna.storages.JournalStorage(journal.JournalFileBackend(str(path))),
+                study_name="search",
+                directions=directions[: 2 if search.against else 1],
+                load_if_exists=True,
+                pruner=self._pruner(),
+            )
+
+    def trials(self) -> list[Any]:
+        """All of them, as they are now, Optuna's, in the order in which they were begun."""
+        return self.study.get_trials(deepcopy=False)
+
+    def finished(self) -> list[Any]:
+        """Those that count: complete, or given up."""
+        state = self.optuna.trial.TrialState
+        return [trial for trial in self.trials() if trial.state in (state.COMPLETE, state.PRUNED)]
+
+    def complete_ones(self) -> list[Any]:
+        """Those that ran to their end."""
+        return [trial for trial in self.trials() if trial.state == self.optuna.trial.TrialState.COMPLETE]
+
+    @contextlib.contextmanager
+    def next(self) -> Iterator[tuple[Any, Path] | None]:
+        """The next trial, Optuna's, and its folder, which is this process's while entered; None if there are enough.
+
+        What processes left behind that died comes first, with the same values and in the same folder.
+        """
+        with contextlib.ExitStack() as stack:
+            with self._alone():
+                self._take_back()
+                state = self.optuna.trial.TrialState
+                under_way = [trial for trial in self.trials() if trial.state == state.RUNNING]
+                if len(self.finished()) + len(under_way) >= self.search.trials:
+                    found = None
+                else:
+                    self.study.sampler = self._sampler()
+                    distributions = {name: self._distribution(knob) for name, knob in self.search.knobs.items()}
+                    trial = self.study.ask(distributions)
+                    found = trial, self.place(trial)
+                    found[1].mkdir(parents=True, exist_ok=True)
+                    stack.enter_context(hold(found[1]))
+            yield found
+
+    def place(self, trial: Any) -> Path:
+        """The folder of a trial."""
+        return self.folder / TRIALS / str(trial.user_attrs.get("continues", trial.number))
+
+    def complete(self, trial: Any, values: list[float]) -> None:
+        """A trial has been run to its end."""
+        self.study.tell(trial, values)
+
+    def prune(self, trial: Any, reason: str) -> None:
+        """A trial was given up, or could not be run."""
+        trial.set_user_attr("reason", reason)
+        self.study.tell(trial, state=self.optuna.trial.TrialState.PRUNED)
+
+    def fail(self, trial: Any, reason: str) -> None:
+        """A trial came to nothing that says anything of its values; it does not count."""
+        trial.set_user_attr("reason", reason)
+        self.study.tell(trial, state=self.optuna.trial.TrialState.FAIL)
+
+    def leave(self, trial: Any, reason: str) -> None:
+        """A trial was interrupted: it is to be gone on with."""
+        self._again(trial.number, trial.params, dict(trial.user_attrs), reason)
+
+    def _take_back(self) -> None:
+        """Trials whose processes have died are to be gone on with, or are given up."""
+        state = self.optuna.trial.TrialState
+        for trial in self.trials():
+            if trial.state != state.RUNNING or not self._deserted(trial):
+                continue
+            deaths = trial.user_attrs.get("deaths", 0) + 1
+            if deaths < DEATHS:
+                self._again(trial.number, trial.params, trial.user_attrs | {"deaths": deaths}, "its process died")
+                continue
+            reason = f"its process died {deaths} times"
+            self.study._storage.set_trial_user_attr(trial._trial_id, "reason", reason)
+            self.study.tell(trial.number, state=state.PRUNED)
+            shutil.rmtree(self.place(trial), ignore_errors=True)
+
+    def _again(self, number: int, values: dict[str, Any], attributes: dict[str, Any], reason: str) -> None:
+        kept = {"continues": attributes.get("continues", number), "deaths": attributes.get("deaths", 0)}
+        self.study.enqueue_trial(values, kept | {"after": reason})
+        self.study.tell(number, state=self.optuna.trial.TrialState.FAIL)
+
+    def under_way(self) -> list[Any]:
+        """Those that some process is at."""
+        state = self.optuna.trial.TrialState.RUNNING
+        return [trial for trial in self.trials() if trial.state == state and not self._deserted(trial)]
+
+    def _deserted(self, trial: Any) -> bool:
+        place = self.place(trial)
+        if not place.exists():
+            return True
+        try:
+            with hold(place):
+                return True
+        except UserError:
+            return False
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """While entered, no other process begins a trial: one that is under way without a lock has been left behind."""
+        deadline = time.monotonic() + LONGEST_WAIT
+        with contextlib.ExitStack() as stack:
+            while True:
+                try:
+                    stack.enter_context(hold(self.folder, "wait for it to end"))
+                    break
+                except UserError:
+                    if time.monotonic() > deadline:
+                        raise
+                    time.sleep(0.05)
+            yield
+
+    def _require_same(self) -> None:
+        if not (self.folder / SEARCH).exists():
+            return
+        before = json.loads((self.folder / SEARCH).read_text(encoding="utf-8"))
+        now = json.loads(json.dumps(spec.to_json(self.search)))
+        for name, old, new in differences(before, now):
+            if name not in MAY_CHANGE:
+                raise UserError(
+                    f"{self.folder} holds another search: {name} is {_short(old)} there, {_short(new)} here: choose "
+                    "another --folder"
+                )
+
+    def _sampler(self) -> Any:
+        """Made anew for every trial, so that a search which was interrupted proposes what one that was not would."""
+        samplers, search, state = self.optuna.samplers, self.search, self.optuna.trial.TrialState
+        if search.sampler == "qmc":
+            return samplers.QMCSampler(scramble=True, seed=search.seed)  # it counts its points in the journal
+        begun = [trial for trial in self.trials() if trial.state != state.WAITING]
+        known = sum("continues" not in trial.user_attrs for trial in begun)
+        seed = int(np.random.SeedSequence([search.seed, known]).generate_state(1)[0])
+        if search.sampler == "tpe":
+            startup = max(2, min(STARTUP, search.trials // 3))
+            # constant_liar: what other processes are at counts as bad, so that they do not all try the same.
+            return samplers.TPESampler(n_startup_trials=startup, multivariate=True, constant_liar=True, seed=seed)
+        return samplers.RandomSampler(seed) if search.sampler == "random" else samplers.NSGAIISampler(seed=seed)
+
+    def _pruner(self) -> Any:
+        """Steps are hundredths of a run."""
+        pruners = self.optuna.pruners
+        if self.search.pruning == "median":
+            return pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=20)
+        if self.search.pruning == "halving":
+            return pruners.SuccessiveHalvingPruner(min_resource=10, reduction_factor=3)
+        return pruners.NopPruner()
+
+    def _distribution(self, knob: Knob) -> Any:
+        made = self.optuna.distributions
+        if isinstance(knob, Choice):
+            return made.CategoricalDistribution(knob.names())
+        if isinstance(knob, Float):
+            return made.FloatDistribution(knob.low, knob.high, log=knob.log)
+        high = knob.high - (knob.high - knob.low) % knob.step
+        return made.IntDistribution(knob.low, high, log=knob.log, step=knob.step)
+
+
+def _mend(path: Path, lock: Any) -> None:
+    """Removes what a machine that went down left of a line: what is added after it could not be read."""
+    if not path.exists():
+        return
+    lock.acquire()
+    try:
+        with path.open("rb+") as file:
+            whole = file.read()
+            if whole and not whole.endswith(b"\n"):
+                file.truncate(whole.rfind(b"\n") + 1)
+    finally:
+        lock.release()
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

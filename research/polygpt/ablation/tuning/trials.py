@@ -1,0 +1,209 @@
+"""One trial after the other: asked for, trained, told of. A trial's run can be stopped, killed and gone on with.
+
+python -m polygpt.ablation.tuning.trials FOLDER     works on the search of a folder until there are enough trials
+"""
+
+import contextlib
+import json
+import math
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from polygpt.ablation.budget import costs
+from polygpt.ablation.engines import worker
+from polygpt.ablation.record import finite_mean
+from polygpt.ablation.study import TRAINING_LOSS
+from polygpt.ablation.tune import Search
+from polygpt.ablation.tuning.storage import Storage, read_search
+from polygpt.errors import Diverged, SpecError, UserError
+from polygpt.files import write_atomically
+from polygpt.report.gather import read_json, read_lines
+from polygpt.scale.plan.memory import exhausted
+from polygpt.training.experiment import Experiment
+from polygpt.training.loop import train
+from polygpt.training.sinks import JsonLines, Silent
+
+EVERY = 1.0
+"""Seconds between two notes of a trial's progress."""
+PROGRESS = "progress.json"
+"""In a trial's folder: {"step", "steps", "loss"}."""
+
+
+def work(storage: Storage, tell: Callable[[], None] = lambda: None) -> None:
+    """Runs trials until there are enough, or other processes are at the last ones.
+
+    Args:
+        storage: the search.
+        tell: is called now and then: something may have changed.
+
+    Raises:
+        UserError: data or settings that no knob sets are at fault.
+        KeyboardInterrupt: a signal asked to stop; the trial is saved, and is gone on with the next time.
+    """
+    while True:
+        with storage.next() as found:
+            if found is None:
+                return
+            _Trial(storage, *found, tell).run()
+        tell()
+
+
+def progress(folder: Path) -> dict[str, Any] | None:
+    """The last note of a trial that is being run: "step", "steps" and "loss"; None before the first."""
+    return read_json(folder / PROGRESS)
+
+
+class _Pruned(Exception):
+    """A run is given up."""
+
+
+class _Trial:
+    def __init__(self, storage: Storage, trial: Any, folder: Path, tell: Callable[[], None]):
+        self.storage, self.search, self.trial = storage, storage.search, trial
+        self.folder, self.workdir, self.tell = folder, folder / "run", tell
+
+    def run(self) -> None:
+        """Trains; whatever comes of it is told to the storage."""
+        try:
+            values = self._values()
+        except _Pruned as pruned:
+            self.storage.prune(self.trial, str(pruned))
+        except KeyboardInterrupt:
+            self.storage.leave(self.trial, "interrupted")
+            raise
+        except Exception as error:
+            reason = " ".join(f"failed: {type(error).__name__}: {error}".split())
+            if not self.storage.complete_ones():  # none went well: the values are not at fault
+                self.storage.fail(self.trial, reason)
+                raise
+            self.storage.prune(self.trial, reason)
+        else:
+            self.storage.complete(self.trial, values)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _values(self) -> list[float]:
+        """The metric, and what it is set against."""
+        try:
+            experiment = self.search.experiment(self.trial.params)
+            each = costs(experiment)
+        except SpecError as error:
+            raise _Pruned(f"does not fit: {error}") from error
+        attributes = {"parameters": each.parameters, "flops": each.flops * experiment.train.steps}
+        for name, value in {**attributes, "steps": experiment.train.steps}.items():
+            self.trial.set_user_attr(name, value)
+        self._train(experiment)
+        value = _measured(self.search, self.workdir)
+        if not math.isfinite(value):
+            raise _Pruned(f"diverged: {self.search.metric} is not finite")
+        return [value] + ([attributes[self.search.against]] if self.search.against else [])
+
+    def _train(self, experiment: Experiment) -> None:
+        def sinks(workdir: Path, step: int, steps: int) -> list[Silent]:
+            return [JsonLines(workdir, step), _Watched(self, workdir, steps)]
+
+        try:
+            with _printed_to(self.folder / worker.LOG):
+                outcome = train(experiment, self.workdir, sinks)
+        except Diverged as error:
+            raise _Pruned(f"diverged: {error}") from error
+        except SpecError as error:
+            raise _Pruned(f"does not fit: {error}") from error
+        except jax.errors.JaxRuntimeError as error:
+            if exhausted(error) is None:
+                raise
+            raise _Pruned("out of memory") from error
+        if not outcome.finished:
+            raise KeyboardInterrupt(f"{self.folder}: saved")
+
+    def report(self, value: float, step: int, steps: int) -> None:
+        """Tells the storage of the metric on the way, at a hundredth of the run. Raises _Pruned to end the run."""
+        at = round(100 * step / steps)
+        if not math.isfinite(value):
+            raise _Pruned(f"diverged: {self.search.metric} is not finite at step {step:,}")
+        if self.search.against:  # Optuna orders no two objectives on the way
+            return
+        self.trial.report(value, at)
+        if step < steps and self.trial.should_prune():
+            raise _Pruned(f"worse than others at {at} %: {self.search.metric} {value:.5g}")
+
+
+class _Watched(Silent):
+    """Notes progress, and reports the metric on the way."""
+
+    def __init__(self, trial: _Trial, workdir: Path, steps: int):
+        self.trial, self.steps, self.last = trial, steps, -EVERY
+        self.losses: list[float] = []
+        self.every = max(1, steps // 10)
+        lines = read_lines(workdir / "metrics.jsonl")  # of the process before, whose trial it was
+        for line in lines if trial.search.metric != TRAINING_LOSS else ():
+            if "evaluation" in line:
+                self._report(line["step"], line["evaluation"])
+
+    def step(self, step, loss):
+        if time.monotonic() - self.last >= EVERY:
+            self.last = time.monotonic()
+            note = {"step": step, "steps": self.steps, "loss": loss if math.isfinite(loss) else None}
+            write_atomically(self.trial.folder / PROGRESS, json.dumps(note))
+            self.trial.tell()
+        if self.trial.search.metric == TRAINING_LOSS:
+            self.losses.append(loss)
+            if step % self.every == 0:
+                self.trial.report(finite_mean(np.array(self.losses[-self.every :])), step, self.steps)
+
+    def evaluation(self, step, results):
+        if self.trial.search.metric != TRAINING_LOSS:
+            self._report(step, results["tasks"])
+
+    def _report(self, step: int, tasks: dict) -> None:
+        value = _figure(tasks, self.trial.search.metric)
+        self.trial.report(math.nan if value is None else value, step, self.steps)
+
+
+def _measured(search: Search, workdir: Path) -> float:
+    """The metric of a run that was finished."""
+    lines = read_lines(workdir / "metrics.jsonl")
+    if search.metric == TRAINING_LOSS:
+        losses = np.array([np.nan if line["loss"] is None else line["loss"] for line in lines if "loss" in line])
+        return finite_mean(losses[-max(1, len(losses) // 10) :])
+    value = _figure([line["evaluation"] for line in lines if "evaluation" in line][-1], search.metric)
+    return math.nan if value is None else value
+
+
+def _figure(tasks: dict, metric: str) -> float | None:
+    task, _, measure = metric.rpartition("/")
+    if measure not in tasks[task]:
+        there = ", ".join(f"{task}/{name}" for name in tasks[task])
+        raise UserError(f"the metric {metric!r} was not measured: there are {there}")
+    return tasks[task][measure]
+
+
+@contextlib.contextmanager
+def _printed_to(log: Path) -> Iterator[None]:
+    """While entered, what this process prints goes to a file: lines of every run would hide those of the search."""
+    with log.open("a", encoding="utf-8") as file, contextlib.redirect_stderr(file), contextlib.redirect_stdout(file):
+        yield
+
+
+def main(argv: list[str]) -> int:
+    """Works on the search of a folder; 2 where the input is at fault, said on stderr; 130 after a signal."""
+    worker.end_with_parent()
+    try:
+        folder = Path(argv[0])
+        work(Storage(read_search(folder), folder))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

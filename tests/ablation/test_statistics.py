@@ -1,0 +1,230 @@
+"""Statistics of a few seeds, against SciPy, statsmodels and the truth that samples were drawn from."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.power import TTestPower
+
+from polygpt.ablation.statistics import (
+    compare,
+    effect_size,
+    holm,
+    interval_bootstrap,
+    interval_t,
+    one_sided,
+    pooled_deviation,
+    seeds_needed,
+    superiority,
+    t_statistic,
+)
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def coverage(low, high, truth=0.0):
+    return np.mean((low <= truth) & (truth <= high))
+
+
+# --- intervals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("level", [0.8, 0.95, 0.99])
+@pytest.mark.parametrize("n", [2, 5, 30])
+def test_the_t_interval_is_scipys(n, level):
+    x = 3 + 0.1 * normal(n, seed=n)
+    expected = stats.t.interval(level, n - 1, x.mean(), stats.sem(x))
+    assert interval_t(x, level) == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_t_interval_of_five_seeds_covers_the_truth_as_often_as_it_says():
+    low, high = interval_t(normal(5, 1000, seed=1))
+    assert low.shape == high.shape == (1000,)
+    assert 0.93 <= coverage(low, high) <= 0.97
+
+
+def test_the_bootstrap_interval_of_eight_seeds_covers_the_truth_as_often_as_it_says():
+    assert 0.93 <= coverage(*interval_bootstrap(normal(8, 1000, seed=2))) <= 0.97
+
+
+def test_the_bootstrap_interval_of_five_seeds_covers_what_its_docstring_says():
+    covered = coverage(*interval_bootstrap(normal(5, 1000, seed=3)))
+    assert abs(covered - 0.922) <= 3 * math.sqrt(0.922 * 0.078 / 1000)
+    # Not more than the whole of the sample can: the plain percentile interval, which is not expanded, covers 84 %.
+    assert 0.84 < covered < 1 - 2 / 2**5
+
+
+def test_the_bootstrap_interval_tends_to_the_t_interval():
+    x = normal(400, seed=4)
+    np.testing.assert_allclose(interval_bootstrap(x), interval_t(x), atol=0.01)  # of a width of 0.2
+
+
+def test_the_bootstrap_reads_the_expanded_percentiles():
+    # Of 12 values, 1411.5279's tails by R's resample::ExpandProbs: pnorm(qt(0.025, 11) * sqrt(12 / 11)).
+    x = normal(12, seed=5)
+    tail = stats.norm.cdf(stats.t.ppf(0.025, 11) * math.sqrt(12 / 11))
+    expected = stats.bootstrap(
+        (x,), np.mean, confidence_level=1 - 2 * tail, method="percentile", n_resamples=40_000, rng=6
+    ).confidence_interval
+    np.testing.assert_allclose(interval_bootstrap(x), expected, atol=0.03)
+
+
+def test_the_bootstrap_is_seeded():
+    x = normal(6, seed=7)
+    assert interval_bootstrap(x, seed=1) == interval_bootstrap(x, seed=1) != interval_bootstrap(x, seed=2)
+
+
+@pytest.mark.parametrize("interval", [interval_t, interval_bootstrap])
+def test_columns_are_samples_of_their_own(interval):
+    x = normal(6, 2, 3, seed=8)
+    low, high = interval(x)
+    assert low.shape == (2, 3)
+    assert (low[1, 2], high[1, 2]) == pytest.approx(interval(x[:, 1, 2]), rel=1e-12)
+
+
+@pytest.mark.parametrize("interval", [interval_t, interval_bootstrap])
+def test_intervals_of_samples_that_say_nothing_of_their_spread(interval):
+    assert interval([]) == interval([3.0]) == interval([3.0, math.nan]) == (-math.inf, math.inf)
+    assert interval([0.1] * 3) == pytest.approx((0.1, 0.1), abs=1e-15)
+    assert interval([1.0, 2.0, math.nan, 4.0]) == interval([1.0, 2.0, 4.0])
+
+
+# --- effects ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [2, 5, 20])
+def test_the_t_test_is_scipys(n):
+    d = 0.3 + normal(n, seed=n)
+    greater, less = (stats.ttest_1samp(d, 0, alternative=side) for side in ("greater", "less"))
+    assert t_statistic(d) == pytest.approx(greater.statistic, rel=1e-12)
+    assert one_sided(d) == pytest.approx((greater.pvalue, less.pvalue), rel=1e-9)
+
+
+def test_t_of_samples_that_say_nothing_of_their_spread():
+    assert t_statistic([0.2] * 4) == math.inf and one_sided([0.2] * 4) == (0.0, 1.0)
+    assert t_statistic([-0.1, 0.2 - 0.3, 0.5 - 0.6]) == -math.inf  # equal but for rounding
+    assert t_statistic([0.0] * 4) == 0 and one_sided([0.0] * 4) == (1.0, 1.0)
+    assert t_statistic([1.0]) == 0 and one_sided([1.0]) == one_sided([]) == (1.0, 1.0)
+
+
+def test_the_effect_size_has_no_bias_where_the_plain_ratio_has():
+    d = 0.8 + normal(20_000, 5, seed=9)
+    plain = (d.mean(axis=1) / d.std(axis=1, ddof=1)).mean()
+    corrected = np.mean([effect_size(row) for row in d])
+    assert plain > 0.95
+    assert corrected == pytest.approx(0.8, abs=0.015)  # three standard errors
+
+
+def test_the_effect_size_by_hand():
+    # Mean 2, standard deviation 1; J(2) = gamma(1) / (sqrt(1) gamma(1/2)) = 1 / sqrt(pi).
+    assert effect_size([1.0, 2.0, 3.0]) == pytest.approx(2 / math.sqrt(math.pi), rel=1e-12)
+    assert effect_size([1.0, 3.0]) == pytest.approx(math.sqrt(2), rel=1e-12)
+    assert effect_size([1.0]) is None
+    assert (effect_size([0.5, 0.5]), effect_size([-0.5] * 3), effect_size([0.0] * 3)) == (math.inf, -math.inf, 0.0)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_superiority_is_scipys_u_over_the_pairs(ties):
+    a, b = normal(7, seed=10), 0.5 + normal(9, seed=11)
+    if ties:
+        a, b = np.round(a), np.round(b)
+    assert superiority(a, b) == pytest.approx(stats.mannwhitneyu(b, a).statistic / (7 * 9), rel=1e-12)
+
+
+def test_superiority_of_all_of_none_and_of_equals():
+    assert superiority([1, 2], [3, 4]) == 1.0
+    assert superiority([3, 4], [1, 2]) == 0.0
+    assert superiority([1, 1], [1, 1]) == 0.5
+    assert superiority([], [1]) is None
+
+
+def test_pooled_deviation():
+    x, y = normal(5, 2, seed=12), 3 * normal(4, 1, seed=13)
+    ranges = [x[:, 0], x[:, 1], y[:, 0]]
+    expected = math.sqrt(sum(stats.tvar(r) * (len(r) - 1) for r in ranges) / (4 + 4 + 3))
+    assert pooled_deviation([x, y]) == pytest.approx(expected, rel=1e-12)
+    # A value that is missing leaves its seed in the other columns.
+    y = np.append(y, [[math.nan]], axis=0)
+    assert pooled_deviation([x, y]) == pytest.approx(expected, rel=1e-12)
+    assert pooled_deviation([x[:1], y[:1]]) is None
+
+
+def test_compare_is_the_paired_test_of_those_seeds_that_both_have():
+    a, b = normal(6, seed=14), 0.7 + normal(6, seed=15)
+    found = compare(np.append(a, [math.nan, 9.0]), np.append(b, [9.0, math.nan]))
+    expected = stats.ttest_rel(a, b)
+    assert found.seeds == 6
+    assert found.mean == pytest.approx((a - b).mean(), rel=1e-12)
+    assert found.p == pytest.approx(expected.pvalue, rel=1e-9)
+    assert found.t == pytest.approx(expected.confidence_interval(0.95), rel=1e-9)
+    assert found.bootstrap == interval_bootstrap(a - b)
+    assert found.effect == effect_size(a - b) < 0
+    assert found.superiority == superiority(a, b) > 0.5
+
+
+def test_compare_of_too_little():
+    one, none = compare([1.0], [3.0]), compare([math.nan], [3.0])
+    assert (one.mean, one.p, one.effect, one.superiority, one.seeds) == (-2.0, 1.0, None, 1.0, 1)
+    assert (none.mean, none.p, none.effect, none.superiority, none.seeds) == (None, 1.0, None, None, 0)
+    assert one.t == one.bootstrap == none.t == (-math.inf, math.inf)
+
+
+# --- many claims, and how many seeds ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_holm_is_statsmodels(seed):
+    p = np.random.default_rng(seed).beta(0.3, 2, size=1 + 3 * seed)
+    p[: seed // 2] = p[-1]  # ties
+    rejected, expected, _, _ = multipletests(p, alpha=0.05, method="holm")
+    np.testing.assert_allclose(holm(p), expected, rtol=1e-12)
+    np.testing.assert_array_equal(holm(p) <= 0.05, rejected)
+
+
+def test_holm_of_none():
+    assert holm([]).shape == (0,)
+
+
+def power_of(effect, n, alpha):
+    """statsmodels' power, which is NaN where the tail on the other side underflows: there it is that of one side."""
+    both = TTestPower().power(effect, n, alpha)
+    return TTestPower().power(effect, n, alpha / 2, alternative="larger") if math.isnan(both) else both
+
+
+@pytest.mark.parametrize("power", [0.8, 0.95])
+@pytest.mark.parametrize("alpha", [0.05, 0.01, 0.05 / 12])
+@pytest.mark.parametrize("effect", [0.05, 0.3, 0.8, 1.5, 4.0])
+def test_seeds_needed_is_statsmodels(effect, alpha, power):
+    found = seeds_needed(effect, alpha, power)
+    assert power_of(effect, found, alpha) >= power
+    assert found == 2 or power_of(effect, found - 1, alpha) < power
+    assert seeds_needed(-effect, alpha, power) == found
+
+
+def test_seeds_needed_where_no_number_would_do():
+    assert seeds_needed(0.0) is None
+    assert seeds_needed(0.02) is None
+    assert seeds_needed(0.02, most=20_000) == math.ceil(TTestPower().solve_power(0.02, alpha=0.05, power=0.8))
+    assert seeds_needed(0.8, most=14) is None
+    assert seeds_needed(0.8, most=15) == 15
+
+
+def test_seeds_needed_of_large_effects():
+    # Where the distribution underflows, it must not be taken for an effect that is missed.
+    assert seeds_needed(math.inf) == 2
+    assert [seeds_needed(effect) for effect in (8.7, 30.0, 1e3, 1e6)] == [3, 2, 2, 2]
+
+
+def test_seeds_needed_to_find_several_effects_at_once():
+    effects, alphas = (0.9, 1.0, 3.0), (0.05, 0.02, 0.05)
+    found = seeds_needed(effects, alphas)
+
+    def missed(n):
+        return sum(1 - power_of(effect, n, alpha) for effect, alpha in zip(effects, alphas, strict=True))
+
+    assert missed(found) <= 0.2 < missed(found - 1)
+    assert found > max(map(seeds_needed, effects, alphas))

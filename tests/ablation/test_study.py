@@ -1,0 +1,125 @@
+"""An ablation as a specification: the points that it asks for, and what is wrong with it before anything runs."""
+
+import pytest
+from tiny_runs import experiment
+
+from own_ablation import write_ablation
+from polygpt.ablation.budget import Budget
+from polygpt.ablation.study import Ablation, find_ablation, load_ablation, point, points
+from polygpt.ablation.variants import grid, zipped
+from polygpt.attention.sliding import SlidingWindow
+from polygpt.errors import SpecError, UserError
+
+DEPTH, WIDTH = "model.decoder.depth", "model.decoder.width"
+
+
+def ablation(**settings) -> Ablation:
+    settings = {"variants": {"base": {}, "deep": {DEPTH: 2}}} | settings
+    return Ablation("Is deep better?", experiment(), **settings)
+
+
+def test_points_are_variants_at_all_values_of_all_factors():
+    widths = {"width": grid(WIDTH, 16, 32), "rate": grid("optim.schedule.peak", 0.1)}
+    found = points(ablation(over=widths, reads={"length": {8: "text/loss", 16: "text/perplexity"}}))
+    assert [(made.variant, made.at) for made in found] == [
+        ("base", {"width": 16, "rate": 0.1}),
+        ("base", {"width": 32, "rate": 0.1}),
+        ("deep", {"width": 16, "rate": 0.1}),
+        ("deep", {"width": 32, "rate": 0.1}),
+    ]
+    last = found[-1]
+    assert last.name == "deep, width 32, rate 0.1"
+    assert last.experiment == experiment(model__decoder__depth=2, model__decoder__width=32, optim__schedule__peak=0.1)
+
+
+def test_the_tuned_grid_is_applied_where_a_value_is_asked_for():
+    tuned = ablation(tuned=grid("optim.schedule.peak", 0.1, 0.2))
+    assert points(tuned)[0].experiment == experiment()
+    made = point(tuned, "deep", {}, 0.2)
+    assert made.experiment == experiment(model__decoder__depth=2, optim__schedule__peak=0.2)
+    assert (made.tuned, made.name) == (0.2, "deep, tuned 0.2")
+
+
+def test_a_factor_may_change_what_lies_inside_of_what_a_variant_sets():
+    windows = {"sliding": {"model.decoder.attention": SlidingWindow(heads=2)}}
+    made = ablation(variants=windows, over={"window": grid("model.decoder.attention.window", 3)})
+    assert points(made)[0].experiment.model.decoder.attention == SlidingWindow(heads=2, window=3)
+
+
+def test_a_budget_is_held_at_every_value_of_a_factor():
+    lengths = grid("data.layout.length", 48, 96)
+    made = ablation(variants={"base": {}, "wide": {"data.rows": 8}}, over={"length": lengths}, budget=Budget("tokens"))
+    assert [made.experiment.train.steps for made in points(made)] == [12, 12, 6, 6]
+
+
+@pytest.mark.parametrize(
+    ("settings", "fault"),
+    [
+        ({"variants": {}}, "Ablation.variants is {}: it must be at least one"),
+        ({"variants": {"a-b": {}, "a b": {}}}, "'a b' and 'a-b' are one name in claims"),
+        ({"seeds": 0}, "Ablation.seeds is 0"),
+        ({"over": {"width": [1, 2]}}, "Ablation.over['width'] is [1, 2]: it must be a mapping from values to changes"),
+        ({"over": {"width": {8: 8}}}, "Ablation.over['width'][8] is 8: it must be changes"),
+        ({"over": {"width": {}}}, "factors with at least one value"),
+        ({"reads": {"length": {8: 3}}}, "Ablation.reads['length'][8] is 3: it must be a metric"),
+        ({"reads": {"a": {1: "text/loss"}, "b": {1: "text/loss"}}}, "at most one factor"),
+        ({"over": {"a": {1: {}}}, "reads": {"a": {1: "text/loss"}}}, "a factor that is not in `over` too"),
+        ({"tuned": {None: {}}}, "Ablation.tuned: the value None must be a number or a text"),
+    ],
+)
+def test_an_ablation_that_makes_no_sense_is_refused(settings, fault):
+    with pytest.raises(SpecError) as raised:
+        ablation(**settings)
+    assert fault in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "fault"),
+    [
+        ({"variants": {"deep": {"model.decoder.dept": 2}}}, "deep: --model.decoder.dept: DecoderSpec has no field"),
+        ({"over": {"depth": grid(DEPTH, 1)}}, "deep, depth 1: variant 'deep' and depth 1 both change model.decoder.d"),
+        ({"metric": "txt/loss"}, "base: the metric 'txt/loss' is of no held-out task: did you mean text?"),
+        ({"metric": "loss"}, "the metric 'loss' must be 'task/measure'"),
+        ({"metric": "text/accuracy"}, "the metric 'text/accuracy' must be one of loss, perplexity"),
+        ({"reads": {"length": {8: "at_8/loss"}}}, "the metric 'at_8/loss' is of no held-out task"),
+        (
+            {"variants": {"base": {}, "long": {"train.steps": 24}}, "budget": Budget("tokens")},
+            "long: it changes train.steps, which the budget by tokens sets",
+        ),
+    ],
+)
+def test_a_point_that_makes_no_sense_is_named(settings, fault):
+    with pytest.raises(SpecError) as raised:
+        points(ablation(**settings))
+    assert fault in str(raised.value)
+
+
+def test_a_task_that_only_a_factor_brings_can_be_the_metric():
+    held_out = experiment().evaluation.tasks["text"]
+    made = ablation(metric="more/loss", over={"length": {48: {"evaluation.tasks.more": held_out}}})
+    assert points(made)[0].experiment.evaluation.tasks["more"] == held_out
+
+
+def test_an_ablation_is_found_by_its_name_its_folder_and_its_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = write_ablation(tmp_path / "experiments" / "ablations" / "width_of_mlp")
+    assert find_ablation("width-of-mlp").resolve() == file
+    assert find_ablation(file.parent) == file == find_ablation(file)
+    assert list(load_ablation("width_of_mlp").variants) == ["base", "wide", "deep_2"]
+    with pytest.raises(UserError, match="no ablation 'width-of' in .*: did you mean width_of_mlp"):
+        load_ablation("width-of")
+
+
+def test_a_file_that_makes_no_ablation_is_told(tmp_path):
+    wrong, none = tmp_path / "wrong.py", tmp_path / "none.py"
+    wrong.write_text("def ablation():\n    return 3\n")
+    none.write_text("ABLATION = 3\n")
+    with pytest.raises(UserError, match="wrong.py: ablation.. returns int: it must return an Ablation"):
+        load_ablation(wrong)
+    with pytest.raises(UserError, match="none.py: no function ablation"):
+        load_ablation(none)
+
+
+def test_factors_in_step_keep_their_numbers():
+    both = zipped(grid(WIDTH, 16, 32), grid("model.decoder.attention.heads", 2, 4))
+    assert ablation(over={"width": both}).axes() == {"width": (16, 32)}

@@ -1,0 +1,262 @@
+"""All seeds in one program: equal to runs of their own, each by itself, and to the bit the same after a kill."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from tiny_runs import Poisoned, experiment
+
+from polygpt.ablation import single, together
+from polygpt.ablation.engines.base import Task, work
+from polygpt.data.loader import train_batches
+from polygpt.evaluation import likelihood
+from polygpt.training.experiment import Experiment
+from polygpt.training.spikes import SpikeSpec
+
+SEEDS = (0, 3, 1000)
+VARYING = ("seconds", "how", "made")
+
+
+def task(folder, made: Experiment, seeds=SEEDS) -> Task:
+    return Task("tiny", tuple(made.replace(seed=seed) for seed in seeds), folder)
+
+
+def run(folder, made: Experiment, seeds=SEEDS, tell=lambda progress: None) -> list[dict]:
+    return json.loads(work(task(folder, made, seeds).to_json(), tell))
+
+
+def lasting(records: list[dict]) -> list[dict]:
+    return [{name: value for name, value in record.items() if name not in VARYING} for record in records]
+
+
+@pytest.fixture(scope="module")
+def grouped(tmp_path_factory):
+    told, folder = [], tmp_path_factory.mktemp("grouped")
+    likelihood.token_scores.clear_cache()
+    found = run(folder, experiment(), tell=told.append)
+    return SimpleNamespace(records=found, told=told, folder=folder, evaluations=likelihood.token_scores._cache_size())
+
+
+def assert_near(one: dict, other: dict):
+    """Two records of one run are equal to rounding."""
+    for name in ("seed", "parameters", "flops", "tokens", "steps", "diverged"):
+        assert one[name] == other[name], name
+    assert one["metrics"] == pytest.approx(other["metrics"], rel=1e-5)
+    for curve in ("curve", "evaluations"):
+        assert one[curve].keys() == other[curve].keys()
+        for name, values in one[curve].items():
+            np.testing.assert_allclose(values, other[curve][name], rtol=2e-5)  # curves are written with six digits
+
+
+@pytest.mark.parametrize("index", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_seed_in_the_group_is_its_run_alone(grouped, tmp_path, index):
+    records = grouped.records
+    alone = single.run_once(experiment().replace(seed=SEEDS[index]), tmp_path / "run")
+    assert_near(records[index], alone)
+    assert records[index]["how"] == "3 seeds in one program" and alone["how"] == "a run of its own"
+
+
+def test_a_record_says_what_was_measured(grouped):
+    records, told = grouped.records, grouped.told
+    first = records[0]
+    assert [record["seed"] for record in records] == list(SEEDS)
+    assert first["curve"]["step"] == list(range(1, 13)) and first["evaluations"]["step"] == [5, 10, 12]
+    assert first["metrics"]["train/loss"] == pytest.approx(first["curve"]["loss"][-1], rel=1e-5)
+    assert first["metrics"]["text/loss"] == first["evaluations"]["text/loss"][-1] < first["evaluations"]["text/loss"][0]
+    assert (first["steps"], first["tokens"], first["diverged"]) == (12, 12 * 4 * 48, False)
+    losses = {tuple(record["curve"]["loss"]) for record in records}
+    assert len(losses) == 3, "each seed has a run of its own"
+    assert [(progress.step, progress.steps, progress.seeds) for progress in told] == [
+        (n, 12, SEEDS) for n in range(1, 13)
+    ]
+    np.testing.assert_allclose([progress.losses[0] for progress in told], first["curve"]["loss"], rtol=1e-5)
+
+
+def test_what_is_done_is_not_done_again(grouped):
+    assert run(grouped.folder, experiment(), tell=pytest.fail) == grouped.records
+
+
+def test_evaluation_is_compiled_once_for_all_seeds(grouped):
+    assert grouped.evaluations == 1
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_stopped_at_any_step_and_begun_again_it_gives_the_same_numbers(grouped, tmp_path, monkeypatch, error):
+    monkeypatch.setattr(together, "SAVE_EVERY", 0.0)
+    seen = []
+
+    def stop(progress):
+        seen.append(progress.step)
+        if progress.step == 8:
+            time.sleep(0.1)
+            raise error
+
+    with pytest.raises(error):
+        run(tmp_path, experiment(), tell=stop)
+    again = []
+    assert lasting(run(tmp_path, experiment(), tell=lambda progress: again.append(progress.step))) == lasting(
+        grouped.records
+    )
+    assert 1 < again[0] <= 8 and again[-1] == 12, "it went on from where it was"
+
+
+def test_a_saved_state_that_cannot_be_read_is_made_anew(grouped, tmp_path, monkeypatch, caplog):
+    folder = tmp_path / "seeds-0-3-1000"
+    folder.mkdir()
+    (folder / together.STATE).write_bytes(b"PK\x03\x04 cut")
+    assert lasting(run(tmp_path, experiment())) == lasting(grouped.records)
+    assert "training begins anew" in caplog.text
+
+
+def test_a_signal_saves_and_the_same_task_goes_on(grouped, tmp_path):
+    def interrupt(progress):
+        if progress.step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(KeyboardInterrupt, match="saved at step"):
+        run(tmp_path, experiment(), tell=interrupt)
+    again = []
+    assert lasting(run(tmp_path, experiment(), tell=lambda progress: again.append(progress.step))) == lasting(
+        grouped.records
+    )
+    assert again[0] >= 7
+
+
+@pytest.mark.slow
+def test_a_seed_that_diverges_leaves_the_others_as_they_are(tmp_path):
+    made = experiment(train__max_nonfinite=1, optim__accumulate=1)
+    stream = train_batches(made.data, made.tokenizer.build(), {}, seed=3)
+    poison = [int(next(stream).tokens_BT.sum()) for _ in range(7)][-1]
+    poisoned = made.replace(objectives={"next_token": (Poisoned(sum=poison), 1.0)})
+    first, ill, last = run(tmp_path / "together", poisoned)
+    assert (ill["diverged"], ill["steps"], ill["curve"]["step"][-1], ill["curve"]["loss"][-1]) == (True, 7, 7, None)
+    assert ill["evaluations"]["step"] == [5] and "text/loss" not in ill["metrics"]
+    for well in (first, last):
+        assert not well["diverged"] and well["steps"] == 12 and well["evaluations"]["step"] == [5, 10, 12]
+    assert_near(last, single.run_once(poisoned.replace(seed=1000), tmp_path / "1000"))
+    alone = single.run_once(poisoned.replace(seed=3), tmp_path / "3")
+    assert (alone["diverged"], alone["steps"]) == (True, 7)
+    np.testing.assert_allclose(alone["curve"]["loss"][:6], ill["curve"]["loss"][:6], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_all_that_diverge_end_at_once(tmp_path):
+    told = []
+    wild = experiment(optim__schedule__peak=1e30, optim__clip=None, train__max_nonfinite=3, train__steps=40)
+    records = run(tmp_path, wild, (0, 1), tell=lambda progress: told.append(progress.step))
+    assert all(record["diverged"] for record in records) and told[-1] < 20
+
+
+@pytest.mark.slow
+def test_seeds_that_do_not_fit_together_are_trained_in_groups(grouped, tmp_path, monkeypatch):
+    monkeypatch.setattr(together, "_most", lambda experiment: 2)
+    found = run(tmp_path, experiment())
+    assert [record["how"] for record in found] == ["2 seeds in one program"] * 2 + ["1 seed in one program"]
+    for one, other in zip(found, grouped.records, strict=True):
+        assert_near(one, other)
+
+
+def test_the_memory_decides_how_many(monkeypatch):
+    made = experiment()
+    state = 3 * 4 * 16 * 258  # Adam's moments and the moving average beside the parameters, of the table alone
+    monkeypatch.setattr(together.automatic, "memory_of_all", lambda: 2**34)
+    assert together._most(made) > 1000
+    monkeypatch.setattr(together.automatic, "memory_of_all", lambda: state)
+    assert together._most(made) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, None),
+        ({"train__parallel": "sharded"}, "train.parallel is 'sharded'"),
+        ({"train__patience": 2}, "train.patience ends"),
+        ({"train__spikes": SpikeSpec()}, None),
+        ({"train__spikes": SpikeSpec(action="rewind")}, "go back by themselves"),
+    ],
+)
+def test_what_cannot_be_trained_together_has_a_reason(changes, reason):
+    found = together.reason_against(experiment(**changes))
+    assert found is None if reason is None else reason in found
+
+
+KILLED = """
+import sys
+from polygpt.ablation import together
+from polygpt.ablation.engines.base import work
+together.SAVE_EVERY = 0.0
+print(work(sys.stdin.read()))
+"""
+
+
+@pytest.mark.slow
+def test_killed_twice_and_begun_again_equals_never_killed_to_the_bit(tmp_path):
+    made = experiment(train__steps=150, train__evaluate_every=40)
+    paths = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+
+    def start(name):
+        process = subprocess.Popen(
+            [sys.executable, "-c", KILLED], stdin=-1, stdout=-1, stderr=-1, text=True, env=os.environ | paths
+        )
+        process.stdin.write(task(tmp_path / name, made).to_json())
+        process.stdin.close()
+        process.stdin = None
+        return process
+
+    def finish(process):
+        output, errors = process.communicate(timeout=600)
+        assert process.returncode == 0, errors
+        return lasting(json.loads(output)), errors
+
+    whole, _ = finish(start("whole"))
+    state = tmp_path / "killed" / "seeds-0-3-1000" / together.STATE
+    for least in (10, 60):
+        process, deadline = start("killed"), time.monotonic() + 300
+        while (progress := task(tmp_path / "killed", made).progress()) is None or progress.step < least:
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert state.exists()
+    found, errors = finish(start("killed"))
+    assert found == whole
+    assert "goes on from step" in errors
+
+
+@pytest.mark.slow
+def test_together_takes_less_time_than_one_after_the_other(tmp_path, capsys):
+    """Measured by the processor's time, which does not count what else the machine is at."""
+    made = experiment(train__steps=200, train__evaluate_every=None, data__rows=8)
+    seeds = range(5)
+
+    def times(function):
+        """Of the whole, and of all steps but the first ten."""
+        begin, marks = time.process_time(), {}
+        function(lambda progress: marks.setdefault((progress.seeds, progress.step), time.process_time()))
+        steps = sum(marks[seeds, 200] - marks[seeds, 10] for seeds, step in marks if step == 200)
+        return time.process_time() - begin, steps
+
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        whole, steps = times(lambda tell: run(tmp_path / "together", made, seeds, tell))
+        apart = [
+            times(lambda tell, seed=seed: single.run_once(made.replace(seed=seed), tmp_path / str(seed), tell))
+            for seed in seeds
+        ]
+    finally:
+        jax.config.update("jax_enable_compilation_cache", True)
+    apart_whole, apart_steps = (sum(times) for times in zip(*apart, strict=True))
+    with capsys.disabled():
+        print(
+            f"\n5 seeds, together: apart: with compilation {whole:.1f} s : {apart_whole:.1f} s = "
+            f"{whole / apart_whole:.2f}, steps alone {steps:.2f} s : {apart_steps:.2f} s = {steps / apart_steps:.2f}"
+        )
+    assert whole < 0.6 * apart_whole
