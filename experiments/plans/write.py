@@ -18,7 +18,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 from polygpt.errors import UserError
 from polygpt.files import plain, write_atomically
 from polygpt.scale.plan.search import search
-from polygpt.scale.plan.tables import gib
+from polygpt.scale.plan.tables import gib, seconds
 from polygpt.scale.plan.target import target
 from polygpt.spec import load_file
 
@@ -89,7 +89,7 @@ def index() -> None:
                 f", towers {settings['towers']}" if settings["towers"] else ""
             )
             how += f"; {settings['microbatches']} microbatches" if settings["microbatches"] > 1 else ""
-            figures = [f"{gib(memory['total'])} of {gib(memory['usable'])}", f"{roofline['step']:.3f} s"]
+            figures = [f"{gib(memory['total'])} of {gib(memory['usable'])}", seconds(roofline["step"])]
             figures += [roofline["bound"], f"{roofline['mfu_ceiling']:.1%}", f"{roofline['mfu_nothing_hidden']:.1%}"]
             rows.append(
                 [f"[{name}]({name}/{path.name})", data["on"], how, *figures, f"{data['compile_seconds']:.0f} s"]

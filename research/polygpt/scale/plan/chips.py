@@ -10,15 +10,14 @@ Sources, by the names that the table gives:
         of the v5e page say 819 GB/s of HBM, newer 800 GiB/s. The two halves of a tpu7x talk six times as fast as a link
         ("dual-chiplet architecture").
     TPU v4 paper: Jouppi et al. (2304.01433), table 4: 6 links of 50 GB/s.
-    compiler: what libtpu 0.0.42 calls "available HBM" when it refuses a program for that slice; the rest of the
-        published capacity is reserved for the system (v5p page, first note).
+    compiler: what libtpu 0.0.42 calls "available HBM" when it refuses a program for that slice; what is left of the
+        capacity is reserved for the system. Of a v5p, published as 95 GB, it has 95.74 GiB: so it is not held to it.
     datasheets: NVIDIA A100, H100 and H200 Tensor Core GPU datasheets (SXM; dense, without sparsity; NVLink over both
         directions, halved), and DGX A100, H100 and H200 for the network: one adapter of 200 or 400 Gb/s a GPU.
 """
 
 import dataclasses
 import os
-from collections.abc import Sequence
 from typing import Literal
 
 from polygpt.errors import UserError
@@ -117,8 +116,3 @@ def chip(name: str) -> Chip:
     if name not in CHIPS:
         raise UserError(f"--on {name}: no figures of such a chip: {nearest(name, [*CHIPS, 'cpu'])}")
     return CHIPS[name]
-
-
-def table() -> Sequence[dict]:
-    """The published figures as rows of JSON data, for the documents that plans write."""
-    return [dataclasses.asdict(chip) for chip in CHIPS.values()]

@@ -84,12 +84,16 @@ class Prediction:
         return self.gradients + self.kept + max(self.working, self.head)
 
 
-@dataclasses.dataclass
+BOUNDS = ("compute", "memory", "links", "network")
+"""The bounds of a step's time, fields of a roofline."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Correction:
     """How far predictions were off where something was compiled: factors on temporaries, and on each bound."""
 
-    temporaries: float = 1.0
-    bounds: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    temporaries: float
+    bounds: Mapping[str, float]
 
     def memory(self, prediction: Prediction) -> float:
         """Bytes of a device, corrected."""
@@ -97,19 +101,8 @@ class Correction:
 
     def roofline(self, prediction: Prediction) -> Roofline:
         """The bounds, corrected."""
-        r, factor = prediction.roofline, self.bounds
-        changed = {name: getattr(r, name) * factor.get(name, 1.0) for name in ("compute", "memory", "links", "network")}
-        return dataclasses.replace(r, **changed)
-
-    def learn(self, prediction: Prediction, temporaries: float, roofline: Roofline | None) -> None:
-        """Takes what a compiled program needs; temporaries alone where it did not fit."""
-        self.temporaries = temporaries / prediction.temporaries
-        if roofline is not None:
-            pairs = {name: (getattr(roofline, name), getattr(prediction.roofline, name)) for name in _BOUNDS}
-            self.bounds = {name: real / guess for name, (real, guess) in pairs.items() if guess}
-
-
-_BOUNDS = ("compute", "memory", "links", "network")
+        r = prediction.roofline
+        return dataclasses.replace(r, **{name: getattr(r, name) * self.bounds[name] for name in BOUNDS})
 
 
 def facts(experiment: Experiment, target: Target) -> Facts:

@@ -3,11 +3,12 @@
 import dataclasses
 
 CEILING = """\
-The ceiling is what the published peaks allow this very program, if compute, memory and interconnect overlapped fully: a
-step takes at least as long as the longest of the three. It is no forecast. Matrix products do not reach the peak,
-exchanges wait for what they send and are not all hidden, and input, host and stragglers take their time: measured MFU
-lies below it. A plan whose ceiling is low cannot be fast; one whose ceiling is high may still be slow. "Nothing hidden"
-adds the three up."""
+The ceiling is what the published peaks allow this very program on full rows, one example each, if compute, memory and
+interconnect overlapped fully: a step takes at least as long as the longest of the three. (Packed rows attend to less,
+and kernels leave out what is not seen.) It is no forecast. Matrix products do not reach the peak, exchanges wait for
+what they send and are not all hidden, and input, host and stragglers take their time: measured MFU lies below it. A
+plan whose ceiling is low cannot be fast; one whose ceiling is high may still be slow. "Nothing hidden" adds the three
+up, each at its peak."""
 """What a ceiling is and is not, to be printed beside it."""
 
 

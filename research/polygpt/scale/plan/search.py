@@ -1,19 +1,20 @@
 """The fastest way to run that fits: everything is predicted by arithmetic, the most promising are compiled.
 
 A way is ranked by the mean of two times of a step: with everything overlapped and with nothing overlapped. A compiled
-program corrects the predictions of those that are not compiled yet, so that the next to be compiled is the one that
-looks best after all that is known. Only what was compiled, and fits, can win.
+program corrects the predictions of those like it that are not compiled yet, so that the next to be compiled is the one
+that looks best after all that is known. Only what was compiled, and fits, can win.
 """
 
 import concurrent.futures
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 from typing import Any
 
 from polygpt.errors import UserError
 from polygpt.scale.plan.candidates import Candidate, candidates, current, smaller
-from polygpt.scale.plan.prediction import Correction, Facts, Prediction, arranged, facts, predict
+from polygpt.scale.plan.prediction import BOUNDS, Correction, Facts, Prediction, arranged, facts, predict
 from polygpt.scale.plan.roofline import Roofline
 from polygpt.scale.plan.target import Target
 from polygpt.scale.plan.worker import plan_apart
@@ -68,7 +69,8 @@ class Found:
 
     Attributes:
         ways: all that were predicted, the most promising first.
-        corrections: by (remat of the decoder, of towers).
+        low: by (remat of the decoder, of towers), by how much predictions of temporaries were low; None is any.
+        bounds: by (remat, remat of towers, axes of the mesh), by how much bounds of time were off, for each compiled.
         seconds: that the search took.
         experiment, target: what was searched for.
     """
@@ -76,13 +78,17 @@ class Found:
     experiment: Experiment
     target: Target
     ways: list[Tried]
-    corrections: dict[Any, Correction]
+    low: dict[Any, float] = dataclasses.field(default_factory=dict)
+    bounds: dict[Any, list[dict[str, float]]] = dataclasses.field(default_factory=dict)
     seconds: float = 0.0
 
     def correction(self, way: Tried) -> Correction:
-        """The error of predictions, learned from ways with the same remat, or from any."""
-        key = (way.candidate.remat, way.candidate.towers)
-        return self.corrections.get(key) or self.corrections.get(None) or Correction(LOW)
+        """The error of predictions: of memory from ways with the same remat, or from any; of time from ways that split
+        parameters and positions over the same axes too, for what one kind of mesh costs says nothing of another."""
+        remat, of_mesh = _kinds(way.candidate)
+        low = self.low.get(remat, self.low.get(None, LOW))
+        seen = self.bounds.get((*remat, of_mesh), [])
+        return Correction(low, {name: _mean([one[name] for one in seen if name in one]) for name in BOUNDS})
 
     def rank(self, way: Tried) -> float:
         """Seconds by which it is compared."""
@@ -118,21 +124,33 @@ class Found:
 
     def learn(self, way: Tried) -> None:
         """Takes what the compiler said of a way."""
-        data, key = way.data, (way.candidate.remat, way.candidate.towers)
-        before = dataclasses.replace(self.correction(way))
+        data, prediction = way.data, way.prediction
+        remat, of_mesh = _kinds(way.candidate)
         if memory := data.get("memory"):
             temporaries = memory["temporaries"] + memory["padding"] + memory["output"] + memory["program"]
-            roofline = data["roofline"] and Roofline(**{f.name: data["roofline"][f.name] for f in _FIELDS})
-            before.learn(way.prediction, temporaries, roofline)
+            low = temporaries / prediction.temporaries
         else:
             said = data.get("exhausted") or {}
-            needed = said.get("temporaries") or (said.get("all") or 0) - way.prediction.state
-            least = self.target.usable - way.prediction.state  # it was more than that
-            before.temporaries = max(needed, 1.05 * least, 0) / way.prediction.temporaries
-        self.corrections[key] = self.corrections[None] = before
+            needed = said.get("temporaries") or (said.get("all") or 0) - prediction.state
+            least = self.target.usable - prediction.state  # it was more than that
+            low = max(needed, 1.05 * least, 0) / prediction.temporaries
+        self.low[remat] = self.low[None] = low
+        if roofline := data.get("roofline"):
+            pairs = {name: (roofline[name], getattr(prediction.roofline, name)) for name in BOUNDS}
+            errors = {name: real / guess for name, (real, guess) in pairs.items() if real and guess}
+            self.bounds.setdefault((*remat, of_mesh), []).append(errors)
 
 
-_FIELDS = dataclasses.fields(Roofline)
+def _kinds(candidate: Candidate) -> tuple[tuple, tuple]:
+    """(remat of the decoder and of towers, the axes that a mesh splits more than rows over)."""
+    mesh = candidate.mesh
+    axes = tuple(axis for axis in ("fsdp", "tensor", "sequence", "expert", "stage") if getattr(mesh, axis) > 1)
+    return (candidate.remat, candidate.towers), (*axes, *mesh.rules["features"])
+
+
+def _mean(factors: list[float]) -> float:
+    """The geometric mean; 1 of none."""
+    return math.exp(sum(map(math.log, factors)) / len(factors)) if factors else 1.0
 
 
 def search(
@@ -159,7 +177,7 @@ def search(
     begin = time.monotonic()
     target.prepare()
     known = facts(experiment, target)
-    found = Found(experiment, target, _predicted(experiment, known, target), {})
+    found = Found(experiment, target, _predicted(experiment, known, target))
     if not found.ways:
         rows = f"data.rows is {experiment.data.rows}"
         raise UserError(f"--search: {rows}, and no mesh of {target.count} devices divides that: change it")
@@ -212,7 +230,7 @@ def nearest(
     here = _predict(experiment, known, target, now)
     if here is None:
         return []
-    found = Found(experiment, target, [], {})
+    found = Found(experiment, target, [])
     found.learn(Tried(now, here, data))
     answers: list[dict] = []
     for kinds, chain in sorted(smaller(now).items(), key=lambda item: len(item[0])):

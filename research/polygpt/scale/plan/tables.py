@@ -41,7 +41,7 @@ def headline(data: Mapping) -> str:
     fits = "fits" if memory["fits"] else "DOES NOT FIT"
     text = f"{data['experiment']} on {where}: {fits}, {gib(memory['total'])} of {gib(memory['usable'])} a device"
     if roofline:
-        text += f"; at least {_seconds(roofline['step'])} a step, bound by {roofline['bound']}"
+        text += f"; at least {seconds(roofline['step'])} a step of full rows, bound by {roofline['bound']}"
         text += f"; MFU ceiling {roofline['mfu_ceiling']:.1%}"
     return text
 
@@ -74,17 +74,18 @@ def markdown(data: Mapping, found: Found | None = None, pictures: Sequence[str] 
 
 
 def searched(found: Found, shown: int = 12) -> Table:
-    """What a search compiled, and the best of what it did not."""
+    """What a search compiled, and the best that it did not and that are predicted to fit."""
     rows, same = [], f" | {found.experiment.data.rows} rows"
-    for way in [*found.compiled, *[way for way in found.ways if way.data is None]][:shown]:
+    others = [way for way in found.ways if way.data is None and found.memory(way) <= found.target.usable]
+    for way in [*found.compiled, *others][:shown]:
         roofline = way.data and way.data.get("roofline")
         ceiling = f"{roofline['mfu_ceiling']:.1%}" if roofline else ""
         what = "fits" if way.fits else (way.data.get("failed") or "does not fit") if way.data else "predicted"
-        figures = [gib(found.memory(way)), _seconds(found.rank(way))] if way.fits or not way.data else ["", ""]
+        figures = [gib(found.memory(way)), seconds(found.rank(way))] if way.fits or not way.data else ["", ""]
         rows.append([way.candidate.about().removesuffix(same), what[:60], *figures, ceiling])
     compiled = sum(way.data is not None for way in found.ways)
     title = f"Search: {len(found.ways)} ways to run {same[3:]} predicted, {compiled} compiled, {found.seconds:.0f} s"
-    note = "Time: the mean of a step with everything overlapped and with nothing overlapped."
+    note = "Time, by which ways are compared: the mean of a step with everything and with nothing overlapped."
     return Table(title, ["way", "", "memory", "time", "MFU ceiling"], rows, [note])
 
 
@@ -155,9 +156,9 @@ def _kernels(data: Mapping) -> Table:
 def _roofline(data: Mapping) -> Table:
     roofline = data["roofline"]
     names = {"compute": "compute", "memory": "HBM", "links": "interconnect", "network": "network"}
-    rows = [[text, _seconds(roofline[name])] for name, text in names.items() if roofline[name] or name != "network"]
-    rows += [["step, all overlapped", _seconds(roofline["step"])]]
-    rows += [["step, nothing hidden", _seconds(roofline["serial"])]]
+    rows = [[text, seconds(roofline[name])] for name, text in names.items() if roofline[name] or name != "network"]
+    rows += [["step, all overlapped", seconds(roofline["step"])]]
+    rows += [["step, nothing hidden", seconds(roofline["serial"])]]
     rows += [["MFU ceiling", f"{roofline['mfu_ceiling']:.1%}"]]
     rows += [["MFU if nothing is hidden", f"{roofline['mfu_nothing_hidden']:.1%}"]]
     return Table(f"Roofline: bound by {roofline['bound']}", ["", ""], rows, [roofline["ceiling"]])
@@ -179,7 +180,8 @@ def _markdown(table: Table) -> str:
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def _seconds(value: float) -> str:
+def seconds(value: float) -> str:
+    """Seconds, or milliseconds where it is less than one."""
     return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.2f} ms"
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
 
 import jax
 
@@ -127,8 +126,3 @@ def target(name: str, slices: int = 1) -> Target:
 def place(device: jax.Device) -> tuple[tuple[int, ...], int, int]:
     """Where a device of a TPU slice is: its chip's coordinates, which of the chip's devices it is, and the slice."""
     return tuple(device.coords), device.core_on_chip, getattr(device, "slice_index", None) or 0
-
-
-def members(devices: Sequence[jax.Device], group: Sequence[int]) -> list[jax.Device]:
-    """The devices of a group, of numbers in the order of the mesh."""
-    return [devices[number] for number in group]
