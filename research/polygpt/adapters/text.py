@@ -9,13 +9,18 @@ from polygpt import sharding
 
 
 class TextEmbedding(nnx.Module):
-    """A table of token embeddings, used for the logits too where the head is tied (Press and Wolf, 1608.05859)."""
+    """A table of token embeddings, used for the logits too where the head is tied (Press and Wolf, 1608.05859).
 
-    def __init__(self, vocabulary: int, width: int, *, rngs: nnx.Rngs, dtype: str):
+    Under muP (`optim/mup.py`) the table starts as that of the base model, which is `base_width` wide, and logits are
+    divided by how much wider it is here.
+    """
+
+    def __init__(self, vocabulary: int, width: int, *, rngs: nnx.Rngs, dtype: str, base_width: int | None = None):
+        base_width = base_width or width
         self.table = nnx.Param(
-            jax.random.normal(rngs.params(), (vocabulary, width)) * width**-0.5, axes=("vocabulary", "width")
+            jax.random.normal(rngs.params(), (vocabulary, width)) * base_width**-0.5, axes=("vocabulary", "width")
         )
-        self.dtype = dtype
+        self.dtype, self.multiplier = dtype, base_width / width
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
         """int [B, T] -> [B, T, D]."""
@@ -34,6 +39,8 @@ class TextEmbedding(nnx.Module):
             flat = flat.reshape(-1, x_BTD.shape[-1])
         table = self.table[...].astype(self.dtype)
         logits = jnp.einsum("...d,vd->...v", flat, table, preferred_element_type=jnp.float32)
+        if self.multiplier != 1:
+            logits = logits * self.multiplier
         return logits.reshape(*x_BTD.shape[:2], -1)
 
 

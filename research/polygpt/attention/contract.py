@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from polygpt.attention.masks import DECODER, Mask, Meta
+from polygpt.errors import SpecError
 from polygpt.nn.positions import NoPosition, Position
 from polygpt.spec import Spec
 
@@ -111,6 +112,21 @@ class Attention(Spec):
     def sees_ahead(self) -> bool:
         """Whether positions of a bidirectional span see the later ones of it, where the mask says that they do."""
         return self.family == "softmax"
+
+    def beside(self, width: int, base: "Attention", base_width: int) -> "Attention":
+        """This variant at the model width `width` as muP has it (`optim/mup.py`) beside the `base` model's.
+
+        Scores are sums over the channels of a head: they are divided by how many more there are than in the base, and
+        no more by the root of that.
+
+        Raises:
+            SpecError: if the variant does not say how; one that derives from this class alone has to.
+        """
+        if (self, width) == (base, base_width):
+            return self
+        raise SpecError(
+            f"{type(self).__name__} has no rule for muP: define its method beside, or set model.mup to null"
+        )
 
     def differentiable(self) -> "Attention":
         """The same with no gradient stopped on purpose: what a comparison with finite differences has to look at."""

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from polygpt.attention.contract import Dims
+from polygpt.attention.contract import Attention, Dims
 from polygpt.attention.kernels.problem import Operands
 from polygpt.attention.multi_head import MultiHead, MultiHeadModule
 from polygpt.nn.norms import RMSNorm
@@ -35,6 +35,12 @@ class Differential(MultiHead):
         d = self.width_of_head(width)
         self.require(d % 2 == 0, "heads", f"such that the width of a head, {d}, is even")
         return d // 2
+
+    def beside(self, width: int, base: Attention, base_width: int) -> Attention:
+        same = self.width_of_head(width) == base.width_of_head(base_width)
+        why = "that of the base model under muP, which has no rule for lambda, a sum over the channels of a head"
+        self.require(same, "head_width", why)
+        return self
 
     def build(self, dims: Dims, rngs: nnx.Rngs) -> nnx.Module:
         return _Differential(self, dims, rngs)

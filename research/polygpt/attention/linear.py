@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from polygpt.attention.contract import Dims
+from polygpt.attention.contract import Attention, Dims
 from polygpt.attention.kernels.recurrence import linear_recurrence
 from polygpt.attention.recurrent import Recurrent, RecurrentModule
 from polygpt.nn.norms import Norm
@@ -25,6 +25,9 @@ class LinearAttention(Recurrent):
 
     norm: Norm | None = None
     """Normalisation of what each head has read."""
+
+    def beside(self, width: int, base: Attention, base_width: int) -> Attention:
+        return self  # of the two sums over the channels of a head, one is divided by the other
 
     def build(self, dims: Dims, rngs: nnx.Rngs) -> nnx.Module:
         return _LinearAttention(self, dims, rngs)

@@ -120,6 +120,13 @@ class MultiHead(Attention):
         seen = keys if reach is None else min(keys, reach.first + reach.last)
         return 4 * self.heads * self.width_of_head(width) * seen
 
+    def beside(self, width: int, base: Attention, base_width: int) -> Attention:
+        d, of_base = self.width_of_query(width), base.width_of_query(base_width)
+        if d == of_base:
+            return self
+        scale = of_base**-0.5 if self.scale is None else self.scale
+        return self.replace(scale=scale * of_base / d)
+
     def backends(self) -> tuple[str, ...]:
         return dispatch.BACKENDS
 

@@ -64,6 +64,9 @@ class _Stateful(Attention):
             )
         return position
 
+    def beside(self, width: int, base: Attention, base_width: int) -> Attention:
+        return self  # whatever a head reads is normalised before it goes on
+
     def part(self, whole: int, name: str) -> int:
         """The width of a head where all heads together have the width `whole`."""
         self.require(whole % self.heads == 0, "heads", f"a divisor of {whole}, or set {name}")
@@ -132,6 +135,11 @@ class Recurrent(_Stateful):
     def width_of_value(self, width: int) -> int:
         """e at the model width `width`."""
         return self.value_width or self.part(width, "value_width")
+
+    def beside(self, width: int, base: Attention, base_width: int) -> Attention:
+        wider = self.width_of_head(width) != base.width_of_head(base_width)
+        self.require(not wider or self.norm is not None, "norm", "given where heads are wider than in muP's base model")
+        return super().beside(width, base, base_width)
 
     def build(self, dims: Dims, rngs: nnx.Rngs) -> nnx.Module:
         return RecurrentModule(self, dims, rngs)

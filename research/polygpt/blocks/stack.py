@@ -66,6 +66,15 @@ class StackSpec(Spec):
         period = self.period()
         return tuple(period[layer % len(period)] for layer in range(self.depth))
 
+    def beside(self, base: "StackSpec") -> "StackSpec":
+        """The stack with its attention as muP has it beside the `base` model's: see `Attention.beside`."""
+
+        def at(variant, of_base):
+            return variant and variant.beside(self.width, of_base, base.width)
+
+        pattern = tuple(at(*pair) for pair in zip(self.pattern, base.pattern, strict=True))
+        return self.replace(attention=at(self.attention, base.attention), pattern=pattern)
+
     def dims(self, dtype: str) -> Dims:
         """What the attention variant needs to know. Residual branches start at 1/sqrt(2 L): GPT-2, section 2.3."""
         return Dims(self.width, dtype, self.position, output_scale=(2 * max(self.depth, 1)) ** -0.5)

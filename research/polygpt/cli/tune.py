@@ -13,10 +13,11 @@ from polygpt.errors import UserError
 EXAMPLES = """\
 examples:
   polygpt tune experiments/quickstart.py --knob optim.schedule.peak=log:1e-4:1e-2 --knob model.decoder.depth=int:2:6
-  polygpt tune mine.py --trials 40 --workers 4 --pruning median           FILE with `def search() -> Search`
-  polygpt tune mine.py --knob model.decoder.heads=choice:2,4,8 --against flops    loss against FLOPs: a front
+  polygpt tune experiments/quickstart.py --knob optim.clip=log:0.1:10 --trials 40 --workers 4 --pruning median
+  polygpt tune experiments/quickstart.py --knob model.decoder.depth=int:2:6 --against flops    a front, not one best
 
-A knob is FIELD=float:LOW:HIGH, log:LOW:HIGH, int:LOW:HIGH[:STEP] or choice:A,B,... Other --name value set fields of the
+FILE may also have `def search() -> Search`, which names its knobs. One on the command line is
+FIELD=float:LOW:HIGH, log:LOW:HIGH, int:LOW:HIGH[:STEP] or choice:A,B,... Other --name value set fields of the
 experiment that is searched from. The same command goes on where a search was stopped or killed; with more --trials it
 makes more. It may run several times at once on one --folder."""
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from polygpt import sharding
 from polygpt.models.decoder import Cache, init_cache
 from polygpt.models.multimodal import ModelSpec, MultimodalModel
 from polygpt.nn.losses import Losses
+from polygpt.optim import mup
 from polygpt.sequence import Batch
 
 Params = dict[str, Any]
@@ -63,9 +65,24 @@ class Model:
         """Arrays of a program that is being traced, to be had on every device: a host may then read them."""
         return tree if self.layout is None else jax.lax.with_sharding_constraint(tree, self.layout.whole())
 
+    @functools.cached_property
+    def growth(self) -> Any:
+        """How much wider each parameter is than in the base model of muP, a tree of `Growth`; None without muP."""
+        if self.spec.mup is None:
+            return None
+        return mup.growth(self.abstract(), bind(self.spec.base(), self.vocabulary).abstract())
+
     def init(self, key: jax.Array) -> Params:
         """Initial parameters."""
-        return jax.jit(lambda key: _pure(nnx.state(self._build(key))))(key)
+
+        def scaled(parameter, growth):
+            return parameter if growth.initial == 1 else parameter * growth.initial
+
+        def initial(key):
+            params = _pure(nnx.state(self._build(key)))
+            return params if self.growth is None else jax.tree.map(scaled, params, self.growth)
+
+        return jax.jit(initial)(key)
 
     def abstract(self) -> Params:
         """The parameters' shapes and dtypes; allocates nothing."""

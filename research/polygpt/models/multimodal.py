@@ -10,9 +10,11 @@ from flax import nnx
 
 from polygpt.adapters.base import Adapter
 from polygpt.adapters.text import TextEmbedding
+from polygpt.blocks.stack import StackSpec
 from polygpt.models.decoder import Cache, Decoder, DecoderSpec
 from polygpt.nn.linear import Linear
 from polygpt.nn.losses import Losses, add
+from polygpt.optim.mup import MuP
 from polygpt.sequence import Batch, scatter_media
 from polygpt.sharding import LOGITS, RESIDUAL, constrain
 from polygpt.spec import Spec
@@ -28,13 +30,32 @@ class ModelSpec(Spec):
     """By modality ("image", "audio", ...), the adapter. Empty: a text-only model."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """The dtype to compute in. Parameters, normalisations, softmax and losses are float32 always."""
+    mup: MuP | None = None
+    """Maximal update parametrization: learning rates and initial sizes are those of a narrower base model, scaled by
+    what is wider here; null is the standard one."""
 
     def validate(self):
         self.decoder.mlp.check_modalities(("text", *self.adapters))
+        self.base()
+
+    def base(self) -> "ModelSpec":
+        """The base model of `mup`; without it the model itself."""
+        return self if self.mup is None else self.mup.base_of(self)
 
     def positions(self) -> dict[str, int]:
         """P of every adapter, in the order that numbers the modalities."""
         return {name: adapter.positions for name, adapter in self.adapters.items()}
+
+
+def _beside(value, base):
+    """`value` with all its stacks of blocks as muP has them beside those of `base`."""
+    if isinstance(value, StackSpec):
+        return value.beside(base)
+    if isinstance(value, Mapping):
+        return {name: _beside(item, base[name]) for name, item in value.items()}
+    if not isinstance(value, Spec):
+        return value
+    return value.replace(**{name: _beside(item, getattr(base, name)) for name, item in vars(value).items()})
 
 
 class MultimodalModel(nnx.Module):
@@ -42,8 +63,10 @@ class MultimodalModel(nnx.Module):
 
     def __init__(self, spec: ModelSpec, vocabulary: int, rngs: nnx.Rngs):
         width, options = spec.decoder.width, {"rngs": rngs, "dtype": spec.dtype}
+        base = spec.base()
+        spec = spec if spec.mup is None else _beside(spec.replace(mup=None), base)
         self.names = tuple(spec.adapters)
-        self.text = TextEmbedding(vocabulary, width, **options)
+        self.text = TextEmbedding(vocabulary, width, base_width=base.decoder.width, **options)
         self.adapters = nnx.Dict({name: adapter.build(width, **options) for name, adapter in spec.adapters.items()})
         self.modality = nnx.Dict({name: nnx.Param(jnp.zeros(width), axes=(None,)) for name in spec.adapters})
         self.decoder = Decoder(spec.decoder, **options)

@@ -47,11 +47,18 @@ REST = Group("")
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """A group and the weight decay that some of its parameters take."""
+    """A group, and the weight decay and the factor on the learning rate that some of its parameters take."""
 
     index: int
     group: Group = dataclasses.field(compare=False)
     weight_decay: float
+    width_factor: float = 1.0
+
+    def widened(self, factor: float) -> "Rule":
+        """With muP's factor on the learning rate, and so much more weight decay that their product stays the same."""
+        if self.group.freeze:
+            return self
+        return dataclasses.replace(self, weight_decay=self.weight_decay / factor, width_factor=factor)
 
 
 def assign(params, groups: tuple[Group, ...], weight_decay: float, no_decay: str):
@@ -87,20 +94,26 @@ def assign(params, groups: tuple[Group, ...], weight_decay: float, no_decay: str
     return jax.tree.unflatten(structure, rules)
 
 
-def table(params, rules) -> str:
-    """Which rule took how many parameters, one a line, in columns."""
-    rows = [("group", "learning rate", "weight decay", "tensors", "parameters")]
-    leaves = list(zip(jax.tree.leaves(rules), jax.tree.leaves(params), strict=True))
-    for rule in dict.fromkeys(rule for rule, _ in leaves):
-        taken = [leaf for other, leaf in leaves if other == rule]
+def table(params, rules, growth=None) -> str:
+    """Which rule took how many parameters, one a line, in columns; with a tree of `Growth`, muP's factors too."""
+    mup = ("muP", "rate", "initial") if growth is not None else ()
+    rows = [("group", "learning rate", *mup, "weight decay", "tensors", "parameters")]
+    sizes = [math.prod(leaf.shape) for leaf in jax.tree.leaves(params)]
+    kinds = [(leaf.kind, f"x {leaf.initial:.3g}") for leaf in jax.tree.leaves(growth)] if mup else [()] * len(sizes)
+    keys = list(zip(jax.tree.leaves(rules), kinds, strict=True))
+    for key in dict.fromkeys(keys):
+        taken = [size for other, size in zip(keys, sizes, strict=True) if other == key]
+        rule, kind = key
         schedule = type(rule.group.schedule).__name__ if rule.group.schedule else "schedule"
         rate = "frozen" if rule.group.freeze else f"{rule.group.learning_rate:g} x {schedule}"
         decay = "-" if rule.group.freeze else f"{rule.weight_decay:g}"
-        count = sum(math.prod(leaf.shape) for leaf in taken)
-        rows.append((rule.group.pattern or "(all others)", rate, decay, f"{len(taken):,}", f"{count:,}"))
+        if kind:
+            kind = (kind[0], "-" if rule.group.freeze else f"x {rule.width_factor:.3g}", kind[1])
+        rows.append((rule.group.pattern or "(all others)", rate, *kind, decay, f"{len(taken):,}", f"{sum(taken):,}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    texts = 3 if mup else 2
     lines = []
     for row in rows:
-        cells = [cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
+        cells = [c.ljust(w) if i < texts else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)

@@ -7,6 +7,7 @@ import optax
 
 from polygpt.optim.groups import Group, assign, check_pattern, table
 from polygpt.optim.optimizers import AdamW, Optimizer
+from polygpt.optim.paths import name_of
 from polygpt.optim.schedules import Schedule
 from polygpt.spec import Spec
 
@@ -36,30 +37,43 @@ class Optim(Spec):
         self.require(self.accumulate >= 1, "accumulate", "at least 1")
         self.require(self.ema is None or 0 <= self.ema < 1, "ema", "null, or at least 0 and below 1")
 
-    def rules(self, params):
-        """The rule of each parameter, in a tree like `params`. Raises SpecError for a group that takes none."""
-        return assign(params, self.groups, self.optimizer.weight_decay, self.no_decay)
+    def rules(self, params, growth=None):
+        """The rule of each parameter, in a tree like `params`. Raises SpecError for a group that takes none.
+
+        Args:
+            params: arrays or their shapes.
+            growth: `Model.growth`, a tree of `Growth` where the model has muP; None is the standard parametrization.
+        """
+        rules = assign(params, self.groups, self.optimizer.weight_decay, self.no_decay)
+        if growth is None:
+            return rules
+
+        def widened(path, rule, growth):
+            return rule.widened(self.optimizer.width_factor(name_of(path), growth))
+
+        return jax.tree_util.tree_map_with_path(widened, rules, growth)
 
     def trainable(self, params):
         """A tree like `params` of bool: False for frozen parameters."""
         return jax.tree.map(lambda rule: not rule.group.freeze, self.rules(params))
 
-    def table(self, params) -> str:
+    def table(self, params, growth=None) -> str:
         """Which rule took how many parameters, one a line."""
-        return table(params, self.rules(params))
+        return table(params, self.rules(params, growth), growth)
 
-    def build(self, params, steps: int) -> optax.GradientTransformation:
+    def build(self, params, steps: int, growth=None) -> optax.GradientTransformation:
         """Turns gradients into updates to be added to the parameters, in a run of `steps` steps.
 
-        `params` may be arrays or their shapes. The gradients of frozen parameters must be 0.
+        `params` and `growth` are those of `rules`. The gradients of frozen parameters must be 0.
         """
-        rules = self.rules(params)
+        rules = self.rules(params, growth)
 
         def transform(rule) -> optax.GradientTransformation:
             if rule.group.freeze:
                 return optax.set_to_zero()
             schedule = (rule.group.schedule or self.schedule).build(steps)
-            return self.optimizer.build(lambda t: rule.group.learning_rate * schedule(t), rule.weight_decay)
+            factor = rule.group.learning_rate * rule.width_factor
+            return self.optimizer.build(lambda t: factor * schedule(t), rule.weight_decay)
 
         clip = optax.clip_by_global_norm(self.clip) if self.clip else optax.identity()
         # Labels are numbers, so that the optimizer state has short names and needs no order among rules.

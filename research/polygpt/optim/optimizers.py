@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from polygpt.errors import SpecError
+from polygpt.optim.mup import Growth
 from polygpt.optim.paths import name_of
 from polygpt.spec import Spec
 
@@ -25,6 +27,17 @@ class Optimizer(Spec):
         """Turns gradients into updates to be added to the parameters."""
         raise NotImplementedError(f"{type(self).__name__} defines no build")
 
+    def width_factor(self, name: str, growth: Growth) -> float:
+        """Factor on the learning rate of the parameter of that path under muP (`mup.py`), one of `Growth`'s.
+
+        Raises:
+            SpecError: if there is none; an optimizer that derives from this class alone has to say its own.
+        """
+        raise SpecError(
+            f"optim.optimizer: {type(self).__name__} has no rule for muP: define its width_factor, or set model.mup to "
+            "null"
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class AdamW(Optimizer):
@@ -39,6 +52,27 @@ class AdamW(Optimizer):
 
     def build(self, learning_rate, weight_decay):
         return optax.adamw(learning_rate, self.beta1, self.beta2, self.epsilon, weight_decay=weight_decay)
+
+    def width_factor(self, name, growth):
+        return growth.entrywise
+
+
+@dataclasses.dataclass(frozen=True)
+class SGD(Optimizer):
+    """Gradient descent with momentum: SGDW of Loshchilov and Hutter 2019 (1711.05101), algorithm 1."""
+
+    momentum: float = 0.9
+    """Decay of the sum of gradients; 0 for none."""
+
+    def build(self, learning_rate, weight_decay):
+        return optax.chain(
+            optax.trace(self.momentum) if self.momentum else optax.identity(),
+            optax.add_decayed_weights(weight_decay),
+            optax.scale_by_learning_rate(learning_rate),
+        )
+
+    def width_factor(self, name, growth):
+        return growth.gradient
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +89,9 @@ class Lion(Optimizer):
 
     def build(self, learning_rate, weight_decay):
         return optax.lion(learning_rate, self.beta1, self.beta2, weight_decay=weight_decay)
+
+    def width_factor(self, name, growth):
+        return growth.entrywise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +119,11 @@ class Adafactor(Optimizer):
             optax.scale_by_learning_rate(learning_rate),
         )
 
+    def width_factor(self, name, growth):
+        if self.relative:  # its updates shrink with the parameters, which grow in their own way from there
+            raise SpecError("Adafactor.relative is true: muP has no rule for that, set it to false")
+        return growth.entrywise
+
 
 @dataclasses.dataclass(frozen=True)
 class Muon(Optimizer):
@@ -104,6 +146,9 @@ class Muon(Optimizer):
     """AdamW's."""
     epsilon: float = 1e-8
     """AdamW's."""
+
+    def width_factor(self, name, growth):
+        return growth.orthogonal if re.search(self.matrices, name) else growth.entrywise
 
     def build(self, learning_rate, weight_decay):
         def label(path, parameter) -> str:

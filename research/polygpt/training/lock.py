@@ -21,7 +21,7 @@ NAME = ".lock"
 def hold(workdir: Path, remedy: str = "wait for it or choose another --workdir") -> Iterator[None]:
     """While entered, the folder is this run's. However its process ends, the system lets go of the lock.
 
-    Where the file system knows no locks, as some that nodes share, two runs can meet. `remedy` ends the error's message.
+    Where the file system knows no locks, as some that nodes share, two runs can meet. `remedy` ends the error's text.
 
     Raises:
         UserError: if another run has the folder.

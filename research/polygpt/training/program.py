@@ -54,7 +54,10 @@ class Program:
         runs, layout = self.parallel, self.parallel.layout
         place = f"{len(runs.devices)} x {runs.devices[0].device_kind}, {runs.mode}"
         place += f" ({layout.about()})" if layout else ""
-        lines = [f"{self.experiment.name}: {count:,} parameters on {place}", self.experiment.optim.table(self.shapes)]
+        lines = [
+            f"{self.experiment.name}: {count:,} parameters on {place}",
+            self.experiment.optim.table(self.shapes, self.model.growth),
+        ]
         return "\n".join([*([self.reason] if self.reason else []), *lines, *self.notes])
 
     @functools.cached_property
@@ -101,7 +104,7 @@ def assemble(
     optim, train, layout = experiment.optim, experiment.train, experiment.data.layout
     model = bind(experiment.model, vocabulary)
     shapes = model.abstract()
-    transformation = optim.build(shapes, train.steps)
+    transformation = optim.build(shapes, train.steps, model.growth)
     mode, mesh, reason = train.parallel, train.mesh, None
     devices = list(devices or jax.devices())
     if mode == "auto":
