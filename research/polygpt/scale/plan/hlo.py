@@ -165,8 +165,28 @@ class Program:
         counter = next((condition[name] for name in root.operands if _index(condition.get(name)) is not None), None)
         if end is None or counter is None or direction not in ("LT", "LE"):
             return None
-        start = self._start(loop, within, _index(counter))
-        return max(end - start + (direction == "LE"), 0)
+        index = _index(counter)
+        beyond = end - self._start(loop, within, index) + (direction == "LE")
+        return max(math.ceil(beyond / self._stride(loop, index)), 0)
+
+    def _stride(self, loop: Instruction, index: int) -> int:
+        """What a round adds to a loop's counter: 1 in all of JAX, 2 where the TPU compiler does two rounds in one.
+
+        It does so with loops that multiply one shard while the next one is on its way (collective matrix products).
+        """
+        body = self.computations[loop.called()["body"]]
+        root = next(instruction for instruction in body.values() if instruction.root)
+        if root.opcode != "tuple" or index >= len(root.operands):
+            return 1
+        added, within = body.get(root.operands[index]), body
+        while added is not None and added.opcode in ("copy", "bitcast"):
+            added = body.get(added.operands[0])
+        if added is not None and added.opcode == "fusion":
+            within = self.computations[added.called()["calls"]]
+            added = next(instruction for instruction in within.values() if instruction.root)
+        if added is None or added.opcode != "add":
+            return 1
+        return next((n for name in added.operands if (n := _integer(within.get(name)))), 1)
 
     def _start(self, loop: Instruction, within: dict[str, Instruction], index: int) -> int:
         """The number at which a loop's counter begins: 0 where it is not a constant in the text, as in all of JAX."""
