@@ -3,11 +3,11 @@
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from polygpt.scale.plan.hlo import Executed, Program
+from polygpt.scale.plan.hlo import Executed, Instruction, Program
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 """As XLA names them; a `ragged-all-to-all` counts as all-to-all."""
@@ -31,6 +31,7 @@ class Collective:
         dtype: of the array, or of most of it.
         origin: the operation in the model that it was made for.
         hidden: whether the compiler has made it asynchronous, so that it runs beside computation.
+        pairs: of a permute, every device that sends and the one that it sends to.
     """
 
     kind: str
@@ -41,6 +42,7 @@ class Collective:
     dtype: str
     origin: str
     hidden: bool
+    pairs: tuple[tuple[int, int], ...] = ()
 
     @property
     def sent(self) -> float:
@@ -63,24 +65,30 @@ class Collective:
 def collectives(program: Program, mesh: dict[str, int]) -> list[Collective]:
     """Those of a program for a mesh with these axes, largest first; equal ones are added up.
 
-    An all-reduce whose result is cut to a device's share in the same fusion is a reduce-scatter, and is counted as one.
+    An all-reduce of which a fusion keeps only a device's share is a reduce-scatter, and is counted as one: the compiler
+    names such fusions so, too ("AllReduceScatterFusion"). One whose whole result leaves the fusion is an all-reduce
+    however little of it is used later: that is what the devices send.
     """
     found: dict[tuple, Collective] = {}
-    seen = set()
     for run in program.executed():
-        one = _collective(run, mesh)
+        one = _collective(run, mesh) if not _goes_on(run) else None
         if one is None:
             continue
-        channel = re.search(r"channel_id=(\d+)", run.instruction.text)
-        # An asynchronous one may stand in several fusions, which begin it, wait for it, and do other work between.
-        place = (run.loops, channel.group(1) if channel else run.instruction.name)
-        if place in seen:
-            continue
-        seen.add(place)
-        key = (one.kind, one.axes, one.payload, one.dtype, one.origin, one.hidden)
+        key = (one.kind, one.axes, one.payload, one.dtype, one.origin, one.hidden, one.pairs)
         before = found.get(key)
         found[key] = one if before is None else dataclasses.replace(one, times=before.times + one.times)
     return sorted(found.values(), key=lambda one: -one.sent_a_step)
+
+
+def _goes_on(run: Executed) -> bool:
+    """Whether an exchange has begun elsewhere: asynchronous ones stand in a chain of fusions with other work.
+
+    The first begins it, those between let it go on, also within a loop that runs meanwhile, and the last waits for it.
+    All have the same chain's number. Channels do not tell them: exchanges that were combined have the same one.
+    """
+    if 'chain_id="' not in run.instruction.text:
+        return False
+    return not any('custom_call_target="AsyncCollectiveStart"' in other.text for other in run.within.values())
 
 
 def kernels(program: Program) -> dict[str, int]:
@@ -108,12 +116,13 @@ def _collective(run: Executed, mesh: dict[str, int]) -> Collective | None:
     group = groups[0] if groups else tuple(range(devices))
     if opcode == "all-gather":
         payload *= len(group)
-    if opcode == "all-reduce" and run.fused and any(i.root and "slice" in i.opcode for i in run.within.values()):
+    if opcode == "all-reduce" and run.fused and _only_cut(instruction, run.within):
         opcode = "reduce-scatter"
     if payload == 0 or len(group) < 2 and opcode != NETWORK:
         return None
     origin = re.search(r'op_name="([^"]*)"', instruction.text)
-    hidden = instruction.opcode.endswith("-start") or "async_collective" in instruction.text or run.beside
+    hidden = instruction.opcode.endswith("-start") or run.beside
+    hidden = hidden or any(mark in instruction.text for mark in ("async_collective", "chain_id="))
     return Collective(
         kind=opcode,
         axes=_axes(groups, mesh) if groups else (),
@@ -123,6 +132,17 @@ def _collective(run: Executed, mesh: dict[str, int]) -> Collective | None:
         dtype=max(given, key=lambda array: array.bytes).dtype,
         origin=_origin(origin.group(1)) if origin else "",
         hidden=hidden,
+        pairs=tuple(groups) if opcode == "collective-permute" else (),
+    )
+
+
+def _only_cut(array: Instruction, within: Mapping[str, Instruction]) -> bool:
+    """Whether of an array, or of each of a tuple, nothing is used but cuts."""
+    users = [other for other in within.values() if array.name in other.operands]
+    through = ("get-tuple-element", "bitcast")
+    return bool(users) and all(
+        _only_cut(user, within) if user.opcode in through else user.opcode in ("dynamic-slice", "slice")
+        for user in users
     )
 
 

@@ -18,8 +18,11 @@ once for the gradient of its input and once for that of its matrix. Forward, of 
   towers        for every item slot of every row, used or not, as the program computes them: 2 n P for the matrices
                 applied at P positions, and attention over all of an item
 Left out: norms, biases, rotations, softmax, activations, embedding look-ups, loss and optimizer.
-Computed again, and not useful: the forward pass of blocks whose remat is full; of attention kernels, whose backward
-pass computes scores anew instead of storing them, where remat is full or dots, once more."""
+Computed again by remat, and not useful: the forward pass of blocks whose remat is full; of the decoder's attention,
+where remat is full or dots. It is what the formula gives, no bound: the compiler leaves out what it finds unused, and a
+program computes more beside it. Attention kernels compute whole blocks, on the diagonal too and where positions are
+filled up to one, and the two of their backward pass take seven products where four are useful; scores that are
+computed as a matrix have their upper half."""
 """The formula, to be printed beside its result."""
 
 
@@ -71,7 +74,7 @@ class Flops:
 
     @property
     def again(self) -> float:
-        """Computed anew by remat, at most: what the compiler finds to be unused is left out."""
+        """Computed anew by remat, as the formula has it: what a program computes again is more or less, see there."""
         return sum(line.forward * line.again for line in self.lines)
 
     def to_json(self) -> dict:

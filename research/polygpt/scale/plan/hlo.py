@@ -121,7 +121,10 @@ class Program:
     unknown: tuple[str, ...] = ()
 
     def executed(self) -> Iterator[Executed]:
-        """Every instruction that runs, fused ones too; the scalar functions of reductions are left out."""
+        """Every instruction that runs, fused ones too; the scalar functions of reductions are left out.
+
+        Of a conditional's branches it is the one that writes least.
+        """
         yield from self._executed(self.entry, 1, ())
 
     def _executed(self, name: str, times: int, loops: tuple[str, ...], **where: bool) -> Iterator[Executed]:
@@ -140,8 +143,20 @@ class Program:
             elif opcode == "call":
                 yield from self._executed(called["to_apply"], times, loops, **where)
             elif opcode == "conditional":
-                for branch in self._branches(instruction):
-                    yield from self._executed(branch, times, loops, **where)
+                yield from self._executed(self._least(instruction), times, loops, **where)
+
+    def _least(self, conditional: Instruction) -> str:
+        """The branch that writes least: one of them runs, and what is counted shall be a lower bound.
+
+        In a model the other is for what hardly ever happens, such as padding between the positions of a row.
+        """
+        nothing = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast")
+
+        def written(branch: str) -> float:
+            runs = (run for run in self._executed(branch, 1, ()) if run.instruction.opcode not in nothing)
+            return sum(run.times * run.instruction.bytes for run in runs if not run.fused)
+
+        return min(self._branches(conditional), key=written)
 
     def _branches(self, instruction: Instruction) -> list[str]:
         listed = _BRANCHES.search(instruction.text)
@@ -165,8 +180,28 @@ class Program:
         counter = next((condition[name] for name in root.operands if _index(condition.get(name)) is not None), None)
         if end is None or counter is None or direction not in ("LT", "LE"):
             return None
-        start = self._start(loop, within, _index(counter))
-        return max(end - start + (direction == "LE"), 0)
+        index = _index(counter)
+        beyond = end - self._start(loop, within, index) + (direction == "LE")
+        return max(math.ceil(beyond / self._stride(loop, index)), 0)
+
+    def _stride(self, loop: Instruction, index: int) -> int:
+        """What a round adds to a loop's counter: 1 in all of JAX, 2 where the TPU compiler does two rounds in one.
+
+        It does so with loops that multiply one shard while the next one is on its way (collective matrix products).
+        """
+        body = self.computations[loop.called()["body"]]
+        root = next(instruction for instruction in body.values() if instruction.root)
+        if root.opcode != "tuple" or index >= len(root.operands):
+            return 1
+        added, within = body.get(root.operands[index]), body
+        while added is not None and added.opcode in ("copy", "bitcast"):
+            added = body.get(added.operands[0])
+        if added is not None and added.opcode == "fusion":
+            within = self.computations[added.called()["calls"]]
+            added = next(instruction for instruction in within.values() if instruction.root)
+        if added is None or added.opcode != "add":
+            return 1
+        return next((n for name in added.operands if (n := _integer(within.get(name)))), 1)
 
     def _start(self, loop: Instruction, within: dict[str, Instruction], index: int) -> int:
         """The number at which a loop's counter begins: 0 where it is not a constant in the text, as in all of JAX."""

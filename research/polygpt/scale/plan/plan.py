@@ -16,7 +16,7 @@ from polygpt.training.experiment import Experiment
 
 @dataclasses.dataclass(frozen=True)
 class Exchange:
-    """A collective, and the least time that its executions take in a step."""
+    """A collective, and the least time that its executions take in a step, were it alone."""
 
     what: Collective
     seconds: float
@@ -24,6 +24,7 @@ class Exchange:
     def to_json(self) -> dict:
         """As JSON data; of the group its size alone."""
         own = dataclasses.asdict(self.what) | {"group": len(self.what.group), "axes": list(self.what.axes)}
+        del own["pairs"]
         return own | {"sent": self.what.sent, "sent_a_step": self.what.sent_a_step, "seconds": self.seconds}
 
 
@@ -103,17 +104,18 @@ def plan(experiment: Experiment, target: Target) -> Plan:
         return _plan(experiment, target, built, counted)
     program = hlo.parse(built.text)
     found = collectives.collectives(program, built.mesh)
-    both = [(one, links.seconds(one, target, built.devices)) for one in found]
-    exchanges = tuple(Exchange(one, one.times * sum(seconds)) for one, seconds in both)
+    exchanges = tuple(Exchange(one, one.times * sum(links.seconds(one, target, built.devices))) for one in found)
     times, executed = collectives.kernels(program), work.kernel_flops(program)
     products = work.products(program) + sum(executed.values())
     roofline = None
     if target.peak:
+        linked = links.total(found, target, built.devices)
         roofline = Roofline(
             compute=products / target.peak,
             memory=work.traffic(program) / target.chip.each(target.chip.bandwidth),
-            links=sum(one.times * inside for one, (inside, _) in both),
-            network=sum(one.times * across for one, (_, across) in both),
+            links=linked.busiest,
+            in_turn=linked.in_turn,
+            network=linked.network,
             useful=counted.useful / target.count,
             executed=products,
             peak=target.peak,

@@ -84,8 +84,8 @@ class Prediction:
         return self.gradients + self.kept + max(self.working, self.head)
 
 
-BOUNDS = ("compute", "memory", "links", "network")
-"""The bounds of a step's time, fields of a roofline."""
+BOUNDS = ("compute", "memory", "links", "in_turn", "network")
+"""The bounds of a step's time, and what exchanges take one after another: fields of a roofline."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,12 +153,13 @@ def predict(experiment: Experiment, known: Facts, target: Target, layout: Layout
     scores = sum(line.forward for line in counted.lines if line.name == "decoder, attention")
     executed = (counted.useful + counted.again + 1.7 * scores) / target.count
     exchanged = _exchanges(experiment, known, layout, positions, own, whole, compute)
-    linked, network = links.total(exchanged, target, list(layout.mesh.devices.flat))
+    linked = links.total(exchanged, target, list(layout.mesh.devices.flat))
     roofline = Roofline(
         compute=executed / target.peak if target.peak else 0.0,
         memory=passed / target.chip.each(target.chip.bandwidth) if target.peak else 0.0,
-        links=linked,
-        network=network,
+        links=linked.busiest,
+        in_turn=linked.in_turn,
+        network=linked.network,
         useful=counted.useful / target.count,
         executed=executed,
         peak=target.peak or 0.0,

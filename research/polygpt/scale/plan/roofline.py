@@ -19,7 +19,8 @@ class Roofline:
     Attributes:
         compute: matrix products and attention kernels at the peak of bfloat16.
         memory: bytes that the program reads and writes, at the memory's bandwidth.
-        links: exchanges within a slice or node, one after another.
+        links: exchanges within a slice or node, all at once: what the busiest links need.
+        in_turn: the same exchanges one after another.
         network: exchanges between slices or nodes.
         useful: useful FLOPs of one device.
         executed: FLOPs that it executes.
@@ -30,6 +31,7 @@ class Roofline:
     compute: float
     memory: float
     links: float
+    in_turn: float
     network: float
     useful: float
     executed: float
@@ -55,7 +57,7 @@ class Roofline:
     @property
     def serial(self) -> float:
         """Seconds of a step if nothing overlaps."""
-        return sum(self.bounds.values())
+        return self.compute + self.memory + self.in_turn + self.network
 
     @property
     def ceiling(self) -> float:

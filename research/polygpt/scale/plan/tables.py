@@ -117,7 +117,7 @@ def _flops(data: Mapping) -> Table:
         rows.append([line["name"], _count(line["each"]), units, _count(line["forward"])])
     rows.append(["forward", "", "", _count(flops["forward"])])
     rows.append(["useful (3 x forward)", "", "", _count(flops["useful"])])
-    rows.append(["computed again, at most", "", "", _count(flops["again"])])
+    rows.append(["computed again by remat, by the formula", "", "", _count(flops["again"])])
     if roofline := data["roofline"]:
         executed = roofline["executed"] * data["devices"]
         rows.append(["in the compiled program, all devices", "", "", _count(executed)])

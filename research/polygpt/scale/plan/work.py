@@ -1,22 +1,30 @@
 """What a compiled program does on one device in a step: FLOPs of its matrix products, bytes that pass its memory."""
 
+import base64
+import binascii
+import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+
+from jaxlib.mlir import ir
+from jaxlib.mosaic.python import tpu
 
 from polygpt.attention.kernels.flex import BLOCK
 from polygpt.scale.plan.hlo import Array, Executed, Instruction, Program
 
 PRODUCTS = {
-    "splash_mha_fwd": (2, False),
-    "splash_mha_dq": (3, False),
-    "splash_mha_dkv": (4, False),
-    "flex_forward": (2, True),
-    "flex_backward_query": (3, True),
-    "flex_backward_key": (4, True),
+    "splash_mha_fwd": (1, 1),
+    "splash_mha_dq": (2, 1),
+    "splash_mha_dkv": (2, 2),
+    "flex_forward": (1, 1),
+    "flex_backward_query": (2, 1),
+    "flex_backward_key": (2, 2),
 }
-"""Attention kernels by the beginning of their names: the products of size B H T S d in each (forward: scores and
-weighted values; backward: the scores anew, dP, and dQ, or dV and dK), and whether they leave out the blocks above the
-diagonal, as the decoder's do. Towers see all of an item."""
+"""Attention kernels by the beginning of their names: products of size B H T S d, and of size B H T S e, in each.
+
+d and e are the widths of queries and values. Forward: scores; weighted values. Backward: scores anew and dQ, or dK; dP,
+and dV. That makes seven products backward, where the formula of useful FLOPs has four: scores are computed anew, and
+they and dP in both kernels."""
 
 _FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "iota",
          "after-all", "partition-id", "replica-id", "copy-done", "slice-done", "async-done", "async-update",
@@ -33,7 +41,9 @@ def products(program: Program) -> float:
 def kernel_flops(program: Program) -> dict[str, float]:
     """FLOPs of the attention kernels by name: whole blocks, as they compute them, and the rows not packed.
 
-    A kernel that is not known counts 0, and its name is in the result all the same.
+    Of a causal mask the blocks above the diagonal are left out, as kernels leave them out; of others none is. Blocks
+    that hold no pair for another reason, in packed rows and in slots without an item, are known to the data alone, and
+    are counted. A kernel that is not known counts 0, and its name is in the result all the same.
     """
     found: dict[str, float] = {}
     for run in program.executed():
@@ -46,14 +56,53 @@ def kernel_flops(program: Program) -> dict[str, float]:
     return found
 
 
-def _attention(run: Executed, count: int, causal: bool) -> float:
+def _attention(run: Executed, of_d: int, of_e: int) -> float:
     wide = [array for name in run.instruction.operands for array in run.within[name].results if len(array.shape) == 4]
-    if len(wide) < 2:
+    if len(wide) < 3:
         return 0.0
-    (B, H, T, d), S = wide[0].shape, wide[1].shape[2]
+    (B, H, T, d), S, e = wide[0].shape, wide[1].shape[2], wide[2].shape[3]
     blocks = max(-(-T // BLOCK), 1)
-    seen = (blocks + 1) / (2 * blocks) if causal and T == S else 1.0
-    return 2.0 * count * B * H * T * S * d * seen
+    body = re.search(r'"body":"([^"]*)"', run.instruction.text)
+    seen = (blocks + 1) / (2 * blocks) if T == S and _causal(body.group(1) if body else "") else 1.0
+    return 2.0 * B * H * T * S * (of_d * d + of_e * e) * seen
+
+
+@functools.cache
+def _causal(body: str) -> bool:
+    """Whether a kernel asks which of two positions comes first, as masks of decoders do and those of towers do not.
+
+    Its name does not tell, for towers whose length splash attention refuses run the same kernels as decoders. So its
+    code is read: a comparison by order of numbers of queries with numbers of keys, not of either with a constant. A
+    kernel whose code cannot be read counts as causal: that is the least that it may compute.
+    """
+    if not body:
+        return True
+    found = []
+
+    def see(operation: ir.Operation) -> ir.WalkResult:
+        if operation.name.endswith("arith.cmpi") and operation.attributes["predicate"].value in _ORDER:
+            found.append(all(_of_positions(operand) for operand in operation.operands))
+        return ir.WalkResult.ADVANCE
+
+    try:
+        with ir.Context() as context:
+            context.allow_unregistered_dialects = True
+            tpu.register_dialect(context)
+            ir.Module.parse(base64.b64decode(body)).operation.walk(see)
+    except (ir.MLIRError, binascii.Error):
+        return True
+    return any(found)
+
+
+_ORDER = (2, 3, 4, 5)
+"""MLIR's numbers of "<", "<=", ">" and ">=" of signed integers (`arith.cmpi`)."""
+
+
+def _of_positions(value: ir.Value) -> bool:
+    """Whether it is a tile that numbers of a row or a column were spread over, not a scalar and not a constant."""
+    made_by = value.owner
+    spread = isinstance(made_by, ir.Operation | ir.OpView) and made_by.name.endswith("vector.broadcast")
+    return spread and str(made_by.operands[0].type).startswith("vector")
 
 
 def _product(run: Executed) -> float:
@@ -116,57 +165,107 @@ def traffic(program: Program) -> float:
 def _moved(run: Executed, program: Program) -> float:
     instruction, within = run.instruction, run.within
     opcode = instruction.opcode
-    if opcode in _FREE or run.beside:
+    if opcode in _FREE or _RESERVED in instruction.text:
         return 0.0
     operands = [within[name] for name in instruction.operands if name in within]
-    if opcode in ("dynamic-slice", "slice", "gather", "slice-start", "dynamic-slice-start"):
-        return _far(instruction.results[:1]) * 2 if opcode != "slice-start" else _far(instruction.results[-2:-1])
-    if opcode in ("dynamic-update-slice", "scatter"):
-        return 2 * _far(operands[1 if opcode == "dynamic-update-slice" else -1].results)
+    if opcode in _CUTS:
+        return instruction.bytes * bool(_far(operands[0].results)) + _far(instruction.results)
+    if opcode in ("slice-start", "dynamic-slice-start"):  # gives ((operands), the cut, a mark of progress)
+        cut = instruction.results[-2]
+        return cut.bytes * (bool(_far(operands[0].results)) + (not cut.near))
+    if opcode in ("dynamic-update-slice", "dynamic-update-slice-start", "scatter"):
+        update = operands[-1 if opcode == "scatter" else 1]
+        return _far(update.results) + update.bytes * bool(_far(operands[0].results))
     if opcode == "copy-start":
         return _far(operands[0].results) + _far(instruction.results[:1])
+    if opcode in ("collective-permute-start", "all-gather-start"):  # gives what it takes, too
+        return _far(instruction.results)
     if opcode == "fusion":
-        return _of_fusion(instruction, operands, program.computations[instruction.called()["calls"]])
+        return _of_fusion(instruction, operands, program)
     return _far(instruction.results) + sum(_far(operand.results) for operand in operands)
 
 
-def _of_fusion(fusion: Instruction, operands: list[Instruction], inside: dict[str, Instruction]) -> float:
+_RESERVED = 'custom_call_target="AllocateBuffer"'
+"""What only reserves memory, for others to write to."""
+_CUTS = ("dynamic-slice", "slice", "gather")
+_SAME = ("bitcast", "copy", "convert")
+"""Inside a fusion: the same elements in another form, of which only those that are asked for are computed."""
+
+
+def _of_fusion(fusion: Instruction, operands: list[Instruction], program: Program) -> float:
     """Operands that are only cut count as the cuts, results that are updated in place as the updates."""
-    users: dict[str, list[Instruction]] = {}
-    for instruction in inside.values():
-        for name in instruction.operands:
-            users.setdefault(name, []).append(instruction)
-    updates = [i for i in inside.values() if i.opcode == "dynamic-update-slice"]
-    updated = {_origin(update.operands[0], inside) for update in updates}
-    moved = 0.0
-    parameters = [i for i in inside.values() if i.opcode == "parameter"]
-    for parameter in parameters:
-        number = int(re.search(r"parameter\((\d+)\)", parameter.text).group(1))
-        if number >= len(operands) or not _far(operands[number].results) or parameter.name in updated:
-            continue
-        using = _through(users, parameter.name)
-        if using and all(user.opcode in ("dynamic-slice", "slice", "gather") for user in using):
-            moved += min(sum(user.bytes for user in using), operands[number].bytes)
-        else:
-            moved += _far(operands[number].results)
-    in_place = {update.results[0].shape: inside[update.operands[1]].bytes for update in updates}
-    for array in fusion.results:
-        moved += in_place.get(array.shape, array.bytes) if not array.near else 0.0
+    inside = program.computations[fusion.called()["calls"]]
+    root = next(instruction for instruction in inside.values() if instruction.root)
+    names = root.operands if root.opcode == "tuple" else [root.name] * len(fusion.results)
+    updated, moved = set(), 0.0
+    for name, array in zip(names, fusion.results, strict=False):
+        update = _update(program, inside, name) if root.opcode == "tuple" or len(names) == 1 else None
+        if update and inside[update[0]].results[0].dtype != array.dtype:
+            update = None  # in place there is room for numbers of the same size alone
+        updated |= {update[0]} if update else set()
+        if not array.near:
+            moved += min(update[1] / update[2], 1.0) * array.bytes if update else array.bytes
+    for parameter, operand in _pairs(inside, operands):
+        if whole := _far(operand.results):
+            moved += min(_read(program, inside, parameter.name, parameter.name in updated), 1.0) * whole
     return moved
 
 
-def _through(users: Mapping[str, list[Instruction]], name: str) -> list[Instruction]:
-    """Who uses an array, where a bitcast is not use."""
-    found = []
-    for user in users.get(name, ()):
-        found += _through(users, user.name) if user.opcode == "bitcast" else [user]
-    return found
+def _pairs(inside: Mapping[str, Instruction], given: list) -> Iterator[tuple[Instruction, Instruction]]:
+    """The parameters of a fusion, each with what it is given."""
+    for instruction in inside.values():
+        if instruction.opcode == "parameter":
+            number = int(re.search(r"parameter\((\d+)\)", instruction.text).group(1))
+            if number < len(given):
+                yield instruction, given[number]
 
 
-def _origin(name: str, inside: Mapping[str, Instruction]) -> str:
-    while inside[name].opcode in ("bitcast", "copy", "convert"):
+def _read(program: Program, inside: Mapping[str, Instruction], name: str, updated: bool) -> float:
+    """The share of an array that a fusion reads, at most 1: less if it is only cut, there or in fusions inside of it.
+
+    Of an array that the fusion updates in place nothing is read for that.
+    """
+    share = 0.0
+    for user in inside.values():
+        if name not in user.operands:
+            continue
+        if user.opcode in _CUTS and user.operands[0] == name and name not in user.operands[1:]:
+            share += user.results[0].size / max(inside[name].results[0].size, 1)
+        elif user.opcode in _SAME and not user.root:
+            share += _read(program, inside, user.name, updated)
+        elif user.opcode == "fusion":
+            within = program.computations[user.called()["calls"]]
+            given = _pairs(within, list(user.operands))
+            share += sum(_read(program, within, own.name, updated) for own, what in given if what == name)
+        elif not (updated and user.opcode == "dynamic-update-slice" and user.operands[0] == name):
+            return 1.0
+        if share >= 1.0:
+            return 1.0
+    return share
+
+
+def _update(program: Program, inside: Mapping[str, Instruction], name: str) -> tuple[str, int, int] | None:
+    """Where a result is a parameter with a part replaced: (the parameter, elements replaced, elements); else None."""
+    while inside[name].opcode in _SAME:
         name = inside[name].operands[0]
-    return name
+    made_by = inside[name]
+    if made_by.opcode == "dynamic-update-slice":
+        into = _origin(inside, made_by.operands[0])
+        return (into, inside[made_by.operands[1]].results[0].size, made_by.results[0].size) if into else None
+    if made_by.opcode != "fusion":
+        return None
+    within = program.computations[made_by.called()["calls"]]
+    found = _update(program, within, next(i.name for i in within.values() if i.root))
+    given = dict((own.name, what) for own, what in _pairs(within, list(made_by.operands))) if found else {}
+    into = _origin(inside, given[found[0]]) if found else None
+    return (into, *found[1:]) if into else None
+
+
+def _origin(inside: Mapping[str, Instruction], name: str) -> str | None:
+    """The parameter that an array is, in whatever form; None if it was made here."""
+    while inside[name].opcode in _SAME:
+        name = inside[name].operands[0]
+    return name if inside[name].opcode == "parameter" else None
 
 
 def _far(arrays: tuple[Array, ...]) -> float:
