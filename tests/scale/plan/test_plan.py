@@ -49,11 +49,13 @@ def test_a_tiny_model_takes_no_more_than_it_did(name, hasty):
         assert made.sent <= (1 + GROWTH) * then["sent"]
 
 
-def committed_plans():
+def committed_plans() -> list:
     """Each with its marker: the small presets compile in seconds, a large one in minutes."""
+    found = []
     for path in sorted(PLANS.glob("*/*.json")):
         marker = pytest.mark.slow if path.parent.name in ("1m", "10m") else pytest.mark.plans
-        yield pytest.param(path, marks=marker, id=str(path.relative_to(PLANS)))
+        found.append(pytest.param(path, marks=marker, id=str(path.relative_to(PLANS))))
+    return found
 
 
 @needs_libtpu
