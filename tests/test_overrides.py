@@ -9,7 +9,8 @@ from polygpt.data.sources.embedded import Embedded
 from polygpt.errors import SpecError
 from polygpt.evaluation.spec import EvalTask, EvaluationSpec
 from polygpt.lab import catalogue
-from polygpt.overrides import override, replaced
+from polygpt.optim.mup import MuP
+from polygpt.overrides import leaves, override, replaced
 from polygpt.spec import class_name
 
 
@@ -69,6 +70,14 @@ def test_a_mapping_takes_a_new_entry_of_the_right_type_alone():
         replaced(spec, {"tasks.digits": 7})
     with pytest.raises(SpecError, match="--tasks.txt: no entry 'txt': did you mean text"):
         replaced(spec, {"tasks.txt.limit": 7})
+
+
+def test_an_entry_of_a_mapping_may_have_dots_in_its_name():
+    mup = MuP({"decoder.width": 32, "decoder.attention.heads": 2})
+    assert override(mup, {"base.decoder.width": "16"}).base == {"decoder.width": 16, "decoder.attention.heads": 2}
+    assert [name for name, *_ in leaves(mup)] == ["base.decoder.width", "base.decoder.attention.heads"]
+    with pytest.raises(SpecError, match="--base.decoder: no entry 'decoder': did you mean decoder.width"):
+        override(mup, {"base.decoder.widht": "16"})
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,8 @@ def _set(value: Any, annotation: Any, changes: Changes, name: str) -> Any:
     inside: dict[str, Changes] = {}
     for path, text in changes.items():
         if path:
-            inside.setdefault(path[0], {})[path[1:]] = text
+            key, rest = _entry(path, value)
+            inside.setdefault(key, {})[rest] = text
     kept = vars(value) if isinstance(value, Spec) else {}
     cls = type(value)
     if isinstance(changes.get(()), _Value):
@@ -83,6 +84,15 @@ def _set(value: Any, annotation: Any, changes: Changes, name: str) -> Any:
     for key, own in inside.items():
         items[int(key)] = _set(items[int(key)], _inner(annotation, int(key)), own, _join(name, key))
     return tuple(items)
+
+
+def _entry(path: tuple[str, ...], value: Any) -> tuple[str, tuple[str, ...]]:
+    """The first part of a dotted name and the rest of it; names of a mapping's entries may have dots themselves."""
+    if isinstance(value, Mapping):
+        for n in range(len(path), 1, -1):
+            if (key := ".".join(path[:n])) in value:
+                return key, path[n:]
+    return path[0], path[1:]
 
 
 def _made(cls: type, kept: Mapping[str, Any], annotation: Any, inside: dict[str, Changes], name: str) -> Any:

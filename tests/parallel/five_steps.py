@@ -21,6 +21,7 @@ from polygpt.models.functional import bind  # noqa: E402
 from polygpt.models.multimodal import ModelSpec  # noqa: E402
 from polygpt.objectives.next_token import NextToken  # noqa: E402
 from polygpt.objectives.z_loss import ZLoss  # noqa: E402
+from polygpt.optim.mup import MuP  # noqa: E402
 from polygpt.optim.optim import Optim  # noqa: E402
 from polygpt.optim.schedules import Constant  # noqa: E402
 from polygpt.training.parallel import build  # noqa: E402
@@ -32,10 +33,11 @@ MODES = [("single", 1), ("pmap", 1), ("pmap", 2), ("sharded", 1), ("sharded", 2)
 
 
 def run(mode: str, accumulate: int) -> dict:
-    model = bind(ModelSpec(decoder=DecoderSpec(width=16, depth=2, attention=MultiHead(heads=2))), VOCABULARY)
+    decoder = DecoderSpec(width=16, depth=2, attention=MultiHead(heads=2))
+    model = bind(ModelSpec(decoder, mup=MuP({"decoder.width": 8})), VOCABULARY)
     optim = Optim(Constant(3e-3), accumulate=accumulate, ema=0.9)
     params = model.abstract()
-    transformation = optim.build(params, STEPS)
+    transformation = optim.build(params, STEPS, model.growth)
     objectives = {"next_token": (NextToken(), 1.0), "z": (ZLoss(), 1e-2)}
     rate, trainable = optim.schedule.build(STEPS), optim.trainable(params)
     recipe = Recipe(model, objectives, transformation, rate, trainable, 0, accumulate, optim.ema)
