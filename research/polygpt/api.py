@@ -3,6 +3,10 @@
 Nothing depends on this file; every other name is imported from where it is defined.
 """
 
+from polygpt.ablation.budget import Budget
+from polygpt.ablation.claims import Claim
+from polygpt.ablation.study import Ablation, Paper
+from polygpt.ablation.variants import chain, grid, product, zipped
 from polygpt.adapters.audio import AudioAdapter
 from polygpt.adapters.base import Adapter, Connector
 from polygpt.adapters.image import ImageAdapter
@@ -55,14 +59,17 @@ from polygpt.training.watchdog import WatchdogSpec
 
 __all__ = [
     "ALiBi",
+    "Ablation",
     "Adafactor",
     "AdamW",
     "Adapter",
     "Attention",
     "AudioAdapter",
     "BPE",
+    "Budget",
     "Bytes",
     "CheckpointSpec",
+    "Claim",
     "Classification",
     "Connector",
     "Constant",
@@ -99,6 +106,7 @@ __all__ = [
     "Noise",
     "Objective",
     "Optim",
+    "Paper",
     "ProcessesSpec",
     "RMSNorm",
     "RandomResizedCrop",
@@ -129,5 +137,9 @@ __all__ = [
     "WatchdogSpec",
     "Window",
     "ZLoss",
+    "chain",
+    "grid",
     "preset",
+    "product",
+    "zipped",
 ]
