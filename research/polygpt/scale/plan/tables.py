@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from polygpt.scale.plan.collectives import NETWORK
 from polygpt.scale.plan.search import Found
+from polygpt.spec import counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +55,8 @@ def about(data: Mapping) -> list[str]:
     words += [f"towers' remat {settings['towers']}"] if settings["towers"] else []
     words += [f"features split over {', '.join(settings['features'])}"] if settings["features"] else []
     words += [f"sequence by {settings['context']}"] if settings["context"] else []
-    words += [f"{settings['rows']} rows of {settings['length']} in {settings['microbatches']} microbatches"]
+    parts = counted(settings["microbatches"], "microbatch", "microbatches")
+    words += [f"{settings['rows']} rows of {settings['length']} in {parts}"]
     versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
     lines = ["; ".join(words)]
     lines += [data["reason"]] if data["reason"] else []
