@@ -11,7 +11,7 @@ import pytest
 from polygpt import spec
 from polygpt.errors import SpecError
 from polygpt.overrides import leaves, override
-from polygpt.spec import Spec
+from polygpt.spec import Spec, counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,3 +195,8 @@ def test_a_faulty_file_is_one_line_with_the_place(tmp_path, source, words):
     if source:  # a mended file is read anew
         file.write_text("x = 2\n")
         assert spec.load_file(file).x == 2
+
+
+def test_one_is_singular():
+    assert [counted(n, "host") for n in (0, 1, 1000)] == ["0 hosts", "1 host", "1,000 hosts"]
+    assert counted(2, "microbatch", "microbatches") == "2 microbatches"

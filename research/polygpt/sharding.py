@@ -20,7 +20,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from polygpt.errors import SpecError, UserError
-from polygpt.spec import Spec, nearest
+from polygpt.spec import Spec, counted, nearest
 
 AXES = ("stage", "data", "fsdp", "expert", "sequence", "tensor")
 """The axes of the mesh. Those that talk least come first: neighbours along the last have the fastest links."""
@@ -130,11 +130,29 @@ class MeshSpec(Spec):
         """Devices along each axis, of `devices` in all. Raises UserError where that does not come out even."""
         sizes = {axis: getattr(self, axis) for axis in AXES}
         fixed = math.prod(size for size in sizes.values() if size > 0)
-        wanted = ", ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "data 1"
         free = [axis for axis, size in sizes.items() if size == -1]
         if devices % fixed or (not free and devices != fixed):
-            raise UserError(f"train.mesh asks for {fixed} devices ({wanted}), and there are {devices}: change one axis")
+            raise UserError(self._uneven(fixed, devices, bool(free)))
         return sizes | dict.fromkeys(free, devices // fixed)
+
+    def _uneven(self, fixed: int, devices: int, free: bool) -> str:
+        """What to change where the axes ask for `fixed` devices and there are others."""
+        large = {axis: getattr(self, axis) for axis in AXES if getattr(self, axis) > 1}
+        wanted = ", ".join(f"{axis} {size}" for axis, size in large.items()) or "data 1"
+        there = "there is 1" if devices == 1 else f"there are {devices}"
+        asked = f"train.mesh asks for {counted(fixed, 'device')} ({wanted}), and {there}"
+        if fixed > devices:
+            more = f"polygpt launch local -n 1 --devices {fixed} -- train FILE ... makes as many on a CPU"
+            return f"{asked}: make an axis smaller, or take more devices ({more})"
+        for axis, size in large.items() if free else ():
+            room, left = divmod(devices, fixed // size)  # what the other axes leave for it
+            if not left:
+                beside = ", ".join(f"{name} {other}" for name, other in large.items() if name != axis)
+                what = f"the {devices} devices" + (f" beside {beside}" if beside else "")
+                *others, last = [str(n) for n in range(1, room + 1) if room % n == 0]
+                choices = f"{', '.join(others)} or {last}" if others else last
+                return f"train.mesh.{axis} {size} does not divide {what}: choose {choices}"
+        return f"{asked}: " + ("change one axis" if devices % fixed else "let one axis be -1, which takes what is left")
 
 
 @dataclasses.dataclass(frozen=True)

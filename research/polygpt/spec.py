@@ -76,6 +76,11 @@ def field_help(cls: type) -> dict[str, str]:
     return texts
 
 
+def counted(number: int, one: str, many: str | None = None) -> str:
+    """ "1 host", "2 hosts": a number of things, for a message; `many` is "<one>s" by default."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
 # --- checking values against annotations ------------------------------------------------------------------------------
 
 

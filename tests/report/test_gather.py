@@ -112,13 +112,16 @@ def test_a_report_says_where_the_time_went_over_all_restarts(run):
     lines = [
         {"from": 0, "step": 20, "seconds": {"compile": 10.0, "productive": 60.0}},
         {"from": 20, "step": 25, "seconds": {"productive": 20.0}},
-        {"from": 20, "step": 20, "seconds": {"restart": 30.0}},
+        {"from": 20, "step": 20, "seconds": {"restart": 10.0, "down": 20.0}},
         {"from": 20, "step": 30, "seconds": {"productive": 40.0}},
     ]
     (run.workdir / "goodput.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"fro')
     page = finish.write_report(run).read_text()
     assert "Goodput is 62.5%: the share of 2:40" in page
     assert '<th scope="row" class="time lost">lost</th><td class="number">20.00 s</td><td class="number">12.5%' in page
+    assert (
+        '<th scope="row" class="time down">down</th><td class="number">20.00 s</td>' in page and "down is the" in page
+    )
 
 
 def test_what_is_not_finite_is_null_in_the_results_and_blank_in_the_report(run, monkeypatch):

@@ -38,11 +38,11 @@ def test_every_moment_goes_to_one_category_and_the_inner_one_counts(tmp_path):
     found = summary(lines)
     assert found.keys() == CATEGORIES.keys()
     assert sum(found.values()) == pytest.approx(wall(lines), abs=1e-4)
-    assert found["restart"] == pytest.approx(5, abs=0.5)
+    assert found["startup"] == pytest.approx(5, abs=0.5) and found["restart"] == found["down"] == 0
     assert 0.02 <= found["evaluation"] < 0.05 <= found["checkpoint"] < 1
 
 
-def test_after_a_kill_the_time_up_to_the_last_sign_of_life_is_lost_and_the_rest_is_the_restart(tmp_path):
+def test_after_a_kill_the_time_up_to_the_last_sign_of_life_is_lost_and_then_the_run_is_down(tmp_path):
     path, now = tmp_path / "goodput.jsonl", time.time()
     first = {"begin": now - 100, "end": now - 60, "from": 0, "step": 4, "seconds": {"productive": 40.0}}
     path.write_text(json.dumps(first) + '\n{"begin": 17')
@@ -53,7 +53,8 @@ def test_after_a_kill_the_time_up_to_the_last_sign_of_life_is_lost_and_the_rest_
     lines = read(path)
     assert lines[0] == first and lines[1]["begin"] == first["end"]
     assert lines[1]["seconds"]["lost"] == pytest.approx(15, abs=0.1)
-    assert lines[1]["seconds"]["restart"] == pytest.approx(45, abs=1)
+    assert lines[1]["seconds"]["down"] == pytest.approx(35, abs=0.1)
+    assert lines[1]["seconds"]["restart"] == pytest.approx(10, abs=1) and "startup" not in lines[1]["seconds"]
     assert sum(summary(lines).values()) == pytest.approx(wall(lines), abs=1e-4)
 
 
@@ -64,7 +65,8 @@ def test_a_finished_run_that_is_given_more_steps_does_not_count_the_days_between
     clock = Goodput(path)
     clock.begin(4)
     clock.close()
-    assert sum(summary(read(path)).values()) == pytest.approx(10, abs=1)
+    found = summary(read(path))
+    assert sum(found.values()) == pytest.approx(10, abs=1) and found["down"] == found["startup"] == 0
 
 
 def test_steps_that_are_done_again_are_lost():
@@ -72,27 +74,28 @@ def test_steps_that_are_done_again_are_lost():
         return {"begin": 0, "end": 0, "from": first, "step": last, "seconds": seconds}
 
     lines = [
-        line(0, 0, restart=3.0),
+        line(0, 0, startup=3.0),
         line(0, 10, productive=8.0, compile=5.0, checkpoint=1.0),
         line(10, 14, productive=4.0, input_wait=0.5),
         line(14, 20, productive=6.0, evaluation=2.0, checkpoint=1.0),
-        line(10, 10, restart=2.0),  # the checkpoint of step 20 was not whole
+        line(10, 10, restart=2.0, down=7.0),  # the checkpoint of step 20 was not whole
         line(10, 20, productive=10.0, compile=5.0),
     ]
     found = summary(lines)
     assert found["productive"] == 18 and found["lost"] == 4 + 0.5 + 6 + 2 + 1
-    assert (found["compile"], found["restart"], found["checkpoint"]) == (10, 5, 1)
+    assert (found["compile"], found["startup"], found["restart"], found["down"]) == (10, 3, 2, 7)
+    assert found["checkpoint"] == 1
     assert sum(found.values()) == sum(sum(line["seconds"].values()) for line in lines)
     assert set(LOST) < CATEGORIES.keys() and summary([]) == {}
 
 
 def test_the_table_is_for_a_person():
-    seconds = dict.fromkeys(CATEGORIES, 0.0) | {"productive": 5400.0, "input_wait": 30.0, "restart": 570.0}
+    seconds = dict.fromkeys(CATEGORIES, 0.0) | {"productive": 5400.0, "input_wait": 30.0, "startup": 570.0}
     assert table(seconds).splitlines() == [
         "goodput 90.0% of 1:40:00",
         "  productive      1:30:00   90.0%",
         "  input wait      30.00 s    0.5%",
-        "  restart            9:30    9.5%",
+        "  startup            9:30    9.5%",
     ]
     assert [duration(value) for value in (0.5, 59.9, 61, 3600 * 49 + 62)] == ["0.50 s", "59.90 s", "1:01", "49:01:02"]
 
@@ -153,5 +156,11 @@ def test_a_run_restarted_five_times_adds_up_to_its_wall_time(tmp_path):
     print(table(found), f"measured {took:.2f} s", sep="\n")
     whole = sum(found.values())
     assert whole == pytest.approx(took, rel=0.02)
-    assert found["lost"] > 0 and found["restart"] > 0 and found["productive"] > 0
+    assert (
+        found["lost"] > 0
+        and found["startup"] > 0
+        and found["restart"] > 0
+        and found["down"] > 0
+        and found["productive"] > 0
+    )
     assert account is not None, "it is printed at the end"

@@ -327,3 +327,18 @@ def test_a_checkpoint_that_cannot_be_read_is_one_clear_line(tmp_path):
     with pytest.raises(UserError, match="checkpoints/1 cannot be read: ") as error:
         open_run(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_compiling_is_told_before_and_after_and_once(tmp_path):
+    told = []
+
+    class Listening(Silent):
+        def compiling(self, step, seconds):
+            told.append((step, seconds))
+
+        def step(self, step, loss):
+            told.append(step)
+
+    train(smallest(**{"train.steps": "2"}), tmp_path, lambda *where: [Listening()])
+    (first, nothing), (again, seconds), *steps = told
+    assert (first, nothing, again, steps) == (1, None, 1, [1, 2]) and seconds > 0

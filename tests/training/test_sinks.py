@@ -113,3 +113,13 @@ def test_on_a_terminal_progress_is_a_bar_on_stderr(capsys, monkeypatch):
     sink.close()
     out, err = capsys.readouterr()
     assert out == "" and "10/10" in err and "loss 1.0000" in err
+
+
+def test_the_terminal_says_that_the_step_is_compiled_and_how_long_it_took(tmp_path, capsys):
+    sinks = [JsonLines(tmp_path, 0), TensorBoard(tmp_path, 0), Terminal(0, 100)]
+    for sink in sinks:
+        sink.compiling(1, None)
+        sink.compiling(1, 12.34)
+        sink.close()
+    assert capsys.readouterr().err.splitlines() == ["compiling the step ...", "compiled in 12.3 s"]
+    assert (tmp_path / "metrics.jsonl").read_text() == (tmp_path / "timing.jsonl").read_text() == ""

@@ -1,6 +1,7 @@
 """polygpt plan FILE --on SLICE: what a training step takes on devices that need not be there."""
 
 import json
+import math
 import os
 import sys
 from argparse import Namespace
@@ -65,6 +66,7 @@ def _planned(chosen, on) -> dict:
     from polygpt.scale.plan import search
     from polygpt.scale.plan.worker import plan_apart
 
+    _tell(f"compiling {chosen.name} for {on.name}{f' x {on.slices}' if on.slices > 1 else ''} ...")
     data = plan_apart(chosen, on, LIMIT)  # a compiler that fails, or does not end, takes its own process with it
     if "failed" in data:
         raise UserError(f"plan: {on.name}: the compiler gave no program: {data['failed']}")
@@ -79,12 +81,31 @@ def _searched(chosen, on, budget: float):
 
     found = search.search(chosen, on, budget, _tell)
     if found.best is None:
-        raise UserError(
-            f"plan: none of {len(found.compiled)} compiled ways to run fits {on.name}, of {len(found.ways)} predicted: "
-            "take a larger slice, or fewer rows (--data.rows)"
-        )
+        raise UserError(f"plan: {on.name}: {nothing_found(found, budget)}")
     best = found.best.candidate
     return found.best.data | {"best": best.overrides(chosen), "searched": len(found.ways)}, found
+
+
+def nothing_found(found, budget: float) -> str:
+    """Why a search of so many seconds has no answer, and what helps."""
+    from polygpt.scale.plan.worker import LATE
+    from polygpt.spec import counted
+
+    failures = [way.data["failed"] for way in found.compiled if "failed" in way.data]
+    late = sum(failure.startswith(LATE) for failure in failures)
+    refused = len(found.compiled) - len(failures)
+    longer = f"a larger --budget than {budget:g} s, such as --budget {max(BUDGET, math.ceil(3 * budget))}"
+    if not found.compiled:
+        return f"no compilation was begun in time: give it {longer}"
+    if refused:
+        more = f"; {counted(late, 'compilation')} did not end in time: or give it {longer}" if late else ""
+        return (
+            f"of {counted(refused, 'compiled way')} to run none fits, and {len(found.ways)} were predicted: "
+            f"take a larger slice, or fewer rows (--data.rows){more}"
+        )
+    if late:
+        return f"no compilation ended in time, {late} of them stopped: give it {longer}"
+    return f"the compiler gave no program: {failures[0]}"
 
 
 def _print(data: dict, found) -> None:

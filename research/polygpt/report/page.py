@@ -133,7 +133,8 @@ def _time(seconds: Mapping[str, float]) -> str:
     return (
         f"<p>Goodput is {seconds['productive'] / whole:.1%}: the share of {duration(whole)}, from the first start to "
         "the end, in which steps were taken that were kept. Lost is what was done again after a restart or a rewind, "
-        "or was under way when a process was killed.</p><div class='scroll'>"
+        "or was under way when a process was killed; down is the time from one process's end to the beginning of the "
+        "next.</p><div class='scroll'>"
         f"{charts.shares(seconds)}<table class='times'><tbody>"
         + "".join(
             f'<tr><th scope="row" class="time {name}">{escape(name.replace("_", " "))}</th>'

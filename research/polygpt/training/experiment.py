@@ -7,13 +7,14 @@ from typing import Literal
 from polygpt.data.loader import DataSpec
 from polygpt.data.tokenizers.base import TokenizerSpec
 from polygpt.data.tokenizers.bytes import Bytes
+from polygpt.errors import SpecError
 from polygpt.evaluation.spec import EvaluationSpec
 from polygpt.models.multimodal import ModelSpec
 from polygpt.objectives.base import Objective
 from polygpt.objectives.next_token import NextToken
 from polygpt.optim.optim import Optim
 from polygpt.sharding import MeshSpec
-from polygpt.spec import Spec, nearest
+from polygpt.spec import Spec, hints, nearest
 from polygpt.training.checkpoint import CheckpointSpec
 from polygpt.training.processes import ProcessesSpec
 from polygpt.training.spikes import SpikeSpec
@@ -33,7 +34,7 @@ class TrainSpec(Spec):
     """On one device; rows over all devices by pmap; one program split over `mesh` by the compiler; or, auto, whatever
     suits the devices and the model, which is printed with the reason."""
     mesh: MeshSpec = MeshSpec()
-    """How devices are arranged and what is split over which, where `parallel` is sharded."""
+    """How devices are arranged and what is split over which, where `parallel` is sharded; others take none."""
     log_every: int = 10
     """Steps between two lines of metrics."""
     evaluate_every: int | None = None
@@ -72,6 +73,21 @@ class TrainSpec(Spec):
         )
         self.require(self.max_nonfinite >= 1, "max_nonfinite", "at least 1")
         self.require(self.prefetch >= 1, "prefetch", "at least 1")
+        self._validate_mesh()
+
+    def _validate_mesh(self):
+        """A mesh that nothing would read is a mistake, and is not passed over in silence."""
+        default = MeshSpec()
+        given = [name for name in hints(MeshSpec) if getattr(self.mesh, name) != getattr(default, name)]
+        if not given or self.parallel == "sharded":
+            return
+        names = " and ".join(f"train.mesh.{name}" for name in given)
+        words = [f"--train.mesh.{name} {getattr(default, name)}" for name in given if name != "rules"]
+        back = f", or take it back with {' '.join(words)}".replace(" None", " null") if words else ""
+        raise SpecError(
+            f"train.parallel is {self.parallel!r}, which takes no mesh, and {names} "
+            f"{'is' if len(given) == 1 else 'are'} set: write --train.parallel sharded{back}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,8 +3,9 @@
 A line is an interval: {"begin": seconds since 1970, "end": ..., "from": step, "step": step, "seconds": {...}}. It
 begins where the line before it ends, so the seconds of all lines add up to the time from the first start to the end.
 After a restart the first line also covers what nobody was there to write: up to the last sign of life of the process
-before (the file's time of modification) it is lost, from there on it is a restart. A line with "finished" ends the
-run's time: what follows begins anew, if the run is given more steps another day.
+before (the file's time of modification) it is lost, from there to the beginning of the next one the run was down, be it
+for a night. A line with "finished" ends the run's time: what follows begins anew, if the run is given more steps
+another day.
 
 Goodput is the share of the time in which steps were taken that were kept; MegaScale (arXiv:2402.15627) calls it the
 effective training time rate.
@@ -24,7 +25,9 @@ CATEGORIES = {
     "input_wait": "waiting for input",
     "checkpoint": "saving",
     "evaluation": "evaluating",
-    "restart": "starting up",
+    "startup": "starting up",
+    "restart": "starting up again",
+    "down": "not running",
     "lost": "going back",
     "other": "telling sinks",
 }
@@ -54,7 +57,7 @@ class Goodput:
         self._begin = self.since = min(begun or self.now(), self.now())
         self._alive, self._ending = 0.0, {}
         self._seconds = dict.fromkeys(CATEGORIES, 0.0)
-        self.activity = "restart"
+        self.activity = "startup"
 
     def now(self) -> float:
         """Seconds since 1970."""
@@ -88,11 +91,15 @@ class Goodput:
         """The run goes on from this step: writes the first line of this process."""
         if self.path is not None:
             before, touched = _last(self.path)
-            if before is not None and not before.get("finished"):
+            self.switch("restart" if before else "startup")
+            if before:  # what this call took so far was no first start
+                self._seconds["restart"] += self._seconds["startup"]
+                self._seconds["startup"] = 0.0
+            if before and not before.get("finished"):
                 end = min(before["end"], self._begin)
                 alive = min(max(touched, end), self._begin)
                 self._seconds["lost"] += alive - end
-                self._seconds["restart"] += self._begin - alive
+                self._seconds["down"] += self._begin - alive
                 self._begin = end
             self._file = self.path.open("ab", buffering=0)
         self._step = step

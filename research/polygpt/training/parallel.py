@@ -13,6 +13,7 @@ from polygpt import sharding
 from polygpt.errors import UserError
 from polygpt.sequence import Batch
 from polygpt.sharding import Layout, MeshSpec
+from polygpt.spec import counted
 from polygpt.training.compilation import compiler_options
 
 AXIS = "data"
@@ -123,7 +124,8 @@ class Parallel:
 
     def check(self, rows: int, length: int, accumulate: int) -> None:
         """Raises UserError unless rows, and the positions of each, can be split over the devices and microbatches."""
-        parts, cut = self.rows, f"split over {self.rows} devices, {accumulate} microbatches"
+        parts = self.rows
+        cut = f"split over {counted(parts, 'device')}, {counted(accumulate, 'microbatch', 'microbatches')}"
         if self.layout and (stages := self.layout.size("stages")) > 1:
             # In the pipeline the devices of all stages hold parts of the same microbatch.
             microbatches, within = self.layout.spec.microbatches or stages, set(self.layout.names("stages"))

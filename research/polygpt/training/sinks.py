@@ -21,6 +21,9 @@ from polygpt.files import plain
 class Sink(Protocol):
     """Takes what is known of a step; steps only grow, but for a rewind. `flush` is called before each checkpoint."""
 
+    def compiling(self, step: int, seconds: float | None) -> None:
+        """The step, first of its process, is about to be compiled (None), or has taken so many seconds to be."""
+
     def step(self, step: int, loss: float) -> None:
         """Every step."""
 
@@ -45,6 +48,9 @@ class Sink(Protocol):
 
 class Silent:
     """Takes everything and does nothing: the base of the sinks below."""
+
+    def compiling(self, step, seconds):
+        pass
 
     def step(self, step, loss):
         pass
@@ -194,6 +200,10 @@ class Terminal(Silent):
             self._bar = Progress(*columns, console=self._console, speed_estimate_period=60)
             self._task = self._bar.add_task("", total=steps, completed=step, figures="")
             self._bar.start()
+
+    def compiling(self, step, seconds):
+        said = "compiling the step ..." if seconds is None else f"compiled in {seconds:.1f} s"
+        self._console.print(said, soft_wrap=True)
 
     def step(self, step, loss):
         if self._first is None:  # time is counted from the first step on, which compiles

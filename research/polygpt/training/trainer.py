@@ -146,7 +146,7 @@ class Trainer:
             self._settle()  # first what the device is at: what is waited for input is then time in which it idles
         with self.goodput.doing("input_wait"):
             fed = next(self.feed)
-        doing = self.goodput.doing("productive") if self.begun else self._doing("compile")
+        doing = self.goodput.doing("productive") if self.begun else self._compiling()
         with doing, jax.transfer_guard("disallow"):  # what the step needs is on the device: else there is a mistake
             if self.step is None:
                 self.step = self.program.ready(self.state, fed.batch)
@@ -290,6 +290,15 @@ class Trainer:
         with self.goodput.doing(what):
             yield
             self.watchdog.rest()
+
+    @contextlib.contextmanager
+    def _compiling(self) -> Iterator[None]:
+        """The first step of a process, which may take minutes to compile: said before and after."""
+        begin = self.goodput.now()
+        self._tell("compiling", self.done + 1, None)
+        with self._doing("compile"):
+            yield
+        self._tell("compiling", self.done + 1, self.goodput.now() - begin)
 
     def _tell(self, what: str, step: int, value: Any) -> None:
         for sink in self.sinks:

@@ -55,6 +55,7 @@ class Watchdog:
     def __init__(self, spec: WatchdogSpec, goodput: Goodput, workdir: Path):
         self.spec, self._goodput, self._workdir = spec, goodput, workdir
         self._own = {
+            "startup": spec.compile,
             "restart": spec.compile,
             "compile": spec.compile,
             "checkpoint": spec.checkpoint,

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from polygpt.scale.plan.collectives import NETWORK
 from polygpt.scale.plan.search import Found
+from polygpt.spec import counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +55,8 @@ def about(data: Mapping) -> list[str]:
     words += [f"towers' remat {settings['towers']}"] if settings["towers"] else []
     words += [f"features split over {', '.join(settings['features'])}"] if settings["features"] else []
     words += [f"sequence by {settings['context']}"] if settings["context"] else []
-    words += [f"{settings['rows']} rows of {settings['length']} in {settings['microbatches']} microbatches"]
+    parts = counted(settings["microbatches"], "microbatch", "microbatches")
+    words += [f"{settings['rows']} rows of {settings['length']} in {parts}"]
     versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
     lines = ["; ".join(words)]
     lines += [data["reason"]] if data["reason"] else []
@@ -155,7 +157,8 @@ def _kernels(data: Mapping) -> Table:
 
 def _roofline(data: Mapping) -> Table:
     roofline = data["roofline"]
-    names = {"compute": "compute", "memory": "HBM", "links": "interconnect", "network": "network"}
+    names = {"compute": "compute", "memory": "HBM", "links": "interconnect, its busiest links"}
+    names |= {"in_turn": "interconnect, one exchange after another", "network": "network"}
     rows = [[text, seconds(roofline[name])] for name, text in names.items() if roofline[name] or name != "network"]
     rows += [["step, all overlapped", seconds(roofline["step"])]]
     rows += [["step, nothing hidden", seconds(roofline["serial"])]]

@@ -17,6 +17,9 @@ from polygpt.files import plain
 from polygpt.scale.plan.target import Target, target
 from polygpt.training.experiment import Experiment
 
+LATE = "not compiled within"
+"""How the failure of a compilation begins that took longer than it was given."""
+
 
 def plan_apart(experiment: Experiment, on: Target, limit: float) -> dict:
     """The plan of an experiment, as JSON data, made in another process.
@@ -35,7 +38,7 @@ def plan_apart(experiment: Experiment, on: Target, limit: float) -> dict:
         with _stopped_after(process, limit) as late:
             out, errors = process.communicate(request)
     if late.is_set():
-        return {"failed": f"not compiled within {limit:.0f} s"}
+        return {"failed": f"{LATE} {limit:.0f} s"}
     if process.returncode == 2:
         raise UserError(errors.strip().splitlines()[-1])
     if process.returncode:

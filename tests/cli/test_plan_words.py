@@ -1,0 +1,51 @@
+"""What `polygpt plan` says while it compiles, and where it has no answer; nothing is compiled here."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from polygpt.cli.plan import nothing_found
+from polygpt.scale.plan import worker
+
+TINY = str(Path(__file__).parents[1] / "scale" / "plan" / "tiny.py")
+LATE = {"failed": f"{worker.LATE} 30 s"}
+TOO_BIG = {"memory": None, "exhausted": {"all": 1e12}}
+
+
+def found(*compiled):
+    return SimpleNamespace(compiled=[SimpleNamespace(data=data) for data in compiled], ways=range(40))
+
+
+@pytest.mark.parametrize(
+    ("compiled", "budget", "said", "unsaid"),
+    [
+        ([LATE, LATE], 60, ["no compilation ended in time, 2 of them", "--budget 780"], "fewer rows"),
+        ([LATE, LATE], 1000, ["a larger --budget than 1000 s, such as --budget 3000"], "fewer rows"),
+        ([], 10, ["no compilation was begun in time", "--budget 780"], "fewer rows"),
+        ([TOO_BIG, TOO_BIG], 60, ["of 2 compiled ways to run none fits", "fewer rows"], "--budget"),
+        (
+            [TOO_BIG, LATE],
+            60,
+            ["of 1 compiled way to run none fits", "1 compilation did not end in time", "--budget 780"],
+            "no program",
+        ),
+        ([{"failed": "INTERNAL: a fault"}], 60, ["the compiler gave no program: INTERNAL: a fault"], "--budget"),
+    ],
+)
+def test_a_search_without_an_answer_says_what_helps(compiled, budget, said, unsaid):
+    text = nothing_found(found(*compiled), budget)
+    assert all(words in text for words in said) and unsaid not in text
+
+
+def test_it_says_that_it_is_compiling_before_it_does(polygpt, capsys, monkeypatch):
+    before = []
+
+    def compiled(experiment, on, limit):
+        before.append(capsys.readouterr().err)
+        return {"failed": "it is only pretended"}
+
+    monkeypatch.setattr(worker, "plan_apart", compiled)
+    code, _, said = polygpt("plan", TINY, "--on", "cpu:1", "--train.mesh.tensor", "1")
+    assert before == ["compiling tiny for cpu:1 ...\n"]
+    assert code == 2 and "the compiler gave no program: it is only pretended" in said

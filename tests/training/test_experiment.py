@@ -1,0 +1,30 @@
+"""Settings that do not fit together are refused when an experiment is made."""
+
+import pytest
+from tiny_experiment import experiment
+
+from polygpt.errors import SpecError
+from polygpt.overrides import override
+from polygpt.sharding import RULES
+
+
+@pytest.mark.parametrize("parallel", ["single", "pmap", "auto"])
+def test_a_mesh_that_nothing_would_read_is_refused(parallel):
+    wanted = (
+        rf"'{parallel}', which takes no mesh, and train.mesh.tensor and train.mesh.microbatches are set: write "
+        "--train.parallel sharded, or take it back with --train.mesh.tensor 1 --train.mesh.microbatches null"
+    )
+    with pytest.raises(SpecError, match=wanted):
+        changes = {"train.parallel": parallel, "train.mesh.tensor": "3", "train.mesh.microbatches": "2"}
+        override(experiment(), changes)
+
+
+def test_a_table_that_nothing_would_read_is_refused():
+    with pytest.raises(SpecError, match="train.mesh.rules is set: write --train.parallel sharded$"):
+        override(experiment(), {"train.mesh.rules.features": '["tensor"]'})
+
+
+def test_the_mesh_of_a_sharded_run_and_the_default_of_any_are_taken():
+    assert override(experiment(), {"train.parallel": "sharded", "train.mesh.tensor": "3"}).train.mesh.tensor == 3
+    same = {"train.parallel": "auto", "train.mesh.data": "-1", "train.mesh.rules.features": "[]"}
+    assert override(experiment(), same).train.mesh.rules == RULES
