@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from tiny_runs import Poisoned, experiment
 
-from polygpt.ablation import single, together
+from polygpt.ablation import single, stacked, together
 from polygpt.ablation.engines.base import Task, work
 from polygpt.data.loader import train_batches
 from polygpt.evaluation import likelihood
@@ -109,7 +109,7 @@ def test_stopped_at_any_step_and_begun_again_it_gives_the_same_numbers(grouped, 
 
 
 def test_a_saved_state_that_cannot_be_read_is_made_anew(grouped, tmp_path, monkeypatch, caplog):
-    folder = tmp_path / "seeds-0-3-1000"
+    folder = tmp_path / "seeds-0-1000"
     folder.mkdir()
     (folder / together.STATE).write_bytes(b"PK\x03\x04 cut")
     assert lasting(run(tmp_path, experiment())) == lasting(grouped.records)
@@ -157,7 +157,7 @@ def test_all_that_diverge_end_at_once(tmp_path):
 
 @pytest.mark.slow
 def test_seeds_that_do_not_fit_together_are_trained_in_groups(grouped, tmp_path, monkeypatch):
-    monkeypatch.setattr(together, "_most", lambda experiment: 2)
+    monkeypatch.setattr(stacked, "most", lambda experiment: 2)
     found = run(tmp_path, experiment())
     assert [record["how"] for record in found] == ["2 seeds in one program"] * 2 + ["1 seed in one program"]
     for one, other in zip(found, grouped.records, strict=True):
@@ -167,10 +167,10 @@ def test_seeds_that_do_not_fit_together_are_trained_in_groups(grouped, tmp_path,
 def test_the_memory_decides_how_many(monkeypatch):
     made = experiment()
     state = 3 * 4 * 16 * 258  # Adam's moments and the moving average beside the parameters, of the table alone
-    monkeypatch.setattr(together.automatic, "memory_of_all", lambda: 2**34)
-    assert together._most(made) > 1000
-    monkeypatch.setattr(together.automatic, "memory_of_all", lambda: state)
-    assert together._most(made) == 1
+    monkeypatch.setattr(stacked.automatic, "memory_of_all", lambda: 2**34)
+    assert stacked.most(made) > 1000
+    monkeypatch.setattr(stacked.automatic, "memory_of_all", lambda: state)
+    assert stacked.most(made) == 1
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def test_killed_twice_and_begun_again_equals_never_killed_to_the_bit(tmp_path):
         return lasting(json.loads(output)), errors
 
     whole, _ = finish(start("whole"))
-    state = tmp_path / "killed" / "seeds-0-3-1000" / together.STATE
+    state = tmp_path / "killed" / "seeds-0-1000" / together.STATE
     for least in (10, 60):
         process, deadline = start("killed"), time.monotonic() + 300
         while (progress := task(tmp_path / "killed", made).progress()) is None or progress.step < least:

@@ -6,8 +6,9 @@ A line: {"key", "variant", "at": {factor: value}, "tuned": value or null, "stage
 "steps", "seconds" (this run's share), "diverged", "how", "made": {"polygpt", "commit", "jax", "device"}}. What is not
 finite is null.
 
-The key depends on the experiment with its seed and on the code of classes that lie outside the package. A run whose
-key is there is never repeated; lines whose key nobody asks for any more stay, and are not read.
+The key depends on the experiment with its seed, on this package's version and on the code of classes that lie outside
+of it; not on what the files of data hold, nor on modules that such a class imports. A run whose key is there is never
+repeated; lines whose key nobody asks for any more stay, and are not read.
 """
 
 import ast

@@ -6,13 +6,12 @@ leaves its state in its folder now and then; killed and begun again, it gives th
 """
 
 import dataclasses
-import io
 import json
 import logging
 import math
 import time
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,22 +19,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from polygpt import sequence
+from polygpt.ablation import stacked
 from polygpt.ablation.engines.base import Progress, Task, Tell
 from polygpt.ablation.record import record
 from polygpt.data.layout import MediaCache
-from polygpt.data.loader import TrainBatches, train_batches
+from polygpt.data.loader import train_batches
 from polygpt.evaluation.evaluate import evaluate
 from polygpt.files import write_atomically
 from polygpt.scale.plan.memory import exhausted
 from polygpt.sequence import Batch
-from polygpt.training import automatic, held_out
-from polygpt.training.compilation import compiler_options, enable_cache
+from polygpt.training import held_out
+from polygpt.training.compilation import enable_cache
 from polygpt.training.experiment import Experiment
 from polygpt.training.interruption import Interruption
 from polygpt.training.prefetch import Prefetch
-from polygpt.training.program import Program, assemble
-from polygpt.training.state import create
-from polygpt.training.step import make_step
+from polygpt.training.program import assemble
 from polygpt.training.storage import storage_faults
 
 SAVE_EVERY = 20.0
@@ -67,7 +65,7 @@ def run(task: Task, tell: Tell) -> list[dict[str, Any]]:
     """
     enable_cache()
     with storage_faults(task.folder):
-        return _in_groups(task, list(task.experiments), _most(task.experiments[0]), tell)
+        return _in_groups(task, list(task.experiments), stacked.most(task.experiments[0]), tell)
 
 
 def _in_groups(task: Task, experiments: list[Experiment], most: int, tell: Tell) -> list[dict[str, Any]]:
@@ -82,50 +80,6 @@ def _in_groups(task: Task, experiments: list[Experiment], most: int, tell: Tell)
             log.warning("%s: %d seeds do not fit into the memory together: half as many", task.name, len(some))
             records += _in_groups(task, some, math.ceil(len(some) / 2), tell)
     return records
-
-
-def _most(experiment: Experiment) -> int:
-    """How many seeds fit into the memory of a device, by estimate.
-
-    Each takes its state, a gradient and updates, and activations: by layer T B D (34 + 5 H T / D) bytes at 16 bits
-    (Korthikanti et al., 2205.05198, eq. 1), and the logits with their gradient.
-    """
-    vocabulary, decoder = experiment.tokenizer.build().vocabulary, experiment.model.decoder
-    program = assemble(experiment, vocabulary, jax.devices()[:1])
-    length, rows = experiment.data.layout.length, experiment.data.rows // experiment.optim.accumulate
-    heads = getattr(decoder.attention, "heads", 1)
-    layer = (
-        decoder.width * (34 + 5 * heads * length / decoder.width) * (2 if experiment.model.dtype == "float32" else 1)
-    )
-    activations = rows * length * (decoder.depth * layer + 3 * 4 * vocabulary)
-    state = automatic.bytes_of(jax.eval_shape(program.initial)) + 2 * automatic.bytes_of(program.shapes)
-    return max(1, int(automatic.SPLIT * automatic.memory_of_all() / (state + activations)))
-
-
-class Streams(Iterator[Batch]):
-    """The batches of several seeds, stacked: every array has an axis of seeds in front."""
-
-    last_examples = ()
-
-    def __init__(self, streams: Sequence[TrainBatches]):
-        self.streams = streams
-
-    def __next__(self) -> Batch:
-        return jax.tree.map(lambda *arrays: np.stack(arrays), *[next(stream) for stream in self.streams])
-
-    def get_state(self) -> dict[str, Any]:
-        """Where each stands."""
-        return {"streams": [stream.get_state() for stream in self.streams]}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Continues where `get_state` was asked."""
-        for stream, own in zip(self.streams, state["streams"], strict=True):
-            stream.set_state([own])
-
-    def close(self) -> None:
-        """Ends all workers."""
-        for stream in self.streams:
-            stream.close()
 
 
 @dataclasses.dataclass
@@ -153,7 +107,7 @@ class _Group:
     def __init__(self, task: Task, experiments: Sequence[Experiment], tell: Tell):
         self.name, self.experiments, self.tell = task.name, experiments, tell
         self.experiment, self.seeds = experiments[0], tuple(experiment.seed for experiment in experiments)
-        self.folder = task.folder / "seeds-{}".format("-".join(map(str, self.seeds)))
+        self.folder = task.folder / "-".join(["seeds", *map(str, dict.fromkeys((self.seeds[0], self.seeds[-1])))])
 
     def run(self) -> list[dict[str, Any]]:
         """Trains and evaluates all of them, or reads what was found before."""
@@ -179,7 +133,7 @@ class _Group:
         return records
 
     def _train(self, feed: Prefetch, interruption: Interruption) -> None:
-        step, seeds = over_seeds(self.program), jnp.asarray(self.seeds, jnp.int32)
+        step, seeds = stacked.over_seeds(self.program), self._seeds()
         spec, course, pending = self.experiment.train, self.course, None
         while course.done < spec.steps and None in course.stopped and not interruption.requested:
             fed = next(feed)
@@ -242,11 +196,11 @@ class _Group:
 
     # --- data and state -----------------------------------------------------------------------------------------------
 
-    def _streams(self) -> Streams:
+    def _streams(self) -> stacked.Streams:
         data = self.experiment.data
         workers = math.ceil(data.workers / len(self.seeds))  # they change nothing but the time
         data, adapters = data.replace(workers=workers), self.experiment.model.adapters
-        return Streams([train_batches(data, self.tokenizer, adapters, seed=seed) for seed in self.seeds])
+        return stacked.Streams([train_batches(data, self.tokenizer, adapters, seed=seed) for seed in self.seeds])
 
     def _put(self, batch: Batch) -> Batch:
         return jax.device_put(batch, self.program.parallel.devices[0])
@@ -262,11 +216,7 @@ class _Group:
     def _save(self) -> None:
         begin = time.monotonic()
         course = dataclasses.asdict(self.course) | {"seconds": self._seconds(), "place": self.place}
-        arrays = {"losses": course.pop("losses"), "course": np.frombuffer(json.dumps(course).encode(), np.uint8)}
-        arrays |= {f"state/{path}": np.asarray(leaf) for path, leaf in _paths(self.state).items()}
-        buffer = io.BytesIO()
-        np.savez(buffer, **arrays)
-        write_atomically(self.folder / STATE, buffer.getbuffer())
+        stacked.write(self.folder / STATE, self.state, course.pop("losses"), course)
         self.next_save = time.monotonic() + max(SAVE_EVERY, 10 * (time.monotonic() - begin))
 
     def _restore(self) -> None:
@@ -284,56 +234,17 @@ class _Group:
 
     def _begin(self) -> None:
         steps, count = self.experiment.train.steps, len(self.seeds)
-        self.state = jax.jit(jax.vmap(initial(self.program)))(jnp.asarray(self.seeds, jnp.int32))
+        self.state = jax.jit(jax.vmap(stacked.initial(self.program)))(self._seeds())
         self.course = Course(0, np.full((count, steps), np.nan, np.float32), [None] * count, [])
         self.place = self.streams.get_state()
 
     def _read(self) -> None:
-        shapes = jax.eval_shape(jax.vmap(initial(self.program)), jax.ShapeDtypeStruct((len(self.seeds),), jnp.int32))
-        with np.load(self.folder / STATE) as file:
-            course = json.loads(file["course"].tobytes())
-            losses, leaves = (
-                file["losses"],
-                [_as(file[f"state/{path}"], shape) for path, shape in _paths(shapes).items()],
-            )
+        target = jax.eval_shape(jax.vmap(stacked.initial(self.program)), self._seeds())
+        device = self.program.parallel.devices[0]
+        self.state, losses, course = stacked.read(self.folder / STATE, target, device)
         self.place = course.pop("place")
         self.streams.set_state(self.place)
         self.course = Course(losses=losses, **course)
-        device = self.program.parallel.devices[0]
-        # Copied: an array that JAX takes over as it is on a CPU must not be donated.
-        self.state = jax.tree.map(
-            jnp.copy, jax.device_put(jax.tree.unflatten(jax.tree.structure(shapes), leaves), device)
-        )
 
-
-def initial(program: Program):
-    """The state before the first step, as a function of the seed."""
-    optim, spikes = program.experiment.optim, program.experiment.train.spikes
-    return lambda seed: create(program.model, program.transformation, seed, optim.ema is not None, spikes)
-
-
-def over_seeds(program: Program):
-    """The compiled step of all seeds, `(states, batches, seeds) -> (states, figures)`; the states are donated.
-
-    The figures are float32 [2, seeds]: the losses, and how many of the last steps were not finite.
-    """
-
-    def advance(state, batch, seed):
-        state, metrics = make_step(dataclasses.replace(program.recipe, seed=seed))(state, batch)
-        return state, jnp.stack([metrics["loss"], metrics["skipped_in_row"]])
-
-    options = compiler_options(program.parallel.devices[0].platform)
-    return jax.jit(jax.vmap(advance, out_axes=(0, 1)), donate_argnums=0, compiler_options=options)
-
-
-def _paths(tree: Any) -> dict[str, Any]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-
-
-def _as(array: np.ndarray, shape: jax.ShapeDtypeStruct) -> np.ndarray:
-    """The array as it was saved: NumPy forgets the dtypes that it does not know. ValueError if it is another."""
-    array = array.view(shape.dtype) if array.dtype.kind == "V" else array
-    if array.shape != shape.shape or array.dtype != shape.dtype:
-        raise ValueError(f"an array is {array.dtype}{array.shape}, it must be {shape.dtype}{shape.shape}")
-    return array
+    def _seeds(self) -> jax.Array:
+        return jnp.asarray(self.seeds, jnp.int32)

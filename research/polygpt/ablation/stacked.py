@@ -1,0 +1,121 @@
+"""Several seeds of an experiment as one: their states, batches and steps, with an axis of seeds in front."""
+
+import dataclasses
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from polygpt.data.loader import TrainBatches
+from polygpt.files import write_atomically
+from polygpt.sequence import Batch
+from polygpt.training import automatic
+from polygpt.training.compilation import compiler_options
+from polygpt.training.experiment import Experiment
+from polygpt.training.program import Program, assemble
+from polygpt.training.state import State, create
+from polygpt.training.step import make_step
+
+
+def most(experiment: Experiment) -> int:
+    """How many seeds fit into the memory of a device, by estimate.
+
+    Each takes its state, a gradient and updates, and activations: by layer T B D (34 + 5 H T / D) bytes at 16 bits
+    (Korthikanti et al., 2205.05198, eq. 1), and the logits with their gradient.
+    """
+    vocabulary, decoder = experiment.tokenizer.build().vocabulary, experiment.model.decoder
+    program = assemble(experiment, vocabulary, jax.devices()[:1])
+    length, rows = experiment.data.layout.length, experiment.data.rows // experiment.optim.accumulate
+    heads = getattr(decoder.attention, "heads", 1)
+    layer = (
+        decoder.width * (34 + 5 * heads * length / decoder.width) * (2 if experiment.model.dtype == "float32" else 1)
+    )
+    activations = rows * length * (decoder.depth * layer + 3 * 4 * vocabulary)
+    state = automatic.bytes_of(jax.eval_shape(program.initial)) + 2 * automatic.bytes_of(program.shapes)
+    return max(1, int(automatic.SPLIT * automatic.memory_of_all() / (state + activations)))
+
+
+class Streams(Iterator[Batch]):
+    """The batches of several seeds, stacked: every array has an axis of seeds in front."""
+
+    last_examples = ()
+
+    def __init__(self, streams: Sequence[TrainBatches]):
+        self.streams = streams
+
+    def __next__(self) -> Batch:
+        return jax.tree.map(lambda *arrays: np.stack(arrays), *[next(stream) for stream in self.streams])
+
+    def get_state(self) -> dict[str, Any]:
+        """Where each stands."""
+        return {"streams": [stream.get_state() for stream in self.streams]}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continues where `get_state` was asked."""
+        for stream, own in zip(self.streams, state["streams"], strict=True):
+            stream.set_state([own])
+
+    def close(self) -> None:
+        """Ends all workers."""
+        for stream in self.streams:
+            stream.close()
+
+
+def initial(program: Program) -> Callable[[jax.Array], State]:
+    """The state before the first step, as a function of the seed."""
+    optim, spikes = program.experiment.optim, program.experiment.train.spikes
+    return lambda seed: create(program.model, program.transformation, seed, optim.ema is not None, spikes)
+
+
+def over_seeds(program: Program) -> Callable:
+    """The compiled step of all seeds, `(states, batches, seeds) -> (states, figures)`; the states are donated.
+
+    The figures are float32 [2, seeds]: the losses, and how many of the last steps were not finite.
+    """
+
+    def advance(state, batch, seed):
+        state, metrics = make_step(dataclasses.replace(program.recipe, seed=seed))(state, batch)
+        return state, jnp.stack([metrics["loss"], metrics["skipped_in_row"]])
+
+    options = compiler_options(program.parallel.devices[0].platform)
+    return jax.jit(jax.vmap(advance, out_axes=(0, 1)), donate_argnums=0, compiler_options=options)
+
+
+def write(path: Path, state: State, losses: np.ndarray, said: dict[str, Any]) -> None:
+    """Keeps a state, losses and JSON data in one file, whole or not at all."""
+    arrays = {f"state/{name}": np.asarray(leaf) for name, leaf in _paths(state).items()}
+    buffer = io.BytesIO()
+    np.savez(buffer, losses=losses, said=np.frombuffer(json.dumps(said).encode(), np.uint8), **arrays)
+    write_atomically(path, buffer.getbuffer())
+
+
+def read(path: Path, target: State, device: jax.Device) -> tuple[State, np.ndarray, dict[str, Any]]:
+    """What `write` kept; `target` has the shapes and dtypes of the state, which is put on the device.
+
+    Raises:
+        OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile: if it is not there, damaged or of another model.
+    """
+    with np.load(path) as file:
+        said, losses = json.loads(file["said"].tobytes()), file["losses"]
+        leaves = [_as(file[f"state/{name}"], shape) for name, shape in _paths(target).items()]
+    state = jax.device_put(jax.tree.unflatten(jax.tree.structure(target), leaves), device)
+    # Copied: an array that JAX takes over as it is on a CPU must not be donated.
+    return jax.tree.map(jnp.copy, state), losses, said
+
+
+def _paths(tree: Any) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def _as(array: np.ndarray, shape: jax.ShapeDtypeStruct) -> np.ndarray:
+    """The array as it was saved: NumPy forgets the dtypes that it does not know. ValueError if it is another."""
+    array = array.view(shape.dtype) if array.dtype.kind == "V" else array
+    if array.shape != shape.shape or array.dtype != shape.dtype:
+        raise ValueError(f"an array is {array.dtype}{array.shape}, it must be {shape.dtype}{shape.shape}")
+    return array
