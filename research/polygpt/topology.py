@@ -7,6 +7,7 @@ whoever calls (`attention.kernels.dispatch.compiling_for("tpu")`).
 
 import contextlib
 import importlib.util
+import math
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -21,6 +22,8 @@ FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 SOLID = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16")
 SHAPES = {"v4": SOLID, "v5e": FLAT, "v5p": SOLID, "v6e": FLAT, "tpu7x": SOLID}
 """Generations, and the shapes in chips of their slices; a solid one may also be of any three multiples of 4."""
+COUNTED = {"v4": 2, "v5e": 1, "v5p": 2, "v6e": 1, "tpu7x": 2}
+"""What the number in a name such as v5p-128 counts: cores of a chip, or chips (Cloud TPU's page of each generation)."""
 MEGACORE = {"v4": {"chip_config_name": "megacore"}}
 """Generations whose two cores a chip act as one device, where that is not libtpu's own default."""
 ENVIRONMENT = {
@@ -64,12 +67,35 @@ def require(name: str) -> None:
     """Raises UserError unless there is a slice of that name; libtpu is not asked."""
     generation, _, shape = name.partition(":")
     shapes = SHAPES.get(generation)
+    if said := translated(name):
+        raise UserError(f"no TPU slice is called {name!r}: {said}; {_accepted(_numbered(name)[0])}")
     # libtpu takes an empty name for a v2, and shapes that nobody is offered.
     if shapes is None:
         examples = ", ".join(f"{generation}:{shapes[1]}" for generation, shapes in SHAPES.items())
         raise UserError(f"no TPU slice is called {name!r}: accepted are GENERATION:SHAPE, such as {examples}")
     if shape not in shapes and not (shapes is SOLID and _multiples_of_4(shape)):
         raise UserError(f"no TPU slice is called {name!r}: {_accepted(generation)}")
+
+
+def translated(name: str) -> str | None:
+    """What a name that ends with a number, as Google's tools call slices, is here; None for any other name.
+
+    "v5p-128" is "v5p-128 counts cores, 2 a chip: 64 chips are v5p:4x4x4".
+    """
+    generation, number = _numbered(name)
+    if generation not in SHAPES or not number.isdecimal():
+        return None
+    each = COUNTED[generation]
+    chips, counts = int(number) // each, f"{name} counts " + ("chips" if each == 1 else f"cores, {each} a chip")
+    shapes = [shape for shape in SHAPES[generation] if math.prod(map(int, shape.split("x"))) == chips]
+    if int(number) % each or not shapes:
+        return f"{counts}: no slice has so many"
+    return f"{counts}: " + (f"{chips} chips are " if each > 1 else "it is ") + f"{generation}:{shapes[-1]}"
+
+
+def _numbered(name: str) -> tuple[str, str]:
+    generation, _, number = name.partition("-")
+    return {"v5litepod": "v5e"}.get(generation, generation), number
 
 
 def compile_for(name: str, function: Callable, *arguments: Any) -> jax.stages.Compiled:

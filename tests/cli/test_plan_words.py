@@ -49,3 +49,17 @@ def test_it_says_that_it_is_compiling_before_it_does(polygpt, capsys, monkeypatc
     code, _, said = polygpt("plan", TINY, "--on", "cpu:1", "--train.mesh.tensor", "1")
     assert before == ["compiling tiny for cpu:1 ...\n"]
     assert code == 2 and "the compiler gave no program: it is only pretended" in said
+
+
+@pytest.mark.parametrize(
+    ("on", "said"),
+    [
+        ("v5p-128", "64 chips are v5p:4x4x4; accepted for v5p are 2x2x1"),
+        ("v5e", "no TPU slice is called 'v5e': accepted for v5e are 1x1, 2x2"),
+        ("b200:8", "no figures of such a chip: there are v4, v5e, v5p, v6e, tpu7x, a100, h100, h200 and cpu"),
+        ("h100", "write CHIP:SIZE"),
+    ],
+)
+def test_a_target_that_is_not_known_is_translated_or_told_what_there_is(polygpt, on, said):
+    code, _, told = polygpt("plan", TINY, "--on", on)
+    assert code == 2 and said in told and told.count("\n") == 1

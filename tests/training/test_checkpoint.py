@@ -300,5 +300,5 @@ def test_a_damaged_checkpoint_gives_way_to_an_older_one_and_is_written_anew(tmp_
     assert_state_is(restore(tmp_path)[0], 2)
     for place in ("1", "2"):
         damage(tmp_path / place)
-    with pytest.raises(UserError, match=r"no checkpoint can be read \(2: .*\): remove the folder"):
+    with pytest.raises(UserError, match=rf"no checkpoint can be read \(2: .*; 1: .*\): remove {tmp_path} to"):
         restore(tmp_path)

@@ -5,7 +5,9 @@ import time
 import jax
 import pytest
 
-from polygpt.training.liveness import Liveness
+from polygpt.errors import UserError
+from polygpt.training import processes
+from polygpt.training.liveness import FAULT, Liveness
 
 
 class Service:
@@ -37,7 +39,29 @@ def test_only_an_error_of_a_collective_waits_to_hear_whose_it_is(error, waits):
     service = Service()
     liveness = Liveness(service, "host:1", 0, ["process 0"], bound=1.0)
     begun = time.monotonic()
-    liveness.fail(error)
-    assert (time.monotonic() - begun > 1.0) == waits  # FAREWELL is a tenth
-    assert service.texts["polygpt/verdict/0"] == f"process 0 failed: {type(error).__name__}: {error}: stopping"
+    said = liveness.fail(error)
+    assert (time.monotonic() - begun > 1.0) == waits == bool(said)  # FAREWELL is a tenth
+    why = said or f"{type(error).__name__}: {error}"
+    assert service.texts["polygpt/verdict/0"] == f"process 0 failed: {why}: stopping"
+    liveness.close()
+
+
+def test_the_text_of_a_collective_is_for_the_log_and_no_wait_is_longer_than_the_launcher_grants(capfd, monkeypatch):
+    monkeypatch.setenv(processes.GRACE, "1")
+    liveness = Liveness(Service(), "host:1", 0, ["process 0"], 100.0, processes._patience())
+    begun = time.monotonic()
+    said = liveness.fail(jax.errors.JaxRuntimeError("Gloo: Connection\nclosed by peer, pair.cc:12"))
+    assert "pair.cc" not in said and 0.7 < time.monotonic() - begun < 10
+    log, told = capfd.readouterr().err.splitlines()
+    assert log == "INFO a collective failed: JaxRuntimeError: Gloo: Connection closed by peer, pair.cc:12"
+    assert told == "polygpt: a collective failed: waiting up to 1 s to learn which process ended"
+    monkeypatch.delenv(processes.GRACE)
+    assert processes._patience() is None
+
+
+def test_a_fault_of_the_user_is_told_without_host_and_class():
+    service = Service()
+    liveness = Liveness(service, "host:1", 1, ["process 0 (host a, pid 1)", "process 1 (host a, pid 2)"], bound=4.0)
+    assert liveness.fail(UserError("data.rows is 3")) is None
+    assert service.texts["polygpt/verdict/0"] == f"{FAULT}process 1: data.rows is 3"
     liveness.close()

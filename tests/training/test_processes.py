@@ -122,18 +122,16 @@ def test_texts_reach_all_and_all_end_together():
 
 def test_a_barrier_names_who_did_not_come():
     codes, outputs, _ = run("missing")
-    assert codes[1] == 1 and codes[0] in (1, 2) and codes[2] in (1, 2)
+    assert codes == [2, 2, 2]
     said = re.search(r"barrier 'early': process 1 \(host \S+, pid \d+\) did not arrive within \d s", outputs[0])
     assert said and all(said[0] in output for output in outputs)  # process 1, too, hears why it was ended
 
 
 def test_an_error_in_one_process_is_told_by_all():
     codes, outputs, _ = run("error")
-    assert codes == [1, 2, 1]
+    assert codes == [2, 2, 2]
     for rank in (0, 2):
-        assert re.search(
-            r"process 1 \(host \S+, pid \d+\) failed: UserError: the disk is full: stopping", outputs[rank]
-        )
+        assert re.search(r"^polygpt: process 1: the disk is full$", outputs[rank], re.MULTILINE)
 
 
 def test_at_the_start_the_absent_are_numbered():

@@ -41,5 +41,6 @@ def run(arguments: Namespace) -> dict:
         return done
     if outcome.ours:
         return done | {"interrupted": "the processes were interrupted: the same command goes on"}
-    ended = f"{outcome.cause}: see {logs}"
-    return done | ({"fault": ended} if 2 in outcome.codes else {"interrupted": f"{ended}; the same command resumes"})
+    if local.AT_FAULT in outcome.codes:
+        return done | {"fault": f"the processes have ended: their logs are in {logs}"}
+    return done | {"interrupted": f"{outcome.cause}: see {logs}; the same command resumes"}

@@ -35,9 +35,17 @@ def json_alone(wanted: bool) -> Iterator[Callable[[Any], None]]:
     print(json.dumps(plain(results[0]), allow_nan=False), flush=True)
 
 
+class Warnings(logging.Handler):
+    """This package's warnings as every other line for a person."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """On stderr as it is now: a progress bar takes its place while it is drawn."""
+        print(f"polygpt: {' '.join(record.getMessage().split())}", file=sys.stderr, flush=True)
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silences the libraries' own log lines; their errors are exceptions and ours to tell."""
+    """Silences the libraries' own log lines; their errors are exceptions and ours to tell, and so are our warnings."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     import absl.logging
@@ -45,9 +53,16 @@ def quiet() -> Iterator[None]:
     absl.logging.set_verbosity(absl.logging.ERROR)
     for name in ("jax", "orbax", "tensorflow_datasets", "grain", "etils"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    ours, handler = logging.getLogger("polygpt"), Warnings(logging.WARNING)
+    ours.addHandler(handler)
+    spread, ours.propagate = ours.propagate, False  # a library may have given the root a handler, to say it once more
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        ours.propagate = spread
+        ours.removeHandler(handler)
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]], notes: bool = False) -> None:

@@ -21,6 +21,9 @@ LEFT_OUT = ("perplexity", "exact_match", "f1")
 def print_results(results: Mapping) -> None:
     """Prints what `evaluate` gives: a row for each task, a row for each modality gain."""
     tasks = results["tasks"]
+    if not tasks:
+        print(f"step {results['step']:,}: the experiment has no held-out tasks, so nothing was measured")
+        return
     found = {name for measures in tasks.values() for name in measures}.difference(LEFT_OUT)
     columns = [name for name in HEADS if name in found and name != "n"]
     columns += [*sorted(found.difference(HEADS)), *(["n"] if "n" in found else [])]

@@ -164,10 +164,8 @@ class Checkpoints:
             faults[step] = fault
             log.warning("checkpoint %s/%d is passed over: %s", self.folder, step, fault)
         if faults:
-            step, fault = next(iter(faults.items()))
-            raise UserError(
-                f"{self.folder}: no checkpoint can be read ({step}: {fault}): remove the folder to start anew"
-            )
+            tried = "; ".join(f"{step}: {fault}" for step, fault in faults.items())
+            raise UserError(f"no checkpoint can be read ({tried}): remove {self.folder} to start anew")
         self._set_aside_after(-1)
         return None
 

@@ -30,6 +30,9 @@ FOREVER = 10**9
 RESUMES = "stopping; the same command resumes"
 """Said where a process has died. One that failed may fail again."""
 
+FAULT = "fault: "
+"""Begins a verdict of the user's fault: it is said as it is, without host and class, and all end with code 2."""
+
 COLLECTIVE = (
     "Gloo",
     "NCCL",
@@ -53,10 +56,13 @@ class Liveness:
         rank: this process's.
         names: of all processes, by rank.
         bound: seconds within which all have ended when one has died.
+        patience: seconds for which an error of a collective waits to learn whose end it was; `bound` by default. A
+            launcher that ends processes earlier sets it.
     """
 
-    def __init__(self, client, address: str, rank: int, names: list[str], bound: float):
+    def __init__(self, client, address: str, rank: int, names: list[str], bound: float, patience: float | None = None):
         self.client, self.address, self.rank, self.names, self.bound = client, address, rank, names, bound
+        self.patience = bound if patience is None else min(patience, bound)
         self.answered = time.monotonic()  # when the service took the last beat
         self.closing = threading.Event()
         self.ending = threading.Lock()  # one thread tells the end, once
@@ -76,18 +82,28 @@ class Liveness:
         for thread in self.threads:
             thread.join(self.bound)
 
-    def fail(self, error: BaseException) -> None:
-        """Tells the others of an error in this process; one of a collective waits to be told whose fault it is."""
-        text = " ".join(f"{type(error).__name__}: {error}".split())
+    def fail(self, error: BaseException) -> str | None:
+        """Tells the others of an error in this process; one of a collective waits to be told whose fault it is.
+
+        Returns:
+            What to say in place of the error, where it is a collective's: the library's own text is long and names no
+            process. It is in the log, on a line of its own.
+        """
+        text, said = " ".join(f"{type(error).__name__}: {error}".split()), None
+        if isinstance(error, UserError):
+            with self.ending:
+                self._tell(f"{FAULT}process {self.rank}: {' '.join(str(error).split())}")
+            return None
         # A collective's error comes as one of several classes; a connection of this process's own is an OSError.
-        foreign = isinstance(error, Exception) and not isinstance(error, (UserError, OSError))
+        foreign = isinstance(error, Exception) and not isinstance(error, OSError)
         if foreign and any(word in text for word in COLLECTIVE):
-            self._say(
-                f"a collective failed ({text[:200]}): waiting up to {self.bound:.0f} s to learn which process ended"
-            )
-            time.sleep(self.bound)
+            self._write(f"INFO a collective failed: {text}")  # INFO: `launch local` leaves it to the log
+            self._say(f"a collective failed: waiting up to {self.patience:.0f} s to learn which process ended")
+            time.sleep(self.patience)
+            text = said = "a collective failed, and no process was heard to end: its error is in the log"
         with self.ending:
             self._tell(f"{self.names[self.rank]} failed: {text[:500]}: stopping")
+        return said
 
     def _beat(self) -> None:
         count, seen = 0, {}
@@ -150,12 +166,12 @@ class Liveness:
 
     def _end(self, why: str, tell: bool = False) -> None:
         with self.ending:
-            self._say(why)
+            self._say(why.removeprefix(FAULT))
             if tell:
                 self._tell(why)
             elif self.rank == 0:
                 time.sleep(min(FAREWELL, self.bound / BEATS))
-            leave(1)
+            leave(2 if why.startswith(FAULT) else 1)
 
     def _tell(self, why: str) -> None:
         self.closing.set()
@@ -166,8 +182,11 @@ class Liveness:
             time.sleep(min(FAREWELL, self.bound / BEATS))
 
     def _say(self, text: str) -> None:
+        self._write(f"polygpt: {text}")
+
+    def _write(self, line: str) -> None:
         with contextlib.suppress(OSError):
-            os.write(2, f"polygpt: {text}\n".encode())
+            os.write(2, f"{line}\n".encode())
 
 
 def leave(code: int) -> None:

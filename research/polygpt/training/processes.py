@@ -29,6 +29,8 @@ from polygpt.training.waiting import log_to_stderr, saying
 
 COORDINATOR, PROCESSES, PROCESS = "POLYGPT_COORDINATOR", "POLYGPT_PROCESSES", "POLYGPT_PROCESS"
 """Variables that `polygpt launch` sets: host:port of process 0, how many there are, and which one this is."""
+GRACE = "POLYGPT_GRACE"
+"""Set by `polygpt launch local`: seconds that it gives the others to end when a process has died."""
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +96,8 @@ def initialize(spec: ProcessesSpec = ProcessesSpec()) -> None:
         return
     names = [f"process {rank}" for rank in range(state.num_processes)]
     group = _group = _Group(spec, state.process_id, state.num_processes, names, collections.Counter())
-    group.liveness = Liveness(group.client, state.coordinator_address, group.rank, names, spec.heartbeat_timeout)
+    bound = spec.heartbeat_timeout
+    group.liveness = Liveness(group.client, state.coordinator_address, group.rank, names, bound, _patience())
     atexit.register(_finish)  # after JAX registered its own, and so before JAX closes the service
     names[:] = gather("start", f"process {group.rank} (host {socket.gethostname()}, pid {os.getpid()})")
 
@@ -112,7 +115,8 @@ def together(spec: ProcessesSpec = ProcessesSpec()) -> Iterator[None]:
         well = isinstance(error, SystemExit) and error.code in (0, None)
         if _group is not None and _group.failed is None and not well:
             _group.failed = error
-            _group.liveness.fail(error)
+            if said := _group.liveness.fail(error):
+                raise RuntimeError(said) from error
         raise
 
 
@@ -260,6 +264,12 @@ def _meet(group: _Group, name: str, bound: str = "barrier_timeout") -> None:
     group.client.key_value_delete(f"{place}/{group.rank}")
     group.last = f"passed barrier {name!r}, use {use + 1}, at {time.strftime('%H:%M:%S')}"
     log.info("barrier %r: ends after %.2f s", name, time.monotonic() - begun)
+
+
+def _patience() -> float | None:
+    """Seconds that a launcher leaves for learning whose end it was, and for ending well after that; None without."""
+    given = os.environ.get(GRACE, "")
+    return 0.7 * float(given) if given.replace(".", "", 1).isdecimal() else None
 
 
 def _rank(key: str) -> int:

@@ -69,8 +69,29 @@ def test_one_that_fails_is_named_and_the_others_are_ended(tmp_path, capfd, how, 
     assert time.monotonic() - begun < 20
     assert outcome.cause == f"process 1 {text}" and outcome.codes[1] in (-9, 2) and all(outcome.codes)
     said = capfd.readouterr().err
-    assert f"process 1 {text}: the others have 0 s to end" in said
+    assert (f"process 1 {text}: the others have 0 s to end" in said) == (
+        how == 9
+    )  # the user's fault it has said itself
     assert "[p1] polygpt: process 1 says why" in said and "SIGTERM to process 0, 2" in said
+
+
+SAME_FAULT = """
+import os, sys, time
+rank = int(os.environ["POLYGPT_PROCESS"])
+print("polygpt: ", "process 1: " if rank == 2 else "", "train.mesh.tensor 3: choose 2", sep="", file=sys.stderr)
+print("polygpt: of", rank, "alone", os.environ["POLYGPT_GRACE"], file=sys.stderr)
+time.sleep(0.5)
+sys.exit(2)
+"""
+
+
+def test_what_all_processes_say_is_heard_once(tmp_path, capfd):
+    assert launch(SAME_FAULT, [], 3, tmp_path, grace=7).codes == (2, 2, 2)
+    lines = capfd.readouterr().err.splitlines()
+    (fault,) = (line for line in lines if line.endswith("train.mesh.tensor 3: choose 2"))
+    assert fault.removeprefix("[p1] ") == "polygpt: train.mesh.tensor 3: choose 2" and len(lines) == 4
+    assert all("tensor 3: choose 2" in (tmp_path / f"p{rank}.log").read_text() for rank in range(3))
+    assert {"polygpt: of 0 alone 7", "[p1] polygpt: of 1 alone 7", "[p2] polygpt: of 2 alone 7"} < set(lines)
 
 
 def test_one_that_does_not_listen_is_killed_in_the_end(tmp_path, capfd):

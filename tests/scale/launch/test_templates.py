@@ -70,9 +70,11 @@ def test_a_skypilot_task_with_a_slice_is_one_node(capsys):
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        (["gke", "--on", "v5e:3x3"], "accepted are for v5e 1x1"),
-        (["gke", "--on", "v5e"], "accepted are for v5e"),
-        (["gke", "--on", "h100:8"], "such as v5e:16x16"),
+        (["gke", "--on", "v5e:3x3"], "accepted for v5e are 1x1"),
+        (["gke", "--on", "v5e"], "accepted for v5e are"),
+        (["gke", "--on", "v5p-128"], "64 chips are v5p:4x4x4"),
+        (["skypilot", "--on", "v5litepod-256"], "v5litepod-256 counts chips: it is v5e:16x16"),
+        (["gke", "--on", "h100:8"], "such as v4:2x2x2, v5e:2x2"),
         (["gke", "--on", "v5e:4x4", "--name", "A b"], "small letters"),
         (["skypilot", "--on", "tpu7x:4x4x4"], "see polygpt launch gke"),
         (["skypilot", "--on", "v5e:4x4", "--nodes", "2"], "see polygpt launch gke"),

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 import os
+import re
 import shlex
 import signal
 import socket
@@ -15,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from polygpt.errors import UserError
-from polygpt.training.processes import COORDINATOR, PROCESS, PROCESSES
+from polygpt.training.processes import COORDINATOR, GRACE, PROCESS, PROCESSES
 
 PROGRAM = (sys.executable, "-m", "polygpt.cli.main")
 """What the words of a command are given to."""
@@ -36,6 +37,12 @@ program of its own, because the launcher has threads and may run no Python betwe
 
 UNHEARD = (b"INFO ", b"[Gloo] ")
 """Beginnings of lines of process 0 that are for its log alone: barriers, and connections between processes."""
+
+
+TOLD = re.compile(rb"polygpt: process (\d+): ")
+"""Begins a line in which a process passes on the words of another."""
+AT_FAULT = 2
+"""The code of a process whose input is at fault; it has said so, and all that is left is to end."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +85,8 @@ def run(
         UserError: if the folder cannot be written, there are too few GPUs or a process cannot be started.
     """
     port = _free_port()
-    environments = [os.environ | environment(rank, count, devices, port) for rank in range(count)]
+    told = os.environ | {GRACE: f"{grace:g}"}
+    environments = [told | environment(rank, count, devices, port) for rank in range(count)]
     try:
         logs.mkdir(parents=True, exist_ok=True)
         files = [(logs / f"p{rank}.log").open("ab", buffering=0) for rank in range(count)]
@@ -94,11 +102,13 @@ def run(
             processes.append(_start([*program, *command], rank, variables))
         for number in asked:  # those that were started after it came have not got it
             _signal(processes, number)
-        listeners = []
+        listeners, heard = [], {}
         for rank, (process, file) in enumerate(zip(processes, files, strict=True)):
             file.write(f"--- {time.strftime('%F %T')} pid {process.pid}: {shlex.join(command)}\n".encode())
             for pipe, terminal in ((process.stdout, sys.stdout), (process.stderr, sys.stderr)):
-                listeners.append(threading.Thread(target=_listen, args=(rank, pipe, file, terminal), daemon=True))
+                listeners.append(
+                    threading.Thread(target=_listen, args=(rank, pipe, file, terminal, heard), daemon=True)
+                )
                 listeners[-1].start()
         first = _wait(processes, grace, asked)
         for listener in listeners:
@@ -106,7 +116,7 @@ def run(
     codes = tuple(process.returncode for process in processes)
     failed = [rank for rank in range(count) if codes[rank]]
     # A process that was killed, or says that its input is at fault, is the cause; the others ended because of it.
-    failed.sort(key=lambda rank: (codes[rank] != 2, rank != first) if codes[first] >= 0 else rank != first)
+    failed.sort(key=lambda rank: (codes[rank] != AT_FAULT, rank != first) if codes[first] >= 0 else rank != first)
     cause = describe(failed[0], codes[failed[0]]) if failed else None
     return Outcome(codes, cause, bool(asked))
 
@@ -170,14 +180,19 @@ def _start(words: Sequence[str], rank: int, variables: Mapping[str, str]) -> sub
         raise UserError(f"process {rank} cannot be started: {error.strerror}: start fewer, or free memory") from error
 
 
-def _listen(rank: int, pipe, file, terminal) -> None:
+def _listen(rank: int, pipe, file, terminal, heard: dict[bytes, int]) -> None:
+    """Copies lines to the file, and some to the terminal; what several processes say is `heard` of the first alone."""
     for line in pipe:  # to its end, whatever cannot be written: a process waits while its pipe is full
         with contextlib.suppress(OSError):
             file.write(f"[p{rank}] ".encode() + line)
         if rank == 0 and not line.startswith(UNHEARD) or line.startswith((b"polygpt: ", b"WARNING ")):
+            told = TOLD.match(line)
+            speaker, line = (int(told[1]), b"polygpt: " + line[told.end() :]) if told else (rank, line)
+            if line.startswith(b"polygpt: ") and heard.setdefault(line, rank) != rank:
+                continue
             text = line.decode(errors="replace")
             with contextlib.suppress(OSError):
-                print(text if rank == 0 else f"[p{rank}] {text}", end="", file=terminal, flush=True)
+                print(text if speaker == 0 else f"[p{speaker}] {text}", end="", file=terminal, flush=True)
 
 
 @contextlib.contextmanager
@@ -210,7 +225,7 @@ def _wait(processes: Sequence[subprocess.Popen], grace: float, asked: Sequence[i
         if failed and first is None:
             first = min(failed, key=lambda rank: processes[rank].returncode)  # signals before codes
             deadline = time.monotonic() + grace
-            if not asked:
+            if not asked and processes[first].returncode != AT_FAULT:
                 _say(f"{describe(first, processes[first].returncode)}: the others have {grace:.0f} s to end")
         if deadline is not None and time.monotonic() > deadline and left:
             number = left.pop(0)

@@ -11,8 +11,9 @@ import re
 import shlex
 from collections.abc import Sequence
 
+from polygpt import topology
 from polygpt.errors import UserError
-from polygpt.topology import FLAT, SHAPES
+from polygpt.spec import counted
 from polygpt.training.processes import COORDINATOR, PROCESS, PROCESSES
 
 
@@ -22,22 +23,21 @@ class Generation:
 
     Attributes:
         gke: the accelerator label of its nodes.
-        prefix, cores: its slices are called prefix-N, N being chips times `cores`.
+        prefix: its slices are called prefix-N, N being what `topology.COUNTED` says.
         runtime: of TPU VMs, for SkyPilot; None where it does not offer them.
     """
 
     gke: str
     prefix: str
-    cores: int
     runtime: str | None
 
 
 GENERATIONS = {
-    "v4": Generation("tpu-v4-podslice", "v4", 2, "tpu-ubuntu2204-base"),
-    "v5e": Generation("tpu-v5-lite-podslice", "v5litepod", 1, "v2-alpha-tpuv5-lite"),
-    "v5p": Generation("tpu-v5p-slice", "v5p", 2, "v2-alpha-tpuv5"),
-    "v6e": Generation("tpu-v6e-slice", "v6e", 1, "v2-alpha-tpuv6e"),
-    "tpu7x": Generation("tpu7x", "tpu7x", 2, None),
+    "v4": Generation("tpu-v4-podslice", "v4", "tpu-ubuntu2204-base"),
+    "v5e": Generation("tpu-v5-lite-podslice", "v5litepod", "v2-alpha-tpuv5-lite"),
+    "v5p": Generation("tpu-v5p-slice", "v5p", "v2-alpha-tpuv5"),
+    "v6e": Generation("tpu-v6e-slice", "v6e", "v2-alpha-tpuv6e"),
+    "tpu7x": Generation("tpu7x", "tpu7x", None),
 }
 CHIPS_OF_A_HOST = 4
 """In the machine types ct4p-hightpu-4t, ct5lp-hightpu-4t, ct5p-hightpu-4t, ct6e-standard-4t and tpu7x-standard-4t."""
@@ -52,16 +52,7 @@ class Slice:
     name: str
 
     def __post_init__(self):
-        generation, _, shape = self.name.partition(":")
-        known = SHAPES.get(generation, ())
-        cube = (
-            known and known is not FLAT and re.fullmatch(r"\d+x\d+x\d+", shape) and not any(n % 4 for n in self.sides)
-        )
-        if shape not in known and not cube:
-            offered = (
-                f"for {generation} {', '.join(known)}" if known else "GENERATION:SHAPE, such as v5e:16x16, v5p:4x4x8"
-            )
-            raise UserError(f"no TPU slice is called {self.name!r}: accepted are {offered}")
+        topology.require(self.name)
 
     @property
     def sides(self) -> list[int]:
@@ -82,7 +73,7 @@ class Slice:
     @property
     def type(self) -> str:
         """As Google's tools call it, "v5litepod-256"."""
-        return f"{self.generation.prefix}-{self.chips * self.generation.cores}"
+        return f"{self.generation.prefix}-{self.chips * topology.COUNTED[self.name.partition(':')[0]]}"
 
 
 def gke(
@@ -114,8 +105,9 @@ def gke(
         f"  --tpu-type={slice.type} --num-slices={slices} --docker-image={image} --max-restarts={restarts}",
         f"  --command={shlex.quote(text)}",
     )
+    size = f"{counted(slice.chips * slices, 'chip')}, {counted(slice.hosts * slices, 'host')}"
     return f"""\
-# A run on {slices} x {slice.name}: {slice.chips * slices} chips, {slice.hosts * slices} hosts, one process on each.
+# A run on {slices} x {slice.name}: {size}, one process on each.
 #
 #   kubectl apply -f {name}.yaml
 #
@@ -214,11 +206,13 @@ def skypilot(
         if slice.generation.runtime is None or nodes > 1:
             what = f"{on} there" if slice.generation.runtime is None else "several slices as one run there"
             raise UserError(f"SkyPilot: {what} is not supported: see polygpt launch gke")
-        extra, where = "tpu", f"the {slice.hosts} hosts of the slice find each other by its metadata"
+        extra, where = "tpu", f"the slice has {counted(slice.hosts, 'host')}, which find each other by its metadata"
         resources = f"tpu-{slice.type}\n  accelerator_args:\n    runtime_version: {slice.generation.runtime}"
         place = ""
     else:
         if not re.fullmatch(r"[A-Za-z][\w.-]*:\d+", on):
+            if said := topology.translated(on):
+                raise UserError(f"--on is {on!r}: {said}")
             raise UserError(f"--on is {on!r}: it must be a TPU slice such as v5e:4x8 or GPUs of a node such as H100:8")
         extra, where = "gpu", "the first node coordinates"
         resources = on

@@ -21,7 +21,6 @@ import os
 from typing import Literal
 
 from polygpt.errors import UserError
-from polygpt.spec import nearest
 
 GIB = 2**30
 
@@ -110,9 +109,9 @@ def cpu() -> Chip:
 
 
 def chip(name: str) -> Chip:
-    """The chip of that name; UserError with the nearest names if there is none."""
+    """The chip of that name; UserError with those that there are if there is none."""
     if name == "cpu":
         return cpu()
     if name not in CHIPS:
-        raise UserError(f"--on {name}: no figures of such a chip: {nearest(name, [*CHIPS, 'cpu'])}")
+        raise UserError(f"--on {name}: no figures of such a chip: there are {', '.join(CHIPS)} and cpu")
     return CHIPS[name]

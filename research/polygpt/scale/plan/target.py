@@ -108,6 +108,8 @@ def target(name: str, slices: int = 1) -> Target:
         UserError: there is no such chip, slice or number.
     """
     kind, colon, size = name.partition(":")
+    if not colon and (kind in topology.SHAPES or topology.translated(name)):
+        topology.require(name)  # which says what there is
     if not colon:
         raise UserError(f"--on {name}: write CHIP:SIZE, such as v5e:16x16, v5p:4x4x4, h100:8 or cpu:8")
     chip = chips.chip(kind)
