@@ -1,4 +1,4 @@
-"""A mesh that splits nothing is refused."""
+"""A mesh that splits nothing is refused; what is printed when a run begins."""
 
 import pytest
 from jax.sharding import AbstractMesh
@@ -6,8 +6,9 @@ from tiny_experiment import experiment
 
 from polygpt.errors import UserError
 from polygpt.models.functional import bind
+from polygpt.optim.mup import MuP
 from polygpt.sharding import AXES, Layout
-from polygpt.training.program import _require_splits
+from polygpt.training.program import _require_splits, assemble
 
 
 def require_splits(**sizes):
@@ -23,3 +24,12 @@ def test_an_axis_of_the_mesh_that_divides_no_parameter_is_named():
         require_splits(tensor=5)
     with pytest.raises(UserError, match="train.mesh.fsdp is 3"):
         require_splits(fsdp=3, tensor=2)
+
+
+def test_what_is_printed_when_a_run_begins_names_the_base_of_mup_and_its_factors():
+    tiny = experiment()
+    grown = tiny.replace(model=tiny.model.replace(mup=MuP({"decoder.width": 4})))
+    first, base, header, *rows = assemble(grown, vocabulary=256).about().splitlines()
+    assert first.startswith("tiny: ") and base == "muP, beside the base model of decoder.width 4"
+    assert "muP" in header and any("hidden x 0.25" in " ".join(row.split()) for row in rows)
+    assert "muP" not in assemble(tiny, vocabulary=256).about()
