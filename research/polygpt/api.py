@@ -47,8 +47,9 @@ from polygpt.objectives.next_token import NextToken
 from polygpt.objectives.router_z import RouterZLoss
 from polygpt.objectives.z_loss import ZLoss
 from polygpt.optim.groups import Group
+from polygpt.optim.mup import MuP
 from polygpt.optim.optim import Optim
-from polygpt.optim.optimizers import Adafactor, AdamW, Lion, Muon
+from polygpt.optim.optimizers import SGD, Adafactor, AdamW, Lion, Muon
 from polygpt.optim.schedules import SGDR, WSD, Constant, WarmupCosine, WarmupExponential, WarmupLinear
 from polygpt.sharding import MeshSpec
 from polygpt.training.checkpoint import CheckpointSpec
@@ -99,6 +100,7 @@ __all__ = [
     "MeshSpec",
     "MixtureOfExperts",
     "ModelSpec",
+    "MuP",
     "MultiHead",
     "Muon",
     "NextToken",
@@ -114,6 +116,7 @@ __all__ = [
     "Rope",
     "Rope2D",
     "RouterZLoss",
+    "SGD",
     "SGDR",
     "Sampling",
     "Score",

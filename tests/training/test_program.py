@@ -1,4 +1,4 @@
-"""A mesh that splits nothing is refused; heads that it does not divide are named."""
+"""A mesh that splits nothing is refused; heads that it does not divide are named; what is printed when a run begins."""
 
 import pytest
 from jax.sharding import AbstractMesh
@@ -6,8 +6,9 @@ from tiny_experiment import experiment
 
 from polygpt.errors import UserError
 from polygpt.models.functional import bind
+from polygpt.optim.mup import MuP
 from polygpt.sharding import AXES, Layout
-from polygpt.training.program import _require_splits, _undivided_heads
+from polygpt.training.program import _require_splits, _undivided_heads, assemble
 
 
 def layout_of(**sizes):
@@ -34,3 +35,12 @@ def test_heads_that_a_mesh_does_not_divide_are_named():
     assert not _undivided_heads(layout_of(tensor=heads, data=3), chosen)
     line = _undivided_heads(layout_of(tensor=2 * heads), chosen)[0]
     assert line.startswith(f"model.decoder: train.mesh.tensor {2 * heads} does not divide its {heads} heads")
+
+
+def test_what_is_printed_when_a_run_begins_names_the_base_of_mup_and_its_factors():
+    tiny = experiment()
+    grown = tiny.replace(model=tiny.model.replace(mup=MuP({"decoder.width": 4})))
+    first, base, header, *rows = assemble(grown, vocabulary=256).about().splitlines()
+    assert first.startswith("tiny: ") and base == "muP, beside the base model of decoder.width 4"
+    assert "muP" in header and any("hidden x 0.25" in " ".join(row.split()) for row in rows)
+    assert "muP" not in assemble(tiny, vocabulary=256).about()

@@ -55,6 +55,10 @@ class MuP(Spec):
         except SpecError as error:
             raise SpecError(f"model.mup.base: {str(error).removeprefix('--')}") from None
 
+    def about(self) -> str:
+        """A line that names the base."""
+        return "muP, beside the base model of " + ", ".join(f"{name} {value}" for name, value in self.base.items())
+
 
 @dataclasses.dataclass(frozen=True)
 class Growth:

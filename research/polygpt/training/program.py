@@ -54,11 +54,14 @@ class Program:
         runs, layout = self.parallel, self.parallel.layout
         place = f"{len(runs.devices)} x {runs.devices[0].device_kind}, {runs.mode}"
         place += f" ({layout.about()})" if layout else ""
+        mup = self.experiment.model.mup
         lines = [
+            *([self.reason] if self.reason else []),
             f"{self.experiment.name}: {count:,} parameters on {place}",
+            *([mup.about()] if mup else []),
             self.experiment.optim.table(self.shapes, self.model.growth),
         ]
-        return "\n".join([*([self.reason] if self.reason else []), *lines, *self.notes])
+        return "\n".join([*lines, *self.notes])
 
     @functools.cached_property
     def evaluated(self) -> Model:
