@@ -102,10 +102,14 @@ def test_one_that_does_not_listen_is_killed_in_the_end(tmp_path, capfd):
 
 
 def test_a_signal_is_passed_on(tmp_path, capfd):
-    code = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(1)); print(1); time.sleep(60)"
+    code = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(1)); print('ready'); time.sleep(60)"
+
+    def listens(rank: int) -> bool:
+        log = tmp_path / f"p{rank}.log"
+        return log.exists() and b"ready" in log.read_bytes()
 
     def stop():
-        while not (tmp_path / "p1.log").exists() or b"[p1] 1" not in (tmp_path / "p1.log").read_bytes():
+        while not (listens(0) and listens(1)):
             time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGTERM)
 
