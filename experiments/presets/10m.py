@@ -1,9 +1,9 @@
 """12 million parameters: a workstation's size.
 
     polygpt train experiments/presets/10m.py
-    polygpt plan experiments/presets/10m.py --on v5e:4x4
+    polygpt plan experiments/presets/10m.py --on v5e:2x4
 
-Meant for one GPU, or a v5e-4; experiments/plans says what it takes on a slice of each TPU generation. It begins on
+Meant for one GPU, or a v5e-8; experiments/plans says what it takes on a slice of each TPU generation. It begins on
 the embedded data: exchange `data` and `tokenizer` for your own corpus, and let `steps` and the learning rate follow
 it.
 """

@@ -1,9 +1,9 @@
 """1.1 billion parameters.
 
     polygpt train experiments/presets/1b.py
-    polygpt plan experiments/presets/1b.py --on v5e:4x4
+    polygpt plan experiments/presets/1b.py --on v5e:8x8
 
-Meant for a v5e-32; experiments/plans says what it takes on a slice of each TPU generation. It begins on the embedded
+Meant for a v5e-64; experiments/plans says what it takes on a slice of each TPU generation. It begins on the embedded
 data: exchange `data` and `tokenizer` for your own corpus, and let `steps` and the learning rate follow it.
 """
 

@@ -1,7 +1,7 @@
 """1.1 million parameters for a laptop: 8 rows of 256 positions.
 
     polygpt train experiments/presets/1m.py
-    polygpt plan experiments/presets/1m.py --on v5e:4x4
+    polygpt plan experiments/presets/1m.py --on v5e:2x2
 
 Meant for a laptop, or a v5e-4; experiments/plans says what it takes on a slice of each TPU generation. It begins on
 the embedded data: exchange `data` and `tokenizer` for your own corpus, and let `steps` and the learning rate follow

@@ -3,7 +3,7 @@
     polygpt train experiments/presets/32b.py
     polygpt plan experiments/presets/32b.py --on v5e:16x16 --search
 
-Meant for a v5e-256 or a v5p-256; experiments/plans says what it takes on a slice of each TPU generation. It begins on
+Meant for a v5e-256 or a v5p-128; experiments/plans says what it takes on a slice of each TPU generation. It begins on
 the embedded data: exchange `data` and `tokenizer` for your own corpus, and let `steps` and the learning rate follow
 it.
 """

@@ -1,9 +1,9 @@
 """410 million parameters.
 
     polygpt train experiments/presets/400m.py
-    polygpt plan experiments/presets/400m.py --on v5e:4x4
+    polygpt plan experiments/presets/400m.py --on v5e:4x8
 
-Meant for 8 GPUs, or a v5e-16; experiments/plans says what it takes on a slice of each TPU generation. It begins on
+Meant for 8 GPUs, or a v5e-32; experiments/plans says what it takes on a slice of each TPU generation. It begins on
 the embedded data: exchange `data` and `tokenizer` for your own corpus, and let `steps` and the learning rate follow
 it.
 """

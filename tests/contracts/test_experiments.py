@@ -1,11 +1,13 @@
 """Every file in experiments/ loads, goes through JSON, and its model fits the rows that it asks for."""
 
+import re
 from pathlib import Path
 
 import jax
 import pytest
 
 from batches import build
+from polygpt import topology
 from polygpt.models.functional import bind
 from polygpt.spec import from_json, load_file, to_json
 from polygpt.training.experiment import Experiment
@@ -16,6 +18,15 @@ FILES = [path for path in sorted(ROOT.rglob("*.py")) if "def experiment()" in pa
 
 def test_there_are_experiments():
     assert ROOT / "quickstart.py" in FILES
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "presets").glob("*.py")), ids=lambda path: path.stem)
+def test_a_preset_names_the_slices_that_its_plans_are_for(path):
+    suits, said = load_file(ROOT / "plans" / "write.py").SLICES[path.stem], load_file(path).__doc__
+    on = re.search(r"polygpt plan \S+ --on (\S+)", said)[1]
+    assert on == suits[0]
+    names = {topology.translated(name).rpartition(" ")[2] for name in re.findall(r"\bv\w+-\d+", said)}
+    assert on in names and names <= set(suits)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -32,6 +32,22 @@ def workdir(command: list[str]) -> Path:
     return Path(arguments.workdir or Path("runs") / experiment.load(arguments.file, arguments.changes).name)
 
 
+def require_many(command: list[str], processes: int) -> None:
+    """Refuses, before anything is started or submitted, what so many processes would refuse; a file that lies only
+    where the processes will run is not looked at.
+
+    Raises:
+        UserError: the experiment runs on one device alone, or is at fault itself.
+    """
+    from polygpt.cli import experiment, train
+
+    arguments = train.parser("polygpt train", "train").read(command[1:])
+    if processes > 1 and Path(arguments.file).is_file():
+        from polygpt.training import parallel
+
+        parallel.require_many(experiment.load(arguments.file, arguments.changes).train.parallel, processes)
+
+
 def count(text: str) -> int:
     """For argparse: a number from 1 on."""
     if not text.isdecimal() or int(text) < 1:

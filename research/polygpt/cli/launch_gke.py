@@ -2,11 +2,11 @@
 
 from argparse import Namespace
 
-from polygpt.cli.launch import LaunchParser, count
+from polygpt.cli.launch import LaunchParser, count, require_many
 
 EXAMPLES = """\
 examples:
-  polygpt launch gke --on v5e:16x16 --image IMAGE --bucket BUCKET -- train mine.py > polygpt.yaml
+  polygpt launch gke --on v5e:16x16 --image IMAGE --bucket B -- train mine.py --train.parallel auto > mine.yaml
   polygpt launch gke --on v5p:8x8x8 --slices 2 --name big -- train mine.py --train.parallel sharded
 
 Prints a JobSet for kubectl, with the xpk command of the same run in its first lines. Nothing is sent anywhere."""
@@ -32,6 +32,7 @@ def run(arguments: Namespace) -> dict:
     names = ("image", "bucket", "cluster", "project", "zone")
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name)}
     slice = templates.Slice(arguments.on)
+    require_many(arguments.command, slice.hosts * arguments.slices)
     text = templates.gke(arguments.command, slice, arguments.slices, arguments.name, **given)
     print(text, end="")
     return {"template": text}

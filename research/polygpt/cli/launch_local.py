@@ -3,12 +3,12 @@
 from argparse import Namespace
 from pathlib import Path
 
-from polygpt.cli.launch import LaunchParser, count, workdir
+from polygpt.cli.launch import LaunchParser, count, require_many, workdir
 
 EXAMPLES = """\
 examples:
   polygpt launch local -n 2 -- train experiments/quickstart.py --train.parallel sharded
-  polygpt launch local -n 4 --devices 2 -- train mine.py --workdir runs/mine
+  polygpt launch local -n 4 --devices 2 -- train mine.py --train.parallel auto --workdir runs/mine
 
 Process 0 prints here; each one writes to W/logs/p<number>.log, W being the run folder. When one of them dies, the
 others end too, and the same command goes on where they were; another -n goes on as well, the data divided anew."""
@@ -34,6 +34,7 @@ def run(arguments: Namespace) -> dict:
     """Runs the processes until the last one has ended; returns their exit codes and the place of their logs."""
     from polygpt.scale.launch import local
 
+    require_many(arguments.command, arguments.processes)
     logs = Path(arguments.logs) if arguments.logs else workdir(arguments.command) / "logs"
     outcome = local.run(arguments.command, arguments.processes, arguments.devices, logs, arguments.grace)
     done = {"codes": list(outcome.codes), "logs": logs}

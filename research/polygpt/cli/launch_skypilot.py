@@ -2,11 +2,12 @@
 
 from argparse import Namespace
 
-from polygpt.cli.launch import LaunchParser, count
+from polygpt.cli.launch import LaunchParser, count, require_many
 
 EXAMPLES = """\
 examples:
-  polygpt launch skypilot --on v5e:4x8 --bucket BUCKET -- train mine.py > mine.yaml && sky jobs launch mine.yaml
+  polygpt launch skypilot --on v5e:4x8 --bucket BUCKET -- train mine.py --train.parallel auto > mine.yaml
+  sky jobs launch mine.yaml
   polygpt launch skypilot --on H100:8 --nodes 4 --spot -- train mine.py --train.parallel sharded
 
 Prints a task for `sky`. Nothing is sent anywhere."""
@@ -28,6 +29,7 @@ def run(arguments: Namespace) -> dict:
     from polygpt.scale.launch import templates
 
     given = (arguments.command, arguments.on, arguments.nodes, arguments.name, arguments.bucket, arguments.spot)
-    text = templates.skypilot(*given)
+    text = templates.skypilot(*given)  # which knows whether there is such a thing
+    require_many(arguments.command, templates.machines(arguments.on, arguments.nodes))
     print(text, end="")
     return {"template": text}

@@ -3,14 +3,14 @@
 from argparse import Namespace
 from pathlib import Path
 
-from polygpt.cli.launch import LaunchParser, count, workdir
+from polygpt.cli.launch import LaunchParser, count, require_many, workdir
 from polygpt.errors import UserError
 
 EXAMPLES = """\
 examples:
   polygpt launch slurm --nodes 4 --gpus 8 --hours 24 --partition gpu -- train mine.py --train.parallel sharded
-  polygpt launch slurm --nodes 2 --set slurm_account=lab --set cpus_per_task=32 -- train mine.py
-  polygpt launch slurm --cluster local --tasks 2 -- train mine.py        the same, tried on this machine
+  polygpt launch slurm --nodes 2 --set slurm_account=lab --set cpus_per_task=32 -- train mine.py --train.parallel auto
+  polygpt launch slurm --cluster local --tasks 2 -- train mine.py --train.parallel sharded      tried on this machine
 
 One process runs on each node, with all its GPUs; --tasks divides them. Before the time is up, or when the job is
 preempted, the run saves, and the job is queued again; it resumes. The run folder and the logs must lie where all nodes
@@ -39,6 +39,7 @@ def run(arguments: Namespace) -> dict:
     """Submits the job; returns its number and the place of its logs."""
     from polygpt.scale.launch import slurm
 
+    require_many(arguments.command, arguments.nodes * arguments.tasks)
     folder = Path(arguments.folder) if arguments.folder else workdir(arguments.command) / "slurm"
     more = dict(_pair(text) for text in arguments.set)
     more |= {"gpus_per_node": arguments.gpus} if arguments.gpus else {}

@@ -170,8 +170,7 @@ def build(mode: Mode, axes: Any, mesh: MeshSpec | None = None, devices: list | N
     devices = tuple(devices or jax.devices())
     processes = sorted({device.process_index for device in devices})
     if mode == "single":
-        if len(processes) > 1:
-            raise UserError(f"train.parallel is 'single', and there are {len(processes)} processes: choose 'sharded'")
+        require_many(mode, len(processes))
         return Parallel(mode, devices[:1], 1, 1, 0, None, axes)
     if mode == "pmap":
         return Parallel(mode, devices, len(devices), len(processes), jax.process_index(), None, axes)
@@ -184,6 +183,12 @@ def build(mode: Mode, axes: Any, mesh: MeshSpec | None = None, devices: list | N
         )
     here = _blocks_by_process(layout).get(jax.process_index(), groups[0])  # planned devices are of no process
     return Parallel(mode, devices, layout.size("rows"), len(groups), groups.index(here), layout, axes)
+
+
+def require_many(mode: str, processes: int) -> None:
+    """Raises UserError if so many processes cannot train in this mode."""
+    if mode == "single" and processes > 1:
+        raise UserError(f"train.parallel is 'single', and there are {processes} processes: choose 'sharded'")
 
 
 def places(state: Any, axes: Any, layout: Layout) -> Any:

@@ -248,6 +248,11 @@ run: |
 """
 
 
+def machines(on: str, nodes: int) -> int:
+    """How many machines, and so processes, a SkyPilot task has: a TPU slice's hosts, or the nodes."""
+    return Slice(on).hosts if on.partition(":")[0] in GENERATIONS else nodes
+
+
 def with_workdir(command: Sequence[str], workdir: str) -> list[str]:
     """The command with a run folder, unless it names one."""
     named = any(word == "--workdir" or word.startswith("--workdir=") for word in command)
