@@ -102,7 +102,8 @@ def test_one_that_does_not_listen_is_killed_in_the_end(tmp_path, capfd):
 
 
 def test_a_signal_is_passed_on(tmp_path, capfd):
-    code = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(1)); print('ready'); time.sleep(60)"
+    code = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(1)); "
+    code += "print('ready'); time.sleep(60)"
 
     def listens(rank: int) -> bool:
         log = tmp_path / f"p{rank}.log"
