@@ -18,6 +18,7 @@ as it was; else, on two cores, seconds to minutes for a plan of a small preset a
 or more for them all."""
 
 DEFAULT = "experiments/plans"
+"""Where plans are committed."""
 
 
 def parser(prog: str, about: str) -> Parser:
