@@ -8,6 +8,7 @@ from polygpt import topology
 from polygpt.scale.plan import compilation, kept
 from polygpt.scale.plan.kept import Kept
 from polygpt.scale.plan.target import target
+from polygpt.sharding import MeshSpec
 
 
 def test_a_step_is_compiled_once(tmp_path, monkeypatch):
@@ -15,7 +16,7 @@ def test_a_step_is_compiled_once(tmp_path, monkeypatch):
     compiled, real = [], topology.compiled
     monkeypatch.setattr(topology, "compiled", lambda lowered: compiled.append(lowered) or real(lowered))
     chosen = tiny.experiment()
-    chosen = chosen.replace(train=chosen.train.replace(parallel="single"))
+    chosen = chosen.replace(train=chosen.train.replace(parallel="single", mesh=MeshSpec()))
     first, second = (compilation.build(chosen, target("cpu:1")) for _ in range(2))
     assert len(compiled) == 1 and first.text
     for name in ("text", "memory", "seconds", "exhausted"):
