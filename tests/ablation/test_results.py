@@ -1,5 +1,6 @@
 """Results: what a run is known by, a file that survives whoever writes it, and the frame that is read from it."""
 
+import dataclasses
 import json
 import math
 
@@ -11,6 +12,7 @@ from polygpt.ablation.results import append, choose, frame, key, labelled, read
 from polygpt.ablation.study import Ablation, point, points
 from polygpt.ablation.variants import grid
 from polygpt.errors import UserError
+from polygpt.optim.schedules import WarmupCosine
 from polygpt.overrides import replaced
 from polygpt.spec import load_file
 from polygpt.training.checkpoint import CheckpointSpec
@@ -50,6 +52,16 @@ def test_a_key_changes_with_what_changes_the_results_and_with_nothing_else():
     others = [experiment(seed=1), experiment(train__steps=13), experiment(model__decoder__width=32)]
     others += [experiment(train__evaluate_every=None), experiment(optim__schedule__peak=3.1e-3)]
     assert len({first, *map(key, others)}) == len(others) + 1
+
+
+def test_a_key_outlives_a_field_that_is_added_until_it_is_set():
+    schedule = WarmupCosine(3e-3, warmup=4)
+    place = {"__module__": WarmupCosine.__module__}
+    field = ("restarts", int, dataclasses.field(default=0))
+    later = dataclasses.make_dataclass("WarmupCosine", [field], bases=(WarmupCosine,), frozen=True, namespace=place)
+    before = key(experiment(optim__schedule=schedule))
+    assert key(experiment(optim__schedule=later(3e-3, warmup=4))) == before
+    assert key(experiment(optim__schedule=later(3e-3, warmup=4, restarts=1))) != before
 
 
 def test_a_key_changes_with_the_version(monkeypatch):

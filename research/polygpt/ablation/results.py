@@ -48,7 +48,9 @@ def key(experiment: Experiment) -> str:
     """What a run is known by: a SHA-256 over its configuration, this package's version and the code of other classes.
 
     The name is not in it, nor what changes no result (`workdir.SAME_MATHEMATICS`), nor where files of code lie. Of a
-    file of code everything counts but comments, the docstring, and the functions `ablation` and `experiment`.
+    file of code everything counts but comments, the docstring, and the functions `ablation` and `experiment`. Fields
+    at their defaults are left out, so that results outlive a field that is added: at its default it does what was done
+    without it. Whoever changes a default therefore changes the version.
     """
     return _key(_configured(experiment), experiment.seed)
 
@@ -59,22 +61,28 @@ def _key(configured: str, seed: int) -> str:
 
 def _configured(experiment: Experiment) -> str:
     sources: dict[str, str] = {}
-    data = _named(spec.to_json(experiment.replace(seed=0, name="any")), sources)
+    data = _given(experiment.replace(seed=0, name="any"))
     for name in SAME_MATHEMATICS:
         *outer, last = name.split(".")
-        functools.reduce(lambda tree, part: tree[part], outer, data).pop(last, None)
+        functools.reduce(lambda tree, part: tree.get(part, {}), outer, data).pop(last, None)
     _of_classes(experiment, sources)
     return json.dumps([data, __version__, sorted(sources.items())], sort_keys=True)
 
 
-def _named(data: Any, sources: dict[str, str]) -> Any:
-    """JSON data in which the class of a file is named without the folder."""
-    if isinstance(data, dict):
-        made = {name: _named(item, sources) for name, item in data.items()}
-        if isinstance(name := made.get("class"), str):
-            made["class"] = name.rpartition(os.sep)[2]
-        return made
-    return [_named(item, sources) for item in data] if isinstance(data, list) else data
+def _given(value: Any) -> Any:
+    """JSON data as of `spec.to_json`, of fields that are not at their defaults; a file's class without the folder."""
+    if isinstance(value, Spec):
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if not _is_default(value, f)}
+        name = spec.class_name(type(value)).rpartition(os.sep)[2]
+        return {"class": name, **{name: _given(item) for name, item in fields.items()}}
+    if isinstance(value, Mapping):
+        return {name: _given(item) for name, item in value.items()}
+    return [_given(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _is_default(value: Spec, field: dataclasses.Field) -> bool:
+    made = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    return made is not dataclasses.MISSING and getattr(value, field.name) == made
 
 
 def _of_classes(value: Any, sources: dict[str, str]) -> None:
