@@ -17,6 +17,9 @@ def pytest_configure(config):
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("jax")))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+    # Compiling takes most of a small test's time, and LLVM's optimizations a third of it; XLA's own passes stay.
+    if "xla_backend_optimization_level" not in (flags := os.environ.get("XLA_FLAGS", "")):
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0".strip()
     if "POLYGPT_CACHE" not in os.environ:  # the embedded data is prepared once a session
         config.polygpt_cache = os.environ["POLYGPT_CACHE"] = tempfile.mkdtemp(prefix="polygpt-tests-")
 
