@@ -39,7 +39,7 @@ def ablation() -> Ablation:
         unit="nats a byte",
         over={
             "width": zipped(grid("model.decoder.width", *WIDTHS), grid("model.decoder.attention.heads", *heads)),
-            "rate": grid("optim.schedule.peak", 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2),
+            "rate": grid("optim.schedule.peak", 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 1.28e-1),
         },
         claims=(
             Claim("constant(argmin(mup, over=rate), over=width)", "under muP the best rate is the same at all widths"),
