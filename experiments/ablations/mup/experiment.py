@@ -49,7 +49,7 @@ def ablation() -> Ablation:
             ),
             Claim(
                 "at(mup, width=128, rate=0.064) < at(mup, width=32, rate=0.064)",
-                "under muP wider is better at any rate",
+                "under muP wider is better, at a high rate too",
             ),
             Claim(
                 "at(mup, width=128, rate=0.064) < at(standard, width=128, rate=0.064)",
