@@ -65,6 +65,16 @@ def test_a_folder_of_media_trains_evaluates_and_generates(monkeypatch, folder):
 
 
 @pytest.mark.slow
+def test_a_wide_model_has_a_narrow_one_as_its_base(monkeypatch, folder):
+    small = ["--data.rows", "2", "--data.layout.length", "128", "--model.decoder.depth", "1", "--train.steps", "2"]
+    for words in [words for words in commands("mine.py") if words[-1] in ("runs/narrow", "runs/wide")]:
+        run(monkeypatch, folder, [*words, *small, "--no-report", "--json"])
+    models = [json.loads((folder / "runs" / name / "config.json").read_text())["model"] for name in ("narrow", "wide")]
+    assert models[0]["mup"] is None and models[0]["decoder"]["width"] == models[1]["mup"]["base"]["decoder.width"]
+    assert models[1]["decoder"]["width"] == 512
+
+
+@pytest.mark.slow
 def test_an_attention_of_ones_own_is_checked_drawn_measured_and_compared(monkeypatch, folder):
     check, show, bench, baseline, ablation, hybrid = tutorial()
     lines = (folder / "near_first.py").read_text().splitlines()

@@ -1,11 +1,15 @@
 """The README of an ablation and the table of all: what they say, and when they are out of date."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
 from own_ablation import write_ablation, write_results
-from polygpt.ablation import index, pictures, readme
+from polygpt.ablation import index, pictures, readme, results
+from polygpt.ablation.beside import agreement, beside
+from polygpt.ablation.charts import charts
+from polygpt.ablation.study import load_ablation
 from polygpt.errors import UserError
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
@@ -54,6 +58,30 @@ def test_a_readme_answers_first_and_then_says_how(made, drawn):
     assert all(words in text for words in [*said, "polygpt 0.0 (0123456789ab), JAX 0.10."])
     assert r"\textbf{" in (folder / "table.tex").read_text() and r"deep\_2" in (folder / "table.tex").read_text()
     assert readme.stale(folder) == []
+
+
+def test_the_order_of_the_papers_figures_is_compared_in_the_papers_direction(made, drawn):
+    folder = made()
+    frame = results.frame(load_ablation(folder / "experiment.py"), results.read(folder / "results.jsonl"))
+    same = "Of 1 pairs of variants, 1 have the same better one as in the paper, by the means."
+    assert beside(frame).notes == [same]
+    readme.write(folder)
+    assert same in (folder / "README.md").read_text()
+    # Of accuracies the higher one is the better, though our losses are compared with them.
+    paper = frame.ablation.paper.replace(unit="accuracy", better="higher")
+    turned = dataclasses.replace(frame, ablation=frame.ablation.replace(paper=paper))
+    assert beside(turned).notes == [same.replace("1 have", "0 have")]
+    assert beside(turned).columns[1] == "paper (accuracy, higher is better)"
+    assert charts(turned)[0].caption.endswith("the paper's figures (accuracy), higher is better.")
+
+
+def test_ties_and_variants_of_one_alone_say_nothing_of_the_order():
+    theirs = {"a": 1.0, "b": 1.0, "c": 2.0, "theirs": 0.0}
+    assert agreement(theirs, {"a": 5.0, "b": 6.0, "c": 5.5, "ours": 1.0}) == (1, 2)
+    assert agreement(theirs, {"a": 5.0, "b": 6.0, "c": 5.5, "ours": 1.0}, opposite=True) == (1, 2)
+    assert agreement(theirs, {"a": 5.0, "b": 6.0, "c": 7.0}) == (2, 2)
+    assert agreement(theirs, {"a": 5.0, "b": 6.0, "c": 7.0}, opposite=True) == (0, 2)
+    assert agreement(theirs, {"a": 5.0, "c": 5.0}) == agreement(theirs, {"a": 5.0, "c": 5.0}, opposite=True) == (0, 1)
 
 
 def test_tuning_is_told_and_counted(made, drawn):

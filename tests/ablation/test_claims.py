@@ -209,6 +209,14 @@ def test_false_claims_are_held_in_at_most_five_ablations_of_a_hundred():
     assert held > 0 and power / ablations > 0.95
 
 
+@pytest.mark.parametrize("seeds, noise, expected", [(5, 1.0, 0.03), (23, 1.0, 0.8), (5, 3.0, 0.9)])
+def test_few_seeds_show_equality_only_to_within_several_deviations(seeds, noise, expected):
+    rng, draws = np.random.default_rng(10), 400
+    pairs = (rng.normal(size=(2, seeds)) for _ in range(draws))
+    held = sum(one("abs(a - b) < noise", {"a": a, "b": b}, noise=noise).verdict == "held" for a, b in pairs)
+    assert held / draws == pytest.approx(expected, abs=0.04)
+
+
 @pytest.mark.parametrize("effect", [1.0, 2.0])
 def test_a_true_claim_is_held_as_often_as_theory_says(effect):
     rng = np.random.default_rng(9)

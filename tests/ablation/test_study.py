@@ -5,6 +5,7 @@ from tiny_runs import experiment
 
 from own_ablation import write_ablation
 from polygpt.ablation.budget import Budget
+from polygpt.ablation.claims import Claim
 from polygpt.ablation.study import Ablation, find_ablation, load_ablation, point, points
 from polygpt.ablation.variants import grid, zipped
 from polygpt.attention.sliding import SlidingWindow
@@ -55,8 +56,14 @@ def test_a_budget_is_held_at_every_value_of_a_factor():
 @pytest.mark.parametrize(
     ("settings", "fault"),
     [
-        ({"variants": {}}, "Ablation.variants is {}: it must be at least one"),
-        ({"variants": {"a-b": {}, "a b": {}}}, "'a b' and 'a-b' are one name in claims"),
+        ({"variants": {}}, "Ablation.variants is {}: it must be at least one, each with a name"),
+        ({"variants": {"": {}}}, "at least one, each with a name"),
+        ({"variants": {"a-b": {}, "a b": {}}}, "variants 'a-b' and 'a b' are both written a_b in claims: rename one"),
+        ({"claims": (Claim("deep < wide"),)}, "claim 'deep < wide': no variant is named 'wide'"),
+        (
+            {"claims": (Claim("deep < base"),), "over": {"width": grid(WIDTH, 8, 16)}},
+            "claim 'deep < base': deep has a value for each width: write at(deep, width=16)",
+        ),
         ({"seeds": 0}, "Ablation.seeds is 0"),
         ({"over": {"width": [1, 2]}}, "Ablation.over['width'] is [1, 2]: it must be a mapping from values to changes"),
         ({"over": {"width": {8: 8}}}, "Ablation.over['width'][8] is 8: it must be changes"),

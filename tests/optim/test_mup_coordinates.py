@@ -124,6 +124,15 @@ def test_what_training_changes_is_the_same_at_all_widths_under_mup_and_grows_wit
 
 
 @pytest.mark.slow
+def test_post_norm_blocks_keep_to_it_too(recorded):
+    def post(width):
+        spec = multimodal(width, BASE)
+        return spec.replace(decoder=spec.decoder.replace(norm_placement="post"))
+
+    check(slopes({width: sizes(post(width), ADAMW, recorded) for width in (32, 256)}))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "optim",
     [ADAMW, Optim(Constant(0.01), Muon()), Optim(Constant(0.1), SGD(momentum=0.5), clip=None)],

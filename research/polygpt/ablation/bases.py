@@ -1,11 +1,13 @@
 """Small experiments that ablations change: each trains within a minute on a core."""
 
+import math
 from typing import Any
 
 from polygpt.attention.multi_head import MultiHead
 from polygpt.data.layout import LayoutSpec
 from polygpt.data.loader import DataSpec, Task
 from polygpt.data.sources.corpus import Corpus
+from polygpt.data.tokenizers.bytes import Bytes
 from polygpt.evaluation.spec import EvalTask, EvaluationSpec
 from polygpt.models.decoder import DecoderSpec
 from polygpt.models.multimodal import ModelSpec
@@ -13,6 +15,10 @@ from polygpt.optim.optim import Optim
 from polygpt.optim.optimizers import AdamW
 from polygpt.optim.schedules import WarmupCosine
 from polygpt.training.experiment import Experiment, TrainSpec
+
+UNIFORM = math.log(Bytes().build().vocabulary)
+"""Nats a byte of what learned nothing, for which all bytes are equally likely: what may count as that of a run that
+diverged."""
 
 
 def text(

@@ -107,6 +107,7 @@ def _points(frame: Frame) -> Chart:
         series = tuple(Series(name, (0.0,), (figure,), *whole) for name, figure in figures.items())
         panels.append(Panel(f"paper: {paper.where}", series, "", paper.unit))
         caption += f"; on the right the paper's figures{f' ({paper.unit})' if paper.unit else ''}"
+        caption += f", {paper.better} is better" if paper.better not in (None, ablation.better) else ""
     return Chart("variants", caption + ".", "points", tuple(panels), ablation.better)
 
 

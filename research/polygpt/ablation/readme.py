@@ -10,26 +10,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from polygpt.ablation import results
+from polygpt.ablation.beside import beside
 from polygpt.ablation.charts import Chart, charts
 from polygpt.ablation.claims import Verdict
 from polygpt.ablation.markup import (
     Table,
-    as_written,
     duration,
     escaped_markdown,
     latex,
     markdown,
     short,
-    with_interval,
 )
 from polygpt.ablation.pictures import draw, fingerprint, fingerprint_of
 from polygpt.ablation.results import Frame
-from polygpt.ablation.statistics import complete, interval_t
 from polygpt.ablation.study import FILE, PLACE, Ablation, load_ablation, places
-from polygpt.ablation.summary import best_place, missing, verdicts
+from polygpt.ablation.summary import missing, verdicts
 from polygpt.ablation.tables import claims_table, costs_table, headline, results_table
 from polygpt.errors import UserError
 from polygpt.files import write_atomically
@@ -185,47 +181,9 @@ def _paper(frame: Frame) -> list[str]:
     evidence = f"Evidence {paper.evidence}: its figures are {EVIDENCE[paper.evidence]}."
     parts.append(f"{f'Setting: {escaped_markdown(paper.setting)}. ' if paper.setting else ''}{evidence}")
     if paper.figures:
-        parts.append(markdown(_beside(frame)))
+        table = beside(frame)
+        parts += [markdown(table), *(escaped_markdown(note) for note in table.notes)]
     return parts
-
-
-def _beside(frame: Frame) -> Table:
-    """The paper's figures beside ours, each also as the difference to its first."""
-    ablation, paper = frame.ablation, frame.ablation.paper
-    first = next((variant for variant in frame.values if variant in paper.figures), None)
-    over = f", at its best {' and '.join(ablation.over)}" if ablation.over else ""
-    over += f", mean over {next(iter(ablation.reads))}" if ablation.reads else ""
-    heads = ["variant", f"paper{f' ({paper.unit})' if paper.unit else ''}", f"minus {first}"]
-    heads += [f"ours: {ablation.metric} ({ablation.unit}){over}", f"minus {first}"]
-    means = {variant: _at_best(frame, variant) for variant in frame.values}
-    rows = []
-    for variant in [*frame.values, *(name for name in paper.figures if name not in frame.values)]:
-        theirs = paper.figures.get(variant)
-        both = theirs is not None and first is not None and variant != first
-        line = [variant, as_written(theirs), _difference(theirs, paper.figures[first]) if both else "–"]
-        ours_S = means.get(variant)
-        line.append(_over_seeds(ours_S))
-        line.append(_over_seeds(ours_S - means[first]) if ours_S is not None and first not in (None, variant) else "–")
-        rows.append(line)
-    return Table("The paper's figures beside ours", heads, rows)
-
-
-def _at_best(frame: Frame, variant: str) -> np.ndarray:
-    """The metric, [S], where the variant does best; the mean over what is read at."""
-    at = best_place(frame, variant)
-    index = tuple(frame.axes[factor].index(value) for factor, value in at.items())
-    return frame.values[variant][(slice(None), *index)].reshape(len(frame.seeds), -1).mean(axis=1)
-
-
-def _difference(value: float, first: float) -> str:
-    """To as many digits as the two figures have."""
-    digits = max(len(as_written(one).partition(".")[2]) for one in (value, first))
-    return f"{value - first:+.{digits}f}"
-
-
-def _over_seeds(x_S) -> str:
-    kept = complete(x_S) if x_S is not None else ()
-    return with_interval(float(kept.mean()), interval_t(kept)) if len(kept) else "–"
 
 
 def _run(frame: Frame) -> Iterator[str]:

@@ -7,13 +7,12 @@ one seed.
 
 import dataclasses
 import itertools
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from polygpt.ablation.budget import Budget
-from polygpt.ablation.claims import Claim
+from polygpt.ablation.claims import Claim, check
 from polygpt.ablation.variants import Changes, Name, united
 from polygpt.errors import SpecError, UserError
 from polygpt.overrides import replaced
@@ -46,6 +45,9 @@ class Paper(Spec):
     """What they were measured on."""
     figures: Mapping[str, float] = dataclasses.field(default_factory=dict)
     """Its results by variant."""
+    better: Literal["lower", "higher"] | None = None
+    """Which of its figures are the better ones: of accuracies higher, though we may measure losses; null for as in the
+    ablation."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,16 +85,13 @@ class Ablation(Spec):
     claims: tuple[Claim, ...] = ()
     """What is to be judged by the results."""
     noise: float | None = None
-    """The smallest difference that counts, in the metric's unit; null for the pooled standard deviation over seeds."""
+    """The smallest difference that counts, in the metric's unit; null for the pooled standard deviation over seeds, to
+    within which five seeds cannot show that variants are equal (`claims.py`): give a number where a claim says so."""
     diverged: float | None = None
     """What counts as the metric of a run that diverged, or that is worse than this; null: such a run is an error."""
 
     def validate(self):
-        self.require(bool(self.variants), "variants", "at least one")
-        symbols: dict[str, str] = {}
-        for name in self.variants:
-            if (other := symbols.setdefault(re.sub(r"\W", "_", name), name)) != name or not name:
-                raise SpecError(f"Ablation.variants: {name!r} and {other!r} are one name in claims: rename one of them")
+        self.require(bool(self.variants) and all(self.variants), "variants", "at least one, each with a name")
         self.require(self.seeds >= 1, "seeds", "at least 1")
         self.require(self.tuning_seeds >= 1, "tuning_seeds", "at least 1")
         self.require(len(self.reads) <= 1, "reads", "at most one factor")
@@ -105,6 +104,7 @@ class Ablation(Spec):
             _check_values(f"reads[{factor!r}]", values, str, "a metric, 'task/measure'")
             self.require(bool(values), "reads", "a factor with at least one value")
         _check_values("tuned", self.tuned, Mapping, "changes: {dotted field: value}")
+        check(self.claims, self.variants, self.axes())
 
     def metrics(self) -> list[str]:
         """All metrics that are read from runs, the main one first."""

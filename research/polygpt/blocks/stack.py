@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from polygpt import sharding
 from polygpt.attention.contract import Attention, Context, Dims
 from polygpt.attention.multi_head import MultiHead
-from polygpt.blocks.block import Block
+from polygpt.blocks.block import Block, NormPlacement
 from polygpt.blocks.pipeline import INPUT, KEPT, Schedule, pipeline
 from polygpt.errors import SpecError
 from polygpt.nn.losses import Losses, add
@@ -23,7 +23,7 @@ from polygpt.spec import Spec
 
 @dataclasses.dataclass(frozen=True)
 class StackSpec(Spec):
-    """A number of pre-norm blocks and a last normalisation; the blocks are equal but for their attention."""
+    """A number of blocks, equal but for their attention, and where they are pre-norm a last normalisation."""
 
     width: int = 128
     """D, the model width."""
@@ -34,7 +34,7 @@ class StackSpec(Spec):
     mlp: FeedForward = MLP()
     """The feed-forward layer of every block."""
     norm: Norm = LayerNorm()
-    """The normalisation before each half of a block and after the last block."""
+    """The normalisation of each half of a block and, where they are pre-norm, after the last block."""
     position: Position = NoPosition()
     """The position encoding."""
     dropout: float = 0.0
@@ -45,6 +45,9 @@ class StackSpec(Spec):
     """What the backward pass computes anew: nothing, all but matrix products, or everything inside a block."""
     pattern: tuple[Attention | None, ...] = ()
     """Variants of successive blocks, repeated to the depth; null is `attention`: [null, null, null, "FILE:CLASS"]."""
+    norm_placement: NormPlacement = "pre"
+    """Where the halves f of a block are normalised: pre is x + f(norm(x)), post is norm(x + f(x)), which as a rule
+    trains only with a warm-up of the learning rate, and has no norm after the last block (2002.04745)."""
 
     def validate(self):
         self.require(self.width >= 1, "width", "at least 1")
@@ -76,8 +79,13 @@ class StackSpec(Spec):
         return self.replace(attention=at(self.attention, base.attention), pattern=pattern)
 
     def dims(self, dtype: str) -> Dims:
-        """What the attention variant needs to know. Residual branches start at 1/sqrt(2 L): GPT-2, section 2.3."""
-        return Dims(self.width, dtype, self.position, output_scale=(2 * max(self.depth, 1)) ** -0.5)
+        """What the attention variant needs to know.
+
+        Residual branches start at 1/sqrt(2 L), since the stream sums up 2 L of them: GPT-2, section 2.3. Post-norm
+        blocks normalise each sum, and theirs start as other layers do.
+        """
+        scale = (2 * max(self.depth, 1)) ** -0.5 if self.norm_placement == "pre" else 1.0
+        return Dims(self.width, dtype, self.position, output_scale=scale)
 
     def score_flops(self, keys: float) -> float:
         """FLOPs of all blocks' attention beside its matrices, for one position that sees `keys` keys."""
@@ -105,7 +113,7 @@ class Stack(nnx.Module):
     """The module of a `StackSpec`.
 
     Parameters: `blocks/attention/...` [L, ...] if scanned, `blocks/0/...`, `blocks/1/...` if not; scanned with a
-    pattern of p blocks `blocks/0/...` to `blocks/<p - 1>/...`, each [L / p, ...].
+    pattern of p blocks `blocks/0/...` to `blocks/<p - 1>/...`, each [L / p, ...]. Pre-norm stacks have `norm/...` too.
     """
 
     pipelined: ClassVar[bool] = False
@@ -114,9 +122,10 @@ class Stack(nnx.Module):
     def __init__(self, spec: StackSpec, *, rngs: nnx.Rngs, dtype: str):
         self.spec, self.dtype = spec, dtype
         dims, period = spec.dims(dtype), spec.period()
+        shared = spec.mlp, spec.norm, spec.norm_placement, spec.dropout
 
         def block(variant):
-            return lambda key: Block(variant, spec.mlp, spec.norm, spec.dropout, dims, nnx.Rngs(key))
+            return lambda key: Block(variant, *shared, dims, nnx.Rngs(key))
 
         keys = jax.random.split(rngs.params(), max(spec.depth, 1))
         if spec.depth == 0:
@@ -128,12 +137,12 @@ class Stack(nnx.Module):
         else:
             p = len(period)
             self.blocks = nnx.List([nnx.vmap(block(variant))(keys[i::p]) for i, variant in enumerate(period)])
-        self.norm = spec.norm.build(spec.width)
+        self.norm = spec.norm.build(spec.width) if spec.norm_placement == "pre" else None
 
     def __call__(
         self, x_BTD: jax.Array, context: Context, cache: Any = None, key: jax.Array | None = None
     ) -> tuple[jax.Array, Any, Losses]:
-        """[B, T, D] -> ([B, T, D] normalised, cache, sums of the blocks' losses)."""
+        """[B, T, D] -> ([B, T, D] normalised, cache, sums of the blocks' losses). Blocks that are post-norm do it."""
         context = dataclasses.replace(context, inputs_BTD=x_BTD)
         x_BTD = x_BTD.astype(self.dtype)
 
@@ -147,7 +156,7 @@ class Stack(nnx.Module):
             x_BTD, losses = self.in_stages(x_BTD, context, key, schedule)
         else:
             x_BTD, cache, losses = self._over_blocks(call, x_BTD, cache)
-        return self.norm(x_BTD), cache, losses
+        return x_BTD if self.norm is None else self.norm(x_BTD), cache, losses
 
     def in_stages(
         self, x_BTD: jax.Array, context: Context, key: jax.Array | None, schedule: Schedule

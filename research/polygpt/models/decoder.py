@@ -23,7 +23,7 @@ class DecoderSpec(StackSpec):
     """A decoder. The defaults are today's common form: RMSNorm, SwiGLU, rotary positions."""
 
     norm: Norm = RMSNorm()
-    """The normalisation before each half of a block and after the last block."""
+    """The normalisation of each half of a block and, where they are pre-norm, after the last block."""
     mlp: FeedForward = GatedMLP()
     """The feed-forward layer of every block."""
     position: Position = Rope()
