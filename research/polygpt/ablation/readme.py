@@ -15,7 +15,15 @@ import numpy as np
 from polygpt.ablation import results
 from polygpt.ablation.charts import Chart, charts
 from polygpt.ablation.claims import Verdict
-from polygpt.ablation.markup import (
+from polygpt.ablation.pictures import draw, fingerprint, fingerprint_of
+from polygpt.ablation.results import Frame
+from polygpt.ablation.statistics import complete, interval_t
+from polygpt.ablation.study import FILE, PLACE, Ablation, load_ablation, places
+from polygpt.ablation.summary import best_place, missing, verdicts
+from polygpt.ablation.tables import claims_table, costs_table, headline, results_table
+from polygpt.errors import UserError
+from polygpt.files import write_atomically
+from polygpt.markup import (
     Table,
     as_written,
     duration,
@@ -25,14 +33,6 @@ from polygpt.ablation.markup import (
     short,
     with_interval,
 )
-from polygpt.ablation.pictures import draw, fingerprint, fingerprint_of
-from polygpt.ablation.results import Frame
-from polygpt.ablation.statistics import complete, interval_t
-from polygpt.ablation.study import FILE, PLACE, Ablation, load_ablation, places
-from polygpt.ablation.summary import best_place, missing, verdicts
-from polygpt.ablation.tables import claims_table, costs_table, headline, results_table
-from polygpt.errors import UserError
-from polygpt.files import write_atomically
 from polygpt.spec import load_file
 
 README, LATEX = "README.md", "table.tex"

@@ -1,22 +1,12 @@
 """A plan as tables, for the terminal and for Markdown; from its JSON data, so that committed plans can be shown."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 
+from polygpt import markup
+from polygpt.markup import Table
 from polygpt.scale.plan.collectives import NETWORK
 from polygpt.scale.plan.search import Found
 from polygpt.spec import counted
-
-
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """A title, names of columns, rows of text, and sentences to be read below; `prose`: the last column is text."""
-
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    notes: Sequence[str] = ()
-    prose: bool = False
 
 
 def tables(data: Mapping) -> list[Table]:
@@ -71,7 +61,8 @@ def markdown(data: Mapping, found: Found | None = None, pictures: Sequence[str] 
     parts += [f"![{name.rpartition('.')[0]}]({name})" for name in pictures]
     shown = tables(data) + ([searched(found)] if found else [])
     for table in shown:
-        parts += [f"## {table.title}", _markdown(table), *(f"```\n{note}\n```" for note in table.notes)]
+        parts += [f"## {table.title}", *([markup.markdown(table)] if table.rows else [])]
+        parts += [f"```\n{note}\n```" for note in table.notes]
     return "\n\n".join(parts) + "\n"
 
 
@@ -88,7 +79,7 @@ def searched(found: Found, shown: int = 12) -> Table:
     compiled = sum(way.data is not None for way in found.ways)
     title = f"Search: {len(found.ways)} ways to run {same[3:]} predicted, {compiled} compiled, {found.seconds:.0f} s"
     note = "Time, by which ways are compared: the mean of a step with everything and with nothing overlapped."
-    return Table(title, ["way", "", "memory", "time", "MFU ceiling"], rows, [note])
+    return Table(title, ["way", "", "memory", "time", "MFU ceiling"], rows, notes=[note])
 
 
 def gib(count: float | None) -> str:
@@ -101,7 +92,7 @@ def gib(count: float | None) -> str:
 def _memory(data: Mapping) -> Table:
     memory = data["memory"]
     if memory is None:
-        return Table("Memory of a device", ["the compiler said", ""], [], [data["exhausted"]["text"]])
+        return Table("Memory of a device", ["the compiler said", ""], [], notes=[data["exhausted"]["text"]])
     names = {
         "parameters": "parameters", "optimizer": "optimizer", "batch": "batch and the rest of the state",
         "padding": "padding of arguments", "temporaries": "activations, gradients and other temporaries",
@@ -123,7 +114,7 @@ def _flops(data: Mapping) -> Table:
     if roofline := data["roofline"]:
         executed = roofline["executed"] * data["devices"]
         rows.append(["in the compiled program, all devices", "", "", _count(executed)])
-    return Table("FLOPs of a step", ["", "each", "of", "FLOPs"], rows, [flops["formula"]])
+    return Table("FLOPs of a step", ["", "each", "of", "FLOPs"], rows, notes=[flops["formula"]])
 
 
 def _collectives(data: Mapping) -> Table:
@@ -143,7 +134,7 @@ def _collectives(data: Mapping) -> Table:
     seconds = sum(one["seconds"] for one in data["collectives"])
     rows.append(["all", "", "", f"{data['collective_bytes'] / 1e9:,.3f}", f"{seconds * 1e3:,.2f}", "", ""])
     columns = ["collective", "axes (devices)", "times", "GB sent", "ms", "async", "most of it: array, made for"]
-    return Table("Collectives of a step, for each device", columns, rows, prose=True)
+    return Table("Collectives of a step, for each device", columns, rows, prose=frozenset({len(columns) - 1}))
 
 
 def _short(origin: str) -> str:
@@ -164,7 +155,7 @@ def _roofline(data: Mapping) -> Table:
     rows += [["step, nothing hidden", seconds(roofline["serial"])]]
     rows += [["MFU ceiling", f"{roofline['mfu_ceiling']:.1%}"]]
     rows += [["MFU if nothing is hidden", f"{roofline['mfu_nothing_hidden']:.1%}"]]
-    return Table(f"Roofline: bound by {roofline['bound']}", ["", ""], rows, [roofline["ceiling"]])
+    return Table(f"Roofline: bound by {roofline['bound']}", ["", ""], rows, notes=[roofline["ceiling"]])
 
 
 def _nearest(data: Mapping) -> Table:
@@ -174,13 +165,6 @@ def _nearest(data: Mapping) -> Table:
         how = "compiled" if change["compiled"] else "predicted"
         rows.append([words, f"{gib(change['memory'])} of {gib(change['usable'])}", how])
     return Table("The nearest changes that fit", ["change", "memory", ""], rows)
-
-
-def _markdown(table: Table) -> str:
-    if not table.rows:
-        return ""
-    lines = [table.columns, ["---", *["---:"] * (len(table.columns) - 1)], *table.rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def seconds(value: float) -> str:
