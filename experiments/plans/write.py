@@ -17,6 +17,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from polygpt.errors import UserError
 from polygpt.files import plain, write_atomically
+from polygpt.markup import Table, markdown
 from polygpt.scale.plan.search import search
 from polygpt.scale.plan.tables import gib, seconds
 from polygpt.scale.plan.target import target
@@ -94,18 +95,9 @@ def index() -> None:
             rows.append(
                 [f"[{name}]({name}/{path.name})", data["on"], how, *figures, f"{data['compile_seconds']:.0f} s"]
             )
-    columns = [
-        "preset",
-        "on",
-        "how",
-        "memory of a device",
-        "step at least",
-        "bound by",
-        "MFU ceiling",
-        "nothing hidden",
-    ]
-    lines = [[*columns, "compiled in"], ["---"] * (len(columns) + 1), *rows]
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    columns = ["preset", "on", "how", "memory of a device", "step at least", "bound by", "MFU ceiling"]
+    columns += ["nothing hidden", "compiled in"]
+    table = markdown(Table("Plans", columns, rows, prose=frozenset(range(len(columns)))))
     text = (HERE / "about.md").read_text()
     write_atomically(HERE / "README.md", f"{text.rstrip()}\n\n{table}\n")
 

@@ -1,4 +1,4 @@
-"""Errors whose message is meant for the person who typed the command."""
+"""Errors whose message is meant for the person who typed the command, and how such a message is told."""
 
 
 class UserError(Exception):
@@ -30,3 +30,8 @@ class BadRecord(UserError, ValueError):
 
     def __reduce__(self):
         return BadRecord, (self.reason, self.place, self.detail)
+
+
+def one_line(message: str) -> str:
+    """A warning or an error as a person reads it on stderr, whichever part of the program says it."""
+    return f"polygpt: {' '.join(message.split())}"

@@ -9,6 +9,7 @@ from tiny_experiment import experiment
 
 from polygpt.errors import UserError
 from polygpt.overrides import override
+from polygpt.training.checkpoint import listed
 from polygpt.training.loop import train
 from polygpt.training.run import open_run
 from polygpt.training.sinks import Silent
@@ -64,7 +65,17 @@ def test_opening_changes_nothing_on_disk(run):
     assert sorted(run.rglob("*")) == before
 
 
-def test_where_none_is_good_the_first_fault_is_the_error(run):
-    paths = [flip(run, step, "ema") for step in (2, 4, 6)]
-    with pytest.raises(UserError, match=f"checkpoints/6 cannot be read: {paths[2].relative_to('checkpoints/6')} is no"):
+def test_where_none_is_good_all_are_named_in_one_line(run):
+    names = {step: flip(run, step, "ema").relative_to(f"checkpoints/{step}") for step in (6, 4)}
+    (run / "checkpoints/2/ema/_METADATA").unlink()
+    with pytest.raises(UserError) as error:
         open_run(run)
+    tried = [f"{step}: {name} is not as it was written" for step, name in names.items()]
+    tried += ["2: ema/_METADATA is missing"]
+    said = f"no checkpoint in {run / 'checkpoints'} can be read ({'; '.join(tried)}): train the run anew"
+    assert str(error.value) == f"{said}, or open another"
+
+
+def test_a_fault_that_several_checkpoints_share_is_said_once():
+    faults = {6: "a is missing", 4: "b is missing", 2: "a is missing"}
+    assert listed(faults) == "6, 2: a is missing; 4: b is missing"

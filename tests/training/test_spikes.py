@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from bigram import Bigram, random_batch
 
-from polygpt.errors import SpecError
+from polygpt.errors import Diverged, SpecError
 from polygpt.objectives.next_token import NextToken
 from polygpt.optim.optim import Optim
 from polygpt.optim.schedules import WarmupLinear
-from polygpt.training.spikes import SpikeSpec
+from polygpt.training.spikes import Rewinds, Rewound, SpikeSpec
 from polygpt.training.state import create
 from polygpt.training.step import Recipe, make_step
 
@@ -109,3 +109,24 @@ def test_looking_for_spikes_changes_no_step_without_one():
 def test_settings_that_make_no_sense_are_refused(field, value):
     with pytest.raises(SpecError, match=f"SpikeSpec.{field} is"):
         SpikeSpec(**{field: value})
+
+
+def test_rewinds_are_counted_with_the_spikes_that_they_undid_and_are_not_endless():
+    rewinds = Rewinds(SpikeSpec(action="rewind", patience=2, rewinds=2), Rewound(times=1, spikes=3))
+    metrics = {"spikes": 4.0, "spikes_in_row": 1.0}
+    rewinds.see(8, "after 8", metrics)
+    assert not rewinds.due and metrics == {"spikes": 7.0, "spikes_in_row": 1.0, "rewinds": 1.0}
+    rewinds.see(9, "after 9", {"spikes": 5.0, "spikes_in_row": 2.0})
+    assert rewinds.due and rewinds.begin() == (9, "after 9")
+    rewinds.end(spikes=1)
+    assert not rewinds.due and rewinds.undone == Rewound(times=2, spikes=3 + 4)
+    rewinds.see(12, "after 12", {"spikes": 3.0, "spikes_in_row": 2.0})
+    with pytest.raises(Diverged, match="step 12: the loss spiked 2 times in a row, after 2 rewinds: "):
+        rewinds.begin()
+
+
+@pytest.mark.parametrize("spec", [None, SpikeSpec(action="skip", patience=1)])
+def test_without_the_action_there_are_no_rewinds(spec):
+    rewinds, metrics = Rewinds(spec), {"spikes": 2.0, "spikes_in_row": 2.0}
+    rewinds.see(3, None, metrics)
+    assert not rewinds.due and metrics.get("rewinds", 0) == 0 and metrics["spikes"] == 2

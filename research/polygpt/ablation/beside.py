@@ -5,10 +5,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from polygpt.ablation.markup import Table, as_written, with_interval
 from polygpt.ablation.results import Frame
 from polygpt.ablation.statistics import complete, interval_t
 from polygpt.ablation.summary import best_place
+from polygpt.markup import Table, as_written, with_interval
 
 
 def beside(frame: Frame) -> Table:

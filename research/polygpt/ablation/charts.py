@@ -11,12 +11,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from polygpt.ablation.markup import alone, value_text
 from polygpt.ablation.results import Frame
 from polygpt.ablation.statistics import complete, interval_t
 from polygpt.ablation.study import TRAINING_LOSS
 from polygpt.ablation.summary import best_place, columns, combinations
 from polygpt.ablation.variants import Name
+from polygpt.markup import alone, value_text
 
 PANELS = 16
 """A picture has at most so many; of more there is no picture."""

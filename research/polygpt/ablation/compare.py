@@ -15,12 +15,12 @@ import numpy as np
 from scipy import special
 
 from polygpt import spec
-from polygpt.ablation.markup import Table, probability, span, with_interval
 from polygpt.ablation.record import finite_mean
 from polygpt.ablation.statistics import Compared, compare, interval_bootstrap, interval_t, superiority
 from polygpt.ablation.study import TRAINING_LOSS
 from polygpt.ablation.tables import probability_of
 from polygpt.errors import UserError
+from polygpt.markup import Table, probability, span, with_interval
 from polygpt.report.finish import RESULTS
 from polygpt.spec import nearest
 from polygpt.training.workdir import SAME_MATHEMATICS, differences, load_experiment

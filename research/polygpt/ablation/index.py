@@ -4,11 +4,11 @@ import dataclasses
 import re
 from pathlib import Path
 
-from polygpt.ablation.markup import escaped_markdown
 from polygpt.ablation.readme import README, command
 from polygpt.ablation.study import FILE, PLACE, load_ablation
 from polygpt.errors import UserError
 from polygpt.files import write_atomically
+from polygpt.markup import escaped_markdown
 
 MARKS = ("<!-- ablations: written by polygpt ablate -->", "<!-- end of ablations -->")
 

@@ -14,14 +14,6 @@ from polygpt.ablation import results
 from polygpt.ablation.beside import beside
 from polygpt.ablation.charts import Chart, charts
 from polygpt.ablation.claims import Verdict
-from polygpt.ablation.markup import (
-    Table,
-    duration,
-    escaped_markdown,
-    latex,
-    markdown,
-    short,
-)
 from polygpt.ablation.pictures import draw, fingerprint, fingerprint_of
 from polygpt.ablation.results import Frame
 from polygpt.ablation.study import FILE, PLACE, Ablation, load_ablation, places
@@ -29,6 +21,14 @@ from polygpt.ablation.summary import missing, verdicts
 from polygpt.ablation.tables import claims_table, costs_table, headline, results_table
 from polygpt.errors import UserError
 from polygpt.files import write_atomically
+from polygpt.markup import (
+    Table,
+    duration,
+    escaped_markdown,
+    latex,
+    markdown,
+    short,
+)
 from polygpt.spec import load_file
 
 README, LATEX = "README.md", "table.tex"

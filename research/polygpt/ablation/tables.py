@@ -5,9 +5,9 @@ import math
 from collections.abc import Sequence
 
 from polygpt.ablation.claims import Verdict
-from polygpt.ablation.markup import Table, alone, as_written, probability, short, span, value_text, with_interval
 from polygpt.ablation.results import Frame
 from polygpt.ablation.summary import best_rows, costs, missing, rows
+from polygpt.markup import Table, alone, as_written, probability, short, span, value_text, with_interval
 
 
 def results_table(frame: Frame) -> Table:

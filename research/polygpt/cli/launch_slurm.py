@@ -50,10 +50,9 @@ def run(arguments: Namespace) -> dict:
     print(f"job {job.job_id}: its logs are {folder}/{job.job_id}_*_log.out")
     done = {"job": job.job_id, "folder": folder}
     if arguments.wait:
-        faults = [str(error) for error in (sub.exception() for sub in job._sub_jobs or [job]) if error is not None]
+        faults = [error for error in (sub.exception() for sub in job._sub_jobs or [job]) if error is not None]
         if faults:
-            lines = [line for line in faults[0].splitlines() if line.strip()]
-            return done | {"interrupted": f"job {job.job_id}: {lines[-1]}: see {folder}"}
+            return done | {"interrupted": f"job {job.job_id}: {slurm.reason(faults[0])}: see {folder}"}
     return done
 
 

@@ -10,7 +10,7 @@ import sys
 import traceback
 
 from polygpt.cli import output
-from polygpt.errors import UserError
+from polygpt.errors import UserError, one_line
 
 VERBS = {
     "train": ("polygpt.cli.train", "train an experiment, evaluate it, write its report"),
@@ -84,7 +84,7 @@ def _dispatch(argv: list[str]) -> int:
     if result.get("fault"):  # done, and the answer is that the input is at fault
         raise UserError(result["fault"])
     if result.get("interrupted"):  # saved, and yet not done: `polygpt train ... && next` must not go on
-        print(f"polygpt: {result['interrupted']}", file=sys.stderr)
+        print(one_line(result["interrupted"]), file=sys.stderr)
         return 1
     return 0
 
@@ -114,7 +114,7 @@ def _without_verb(argv: list[str]) -> int:
 def _fail(error: BaseException, message: str, code: int, argv: list[str]) -> int:
     if "--debug" in argv:
         traceback.print_exception(error)
-    print(f"polygpt: {' '.join(message.split())}", file=sys.stderr)
+    print(one_line(message), file=sys.stderr)
     return code
 
 

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from polygpt.errors import one_line
 from polygpt.files import plain
 
 
@@ -40,7 +41,7 @@ class Warnings(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """On stderr as it is now: a progress bar takes its place while it is drawn."""
-        print(f"polygpt: {' '.join(record.getMessage().split())}", file=sys.stderr, flush=True)
+        print(one_line(record.getMessage()), file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

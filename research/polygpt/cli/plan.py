@@ -115,7 +115,7 @@ def _print(data: dict, found) -> None:
     for line in about(data):
         print(f"  {line}")
     for table in [*tables(data), *([searched(found)] if found else [])]:
-        print_table(table.title, list(table.columns), [list(row) for row in table.rows], table.prose)
+        print_table(table.title, list(table.columns), [list(row) for row in table.rows], bool(table.prose))
         for note in table.notes:
             print(note + "\n")
     if data.get("best"):

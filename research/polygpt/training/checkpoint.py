@@ -16,7 +16,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -164,8 +164,7 @@ class Checkpoints:
             faults[step] = fault
             log.warning("checkpoint %s/%d is passed over: %s", self.folder, step, fault)
         if faults:
-            tried = "; ".join(f"{step}: {fault}" for step, fault in faults.items())
-            raise UserError(f"no checkpoint can be read ({tried}): remove {self.folder} to start anew")
+            raise UserError(f"no checkpoint can be read ({listed(faults)}): remove {self.folder} to start anew")
         self._set_aside_after(-1)
         return None
 
@@ -258,6 +257,14 @@ class Checkpoints:
             self._damaged.pop(later, None)
             if self._primary:
                 _set_aside(self.folder / str(later), f"the run goes on from step {max(step, 0)}")
+
+
+def listed(faults: Mapping[int, str]) -> str:
+    """What is wrong with checkpoints, by step: "6, 4: params/d/a is missing; 2: ...", each fault once."""
+    steps: dict[str, list[str]] = {}
+    for step, fault in faults.items():
+        steps.setdefault(fault, []).append(str(step))
+    return "; ".join(f"{', '.join(some)}: {fault}" for fault, some in steps.items())
 
 
 def first_line(error: BaseException) -> str:

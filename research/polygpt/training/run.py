@@ -13,7 +13,7 @@ from polygpt.data.tokenizers.base import Tokenizer
 from polygpt.errors import UserError
 from polygpt.models.functional import Model, bind
 from polygpt.training import manifest
-from polygpt.training.checkpoint import best, first_line
+from polygpt.training.checkpoint import best, first_line, listed
 from polygpt.training.experiment import Experiment
 from polygpt.training.manifest import Record
 from polygpt.training.processes import agree, first_fault
@@ -57,7 +57,7 @@ def open_run(workdir: str | Path, checkpoint: Literal["best", "latest"] | None =
             all have to open it, and to do the same with it.
 
     Raises:
-        UserError: if it is no run folder, has no whole checkpoint, or none that can be read.
+        UserError: if it is no run folder, has no whole checkpoint, or none that can be read; it names them all.
     """
     workdir = Path(workdir)
     experiment = load_experiment(workdir)
@@ -81,15 +81,15 @@ def open_run(workdir: str | Path, checkpoint: Literal["best", "latest"] | None =
     else:
         model, places = model.on(layout), sharding.tree(layout, target, model.axes())
     target = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), target, places)
-    averaged, fault = experiment.optim.ema is not None, None
+    averaged, faults = experiment.optim.ema is not None, {}
     for record in [chosen, *(record for record in reversed(found) if record != chosen)]:
         place = folder / str(record.step)
         params, said = _read(place, target, averaged, spread)
         if not said:
             return Run(experiment, model, tokenizer, params, record.step, workdir)
         log.warning("checkpoint %s is passed over: %s", place, said)
-        fault = fault or f"{place} cannot be read: {said}"
-    raise UserError(fault)
+        faults[record.step] = said
+    raise UserError(f"no checkpoint in {folder} can be read ({listed(faults)}): train the run anew, or open another")
 
 
 def _finite(folder: Path) -> list[Record]:

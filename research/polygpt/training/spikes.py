@@ -1,11 +1,12 @@
 """Loss spikes: when a step's loss stands out from those before it, and what becomes of its update."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
+from polygpt.errors import Diverged
 from polygpt.spec import Spec
 
 
@@ -97,3 +98,51 @@ class SpikeSpec(Spec):
         if self.action == "skip":  # or a level that has shifted for good would leave out every update from here on
             entered = jnp.where(in_row >= self.patience, 0, entered)
         return spike, Window(recent, entered, window.spikes + spike, in_row)
+
+
+class Rewinds:
+    """The rewinds of a run: whether one is due, and what was undone.
+
+    Args:
+        spec: what a spike is; None: there are none.
+        undone: as the checkpoint has it that the run goes on from.
+    """
+
+    def __init__(self, spec: SpikeSpec | None, undone: Rewound = Rewound()):
+        self.spec, self.undone = spec, undone
+        self._spiked: tuple[int, Any, int] | None = None  # step, place in the data, spikes
+
+    @property
+    def due(self) -> bool:
+        """Whether the loop has to go back."""
+        return self._spiked is not None
+
+    def see(self, step: int, place: Any, metrics: dict[str, float]) -> None:
+        """Notes if a rewind is due after a step, and completes its metrics by what was before the last rewind.
+
+        Args:
+            step: its number.
+            place: in the data, after its batch.
+            metrics: its own; "spikes" and "rewinds" become those of the whole run.
+        """
+        if self.spec is None:
+            return
+        if self.spec.action == "rewind" and metrics["spikes_in_row"] >= self.spec.patience:
+            self._spiked = step, place, int(metrics["spikes"])
+        metrics["spikes"] += self.undone.spikes
+        metrics["rewinds"] = float(self.undone.times)
+
+    def begin(self) -> tuple[int, Any]:
+        """The step of the last spike, and the place in the data after it. Raises Diverged if there were too many."""
+        step, place, _ = self._spiked
+        if self.undone.times == self.spec.rewinds:
+            raise Diverged(
+                f"step {step}: the loss spiked {self.spec.patience} times in a row, after {self.spec.rewinds} rewinds: "
+                "lower the learning rate or look at the data (train.spikes.rewinds sets this limit)"
+            )
+        return step, place
+
+    def end(self, spikes: int) -> None:
+        """The loop is back, at a state whose window has counted so many spikes."""
+        lost = self._spiked[2] - spikes
+        self.undone, self._spiked = Rewound(self.undone.times + 1, self.undone.spikes + lost), None

@@ -31,7 +31,7 @@ from polygpt.training.pace import Pace
 from polygpt.training.prefetch import Fed, Prefetch
 from polygpt.training.program import assemble
 from polygpt.training.sinks import Sink
-from polygpt.training.spikes import Rewound
+from polygpt.training.spikes import Rewinds, Rewound
 from polygpt.training.watchdog import Watchdog
 from polygpt.training.workdir import claim
 
@@ -95,10 +95,10 @@ class Trainer:
         self.checkpoints = Checkpoints(workdir / "checkpoints", self.spec.checkpoint, self.spec.better)
         stack.callback(self.checkpoints.close)
         self.metric: float | None = None  # of the last step, if it was evaluated
-        self.rewound = Rewound()
+        self.rewinds = Rewinds(self.spec.spikes)
         if (data := self._restore()) is not None:
             self.batches.set_state(data["batches"])
-            self.rewound = Rewound(**data.get("rewound", {}))
+            self.rewinds = Rewinds(self.spec.spikes, Rewound(**data.get("rewound", {})))
         self.place = self.batches.get_state()  # after the last batch consumed: the prefetch thread is ahead
         first = jax.process_index() == 0
         if first:
@@ -112,7 +112,6 @@ class Trainer:
         self.feed = self._prefetch()
         stack.callback(lambda: self.feed.close())
         self.pending: tuple[int, Fed, dict[str, jax.Array]] | None = None
-        self.spiked: tuple[int, Any, int] | None = None  # step, place in the data, spikes, where a rewind is due
         self.step: Callable | None = None  # compiled, once there is a batch to compile it for
         self.begun = 0  # steps that this process has sent to its devices
         self.pace = Pace(self.parallel.feeders)
@@ -126,7 +125,7 @@ class Trainer:
         while not self._finished() and not self.interruption.due(self.begun):
             self._advance()
         self._settle()  # however the loop ended: a signal may come at any point of it
-        if self.spiked:
+        if self.rewinds.due:
             self._rewind()
         if self.saved < self.done:
             self._save()
@@ -153,7 +152,7 @@ class Trainer:
             self.state, metrics = self.step(self.state, fed.batch)
         self.begun += 1
         self._settle()  # the step before this one, while this one computes
-        if self.spiked:  # this one's result is dropped, and all processes have begun it
+        if self.rewinds.due:  # this one's result is dropped, and all processes have begun it
             return self._rewind()
         self.done += 1
         self.pending, self.place, self.metric = (self.done, fed, metrics), fed.state, None
@@ -162,7 +161,7 @@ class Trainer:
         saving = self.done % self.spec.checkpoint.every == 0
         if evaluating or saving or last:
             self._settle()
-            if self.spiked:
+            if self.rewinds.due:
                 return self._rewind()
             improved = evaluating and self._evaluate()
             if saving or improved:
@@ -178,8 +177,7 @@ class Trainer:
             metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self.pace.finished(fed)
         self.watchdog.finished(step)
-        if self.spec.spikes is not None:
-            self._look_for_spikes(step, fed, metrics)
+        self.rewinds.see(step, fed.state, metrics)
         if self.example_log:
             self.example_log.examples(step, fed.examples)
         if step % self.spec.log_every == 0 or step == self.spec.steps:
@@ -198,34 +196,20 @@ class Trainer:
                 + ": lower the learning rate or look at the data (train.max_nonfinite sets this limit)"
             )
 
-    def _look_for_spikes(self, step: int, fed: Fed, metrics: dict[str, float]) -> None:
-        """Completes the metrics by what was before the last rewind, and notes if there is to be another."""
-        spikes = self.spec.spikes
-        if spikes.action == "rewind" and metrics["spikes_in_row"] >= spikes.patience:
-            self.spiked = step, fed.state, int(metrics["spikes"])
-        metrics["spikes"] += self.rewound.spikes
-        metrics["rewinds"] = float(self.rewound.times)
-
     def _rewind(self) -> None:
         """Back to the last checkpoint, and on with the data after the last spike.
 
         Only to one that was due by `checkpoint.every`: one that a signal left is not there in a run without the signal.
         """
-        (step, place, spikes), self.spiked, self.pending = self.spiked, None, None
-        limits = self.spec.spikes
-        if self.rewound.times == limits.rewinds:
-            raise Diverged(
-                f"step {step}: the loss spiked {limits.patience} times in a row, after {limits.rewinds} rewinds: lower "
-                "the learning rate or look at the data (train.spikes.rewinds sets this limit)"
-            )
+        step, place = self.rewinds.begin()
+        self.pending = None
         self.goodput.record(step)
         with self._doing("lost"):
             self.feed.close()
             self.state = None  # the device may not hold two
             due = (step - 1) // self.spec.checkpoint.every * self.spec.checkpoint.every
             self._restore(before=due + 1)
-            lost = spikes - int(self.state.window.spikes)
-            self.rewound = Rewound(self.rewound.times + 1, self.rewound.spikes + lost)
+            self.rewinds.end(int(self.state.window.spikes))
             self.batches.set_state(feeders.everywhere(place))
             self.place, self.feed = place, self._prefetch()
         self.goodput.back(self.done)
@@ -259,7 +243,7 @@ class Trainer:
                 data={
                     "batches": feeders.everywhere(self.place),
                     "standing": dataclasses.asdict(self.standing),
-                    "rewound": dataclasses.asdict(self.rewound),
+                    "rewound": dataclasses.asdict(self.rewinds.undone),
                     "config": spec.to_json(self.experiment),
                 },
             )

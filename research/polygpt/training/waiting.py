@@ -2,11 +2,14 @@
 
 import contextlib
 import logging
+import sys
 import threading
 import time
 from collections.abc import Iterator
 
 import jax
+
+from polygpt.errors import one_line
 
 SLOW = 30.0
 """Seconds of waiting after which it is said, and said again."""
@@ -35,12 +38,20 @@ def saying(what: str, whom=lambda: "") -> Iterator[None]:
             speaker.join()
 
 
+class _Lines(logging.Handler):
+    """What is for the log alone with its time, and warnings as every other line for a person."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        aside = f"{record.levelname} {time.strftime('%H:%M:%S')} {text}"
+        line = aside if record.levelno < logging.WARNING else one_line(text)
+        print(f"{line}\n", end="", file=sys.stderr, flush=True)  # whole, beside what other threads print
+
+
 def log_to_stderr() -> None:
     """Lets this package's lines be seen, whatever the level of others."""
     logger = logging.getLogger("polygpt.training")
     if not logger.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(levelname)s %(asctime)s %(message)s", "%H:%M:%S"))
-        logger.addHandler(handler)
+        logger.addHandler(_Lines())
         logger.setLevel(logging.INFO)
         logger.propagate = False

@@ -116,3 +116,38 @@ def test_without_submitit_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(UserError, match=r"pip install 'polygpt\[slurm\]'"):
         slurm.submit(slurm.Task(["train", "x.py"]), tmp_path)
+
+
+FAILED = """Job (task=1) failed during processing with trace:
+----------------------
+Traceback (most recent call last):
+  File "slurm.py", line 55, in __call__
+    raise RuntimeError(f"process {rank} on {host} ended with code {code}")
+{error}
+----------------------
+You can check full logs with 'job.stderr(1)' and 'job.stdout(1)'or at paths:
+  - 7_1_log.err"""
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        (FAILED.replace("{error}", "RuntimeError: process 1 on b ended with code 9"), "RuntimeError: process 1 on b "),
+        (FAILED.replace("{error}", "subprocess.TimeoutExpiredError: late"), "subprocess.TimeoutExpiredError: late"),
+        ("Job 7 (task: 0) has not produced any output (state: NODE_FAIL)\n\nLook at stdout: 7", "Job 7 (task: 0) has"),
+        ("", "RuntimeError"),
+    ],
+)
+def test_why_a_job_failed_is_one_line_of_what_submitit_says(said, why):
+    found = slurm.reason(RuntimeError(said))
+    assert found.startswith(why) and "\n" not in found
+
+
+def test_a_job_that_is_waited_for_and_fails_says_why(tmp_path, capsys, monkeypatch):
+    error = submitit.core.utils.FailedJobError(FAILED.replace("{error}", "RuntimeError: process 1 on b ended: 9"))
+    job = mock.Mock(job_id="7", _sub_jobs=[mock.Mock(exception=lambda: None), mock.Mock(exception=lambda: error)])
+    monkeypatch.setattr(slurm, "submit", lambda *_: job)
+    words = ["launch", "slurm", "--wait", "--folder", str(tmp_path), "--", "train", "x.py"]
+    assert main(words) == 1
+    said = capsys.readouterr().err
+    assert said == f"polygpt: job 7: RuntimeError: process 1 on b ended: 9: see {tmp_path}\n"

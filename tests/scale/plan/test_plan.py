@@ -10,12 +10,15 @@ import pytest
 import tiny
 
 from polygpt.cli.main import main
-from polygpt.scale.plan import search
+from polygpt.scale.plan import compilation, search
 from polygpt.scale.plan.candidates import candidates, current, smaller
 from polygpt.scale.plan.check import GROWTH, check
+from polygpt.scale.plan.compilation import Built
+from polygpt.scale.plan.memory import Memory
+from polygpt.scale.plan.pictures import draw_plan
 from polygpt.scale.plan.plan import plan
-from polygpt.scale.plan.tables import headline, markdown
-from polygpt.scale.plan.target import target
+from polygpt.scale.plan.tables import headline, markdown, searched
+from polygpt.scale.plan.target import Target, target
 
 HERE = Path(__file__).parent
 PLANS = HERE.parents[2] / "experiments" / "plans"
@@ -139,3 +142,48 @@ def test_the_command_prints_writes_and_says_what_is_not_known(tmp_path, capsys):
 def test_what_cannot_be_planned_is_said_in_one_line(words, said, capsys):
     assert main(["plan", str(HERE / "tiny.py"), *words]) == 2
     assert said in capsys.readouterr().err
+
+
+STAND_IN = """\
+%add (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[] parameter(0)
+  %y = f32[] parameter(1)
+  ROOT %sum = f32[] add(%x, %y)
+}
+
+ENTRY %main (a: f32[1000,1000], b: f32[1000,1000]) -> f32[1000,1000] {
+  %a = f32[1000,1000]{1,0} parameter(0)
+  %b = f32[1000,1000]{1,0} parameter(1)
+  %dot = f32[1000,1000]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %r = f32[1000,1000]{1,0} all-reduce(%dot), channel_id=1, replica_groups={{0,1,2,3,4,5,6,7}}, \
+use_global_device_ids=true, to_apply=%add
+}
+"""
+
+
+def test_of_a_gpu_nothing_is_said_that_rests_on_the_bytes_of_a_cpus_program(monkeypatch, tmp_path):
+    on = target("h100:8")
+    memory = Memory(2**30, 2**31, 2**20, 0, 2**32, 0, 0, on.usable)
+    mesh = {"data": 1, "fsdp": 8}
+    built = Built(STAND_IN, memory, None, 1.0, mesh, None, 258, [None] * 8)
+    monkeypatch.setattr(compilation, "build", lambda experiment, target: built)
+    monkeypatch.setattr(Target, "prepare", lambda self: None)
+    chosen = tiny.experiment()
+    data = json.loads(json.dumps(plan(chosen, on).to_json()))
+    useful = data["flops"]["useful"] / 8 / 989.4e12
+    assert data["roofline"] is None and data["stand_in"]["useful"] == pytest.approx(useful)
+    assert data["stand_in"]["links"] == pytest.approx(2 * 7 / 8 * 4e6 / 450e9)
+    text = markdown(data)
+    assert not any(words in text for words in ("HBM", "bound by", "MFU ceiling", "async", "compiled program"))
+    assert "parameters and optimizer take 3.00 GiB; all, by a CPU program's temporaries 7.00 GiB of 70.04 GiB" in text
+    assert "no roofline and no ceiling of the MFU" in text and "| all-reduce | fsdp (8) | 1 |" in text
+    assert "activations, gradients and other temporaries, of the CPU's program" in text
+    draw_plan(data, tmp_path / "plan.png")
+    assert (tmp_path / "plan.png").stat().st_size > 10_000
+
+
+def test_a_search_for_gpus_has_no_ceilings_and_says_that_times_are_predicted():
+    found = search.Found(tiny.experiment(), target("h100:8"), [])
+    table = searched(found)
+    assert "MFU ceiling" not in table.columns and "predicted, of compiled ways too" in table.notes[0]
+    assert "MFU ceiling" in searched(search.Found(tiny.experiment(), target("v5e:2x2"), [])).columns

@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import dataclasses
-import re
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -94,10 +93,9 @@ class _Array:
         self.deaths[task.name] += 1
         if (times := self.deaths[task.name]) <= self.engine.retries:
             return self.submit([task])
-        lines = [line for line in str(error or "it left no answer").splitlines() if line.strip()]
-        said = next((line for line in reversed(lines) if re.match(r"\w+Error: ", line)), lines[0])  # of a traceback
+        said = slurm.reason(error) if error is not None else "it left no answer"
         tried = f"{times} times, last " if times > 1 else ""
-        return Failure(f"its job failed, {tried}{job.job_id}: {said.strip()}: see {self.folder}", False)
+        return Failure(f"its job failed, {tried}{job.job_id}: {said}: see {self.folder}", False)
 
     @contextlib.contextmanager
     def cancelled(self) -> Iterator[None]:

@@ -185,7 +185,7 @@ def _listen(rank: int, pipe, file, terminal, heard: dict[bytes, int]) -> None:
     for line in pipe:  # to its end, whatever cannot be written: a process waits while its pipe is full
         with contextlib.suppress(OSError):
             file.write(f"[p{rank}] ".encode() + line)
-        if rank == 0 and not line.startswith(UNHEARD) or line.startswith((b"polygpt: ", b"WARNING ")):
+        if rank == 0 and not line.startswith(UNHEARD) or line.startswith(b"polygpt: "):
             told = TOLD.match(line)
             speaker, line = (int(told[1]), b"polygpt: " + line[told.end() :]) if told else (rank, line)
             if line.startswith(b"polygpt: ") and heard.setdefault(line, rank) != rank:

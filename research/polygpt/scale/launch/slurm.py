@@ -7,6 +7,7 @@ the job goes back into the queue, where the same command resumes.
 import contextlib
 import dataclasses
 import os
+import re
 import signal
 import subprocess
 import threading
@@ -135,3 +136,14 @@ def refusals() -> Iterator[None]:
         yield
     except (RuntimeError, ValueError, NameError, OSError, submitit.core.utils.FailedSubmissionError) as error:
         raise UserError(f"the job was not submitted: {error}") from error
+
+
+def reason(error: BaseException) -> str:
+    """Why a job failed, in one line of the many that submitit makes of it.
+
+    The last that names an error, `RuntimeError: process 1 on node7 ended with code 9`: above it is the traceback, below
+    it where the logs are. Without one the first line, which has the job's state.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    named = (line for line in reversed(lines) if re.match(r"[\w.]*Error: ", line))
+    return next(named, lines[0] if lines else type(error).__name__)

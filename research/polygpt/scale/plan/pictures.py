@@ -14,6 +14,7 @@ COLOURS = ("#3566a8", "#7ba3d0", "#8a8f98", "#c4c8ce", "#d98a3d", "#a05a9c", "#5
 def draw_plan(data: Mapping, path: Path) -> None:
     """Memory by part, and the least time of a step by bound."""
     memory, roofline = data["memory"], data["roofline"]
+    times = roofline or data.get("stand_in")
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     at = 0.0
@@ -24,14 +25,17 @@ def draw_plan(data: Mapping, path: Path) -> None:
     left.axvline(memory["usable"] / 2**30, color="#b03030", label=f"usable {memory['usable'] / 2**30:.2f}")
     left.set(title="memory of a device, GiB", yticks=[], xlim=(0, 1.08 * max(at, memory["usable"] / 2**30)))
     left.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3, frameon=False)
-    if roofline:
+    if times:
         names = {"compute": "compute", "memory": "HBM", "links": "interconnect", "network": "network"}
-        shown = [(text, roofline[name]) for name, text in names.items() if roofline[name] or name != "network"]
-        ruling = max(seconds for _, seconds in shown)
+        if not roofline:
+            names = {"useful": "useful FLOPs", "links": "interconnect (estimate)", "network": "network (estimate)"}
+        shown = [(text, times[name]) for name, text in names.items() if times[name] or name != "network"]
+        ruling = roofline and max(seconds for _, seconds in shown)  # of estimates none is said to rule
         colours = ["#b03030" if seconds == ruling else "#7ba3d0" for _, seconds in shown]
         right.barh([name for name, _ in shown], [seconds for _, seconds in shown], color=colours)
         right.invert_yaxis()
-        right.set(title=f"least seconds of a step; MFU ceiling {roofline['mfu_ceiling']:.1%}")
+        ceiling = roofline and f"least seconds of a step; MFU ceiling {roofline['mfu_ceiling']:.1%}"
+        right.set(title=ceiling or "seconds of a step at published peaks")
     else:
         right.set_axis_off()
     figure.savefig(path, dpi=150)

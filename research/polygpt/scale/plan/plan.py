@@ -9,7 +9,7 @@ from polygpt.scale.plan.collectives import Collective
 from polygpt.scale.plan.compilation import Built
 from polygpt.scale.plan.flops import Flops, flops
 from polygpt.scale.plan.memory import Exhausted, Memory
-from polygpt.scale.plan.roofline import Roofline
+from polygpt.scale.plan.roofline import Roofline, StandIn
 from polygpt.scale.plan.target import Target
 from polygpt.training.experiment import Experiment
 
@@ -41,7 +41,9 @@ class Plan:
         flops: of a step.
         exchanges: between devices, largest first.
         kernels: fused kernels by name, with executions and FLOPs of a step.
-        roofline: the least time of a step; None where the chip's figures are not published, or nothing was compiled.
+        roofline: the least time of a step; None where the chip's figures are not published, or no program was compiled
+            by its own compiler.
+        stand_in: where the program is another compiler's, what is known of the time all the same.
         seconds: that compiling took.
         reason: why this mesh, where that was chosen automatically.
         warnings: what a reader must know.
@@ -56,6 +58,7 @@ class Plan:
     exchanges: tuple[Exchange, ...]
     kernels: Mapping[str, tuple[int, float]]
     roofline: Roofline | None
+    stand_in: StandIn | None
     seconds: float
     reason: str | None
     warnings: tuple[str, ...]
@@ -85,6 +88,7 @@ class Plan:
             "collective_bytes": self.sent,
             "kernels": {name: {"times": n, "flops": count} for name, (n, count) in self.kernels.items()},
             "roofline": self.roofline and self.roofline.to_json(),
+            "stand_in": self.stand_in and self.stand_in.to_json(),
             "compile_seconds": self.seconds,
             "versions": compilation.versions(),
             "warnings": list(self.warnings),
@@ -106,27 +110,32 @@ def plan(experiment: Experiment, target: Target) -> Plan:
     found = collectives.collectives(program, built.mesh)
     exchanges = tuple(Exchange(one, one.times * sum(links.seconds(one, target, built.devices))) for one in found)
     times, executed = collectives.kernels(program), work.kernel_flops(program)
-    products = work.products(program) + sum(executed.values())
-    roofline = None
+    roofline = stand_in = None
     if target.peak:
         linked = links.total(found, target, built.devices)
-        roofline = Roofline(
-            compute=products / target.peak,
-            memory=work.traffic(program) / target.chip.each(target.chip.bandwidth),
-            links=linked.busiest,
-            in_turn=linked.in_turn,
-            network=linked.network,
-            useful=counted.useful / target.count,
-            executed=products,
-            peak=target.peak,
-        )
+        exchanged = {"links": linked.busiest, "in_turn": linked.in_turn, "network": linked.network}
+        if target.stood_in:
+            useful, again = (count / target.count / target.peak for count in (counted.useful, counted.again))
+            stand_in = StandIn(useful, again, **exchanged)
+        else:
+            products = work.products(program) + sum(executed.values())
+            roofline = Roofline(
+                compute=products / target.peak,
+                memory=work.traffic(program) / target.chip.each(target.chip.bandwidth),
+                **exchanged,
+                useful=counted.useful / target.count,
+                executed=products,
+                peak=target.peak,
+            )
     kernels = {name: (count, executed[name]) for name, count in times.items()}
     warnings = [f"how often the loop {name} runs is not in the program: counted once" for name in program.unknown]
     warnings += [f"the FLOPs of the kernel {name} are not known: counted as 0" for name, n in executed.items() if not n]
-    return _plan(experiment, target, built, counted, exchanges, kernels, roofline, warnings)
+    return _plan(experiment, target, built, counted, exchanges, kernels, roofline, stand_in, warnings)
 
 
-def _plan(experiment, target, built: Built, counted, exchanges=(), kernels=None, roofline=None, warnings=()) -> Plan:
+def _plan(
+    experiment, target, built: Built, counted, exchanges=(), kernels=None, roofline=None, stand_in=None, warnings=()
+) -> Plan:
     warnings = list(warnings)
     if built.devices and len(built.devices) < target.count:
         idle = f"{target.count - len(built.devices)} of {target.count} devices are idle"
@@ -143,6 +152,7 @@ def _plan(experiment, target, built: Built, counted, exchanges=(), kernels=None,
         exchanges=tuple(exchanges),
         kernels=kernels or {},
         roofline=roofline,
+        stand_in=stand_in,
         seconds=built.seconds,
         reason=built.reason,
         warnings=tuple(warnings),

@@ -1,4 +1,8 @@
-"""The least time that a step can take: compute, memory and interconnect, each at its published peak."""
+"""The least time that a step can take: compute, memory and interconnect, each at its published peak.
+
+Of a target whose compiler is not here there is no roofline: what another program reads and writes, and how it is fused,
+says nothing of it. `StandIn` has what is left.
+"""
 
 import dataclasses
 
@@ -10,6 +14,37 @@ what they send and are not all hidden, and input, host and stragglers take their
 plan whose ceiling is low cannot be fast; one whose ceiling is high may still be slow. "Nothing hidden" adds the three
 up, each at its peak."""
 """What a ceiling is and is not, to be printed beside it."""
+
+
+STAND_IN = """\
+There is no roofline and no ceiling of the MFU: both need the program of a GPU's compiler, and this is a CPU's. FLOPs
+are those of the formula, at the peak of the datasheet, which matrix products do not reach. Exchanges are as the
+partitioner, which both compilers share, puts them into the CPU's program, on the datasheet's links: an estimate, in
+which bfloat16 that a CPU sends as float32 counts twice, and without what a GPU's compiler merges, splits or hides."""
+"""What can be said of a GPU's time and what not, to be printed beside it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StandIn:
+    """What is known of the time of a step whose program is compiled for other devices; seconds, on one device.
+
+    Attributes:
+        useful: useful FLOPs, by the formula, at the peak of bfloat16.
+        again: those that remat computes again, by the formula.
+        links: exchanges within a node, all at once, as the other program has them.
+        in_turn: the same one after another.
+        network: exchanges between nodes.
+    """
+
+    useful: float
+    again: float
+    links: float
+    in_turn: float
+    network: float
+
+    def to_json(self) -> dict:
+        """As JSON data."""
+        return dataclasses.asdict(self) | {"note": STAND_IN}
 
 
 @dataclasses.dataclass(frozen=True)

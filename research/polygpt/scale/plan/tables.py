@@ -1,22 +1,12 @@
 """A plan as tables, for the terminal and for Markdown; from its JSON data, so that committed plans can be shown."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 
+from polygpt import markup
+from polygpt.markup import Table
 from polygpt.scale.plan.collectives import NETWORK
 from polygpt.scale.plan.search import Found
 from polygpt.spec import counted
-
-
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """A title, names of columns, rows of text, and sentences to be read below; `prose`: the last column is text."""
-
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    notes: Sequence[str] = ()
-    prose: bool = False
 
 
 def tables(data: Mapping) -> list[Table]:
@@ -25,6 +15,7 @@ def tables(data: Mapping) -> list[Table]:
     found += [_collectives(data)] if data["collectives"] else []
     found += [_kernels(data)] if data["kernels"] else []
     found += [_roofline(data)] if data["roofline"] else []
+    found += [_stand_in(data)] if data.get("stand_in") else []
     found += [_nearest(data)] if data.get("nearest") else []
     return found
 
@@ -40,6 +31,11 @@ def headline(data: Mapping) -> str:
         figures = f": {of} {gib(needed)} and a device has {gib(there)}" if needed else ""
         return f"{data['experiment']} on {where}: does not fit{figures}"
     fits = "fits" if memory["fits"] else "DOES NOT FIT"
+    if stand_in := data.get("stand_in"):
+        state = f"parameters and optimizer take {gib(memory['parameters'] + memory['optimizer'])}"
+        estimate = f"by a CPU program's temporaries {gib(memory['total'])} of {gib(memory['usable'])} a device: {fits}"
+        least = f"useful FLOPs alone take {seconds(stand_in['useful'])} a step at the peak"
+        return f"{data['experiment']} on {where}: {state}; all, {estimate}; {least}"
     text = f"{data['experiment']} on {where}: {fits}, {gib(memory['total'])} of {gib(memory['usable'])} a device"
     if roofline:
         text += f"; at least {seconds(roofline['step'])} a step of full rows, bound by {roofline['bound']}"
@@ -71,24 +67,27 @@ def markdown(data: Mapping, found: Found | None = None, pictures: Sequence[str] 
     parts += [f"![{name.rpartition('.')[0]}]({name})" for name in pictures]
     shown = tables(data) + ([searched(found)] if found else [])
     for table in shown:
-        parts += [f"## {table.title}", _markdown(table), *(f"```\n{note}\n```" for note in table.notes)]
+        parts += [f"## {table.title}", *([markup.markdown(table)] if table.rows else [])]
+        parts += [f"```\n{note}\n```" for note in table.notes]
     return "\n\n".join(parts) + "\n"
 
 
 def searched(found: Found, shown: int = 12) -> Table:
     """What a search compiled, and the best that it did not and that are predicted to fit."""
     rows, same = [], f" | {found.experiment.data.rows} rows"
+    ceilings = [] if found.target.stood_in else ["MFU ceiling"]
     others = [way for way in found.ways if way.data is None and found.memory(way) <= found.target.usable]
     for way in [*found.compiled, *others][:shown]:
         roofline = way.data and way.data.get("roofline")
         ceiling = f"{roofline['mfu_ceiling']:.1%}" if roofline else ""
         what = "fits" if way.fits else (way.data.get("failed") or "does not fit") if way.data else "predicted"
         figures = [gib(found.memory(way)), seconds(found.rank(way))] if way.fits or not way.data else ["", ""]
-        rows.append([way.candidate.about().removesuffix(same), what[:60], *figures, ceiling])
+        rows.append([way.candidate.about().removesuffix(same), what[:60], *figures, *(ceiling for _ in ceilings)])
     compiled = sum(way.data is not None for way in found.ways)
     title = f"Search: {len(found.ways)} ways to run {same[3:]} predicted, {compiled} compiled, {found.seconds:.0f} s"
     note = "Time, by which ways are compared: the mean of a step with everything and with nothing overlapped."
-    return Table(title, ["way", "", "memory", "time", "MFU ceiling"], rows, [note])
+    note += "" if ceilings else " It is predicted, of compiled ways too: their program is a CPU's."
+    return Table(title, ["way", "", "memory", "time", *ceilings], rows, notes=[note])
 
 
 def gib(count: float | None) -> str:
@@ -101,12 +100,15 @@ def gib(count: float | None) -> str:
 def _memory(data: Mapping) -> Table:
     memory = data["memory"]
     if memory is None:
-        return Table("Memory of a device", ["the compiler said", ""], [], [data["exhausted"]["text"]])
+        return Table("Memory of a device", ["the compiler said", ""], [], notes=[data["exhausted"]["text"]])
     names = {
         "parameters": "parameters", "optimizer": "optimizer", "batch": "batch and the rest of the state",
         "padding": "padding of arguments", "temporaries": "activations, gradients and other temporaries",
         "output": "results", "program": "program", "total": "all", "usable": "usable",
     }  # fmt: skip
+    if data.get("stand_in"):
+        names |= {name: f"{names[name]}, of the CPU's program" for name in ("temporaries", "output", "program")}
+        names["total"] = "all, an estimate"
     share = memory["usable"]
     rows = [[text, gib(memory[name]), f"{memory[name] / share:.1%}"] for name, text in names.items()]
     return Table("Memory of a device", ["", "bytes", "of usable"], rows)
@@ -123,11 +125,12 @@ def _flops(data: Mapping) -> Table:
     if roofline := data["roofline"]:
         executed = roofline["executed"] * data["devices"]
         rows.append(["in the compiled program, all devices", "", "", _count(executed)])
-    return Table("FLOPs of a step", ["", "each", "of", "FLOPs"], rows, [flops["formula"]])
+    return Table("FLOPs of a step", ["", "each", "of", "FLOPs"], rows, notes=[flops["formula"]])
 
 
 def _collectives(data: Mapping) -> Table:
     """Those of one kind along the same axes together; the JSON data has each."""
+    hides = [] if data.get("stand_in") else ["async"]  # a CPU's program waits for each: what a GPU's does is not known
     groups: dict[tuple[str, str], list[Mapping]] = {}
     for one in data["collectives"]:
         along = "between slices" if one["kind"] == NETWORK else f"{'+'.join(one['axes']) or '?'} ({one['group']})"
@@ -139,11 +142,14 @@ def _collectives(data: Mapping) -> Table:
         times, largest = sum(one["times"] for one in some), max(some, key=lambda one: one["sent_a_step"])
         share = largest["sent_a_step"] / sent
         most = f"{largest['dtype']} {largest['payload'] / 1e6:,.1f} MB, {_short(largest['origin'])} ({share:.0%})"
-        rows.append([kind, axes, f"{times:,}", f"{sent / 1e9:,.3f}", f"{seconds * 1e3:,.2f}", f"{hidden:.0%}", most])
+        figures = [f"{times:,}", f"{sent / 1e9:,.3f}", f"{seconds * 1e3:,.2f}", *(f"{hidden:.0%}" for _ in hides)]
+        rows.append([kind, axes, *figures, most])
     seconds = sum(one["seconds"] for one in data["collectives"])
-    rows.append(["all", "", "", f"{data['collective_bytes'] / 1e9:,.3f}", f"{seconds * 1e3:,.2f}", "", ""])
-    columns = ["collective", "axes (devices)", "times", "GB sent", "ms", "async", "most of it: array, made for"]
-    return Table("Collectives of a step, for each device", columns, rows, prose=True)
+    total = ["all", "", "", f"{data['collective_bytes'] / 1e9:,.3f}", f"{seconds * 1e3:,.2f}"]
+    rows.append([*total, *("" for _ in hides), ""])
+    columns = ["collective", "axes (devices)", "times", "GB sent", "ms", *hides, "most of it: array, made for"]
+    title = "Collectives of a step, for each device" + ("" if hides else ": an estimate, of the CPU's program")
+    return Table(title, columns, rows, prose=frozenset({len(columns) - 1}))
 
 
 def _short(origin: str) -> str:
@@ -164,7 +170,18 @@ def _roofline(data: Mapping) -> Table:
     rows += [["step, nothing hidden", seconds(roofline["serial"])]]
     rows += [["MFU ceiling", f"{roofline['mfu_ceiling']:.1%}"]]
     rows += [["MFU if nothing is hidden", f"{roofline['mfu_nothing_hidden']:.1%}"]]
-    return Table(f"Roofline: bound by {roofline['bound']}", ["", ""], rows, [roofline["ceiling"]])
+    return Table(f"Roofline: bound by {roofline['bound']}", ["", ""], rows, notes=[roofline["ceiling"]])
+
+
+def _stand_in(data: Mapping) -> Table:
+    found, rows = data["stand_in"], []
+    names = {
+        "useful": "useful FLOPs, by the formula", "again": "FLOPs that remat computes again, by the formula",
+        "links": "interconnect, its busiest links, an estimate",
+        "in_turn": "interconnect, one exchange after another, an estimate", "network": "network, an estimate",
+    }  # fmt: skip
+    rows = [[text, seconds(found[name])] for name, text in names.items() if found[name] or name != "network"]
+    return Table("Time of a step at published peaks", ["", ""], rows, notes=[found["note"]])
 
 
 def _nearest(data: Mapping) -> Table:
@@ -174,13 +191,6 @@ def _nearest(data: Mapping) -> Table:
         how = "compiled" if change["compiled"] else "predicted"
         rows.append([words, f"{gib(change['memory'])} of {gib(change['usable'])}", how])
     return Table("The nearest changes that fit", ["change", "memory", ""], rows)
-
-
-def _markdown(table: Table) -> str:
-    if not table.rows:
-        return ""
-    lines = [table.columns, ["---", *["---:"] * (len(table.columns) - 1)], *table.rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def seconds(value: float) -> str:

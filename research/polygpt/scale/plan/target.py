@@ -13,8 +13,8 @@ from polygpt.scale.plan.chips import Chip
 
 _GPU = (
     "no GPU compiler here: the sharded program is compiled for as many CPU devices, with plain XLA attention in place "
-    "of cuDNN's. Collectives and FLOPs are those of that program (a CPU sends bfloat16 as float32), the bytes of the "
-    "state are exact, activations and temporaries an upper estimate, times arithmetic on the datasheet"
+    "of cuDNN's. Bytes of parameters, optimizer and batch are exact, and FLOPs are by formula; temporaries and "
+    "collectives are estimates, those of that program (a CPU sends bfloat16 as float32); of the time see below"
 )
 _CPU = (
     "nobody publishes the speed of this CPU: memory, FLOPs and collectives are those of the compiled program, times "
@@ -48,6 +48,11 @@ class Target:
     def estimated(self) -> str:
         """What is estimated because the target's own compiler is not here, in words; empty for a TPU."""
         return {"gpu": _GPU, "cpu": _CPU}.get(self.platform, "")
+
+    @property
+    def stood_in(self) -> bool:
+        """Whether another platform's compiler stands in for its own: a CPU's for a GPU's."""
+        return self.platform == "gpu"
 
     @property
     def traced(self) -> str:

@@ -6,6 +6,7 @@ python -m polygpt.scale.plan.worker < request.json > plan.json
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -42,9 +43,15 @@ def plan_apart(experiment: Experiment, on: Target, limit: float) -> dict:
     if process.returncode == 2:
         raise UserError(errors.strip().splitlines()[-1])
     if process.returncode:
-        lines = [line for line in errors.strip().splitlines() if line.strip()]
-        return {"failed": lines[-1][:300] if lines else f"ended with {process.returncode}"}
+        return {"failed": _last_words(errors) or f"ended with {process.returncode}"}
     return json.loads(out)
+
+
+def _last_words(errors: str) -> str:
+    """Why a process ended: the line of a check of the compiler's that failed, if there is one, or the last."""
+    lines = [line.strip() for line in errors.splitlines() if line.strip()]
+    fatal = [line for line in lines if re.match(r"F\d{4} |.*(Check failed|Fatal Python error)", line)]
+    return (fatal or lines or [""])[-1][:300]
 
 
 @contextlib.contextmanager

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from polygpt.ablation import markup
-from polygpt.ablation.markup import Table, latex, markdown
+from polygpt import markup
+from polygpt.markup import Table, latex, markdown
 
 LINE = (-math.inf, math.inf)
 

@@ -1,0 +1,29 @@
+"""What several processes say while they run: lines for the log alone, and warnings as all other lines for a person."""
+
+import logging
+import re
+
+import pytest
+
+from polygpt.scale.launch.local import UNHEARD
+from polygpt.training.waiting import log_to_stderr
+
+
+@pytest.fixture
+def logger():
+    logger = logging.getLogger("polygpt.training")
+    before = logger.handlers[:], logger.level, logger.propagate
+    logger.handlers = []
+    yield logger
+    logger.handlers, logger.level, logger.propagate = before[0], before[1], before[2]
+
+
+def test_a_warning_has_the_voice_of_the_command_line_and_what_is_for_the_log_its_time(logger, capsys):
+    log_to_stderr()
+    log_to_stderr()  # nothing is said twice
+    logging.getLogger("polygpt.training.processes").info("barrier %r: begins", "start")
+    logging.getLogger("polygpt.training.checkpoint").warning("checkpoint %s is\npassed over", 7)
+    aside, warning = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"INFO \d\d:\d\d:\d\d barrier 'start': begins", aside)
+    assert aside.encode().startswith(UNHEARD)
+    assert warning == "polygpt: checkpoint 7 is passed over"
