@@ -3,15 +3,16 @@
     polygpt data fetch state-of-the-union
     polygpt ablate extrapolation
 
-After Train Short, Test Long: Attention with Linear Biases Enables Input Length Extrapolation (Press et al., 2108.12409),
-Figure 1: perplexities of 247M-parameter models on WikiText-103, trained on 512 or 1,024 tokens and read at up to 16,000.
-There sinusoids get worse from a few dozen tokens more on and rotary positions from a few hundred, while ALiBi stays
-where it is or improves. Learned positions, which the paper leaves out, know only what they were trained on: the others of
-their table are as they were drawn. YaRN (Peng et al., 2309.00071, section 3) stretches a rotary encoding when training
-is over: here without the further training that it is published with, by the factor that the text is longer.
+After Train Short, Test Long: Attention with Linear Biases Enables Input Length Extrapolation (Press et al.,
+2108.12409), Figure 1: perplexities of 247M-parameter models on WikiText-103, trained on 512 or 1,024 tokens and read at
+up to 16,000. There sinusoids get worse from a few dozen tokens more on and rotary positions from a few hundred, while
+ALiBi stays where it is or improves. Learned positions, which the paper leaves out, know only those that they were
+trained on: the other rows of their table are as they were drawn. YaRN (Peng et al., 2309.00071, section 3) stretches a
+rotary encoding when training is over: here without the further training that it is published with, by as much as the
+text is longer.
 
-Here: a small decoder on speeches, byte by byte, trained on rows of 128 bytes, and read at 128, 256 and 512; the pieces of
-text are as long as the rows. The learning rate is chosen for each encoding by the loss at 128. Expected: the same order.
+Here: a small decoder on speeches, byte by byte, trained on rows of 128 bytes, and read at 128, 256 and 512; pieces of
+text are as long as the rows. The learning rate is chosen for each encoding by the loss at 128. Expected: that order.
 On 2 CPU cores it takes under an hour.
 """
 

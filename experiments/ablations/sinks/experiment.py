@@ -1,12 +1,12 @@
-"""What does a model lose that was trained with full attention, when it may see but a window; and are sinks what it lacks?
+"""What does a model that was trained with full attention lose when it sees but a window, and are sinks what it lacks?
 
     polygpt data fetch state-of-the-union
     polygpt ablate sinks
 
 After Efficient Streaming Language Models with Attention Sinks (Xiao et al., 2309.17453), Table 1: perplexity of
-Llama-2-13B on a book of 65k tokens, never trained for a window. With the nearest 1,024 tokens alone it is 5,158.07; with
-the first 4 and the nearest 1,020 it is 5.40: the first tokens are what a softmax gives the weight to that it must give to
-something, and a window loses them.
+Llama-2-13B on a book of 65k tokens, never trained for a window. With the nearest 1,024 tokens alone it is 5,158.07;
+with the first 4 and the nearest 1,020 it is 5.40: a softmax must give its weight to something, the model has learned to
+give what it does not need to the first tokens, and a window loses them.
 
 Here: a small decoder on speeches, byte by byte, trained with full attention on rows of 256 bytes. Its parameters are
 then read with full attention, with a window of 32 bytes, and with 4 sinks and a window of 28. What counts are the last
