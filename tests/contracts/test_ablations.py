@@ -1,4 +1,4 @@
-"""Every ablation in experiments/ loads, makes valid points, has claims that can be read, and models that can be changed."""
+"""Every ablation in experiments/ loads, with valid points, claims that can be read, and models that can be changed."""
 
 from pathlib import Path
 
