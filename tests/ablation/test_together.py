@@ -12,12 +12,14 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from tiny_runs import Poisoned, experiment
+from tiny_runs import TEXT, Poisoned, experiment
 
 from polygpt.ablation import single, stacked, together
 from polygpt.ablation.engines.base import Task, work
+from polygpt.attention.sliding import SlidingWindow
 from polygpt.data.loader import train_batches
 from polygpt.evaluation import likelihood
+from polygpt.evaluation.spec import EvalTask
 from polygpt.training.experiment import Experiment
 from polygpt.training.spikes import SpikeSpec
 
@@ -86,6 +88,21 @@ def test_what_is_done_is_not_done_again(grouped):
 
 def test_evaluation_is_compiled_once_for_all_seeds(grouped):
     assert grouped.evaluations == 1
+
+
+def test_tasks_under_other_conditions_are_those_of_runs_alone(tmp_path):
+    near = {"decoder.attention": SlidingWindow(heads=2, window=4)}
+    longer = EvalTask(TEXT.replace(bytes=80), limit=8, length=96)
+    tasks = {"at_96": longer, "near": longer.replace(model=near, last=20)}
+    made = experiment(
+        train__steps=2, train__evaluate_every=None, optim__accumulate=1, optim__ema=None, evaluation__tasks=tasks
+    )
+    likelihood.token_scores.clear_cache()
+    records = run(tmp_path / "together", made, SEEDS[:2])
+    assert likelihood.token_scores._cache_size() == 2, "one program for both seeds of a task"
+    alone = single.run_once(made.replace(seed=SEEDS[1]), tmp_path / "alone")
+    assert_near(records[1], alone)
+    assert len({record["metrics"][name] for record in records for name in ("at_96/loss", "near/loss")}) == 4
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])

@@ -170,6 +170,10 @@ def test_data_check_lists_what_is_wrong(polygpt, tmp_path):
     file = write_experiment(tmp_path)
     code, out, _ = polygpt("data", "check", file, "--json")
     assert code == 0 and json.loads(out)["tasks"]["own"]["records"] == 7 and json.loads(out)["fault"] is None
+    longer = json.loads(polygpt("data", "check", file, "--evaluation.tasks.own.length", "96", "--json")[1])
+    assert list(longer["tasks"]) == ["own", "evaluation/own"] and longer["fault"] is None
+    short = json.loads(polygpt("data", "check", file, "--evaluation.tasks.own.length", "2", "--json")[1])
+    assert short["tasks"]["own"]["bad"] == {} and short["tasks"]["evaluation/own"]["bad"] == {"too long": 7}
     (tmp_path / "data" / "red.png").write_bytes(b"not a picture")
     (tmp_path / "data" / "400.wav").unlink()
     code, out, err = polygpt("data", "check", file, "--json")

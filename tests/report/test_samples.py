@@ -99,7 +99,7 @@ def run():
     tokenizer = Bytes().build()
     model = bind(ModelSpec(decoder, adapters), tokenizer.vocabulary)
     evaluation = EvaluationSpec(
-        tasks={"sums": EvalTask(Sums(), generate=True), "prose": EvalTask(Prose())},
+        tasks={"sums": EvalTask(Sums(), generate=True), "prose": EvalTask(Prose()), "ends": EvalTask(Prose(), last=4)},
         sampling=Sampling(temperature=0.0, max_tokens=8),
     )
     experiment = SimpleNamespace(

@@ -312,11 +312,14 @@ def test_rows_longer_than_the_position_encoding_are_refused():
     assert learned(64).data.layout.length == 64
     with pytest.raises(SpecError, match=r"LayoutSpec.length is 64: it must be at most 63, .* model.decoder.position"):
         learned(63)
+    with pytest.raises(SpecError, match="evaluation task 'text' has rows of 65 positions, .*position knows 64"):
+        override(learned(64), {"evaluation.tasks.text.length": "65"})
 
 
 def test_the_metric_is_the_mean_loss_or_a_tasks_figure():
     tasks = {"sum": {"loss": 1.0, "accuracy": 0.75}, "text": {"loss": 2.0}}
-    assert pick(tasks, "loss") == 1.5 and pick(tasks, "sum/accuracy") == 0.75
+    assert pick(tasks, "loss") == 1.5 and pick(tasks, "loss", ["sum"]) == 1.0
+    assert pick(tasks, "sum/accuracy") == 0.75
     with pytest.raises(UserError, match="train.metric is 'text/accuracy', and text has loss: choose one of these"):
         pick(tasks, "text/accuracy")
 

@@ -4,9 +4,11 @@ import pytest
 from jax.sharding import AbstractMesh
 from tiny_experiment import experiment
 
+from polygpt.attention.multi_head import MultiHead
 from polygpt.errors import UserError
 from polygpt.models.functional import bind
 from polygpt.optim.mup import MuP
+from polygpt.overrides import replaced
 from polygpt.sharding import AXES, Layout
 from polygpt.training.program import _require_splits, _undivided_heads, assemble
 
@@ -35,6 +37,13 @@ def test_heads_that_a_mesh_does_not_divide_are_named():
     assert not _undivided_heads(layout_of(tensor=heads, data=3), chosen)
     line = _undivided_heads(layout_of(tensor=2 * heads), chosen)[0]
     assert line.startswith(f"model.decoder: train.mesh.tensor {2 * heads} does not divide its {heads} heads")
+
+
+def test_a_held_out_task_that_changes_parameters_is_refused_before_training():
+    task = experiment().evaluation.tasks["text"].replace(model={"decoder.attention": MultiHead(heads=2, head_width=2)})
+    chosen = replaced(experiment(), {"evaluation.tasks.narrow": task})
+    with pytest.raises(UserError, match="evaluation task 'narrow', model: the parameter decoder/"):
+        assemble(chosen, vocabulary=256)
 
 
 def test_what_is_printed_when_a_run_begins_names_the_base_of_mup_and_its_factors():

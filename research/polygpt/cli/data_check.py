@@ -28,13 +28,18 @@ def run(arguments: Namespace) -> dict:
     from polygpt.cli.progress import Progress
     from polygpt.data.check import check
     from polygpt.data.loader import Task
+    from polygpt.evaluation.conditions import layout_of
 
-    data = chosen.data
-    known = [task.source for task in data.tasks.values()]
-    held_out = {f"evaluation/{n}": Task(t.source) for n, t in chosen.evaluation.tasks.items() if t.source not in known}
-    data = data.replace(tasks={**data.tasks, **held_out})
+    data, tokenizer, adapters = chosen.data, chosen.tokenizer.build(), chosen.model.adapters
+    known = [(data.layout, task.source) for task in data.tasks.values()]
     with Progress("checking") as progress:
-        found = check(data, chosen.tokenizer.build(), chosen.model.adapters, progress)
+        found = check(data, tokenizer, adapters, progress)
+        for name, task in chosen.evaluation.tasks.items():
+            layout = layout_of(task, data.layout)
+            if (layout, task.source) not in known:
+                held_out = data.replace(tasks={f"evaluation/{name}": Task(task.source)}, layout=layout)
+                found |= check(held_out, tokenizer, adapters, progress)
+                known.append((layout, task.source))
     for findings in found.values():
         for fault in findings.faults:
             print(fault)

@@ -1,5 +1,6 @@
 """Evaluation: every held-out task of a model, measured in every way its specification asks for."""
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from polygpt.data.example import Example
 from polygpt.data.layout import LayoutSpec, MediaCache, lay_out
 from polygpt.data.packing import Packer
 from polygpt.errors import BadRecord, UserError
+from polygpt.evaluation import conditions
 from polygpt.evaluation.bootstrap import bootstrap_mean
 from polygpt.evaluation.likelihood import Scores, score, summary
 from polygpt.evaluation.modality_gain import modalities, shuffle
@@ -32,7 +34,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measures a model on held-out tasks. The same inputs give the same figures.
 
-    All batches have the shape [spec.rows, layout.length], so the loss is compiled once for all tasks and all calls.
+    All batches have the shape [spec.rows, layout.length], so the loss is compiled once for all tasks and all calls; for
+    tasks of another length, or of a changed model, once more for each of these.
 
     Args:
         model: the bound model.
@@ -49,18 +52,21 @@ def evaluate(
         `{"tasks": {name: {"loss", "perplexity", "bits_per_byte", "token_accuracy", "n", and those of its metrics}},
         "modalities": {"text" | "image" | "audio" | "audio+image" ...: the first five, over the examples of all tasks
         that hold exactly these media}, "modality_gain": {"task/modality": {"gain", "low", "high", "n"}}}`.
-        A task of which records were left out has their number as "skipped".
+        A task of which records were left out has their number as "skipped". Tasks that do not measure the model as it
+        was trained, but longer rows, say, are not among the "modalities".
 
     Raises:
-        UserError: if a task has no usable example, or BadRecord for one that is not usable.
+        UserError: if a task has no usable example, or changes a parameter of the model, or BadRecord for an example
+            that is not usable.
     """
     cache = MediaCache(512) if cache is None else cache
-    reader = _Reader(model, params, tokenizer, adapters, layout, spec.rows, cache, progress or (lambda *_: None))
+    trained = _Reader(model, params, tokenizer, adapters, layout, spec.rows, cache, progress or (lambda *_: None))
     tasks, gains, pooled = {}, {}, {}
     for name, task in spec.tasks.items():
+        reader = trained.of(name, task)
         examples, scores, skipped = _read(name, task, spec, reader)
         tasks[name] = summary(scores) | ({"skipped": skipped} if skipped else {})
-        for i, example in enumerate(examples):
+        for i, example in enumerate(examples if task.as_trained else ()):
             pooled.setdefault("+".join(sorted(modalities([example]))) or "text", []).append(scores[i : i + 1])
         if task.generate:
             tasks[name] |= _judge(name, task, spec, examples, reader)
@@ -72,12 +78,26 @@ def evaluate(
     return {"tasks": tasks, "modalities": by_media, "modality_gain": gains}
 
 
+@dataclasses.dataclass(frozen=True)
 class _Reader:
     """Scores examples: packs them into batches of one shape, as the layout allows, and runs the model."""
 
-    def __init__(self, model, params, tokenizer, adapters, layout, rows, cache, progress):
-        self.model, self.params, self.tokenizer = model, params, tokenizer
-        self.adapters, self.layout, self.rows, self.cache, self.progress = adapters, layout, rows, cache, progress
+    model: Any
+    params: Any
+    tokenizer: Any
+    adapters: Mapping
+    layout: LayoutSpec
+    rows: int
+    cache: MediaCache
+    progress: Progress
+    last: int | None = None
+
+    def of(self, name: str, task: EvalTask) -> "_Reader":
+        """One that reads under the conditions of a task."""
+        model = conditions.model_of(name, task, self.model)
+        adapters = model.spec.adapters if task.model else self.adapters
+        layout = conditions.layout_of(task, self.layout)
+        return dataclasses.replace(self, model=model, adapters=adapters, layout=layout, last=task.last)
 
     def __call__(self, what: str, examples: Sequence[Example], passes: Callable[[BadRecord], bool]):
         """The indices of the examples that can be laid out, and their scores; a fault is raised unless it `passes`."""
@@ -109,7 +129,7 @@ class _Reader:
 
     def _score(self, packer: Packer, waiting: dict[int, int], order: list[int], scores: list[Scores]) -> None:
         order += [waiting[id(row)] for packed in packer.rows for row in packed]
-        scores.append(score(self.model, self.params, packer.batch(), self.tokenizer.token_bytes))
+        scores.append(score(self.model, self.params, packer.batch(), self.tokenizer.token_bytes, self.last))
 
 
 def _read(name: str, task: EvalTask, spec: EvaluationSpec, reader: _Reader) -> tuple[list[Example], Scores, int]:

@@ -60,14 +60,22 @@ class Scores:
         return cls(*(np.concatenate([getattr(s, f.name) for s in scores]) for f in dataclasses.fields(cls)))
 
 
-def score(model, params, batch: Batch, token_bytes: np.ndarray) -> Scores:
-    """The scores of a batch's examples, by row and within a row by segment."""
+def score(model, params, batch: Batch, token_bytes: np.ndarray, last: int | None = None) -> Scores:
+    """The scores of a batch's examples, by row and within a row by segment.
+
+    With `last`, at most so many tokens of each example count: the last ones that are predicted.
+    """
     loss_BT, correct_BT = map(np.asarray, token_scores(model, params, batch))
     weight_BT, segment_BT = np.asarray(batch.weight_BT, np.float64), np.asarray(batch.segment_BT)
     bytes_BT = np.asarray(token_bytes, np.float64)[np.asarray(batch.target_BT)]
     size = segment_BT.max() + 1
     key_BT = np.arange(len(segment_BT))[:, None] * size + segment_BT
     examples = np.unique(key_BT[segment_BT > 0])
+    if last is not None:
+        for example in examples:
+            rows, positions = np.nonzero((key_BT == example) & (weight_BT > 0))
+            weight_BT[rows[:-last], positions[:-last]] = 0
+        correct_BT = correct_BT & (weight_BT > 0)
 
     def total(value_BT):
         return np.bincount(key_BT.ravel(), value_BT.ravel(), minlength=size * len(segment_BT))[examples]

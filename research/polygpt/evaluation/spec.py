@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 from polygpt.data.sources.base import Source
 from polygpt.evaluation.classification import Classification
@@ -23,9 +23,23 @@ class EvalTask(Spec):
     """Whether the model also writes each example's answer, which is compared with the truth by `metrics`."""
     metrics: tuple[Metric, ...] = (Classification(),)
     """What is measured of the written answers."""
+    length: int | None = None
+    """T of its rows; null for that of training, `data.layout.length`."""
+    model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """What is changed of the trained model, by the dotted names of the model's fields: {"decoder.attention": ...}. The
+    parameters stay what they are, so their names and shapes must be those of the changed model too."""
+    last: int | None = None
+    """How many tokens of each example count, the last that are predicted; null for all. Answers are not concerned."""
+
+    @property
+    def as_trained(self) -> bool:
+        """Whether it measures the model as it was trained: rows of that length, no changes, all tokens."""
+        return self.length is None and not self.model and self.last is None
 
     def validate(self):
         self.require(self.limit is None or self.limit >= 1, "limit", "at least 1, or null for all examples")
+        self.require(self.length is None or self.length >= 2, "length", "at least 2, or null for that of training")
+        self.require(self.last is None or self.last >= 1, "last", "at least 1, or null for all tokens")
         self.require(
             bool(self.metrics) or not self.generate, "metrics", "at least one metric where answers are generated"
         )

@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import functools
+import json
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -10,11 +12,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from polygpt import sharding
+from polygpt.errors import SpecError
 from polygpt.models.decoder import Cache, init_cache
 from polygpt.models.multimodal import ModelSpec, MultimodalModel
 from polygpt.nn.losses import Losses
 from polygpt.optim import mup
+from polygpt.overrides import replaced
 from polygpt.sequence import Batch
+from polygpt.spec import to_json
 
 Params = dict[str, Any]
 """Nested dicts of float32 arrays. Joined by "/" the keys read like `decoder/blocks/attention/query/kernel`."""
@@ -51,6 +56,7 @@ class Model:
     vocabulary: int
     graphdef: Any
     layout: sharding.Layout | None = None
+    _changed: dict[str, "Model"] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     @property
     def positions(self) -> dict[str, int]:
@@ -60,6 +66,22 @@ class Model:
     def on(self, layout: sharding.Layout | None) -> "Model":
         """This model, computing on a mesh whoever compiles it: what evaluates and generates need not know of it."""
         return self if layout is None else dataclasses.replace(self, layout=layout)
+
+    def changed(self, changes: Mapping[str, Any]) -> "Model":
+        """The model that other values of fields make, by their dotted names in `spec`, for the same parameters.
+
+        The same changes give the same object again: what is compiled for it once need not be so again.
+
+        Raises:
+            SpecError: a field does not exist, or does not take its value, or parameters would be others.
+        """
+        spec = replaced(self.spec, changes)
+        key = json.dumps(to_json(spec))
+        if key not in self._changed:
+            made = bind(spec, self.vocabulary).on(self.layout)
+            _require_same(paths(self.abstract()), paths(made.abstract()))
+            self._changed[key] = made
+        return self._changed[key]
 
     def whole(self, tree: Any) -> Any:
         """Arrays of a program that is being traced, to be had on every device: a host may then read them."""
@@ -152,6 +174,17 @@ def paths(params: Params) -> dict[str, Any]:
     """The parameters by readable path, `decoder/blocks/attention/query/kernel`."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(params)
     return {"/".join(str(entry.key) for entry in path): leaf for path, leaf in leaves}
+
+
+def _require_same(trained: Mapping[str, Any], changed: Mapping[str, Any]) -> None:
+    """Raises SpecError, naming the first parameter, by path, that is not the same in both."""
+    for path in trained | changed:
+        shapes = [str(list(params[path].shape)) if path in params else "missing" for params in (trained, changed)]
+        if shapes[0] != shapes[1]:
+            raise SpecError(
+                f"the parameter {path} is {shapes[0]} in the trained model and {shapes[1]} in the changed one: change "
+                "what leaves names and shapes of all parameters as they are"
+            )
 
 
 def _pure(state: nnx.State) -> Params:

@@ -29,7 +29,7 @@ LARGEST = 2**30
 
 
 def gather(run, per_task: int = 6) -> tuple[dict[str, tuple[Sample, ...]], tuple[str, ...]]:
-    """Samples of every held-out task of a run.
+    """Samples of every held-out task of a run that is evaluated as the model was trained.
 
     Args:
         run: an opened run.
@@ -41,6 +41,8 @@ def gather(run, per_task: int = 6) -> tuple[dict[str, tuple[Sample, ...]], tuple
     attend, notes = _attention(run)
     samples = {}
     for name, task in run.experiment.evaluation.tasks.items():
+        if not task.as_trained:
+            continue
         layout, sampling = run.experiment.data.layout, run.experiment.evaluation.sampling
         try:
             examples = choose(task.source.open(), run, per_task)

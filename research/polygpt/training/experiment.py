@@ -8,6 +8,7 @@ from polygpt.data.loader import DataSpec
 from polygpt.data.tokenizers.base import TokenizerSpec
 from polygpt.data.tokenizers.bytes import Bytes
 from polygpt.errors import SpecError
+from polygpt.evaluation import conditions
 from polygpt.evaluation.spec import EvaluationSpec
 from polygpt.models.multimodal import ModelSpec
 from polygpt.objectives.base import Objective
@@ -42,7 +43,8 @@ class TrainSpec(Spec):
     evaluate: Literal["loss", "full"] = "loss"
     """What those evaluations measure: held-out losses alone, or written answers and the modality gain too (slow)."""
     metric: str = "loss"
-    """What chooses the best checkpoint: "loss", the mean over held-out tasks, or a task's figure, "fusion/loss"."""
+    """What chooses the best checkpoint: "loss", the mean over the held-out tasks that measure the model as it is
+    trained (over all, if none does), or a task's figure, "fusion/loss"."""
     better: Literal["lower", "higher"] = "lower"
     """Whether a lower or a higher metric is better."""
     use: Literal["best", "latest"] = "best"
@@ -126,6 +128,8 @@ class Experiment(Spec):
             "length",
             f"at most {limit}, the number of positions that model.decoder.position knows",
         )
+        for name, task in self.evaluation.tasks.items():
+            conditions.check(name, task, self.model, self.data.layout)
         self.train.require(
             self.train.evaluate_every is None or bool(self.evaluation.tasks),
             "evaluate_every",

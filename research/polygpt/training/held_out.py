@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import statistics
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -50,14 +52,19 @@ def measure(program: Program, state: State, tokenizer) -> tuple[float, dict[str,
     if model.layout is None:  # pmap keeps a copy on every device
         params = jax.device_put(params, jax.local_devices()[0])
     results = evaluate(model, params, tokenizer, experiment.model.adapters, experiment.data.layout, plan(experiment))
-    metric = pick(results["tasks"], experiment.train.metric)
+    as_trained = [name for name, task in experiment.evaluation.tasks.items() if task.as_trained]
+    metric = pick(results["tasks"], experiment.train.metric, as_trained)
     return float(processes.agree("metric", repr(metric))), results
 
 
-def pick(tasks: dict[str, dict[str, Any]], metric: str) -> float:
-    """The figure of that name: "loss" is the mean over tasks. Raises UserError if it was not measured."""
+def pick(tasks: dict[str, dict[str, Any]], metric: str, mean_of: Sequence[str] = ()) -> float:
+    """The figure of that name: "loss" is the mean over tasks, those of `mean_of` if it names any.
+
+    Raises:
+        UserError: if it was not measured.
+    """
     if metric == "loss":
-        return sum(figures["loss"] for figures in tasks.values()) / len(tasks)
+        return statistics.fmean(tasks[name]["loss"] for name in mean_of or tasks)
     task, _, measure = metric.rpartition("/")
     if measure not in tasks[task]:
         raise UserError(

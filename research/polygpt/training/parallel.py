@@ -133,8 +133,12 @@ class Parallel:
             parts, cut = math.lcm(parts, microbatches * outer), f"{cut}, {microbatches} of the pipeline"
         if rows % (parts * accumulate):
             raise UserError(f"data.rows is {rows}: it must be a multiple of {parts * accumulate} ({cut})")
+        self.check_length(length, "data.layout.length")
+
+    def check_length(self, length: int, field: str) -> None:
+        """Raises UserError, naming the field, unless rows of so many positions can be split over the devices."""
         if self.layout and length % (size := self.layout.size("positions")):
-            raise UserError(f"data.layout.length is {length}: it must be a multiple of {size}, by train.mesh.sequence")
+            raise UserError(f"{field} is {length}: it must be a multiple of {size}, by train.mesh.sequence")
 
     def _over_rows(self, axis) -> NamedSharding:
         spec = PartitionSpec(axis) if axis else PartitionSpec()

@@ -11,6 +11,7 @@ import optax
 
 from polygpt import sharding
 from polygpt.errors import UserError
+from polygpt.evaluation import conditions
 from polygpt.models.functional import Model, bind
 from polygpt.sharding import Layout
 from polygpt.training import automatic, parallel, processes
@@ -101,8 +102,8 @@ def assemble(
         memory: bytes of each, for `train.parallel="auto"`; by default all processes ask theirs.
 
     Raises:
-        UserError: rows, positions or blocks cannot be divided as the mesh asks, or an axis of the mesh that is to split
-            parameters splits none.
+        UserError: rows, positions or blocks cannot be divided as the mesh asks, an axis of the mesh that is to split
+            parameters splits none, or a held-out task changes parameters of the model.
     """
     optim, train, layout = experiment.optim, experiment.train, experiment.data.layout
     model = bind(experiment.model, vocabulary)
@@ -124,6 +125,9 @@ def assemble(
         mode, mesh, reason = choice.mode, choice.mesh, f"train.parallel auto: {choice.mode}: {choice.reason}"
     runs = parallel.build(mode, model.axes(), mesh, devices)
     runs.check(experiment.data.rows, layout.length, optim.accumulate)
+    for name, task in experiment.evaluation.tasks.items():
+        conditions.model_of(name, task, model)  # what cannot be evaluated is refused before it is trained
+        runs.check_length(task.length or layout.length, f"evaluation.tasks.{name}.length")
     notes = ()
     if runs.layout:
         _require_splits(runs.layout, shapes, model.axes())
