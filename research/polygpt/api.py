@@ -120,6 +120,7 @@ __all__ = [
     "SGDR",
     "Sampling",
     "Score",
+    "SharedConnector",
     "Sinusoidal",
     "Source",
     "SpecAugment",
