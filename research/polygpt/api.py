@@ -8,7 +8,7 @@ from polygpt.ablation.claims import Claim
 from polygpt.ablation.study import Ablation, Paper
 from polygpt.ablation.variants import chain, grid, product, zipped
 from polygpt.adapters.audio import AudioAdapter
-from polygpt.adapters.base import Adapter, Connector
+from polygpt.adapters.base import Adapter, Connector, SharedConnector
 from polygpt.adapters.image import ImageAdapter
 from polygpt.attention.biases import ALiBi, T5Bias
 from polygpt.attention.contract import Attention
@@ -120,6 +120,7 @@ __all__ = [
     "SGDR",
     "Sampling",
     "Score",
+    "SharedConnector",
     "Sinusoidal",
     "Source",
     "SpecAugment",

@@ -145,7 +145,7 @@ def test_the_recipe_lists_the_voices_that_ship(monkeypatch):
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-@pytest.mark.parametrize("task", ["text", "digits", "pictures", "speech", "utterances", "fusion"])
+@pytest.mark.parametrize("task", ["text", "digits", "pictures", "speech", "utterances", "fusion", "sums"])
 def test_every_task_gives_prompts_and_answers(task, split):
     examples = Embedded(task, split, examples=50).open()
     assert len(examples) >= 30
@@ -197,10 +197,24 @@ def test_sums_are_right_and_their_media_belong_to_the_split(split):
     assert len(answers) >= 17
 
 
-def test_pairs_depend_on_seed_and_index_alone():
-    few, many = (Embedded("fusion", "train", examples=n).open() for n in (20, 1000))
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_sums_with_a_number_in_words_are_right(split):
+    seen = {data: row["number"] for row, data in media("digits") if row["split"] == split}
+    pairs = set()
+    for example in Embedded("sums", split, examples=2000).open():
+        picture, question, answer = example.parts
+        number = NUMBERS.index(question.text.removeprefix("+").removesuffix("="))
+        assert question == Text(f"+{NUMBERS[number]}=", 0.0)
+        assert answer == Text(NUMBERS[seen[picture.source] + number])
+        pairs.add((seen[picture.source], number))
+    assert pairs == set(itertools.product(range(10), range(10)))
+
+
+@pytest.mark.parametrize("task", ["fusion", "sums"])
+def test_pairs_depend_on_seed_and_index_alone(task):
+    few, many = (Embedded(task, "train", examples=n).open() for n in (20, 1000))
     assert list(few) == [many[i] for i in range(20)]
-    other = Embedded("fusion", "train", examples=20, seed=1).open()
+    other = Embedded(task, "train", examples=20, seed=1).open()
     assert sum(a != b for a, b in zip(few, other, strict=True)) >= 19
 
 

@@ -143,6 +143,32 @@ def test_media_spans(small):
     assert not spans(fusion="prefix").any()
 
 
+BOTH_WAYS = WIDE.replace(prompt_span="bidirectional")
+
+
+@pytest.mark.parametrize("media_span", ["causal", "bidirectional"])
+def test_a_prompt_may_be_one_span(small, media_span):
+    """bos, media and texts up to the first that is predicted; media behind it are as they would be without."""
+    picture, parts = Medium("image", small.png(1)), [Text("ab", 0.0), Text("cd"), Text("e", 0.0)]
+    layout = BOTH_WAYS.replace(media_span=media_span)
+    second = 2 if media_span == "bidirectional" else 0
+    row = row_of([picture, *parts, picture, Text("f")], small, layout)
+    np.testing.assert_array_equal(row.span, [*[1] * 7, 0, 0, 0, *[second] * 4, 0, 0])
+    row = row_of([picture, *parts, picture, Text("f")], small, layout.replace(fusion="prefix"))
+    np.testing.assert_array_equal(row.span, [*[1] * 11, 0, 0, 0, 0, 0])
+    assert row_of([Text("ab")], small, layout).span.tolist() == [1, 0, 0, 0]
+
+
+def test_texts_without_a_weight_may_be_given_one(small):
+    parts = [Medium("image", small.png(1)), Text("ab", 0.0), Text("c", 2.0), Text("d", 0.0)]
+    np.testing.assert_array_equal(row_of(parts, small).weight, [0, 0, 0, 0, 0, 0, 2, 0, 0, 0])
+    row = row_of(parts, small, prompt_weight=0.5)
+    np.testing.assert_array_equal(row.weight, [0, 0, 0, 0, 0.5, 0.5, 2, 0.5, 0.5, 0])
+    np.testing.assert_array_equal(row.target, row_of(parts, small).target)
+    with pytest.raises(BadRecord, match="no text with a loss weight"):
+        row_of([Text("ab", 0.0)], small, prompt_weight=0.5)
+
+
 def test_the_end_has_the_weight_of_the_last_text(small):
     np.testing.assert_array_equal(row_of([Text("a", 0.5), Text("b", 0.0)], small).weight, [0.5, 0, 0, 0])
     np.testing.assert_array_equal(row_of([Text("a", 0.0), Text("b", 2.0)], small).weight, [0, 2, 2, 0])
@@ -236,9 +262,13 @@ def test_a_full_cache_takes_no_more(small):
 # --- prompts ----------------------------------------------------------------------------------------------------------
 
 
-@given(seed=st.integers(0, 10_000), fusion=st.sampled_from(["interleaved", "prefix"]))
-def test_a_prompt_is_the_beginning_of_its_row(small, seed, fusion):
-    example, layout = small.example(seed), WIDE.replace(fusion=fusion)
+@given(
+    seed=st.integers(0, 10_000),
+    fusion=st.sampled_from(["interleaved", "prefix"]),
+    prompt_span=st.sampled_from(["causal", "bidirectional"]),
+)
+def test_a_prompt_is_the_beginning_of_its_row(small, seed, fusion, prompt_span):
+    example, layout = small.example(seed), WIDE.replace(fusion=fusion, prompt_span=prompt_span)
     row = lay_out(example, layout, small.tokenizer, small.adapters)
     batch = prompt_batch([example.prompt], layout, small.tokenizer, small.adapters)
     sequence.check(batch, small.tokenizer.vocabulary, small.positions)

@@ -284,3 +284,29 @@ def test_specs_round_trip_and_check_their_fields(small):
             make_data(small, **fields)
     with pytest.raises(SpecError, match="Task.weight is 0"):
         Task(small.source(3), weight=0)
+
+
+# --- loss on prompts --------------------------------------------------------------------------------------------------
+
+
+def test_prompts_of_a_task_count_in_training_as_it_says(small):
+    """Each position that is followed by a text counts: those of prompts with the task's weight, answers with theirs."""
+    layout = LayoutSpec(length=64, packing=False)
+    plain = make_data(small, tasks={"clean": Task(small.source(23))}, layout=layout)
+    weighted = plain.replace(tasks={"clean": Task(small.source(23), prompt_weight=0.25)})
+    for before, after in zip(take(batches_of(small, plain), 5), take(batches_of(small, weighted), 5), strict=True):
+        follows = (before.modality_BT[:, 1:] == sequence.TEXT) & (before.segment_BT[:, 1:] > 0)
+        expected = np.where(follows, np.where(before.weight_BT[:, :-1] > 0, before.weight_BT[:, :-1], 0.25), 0)
+        np.testing.assert_array_equal(after.weight_BT[:, :-1], expected)
+        assert (after.weight_BT == 0.25).any()
+        assert_equal(after.replace(weight_BT=before.weight_BT), before)
+
+
+def test_a_prompt_that_sees_itself_is_not_to_be_predicted(small):
+    tasks = {"clean": Task(small.source(23), prompt_weight=1.0)}
+    with pytest.raises(
+        SpecError, match=r"tasks\['clean'\].prompt_weight is 1.0: it must be 0 where layout.prompt_span"
+    ):
+        make_data(small, tasks=tasks, layout=LayoutSpec(64, prompt_span="bidirectional"))
+    with pytest.raises(SpecError, match="Task.prompt_weight is -1.0"):
+        Task(small.source(23), prompt_weight=-1)

@@ -8,6 +8,7 @@ import jax
 from flax import nnx
 
 from polygpt.data.media.features import Features
+from polygpt.errors import SpecError
 from polygpt.nn.linear import Linear
 from polygpt.nn.mlp import activate
 from polygpt.spec import Spec
@@ -68,16 +69,39 @@ class Connector(Spec):
     Liu et al., LLaVA-1.5 (2310.03744), section 3.3, find the second form a little better.
     """
 
-    kind: Literal["linear", "mlp"] = "linear"
-    """One projection or two."""
+    kind: Literal["linear", "mlp", "none"] = "linear"
+    """One projection, two, or none: the tower is then as wide as what it is to give."""
 
     def build(self, inputs: int, width: int, *, rngs: nnx.Rngs, dtype: str) -> nnx.Module:
-        """A module [..., inputs] -> [..., width]."""
+        """A module [..., inputs] -> [..., width].
+
+        Raises:
+            SpecError: if there is to be none, and the widths differ.
+        """
+        if self.kind == "none" and inputs != width:
+            raise SpecError(
+                f"a connector of kind 'none' is given vectors of width {inputs} and must give {width}: change the "
+                "width of the adapter's tower (and fold of audio), or the kind"
+            )
         return _Connector(self, inputs, width, rngs, dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class SharedConnector(Connector):
+    """One connector for the media of all adapters, which give it vectors of one width."""
+
+    width: int = 64
+    """Of the vectors that adapters give it."""
+
+    def validate(self):
+        self.require(self.width >= 1, "width", "at least 1")
 
 
 class _Connector(nnx.Module):
     def __init__(self, spec: Connector, inputs: int, width: int, rngs: nnx.Rngs, dtype: str):
+        if spec.kind == "none":
+            self.hidden = self.output = None
+            return
         hidden = spec.kind == "mlp"
         self.hidden = Linear(inputs, width, rngs=rngs, bias=True, dtype=dtype) if hidden else None
         self.output = Linear(width if hidden else inputs, width, rngs=rngs, bias=True, dtype=dtype)
@@ -85,4 +109,4 @@ class _Connector(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         if self.hidden is not None:
             x = activate("gelu", self.hidden(x))
-        return self.output(x)
+        return x if self.output is None else self.output(x)

@@ -76,7 +76,7 @@ def _walk(name, task, data, tokenizer, adapters, progress) -> Findings:
     faults, lengths, predicted, media = [], [], [], dict.fromkeys(adapters, 0)
     for i in range(len(examples)):
         try:
-            row = lay_out(examples[i], data.layout, tokenizer, adapters)
+            row = lay_out(examples[i], data.layout, tokenizer, adapters, prompt_weight=task.prompt_weight)
         except BadRecord as error:
             faults.append(error)
         else:

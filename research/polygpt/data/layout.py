@@ -30,6 +30,9 @@ class LayoutSpec(Spec):
     """Media where they stand in the example, or all of them before the text."""
     media_span: Literal["causal", "bidirectional"] = "causal"
     """Whether the positions of a medium see each other both ways; with prefix fusion, those of all media do."""
+    prompt_span: Literal["causal", "bidirectional"] = "causal"
+    """Whether all that comes before the first text to be predicted, media and texts, is one span that sees all of
+    itself: the prefix language model of T5 (1910.10683), section 3.2.1, and of PaliGemma (2407.07726), Figure 2."""
     packing: bool = True
     """Whether several short examples share a row, isolated from each other."""
 
@@ -61,6 +64,7 @@ def lay_out(
     rng: np.random.Generator | None = None,
     augment: Sequence[Augment] = (),
     cache: MediaCache | None = None,
+    prompt_weight: float = 0.0,
 ) -> Row:
     """The row of an example.
 
@@ -73,13 +77,15 @@ def lay_out(
         rng: where augmentations draw from; None leaves the media as they are.
         augment: augmentations, applied in order to the media of their modality.
         cache: keeps what was decoded.
+        prompt_weight: the loss weight of texts that have none of their own.
 
     Raises:
         BadRecord: if a medium cannot be used, there are too many, nothing is to be predicted, or it is too long.
     """
     if not example.answer:
         raise BadRecord("empty text", example.place, "no text with a loss weight")
-    row = _assemble(example, layout, tokenizer, adapters, rng, augment if rng is not None else (), cache, end=True)
+    drawn = (rng, augment if rng is not None else ())
+    row = _assemble(example, layout, tokenizer, adapters, *drawn, cache, end=True, prompt_weight=prompt_weight)
     if len(row) > layout.length:
         raise BadRecord("too long", example.place, f"{len(row)} positions, a row of the layout has {layout.length}")
     return row
@@ -115,20 +121,28 @@ def prompt_batch(
     return collate(rows, max((len(row) for row in rows), default=1), adapters)
 
 
-def _assemble(example, layout, tokenizer, adapters, rng, augment, cache, end: bool) -> Row:
-    """The row of an example, arrays [t], of whatever length t; `end`: whether it ends with `eos`."""
+def _assemble(example, layout, tokenizer, adapters, rng, augment, cache, end: bool, prompt_weight: float = 0.0) -> Row:
+    """The row of an example, arrays [t], of whatever length t.
+
+    Args:
+        end: whether the row ends with `eos`; without, all of the example is the prompt.
+        prompt_weight: see `lay_out`.
+    """
     numbers = {name: number for number, name in enumerate(adapters, start=1)}
     media = {name: [] for name in adapters}
     parts = example.parts
     if layout.fusion == "prefix":
         parts = sorted(parts, key=lambda part: isinstance(part, Text))  # stable: media first, in their order
+    spans = prompt_span = int(layout.prompt_span == "bidirectional")  # the number of the last span; the prompt's
     # Runs of positions: token ids (zeros for media), modality, first slot, span, weight of the tokens, media grid.
-    runs = [(np.array([tokenizer.bos], np.int32), TEXT, 0, 0, 0.0, None)]
-    spans, weight = 0, 0.0
+    runs = [(np.array([tokenizer.bos], np.int32), TEXT, 0, prompt_span, 0.0, None)]
+    weight = 0.0
     for part in parts:
         if isinstance(part, Text):
-            weight = part.weight
-            runs.append((tokenizer.encode(part.text), TEXT, 0, 0, weight, None))
+            if end and part.weight > 0:
+                prompt_span = 0
+            weight = part.weight or prompt_weight
+            runs.append((tokenizer.encode(part.text), TEXT, 0, prompt_span, weight, None))
             continue
         name = part.modality
         if name not in adapters:
@@ -139,10 +153,11 @@ def _assemble(example, layout, tokenizer, adapters, rng, augment, cache, end: bo
             raise BadRecord("too many media", example.place, f"the model takes {adapter.items} of {name} a row")
         features, frames = _read(part, adapter.features, example.place, rng, augment, cache)
         length = adapter.length(frames)
-        if layout.media_span == "bidirectional":
-            spans = 1 if layout.fusion == "prefix" else spans + 1
+        span = prompt_span
+        if not span and layout.media_span == "bidirectional":
+            span = spans = 1 if layout.fusion == "prefix" else spans + 1
         first_slot = len(items) * adapter.positions
-        runs.append((np.zeros(length, np.int32), numbers[name], first_slot, spans, 0.0, adapter.grid))
+        runs.append((np.zeros(length, np.int32), numbers[name], first_slot, span, 0.0, adapter.grid))
         items.append((features, length))
     if end:
         runs.append((np.array([tokenizer.eos], np.int32), TEXT, 0, 0, weight, None))
@@ -161,12 +176,12 @@ def _row(runs: list[tuple], media: dict) -> Row:
     stop = origin = 0
     for ids, number, first_slot, run_span, run_weight, grid in runs:
         start, stop = stop, stop + len(ids)
-        tokens[start:stop] = ids
+        tokens[start:stop], span[start:stop] = ids, run_span
         if number == TEXT:
             weight[start:stop] = run_weight
             coordinate[start:stop] = origin + position[: stop - start, None]
         else:
-            modality[start:stop], span[start:stop] = number, run_span
+            modality[start:stop] = number
             slot[start:stop] = position[: stop - start] + first_slot
             coordinate[start:stop] = origin + coordinates(grid)[: stop - start]
         origin = int(coordinate[start:stop].max(initial=origin - 1)) + 1

@@ -24,7 +24,7 @@ from polygpt.data.packing import Packer, Row, collate
 from polygpt.data.reading import Groups, LaidOut, read_ahead
 from polygpt.data.sources.base import Source
 from polygpt.data.tokenizers.base import Tokenizer
-from polygpt.errors import BadRecord, UserError
+from polygpt.errors import BadRecord, SpecError, UserError
 from polygpt.sequence import Batch
 from polygpt.spec import Spec
 
@@ -46,9 +46,13 @@ class Task(Spec):
     """Share of the examples drawn, relative to the weights of the other tasks."""
     augment: tuple[Augment, ...] = ()
     """Random changes of the media in training, applied in order."""
+    prompt_weight: float = 0.0
+    """Loss weight in training of the texts that have none of their own, those of prompts: PaliGemma (2407.07726),
+    section 5.2, "loss on the prefix". Evaluation scores answers alone."""
 
     def validate(self):
         self.require(self.weight > 0, "weight", "positive")
+        self.require(self.prompt_weight >= 0, "prompt_weight", "0 or above")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +80,12 @@ class DataSpec(Spec):
         self.require(self.rows > 0, "rows", "positive")
         self.require(self.workers >= 0, "workers", "0 or above")
         self.require(self.cache >= 0, "cache", "0 or above")
+        for name, task in self.tasks.items() if self.layout.prompt_span == "bidirectional" else ():
+            if task.prompt_weight > 0:
+                raise SpecError(
+                    f"DataSpec.tasks[{name!r}].prompt_weight is {task.prompt_weight}: it must be 0 where "
+                    "layout.prompt_span is 'bidirectional', as prompts then see what they would predict"
+                )
 
 
 def train_batches(

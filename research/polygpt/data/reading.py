@@ -32,11 +32,12 @@ class LaidOut:
 
     def __getitem__(self, index: int) -> Row | BadRecord:
         name, position, number = self.order[index]
-        augment = self.data.tasks[name].augment
-        rng = self.order.generator(name, position) if augment else None
+        task, layout = self.data.tasks[name], self.data.layout
+        rng = self.order.generator(name, position) if task.augment else None
         try:
             example = self.examples[name][number]
-            return lay_out(example, self.data.layout, self.tokenizer, self.adapters, rng, augment, self.cache)
+            given = (example, layout, self.tokenizer, self.adapters, rng, task.augment, self.cache)
+            return lay_out(*given, prompt_weight=task.prompt_weight)
         except BadRecord as error:
             return error
 

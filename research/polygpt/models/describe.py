@@ -96,8 +96,11 @@ def describe(spec: ModelSpec, vocabulary: int, length: int) -> Description:
         matrices = sum(
             2 * (kernels(f"{prefix}{own}/") - idle.get(own, 0)) * applied.get(own, adapter.positions) for own in inner
         )
-        flops = matrices + round(adapter.score_flops)
+        shared = 2 * kernels("connector/") * adapter.positions
+        flops = matrices + shared + round(adapter.score_flops)
         parts.append(part(f"adapters/{name}", flops, "item", sum(idle.values())))
+    if spec.connector:
+        parts.append(part("connector", 0, "item"))  # its FLOPs are counted with the items of each adapter
     if spec.adapters:
         parts.append(part("modality", 0, "token"))
     scores = decoder.score_flops((length + 1) / 2)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from polygpt.adapters.base import Adapter
+from polygpt.adapters.base import Adapter, SharedConnector
 from polygpt.adapters.text import TextEmbedding
 from polygpt.blocks.stack import StackSpec
 from polygpt.models.decoder import Cache, Decoder, DecoderSpec
@@ -33,6 +33,9 @@ class ModelSpec(Spec):
     mup: MuP | None = None
     """Maximal update parametrization: learning rates and initial sizes are those of a narrower base model, scaled by
     what is wider here; null is the standard one."""
+    connector: SharedConnector | None = None
+    """A connector that the media of all adapters go through; null: none beside the adapters' own. Adapters then give
+    vectors of its width, and with own connectors of kind "none" share the only projection that there is."""
 
     def validate(self):
         self.decoder.mlp.check_modalities(("text", *self.adapters))
@@ -59,7 +62,8 @@ def _beside(value, base):
 
 
 class MultimodalModel(nnx.Module):
-    """Parameters: `text/...`, `adapters/<name>/...`, `modality/<name>`, `decoder/...` and, if not tied, `head/...`."""
+    """Parameters: `text/...`, `adapters/<name>/...`, `connector/...` if adapters share one, `modality/<name>`,
+    `decoder/...` and, if not tied, `head/...`."""
 
     def __init__(self, spec: ModelSpec, vocabulary: int, rngs: nnx.Rngs):
         width, options = spec.decoder.width, {"rngs": rngs, "dtype": spec.dtype}
@@ -67,7 +71,9 @@ class MultimodalModel(nnx.Module):
         spec = spec if spec.mup is None else _beside(spec.replace(mup=None), base)
         self.names = tuple(spec.adapters)
         self.text = TextEmbedding(vocabulary, width, base_width=base.decoder.width, **options)
-        self.adapters = nnx.Dict({name: adapter.build(width, **options) for name, adapter in spec.adapters.items()})
+        given = spec.connector.width if spec.connector else width
+        self.adapters = nnx.Dict({name: adapter.build(given, **options) for name, adapter in spec.adapters.items()})
+        self.connector = spec.connector.build(given, width, **options) if spec.connector else None
         self.modality = nnx.Dict({name: nnx.Param(jnp.zeros(width), axes=(None,)) for name in spec.adapters})
         self.decoder = Decoder(spec.decoder, **options)
         head = {"bias": False, "axes": ("width", "vocabulary")}
@@ -87,6 +93,8 @@ class MultimodalModel(nnx.Module):
             found = self.adapters[name](batch.media[name], here)
             embedded_BNPD, own = found if isinstance(found, tuple) else (found, {})
             losses = add(losses, own)
+            if self.connector is not None:
+                embedded_BNPD = self.connector(embedded_BNPD)
             embedded_BNPD += self.modality[name][...].astype(embedded_BNPD.dtype)[None, None, None]
             media[name] = constrain(embedded_BNPD, "rows", None, None, "features")  # a row takes from all its media
         return constrain(scatter_media(self.text(batch.tokens_BT), batch, media), *RESIDUAL), losses

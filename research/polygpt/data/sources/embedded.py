@@ -28,11 +28,12 @@ class Embedded(Source):
     | speech | recording of a number `=` **seven** (in the language spoken) |
     | utterances | recording `:` **Thank you for calling** |
     | fusion | picture of a digit `+` recording of another `=` **twelve**, in either order |
+    | sums | picture of a digit `+five=` **twelve** |
 
     The test split holds pictures, voices and texts of its own: none of its pictures, voices or texts is in training.
     """
 
-    task: Literal["text", "digits", "pictures", "speech", "utterances", "fusion"]
+    task: Literal["text", "digits", "pictures", "speech", "utterances", "fusion", "sums"]
     """What the model is to do."""
     split: Literal["train", "test"] = "train"
     """Which side of the split."""
@@ -43,13 +44,13 @@ class Embedded(Source):
     seconds: float = 3.0
     """Recordings that last longer are left out. English numbers last at most 0.96 s, others 1.2 s, utterances 3 s."""
     examples: int = 100_000
-    """Number of pairs of the fusion task: pair `i` depends on the split, the seed and `i` alone."""
+    """Number of pairs of the fusion and sums tasks: pair `i` depends on the split, the seed and `i` alone."""
     characters: int = 256
     """Characters of a piece of text."""
     prompt: int = 0
     """Leading characters of a piece of text that are only read: what generation is to continue."""
     seed: int = 0
-    """Seed of the fusion task's pairs."""
+    """Seed of the pairs."""
 
     def validate(self) -> None:
         self.require(len(self.languages) > 0, "languages", "at least one language")
@@ -103,7 +104,9 @@ def _open(spec: Embedded) -> tuple[int, Maker]:
         return len(pieces), make_text
     if spec.task == "fusion":
         pictures, recordings = _records(spec, "digits"), _spoken(spec, "digits")
-        return spec.examples, functools.partial(_sum, spec, pictures, recordings)
+        return spec.examples, functools.partial(_seen_and_heard, spec, pictures, recordings)
+    if spec.task == "sums":
+        return spec.examples, functools.partial(_seen_and_read, spec, _records(spec, "digits"))
     if spec.task == "digits":
         rows, modality, sign = _records(spec, "digits"), "image", "="
         answers = [NUMBERS[row["number"]] for row in rows]
@@ -153,9 +156,14 @@ def _pieces(documents: list[dict[str, Any]], characters: int) -> list[tuple[str,
     return pieces
 
 
-def _sum(spec: Embedded, pictures, recordings, i: int) -> tuple[tuple[Text | Medium, ...], str]:
-    """Pair `i` of the fusion task: picture, recording and order drawn by a hash, so that any pair can be made alone."""
-    digest = hashlib.blake2b(f"{spec.seed}/{spec.split}/{i}".encode(), digest_size=17).digest()
+def _drawn(spec: Embedded, i: int) -> bytes:
+    """Of what pair `i` is made: a hash, so that any pair can be made alone."""
+    return hashlib.blake2b(f"{spec.seed}/{spec.split}/{i}".encode(), digest_size=17).digest()
+
+
+def _seen_and_heard(spec: Embedded, pictures, recordings, i: int) -> tuple[tuple[Text | Medium, ...], str]:
+    """Pair `i` of the fusion task: a picture and a recording in either order."""
+    digest = _drawn(spec, i)
     picture = pictures[int.from_bytes(digest[:8]) % len(pictures)]
     recording = recordings[int.from_bytes(digest[8:16]) % len(recordings)]
     media = [Medium("image", picture["image"]), Medium("audio", recording["audio"])]
@@ -165,3 +173,12 @@ def _sum(spec: Embedded, pictures, recordings, i: int) -> tuple[tuple[Text | Med
         files.reverse()
     answer = Text(NUMBERS[picture["number"] + recording["number"]])
     return (media[0], Text("+", 0.0), media[1], Text("=", 0.0), answer), " + ".join(files)
+
+
+def _seen_and_read(spec: Embedded, pictures, i: int) -> tuple[tuple[Text | Medium, ...], str]:
+    """Pair `i` of the sums task: a picture and a number in words."""
+    digest = _drawn(spec, i)
+    picture = pictures[int.from_bytes(digest[:8]) % len(pictures)]
+    number = int.from_bytes(digest[8:16]) % 10
+    question, answer = f"+{NUMBERS[number]}=", NUMBERS[picture["number"] + number]
+    return (Medium("image", picture["image"]), Text(question, 0.0), Text(answer)), picture["file"]
