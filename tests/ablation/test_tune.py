@@ -372,7 +372,7 @@ def test_a_search_killed_in_the_midst_goes_on_with_the_same_run(file):
             os.kill(int(children[0]), signal.SIGKILL)
             time.sleep(2)
             first.send_signal(signal.SIGINT)
-            assert first.wait(120) == 1 and "interrupted, saved: the same command goes on" in first.stderr.read()
+            assert first.wait(400) == 1 and "interrupted, saved: the same command goes on" in first.stderr.read()
         finally:
             first.kill()
     assert saved and not any(os.path.exists(f"/proc/{child}") for child in children)

@@ -20,7 +20,12 @@ class TimeConvolution(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, frames, inputs] -> [B, ceil(frames / stride), outputs]."""
-        frames = x.shape[1]
-        padded = jnp.pad(x, ((0, 0), (self.size // 2, self.size // 2), (0, 0)))
-        neighbours = [padded[:, i : i + frames : self.stride] for i in range(self.size)]
+        batch, frames, inputs = x.shape
+        half, stride, out = self.size // 2, self.stride, -(-frames // self.stride)
+        groups = out + (self.size - 1) // stride
+        # A slice with a stride in time is refused by the compiler for TPU7x (libtpu 0.0.42, "TransformWindow: Loop will
+        # not make progress"): frames lie in groups of `stride`, and neighbours are the i-th of each.
+        padded = jnp.pad(x, ((0, 0), (half, half + stride), (0, 0)))[:, : groups * stride]
+        grouped = padded.reshape(batch, groups, stride, inputs)
+        neighbours = [grouped[:, i // stride : i // stride + out, i % stride] for i in range(self.size)]
         return self.linear(jnp.concatenate(neighbours, axis=-1))
