@@ -33,12 +33,12 @@ diverged."""
 def text(
     name: str,
     *,
-    steps: int = 600,
+    steps: int = 500,
     length: int = 128,
-    rows: int = 16,
-    width: int = 96,
-    depth: int = 3,
-    peak: float = 3e-3,
+    rows: int = 8,
+    width: int = 64,
+    depth: int = 2,
+    peak: float = 4e-3,
     held_out: int = 400,
     **decoder: Any,
 ) -> Experiment:
