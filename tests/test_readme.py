@@ -52,6 +52,7 @@ def run(monkeypatch, folder: Path, words: list[str]) -> dict:
     return json.loads(out.getvalue())
 
 
+@pytest.mark.slow
 def test_a_folder_of_media_trains_evaluates_and_generates(monkeypatch, folder):
     small = ["--data.rows", "2", "--evaluation.rows", "2", "--evaluation.sampling.max_tokens", "4"]
     small += ["--data.layout.length", "128", "--model.decoder.depth", "1"]
@@ -131,6 +132,7 @@ def test_the_table_of_variants_is_what_the_command_prints():
         )
 
 
+@pytest.mark.slow
 def test_a_dataset_a_modality_and_a_loss_of_ones_own_learn(monkeypatch, folder):
     (words,) = commands("quadrants.py")
     result = run(monkeypatch, folder, [*words, "--json"])

@@ -2,8 +2,8 @@
 
     python experiments/plans/write.py [PRESET ...] [--missing] [--budget SECONDS] [--only SLICE]
 
-For each it compiles the most promising way to run, as `polygpt plan --search` does, and is content with the first that
-fits: a search looks further. Then it writes the index. A plan of a large preset takes two to five minutes on two cores.
+For each it compiles the most promising way to run that is predicted to leave half of the memory free, as `polygpt plan
+--search` does, and is content with the first that fits: a search looks further. Then it writes the index. A plan of a large preset takes two to five minutes on two cores.
 `polygpt plan check` compiles them all again and compares.
 """
 
@@ -24,6 +24,8 @@ from polygpt.scale.plan.target import target
 from polygpt.spec import load_file
 
 HERE = Path(__file__).parent
+ROOM = 0.5
+"""The share of the memory that a plan is predicted to take: predictions are low, and near the limit compiling is slow."""
 SLICES = {
     "1m": ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"),
     "10m": ("v5e:2x4", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"),
@@ -56,10 +58,12 @@ def write(name: str, on: str, budget: float) -> None:
     """Plans a preset on a slice."""
     file = f"experiments/presets/{name}.py"
     experiment = load_file(file).experiment()
+
+    def tell(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
     try:
-        found = search(
-            experiment, target(on), budget, lambda line: print(line, file=sys.stderr, flush=True), 1, enough=1
-        )
+        found = search(experiment, target(on), budget, tell, at_once=1, enough=1, room=ROOM)
     except UserError as error:
         print(f"{name} on {on}: {error}", file=sys.stderr)
         return

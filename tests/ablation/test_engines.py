@@ -99,6 +99,7 @@ def test_inline_gives_records_in_the_order_of_the_seeds(inline):
 @pytest.mark.parametrize(
     "engine", [Inline(), Processes(workers=2), Slurm(cluster="local")], ids=lambda e: type(e).__name__
 )
+@pytest.mark.slow
 def test_what_was_done_before_is_not_done_again(tmp_path, engine):
     if isinstance(engine, Slurm):
         pytest.importorskip("submitit")

@@ -202,7 +202,7 @@ def test_a_second_runner_is_told_who_the_first_is(tmp_path, ran):
 
 def test_what_is_under_way_is_hidden_from_git_and_removed_when_done(tmp_path):
     (tmp_path / "poem.txt").write_text(POEM)
-    run_all(load_ablation(write_ablation(tmp_path)).replace(variants={"base": {}}), tmp_path, seeds=1)
+    run_all(load_ablation(write_ablation(tmp_path)).replace(variants={"base": {}}, claims=()), tmp_path, seeds=1)
     assert (tmp_path / ".work" / ".gitignore").read_text() == "*\n"
     assert {path.name for path in (tmp_path / ".work").iterdir()} == {".gitignore", ".lock"}
     (record,) = results.read(tmp_path / "results.jsonl")

@@ -1,5 +1,7 @@
 """Rows, costs and verdicts, and the tables and sentences that are made of them."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -54,6 +56,20 @@ def test_the_table_of_results(made):
     assert [row[0] for row in table.rows] == ["base", "wide", "deep_2"] and table.bold == {(1, 1)}
     assert table.rows[0][3:] == ["–", "–", "–", "1.99"] and table.rows[1][3] == "-0.1012 ± 0.0024"
     assert "4 seeds, the same for all variants" in table.notes[0]
+
+
+def test_one_variant_is_compared_with_none(made):
+    found = frame(made())
+    alone = dataclasses.replace(
+        found,
+        ablation=found.ablation.replace(variants={"base": {}}, claims=()),
+        values={"base": found.values["base"]},
+        records=[record for record in found.records if record["variant"] == "base"],
+    )
+    table = tables.results_table(alone)
+    assert table.columns == ["variant", "text/loss (nats a token)", "bootstrap", "paper"]
+    assert [len(row) for row in table.rows] == [4] and not table.bold
+    assert tables.headline(alone, []) == "Nothing is claimed, and nothing compared."
 
 
 def test_factors_are_columns_and_each_combination_has_its_best(made):

@@ -114,6 +114,7 @@ def check(table, bound: float = 0.15) -> None:
 KINDS = ["block", "tower", "connector"] * 2 + ["block", "block", "logits"]
 
 
+@pytest.mark.slow
 def test_what_training_changes_is_the_same_at_all_widths_under_mup_and_grows_without(recorded):
     base = sizes(multimodal(32, None), ADAMW, recorded)  # the same with and without
     check(slopes({32: base, 256: sizes(multimodal(256, BASE), ADAMW, recorded)}))

@@ -30,6 +30,7 @@ def result(process):
     return json.loads(out.splitlines()[-1]), error
 
 
+@pytest.mark.slow
 def test_states_written_on_eight_devices_are_read_on_four_and_the_other_way_round(tmp_path):
     eight, four = start(tmp_path, 8, 4), start(tmp_path, 4, 8)
     came = result(eight)[0] | result(four)[0]

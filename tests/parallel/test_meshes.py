@@ -64,6 +64,7 @@ def test_loss_and_gradients_equal_those_of_one_device_on_every_mesh(names):
     check(names)
 
 
+@pytest.mark.slow
 def test_models_that_lie_split_score_and_answer_as_on_one_device():
     script = SCRIPT.with_name("used_on_a_mesh.py")
     environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}

@@ -21,7 +21,6 @@ from polygpt.ablation.claims import Claim
 from polygpt.ablation.study import Ablation, Paper
 from polygpt.ablation.variants import Changes, grid
 from polygpt.attention.biases import ALiBi
-from polygpt.attention.multi_head import MultiHead
 from polygpt.data.sources.corpus import Corpus
 from polygpt.evaluation.spec import EvalTask
 from polygpt.nn.positions import Learned, Position, Rope, Sinusoidal
@@ -43,9 +42,7 @@ def task(length: int) -> str:
 
 def base() -> Experiment:
     """The experiment, with a held-out task for each length."""
-    made = text(
-        "extrapolation", length=LENGTH, width=64, attention=MultiHead(heads=4), held_out=READ // LENGTH, steps=500
-    )
+    made = text("extrapolation", length=LENGTH, held_out=READ // LENGTH)
     tasks = {
         task(length): EvalTask(
             Corpus("state-of-the-union", "test", characters=length - 2), limit=READ // length, length=length

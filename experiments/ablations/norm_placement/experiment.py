@@ -24,7 +24,7 @@ BLOCKS = {"attention": MultiHead(heads=3), "norm": LayerNorm(), "mlp": MLP(activ
 
 def ablation() -> Ablation:
     """The question."""
-    base = text("norm_placement", steps=300, rows=8, width=48, depth=8, scan=True, **BLOCKS)
+    base = text("norm_placement", steps=300, length=64, width=48, depth=8, scan=True, **BLOCKS)
     post, at_once = {"model.decoder.norm_placement": "post"}, {"optim.schedule.warmup": 0}
     return Ablation(
         question="Does a post-norm transformer need a warm-up of the learning rate, and a pre-norm one none?",

@@ -27,7 +27,7 @@ SENSITIVITY = "mean({0}, over=rate) - best({0}, over=rate)".format
 
 def ablation() -> Ablation:
     """The question."""
-    base = text("qk_norm", steps=300, rows=8, width=64, depth=2, attention=MultiHead(heads=4))
+    base = text("qk_norm", steps=300, attention=MultiHead(heads=4))
     normed = {"model.decoder.attention.qk_norm": LayerNorm()}
     z_loss = {"objectives.z_loss": (ZLoss(), 1e-4)}
     return Ablation(

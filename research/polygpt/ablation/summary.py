@@ -134,8 +134,10 @@ def verdicts(frame: Frame) -> list[Verdict]:
 
 
 def best_rows(found: Sequence[Row], better: str) -> list[int]:
-    """Of every combination of factors the row with the best mean, the first of equals."""
+    """Of every combination of factors the row with the best mean, the first of equals; of one variant none."""
     best: dict[str, int] = {}
+    if len({row.variant for row in found}) == 1:
+        return []
     for i, row in enumerate(found):
         before = best.get(key := repr(row.at))
         if row.mean is None or row.diverged == row.seeds:

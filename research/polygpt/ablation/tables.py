@@ -13,17 +13,18 @@ from polygpt.markup import Table, alone, as_written, probability, short, span, v
 def results_table(frame: Frame) -> Table:
     """The metric; the best of each combination of factors stands out."""
     ablation, found = frame.ablation, rows(frame)
-    first = next(iter(frame.values))
+    first, *others = frame.values
     with_paper = not frame.axes and any(row.paper is not None for row in found)
-    heads = ["variant", *frame.axes, f"{ablation.metric} ({ablation.unit})", "bootstrap", f"minus {first}"]
-    heads += ["effect size", "P(better)", *(["paper"] if with_paper else [])]
+    heads = ["variant", *frame.axes, f"{ablation.metric} ({ablation.unit})", "bootstrap"]
+    heads += [f"minus {first}", "effect size", "P(better)"] if others else []
+    heads += ["paper"] if with_paper else []
     cells = []
     for row in found:
         gone = row.diverged and row.diverged == row.seeds
         figures = ["diverged", "–"] if gone else [with_interval(row.mean, row.t), span(row.bootstrap)]
         line = [row.variant, *map(value_text, row.at.values()), *figures]
         if row.compared is None or gone:
-            line += ["–"] * 3
+            line += ["–"] * 3 if others else []
         else:
             line += [with_interval(row.compared.mean, row.compared.t), _effect(row.compared.effect)]
             line += [probability_of(row.better)]
@@ -107,7 +108,7 @@ def headline(frame: Frame, found: Sequence[Verdict]) -> str:
             f"best {frame.ablation.metric}: "
             + ", ".join(f"{name} at {count} of {len(best)} values of {over}" for name, count in times.most_common())
         )
-    sentence = "; ".join(parts)
+    sentence = "; ".join(parts) or "nothing is claimed, and nothing compared"
     return sentence[0].upper() + sentence[1:] + "."
 
 

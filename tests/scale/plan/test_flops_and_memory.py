@@ -95,9 +95,8 @@ def test_another_error_is_none_of_memory():
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells the peak of resident memory")
-@pytest.mark.parametrize(
-    "remat, mesh", [("none", ["fsdp=8"]), pytest.param("full", ["fsdp=4", "tensor=2"], marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("remat, mesh", [("none", ["fsdp=8"]), ("full", ["fsdp=4", "tensor=2"])])
+@pytest.mark.slow
 def test_planned_memory_is_what_is_measured(remat, mesh):
     script = Path(__file__).with_name("measured_memory.py")
     # Freed blocks of more than a megabyte go back to the system at once: what is resident is what is used.

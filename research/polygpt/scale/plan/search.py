@@ -73,6 +73,7 @@ class Found:
         bounds: by (remat, remat of towers, axes of the mesh), by how much bounds of time were off, for each compiled.
         seconds: that the search took.
         experiment, target: what was searched for.
+        room: the share of the memory that a prediction may take to be worth compiling.
     """
 
     experiment: Experiment
@@ -81,6 +82,7 @@ class Found:
     low: dict[Any, float] = dataclasses.field(default_factory=dict)
     bounds: dict[Any, list[dict[str, float]]] = dataclasses.field(default_factory=dict)
     seconds: float = 0.0
+    room: float = ROOM
 
     def correction(self, way: Tried) -> Correction:
         """The error of predictions: of memory from ways with the same remat, or from any; of time from ways that split
@@ -114,7 +116,7 @@ class Found:
 
     def next(self) -> Tried | None:
         """The most promising of those that are not compiled, if any can beat the best; first of all one that fits."""
-        limit = ROOM * self.target.usable
+        limit = self.room * self.target.usable
         open_ = [way for way in self.ways if way.data is None]
         within = [way for way in open_ if self.memory(way) <= limit]
         if self.best is None:
@@ -160,6 +162,7 @@ def search(
     tell: Callable[[str], None],
     at_once: int = 2,
     enough: int | None = None,
+    room: float = ROOM,
 ) -> Found:
     """Searches for so many seconds at most.
 
@@ -170,6 +173,8 @@ def search(
         tell: is told of progress, a line at a time.
         at_once: programs that are compiled side by side.
         enough: it ends when so many compiled ways fit; None goes on while one may be better.
+        room: the share of the memory that a prediction may take to be worth compiling. The compiler is quick where
+            there is room.
 
     Raises:
         UserError: nothing can be divided over these devices.
@@ -177,13 +182,14 @@ def search(
     begin = time.monotonic()
     target.prepare()
     known = facts(experiment, target)
-    found = Found(experiment, target, _predicted(experiment, known, target))
+    found = Found(experiment, target, _predicted(experiment, known, target), room=room)
     if not found.ways:
         rows = f"data.rows is {experiment.data.rows}"
         raise UserError(f"--search: {rows}, and no mesh of {target.count} devices divides that: change it")
     found.ways.sort(key=found.rank)
-    fit = sum(found.memory(way) <= ROOM * target.usable for way in found.ways)
-    tell(f"{len(found.ways)} ways to run, {fit} of them predicted to fit; compiling the most promising")
+    fit = sum(found.memory(way) <= room * target.usable for way in found.ways)
+    share = "" if room == ROOM else f" into {room:.0%} of the memory"
+    tell(f"{len(found.ways)} ways to run, {fit} of them predicted to fit{share}; compiling the most promising")
 
     def left() -> float:
         return seconds - (time.monotonic() - begin)
