@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import shutil
+import signal
 import tempfile
 from types import SimpleNamespace
 
@@ -11,6 +12,9 @@ import pytest
 
 
 def pytest_configure(config):
+    # A shell lets its background jobs ignore Ctrl+C, and what they start too; some tests send it.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # Set before jax is imported, and in the environment, so that xdist's workers and the processes that tests start
     # inherit them.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")

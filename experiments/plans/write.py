@@ -3,8 +3,8 @@
     python experiments/plans/write.py [PRESET ...] [--missing] [--budget SECONDS] [--only SLICE]
 
 For each it compiles the most promising way to run that is predicted to leave half of the memory free, as `polygpt plan
---search` does, and is content with the first that fits: a search looks further. Then it writes the index. A plan of a large preset takes two to five minutes on two cores.
-`polygpt plan check` compiles them all again and compares.
+--search` does, and is content with the first that fits: a search looks further. Then it writes the index. A plan of a
+large preset takes two to five minutes on two cores. `polygpt plan check` compiles them all again and compares.
 """
 
 import argparse
@@ -25,7 +25,8 @@ from polygpt.spec import load_file
 
 HERE = Path(__file__).parent
 ROOM = 0.5
-"""The share of the memory that a plan is predicted to take: predictions are low, and near the limit compiling is slow."""
+"""Share of the memory that plans are predicted to take at most: predictions are low, and near all of it compiling is
+slow."""
 SLICES = {
     "1m": ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"),
     "10m": ("v5e:2x4", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"),
