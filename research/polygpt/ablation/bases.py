@@ -67,62 +67,32 @@ def text(
     )
 
 
-def pictures(
-    name: str,
-    *,
-    steps: int = 400,
-    length: int = 96,
-    rows: int = 8,
-    width: int = 64,
-    depth: int = 3,
-    peak: float = 4e-3,
-    held_out: int = 400,
-    **decoder: Any,
-) -> Experiment:
+def pictures(name: str, *, width: int = 64, held_out: int = 400, **fields: Any) -> Experiment:
     """A GPT that names handwritten digits, "digits", and adds a number in words to them, "sums": embedded data.
 
-    In "sums" prompts differ and answers depend on picture and prompt. Arguments as of `text`; `held_out` is the number
-    of sums, of pictures that are not trained on.
+    In "sums" prompts differ and answers depend on picture and prompt. `held_out` is the number of sums, of pictures
+    that are not trained on. Other fields as of `text`; here steps are 400, T is 96 and L 3 unless said otherwise.
     """
     shift = (RandomShift(),)
     tasks = {
         "digits": Task(Embedded("digits"), weight=1, augment=shift),
         "sums": Task(Embedded("sums"), weight=2, augment=shift),
     }
-    return _experiment(
-        name,
-        ModelSpec(_decoder(width, depth, decoder), {"image": _eyes(width, items=6)}),
-        DataSpec(tasks, LayoutSpec(length), rows),
-        {
-            "digits": EvalTask(Embedded("digits", "test")),
-            "sums": EvalTask(Embedded("sums", "test", examples=held_out)),
-        },
-        AdamW(weight_decay=0.05, beta2=0.98),
-        steps,
-        peak,
-    )
+    evaluated = {
+        "digits": EvalTask(Embedded("digits", "test")),
+        "sums": EvalTask(Embedded("sums", "test", examples=held_out)),
+    }
+    return _with_media(name, width, {"image": _eyes(width, items=6)}, tasks, evaluated, **{"steps": 400} | fields)
 
 
-def see_and_hear(
-    name: str,
-    *,
-    steps: int = 600,
-    length: int = 96,
-    rows: int = 8,
-    width: int = 64,
-    depth: int = 3,
-    peak: float = 4e-3,
-    held_out: int = 400,
-    **decoder: Any,
-) -> Experiment:
+def see_and_hear(name: str, *, width: int = 64, held_out: int = 400, **fields: Any) -> Experiment:
     """A GPT that names digits it sees, "digits", or hears, "speech", and adds one of each up, "fusion": embedded data.
 
-    Both adapters' towers give vectors of the decoder's width. Arguments as of `text`; `held_out` is the number of sums,
-    of pictures and voices that are not trained on.
+    Both adapters' towers give vectors of the decoder's width. `held_out` is the number of sums, of pictures and voices
+    that are not trained on. Other fields as of `text`; here steps are 600, T is 96 and L 3 unless said otherwise.
     """
-    tower = _tower(width // 2)
     ears = LogMel(seconds=1.0, rate=8000, mels=40, window=256, hop=160)
-    adapters = {"image": _eyes(width, items=5), "audio": AudioAdapter(ears, items=5, fold=2, tower=tower)}
+    audio = AudioAdapter(ears, items=5, fold=2, tower=_tower(width // 2))
     shift = RandomShift()
     heard = (Speed(), SpecAugment(frequency_masks=1, frequency_width=6, time_masks=1, time_width=5))
     tasks = {
@@ -130,19 +100,32 @@ def see_and_hear(
         "speech": Task(Embedded("speech"), weight=1, augment=heard),
         "fusion": Task(Embedded("fusion"), weight=3, augment=(shift, *heard)),
     }
-    return _experiment(
-        name,
-        ModelSpec(_decoder(width, depth, decoder), adapters),
-        DataSpec(tasks, LayoutSpec(length), rows),
-        {
-            "digits": EvalTask(Embedded("digits", "test")),
-            "speech": EvalTask(Embedded("speech", "test")),
-            "fusion": EvalTask(Embedded("fusion", "test", examples=held_out)),
-        },
-        AdamW(weight_decay=0.05, beta2=0.98),
-        steps,
-        peak,
-    )
+    evaluated = {
+        "digits": EvalTask(Embedded("digits", "test")),
+        "speech": EvalTask(Embedded("speech", "test")),
+        "fusion": EvalTask(Embedded("fusion", "test", examples=held_out)),
+    }
+    adapters = {"image": _eyes(width, items=5), "audio": audio}
+    return _with_media(name, width, adapters, tasks, evaluated, **{"steps": 600} | fields)
+
+
+def _with_media(
+    name: str,
+    width: int,
+    adapters: Mapping[str, Adapter],
+    tasks: Mapping[str, Task],
+    evaluated: Mapping[str, EvalTask],
+    *,
+    steps: int,
+    length: int = 96,
+    rows: int = 8,
+    depth: int = 3,
+    peak: float = 4e-3,
+    **decoder: Any,
+) -> Experiment:
+    model = ModelSpec(_decoder(width, depth, decoder), adapters)
+    data = DataSpec(tasks, LayoutSpec(length), rows)
+    return _experiment(name, model, data, evaluated, AdamW(weight_decay=0.05, beta2=0.98), steps, peak)
 
 
 def _experiment(
