@@ -143,7 +143,7 @@ def test_a_launcher_that_is_killed_leaves_no_process_behind(tmp_path):
 
 
 def test_a_launcher_whose_terminal_is_closed_lets_the_processes_save(tmp_path):
-    process = launcher(tmp_path)
+    process = launcher(tmp_path, lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))
     process.send_signal(signal.SIGHUP)
     assert process.wait(20) == 0
     wait_for(tmp_path / "ended 0", tmp_path / "ended 1")
