@@ -42,8 +42,9 @@ def test_its_gradients_are_the_slopes_of_float64(name):
         ahead, behind = ([*leaves[:i], leaves[i] + sign * step * direction, *leaves[i + 1 :]] for sign in (1, -1))
         slope = (total(ahead) - total(behind)) / (2 * step)
         terms = np.asarray(got, np.float64) * direction
-        # Rounding of each product, and the differences' own error, of the order of step^2 = 1e-8 times some derivative.
-        np.testing.assert_allclose(terms.sum(), slope, rtol=0, atol=1e-6 * max(1.0, np.abs(terms).sum()))
+        # Some roundings of each term, and the differences' own error: step^2 = 1e-8 times some derivative.
+        rounding = 16 * np.finfo(np.float32).eps * max(1.0, np.abs(terms).sum())
+        np.testing.assert_allclose(terms.sum(), slope, rtol=0, atol=rounding)
 
 
 @pytest.mark.parametrize("name", ["empty", "sigmoid"])

@@ -102,9 +102,11 @@ def test_a_rewind_goes_on_with_the_data_after_the_spikes(tmp_path, numbered):
     numbered(left_out={9, 10, 11})  # what the run saw between its checkpoint and the second spike
     train(chosen(), tmp_path / "without", quiet)
     expected = lines(tmp_path / "without")
-    assert [line["loss"] for line in trained] == [line["loss"] for line in expected]
-    same = open_run(tmp_path / "rewound").params, open_run(tmp_path / "without").params
-    jax.tree.map(np.testing.assert_array_equal, *same)
+    # Two programs, of which one watches for spikes: they may round differently.
+    np.testing.assert_allclose([line["loss"] for line in trained], [line["loss"] for line in expected], rtol=1e-6)
+    ours, others = (jax.tree.leaves(open_run(tmp_path / name).params) for name in ("rewound", "without"))
+    for got, wanted in zip(ours, others, strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
 
 
 class Cut(Silent):
