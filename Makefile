@@ -1,7 +1,7 @@
 # make demo    install, train experiments/quickstart.py, evaluate, sample, write the report
 # make test    install the test extras, run the suite with coverage, all but its slow tests
 #              (make test MARKED=slow PYTEST="-n 2": those, every attention variant checked and trained among them)
-#              (make test MARKED=plans PYTEST=: the large presets compiled again for TPUs, an hour)
+#              (make test MARKED=plans PYTEST=: all presets but the smallest compiled again for TPUs, an hour)
 # make lint    ruff
 # make clean   remove the environment, caches and runs
 #
