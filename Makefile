@@ -1,7 +1,8 @@
 # make demo    install, train experiments/quickstart.py, evaluate, sample, write the report
-# make test    install the test extras, run the suite with coverage, all but its slow tests
-#              (make test MARKED=slow PYTEST="-n 2": those, every attention variant checked and trained among them)
+# make test    install the test extras, run the suite, all but its slow tests
+#              (make test MARKED=slow: those, every attention variant checked and trained among them)
 #              (make test MARKED=plans PYTEST=: all presets but the smallest compiled again for TPUs, an hour)
+# make coverage  the same under coverage, more slowly; fails below 90 % of lines
 # make lint    ruff
 # make clean   remove the environment, caches and runs
 #
@@ -13,9 +14,9 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
 TESTS  ?= tests
 MARKED ?= not slow and not plans
-PYTEST ?= -n 2 --cov --cov-report=term --cov-fail-under=90
+PYTEST ?= -n 2
 
-.PHONY: demo test lint clean
+.PHONY: demo test coverage lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -25,6 +26,9 @@ test: $(VENV)/.installed-test
 	@$(BIN)/python -c "import torch, transformers" 2>/dev/null \
 	  || echo "make test: torch and transformers are not installed, so the parity tests are skipped (README: Tests)"
 	$(BIN)/python -m pytest -m "$(MARKED)" $(PYTEST) $(TESTS)
+
+coverage:
+	$(MAKE) test PYTEST="$(PYTEST) --cov --cov-report=term --cov-fail-under=90"
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
