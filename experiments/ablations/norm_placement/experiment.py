@@ -7,7 +7,7 @@ After On Layer Normalization in the Transformer Architecture (Xiong et al., 2002
 gradients of a post-norm transformer are large near its output, so that without a warm-up it fails at the rates that it
 needs, while a pre-norm one trains without, as well as a post-norm one with it. There: machine translation and BERT.
 Here: a narrow decoder of 8 blocks in the paper's form (LayerNorm, ReLU) on speeches, byte by byte, at several learning
-rates, by AdamW with its gradients as they are. Expected: the same order. On 2 CPU cores it takes about 10 minutes.
+rates, by AdamW with its gradients as they are. Expected: the same order. On 2 CPU cores it takes about 15 minutes.
 """
 
 from polygpt.ablation.bases import UNIFORM, text

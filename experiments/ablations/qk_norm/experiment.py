@@ -9,7 +9,7 @@ how much worse than at the best rate the loss is on average over a range of rate
 one that learned nothing. Normalised queries and keys keep scores of attention from growing, and lower it; the z-loss
 keeps logits from drifting away. There: 10M to 1.2B parameters on C4. Here: a decoder of 0.1M parameters on speeches,
 byte by byte, and without weight decay, which would be multiplied by the rate and restrain what is to be seen. Expected:
-the same order at the highest rates. On 2 CPU cores it takes about 10 minutes.
+the same order at the highest rates. On 2 CPU cores it takes about 20 minutes.
 """
 
 from polygpt.ablation.bases import UNIFORM, text
