@@ -44,6 +44,10 @@ def test_the_pattern_repeats_to_the_depth(scanned):
     assert decoder.variants() == (LOCAL, LOCAL, WHOLE) * 2
     assert decoder.replace(depth=4, scan=False).variants() == (LOCAL, LOCAL, WHOLE, LOCAL)
     assert decoder.score_flops(2) == 4 * LOCAL.score_flops(16, 2) + 2 * WHOLE.score_flops(16, 2)
+    for length in (1, 2, 3, 14, 101):  # a window of 3 keys sees fewer at the beginning of a row
+        seen = [min(t, 3) for t in range(1, length + 1)], range(1, length + 1)
+        local, whole = (4 * 16 * sum(keys) / length for keys in seen)
+        np.testing.assert_allclose(decoder.causal_score_flops(length), 4 * local + 2 * whole, rtol=1e-12)
     assert StackSpec(depth=3).variants() == (StackSpec().attention,) * 3
 
 

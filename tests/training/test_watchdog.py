@@ -103,6 +103,23 @@ def test_a_halt_is_reported_anew_when_it_has_lasted_twice_as_long(tmp_path, monk
     assert reports == [1.1, 2.3, 5.0]
 
 
+def test_it_ends_the_process_though_nobody_reads_what_it_says(tmp_path, monkeypatch):
+    class Closed:
+        def write(self, text):
+            raise BrokenPipeError(32, "Broken pipe")
+
+        flush = write
+
+    left = []
+    monkeypatch.setattr(watchdog, "leave", left.append)
+    dog = Watchdog(WatchdogSpec(action="exit"), Clock(), tmp_path)
+    dog._goodput.switch("other")
+    monkeypatch.setattr(watchdog.sys, "stderr", Closed())
+    dog._report(9.0, 5.0)
+    monkeypatch.undo()
+    assert left == [1] and "process 0" in stacks(tmp_path)[0].read_text()
+
+
 HANGING = """
 import sys, time
 sys.path.insert(0, {tests!r})

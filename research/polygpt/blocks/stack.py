@@ -91,6 +91,21 @@ class StackSpec(Spec):
         """FLOPs of all blocks' attention beside its matrices, for one position that sees `keys` keys."""
         return sum(variant.score_flops(self.width, keys) for variant in self.variants())
 
+    def causal_score_flops(self, length: int) -> float:
+        """`score_flops` on average over a row, whose t-th position sees t keys, or those that its variant leaves it.
+
+        It is concave in the keys: where the middle of a stretch lies on its chord, all of it does.
+        """
+
+        def total(first: int, last: int) -> float:
+            begin, end, middle = self.score_flops(first), self.score_flops(last), (first + last) // 2
+            chord = begin + (end - begin) * (middle - first) / max(1, last - first)
+            if last - first < 2 or abs(self.score_flops(middle) - chord) <= 1e-12 * chord:
+                return (begin + end) / 2 * (last - first + 1)
+            return total(first, middle) + total(middle + 1, last)
+
+        return total(1, length) / length
+
     def idle(self) -> int:
         """Elements of the feed-forward layers' matrices that a position is not multiplied with, in all blocks."""
         return self.depth * self.mlp.idle(self.width)

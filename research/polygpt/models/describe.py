@@ -103,7 +103,7 @@ def describe(spec: ModelSpec, vocabulary: int, length: int) -> Description:
         parts.append(part("connector", 0, "item"))  # its FLOPs are counted with the items of each adapter
     if spec.adapters:
         parts.append(part("modality", 0, "token"))
-    scores = decoder.score_flops((length + 1) / 2)
+    scores = decoder.causal_score_flops(length)
     matrices = 2 * (kernels("decoder/") - decoder.idle())
     parts.append(part("decoder", matrices + round(scores), "token", decoder.idle()))
     if not decoder.tied:

@@ -126,6 +126,7 @@ class Watchdog:
             text = place.read_text(encoding="utf-8", errors="replace")
         except OSError as error:
             text = "\n".join([*lines, f"the stacks cannot be written: {error}"])
-        print(f"polygpt watchdog: {text}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+            print(f"polygpt watchdog: {text}", file=sys.stderr, flush=True)
         if self.spec.action == "exit":
             leave(1)

@@ -46,10 +46,11 @@ def test_a_tiny_model_takes_no_more_than_it_did(name, hasty):
     assert 0 < made.roofline.ceiling < 1 and made.roofline.executed > made.roofline.useful
     print(f'"{name}": {{"memory": {made.memory.total}, "sent": {made.sent}}}')
     committed = json.loads((HERE / "tiny.json").read_text())
-    if committed["libtpu"] == importlib.metadata.version("libtpu"):  # another compiler, other figures
-        then = committed["plans"][name]
-        assert made.memory.total <= (1 + GROWTH) * then["memory"]
-        assert made.sent <= (1 + GROWTH) * then["sent"]
+    if committed["libtpu"] != importlib.metadata.version("libtpu"):
+        pytest.skip("committed by another compiler, which has other figures")
+    then = committed["plans"][name]
+    assert made.memory.total <= (1 + GROWTH) * then["memory"]
+    assert made.sent <= (1 + GROWTH) * then["sent"]
 
 
 def committed_plans() -> list:
@@ -137,6 +138,7 @@ def test_the_command_prints_writes_and_says_what_is_not_known(tmp_path, capsys):
         (["--on", "v9:2x2"], "no figures of such a chip"),
         (["--on", "v5e:3x3"], "accepted for v5e are"),
         (["--on", "cpu:1", "--budget", "0"], "must be positive"),
+        (["--on", "cpu:1", "--search"], "--search compares times, and --on cpu:1 has none"),
     ],
 )
 def test_what_cannot_be_planned_is_said_in_one_line(words, said, capsys):

@@ -13,7 +13,7 @@ once for the gradient of its input and once for that of its matrix. Forward, of 
                 experts only those of the experts that a position goes through
   attention     for each position and head 2 d + 2 e for every key it sees, d and e the widths of queries and values:
                 (T + 1) / 2 keys on average, the exact causal half with its diagonal, if a row is one example; packed
-                rows see less, a window sees its width
+                rows see less, a window its width and at the beginning of a row what there is
   head          2 D V for each position
   towers        for every item slot of every row, used or not, as the program computes them: 2 n P for the matrices
                 applied at P positions, and attention over all of an item
@@ -95,7 +95,7 @@ def flops(experiment: Experiment, vocabulary: int) -> Flops:
             items = rows * model.adapters[part.name.partition("/")[2]].items
             lines.append(Line(part.name, part.flops, "item", items))
         elif part.name == "decoder":
-            scores = round(model.decoder.score_flops((length + 1) / 2))
+            scores = round(model.decoder.causal_score_flops(length))
             lines.append(Line("decoder, matrices", part.flops - scores, "position", positions))
             lines.append(Line("decoder, attention", scores, "position", positions))
         else:

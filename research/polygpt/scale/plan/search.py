@@ -177,8 +177,12 @@ def search(
             there is room.
 
     Raises:
-        UserError: nothing can be divided over these devices.
+        UserError: nothing can be divided over these devices, or no times are known of them.
     """
+    if target.peak is None:
+        raise UserError(
+            f"--search compares times, and --on {target.name} has none: plan for a TPU or a GPU, or leave --search out"
+        )
     begin = time.monotonic()
     target.prepare()
     known = facts(experiment, target)
