@@ -23,7 +23,7 @@ from polygpt.errors import UserError
 from polygpt.markup import Table, probability, span, with_interval
 from polygpt.report.finish import RESULTS
 from polygpt.spec import nearest
-from polygpt.training.workdir import SAME_MATHEMATICS, differences, load_experiment
+from polygpt.training.workdir import differences, drop_same_mathematics, load_experiment
 
 NAMED = 3
 """Fields that a group is named by, at most."""
@@ -220,12 +220,7 @@ def _beside(some, values, first, first_values) -> tuple[Compared, Literal["paire
 
 def _config(experiment) -> dict[str, Any]:
     data = json.loads(json.dumps(spec.to_json(experiment.replace(seed=0, name="any"))))
-    for name in SAME_MATHEMATICS:
-        *outer, last = name.split(".")
-        tree = data
-        for part in outer:
-            tree = tree[part]
-        tree.pop(last, None)
+    drop_same_mathematics(data)
     return data
 
 

@@ -33,7 +33,7 @@ from polygpt.errors import UserError
 from polygpt.files import plain
 from polygpt.spec import Spec
 from polygpt.training.experiment import Experiment
-from polygpt.training.workdir import SAME_MATHEMATICS
+from polygpt.training.workdir import drop_same_mathematics
 
 RESULTS = "results.jsonl"
 """The file's name, beside the ablation's."""
@@ -62,9 +62,7 @@ def _key(configured: str, seed: int) -> str:
 def _configured(experiment: Experiment) -> str:
     sources: dict[str, str] = {}
     data = _given(experiment.replace(seed=0, name="any"))
-    for name in SAME_MATHEMATICS:
-        *outer, last = name.split(".")
-        functools.reduce(lambda tree, part: tree.get(part, {}), outer, data).pop(last, None)
+    drop_same_mathematics(data)
     _of_classes(experiment, sources)
     return json.dumps([data, __version__, sorted(sources.items())], sort_keys=True)
 

@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,21 @@ SAME_MATHEMATICS = (
     "data.log_examples",
     "train.watchdog",
     "model.decoder.remat",  # what is computed twice
+    "model.adapters.*.tower.remat",
 )
 """Settings that may change while a run goes on, with all that is under them: none makes it another run."""
+
+
+def drop_same_mathematics(data: dict[str, Any]) -> None:
+    """Takes the settings of SAME_MATHEMATICS out of an experiment's JSON data."""
+    for name in SAME_MATHEMATICS:
+        *outer, last = name.split(".")
+        trees = [data]
+        for part in outer:
+            inner = [tree.get(key) for tree in trees for key in (tree if part == "*" else (part,))]
+            trees = [tree for tree in inner if isinstance(tree, dict)]
+        for tree in trees:
+            tree.pop(last, None)
 
 
 def _by_the_first(action: Callable[..., None]) -> Callable[..., None]:
@@ -73,7 +87,7 @@ def require_same(workdir: Path, experiment: Experiment) -> None:
     for name, old, new in differences(_read(path), config):
         if name == "train.steps" and isinstance(old, int) and new > old:
             continue
-        if any(name == same or name.startswith(f"{same}.") for same in SAME_MATHEMATICS):
+        if any(fnmatchcase(name, same) or fnmatchcase(name, f"{same}.*") for same in SAME_MATHEMATICS):
             continue
         raise UserError(
             f"{workdir} is a run of another configuration: {name} is {_short(old)} there, {_short(new)} here: "
