@@ -7,6 +7,7 @@ import pytest
 from bigram import random_batch
 
 from polygpt.errors import UserError
+from polygpt.training import prefetch
 from polygpt.training.prefetch import Prefetch
 
 
@@ -66,3 +67,17 @@ def test_errors_of_the_iterator_and_of_the_check_reach_whoever_takes_the_batch()
     with pytest.raises(ValueError, match="no such token"):
         next(feed)
     feed.close()
+
+
+def test_a_source_that_hangs_does_not_hold_up_the_end(monkeypatch, caplog):
+    release, batches = threading.Event(), Counting()
+    monkeypatch.setattr(prefetch, "GRACE", 0.2)
+    monkeypatch.setattr(Counting, "__next__", lambda self: release.wait(30) and None)
+    feed = Prefetch(batches, lambda batch: batch, lambda batch: None)
+    begin = time.monotonic()
+    feed.close()
+    assert time.monotonic() - begin < 10 and not batches.closed
+    assert "have not given their next batch" in caplog.text
+    release.set()
+    feed._thread.join(10)
+    assert not feed._thread.is_alive()

@@ -1,6 +1,8 @@
 """Batches on their way to the device, made and sent in a thread while the device computes."""
 
+import contextlib
 import dataclasses
+import logging
 import queue
 import threading
 import time
@@ -11,6 +13,10 @@ import numpy as np
 
 from polygpt.errors import UserError
 from polygpt.sequence import Batch
+
+GRACE = 10.0
+"""Seconds that a source has to give up what it is reading when the run ends."""
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,13 +69,15 @@ class Prefetch:
         return not self._ready.empty()
 
     def close(self) -> None:
-        """Ends the thread and the iterator's workers."""
+        """Ends the thread and the iterator's workers; a source that hangs is left behind, and ends with the process."""
         self._stop.set()
+        deadline = time.monotonic() + GRACE
         while self._thread.is_alive():  # it may wait for room
-            try:
+            if time.monotonic() > deadline:
+                log.warning("the data have not given their next batch for %.0f s: they are left as they are", GRACE)
+                return
+            with contextlib.suppress(queue.Empty):
                 self._ready.get(timeout=0.05)
-            except queue.Empty:
-                continue
         self._batches.close()
 
     def _run(self) -> None:
