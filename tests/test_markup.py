@@ -74,3 +74,8 @@ def test_markdown_is_escaped_and_best_is_bold():
 
 def test_text_of_two_lines_stays_in_its_cell():
     assert markup.escaped_markdown("a\n b <br> *c*") == r"a b \<br> \*c\*"
+
+
+def test_what_was_escaped_is_read_back():
+    for text in ("a_b | <c> *d*", "back\\slash_", "5 % & #1"):
+        assert markup.plain_text(markup.escaped_markdown(text)) == text

@@ -40,7 +40,7 @@ def test_what_google_calls_a_slice_is_translated(name, said):
 
 def test_without_libtpu_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'polygpt\[tpu\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '.\[tpu\]'"):
         topology.devices("v5e:2x2")
 
 

@@ -93,6 +93,11 @@ def escaped_markdown(text: str) -> str:
     return " ".join(text.split()).translate(_MARKDOWN)
 
 
+def plain_text(text: str) -> str:
+    """What `escaped_markdown` made of a text, as it was."""
+    return re.sub(r"\\([\\|*_<])", r"\1", text)
+
+
 def with_interval(value: float | None, interval: tuple[float, float]) -> str:
     """A value and its symmetric interval: "1.2346 ± 0.0012", to two significant digits of the half width.
 

@@ -48,7 +48,7 @@ def devices(name: str, slices: int = 1) -> list[jax.Device]:
     require(name)
     generation, _, shape = name.partition(":")
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError("compiling for a TPU needs libtpu, which is not installed: pip install 'polygpt[tpu]'")
+        raise UserError("compiling for a TPU needs libtpu, which is not installed: pip install -e '.[tpu]'")
     options = dict(MEGACORE.get(generation, {}))
     if shape == "1x1":  # one chip; a host has four unless it is told otherwise
         options["chips_per_host_bounds"] = (1, 1, 1)

@@ -218,7 +218,7 @@ def test_slurm_says_which_job_failed_and_why_a_task_did(tmp_path):
 )
 def test_an_engine_that_is_not_installed_names_its_extra(tmp_path, monkeypatch, engine, module, extra):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(UserError, match=rf"pip install 'polygpt\[{extra}\]'"):
+    with pytest.raises(UserError, match=rf"pip install -e '.\[{extra}\]'"):
         run(engine, [finished_before(tmp_path, "a")])
 
 

@@ -352,7 +352,7 @@ def test_mistakes_on_the_command_line_are_told_in_one_line(file, capsys, words, 
 def test_without_optuna_the_extra_is_named(file, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
     assert main(["tune", str(file), "--knob", f"{PEAK}=log:1e-4:1e-2"]) == 2
-    assert "pip install 'polygpt[tune]'" in capsys.readouterr().err
+    assert "pip install -e '.[tune]'" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -79,14 +79,12 @@ def _print(frame, title: str) -> dict:
 
     from polygpt.ablation.summary import rows, verdicts
     from polygpt.ablation.tables import claims_table, costs_table, headline, results_table
-    from polygpt.cli.output import print_table
+    from polygpt.cli.output import show_table
 
     found = verdicts(frame)
     print(f"{title}\n{frame.ablation.question}\n")
     for table in [results_table(frame), costs_table(frame), *([claims_table(found)] if found else [])]:
-        print_table(
-            table.title, list(table.columns), [list(row) for row in table.rows], notes=table.columns[-1] == "note"
-        )
+        show_table(table)
         print("\n".join(table.notes) + "\n")
     said = headline(frame, found)
     print(said)
@@ -118,11 +116,12 @@ def _list() -> dict:
     from polygpt.ablation.index import entries
     from polygpt.ablation.study import PLACE
     from polygpt.cli.output import print_table
+    from polygpt.markup import plain_text
 
     found = entries(PLACE.parent)
-    rows = [[one.slug, one.question, one.verdict or "not run yet"] for one in found]
+    rows = [[one.slug, plain_text(one.question), plain_text(one.verdict) or "not run yet"] for one in found]
     if found:
-        print_table(f"Ablations in {PLACE}", ["ablation", "question", "verdict"], rows, notes=True)
+        print_table(f"Ablations in {PLACE}", ["ablation", "question", "verdict"], rows, prose=(1, 2))
     else:
         print(f"no ablations in {PLACE}: run polygpt where that folder is, or polygpt ablate FILE")
     return {"ablations": [dataclasses.asdict(one) for one in found]}

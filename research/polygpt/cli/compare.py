@@ -27,13 +27,13 @@ def run(arguments: Namespace) -> dict:
     import dataclasses
 
     from polygpt.ablation.compare import compare_runs, tables
-    from polygpt.cli.output import print_table
+    from polygpt.cli.output import show_table
 
     if len(arguments.runs) < 2:
         raise UserError(f"compare: {arguments.runs[0]} alone: name at least two runs")
     found = compare_runs(arguments.runs, arguments.metric)
     for table in tables(found):
-        print_table(table.title, list(table.columns), [list(row) for row in table.rows])
+        show_table(table)
         print("".join(f"{note}\n" for note in table.notes))
     groups = [
         {

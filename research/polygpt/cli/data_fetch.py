@@ -52,5 +52,5 @@ def _list() -> dict:
         rows.append([name, *sizes, "yes" if here else "no", f"{package.about}; {package.licence}"])
         corpora[name] = {"characters": package.characters, "download": package.size, "about": package.about}
         corpora[name] |= {"licence": package.licence, "folder": place(name), "here": here}
-    print_table("Corpora", ["corpus", "text", "download", "here", "what it is; licence"], rows, notes=True)
+    print_table("Corpora", ["corpus", "text", "download", "here", "what it is; licence"], rows, prose=(4,))
     return {"corpora": corpora}

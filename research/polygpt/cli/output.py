@@ -7,11 +7,12 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 from polygpt.errors import one_line
 from polygpt.files import plain
+from polygpt.markup import Table
 
 
 @contextlib.contextmanager
@@ -66,24 +67,29 @@ def quiet() -> Iterator[None]:
         ours.removeHandler(handler)
 
 
-def print_table(title: str, columns: list[str], rows: list[list[str]], notes: bool = False) -> None:
-    """A table on stdout; the first column is left-aligned, the others right. With `notes` the last one is prose."""
+def show_table(table: Table) -> None:
+    """A table on stdout: `print_table`, which breaks its code and its sentences where they are too long."""
+    print_table(table.title, table.columns, table.rows, table.prose | table.code)
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], prose: Collection[int] = ()) -> None:
+    """A table on stdout; the first column is left-aligned, and so are those of prose, which may take several lines."""
     from rich import box
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Table as Drawn
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    drawn = Drawn(box=box.SIMPLE_HEAD, pad_edge=False)
     for i, column in enumerate(columns):
-        prose = notes and i == len(columns) - 1
         # Where a terminal is too narrow names and prose give way, and figures stay whole.
-        whole = max(len(row[i]) for row in [columns, *rows]) if i and not prose else None
-        table.add_column(column, justify="right" if i and not prose else "left", no_wrap=not prose, min_width=whole)
+        figures = i > 0 and i not in prose
+        whole = max(len(row[i]) for row in [columns, *rows]) if figures else None
+        drawn.add_column(column, justify="right" if figures else "left", no_wrap=i not in prose, min_width=whole)
     for row in rows:
-        table.add_row(*row)
+        drawn.add_row(*row)
     plainly = {"highlight": False, "markup": False, "emoji": False}  # "[tpu]" and ":x:" are text
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 140, **plainly)
     console.print(title, style="bold")
-    console.print(table)
+    console.print(drawn)
 
 
 def figure(value: Any) -> str:

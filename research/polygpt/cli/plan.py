@@ -9,7 +9,7 @@ from pathlib import Path
 
 from polygpt.cli import experiment
 from polygpt.cli.arguments import Parser
-from polygpt.cli.output import print_table
+from polygpt.cli.output import show_table
 from polygpt.errors import UserError
 
 EXAMPLES = """\
@@ -19,7 +19,7 @@ examples:
   polygpt plan experiments/presets/1b.py --on v5p:4x4x4 --slices 2 --train.mesh.fsdp 16 --train.mesh.data -1
   polygpt plan experiments/quickstart.py --on cpu:8 --train.parallel sharded
 
-The TPU compiler comes with `pip install 'polygpt[tpu]'` and needs no TPU. --on takes v4, v5e, v5p, v6e or tpu7x with a
+The TPU compiler comes with `pip install -e '.[tpu]'` and needs no TPU. --on takes v4, v5e, v5p, v6e or tpu7x with a
 slice's shape; h100:8, h200:8, a100:8 and cpu:8 are compiled for made-up CPU devices, and what is estimated is said."""
 
 BUDGET = 780
@@ -115,7 +115,7 @@ def _print(data: dict, found) -> None:
     for line in about(data):
         print(f"  {line}")
     for table in [*tables(data), *([searched(found)] if found else [])]:
-        print_table(table.title, list(table.columns), [list(row) for row in table.rows], bool(table.prose))
+        show_table(table)
         for note in table.notes:
             print(note + "\n")
     if data.get("best"):

@@ -114,7 +114,7 @@ def test_faults_are_told_in_one_line(tmp_path, capsys, words, text):
 
 def test_without_submitit_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "submitit", None)
-    with pytest.raises(UserError, match=r"pip install 'polygpt\[slurm\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '.\[slurm\]'"):
         slurm.submit(slurm.Task(["train", "x.py"]), tmp_path)
 
 

@@ -88,7 +88,7 @@ def _connected(address: str | None) -> Iterator[Any]:
     try:
         import ray
     except ImportError:
-        raise UserError("the engine Ray needs ray, which is not installed: pip install 'polygpt[ray]'") from None
+        raise UserError("the engine Ray needs ray, which is not installed: pip install -e '.[ray]'") from None
     if ray.is_initialized():
         yield ray
         return

@@ -39,7 +39,7 @@ def load_optuna() -> Any:
     try:
         import optuna
     except ImportError:
-        raise UserError("tune needs optuna, which is not installed: pip install 'polygpt[tune]'") from None
+        raise UserError("tune needs optuna, which is not installed: pip install -e '.[tune]'") from None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     logging.getLogger("optuna").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)

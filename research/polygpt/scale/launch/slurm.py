@@ -118,7 +118,7 @@ def executor(folder: Path, cluster: str, name: str, nodes: int, tasks: int, minu
     try:
         import submitit
     except ImportError:
-        raise UserError("SLURM needs submitit, which is not installed: pip install 'polygpt[slurm]'") from None
+        raise UserError("SLURM needs submitit, which is not installed: pip install -e '.[slurm]'") from None
     with refusals():
         made = submitit.AutoExecutor(folder, cluster=cluster)
         made.update_parameters(
