@@ -13,7 +13,7 @@ text is longer.
 
 Here: a small decoder on speeches, byte by byte, trained on rows of 128 bytes, and read at 128, 256 and 512; pieces of
 text are as long as the rows. The learning rate is chosen for each encoding by the loss at 128. Expected: that order.
-On 2 CPU cores it takes under an hour.
+On 2 CPU cores it takes 20 minutes.
 """
 
 from polygpt.ablation.bases import text
