@@ -124,7 +124,7 @@ def test_a_row_of_tiles_visits_what_the_window_reaches():
 
 @pytest.mark.slow
 def test_a_window_is_five_times_as_fast_as_the_dense_reference(capsys):
-    """In processor time, which tests beside this one hardly change, and as users compile, not as quickly as tests do."""
+    """In processor time, which other tests hardly change; compiled as users do, not as quickly as tests do."""
     users = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
     if not metadata.version("jaxlib").startswith("0.10."):
         del users["xla_cpu_use_fusion_emitters"]  # later ones have it no more
