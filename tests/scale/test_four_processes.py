@@ -33,6 +33,12 @@ def wait_for(condition, process):
         time.sleep(0.005)
 
 
+def running(pid):
+    """Whether the process has not ended; one that nobody has asked for its code yet has."""
+    status = Path(f"/proc/{pid}/status")
+    return status.exists() and "State:\tZ" not in status.read_text()
+
+
 def steps_done(workdir):
     path = workdir / "metrics.jsonl"
     return path.read_bytes().count(b"\n") if path.exists() else 0
@@ -60,12 +66,14 @@ def test_one_of_four_is_killed_and_two_go_on_without_losing_an_example(tmp_path)
     four = launch(4, workdir)
     # A checkpoint is behind it and some steps that none holds.
     wait_for(lambda: steps_done(workdir) >= 15 and records(workdir / "checkpoints"), four)
-    pid = int(re.search(r"pid (\d+):", log(workdir, 2))[1])
+    pid, *others = (int(re.search(r"pid (\d+):", log(workdir, rank))[1]) for rank in (2, 0, 1, 3))
     os.kill(pid, signal.SIGKILL)
     killed = time.monotonic()
-    said, _ = four.communicate(timeout=PATIENCE)
+    while any(map(running, others)):
+        time.sleep(0.05)
     took = time.monotonic() - killed
-    assert four.returncode == 1 and took < BOUND + 10, (took, said)  # the launcher, too, has to end
+    said, _ = four.communicate(timeout=PATIENCE)
+    assert four.returncode == 1 and took < BOUND, (took, said)
     assert "process 2 was killed by SIGKILL" in said
     for rank in (0, 1, 3):
         assert re.search(rf"process 2 \(host \S+, pid {pid}\) has not been heard of for \d+ s", log(workdir, rank))

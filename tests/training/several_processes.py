@@ -3,7 +3,9 @@
 import os
 import signal
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 SCENARIO, RANK, COUNT, PORT = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 os.environ |= {
@@ -14,6 +16,7 @@ os.environ |= {
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
+import orbax.checkpoint as ocp  # noqa: E402
 from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 
 from polygpt.errors import UserError  # noqa: E402
@@ -53,6 +56,15 @@ def missing():
     processes.barrier("early")
 
 
+def unsaved():
+    from polygpt.training import stored
+
+    if RANK == 1:
+        time.sleep(30)
+    place = Path(tempfile.gettempdir(), f"polygpt-unsaved-{PORT}")  # not made before all are here
+    stored.writer().save(place, args=ocp.args.Composite(data=ocp.args.JsonSave({})))
+
+
 def error():
     if RANK == 1:
         raise UserError("the disk is full")
@@ -72,6 +84,7 @@ def killed(rank, number):
 SCENARIOS = {
     "talk": talk,
     "missing": missing,
+    "unsaved": unsaved,
     "error": error,
     "killed": lambda: killed(2, signal.SIGKILL),
     "first killed": lambda: killed(0, signal.SIGKILL),
@@ -79,7 +92,8 @@ SCENARIOS = {
     "first frozen": lambda: killed(0, signal.SIGSTOP),
 }
 
-CHANGES = {"missing": {"barrier_timeout": 3}, "absent": {"initialization_timeout": 5}}
+IMPATIENT = {"barrier_timeout": 3}
+CHANGES = {"missing": IMPATIENT, "unsaved": IMPATIENT, "absent": {"initialization_timeout": 5}}
 spec = SPEC.replace(**CHANGES.get(SCENARIO, {}))
 with processes.together(spec):
     SCENARIOS[SCENARIO]()

@@ -40,14 +40,14 @@ class Counting:
 def test_each_batch_comes_with_the_state_after_it_though_more_are_fetched_ahead():
     batches = Counting()
     feed = Prefetch(batches, put=lambda batch: batch, check=lambda batch: None, ahead=3)
-    some = [next(feed) for _ in range(5)]
+    some = [feed.take() for _ in range(5)]
     assert [fed.state["drawn"] for fed in some] == [1, 2, 3, 4, 5]
     assert [fed.examples for fed in some] == [(("counting", n, n),) for n in range(1, 6)]
     deadline = time.monotonic() + 10
     while batches.drawn < 8 and time.monotonic() < deadline:
         time.sleep(0.001)
     assert batches.drawn > 5
-    assert next(feed).tokens == 8 * 6
+    assert feed.take().tokens == 8 * 6
     feed.close()
     assert batches.closed and not any(thread.name == "prefetch" for thread in threading.enumerate())
 
@@ -55,9 +55,9 @@ def test_each_batch_comes_with_the_state_after_it_though_more_are_fetched_ahead(
 def test_errors_of_the_iterator_and_of_the_check_reach_whoever_takes_the_batch():
     for error, message in ((ValueError("corrupt"), "corrupt"), (StopIteration(), "data came to an end")):
         feed = Prefetch(Counting(1, error), lambda batch: batch, lambda batch: None)
-        assert next(feed).state == {"drawn": 1}
+        assert feed.take().state == {"drawn": 1}
         with pytest.raises((ValueError, UserError), match=message):
-            next(feed)
+            feed.take()
         feed.close()
 
     def refuse(batch):
@@ -65,7 +65,7 @@ def test_errors_of_the_iterator_and_of_the_check_reach_whoever_takes_the_batch()
 
     feed = Prefetch(Counting(), lambda batch: batch, refuse)
     with pytest.raises(ValueError, match="no such token"):
-        next(feed)
+        feed.take()
     feed.close()
 
 
@@ -81,3 +81,13 @@ def test_a_source_that_hangs_does_not_hold_up_the_end(monkeypatch, caplog):
     release.set()
     feed._thread.join(10)
     assert not feed._thread.is_alive()
+
+
+def test_whoever_waits_for_a_batch_can_be_stopped(monkeypatch):
+    release, asked = threading.Event(), []
+    monkeypatch.setattr(Counting, "__next__", lambda self: release.wait(30) and random_batch(seed=1))
+    feed = Prefetch(Counting(), lambda batch: batch, lambda batch: None)
+    assert feed.take(lambda: bool(asked) or asked.append(True)) is None, "asked twice, and no batch has come"
+    release.set()
+    assert feed.take().tokens == 8 * 6
+    feed.close()

@@ -120,10 +120,13 @@ def test_texts_reach_all_and_all_end_together():
     assert float(re.search(r"barrier 'end': ends after (\S+) s", outputs[0])[1]) > 0.5
 
 
-def test_a_barrier_names_who_did_not_come():
-    codes, outputs, _ = run("missing")
+@pytest.mark.parametrize(
+    ("scenario", "name"), [("missing", "early"), ("unsaved", "checkpoint: Checkpointer:save_start")]
+)
+def test_a_barrier_names_who_did_not_come(scenario, name):
+    codes, outputs, _ = run(scenario)
     assert codes == [2, 2, 2]
-    said = re.search(r"barrier 'early': process 1 \(host \S+, pid \d+\) did not arrive within \d s", outputs[0])
+    said = re.search(rf"barrier '{name}': process 1 \(host \S+, pid \d+\) did not arrive within \d s", outputs[0])
     assert said and all(said[0] in output for output in outputs)  # process 1, too, hears why it was ended
 
 

@@ -36,6 +36,11 @@ def run(workdir, at=(0, 0), mode="sharded"):
         for process in started:
             process.kill()
     assert [process.returncode for process in started] == [0, 0], "\n".join(err for _, err in found)
+    for _, err in found:  # Orbax's barriers are ours, in its thread too, and all compile before any goes on
+        assert all(
+            f"barrier 'checkpoint: {name}" in err for name in ("Checkpointer:save_start", "async_commit_complete")
+        ), err
+        assert "barrier 'compiled': ends" in err
     outcomes = {out.splitlines()[-1] for out, _ in found}
     assert len(outcomes) == 1, "both end after the same step"
     _, step, finished = outcomes.pop().split()

@@ -50,7 +50,7 @@ def measure(program: Program, state: State, tokenizer) -> tuple[float, dict[str,
     experiment = program.experiment
     model, params = program.evaluated, state.averaged
     if model.layout is None:  # pmap keeps a copy on every device
-        params = jax.device_put(params, jax.local_devices()[0])
+        params = jax.tree.map(lambda x: x.addressable_data(0), params)
     results = evaluate(model, params, tokenizer, experiment.model.adapters, experiment.data.layout, plan(experiment))
     as_trained = [name for name, task in experiment.evaluation.tasks.items() if task.as_trained]
     metric = pick(results["tasks"], experiment.train.metric, as_trained)

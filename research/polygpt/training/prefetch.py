@@ -16,6 +16,8 @@ from polygpt.sequence import Batch
 
 GRACE = 10.0
 """Seconds that a source has to give up what it is reading when the run ends."""
+POLL = 0.2
+"""Seconds between questions whether to go on waiting for a batch."""
 log = logging.getLogger(__name__)
 
 
@@ -55,10 +57,15 @@ class Prefetch:
         self._thread = threading.Thread(target=self._run, name="prefetch", daemon=True)
         self._thread.start()
 
-    def __next__(self) -> Fed:
-        """The next batch. An error of the iterator or of the check is raised here."""
+    def take(self, stop: Callable[[], bool] = lambda: False) -> Fed | None:
+        """The next batch, or None if `stop()` is true before it is there. Raises what the iterator or check raised."""
         begin = time.perf_counter()
-        item = self._ready.get()
+        while True:
+            with contextlib.suppress(queue.Empty):
+                item = self._ready.get(timeout=POLL)
+                break
+            if stop():
+                return None
         if isinstance(item, BaseException):
             raise item
         return dataclasses.replace(item, waited=time.perf_counter() - begin)

@@ -13,9 +13,11 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import math
 import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator
 
@@ -64,6 +66,7 @@ class _Group:
     count: int
     names: list[str]  # by rank, for messages
     uses: collections.Counter  # of each barrier's name: the service takes an identifier once
+    lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)  # of `uses`: checkpoints meet in threads
     last: str | None = None
     liveness: Liveness | None = None
     failed: BaseException | None = None
@@ -100,6 +103,8 @@ def initialize(spec: ProcessesSpec = ProcessesSpec()) -> None:
     group.liveness = Liveness(group.client, state.coordinator_address, group.rank, names, bound, _patience())
     atexit.register(_finish)  # after JAX registered its own, and so before JAX closes the service
     names[:] = gather("start", f"process {group.rank} (host {socket.gethostname()}, pid {os.getpid()})")
+    with saying("start-up: still waiting for the devices of other processes"):
+        log.info("start-up: %d devices, %d of them here", jax.device_count(), jax.local_device_count())
 
 
 @contextlib.contextmanager
@@ -212,6 +217,8 @@ def _start(spec: ProcessesSpec, **where) -> None:
     log_to_stderr()
     # JAX's own answer to SIGTERM would take the place of the run's, which saves and ends.
     jax.config.update("jax_enable_preemption_service", False)
+    for whose in ("local", "global"):  # for what the devices of all are; that of GPUs and TPUs is in their libraries
+        jax.config.update(f"jax_cpu_get_{whose}_topology_timeout_minutes", math.ceil(seconds / 60))
     log.info("start-up: waiting for the other processes, %d s at most: %s", seconds, where)
     try:
         with _register_timeout(seconds), saying("start-up: still waiting for other processes"):
@@ -239,8 +246,10 @@ def _register_timeout(seconds: int) -> Iterator[None]:
 
 def _meet(group: _Group, name: str, bound: str = "barrier_timeout") -> None:
     """A barrier, bounded by that setting. Each process leaves a key before it waits, by which the missing are known."""
-    use, seconds = group.uses[name], getattr(group.spec, bound)
-    group.uses[name] += 1
+    seconds = getattr(group.spec, bound)
+    with group.lock:
+        use = group.uses[name]
+        group.uses[name] += 1
     place = f"polygpt/barrier/{name}/{use}"
 
     def missing() -> str:

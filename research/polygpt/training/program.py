@@ -80,7 +80,7 @@ class Program:
         The first exchange between processes on CPUs waits half a minute for the last of them (Gloo), which may well
         compile longer than the others.
         """
-        if jax.process_count() == 1 or self.parallel.mode == "pmap":
+        if jax.process_count() == 1:
             return self.step
         compiled = self.step.lower(state, batch).compile()
         processes.barrier("compiled")

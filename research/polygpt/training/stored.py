@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
+from orbax.checkpoint._src.multihost import multihost
 
+from polygpt.training import processes
 from polygpt.training.state import State
 
 # Orbax logs the traceback of an error that it raises too: whoever catches it says it in one line.
@@ -22,6 +24,7 @@ LARGE = {"params": "params", "opt_state": "optimizer", "ema": "ema"}
 
 def writer() -> ocp.AsyncCheckpointer:
     """Writes in the background, `save(place, args=parts(...))`, and reads."""
+    _meet_at_our_barriers()
     return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
 
 
@@ -70,8 +73,23 @@ def read(
 
 def read_parameters(folder: Path, step: int, target: Any, averaged: bool) -> Any:
     """The parameters of a checkpoint, or their moving average, alone. `target` holds shapes, dtypes and shardings."""
+    _meet_at_our_barriers()
     with ocp.StandardCheckpointer() as reader:
         return reader.restore(folder / str(step) / ("ema" if averaged else "params"), target)
+
+
+def _meet_at_our_barriers() -> None:
+    """Where processes read and write together, they wait for each other with names, in the log, and for so long.
+
+    Orbax takes a function for some of its barriers alone, and bounds the others as it likes or not at all.
+    """
+
+    def meet(key: str) -> None:
+        processes.barrier(f"checkpoint: {key.strip('_')}")
+
+    if processes.last_barrier() is not None:  # this process is one of a run's
+        multihost.sync_global_processes = lambda name, **_: meet(name)
+        multihost.get_barrier_sync_fn = lambda **_: lambda *, key, timeout_ms: meet(key)
 
 
 def _items(state: State) -> dict[str, Any]:

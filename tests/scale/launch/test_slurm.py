@@ -92,6 +92,13 @@ def test_tasks_of_a_node_divide_its_gpus(tmp_path, monkeypatch, capfd, name):
     assert capfd.readouterr().out.split() == ["4,5", "6,7", "4,5", "6,7"]
 
 
+def test_the_first_task_to_end_does_not_end_the_others(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")  # as where SLURM is
+    made = slurm.executor(tmp_path, "slurm", "name", 2, 1, 5, {})
+    assert "srun --unbuffered" in (text := made._executor._make_submission_file_text("command", "7"))
+    assert "--kill-on-bad-exit=0" in text
+
+
 @pytest.mark.parametrize(
     ("words", "text"),
     [

@@ -121,6 +121,8 @@ def executor(folder: Path, cluster: str, name: str, nodes: int, tasks: int, minu
         raise UserError("SLURM needs submitit, which is not installed: pip install -e '.[slurm]'") from None
     with refusals():
         made = submitit.AutoExecutor(folder, cluster=cluster)
+        # A task whose run was stopped ends with an error: SLURM is not to end the one that is queueing the job again.
+        more = {"slurm_srun_args": ["--kill-on-bad-exit=0"]} | more
         made.update_parameters(
             name=name, nodes=nodes, tasks_per_node=tasks, timeout_min=minutes, stderr_to_stdout=True, **more
         )
