@@ -6,6 +6,7 @@ know no more of attention than this file.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -62,6 +63,22 @@ class Context:
     cursor: jax.Array | None = None
     coordinate_BT3: jax.Array | None = None
     inputs_BTD: jax.Array | None = None
+
+
+def causal_mean(flops: Callable[[float], float], length: int) -> float:
+    """The mean over a row of FLOPs, a function of the keys that a position sees: of 1, 2, ... `length` of them.
+
+    It is concave, as `score_flops` is: where the middle of a stretch lies on its chord, all of it does.
+    """
+
+    def total(first: int, last: int) -> float:
+        begin, end, middle = flops(first), flops(last), (first + last) // 2
+        chord = begin + (end - begin) * (middle - first) / max(1, last - first)
+        if last - first < 2 or abs(flops(middle) - chord) <= 1e-12 * chord:
+            return (begin + end) / 2 * (last - first + 1)
+        return total(first, middle) + total(middle + 1, last)
+
+    return total(1, length) / length
 
 
 def blank_context(rows: int) -> Context:

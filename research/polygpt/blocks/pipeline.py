@@ -60,6 +60,12 @@ class Schedule:
     repeats: int
     microbatches: int
 
+    @classmethod
+    def of(cls, layout: Layout) -> "Schedule | None":
+        """That of a layout, or None where it has no stages."""
+        stages, spec = layout.size("stages"), layout.spec
+        return None if stages == 1 else cls(stages, spec.repeats, spec.microbatches or stages)
+
     @property
     def iterations(self) -> int:
         """M R + P - 1."""

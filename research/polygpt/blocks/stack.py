@@ -9,7 +9,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from polygpt import sharding
-from polygpt.attention.contract import Attention, Context, Dims
+from polygpt.attention.contract import Attention, Context, Dims, causal_mean
 from polygpt.attention.multi_head import MultiHead
 from polygpt.blocks.block import Block, NormPlacement
 from polygpt.blocks.pipeline import INPUT, KEPT, Schedule, pipeline
@@ -92,19 +92,8 @@ class StackSpec(Spec):
         return sum(variant.score_flops(self.width, keys) for variant in self.variants())
 
     def causal_score_flops(self, length: int) -> float:
-        """`score_flops` on average over a row, whose t-th position sees t keys, or those that its variant leaves it.
-
-        It is concave in the keys: where the middle of a stretch lies on its chord, all of it does.
-        """
-
-        def total(first: int, last: int) -> float:
-            begin, end, middle = self.score_flops(first), self.score_flops(last), (first + last) // 2
-            chord = begin + (end - begin) * (middle - first) / max(1, last - first)
-            if last - first < 2 or abs(self.score_flops(middle) - chord) <= 1e-12 * chord:
-                return (begin + end) / 2 * (last - first + 1)
-            return total(first, middle) + total(middle + 1, last)
-
-        return total(1, length) / length
+        """`score_flops` on average over a row, whose t-th position sees t keys, or those that its variant leaves it."""
+        return causal_mean(self.score_flops, length)
 
     def idle(self) -> int:
         """Elements of the feed-forward layers' matrices that a position is not multiplied with, in all blocks."""
@@ -167,7 +156,7 @@ class Stack(nnx.Module):
         losses = {}
         if self.blocks is None:
             pass
-        elif self.pipelined and cache is None and (schedule := _schedule()) is not None:
+        elif self.pipelined and cache is None and (layout := sharding.active()) and (schedule := Schedule.of(layout)):
             x_BTD, losses = self.in_stages(x_BTD, context, key, schedule)
         else:
             x_BTD, cache, losses = self._over_blocks(call, x_BTD, cache)
@@ -286,14 +275,6 @@ class Stack(nnx.Module):
 
         checkpointed = jax.checkpoint(pure, policy=policy, prevent_cse=not self.spec.scan)
         return lambda x_BTD, *arguments: checkpointed(params, checkpoint_name(x_BTD, INPUT), *arguments)
-
-
-def _schedule() -> Schedule | None:
-    """That of the active layout, or None where it has no stages."""
-    layout = sharding.active()
-    if layout is None or (stages := layout.size("stages")) == 1:
-        return None
-    return Schedule(stages, layout.spec.repeats, layout.spec.microbatches or stages)
 
 
 def _with_rows(tree: Any, more: int) -> Any:

@@ -1,6 +1,7 @@
 """What a variant costs: time, memory and FLOPs over the length of the row, forward, backward and decoding."""
 
 import dataclasses
+import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from polygpt.attention.contract import Attention, Context, Dims
+from polygpt.attention.contract import Attention, Context, Dims, causal_mean
 from polygpt.attention.masks import DECODER, Meta
 from polygpt.nn.positions import Rope
 
@@ -31,8 +32,8 @@ class Cost:
         kind: one of `KINDS`.
         seconds: median of `REPEATS` runs.
         megabytes: most memory at a time beside the parameters: temporaries, results and, decoding, the cache.
-        gflops: by formula: 2 a parameter and position for the projections, the variant's `score_flops` over the causal
-            average of keys, (T + 1) / 2, and three times as much with the backward pass.
+        gflops: by formula: 2 a parameter and position for the projections, the variant's `score_flops`, on
+            average over the positions of a causal row, and three times as much with the backward pass.
     """
 
     variant: str
@@ -114,8 +115,9 @@ def program(spec: Attention, kind: str, T: int, width: int, rows: int, dtype: st
     memory = compiled.memory_analysis()
     megabytes = (memory.temp_size_in_bytes + memory.output_size_in_bytes) / 1e6
     projections = 2 * sum(prod(leaf.shape) for leaf in jax.tree.leaves(params) if leaf.ndim >= 2)
-    keys = T if kind == "decode" else (T + 1) / 2
-    flops = rows * query_T * (projections + spec.score_flops(width, keys))
+    one = functools.partial(spec.score_flops, width)
+    scores = one(T) if kind == "decode" else causal_mean(one, T)
+    flops = rows * query_T * (projections + scores)
     jax.block_until_ready(run())
     return run, megabytes, flops * (3 if kind == "forward and backward" else 1) / 1e9
 

@@ -17,8 +17,10 @@ from polygpt.scale.plan.compilation import Built
 from polygpt.scale.plan.memory import Memory
 from polygpt.scale.plan.pictures import draw_plan
 from polygpt.scale.plan.plan import plan
+from polygpt.scale.plan.prediction import arranged, facts, predict
 from polygpt.scale.plan.tables import headline, markdown, searched
 from polygpt.scale.plan.target import Target, target
+from polygpt.sharding import MeshSpec
 
 HERE = Path(__file__).parent
 PLANS = HERE.parents[2] / "experiments" / "plans"
@@ -51,6 +53,23 @@ def test_a_tiny_model_takes_no_more_than_it_did(name, hasty):
     then = committed["plans"][name]
     assert made.memory.total <= (1 + GROWTH) * then["memory"]
     assert made.sent <= (1 + GROWTH) * then["sent"]
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_what_stages_compute_in_a_bubble_is_predicted(hasty):
+    """By as much as the compiled program has it: the same share of its FLOPs is foreseen with stages as without."""
+    hasty()
+    here, base = target("v5e:2x2"), tiny.experiment()
+    decoder = base.model.decoder.replace(depth=4)
+    base = base.replace(data=base.data.replace(rows=16), model=base.model.replace(decoder=decoder))
+    share = []
+    for mesh in (MeshSpec(data=1, fsdp=-1), MeshSpec(data=1, stage=4)):
+        experiment = base.replace(train=base.train.replace(mesh=mesh))
+        known = facts(experiment, here)
+        foreseen = predict(experiment, known, here, arranged(mesh, known)).roofline.executed
+        share.append(foreseen / plan(experiment, here).roofline.executed)
+    assert 0.8 < share[0] < 1 and share[1] == pytest.approx(share[0], rel=0.05), "the bubble is 3 of 7"
 
 
 def committed_plans() -> list:

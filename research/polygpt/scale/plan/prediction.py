@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from polygpt import sharding
+from polygpt.blocks.pipeline import Schedule
 from polygpt.errors import UserError
 from polygpt.models.functional import bind, paths
 from polygpt.scale.plan import links
@@ -151,7 +152,10 @@ def predict(experiment: Experiment, known: Facts, target: Target, layout: Layout
 
     counted = remat(known.flops, model)
     scores = sum(line.forward for line in counted.lines if line.name == "decoder, attention")
-    executed = (counted.useful + counted.again + 1.7 * scores) / target.count
+    schedule = Schedule.of(layout)
+    bubble = schedule.bubble() if schedule else 0.0  # in which a stage computes what nobody uses
+    blocks = sum(line.forward * (3 + line.again) for line in counted.lines if line.name.startswith("decoder, "))
+    executed = (counted.useful + counted.again + 1.7 * scores + blocks * bubble / (1 - bubble)) / target.count
     exchanged = _exchanges(experiment, known, layout, positions, own, whole, compute)
     linked = links.total(exchanged, target, list(layout.mesh.devices.flat))
     roofline = Roofline(

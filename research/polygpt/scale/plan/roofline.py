@@ -52,7 +52,7 @@ class Roofline:
     """Seconds of one step, on one device.
 
     Attributes:
-        compute: matrix products and attention kernels at the peak of bfloat16.
+        compute: matrix products and attention kernels at the peak of bfloat16, those of a pipeline's bubble among them.
         memory: bytes that the program reads and writes, at the memory's bandwidth.
         links: exchanges within a slice or node, all at once: what the busiest links need.
         in_turn: the same exchanges one after another.
@@ -60,7 +60,6 @@ class Roofline:
         useful: useful FLOPs of one device.
         executed: FLOPs that it executes.
         peak: its FLOP/s.
-        idle: share of the time that a pipeline's stages wait for each other, of compute.
     """
 
     compute: float
@@ -71,7 +70,6 @@ class Roofline:
     useful: float
     executed: float
     peak: float
-    idle: float = 0.0
 
     @property
     def bounds(self) -> dict[str, float]:
