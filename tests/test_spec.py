@@ -141,6 +141,7 @@ def test_wrong_overrides_name_the_nearest():
     for name, text, words in [
         ("dept", "1", "--dept: Net has no field 'dept': did you mean depth"),
         ("norm.epsilom", "1", "Norm has no field 'epsilom': did you mean epsilon"),
+        ("norm_epsilon", "1", "Net has no field 'norm_epsilon': did you mean norm.epsilon"),
         ("parts.imago.epsilon", "1", "no entry 'imago': did you mean image"),
         ("depth.x", "1", "'x' is not inside 2"),
         ("depth", "four", "--depth is 'four': it must be int"),

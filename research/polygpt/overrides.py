@@ -100,7 +100,10 @@ def _made(cls: type, kept: Mapping[str, Any], annotation: Any, inside: dict[str,
     known, values = hints(cls), dict(kept)
     for key, own in inside.items():
         if key not in known:
-            raise SpecError(f"--{_join(name, key)}: {cls.__name__} has no field {key!r}: {nearest(key, known)}")
+            held = {own: hints(type(value)) for own, value in kept.items() if isinstance(value, Spec)}
+            deeper = [f"{own}.{field}" for own, fields_of_it in held.items() for field in fields_of_it]
+            said = nearest(key, known, deeper)
+            raise SpecError(f"--{_join(name, key)}: {cls.__name__} has no field {key!r}: {said}")
         values[key] = _set(values.get(key, _default(cls, key)), known[key], own, _join(name, key))
     try:
         made = cls(**values)

@@ -21,7 +21,7 @@ import sys
 import textwrap
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Union
 
@@ -139,10 +139,10 @@ def conform(annotation: Any, value: Any, where: str) -> Any:
     return value
 
 
-def nearest(name: str, options) -> str:
-    """A clause that suggests the options that look most like `name`."""
+def nearest(name: str, options: Iterable[str], unlisted: Iterable[str] = ()) -> str:
+    """A clause that suggests the options that look most like `name`, `unlisted` ones only if they do."""
     options = list(options)
-    close = difflib.get_close_matches(name, options, n=3, cutoff=0.5)
+    close = difflib.get_close_matches(name, [*options, *unlisted], n=3, cutoff=0.5)
     return f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(sorted(options)) or 'none'}"
 
 
