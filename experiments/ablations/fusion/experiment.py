@@ -6,7 +6,9 @@ Our own question, no paper's. A picture of one digit and a recording of another,
 are to be summed in words. Compared, everything with everything: media where they are mentioned, or all of them before
 the text; media read causally, or each of them both ways (all of them as one where they come first); a projection from
 tower to decoder for each modality, or one for both, which then have only a vector of their own. A decoder of 0.2M
-parameters, embedded data; the loss is that of sums of held-out pictures and voices.
+parameters, embedded data, one learning rate for all, the base's; the loss is that of sums of held-out pictures and
+voices. Expected: nothing in particular, as no paper says; reading a picture both ways ought not to hurt. On 2 CPU cores
+it takes about 20 minutes.
 """
 
 from polygpt.ablation.bases import see_and_hear

@@ -68,21 +68,24 @@ def text(
 
 
 def pictures(name: str, *, width: int = 64, held_out: int = 400, **fields: Any) -> Experiment:
-    """A GPT that names handwritten digits, "digits", and adds a number in words to them, "sums": embedded data.
+    """A GPT that names digits, "digits", and clip art, "pictures", and adds words to digits, "sums": embedded data.
 
     In "sums" prompts differ and answers depend on picture and prompt. `held_out` is the number of sums, of pictures
-    that are not trained on. Other fields as of `text`; here steps are 400, T is 96 and L 3 unless said otherwise.
+    that are not trained on. Other fields as of `text`; here steps are 600, T is 96 and L 3 unless said otherwise.
     """
     shift = (RandomShift(),)
     tasks = {
         "digits": Task(Embedded("digits"), weight=1, augment=shift),
-        "sums": Task(Embedded("sums"), weight=2, augment=shift),
+        "sums": Task(Embedded("sums"), weight=3, augment=shift),
+        "pictures": Task(Embedded("pictures"), weight=1, augment=shift),
     }
     evaluated = {
         "digits": EvalTask(Embedded("digits", "test")),
         "sums": EvalTask(Embedded("sums", "test", examples=held_out)),
+        "pictures": EvalTask(Embedded("pictures", "test")),
     }
-    return _with_media(name, width, {"image": _eyes(width, items=6)}, tasks, evaluated, **{"steps": 400} | fields)
+    adapters = {"image": _eyes(width, items=6, side=16)}
+    return _with_media(name, width, adapters, tasks, evaluated, **{"steps": 600} | fields)
 
 
 def see_and_hear(name: str, *, width: int = 64, held_out: int = 400, **fields: Any) -> Experiment:
@@ -155,6 +158,6 @@ def _tower(width: int) -> StackSpec:
     return StackSpec(width, depth=1, attention=MultiHead(heads=max(1, width // 32), bias=True), scan=False)
 
 
-def _eyes(width: int, items: int) -> Adapter:
-    """A picture of a digit, 8 x 8 pixels, is 4 positions: the fewer, the sooner a decoder looks."""
-    return ImageAdapter(ImageFeatures(8, 8, channels=1), items=items, patch=4, tower=_tower(width))
+def _eyes(width: int, items: int, side: int = 8) -> Adapter:
+    """A picture of `side` x `side` pixels is 4 positions: the fewer, the sooner a decoder looks. Digits have 8 x 8."""
+    return ImageAdapter(ImageFeatures(side, side, channels=1), items=items, patch=side // 2, tower=_tower(width))

@@ -136,7 +136,9 @@ class _Group:
         step, seeds = stacked.over_seeds(self.program), self._seeds()
         spec, course, pending = self.experiment.train, self.course, None
         while course.done < spec.steps and None in course.stopped and not interruption.requested:
-            fed = feed.take()
+            fed = feed.take(lambda: interruption.requested)
+            if fed is None:
+                break
             self.state, figures = step(self.state, fed.batch, seeds)
             course.done, self.place = course.done + 1, fed.state
             if pending is not None:

@@ -91,7 +91,7 @@ class Parallel:
         return places(shapes, self.axes, self.layout)
 
     def of_all(self, state: Any) -> Any:
-        """A state that all processes know to be one: pmap gives each its own copies."""
+        """A state that all processes know to be one: a pmap that was not compiled before gives each its own copies."""
         if self.mode != "pmap" or jax.process_count() == 1:
             return state
 

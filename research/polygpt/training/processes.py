@@ -44,7 +44,8 @@ class ProcessesSpec(Spec):
     initialization_timeout: int = 1800
     """For all processes to start. A cold pod may need many minutes to pull its images."""
     barrier_timeout: int = 600
-    """At a barrier, from the first process to the last."""
+    """At a barrier, from the first process to the last. Checkpoints have barriers: where the first process takes longer
+    to finish one than this, on slow storage, allow more."""
     heartbeat_timeout: int = 100
     """When a process dies, all others have ended by then. One that is silent for six tenths of it, frozen or cut off,
     counts as dead."""
@@ -68,6 +69,7 @@ class _Group:
     uses: collections.Counter  # of each barrier's name: the service takes an identifier once
     lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)  # of `uses`: checkpoints meet in threads
     last: str | None = None
+    under_way: dict[str, str] = dataclasses.field(default_factory=dict)  # barriers that some thread waits at, by name
     liveness: Liveness | None = None
     failed: BaseException | None = None
 
@@ -186,9 +188,14 @@ def told(name: str) -> str | None:
         raise
 
 
+def barrier_timeout() -> int:
+    """Seconds that a barrier of this run waits at most; the default's for a process that is alone."""
+    return (ProcessesSpec() if _group is None else _group.spec).barrier_timeout
+
+
 def last_barrier() -> str | None:
     """The last barrier and whether this process still waits there, for a person; None before the first."""
-    return None if _group is None else _group.last
+    return None if _group is None else "; ".join(_group.under_way.copy().values()) or _group.last
 
 
 def _place() -> dict | None:
@@ -257,7 +264,7 @@ def _meet(group: _Group, name: str, bound: str = "barrier_timeout") -> None:
         return ", ".join(group.names[rank] for rank in range(group.count) if rank not in arrived) or "no process"
 
     begun = time.monotonic()
-    group.last = f"waits at barrier {name!r}, use {use + 1}, since {time.strftime('%H:%M:%S')}"
+    group.under_way[name] = f"waits at barrier {name!r}, use {use + 1}, since {time.strftime('%H:%M:%S')}"
     log.info("barrier %r: begins", name)
     group.client.key_value_set(f"{place}/{group.rank}", "")
     try:
@@ -271,6 +278,7 @@ def _meet(group: _Group, name: str, bound: str = "barrier_timeout") -> None:
             f"(train.processes.{bound}): look at its log"
         ) from error
     group.client.key_value_delete(f"{place}/{group.rank}")
+    del group.under_way[name]
     group.last = f"passed barrier {name!r}, use {use + 1}, at {time.strftime('%H:%M:%S')}"
     log.info("barrier %r: ends after %.2f s", name, time.monotonic() - begun)
 

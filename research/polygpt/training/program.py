@@ -78,7 +78,8 @@ class Program:
         """The step, compiled for these arguments in every process before any of them goes on.
 
         The first exchange between processes on CPUs waits half a minute for the last of them (Gloo), which may well
-        compile longer than the others.
+        compile longer than the others. A pmap that is compiled so takes and gives arrays that span all processes, as
+        `Parallel` makes them.
         """
         if jax.process_count() == 1:
             return self.step

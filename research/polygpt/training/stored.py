@@ -25,7 +25,8 @@ LARGE = {"params": "params", "opt_state": "optimizer", "ema": "ema"}
 def writer() -> ocp.AsyncCheckpointer:
     """Writes in the background, `save(place, args=parts(...))`, and reads."""
     _meet_at_our_barriers()
-    return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+    bound = ocp.options.AsyncOptions(timeout_secs=processes.barrier_timeout())
+    return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=bound)
 
 
 def parts(state: State, data: dict[str, Any]) -> ocp.args.Composite:
@@ -85,7 +86,9 @@ def _meet_at_our_barriers() -> None:
     """
 
     def meet(key: str) -> None:
-        processes.barrier(f"checkpoint: {key.strip('_')}")
+        # Whoever reads meets the others when it has, to hear whether all could.
+        if not key.endswith("Checkpointer:restore"):
+            processes.barrier(f"checkpoint: {key.strip('_')}")
 
     if processes.last_barrier() is not None:  # this process is one of a run's
         multihost.sync_global_processes = lambda name, **_: meet(name)

@@ -144,8 +144,9 @@ class Trainer:
         if not self.feed.ready:
             self._settle()  # first what the device is at: what is waited for input is then time in which it idles
         with self.goodput.doing("input_wait"):
-            fed = self.feed.take(lambda: self.interruption.due(self.begun))
-        if fed is None:  # a signal came while the data kept the run waiting
+            # Of several processes none can end before a step that others have begun: they would wait for it.
+            fed = self.feed.take(lambda: jax.process_count() == 1 and self.interruption.requested)
+        if fed is None:
             return
         doing = self.goodput.doing("productive") if self.begun else self._compiling()
         with doing, jax.transfer_guard("disallow"):  # what the step needs is on the device: else there is a mistake

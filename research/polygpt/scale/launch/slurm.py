@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import os
 import re
+import shlex
 import signal
 import subprocess
 import threading
@@ -122,7 +123,9 @@ def executor(folder: Path, cluster: str, name: str, nodes: int, tasks: int, minu
     with refusals():
         made = submitit.AutoExecutor(folder, cluster=cluster)
         # A task whose run was stopped ends with an error: SLURM is not to end the one that is queueing the job again.
-        more = {"slurm_srun_args": ["--kill-on-bad-exit=0"]} | more
+        given = more.get("slurm_srun_args", [])
+        given = shlex.split(given) if isinstance(given, str) else given
+        more = more | {"slurm_srun_args": ["--kill-on-bad-exit=0", *given]}
         made.update_parameters(
             name=name, nodes=nodes, tasks_per_node=tasks, timeout_min=minutes, stderr_to_stdout=True, **more
         )

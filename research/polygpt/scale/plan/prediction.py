@@ -155,7 +155,8 @@ def predict(experiment: Experiment, known: Facts, target: Target, layout: Layout
     schedule = Schedule.of(layout)
     bubble = schedule.bubble() if schedule else 0.0  # in which a stage computes what nobody uses
     blocks = sum(line.forward * (3 + line.again) for line in counted.lines if line.name.startswith("decoder, "))
-    executed = (counted.useful + counted.again + 1.7 * scores + blocks * bubble / (1 - bubble)) / target.count
+    wasted = (blocks + 1.7 * scores) * bubble / (1 - bubble)
+    executed = (counted.useful + counted.again + 1.7 * scores + wasted) / target.count
     exchanged = _exchanges(experiment, known, layout, positions, own, whole, compute)
     linked = links.total(exchanged, target, list(layout.mesh.devices.flat))
     roofline = Roofline(
