@@ -28,6 +28,7 @@ from polygpt.ablation.statistics import (
     interval_t,
     one_sided,
     pooled_deviation,
+    repeats,
     seeds_needed,
     superiority,
     t_statistic,
@@ -61,9 +62,10 @@ class Atom:
         estimate: the mean margin over seeds; None without seeds.
         low, high: 95 % t interval of the margin, not adjusted for the number of claims.
         t: Student's statistic; infinite without variance.
-        p_holds, p_contrary: one-sided.
+        p_holds, p_contrary: one-sided; of steps not below the smallest that a sign test can have.
         effect: `effect_size` of the margins.
         superiority: P(left < right) + P(left = right) / 2 over all pairs of seeds.
+        steps: whether margins repeat, as places on a grid do.
     """
 
     text: str
@@ -75,6 +77,7 @@ class Atom:
     p_contrary: float
     effect: float | None
     superiority: float | None
+    steps: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,16 +178,21 @@ def _atom(text: str, left_S: np.ndarray, right_S: np.ndarray, rounding: float) -
     margin_S[np.abs(margin_S) <= rounding] = 0
     low, high = interval_t(margin_S)
     p_holds, p_contrary = one_sided(margin_S)
+    # Where something is lowest is a place on a grid, often the same on all seeds: of steps Student's t is surer than it
+    # may be, without variance even certain.
+    steps = repeats(margin_S)
+    least = 0.5 ** len(margin_S) if steps else 0.0
     return Atom(
         text=text,
         estimate=float(margin_S.mean()) if len(margin_S) else None,
         low=low,
         high=high,
         t=t_statistic(margin_S),
-        p_holds=p_holds,
-        p_contrary=p_contrary,
+        p_holds=max(p_holds, least),
+        p_contrary=max(p_contrary, least),
         effect=effect_size(margin_S),
         superiority=superiority(left_S, right_S),
+        steps=steps,
     )
 
 
@@ -248,8 +256,13 @@ def _verdict(
         notes.append(f"{used} of {total} seeds can be compared: a test takes two")
     elif used < total:
         notes.append(f"{used} of {total} seeds: the others lack runs")
-    if used >= 2 and (atom.low == atom.high or math.isinf(atom.t)):
-        notes.append("the same on every seed: no test of chance")
+    needed = seeds_needed(effects, levels) if min(effects) > 0 else None
+    if any(leaf.steps for leaf in _leaves(tree)):
+        least = math.ceil(math.log2(2 * claims / alpha))
+        needed = needed and max(needed, least)
+        notes.append(f"margins are steps, which are tested as signs: to decide takes {least} seeds")
+    elif used >= 2 and atom.low == atom.high:
+        notes.append("the same on every seed")
     return Verdict(
         claim=claim,
         verdict="undecided" if adjusted > alpha else "held" if holds else "refuted",
@@ -260,7 +273,7 @@ def _verdict(
         adjusted=adjusted,
         effect=atom.effect,
         superiority=atom.superiority,
-        seeds_needed=seeds_needed(effects, levels) if min(effects) > 0 else None,
+        seeds_needed=needed,
         atoms=tuple(_leaves(tree)),
         seeds=used,
         note="; ".join(notes),
