@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from scipy import stats
+from statsmodels.stats.power import TTestPower
 
 from own_ablation import write_ablation
 from polygpt import spec
@@ -53,11 +54,28 @@ def test_runs_that_differ_in_the_seed_alone_are_a_group_paired_by_seed(run):
     assert differing.rows == [["model.decoder.width", "8", "16"]]
 
 
+def test_several_groups_are_adjusted_by_holm_and_what_would_settle_them_is_said(run):
+    a, widths = [2.0, 2.2, 2.5], {16: [1.9, 2.15, 2.3], 32: [1.5, 1.71, 2.02]}
+    folders = [run(f"8-{seed}", loss, seed) for seed, loss in enumerate(a)]
+    for width, losses in widths.items():
+        changes = {"model.decoder.width": width}
+        folders += [run(f"{width}-{seed}", loss, seed, changes) for seed, loss in enumerate(losses)]
+    found = compare_runs(folders)
+    _, open_, settled = found.groups
+    p = [stats.ttest_rel(losses, a).pvalue for losses in widths.values()]
+    assert (open_.adjusted, settled.adjusted) == pytest.approx((p[0], 2 * p[1])) and settled.adjusted < 0.05 < p[0]
+    rows = tables(found)[0].rows
+    assert rows[0][-1] == "–" and rows[1][-1] == str(open_.seeds_needed) and rows[2][-1] == ""
+    power = TTestPower().power(abs(open_.compared.effect), open_.seeds_needed, 0.025)
+    assert power >= 0.8 > TTestPower().power(abs(open_.compared.effect), open_.seeds_needed - 1, 0.025)
+
+
 def test_other_seeds_are_compared_by_welch(run):
     a, b = [2.0, 2.2, 2.5], [1.9, 2.15, 2.3, 1.8]
     folders = [run(f"small-{seed}", loss, seed) for seed, loss in enumerate(a)]
     folders += [run(f"large-{seed}", loss, seed + 1, WIDE) for seed, loss in enumerate(b)]
     large = compare_runs(folders).groups[1]
+    assert large.adjusted == large.compared.p and large.seeds_needed is None
     test = stats.ttest_ind(b, a, equal_var=False)
     assert large.how == "Welch" and large.compared.p == pytest.approx(test.pvalue)
     assert large.compared.t == pytest.approx(tuple(test.confidence_interval()))

@@ -58,6 +58,16 @@ def test_the_table_has_means_so_far_steps_and_the_time_left(tmp_path, clock):
     assert "1.90000 ± 0" in text and "step 2/4" not in text and "8/12 runs" in text and "about 60 s left" in text
 
 
+def test_while_rates_are_tuned_the_comparison_is_still_to_come(tmp_path, clock):
+    made = ablation(tmp_path)
+    live = Live(made, 4, [line("base", seed, 2.0) for seed in range(4)], Console(file=io.StringIO()))
+    tasks = tuple(Task(point.name, (point.experiment,), tmp_path) for point in points(made))
+    live(Planned("tuning", 9, 3, tasks[1:]))
+    clock.now = 10.0
+    live(Progress("wide", (1000,), 4, 4, (1.0,)))
+    assert live.left() == pytest.approx(10 * (5 + 2 * 4)), "five more to tune, then four seeds each of two variants"
+
+
 def test_without_a_terminal_there_is_a_line_now_and_then(tmp_path, clock):
     out = io.StringIO()
     made = ablation(tmp_path)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from polygpt.ablation import claims, results
+from polygpt.ablation import claims, results, summary
 from polygpt.ablation.study import FILE, load_ablation, places, points
 from polygpt.evaluation import conditions
 from polygpt.models.functional import bind
@@ -13,15 +13,28 @@ from polygpt.spec import from_json, to_json
 FILES = sorted((Path(__file__).parents[2] / "experiments" / "ablations").glob(f"*/{FILE}"))
 
 
-def test_there_are_ablations():
-    assert {"glu", "extrapolation", "sinks"} <= {path.parent.name for path in FILES}
+NAMES = "extrapolation fusion glu mup norm_placement positions prefix qk_norm sinks".split()
+
+
+def test_there_are_ablations_and_most_claims_of_papers_are_decided():
+    assert set(NAMES) <= {path.parent.name for path in FILES}
+    decided = undecided = 0
+    for path in FILES:
+        found = results.frame(load_ablation(path), results.read(path.with_name(results.RESULTS)))
+        assert len(found.seeds) >= 5 and summary.missing(found)[0] == 0, path.parent.name
+        verdicts = [one.verdict for one in summary.verdicts(found)] if found.ablation.paper else []
+        decided += len(verdicts) - verdicts.count("undecided")
+        undecided += verdicts.count("undecided")
+    print(f"of {decided + undecided} claims of papers {decided} are held or refuted")
+    assert decided >= 6
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.parent.name)
 def test_an_ablation_is_whole(path):
     ablation = load_ablation(path)
     claims.check(ablation.claims, ablation.variants, ablation.axes())
-    assert f"polygpt ablate {path.parent.name}" in path.read_text()
+    for words in (f"polygpt ablate {path.parent.name}", "Expected", "On 2 CPU cores"):
+        assert words in " ".join(path.read_text().split()), f"the docstring lacks {words!r}"
     for variant, at in places(ablation):
         assert len(results.candidates(ablation, variant, at)) == len(ablation.tuned)
     for point in points(ablation):

@@ -20,7 +20,7 @@ def beside(frame: Frame) -> Table:
     turned = f"{paper.better} is better" if paper.better not in (None, ablation.better) else ""
     about = ", ".join(filter(None, (paper.unit, turned)))
     heads = ["variant", f"paper{f' ({about})' if about else ''}", f"minus {first}"]
-    heads += [f"ours: {ablation.metric} ({ablation.unit}){over}", f"minus {first}"]
+    heads += [f"ours: {ablation.label} ({ablation.unit}){over}", f"minus {first}"]
     samples = {variant: _at_best(frame, variant) for variant in frame.values}
     rows = []
     for variant in [*frame.values, *(name for name in paper.figures if name not in frame.values)]:

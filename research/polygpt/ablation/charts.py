@@ -95,7 +95,7 @@ def is_numeric(values: Sequence[Name]) -> bool:
 def _points(frame: Frame) -> Chart:
     """Every variant's mean, a panel for each combination of factors; the paper's figures in one of their own."""
     ablation, panels = frame.ablation, []
-    unit = f"{ablation.metric} ({ablation.unit})"
+    unit = f"{ablation.label} ({ablation.unit})"
     samples = {variant: list(columns(values)) for variant, values in frame.values.items()}
     for i, at in enumerate(combinations(frame)):
         series = tuple(_point(frame, variant, some[i]) for variant, some in samples.items())
@@ -128,7 +128,7 @@ def _over(frame: Frame, factor: str) -> Chart:
         for i, at in enumerate(others):
             panel, name = (variant, _at(at)) if at else ("", variant)
             lines.setdefault(panel, []).append((name, moved[:, i]))
-    unit, log = f"{frame.ablation.metric} ({frame.ablation.unit})", spans_a_decade(x)
+    unit, log = f"{frame.ablation.label} ({frame.ablation.unit})", spans_a_decade(x)
     panels = tuple(
         Panel(title, tuple(_line(frame, name, x, y_SX) for name, y_SX in some), factor, unit, log)
         for title, some in lines.items()

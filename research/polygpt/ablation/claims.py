@@ -28,7 +28,6 @@ from polygpt.ablation.statistics import (
     interval_t,
     one_sided,
     pooled_deviation,
-    repeats,
     seeds_needed,
     superiority,
     t_statistic,
@@ -65,7 +64,7 @@ class Atom:
         p_holds, p_contrary: one-sided; of steps not below the smallest that a sign test can have.
         effect: `effect_size` of the margins.
         superiority: P(left < right) + P(left = right) / 2 over all pairs of seeds.
-        steps: whether margins repeat, as places on a grid do.
+        steps: whether margins are between places on a grid, or the same on all seeds.
     """
 
     text: str
@@ -180,7 +179,7 @@ def _atom(text: str, left_S: np.ndarray, right_S: np.ndarray, rounding: float) -
     p_holds, p_contrary = one_sided(margin_S)
     # Where something is lowest is a place on a grid, often the same on all seeds: of steps Student's t is surer than it
     # may be, without variance even certain.
-    steps = repeats(margin_S)
+    steps = bool(margin_S.any()) and ("argmin(" in text or math.isinf(t_statistic(margin_S)))
     least = 0.5 ** len(margin_S) if steps else 0.0
     return Atom(
         text=text,

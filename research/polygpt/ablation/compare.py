@@ -16,7 +16,15 @@ from scipy import special
 
 from polygpt import spec
 from polygpt.ablation.record import finite_mean
-from polygpt.ablation.statistics import Compared, compare, interval_bootstrap, interval_t, superiority
+from polygpt.ablation.statistics import (
+    Compared,
+    compare,
+    holm,
+    interval_bootstrap,
+    interval_t,
+    seeds_needed,
+    superiority,
+)
 from polygpt.ablation.study import TRAINING_LOSS
 from polygpt.ablation.tables import probability_of
 from polygpt.errors import UserError
@@ -25,6 +33,8 @@ from polygpt.report.finish import RESULTS
 from polygpt.spec import nearest
 from polygpt.training.workdir import differences, drop_same_mathematics, load_experiment
 
+ALPHA = 0.05
+"""The chance that any of the differences found is none."""
 NAMED = 3
 """Fields that a group is named by, at most."""
 
@@ -57,6 +67,9 @@ class Group:
         compared: beside the first group; None for the first itself.
         how: "paired" or "Welch".
         better: the chance that a run is better than one of the first group; None for the first itself.
+        adjusted: p by Holm's method over the groups; None for the first itself.
+        seeds_needed: seeds of each group that would show such an effect; None for the first itself, where the groups do
+            not have the same seeds, or where no number would do.
     """
 
     name: str
@@ -65,6 +78,8 @@ class Group:
     compared: Compared | None
     how: Literal["paired", "Welch"] | None
     better: float | None
+    adjusted: float | None = None
+    seeds_needed: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +123,9 @@ def compare_runs(folders: Sequence[str | Path], metric: str | None = None) -> Co
         lower = compared and compared.superiority
         share = lower if lower is None or better == "lower" else 1 - lower
         made.append(Group(name, tuple(some), tuple(values), compared, how, share))
-    return Comparison(metric, better, tuple(made), differing)
+    adjusted = holm([group.compared.p for group in made[1:]])
+    others = (_adjusted(group, float(p), len(adjusted)) for group, p in zip(made[1:], adjusted, strict=True))
+    return Comparison(metric, better, (made[0], *others), differing)
 
 
 def finished_run(folder: Path) -> FinishedRun:
@@ -179,14 +196,16 @@ def tables(found: Comparison) -> list[Table]:
         line = [group.name, seeds, with_interval(float(values.mean()), interval_t(values))]
         line.append(span(interval_bootstrap(values)))
         if group.compared is None:
-            line += ["–"] * 5
+            line += ["–"] * 6
         else:
             one = group.compared
-            line += [with_interval(one.mean, one.t), group.how, probability(one.p)]
+            line += [with_interval(one.mean, one.t), group.how, probability(group.adjusted)]
             line += [_effect(one.effect), probability_of(group.better)]
+            line.append("" if group.adjusted <= ALPHA else f"{group.seeds_needed:,}" if group.seeds_needed else "–")
         rows.append(line)
-    heads = ["runs", "seeds", found.metric, "bootstrap", f"minus {first}", "test", "p", "effect size", "P(better)"]
-    notes = [f"± and intervals 95 %; {found.better} is better; p is two-sided, not adjusted for several groups."]
+    heads = ["runs", "seeds", found.metric, "bootstrap", f"minus {first}", "test", "p (Holm)", "effect size"]
+    heads += ["P(better)", "seeds to settle it"]
+    notes = [f"± and intervals 95 %; {found.better} is better; p is two-sided, by Holm's method over all groups."]
     made = [Table(f"Runs compared: {found.metric}", heads, rows, notes=notes)]
     if found.differences:
         lines = [[name, *map(_text, values)] for name, values in found.differences.items()]
@@ -216,6 +235,12 @@ def _beside(some, values, first, first_values) -> tuple[Compared, Literal["paire
     if [run.seed for run in some] == [run.seed for run in first]:
         return compare(values, first_values), "paired"
     return welch(values, first_values), "Welch"
+
+
+def _adjusted(group: Group, p: float, groups: int) -> Group:
+    effect = group.compared.effect
+    needed = seeds_needed(effect, ALPHA / groups) if group.how == "paired" and effect else None
+    return dataclasses.replace(group, adjusted=p, seeds_needed=needed)
 
 
 def _config(experiment) -> dict[str, Any]:

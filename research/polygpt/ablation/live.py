@@ -87,11 +87,12 @@ class Live:
             self.console.print(Text(f"{event.task.name} failed: {event.failure.message}"), soft_wrap=True)
 
     def left(self) -> float | None:
-        """Seconds until the stage is done, by what its runs took so far, done and begun; None before the first step."""
+        """Seconds until all is done, by what the stage's runs took so far, done and begun; None before a first step."""
         begun = sum(len(one.seeds) * one.step / one.steps for one in self.steps.values())
         if not self.made + begun or self.runs <= self.done:
             return None
-        return (time.monotonic() - self._begun) / (self.made + begun) * max(0.0, self.runs - self.done - begun)
+        then = sum(max(0, self.seeds - len(one)) for one in self.found.values()) if self.stage == "tuning" else 0
+        return (time.monotonic() - self._begun) / (self.made + begun) * (max(0.0, self.runs - self.done - begun) + then)
 
     def table(self) -> Group:
         """The table as it is now."""

@@ -119,12 +119,6 @@ def one_sided(d_S) -> tuple[float, float]:
     return float(special.stdtr(len(d_S) - 1, -t)), float(special.stdtr(len(d_S) - 1, t))
 
 
-def repeats(d_S) -> bool:
-    """Whether differences [S] are steps rather than measurements: not all zero, and some the same to twelve digits."""
-    d_S = np.sort(complete(d_S))
-    return bool(d_S.any() and (np.diff(d_S) <= 1e-12 * np.abs(d_S).max()).any())
-
-
 def effect_size(d_S) -> float | None:
     """Mean over standard deviation of paired differences [S], without the bias of a small sample.
 

@@ -110,6 +110,11 @@ class Ablation(Spec):
         """All metrics that are read from runs, the main one first."""
         return [self.metric, *(metric for values in self.reads.values() for metric in values.values())]
 
+    @property
+    def label(self) -> str:
+        """The metric's name where values of it stand: "loss", if they are read of several tasks."""
+        return self.metric.rpartition("/")[2] if self.reads else self.metric
+
     def axes(self) -> dict[str, tuple[Name, ...]]:
         """The values of every factor: of those that are run over, then of that which is read at."""
         return {factor: tuple(values) for factor, values in {**self.over, **self.reads}.items()}

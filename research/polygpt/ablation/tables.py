@@ -15,7 +15,7 @@ def results_table(frame: Frame) -> Table:
     ablation, found = frame.ablation, rows(frame)
     first, *others = frame.values
     with_paper = not frame.axes and any(row.paper is not None for row in found)
-    heads = ["variant", *frame.axes, f"{ablation.metric} ({ablation.unit})", "bootstrap"]
+    heads = ["variant", *frame.axes, f"{ablation.label} ({ablation.unit})", "bootstrap"]
     heads += [f"minus {first}", "effect size", "P(better)"] if others else []
     heads += ["paper"] if with_paper else []
     cells = []
@@ -30,7 +30,7 @@ def results_table(frame: Frame) -> Table:
             line += [probability_of(row.better)]
         cells.append(line + ([as_written(row.paper)] if with_paper else []))
     bold = frozenset((i, len(frame.axes) + 1) for i in best_rows(found, ablation.better))
-    return Table(f"Results: {ablation.metric}, {ablation.better} is better", heads, cells, bold, notes=_said(frame))
+    return Table(f"Results: {ablation.label}, {ablation.better} is better", heads, cells, bold, notes=_said(frame))
 
 
 def costs_table(frame: Frame) -> Table:
@@ -100,12 +100,12 @@ def headline(frame: Frame, found: Sequence[Verdict]) -> str:
     if best and not frame.axes:
         row = best[0]
         figure = f"{with_interval(row.mean, row.t)} {frame.ablation.unit}"
-        parts.append(f"best {frame.ablation.metric}: {row.variant}, {figure}, {row.seeds} seeds")
+        parts.append(f"best {frame.ablation.label}: {row.variant}, {figure}, {row.seeds} seeds")
     elif best:
         times = collections.Counter(row.variant for row in best)
         over = " and ".join(frame.axes)
         parts.append(
-            f"best {frame.ablation.metric}: "
+            f"best {frame.ablation.label}: "
             + ", ".join(f"{name} at {count} of {len(best)} values of {over}" for name, count in times.most_common())
         )
     sentence = "; ".join(parts) or "nothing is claimed, and nothing compared"
@@ -140,6 +140,8 @@ def _said(frame: Frame) -> list[str]:
     lacking, asked = missing(frame)
     seeds = f"{len(frame.seeds)} seeds, the same for all variants" if len(frame.seeds) > 1 else "one seed: no intervals"
     notes = [f"Means over {seeds}; ± and intervals 95 %, Student's t; differences are paired by seed."]
+    if 1 < len(frame.seeds) < 8:
+        notes.append("Of fewer than eight seeds, bootstrap intervals cover less than 95 % (of five: 92 %).")
     if frame.ablation.diverged is not None:
         notes.append(f"A run that diverged, or did worse, counts as {alone(frame.ablation.diverged)}.")
     return notes + ([f"{lacking} of {asked} runs are missing."] if lacking else [])

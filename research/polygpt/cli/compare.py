@@ -43,6 +43,8 @@ def run(arguments: Namespace) -> dict:
             "values": group.values,
             "how": group.how,
             "better": group.better,
+            "adjusted": group.adjusted,
+            "seeds_needed": group.seeds_needed,
             "compared": group.compared and dataclasses.asdict(group.compared),
         }
         for group in found.groups
