@@ -118,7 +118,8 @@ def test_the_benchmark_compares_two_variants(tmp_path, monkeypatch, capsys):
     flops = {(cost["variant"], cost["length"], cost["kind"]): 1e9 * cost["gflops"] for cost in costs}
     projections = 2 * 4 * 16 * 16
     assert flops["MultiHead", 8, "forward"] == pytest.approx(8 * (projections + 4 * 16 * 4.5))
-    assert flops["SlidingWindow", 16, "forward and backward"] == pytest.approx(3 * 16 * (projections + 4 * 16 * 4))
+    seen = 1 + 2 + 3 + 13 * 4  # by all 16 positions
+    assert flops["SlidingWindow", 16, "forward and backward"] == pytest.approx(3 * (16 * projections + 4 * 16 * seen))
     assert flops["MultiHead", 16, "decode"] == pytest.approx(projections + 4 * 16 * 16)
     assert (tmp_path / "runs" / "attention-bench.png").stat().st_size > 5000
     assert main([*words, "--lengths", "8,x"]) == 2 and re.search("--lengths", capsys.readouterr().err)
