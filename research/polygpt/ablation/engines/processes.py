@@ -69,6 +69,7 @@ class _Pool:
                 line = made.process.stdout.readline()
                 if line.endswith("\n"):
                     self.idle[made.share] = made.process
+                    self.watch([made.task])  # it may have been begun and done between two looks
                     yield made.task, worker.read(line)
                     continue
                 self.idle[made.share] = None
