@@ -47,7 +47,7 @@ def test_a_readme_answers_first_and_then_says_how(made, drawn):
     assert paragraphs[1] == "# Width of a tiny model"
     assert paragraphs[2] == "**Question.** Is a wider model better, or a deeper one?"
     assert paragraphs[3].startswith("**Verdict.** 2 of 3 claims held: a wider model learns more;")
-    assert paragraphs[4] == "**Cost.** 12 runs, 18 s of wall time on cpu, 30 G FLOPs."
+    assert paragraphs[4] == "**Cost.** 12 runs, 18 s of wall time on cpu summed over runs, 30 G FLOPs."
     assert paragraphs[5] == "**Command.** `polygpt ablate own`"
     assert "[arXiv:2002.05202](https://arxiv.org/abs/2002.05202), Table 1." in text
     assert "Evidence M: its figures are from memory, still to be checked in the paper." in text

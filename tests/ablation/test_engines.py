@@ -157,7 +157,7 @@ def test_an_interruption_ends_all_processes_which_save_first(tmp_path):
 
 def test_children_that_do_not_end_are_killed():
     deaf = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True); signal.pause()"
-    process = children.start(["-c", deaf], {})
+    process = children.start(["-c", deaf])
     assert process.stdout.readline() == "1\n"
     with children.ended([process], grace=0.3):
         pass
@@ -167,14 +167,28 @@ def test_children_that_do_not_end_are_killed():
 def test_children_divide_the_gpus(monkeypatch):
     monkeypatch.delenv("JAX_PLATFORMS")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,6,7")
-    assert [share["CUDA_VISIBLE_DEVICES"] for share in children.shares(2)] == ["3,5", "6,7"]
-    assert children.shares(1) == [{}]
+    assert [share.environment["CUDA_VISIBLE_DEVICES"] for share in children.shares(2)] == ["3,5", "6,7"]
+    assert children.shares(1) == [children.Share()]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     shares = children.shares(4)
-    assert [share["CUDA_VISIBLE_DEVICES"] for share in shares] == ["3", "5", "3", "5"]
-    assert {share["XLA_PYTHON_CLIENT_MEM_FRACTION"] for share in shares} == {"0.450"}
-    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    assert children.shares(4) == [{}] * 4
+    assert [share.environment["CUDA_VISIBLE_DEVICES"] for share in shares] == ["3", "5", "3", "5"]
+    assert {share.environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] for share in shares} == {"0.450"}
+
+
+def test_without_gpus_children_divide_the_cores(monkeypatch):
+    monkeypatch.setattr(children, "cores", lambda: (1, 4, 5, 6, 7))
+    assert children.shares(1) == [children.Share()]
+    assert [share.cores for share in children.shares(2)] == [(1, 4), (5, 6)]
+    assert [share.cores for share in children.shares(6)] == [()] * 6
+
+
+@pytest.mark.skipif(not children.cores(), reason="the system does not say on which cores a process may run")
+def test_a_child_runs_on_its_cores_alone():
+    core = children.cores()[-1]
+    asked = "import os, sys; sys.stdin.readline(); print(os.sched_getaffinity(0))"
+    process = children.start(["-c", asked], children.Share(cores=(core,)))
+    with children.ended([process]):
+        assert process.communicate("\n", timeout=60)[0] == f"{{{core}}}\n"
 
 
 @pytest.mark.parametrize(

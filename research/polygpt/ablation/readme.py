@@ -227,7 +227,8 @@ def cost(frame: Frame, tuned: Sequence[Mapping[str, Any]] = ()) -> str:
     where = _distinct(line["made"]["device"] for line in lines)
     if not lines:
         return "nothing was run."
-    return f"{len(lines)} runs{some}, {duration(seconds)} of wall time on {where}, {short(flops)} FLOPs."
+    took = f"{duration(seconds)} of wall time on {where} summed over runs"
+    return f"{len(lines)} runs{some}, {took}, {short(flops)} FLOPs."
 
 
 def tuning(ablation: Ablation, records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -1,6 +1,7 @@
-"""Processes of this machine that work for this one: each with its share of the devices; they end when it ends."""
+"""Processes of this machine that work for this one: each with its share of it; they end when it ends."""
 
 import contextlib
+import dataclasses
 import math
 import os
 import re
@@ -19,13 +20,26 @@ MEMORY = 0.9
 """The share of a GPU's memory that the processes on it take together."""
 
 
-def start(words: Sequence[str], share: Mapping[str, str], log: Path | None = None) -> subprocess.Popen:
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """A process's part of the machine.
+
+    Attributes:
+        environment: variables that it is to find.
+        cores: that it may run on; empty for all.
+    """
+
+    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    cores: tuple[int, ...] = ()
+
+
+def start(words: Sequence[str], share: Share = Share(), log: Path | None = None) -> subprocess.Popen:
     """Starts this Python with words; stdin and stdout are pipes. What is printed to stderr is added to `log`."""
     # The modules that this process finds, it finds; Ctrl-C reaches it through this process alone, and so once.
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))} | share
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))} | share.environment
     with contextlib.ExitStack() as stack:
         errors = subprocess.DEVNULL if log is None else stack.enter_context(log.open("ab"))
-        return subprocess.Popen(
+        child = subprocess.Popen(
             [sys.executable, *words],
             env=environment,
             stdin=subprocess.PIPE,
@@ -35,6 +49,10 @@ def start(words: Sequence[str], share: Mapping[str, str], log: Path | None = Non
             encoding="utf-8",
             start_new_session=True,
         )
+    if share.cores:
+        with contextlib.suppress(ProcessLookupError):  # it has ended: whoever waits for it will see
+            os.sched_setaffinity(child.pid, share.cores)  # long before it asks how many threads it may have
+    return child
 
 
 @contextlib.contextmanager
@@ -75,16 +93,25 @@ def count_gpus() -> int:
     return len([path for path in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name)])
 
 
-def shares(count: int) -> list[dict[str, str]]:
-    """What each of `count` processes is to find in its environment, so that they divide the machine's GPUs.
+def cores() -> tuple[int, ...]:
+    """The cores that this process may run on; none where the system does not say, as macOS."""
+    return tuple(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else ()
 
-    Of fewer GPUs than processes each is shared by several, which divide its memory.
+
+def shares(count: int) -> list[Share]:
+    """What each of `count` processes is to have, so that they divide the machine's GPUs, or without any its cores.
+
+    Of fewer GPUs than processes each is shared by several, which divide its memory. Cores are divided because a small
+    program gains little from a second one, and two that share both wait for each other; with more processes than cores
+    they are left to the system.
     """
-    there = count_gpus()
-    if not there or count == 1:
-        return [{}] * count
+    there, mine = count_gpus(), cores()
+    if count <= 1:
+        return [Share()] * count
+    if not there:
+        each = len(mine) // count
+        return [Share(cores=mine[rank * each : (rank + 1) * each]) for rank in range(count)]
     if there >= count:
-        return [{"CUDA_VISIBLE_DEVICES": gpus(rank, count, there // count)} for rank in range(count)]
-    fraction = f"{MEMORY / math.ceil(count / there):.3f}"
-    one = [{"CUDA_VISIBLE_DEVICES": gpus(rank % there, there, 1)} for rank in range(count)]
-    return [share | {"XLA_PYTHON_CLIENT_MEM_FRACTION": fraction} for share in one]
+        return [Share({"CUDA_VISIBLE_DEVICES": gpus(rank, count, there // count)}) for rank in range(count)]
+    fraction = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{MEMORY / math.ceil(count / there):.3f}"}
+    return [Share({"CUDA_VISIBLE_DEVICES": gpus(rank % there, there, 1)} | fraction) for rank in range(count)]

@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import dataclasses
-import os
 import selectors
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -25,7 +24,7 @@ class Processes(Engine):
     """
 
     workers: int | None = None
-    """How many; null for one on each GPU, or where there is none for one on every second core."""
+    """How many; null for one on each GPU, or where there is none on each core."""
     retries: int = 2
     """How often a task is begun again whose process died."""
 
@@ -34,7 +33,7 @@ class Processes(Engine):
         self.require(self.retries >= 0, "retries", "at least 0")
 
     def run(self, tasks: Sequence[Task], tell: Tell) -> Iterator[tuple[Task, list[dict[str, Any]] | Failure]]:
-        count = min(self.workers or children.count_gpus() or max(1, (os.cpu_count() or 1) // 2), len(tasks))
+        count = min(self.workers or children.count_gpus() or len(children.cores()) or 1, len(tasks))
         pool = _Pool(self.retries, children.shares(count), Watch(tell))
         with children.ended(pool.started), contextlib.closing(pool.selector):
             yield from pool.run(tasks)
@@ -50,7 +49,7 @@ class _Busy:
 
 
 class _Pool:
-    def __init__(self, retries: int, shares: list[dict[str, str]], watch: Watch):
+    def __init__(self, retries: int, shares: list[children.Share], watch: Watch):
         self.retries, self.shares, self.watch = retries, shares, watch
         self.selector = selectors.DefaultSelector()
         self.started: list[subprocess.Popen] = []

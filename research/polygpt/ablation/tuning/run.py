@@ -75,13 +75,13 @@ def standing(storage: Storage) -> Standing:
 def _apart(storage: Storage, workers: int, tell: Tell) -> None:
     """In processes of their own. One that dies is replaced; its trial is gone on with, or given up in the end."""
     log = storage.folder / "workers.txt"
-    alive: list[subprocess.Popen] = []
+    alive: dict[int, subprocess.Popen] = {}  # by the number of its share
     started: list[subprocess.Popen] = []
     shares = children.shares(workers)
     with children.ended(started):
         while True:
-            for child in [child for child in alive if child.poll() is not None]:
-                alive.remove(child)
+            for number, child in [(number, child) for number, child in alive.items() if child.poll() is not None]:
+                del alive[number]
                 if child.returncode > 0:
                     raise UserError(f"{_last_line(log)}: see {log}" if child.returncode != 2 else _last_line(log))
             elsewhere = max(0, len(storage.under_way()) - len(alive))  # by other calls
@@ -91,9 +91,9 @@ def _apart(storage: Storage, workers: int, tell: Tell) -> None:
             if len(started) > workers + DEATHS * storage.search.trials:
                 raise UserError(f"workers die again and again: see {log}")
             while len(alive) < min(workers, missing):
-                share = shares[len(started) % workers]
-                alive.append(children.start(("-m", MODULE, str(storage.folder)), share, log))
-                started.append(alive[-1])
+                number = min(set(range(workers)) - set(alive))
+                alive[number] = children.start(("-m", MODULE, str(storage.folder)), shares[number], log)
+                started.append(alive[number])
             tell(standing(storage))
             time.sleep(EVERY)
 
