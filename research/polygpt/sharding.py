@@ -10,7 +10,7 @@ The idea of the table: GSPMD (2105.04663), and the "logical axes" of T5X and Fla
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, Literal
 
@@ -224,6 +224,18 @@ def arrange(spec: MeshSpec, devices: Sequence[jax.Device]) -> Layout:
         inner = tuple(size // slices if i == across else size for i, size in enumerate(shape))
         grid = mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
     return Layout(Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES)), spec)
+
+
+def rows_unit(rules: Mapping[str, tuple[str, ...]], sizes: Mapping[str, int], microbatches: int) -> int:
+    """What the rows of a step have to be a multiple of: by mesh axis so many devices, microbatches of the pipeline.
+
+    In the pipeline the devices of all stages hold parts of the same microbatch.
+    """
+
+    def parts(axes: Iterable[str]) -> int:
+        return math.prod(sizes[axis] for axis in axes)
+
+    return math.lcm(parts(rules["rows"]), microbatches * parts(set(rules["rows"]) - set(rules["stages"])))
 
 
 _active: ContextVar[Layout | None] = ContextVar("layout", default=None)

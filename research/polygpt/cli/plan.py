@@ -36,7 +36,7 @@ def parser(prog: str, about: str) -> Parser:
     words.add_argument("file", metavar="FILE", help="a Python file with `def experiment() -> Experiment`")
     words.add_argument("--on", metavar="SLICE", required=True, help="v5e:16x16, v5p:4x4x4, h100:8, cpu:8, ...")
     words.add_argument("--slices", type=int, default=1, metavar="N", help="so many slices, joined by the network")
-    words.add_argument("--search", action="store_true", help="find the fastest mesh, remat, microbatches that fit")
+    words.add_argument("--search", action="store_true", help="find the fastest mesh, stages, remat, microbatches")
     words.add_argument("--budget", type=float, default=BUDGET, metavar="S", help=f"seconds to search ({BUDGET})")
     words.add_argument("--output", metavar="DIR", help="where to write (default: plans/<experiment>-<slice>)")
     return words

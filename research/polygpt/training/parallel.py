@@ -1,7 +1,6 @@
 """The pure step on one device, on rows split over many by pmap, or on any mesh: wrappers with the same results."""
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -12,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from polygpt import sharding
 from polygpt.errors import UserError
 from polygpt.sequence import Batch
-from polygpt.sharding import Layout, MeshSpec
+from polygpt.sharding import Layout, MeshSpec, rows_unit
 from polygpt.spec import counted
 from polygpt.training.compilation import compiler_options
 
@@ -127,10 +126,9 @@ class Parallel:
         parts = self.rows
         cut = f"split over {counted(parts, 'device')}, {counted(accumulate, 'microbatch', 'microbatches')}"
         if self.layout and (stages := self.layout.size("stages")) > 1:
-            # In the pipeline the devices of all stages hold parts of the same microbatch.
-            microbatches, within = self.layout.spec.microbatches or stages, set(self.layout.names("stages"))
-            outer = math.prod(self.layout.mesh.shape[axis] for axis in set(self.layout.names("rows")) - within)
-            parts, cut = math.lcm(parts, microbatches * outer), f"{cut}, {microbatches} of the pipeline"
+            microbatches = self.layout.spec.microbatches or stages
+            parts = rows_unit(self.layout.spec.rules, self.layout.mesh.shape, microbatches)
+            cut = f"{cut}, {microbatches} of the pipeline"
         if rows % (parts * accumulate):
             raise UserError(f"data.rows is {rows}: it must be a multiple of {parts * accumulate} ({cut})")
         self.check_length(length, "data.layout.length")

@@ -3,17 +3,24 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+from polygpt.blocks.pipeline import Schedule
 from polygpt.errors import SpecError
 from polygpt.scale.plan.target import Target
-from polygpt.sharding import MeshSpec
+from polygpt.sharding import AXES, MeshSpec, rows_unit
 from polygpt.training.experiment import Experiment
 
 REMAT = ("none", "dots", "full")
 """From the fastest to the smallest."""
 TENSOR = 16
 """Devices over which heads and hidden widths are split at most: more of them mostly wait for each other."""
+STAGES = 16
+"""Stages of a pipeline at most: more of them idle more."""
+CUTS = (1, 2, 4, 8)
+"""Microbatches of a pipeline, by stage: with more its devices idle less, and each is smaller."""
+REPEATS = (1, 2)
+"""Rounds of a microbatch through the stages."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +29,7 @@ class Candidate:
 
     Attributes:
         mesh: the mesh, with the layout in its rules.
+        schedule: of the pipeline; None where there is one stage.
         remat: of the decoder.
         towers: of media towers; None where there are none.
         microbatches: parts of a batch that are taken one at a time.
@@ -29,6 +37,7 @@ class Candidate:
     """
 
     mesh: MeshSpec
+    schedule: Schedule | None
     remat: str
     towers: str | None
     microbatches: int
@@ -43,18 +52,25 @@ class Candidate:
                 adapters[name] = adapter.replace(tower=adapter.tower.replace(remat=self.towers))
         return experiment.replace(
             model=model.replace(decoder=model.decoder.replace(remat=self.remat), adapters=adapters),
-            train=experiment.train.replace(parallel="sharded", mesh=self.mesh),
+            train=experiment.train.replace(parallel="sharded", mesh=self.piped),
             optim=experiment.optim.replace(accumulate=self.microbatches),
             data=experiment.data.replace(rows=self.rows),
         )
 
+    @property
+    def piped(self) -> MeshSpec:
+        """The mesh, with the schedule in it."""
+        if self.schedule is None:
+            return self.mesh
+        return self.mesh.replace(microbatches=self.schedule.microbatches, repeats=self.schedule.repeats)
+
     def overrides(self, experiment: Experiment) -> dict[str, str]:
         """The command-line words that make the experiment run so: only what differs."""
-        mesh, before = self.mesh, experiment.train.mesh
+        mesh, before = self.piped, experiment.train.mesh
         found = {}
         if experiment.train.parallel != "sharded":
             found["train.parallel"] = "sharded"
-        for axis in ("stage", "data", "fsdp", "expert", "sequence", "tensor", "context"):
+        for axis in (*AXES, "context", "microbatches", "repeats"):
             if getattr(mesh, axis) != getattr(before, axis):
                 found[f"train.mesh.{axis}"] = str(getattr(mesh, axis))
         if mesh.rules["features"] != before.rules["features"]:
@@ -73,8 +89,10 @@ class Candidate:
 
     def about(self) -> str:
         """In a few words: "fsdp 64, tensor 4 | remat full | towers full | 4 microbatches"."""
-        axes = ("stage", "data", "fsdp", "expert", "sequence", "tensor")
-        words = [", ".join(f"{a} {n}" for a in axes if (n := getattr(self.mesh, a)) != 1) or "one device"]
+        words = [", ".join(f"{a} {n}" for a in AXES if (n := getattr(self.mesh, a)) != 1) or "one device"]
+        if self.schedule:
+            repeats = f", {self.schedule.repeats} repeats" if self.schedule.repeats > 1 else ""
+            words[0] += f" (pipeline of {self.schedule.microbatches}{repeats})"
         if self.mesh.sequence > 1:
             words[0] += f" ({self.mesh.context})"
         if self.mesh.rules["features"]:
@@ -92,7 +110,8 @@ def current(experiment: Experiment, devices: int) -> Candidate:
     if experiment.train.parallel == "sharded":
         spec = spec.replace(**spec.sizes(devices))
     least = next((remat for remat in REMAT if remat in towers), None)
-    return Candidate(spec, remat, least, experiment.optim.accumulate, experiment.data.rows)
+    schedule = Schedule(spec.stage, spec.repeats, spec.microbatches or spec.stage) if spec.stage > 1 else None
+    return Candidate(spec, schedule, remat, least, experiment.optim.accumulate, experiment.data.rows)
 
 
 def candidates(experiment: Experiment, target: Target) -> Iterator[Candidate]:
@@ -102,34 +121,62 @@ def candidates(experiment: Experiment, target: Target) -> Iterator[Candidate]:
     heads, kv_heads = (getattr(decoder.attention, name, None) for name in ("heads", "kv_heads"))
     heads = math.gcd(heads or 1, kv_heads or heads or 1)
     experts = getattr(decoder.mlp, "experts", 1)
-    for mesh in _meshes(now.mesh, target.count, heads, length, experts):
-        across = mesh.data * mesh.fsdp * mesh.expert
-        if rows % across:
-            continue
-        for parts in _divisors(rows // across):
-            if parts & (parts - 1):
-                continue  # powers of two alone
-            for remat, towers in itertools.product(REMAT, REMAT if now.towers else (None,)):
-                if towers == "dots":
-                    continue  # towers are small beside a decoder: all or nothing
-                yield Candidate(mesh, remat, towers, parts, rows)
+    kinds = list(itertools.product(REMAT, ("none", "full") if now.towers else (None,)))  # towers are small
+    for mesh in _meshes(now.mesh, target.count, _stages(experiment, target.count), heads, length, experts):
+        for schedule in _schedules(experiment, now, mesh.stage):
+            each, left = divmod(rows, _unit(mesh, schedule))
+            if left:
+                continue
+            for parts in _divisors(each):
+                if parts & (parts - 1):
+                    continue  # powers of two alone
+                for remat, towers in kinds:
+                    yield Candidate(mesh, schedule, remat, towers, parts, rows)
 
 
-def _meshes(now: MeshSpec, devices: int, heads: int, length: int, experts: int) -> Iterator[MeshSpec]:
-    if now.stage > 1:
-        devices //= now.stage  # a pipeline stays as it is
-    for tensor in _divisors(devices):
-        if tensor > TENSOR or heads % tensor:
+def _stages(experiment: Experiment, devices: int) -> list[int]:
+    """Numbers of stages that the decoder's blocks and the experiment's table allow."""
+    decoder, rules = experiment.model.decoder, experiment.train.mesh.rules
+    if not decoder.scan or "stage" not in rules["stages"] or "stage" not in rules["layers"]:
+        return [max(experiment.train.mesh.stage, 1)]
+    each = decoder.depth // len(decoder.period())  # patterns of blocks
+    return [stage for stage in _divisors(devices) if stage <= STAGES and each and each % stage == 0]
+
+
+def _schedules(experiment: Experiment, now: Candidate, stages: int) -> Iterator[Schedule | None]:
+    if stages == 1:
+        yield None
+        return
+    decoder = experiment.model.decoder
+    own = [now.schedule] if now.schedule and now.schedule.stages == stages else []
+    usual = [Schedule(stages, repeats, stages * cut) for repeats in REPEATS for cut in CUTS]
+    for schedule in dict.fromkeys([*own, *usual]):
+        if decoder.depth % (stages * schedule.repeats * len(decoder.period())) == 0:
+            yield schedule
+
+
+def _unit(mesh: MeshSpec, schedule: Schedule | None) -> int:
+    """What the rows of a step have to be a multiple of."""
+    sizes = {axis: getattr(mesh, axis) for axis in AXES}
+    return rows_unit(mesh.rules, sizes, schedule.microbatches if schedule else 1)
+
+
+def _meshes(
+    now: MeshSpec, devices: int, stages: Sequence[int], heads: int, length: int, experts: int
+) -> Iterator[MeshSpec]:
+    for stage, tensor in itertools.product(stages, _divisors(devices)):
+        if tensor > TENSOR or heads % tensor or devices % (stage * tensor):
             continue
-        for sequence in _divisors(devices // tensor):
+        within = devices // stage // tensor
+        for sequence in _divisors(within):
             if length % sequence or (sequence > 1 and length // sequence < 512):
                 continue
-            for expert in _divisors(devices // tensor // sequence):
+            for expert in _divisors(within // sequence):
                 if experts % expert:
                     continue
-                for fsdp in _divisors(devices // tensor // sequence // expert):
-                    data = devices // tensor // sequence // expert // fsdp
-                    sizes = {"data": data, "fsdp": fsdp, "expert": expert, "sequence": sequence, "tensor": tensor}
+                for fsdp in _divisors(within // sequence // expert):
+                    data = within // sequence // expert // fsdp
+                    sizes = dict(zip(AXES, (stage, data, fsdp, expert, sequence, tensor), strict=True))
                     contexts = ("gather", "ring") if sequence > 1 else (now.context,)
                     layouts = ((), ("tensor",)) if tensor > 1 else ((),)
                     for context, features in itertools.product(contexts, layouts):
@@ -156,7 +203,7 @@ def smaller(now: Candidate) -> dict[tuple[str, ...], list[Candidate]]:
             if getattr(mesh, taken) % by == 0 and (given != "tensor" or mesh.tensor * by <= TENSOR):
                 sizes = {taken: getattr(mesh, taken) // by, given: getattr(mesh, given) * by}
                 meshes.append(mesh.replace(**sizes))
-    each = now.rows // (mesh.data * mesh.fsdp * mesh.expert * now.microbatches)
+    each = now.rows // (_unit(mesh, now.schedule) * now.microbatches)
     halves = [by for by in (2, 4, 8, 16, 32, 64) if each % by == 0]
     found: dict[tuple[str, ...], list[Candidate]] = {}
     for chosen, remat, by in itertools.product(meshes, remats, [1, *halves]):

@@ -15,8 +15,8 @@ have only some directions of the torus to go along take at least their bytes ove
 """
 
 import dataclasses
+import functools
 import itertools
-import math
 from collections.abc import Sequence
 
 import jax
@@ -78,32 +78,53 @@ def total(found: Sequence[Collective], target: Target, devices: Sequence[jax.Dev
         target: whose links.
         devices: in the order of the mesh.
     """
-    both = [(one.times, seconds(one, target, devices)) for one in found]
     carried: Loads = {}
+    in_turn = network = 0.0
     for one in found if target.platform != "cpu" else ():
-        for ways, load in _loads(_inside(one, target, devices)[0], target, devices).items():
-            carried[ways] = carried.get(ways, 0.0) + one.times * load
-    return Times(
-        busiest=_busiest(carried, target),
-        in_turn=math.fsum(n * inside for n, (inside, _) in both),
-        network=math.fsum(n * across for n, (_, across) in both),
-    )
+        unit, bytes_ = _unit(one.kind, one.group, one.pairs, target, tuple(devices)), one.times * one.payload
+        in_turn += bytes_ * unit.inside
+        network += bytes_ * unit.across
+        for ways, load in unit.loads.items():
+            carried[ways] = carried.get(ways, 0.0) + bytes_ * load
+    return Times(_busiest(carried, target), in_turn, network)
 
 
 def seconds(one: Collective, target: Target, devices: Sequence[jax.Device]) -> tuple[float, float]:
     """(on the links of a slice or node, on the network between them): of one execution by itself, without latencies."""
     if target.platform == "cpu":
         return 0.0, 0.0
+    unit = _unit(one.kind, one.group, one.pairs, target, tuple(devices))
+    return one.payload * unit.inside, one.payload * unit.across
+
+
+@dataclasses.dataclass(frozen=True)
+class _Unit:
+    """What one byte of an exchange's payload takes: everything here grows with the payload in proportion.
+
+    Attributes:
+        inside, across: seconds on the links of a slice or node, and on the network between them.
+        loads: of what stays within slices or nodes.
+    """
+
+    inside: float
+    across: float
+    loads: Loads
+
+
+@functools.lru_cache(4096)
+def _unit(kind: str, group: tuple[int, ...], pairs: tuple[tuple[int, int], ...], target: Target, devices) -> _Unit:
     network = target.chip.each(target.chip.network)
-    if one.kind == NETWORK:
-        return 0.0, one.payload / network
+    one = Collective(kind, (), group, 1.0, 1, "", "", False, pairs)
+    if kind == NETWORK:
+        return _Unit(0.0, 1 / network, {})
     own, across = _inside(one, target, devices)
-    inside = max(_busiest(_loads(own, target, devices), target), _narrowest(own, target, devices))
-    if one.kind in SINGLE:
-        return inside, one.payload / network if across > 1 else 0.0
+    loads = _loads(own, target, devices)
+    inside = max(_busiest(loads, target), _narrowest(own, target, devices))
+    if kind in SINGLE:
+        return _Unit(inside, 1 / network if across > 1 else 0.0, loads)
     # Within each slice first, then every device with its like in other slices, of its share of the array.
-    share = one.payload / (1 if one.kind == "all-to-all" else len(own.group)) * (across - 1) / across
-    return inside, share * (2 if one.kind == "all-reduce" else 1) / network
+    share = 1 / (1 if kind == "all-to-all" else len(own.group)) * (across - 1) / across
+    return _Unit(inside, share * (2 if kind == "all-reduce" else 1) / network, loads)
 
 
 def _inside(one: Collective, target: Target, devices: Sequence[jax.Device]) -> tuple[Collective, int]:
@@ -186,8 +207,10 @@ def _permuted(one: Collective, target: Target, devices: Sequence[jax.Device]) ->
 
 def _busiest(loads: Loads, target: Target) -> float:
     """Seconds of the directions that have most to carry for their bandwidth: the greatest of all sets of them."""
-    every = sorted(set().union(*loads), key=str)
-    chosen = (frozenset(some) for n in range(1, len(every) + 1) for some in itertools.combinations(every, n))
+    chosen = {frozenset()}
+    for ways in loads:  # any other set has more bandwidth than one of these and as much to carry
+        chosen |= {some | ways for some in chosen}
+    chosen.remove(frozenset())
     return max((_within(some, loads) / sum(_bandwidth(way, target) for way in some) for some in chosen), default=0.0)
 
 
@@ -196,6 +219,7 @@ def _within(some: frozenset[Direction], loads: Loads) -> float:
     return sum(load for ways, load in loads.items() if ways <= some)
 
 
+@functools.cache
 def _bandwidth(way: Direction, target: Target) -> float:
     """Bytes/s of a chip that way, on average over the axis: the ends of a line have no link on."""
     axis, _ = way

@@ -47,10 +47,11 @@ def draw_search(found: Found, path: Path) -> None:
     axes = figure.subplots()
     guessed = [way for way in found.ways if not way.fits and not (way.data and "memory" in way.data)]
     usable = found.target.usable / 2**30
-    axes.scatter(
-        [found.memory(way) / 2**30 for way in guessed], [found.rank(way) for way in guessed],
-        s=6, color="#b8bdc6", label=f"predicted ({len(guessed)})",
-    )  # fmt: skip
+    for piped, color, what in ((False, "#b8bdc6", "predicted"), (True, "#e0c9a6", "predicted, in stages")):
+        some = [way for way in guessed if (way.candidate.schedule is not None) == piped]
+        if some:
+            x, y = [found.memory(way) / 2**30 for way in some], [found.rank(way) for way in some]
+            axes.scatter(x, y, s=6, color=color, zorder=1 - piped, label=f"{what} ({len(some)})")
     fits = [way for way in found.ways if way.fits]
     x, y = [found.memory(way) / 2**30 for way in fits], [found.rank(way) for way in fits]
     axes.scatter(x, y, s=36, color="#3566a8", label=f"compiled, fits ({len(fits)})", zorder=3)

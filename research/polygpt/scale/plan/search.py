@@ -14,7 +14,8 @@ from typing import Any
 
 from polygpt.errors import UserError
 from polygpt.scale.plan.candidates import Candidate, candidates, current, smaller
-from polygpt.scale.plan.prediction import BOUNDS, Correction, Facts, Prediction, arranged, facts, predict
+from polygpt.scale.plan.facts import Facts, arranged, facts
+from polygpt.scale.plan.prediction import BOUNDS, Correction, Prediction, predict
 from polygpt.scale.plan.roofline import Roofline
 from polygpt.scale.plan.target import Target
 from polygpt.scale.plan.worker import plan_apart
@@ -275,19 +276,25 @@ def _compiled(experiment: Experiment, target: Target, way: Tried, limit: float) 
 
 
 def _predicted(experiment: Experiment, known: Facts, target: Target) -> list[Tried]:
-    layouts, ways = {}, []
+    """All ways, in no order. What they share is worked out once: there may be tens of thousands."""
+    applied: dict[tuple, Experiment] = {}
+    ways, mesh, of_mesh = [], None, None
     for way in candidates(experiment, target):
-        key = repr(way.mesh)
-        if key not in layouts:
-            layouts[key] = arranged(way.mesh, known)
-        if layouts[key] is not None:
-            ways.append(Tried(way, predict(way.apply(experiment), known, target, layouts[key])))
+        if way.mesh is not mesh:
+            mesh, of_mesh = way.mesh, arranged(way.mesh, known)
+        if of_mesh is None:
+            continue
+        without = way.remat, way.towers, way.microbatches  # arithmetic takes the mesh from `here`
+        if without not in applied:
+            applied[without] = way.apply(experiment)
+        here = dataclasses.replace(of_mesh, schedule=way.schedule) if way.schedule else of_mesh
+        ways.append(Tried(way, predict(applied[without], known, target, here)))
     return ways
 
 
 def _predict(experiment: Experiment, known: Facts, target: Target, way: Candidate) -> Prediction | None:
-    layout = arranged(way.mesh, known)
-    return layout and predict(way.apply(experiment), known, target, layout)
+    here = arranged(way.piped, known)
+    return here and predict(way.apply(experiment), known, target, here)
 
 
 def _figures(found: Found, way: Tried) -> str:

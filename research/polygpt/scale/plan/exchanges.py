@@ -1,0 +1,104 @@
+"""What devices exchange in a step, foreseen by arithmetic."""
+
+import dataclasses
+import functools
+import math
+
+import numpy as np
+
+from polygpt.blocks.pipeline import Schedule
+from polygpt.scale.plan.collectives import Collective
+from polygpt.scale.plan.facts import DECODER, Arranged, Facts
+from polygpt.sharding import AXES, Layout
+from polygpt.training.experiment import Experiment
+
+
+@dataclasses.dataclass(frozen=True)
+class Flow:
+    """What a device's blocks of the decoder do, for one of the parts that gradients are accumulated over.
+
+    Attributes:
+        blocks: that it holds.
+        positions: that pass through a block at a time: of all rows, or of a microbatch of the pipeline.
+        turns: how often it computes a block.
+    """
+
+    blocks: float
+    positions: float
+    turns: float
+
+
+def flow(positions: float, depth: int, layout: Layout, schedule: Schedule) -> Flow:
+    """`positions` are those of a device outside of the pipeline, in which devices of all stages share rows."""
+    P, R, M = schedule.stages, schedule.repeats, schedule.microbatches
+    shared = math.prod(layout.mesh.shape[axis] for axis in set(layout.names("rows")) & set(layout.names("stages")))
+    return Flow(depth / P, positions * shared / M, schedule.iterations * depth / (P * R))
+
+
+def exchanges(
+    experiment: Experiment, known: Facts, here: Arranged, positions: float, through: Flow, compute: int
+) -> list[Collective]:
+    """What a split needs at least: gathered and scattered parameters, sums of activations and of gradients, and what
+    passes from stage to stage.
+
+    Args:
+        experiment: as it is to run.
+        known: of it.
+        here: of the mesh.
+        positions: of a device outside of the pipeline, at a time.
+        through: the decoder's blocks.
+        compute: bytes of a number that is computed with.
+    """
+    layout, schedule = here.layout, here.schedule
+    model, parts, sizes = experiment.model, experiment.optim.accumulate, dict(layout.mesh.shape)
+    decoder, turns, shape = model.decoder, through.turns, layout.mesh.devices.shape
+    again = decoder.remat == "full"
+    found = []
+
+    def add(kind: str, axes: tuple[str, ...], payload: float, times: float) -> None:
+        if payload and (group := _group(shape, axes)):
+            pairs = _neighbours(shape, axes[0]) if kind == "collective-permute" else ()
+            found.append(Collective(kind, axes, group, payload, round(times), "", "", True, pairs))
+
+    sharded = tuple(axis for axis in layout.spec.rules["width"] if sizes[axis] > 1)
+    add("all-gather", sharded, here.whole * compute / through.blocks, 2 * turns * parts)
+    add("reduce-scatter", sharded, here.whole * compute / through.blocks, turns * parts)
+    rest = tuple(axis for axis in ("data", "expert", "sequence") if sizes[axis] > 1 and axis not in sharded)
+    add("all-reduce", rest, here.own * 4, parts)
+    stream = through.positions * decoder.width * compute
+    add("all-reduce", ("tensor",) if sizes["tensor"] > 1 else (), stream, turns * (4 + 2 * again) * parts)
+    if sizes["sequence"] > 1:
+        keys = sum(m.shape[-1] for m in known.matrices if m.path.startswith(DECODER) and "kv_heads" in m.names)
+        keys /= max(len(decoder.period()), 1) * layout.size("kv_heads")
+        gathered = through.positions * sizes["sequence"] * keys * compute
+        add("all-gather", ("sequence",), gathered, turns * (2 + again) * parts)
+    if sizes["expert"] > 1:
+        add("all-to-all", ("expert",), stream * getattr(decoder.mlp, "top_k", 1), turns * (4 + 2 * again) * parts)
+    if schedule.stages > 1:
+        P, stages = schedule.stages, layout.names("stages")
+        add("collective-permute", stages, stream, 3 * schedule.iterations * parts)  # one forward, two backward
+        # Rows of one stage's devices become those of all, and back; backward it is the other way round.
+        add("all-gather", stages, positions * P * decoder.width * compute, 2 * parts)
+        add("all-reduce", stages, positions * P * decoder.width * compute, parts)
+        blocks = here.blocks[DECODER][1] * through.blocks
+        add("all-reduce", stages, max(here.whole - blocks, 0.0) * compute, parts)
+        if schedule.repeats > 1:
+            add("all-to-all", stages, blocks * compute, 2 * parts)
+    return found
+
+
+@functools.cache
+def _group(shape: tuple[int, ...], axes: tuple[str, ...]) -> tuple[int, ...]:
+    """The numbers, in the order of a mesh, of the first device and those that differ from it along `axes`."""
+    if not axes:
+        return ()
+    numbers = np.arange(math.prod(shape)).reshape(shape)
+    return tuple(numbers[tuple(slice(None) if axis in axes else 0 for axis in AXES)].ravel().tolist())
+
+
+@functools.cache
+def _neighbours(shape: tuple[int, ...], axis: str) -> tuple[tuple[int, int], ...]:
+    """Every device by its number in a mesh, and the next one along an axis, the first behind the last."""
+    numbers = np.arange(math.prod(shape)).reshape(shape)
+    following = np.roll(numbers, -1, axis=AXES.index(axis))
+    return tuple(zip(numbers.ravel().tolist(), following.ravel().tolist(), strict=True))

@@ -1,0 +1,140 @@
+"""What arithmetic has to know of an experiment and of a mesh: found once, and the same for many ways to run."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import jax
+
+from polygpt import sharding
+from polygpt.blocks.pipeline import Schedule
+from polygpt.errors import UserError
+from polygpt.models.functional import bind, paths
+from polygpt.scale.plan.flops import Flops, flops
+from polygpt.scale.plan.target import Target
+from polygpt.sharding import Layout, MeshSpec, mesh_axes
+from polygpt.training.experiment import Experiment
+
+DECODER = "decoder/"
+"""The beginning of the paths of the decoder's parameters."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Matrix:
+    """A parameter: its path, the names of its axes, its shape."""
+
+    path: str
+    names: tuple[str | None, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Elements."""
+        return math.prod(self.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What is the same for every mesh, remat and number of microbatches; `facts` finds it.
+
+    Attributes:
+        matrices: all parameters.
+        depths: blocks, by the beginning of the paths of a stack's parameters.
+        optimizer: bytes of the optimizer's state and the moving average, by byte of parameters.
+        flops: of a step.
+        vocabulary: V.
+        devices: of the target.
+    """
+
+    matrices: tuple[Matrix, ...]
+    depths: Mapping[str, int]
+    optimizer: float
+    flops: Flops
+    vocabulary: int
+    devices: tuple[jax.Device, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Arranged:
+    """What is the same for all ways to run on one mesh; `arranged` finds it.
+
+    Attributes:
+        layout: the mesh of the target's devices.
+        own: parameters of a device.
+        whole: the same with those that it gathers, for it splits them along their width.
+        blocks: by stack, of one block on a device the elements of all matrices' outputs for a position, and the
+            elements of all its matrices, gathered.
+        schedule: of the decoder's pipeline; without one, that of a single stage.
+    """
+
+    layout: Layout
+    own: float
+    whole: float
+    blocks: Mapping[str, tuple[float, float]]
+    schedule: Schedule
+
+
+def facts(experiment: Experiment, target: Target) -> Facts:
+    """Traces the model and the optimizer once; nothing is compiled."""
+    vocabulary = experiment.tokenizer.build().vocabulary
+    model = bind(experiment.model, vocabulary)
+    shapes = model.abstract()
+    names = jax.tree.leaves(model.axes(), is_leaf=lambda leaf: isinstance(leaf, tuple))
+    found = zip(paths(shapes).items(), names, strict=True)
+    matrices = tuple(Matrix(path, own, leaf.shape) for (path, leaf), own in found)
+    transformation = experiment.optim.build(shapes, experiment.train.steps, model.growth)
+    size = sum(matrix.size for matrix in matrices)
+    leaves = jax.tree.leaves(jax.eval_shape(transformation.init, shapes))
+    state = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+    average = 4 * size if experiment.optim.ema is not None else 0
+    depths = {DECODER: experiment.model.decoder.depth}
+    for name, adapter in experiment.model.adapters.items():
+        if hasattr(adapter, "tower"):
+            depths[f"adapters/{name}/tower/"] = adapter.tower.depth
+    counted = flops(experiment, vocabulary)
+    return Facts(matrices, depths, (state + average) / (4 * size), counted, vocabulary, tuple(target.devices()))
+
+
+def arranged(spec: MeshSpec, known: Facts) -> Arranged | None:
+    """The mesh of the target's devices; None where it does not come out even."""
+    try:
+        layout = sharding.arrange(spec, known.devices)
+    except (UserError, NotImplementedError, ValueError):
+        return None
+    return Arranged(
+        layout,
+        own=sum(_shard(matrix, layout) for matrix in known.matrices),
+        whole=sum(_without(matrix, layout, "width") for matrix in known.matrices),
+        blocks={prefix: _block(known, layout, prefix, max(depth, 1)) for prefix, depth in known.depths.items()},
+        schedule=Schedule.of(layout) or Schedule(stages=1, repeats=1, microbatches=1),
+    )
+
+
+def _shard(matrix: Matrix, layout: Layout) -> float:
+    spec = layout.axes(matrix.names, matrix.shape)
+    return matrix.size / _parts(layout, [axis for entry in spec for axis in mesh_axes(entry)])
+
+
+def _without(matrix: Matrix, layout: Layout, name: str) -> float:
+    """Elements of a device once it has gathered the axis of that name."""
+    spec = layout.axes(matrix.names, matrix.shape)
+    kept = [axis for own, entry in zip(matrix.names, spec, strict=True) if own != name for axis in mesh_axes(entry)]
+    return matrix.size / _parts(layout, kept)
+
+
+def _block(known: Facts, layout: Layout, prefix: str, depth: int) -> tuple[float, float]:
+    """(elements of all matrices' outputs for a position, elements of all matrices), of one block on one device."""
+    held = depth / (layout.size("layers") if prefix == DECODER else 1)  # blocks
+    outputs = total = 0.0
+    for matrix in known.matrices:
+        if matrix.path.startswith(prefix) and matrix.path.endswith("kernel"):
+            stacked = matrix.names[0] == "layers" or len(matrix.shape) == 3 and matrix.names[0] is None
+            last = layout.axes(matrix.names, matrix.shape)[-1]
+            blocks = matrix.shape[0] if stacked else 1
+            outputs += blocks * matrix.shape[-1] / _parts(layout, mesh_axes(last)) / depth
+            total += _without(matrix, layout, "width") / held
+    return outputs, total
+
+
+def _parts(layout: Layout, axes) -> int:
+    return math.prod(layout.mesh.shape[axis] for axis in axes)
