@@ -46,6 +46,9 @@ def test_the_table_has_means_so_far_steps_and_the_time_left(tmp_path, clock):
     live = Live(made, 4, [line("base", seed, 2.0 + seed / 10) for seed in range(4)], Console(file=io.StringIO()))
     tasks = tuple(Task(point.name, (point.experiment,), tmp_path) for point in points(made))
     live(Planned("comparison", 12, 4, tasks[1:]))
+    clock.now = 25.0
+    live(Progress("wide", (0, 1, 2, 3), 1, 100, (1.0, 1.0, 1.0, 1.0)))
+    assert live.left() is None, "most of these 25 s were not spent on steps"
     clock.now = 30.0
     live(Progress("wide", (0, 1, 2, 3), 2, 4, (1.0, 1.0, 1.0, 1.0)))
     assert live.left() == pytest.approx(30 / 2 * 6), "half of four runs took 30 s, six more are left"

@@ -17,6 +17,8 @@ from polygpt.ablation.study import Ablation, Point, places
 from polygpt.ablation.variants import Name
 from polygpt.markup import duration, value_text, with_interval
 
+BEGINNING = 0.1
+"""The share of its steps that a stage's first run has to have made before time is foretold."""
 MOST = 30
 """Rows of the table, at most: with more points those that are not under way or just done are left out."""
 
@@ -87,9 +89,13 @@ class Live:
             self.console.print(Text(f"{event.task.name} failed: {event.failure.message}"), soft_wrap=True)
 
     def left(self) -> float | None:
-        """Seconds until all is done, by what the stage's runs took so far, done and begun; None before a first step."""
+        """Seconds until all is done, by what the stage's runs took so far, done and begun.
+
+        None at the beginning of its first runs, when most of the time went into starting and compiling.
+        """
         begun = sum(len(one.seeds) * one.step / one.steps for one in self.steps.values())
-        if not self.made + begun or self.runs <= self.done:
+        furthest = max((one.step / one.steps for one in self.steps.values()), default=0.0)
+        if self.runs <= self.done or not self.made and furthest < BEGINNING:
             return None
         then = sum(max(0, self.seeds - len(one)) for one in self.found.values()) if self.stage == "tuning" else 0
         return (time.monotonic() - self._begun) / (self.made + begun) * (max(0.0, self.runs - self.done - begun) + then)
