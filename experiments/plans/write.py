@@ -91,6 +91,8 @@ def index() -> None:
             data = json.loads(path.read_text())
             memory, roofline, settings = data["memory"], data["roofline"], data["settings"]
             mesh = ", ".join(f"{axis} {size}" for axis, size in settings["mesh"].items())
+            if pipeline := settings.get("pipeline"):
+                mesh += " (pipeline of {microbatches} microbatches, {repeats} rounds)".format(**pipeline)
             how = f"{mesh}; remat {settings['remat']}" + (
                 f", towers {settings['towers']}" if settings["towers"] else ""
             )

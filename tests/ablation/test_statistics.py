@@ -1,5 +1,6 @@
 """Statistics of a few seeds, against SciPy, statsmodels and the truth that samples were drawn from."""
 
+import itertools
 import math
 
 import numpy as np
@@ -13,6 +14,7 @@ from polygpt.ablation.statistics import (
     effect_size,
     holm,
     interval_bootstrap,
+    interval_bootstrap_unpaired,
     interval_t,
     one_sided,
     pooled_deviation,
@@ -47,15 +49,21 @@ def test_the_t_interval_of_five_seeds_covers_the_truth_as_often_as_it_says():
     assert 0.93 <= coverage(low, high) <= 0.97
 
 
-def test_the_bootstrap_interval_of_eight_seeds_covers_the_truth_as_often_as_it_says():
-    assert 0.93 <= coverage(*interval_bootstrap(normal(8, 1000, seed=2))) <= 0.97
+@pytest.mark.parametrize("n", [4, 5, 8])
+def test_the_bootstrap_interval_of_a_few_seeds_covers_the_truth_as_often_as_it_says(n):
+    assert 0.93 <= coverage(*interval_bootstrap(normal(n, 1000, seed=2))) <= 0.97
 
 
-def test_the_bootstrap_interval_of_five_seeds_covers_what_its_docstring_says():
-    covered = coverage(*interval_bootstrap(normal(5, 1000, seed=3)))
-    assert abs(covered - 0.922) <= 3 * math.sqrt(0.922 * 0.078 / 1000)
-    # Not more than the whole of the sample can: the plain percentile interval, which is not expanded, covers 84 %.
-    assert 0.84 < covered < 1 - 2 / 2**5
+def test_the_bootstrap_interval_of_five_skewed_seeds_covers_what_its_docstring_says():
+    x = np.random.default_rng(3).exponential(size=(5, 4000))
+    assert coverage(*interval_bootstrap(x), truth=1.0) == pytest.approx(0.932, abs=0.012)  # three standard errors
+    assert coverage(*interval_t(x), truth=1.0) == pytest.approx(0.885, abs=0.015)
+
+
+def test_the_unpaired_bootstrap_interval_covers_the_truth_as_often_as_it_says():
+    a, b = normal(5, 1000, seed=4), 3 * normal(6, 1000, seed=5)
+    low, high = np.array([interval_bootstrap_unpaired(a[:, i], b[:, i]) for i in range(1000)]).T
+    assert 0.93 <= coverage(low, high) <= 0.97
 
 
 def test_the_bootstrap_interval_tends_to_the_t_interval():
@@ -63,14 +71,14 @@ def test_the_bootstrap_interval_tends_to_the_t_interval():
     np.testing.assert_allclose(interval_bootstrap(x), interval_t(x), atol=0.01)  # of a width of 0.2
 
 
-def test_the_bootstrap_reads_the_expanded_percentiles():
-    # Of 12 values, 1411.5279's tails by R's resample::ExpandProbs: pnorm(qt(0.025, 11) * sqrt(12 / 11)).
-    x = normal(12, seed=5)
-    tail = stats.norm.cdf(stats.t.ppf(0.025, 11) * math.sqrt(12 / 11))
-    expected = stats.bootstrap(
-        (x,), np.mean, confidence_level=1 - 2 * tail, method="percentile", n_resamples=40_000, rng=6
-    ).confidence_interval
-    np.testing.assert_allclose(interval_bootstrap(x), expected, atol=0.03)
+def test_the_bootstrap_is_that_of_all_resamples_there_are():
+    x = normal(5, seed=5)
+    every = np.array(list(itertools.product(x, repeat=5)))
+    with np.errstate(divide="ignore"):
+        t = (every.mean(axis=1) - x.mean()) / stats.sem(every, axis=1)
+    low, high = np.quantile(t[~np.isnan(t)], [0.025, 0.975])
+    expected = x.mean() - np.array([high, low]) * stats.sem(x)
+    np.testing.assert_allclose(interval_bootstrap(x), expected, rtol=0.08)  # 10,000 of them are drawn
 
 
 def test_the_bootstrap_is_seeded():
@@ -90,7 +98,11 @@ def test_columns_are_samples_of_their_own(interval):
 def test_intervals_of_samples_that_say_nothing_of_their_spread(interval):
     assert interval([]) == interval([3.0]) == interval([3.0, math.nan]) == (-math.inf, math.inf)
     assert interval([0.1] * 3) == pytest.approx((0.1, 0.1), abs=1e-15)
-    assert interval([1.0, 2.0, math.nan, 4.0]) == interval([1.0, 2.0, 4.0])
+    assert interval([1.0, 2.0, math.nan, 4.0, 3.5]) == interval([1.0, 2.0, 4.0, 3.5])
+
+
+def test_two_or_three_values_are_too_few_to_draw_from():
+    assert interval_bootstrap([1.0, 2.0]) == interval_bootstrap([1.0, 2.0, 4.0]) == (-math.inf, math.inf)
 
 
 # --- effects ----------------------------------------------------------------------------------------------------------

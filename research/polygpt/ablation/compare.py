@@ -21,6 +21,7 @@ from polygpt.ablation.statistics import (
     compare,
     holm,
     interval_bootstrap,
+    interval_bootstrap_unpaired,
     interval_t,
     seeds_needed,
     superiority,
@@ -180,7 +181,7 @@ def welch(a_S, b_T) -> Compared:
     return Compared(
         **known,
         t=(difference - half, difference + half),
-        bootstrap=_bootstrap(a_S, b_T),
+        bootstrap=interval_bootstrap_unpaired(a_S, b_T),
         effect=difference / pooled * unbiased,
         p=float(2 * special.stdtr(freedom, -abs(difference) / error)),
     )
@@ -221,14 +222,6 @@ def fields(configs: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Any, ...]]:
     # Where one is a leaf elsewhere and a tree here, the tree is told as a whole.
     outer = [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
     return {name: tuple(_at(config, name) for config in configs) for name in outer}
-
-
-def _bootstrap(a_S: np.ndarray, b_T: np.ndarray, resamples: int = 10_000) -> tuple[float, float]:
-    """Percentile interval of the difference of means, each sample drawn anew by itself."""
-    draws = np.random.default_rng(0)
-    means = [x[draws.integers(len(x), size=(resamples, len(x)))].mean(axis=1) for x in (a_S, b_T)]
-    low, high = np.quantile(means[0] - means[1], [0.025, 0.975])
-    return float(low), float(high)
 
 
 def _beside(some, values, first, first_values) -> tuple[Compared, Literal["paired", "Welch"]]:

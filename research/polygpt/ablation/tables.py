@@ -140,8 +140,8 @@ def _said(frame: Frame) -> list[str]:
     lacking, asked = missing(frame)
     seeds = f"{len(frame.seeds)} seeds, the same for all variants" if len(frame.seeds) > 1 else "one seed: no intervals"
     notes = [f"Means over {seeds}; ± and intervals 95 %, Student's t; differences are paired by seed."]
-    if 1 < len(frame.seeds) < 8:
-        notes.append("Of fewer than eight seeds, bootstrap intervals cover less than 95 % (of five: 92 %).")
+    if len(frame.seeds) > 1:
+        notes.append("Bootstrap intervals are studentised.")
     if frame.ablation.diverged is not None:
         notes.append(f"A run that diverged, or did worse, counts as {alone(frame.ablation.diverged)}.")
     return notes + ([f"{lacking} of {asked} runs are missing."] if lacking else [])

@@ -10,7 +10,9 @@ import jax
 import pytest
 import tiny
 
+from polygpt.blocks.pipeline import Schedule
 from polygpt.cli.main import main
+from polygpt.overrides import override
 from polygpt.scale.plan import compilation, search
 from polygpt.scale.plan.candidates import candidates, current, smaller
 from polygpt.scale.plan.check import GROWTH, check
@@ -22,7 +24,7 @@ from polygpt.scale.plan.plan import plan
 from polygpt.scale.plan.prediction import predict
 from polygpt.scale.plan.tables import headline, markdown, searched
 from polygpt.scale.plan.target import Target, target
-from polygpt.sharding import AXES, MeshSpec, arrange, rows_unit
+from polygpt.sharding import AXES, MeshSpec
 
 HERE = Path(__file__).parent
 PLANS = HERE.parents[2] / "experiments" / "plans"
@@ -61,7 +63,7 @@ def test_a_tiny_model_takes_no_more_than_it_did(name, hasty):
 @pytest.mark.slow
 def test_a_pipeline_is_predicted_as_well_as_a_mesh_without(hasty):
     """What stages compute in their bubble, to 5 %: the same share of the compiled FLOPs is foreseen with them as
-    without. What they keep for the backward pass, and send, within a factor of two, as far as without."""
+    without. What they keep for the backward pass, and send, within a factor of two."""
     hasty()
     here, base = target("v5e:2x4"), tiny.experiment()
     decoder = base.model.decoder.replace(depth=8, remat="dots")
@@ -83,7 +85,9 @@ def test_a_pipeline_is_predicted_as_well_as_a_mesh_without(hasty):
         ratios = {name: guess / real for name, (guess, real) in pairs.items()}
         shares.append(foreseen.roofline.executed / made.roofline.executed)
         print(f"stage {mesh.stage}, repeats {mesh.repeats}: {ratios}, FLOPs {shares[-1]:.3f}")
-        assert all(0.5 < ratio < 2 for name, ratio in ratios.items() if mesh.stage > 1 or name == "temporaries")
+        # Without stages all that is sent are matrices, so small here that they are padded to twice their size.
+        held = ratios if mesh.stage > 1 else {"temporaries": ratios["temporaries"]}
+        assert all(0.5 < ratio < 2 for ratio in held.values())
     assert 0.8 < shares[0] < 1 and shares[1:] == pytest.approx([shares[0]] * 2, rel=0.05)
 
 
@@ -134,9 +138,32 @@ def test_a_search_compiles_the_most_promising_and_learns(monkeypatch):
 
 
 @needs_libtpu
-def test_ways_to_run_divide_the_devices_and_their_overrides_make_them():
-    from polygpt.overrides import override
+@pytest.mark.parametrize(
+    "parallel, mesh",
+    [("sharded", {"data": 8}), ("auto", {"data": 2, "fsdp": 4}), ("pmap", {"data": 8}), ("single", {})],
+)
+def test_of_a_program_that_does_not_fit_the_nearest_changes_are_ways_to_run(monkeypatch, parallel, mesh):
+    """However it ran: three sets of changes, the smallest first, each of which this very slice can run."""
+    on, spec = target("v5e:2x4"), MeshSpec(**mesh) if parallel == "sharded" else MeshSpec()
+    chosen = tiny.experiment()
+    chosen = chosen.replace(data=chosen.data.replace(rows=64), train=chosen.train.replace(parallel=parallel, mesh=spec))
+    monkeypatch.setattr(search, "plan_apart", lambda experiment, on, limit: {
+        "memory": dict.fromkeys(("temporaries", "padding", "output", "program", "total"), 1e6) | {"fits": True},
+        "roofline": None,
+    })  # fmt: skip
+    data = {"memory": None, "exhausted": {"temporaries": 2 * on.usable}, "roofline": None, "settings": {"mesh": mesh}}
+    answers = search.nearest(chosen, on, data, 60, lambda line: None)
+    assert len(answers) == 3 and [len(one["change"]) for one in answers] == sorted(
+        len(one["change"]) for one in answers
+    )
+    assert len({tuple(one["change"]) for one in answers}) == 3 and all(one["compiled"] for one in answers)
+    for one in answers:
+        made = override(chosen, one["overrides"])
+        assert made != chosen and compilation.prepare(made, on).parallel.layout.mesh.size == 8
 
+
+@needs_libtpu
+def test_ways_to_run_divide_the_devices_and_their_overrides_make_them():
     chosen, on = tiny.experiment(), target("v5e:2x2")
     ways = list(candidates(chosen, on))
     for way in [*ways, *(way for some in smaller(current(chosen, 4)).values() for way in some)]:
@@ -148,9 +175,9 @@ def test_ways_to_run_divide_the_devices_and_their_overrides_make_them():
     assert {(way.mesh.stage, way.schedule.stages, way.schedule.repeats) for way in piped} == {(2, 2, 1)}
     assert {way.schedule.microbatches for way in piped} == {2, 4, 8}
     for way in piped[::7]:
-        made = way.apply(chosen)
-        arrange(made.train.mesh, on.devices())
-        assert made.data.rows % rows_unit(made.train.mesh.rules, vars(way.mesh), way.schedule.microbatches) == 0
+        made = compilation.prepare(way.apply(chosen), on)  # which checks rows, blocks and heads
+        assert Schedule.of(made.parallel.layout) == way.schedule
+    assert piped[0].overrides(piped[0].apply(chosen)) == {}
     unscanned = override(chosen, {"model.decoder.scan": "false"})
     assert all(way.mesh.stage == 1 for way in candidates(unscanned, on))
 

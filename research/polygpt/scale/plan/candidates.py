@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from polygpt.blocks.pipeline import Schedule
 from polygpt.errors import SpecError
@@ -70,9 +70,14 @@ class Candidate:
         found = {}
         if experiment.train.parallel != "sharded":
             found["train.parallel"] = "sharded"
-        for axis in (*AXES, "context", "microbatches", "repeats"):
-            if getattr(mesh, axis) != getattr(before, axis):
-                found[f"train.mesh.{axis}"] = str(getattr(mesh, axis))
+        for field in (*AXES, "context"):
+            if getattr(mesh, field) != getattr(before, field):
+                found[f"train.mesh.{field}"] = str(getattr(mesh, field))
+        if self.schedule:
+            if mesh.microbatches != (before.microbatches or before.stage):
+                found["train.mesh.microbatches"] = str(mesh.microbatches)
+            if mesh.repeats != before.repeats:
+                found["train.mesh.repeats"] = str(mesh.repeats)
         if mesh.rules["features"] != before.rules["features"]:
             listed = ", ".join(f'"{axis}"' for axis in mesh.rules["features"])
             found["train.mesh.rules.features"] = f"[{listed}]"
@@ -88,27 +93,28 @@ class Candidate:
         return found
 
     def about(self) -> str:
-        """In a few words: "fsdp 64, tensor 4 | remat full | towers full | 4 microbatches"."""
+        """In a few words: "fsdp 64, tensor 4 | remat full | towers full | accumulate 4 | 256 rows"."""
         words = [", ".join(f"{a} {n}" for a in AXES if (n := getattr(self.mesh, a)) != 1) or "one device"]
         if self.schedule:
-            repeats = f", {self.schedule.repeats} repeats" if self.schedule.repeats > 1 else ""
-            words[0] += f" (pipeline of {self.schedule.microbatches}{repeats})"
+            rounds = f", {self.schedule.repeats} rounds" if self.schedule.repeats > 1 else ""
+            words[0] += f" (pipeline of {self.schedule.microbatches} microbatches{rounds})"
         if self.mesh.sequence > 1:
             words[0] += f" ({self.mesh.context})"
         if self.mesh.rules["features"]:
             words[0] += ", features over " + "+".join(self.mesh.rules["features"])
         words.append(f"remat {self.remat}")
         words += [f"towers {self.towers}"] if self.towers else []
-        words += [f"{self.microbatches} microbatches"] if self.microbatches > 1 else []
+        words += [f"accumulate {self.microbatches}"] if self.microbatches > 1 else []
         return " | ".join([*words, f"{self.rows} rows"])
 
 
-def current(experiment: Experiment, devices: int) -> Candidate:
-    """How the experiment runs as it stands."""
+def current(experiment: Experiment, devices: int, mesh: Mapping[str, int] | None = None) -> Candidate:
+    """How the experiment runs as it stands: on a mesh that was made, or else on its own; where it has none, pmap's."""
     towers = [adapter.tower.remat for adapter in experiment.model.adapters.values() if hasattr(adapter, "tower")]
     spec, remat = experiment.train.mesh, experiment.model.decoder.remat
-    if experiment.train.parallel == "sharded":
-        spec = spec.replace(**spec.sizes(devices))
+    if mesh is None:
+        mesh = spec.sizes(devices) if experiment.train.parallel == "sharded" else {"data": devices}
+    spec = spec.replace(**dict.fromkeys(AXES, 1) | mesh)
     least = next((remat for remat in REMAT if remat in towers), None)
     schedule = Schedule(spec.stage, spec.repeats, spec.microbatches or spec.stage) if spec.stage > 1 else None
     return Candidate(spec, schedule, remat, least, experiment.optim.accumulate, experiment.data.rows)

@@ -61,10 +61,13 @@ def exchanges(
             found.append(Collective(kind, axes, group, payload, round(times), "", "", True, pairs))
 
     sharded = tuple(axis for axis in layout.spec.rules["width"] if sizes[axis] > 1)
-    add("all-gather", sharded, here.whole * compute / through.blocks, 2 * turns * parts)
-    add("reduce-scatter", sharded, here.whole * compute / through.blocks, turns * parts)
-    rest = tuple(axis for axis in ("data", "expert", "sequence") if sizes[axis] > 1 and axis not in sharded)
-    add("all-reduce", rest, here.own * 4, parts)
+    block = here.blocks[DECODER].matrices
+    rest = here.whole - block * through.blocks  # towers, embedding, head
+    for elements, uses in ((block, turns), (rest, 1)):
+        add("all-gather", sharded, elements * compute, 2 * uses * parts)
+        add("reduce-scatter", sharded, elements * compute, uses * parts)
+    copies = tuple(axis for axis in ("data", "expert", "sequence") if sizes[axis] > 1 and axis not in sharded)
+    add("all-reduce", copies, here.own * 4, parts)
     stream = through.positions * decoder.width * compute
     add("all-reduce", ("tensor",) if sizes["tensor"] > 1 else (), stream, turns * (4 + 2 * again) * parts)
     if sizes["sequence"] > 1:
@@ -80,10 +83,9 @@ def exchanges(
         # Rows of one stage's devices become those of all, and back; backward it is the other way round.
         add("all-gather", stages, positions * P * decoder.width * compute, 2 * parts)
         add("all-reduce", stages, positions * P * decoder.width * compute, parts)
-        blocks = here.blocks[DECODER][1] * through.blocks
-        add("all-reduce", stages, max(here.whole - blocks, 0.0) * compute, parts)
+        add("all-reduce", stages, rest * here.own / here.whole * 4, parts)
         if schedule.repeats > 1:
-            add("all-to-all", stages, blocks * compute, 2 * parts)
+            add("all-to-all", stages, block * through.blocks * compute, 2 * parts)
     return found
 
 

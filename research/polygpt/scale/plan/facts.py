@@ -55,6 +55,19 @@ class Facts:
 
 
 @dataclasses.dataclass(frozen=True)
+class OfBlock:
+    """Elements of one block on one device.
+
+    Attributes:
+        outputs: of all its matrices, for a position.
+        matrices: all of them, gathered where they are split along their width.
+    """
+
+    outputs: float
+    matrices: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Arranged:
     """What is the same for all ways to run on one mesh; `arranged` finds it.
 
@@ -62,15 +75,14 @@ class Arranged:
         layout: the mesh of the target's devices.
         own: parameters of a device.
         whole: the same with those that it gathers, for it splits them along their width.
-        blocks: by stack, of one block on a device the elements of all matrices' outputs for a position, and the
-            elements of all its matrices, gathered.
+        blocks: by stack, what one of its blocks has.
         schedule: of the decoder's pipeline; without one, that of a single stage.
     """
 
     layout: Layout
     own: float
     whole: float
-    blocks: Mapping[str, tuple[float, float]]
+    blocks: Mapping[str, OfBlock]
     schedule: Schedule
 
 
@@ -122,8 +134,7 @@ def _without(matrix: Matrix, layout: Layout, name: str) -> float:
     return matrix.size / _parts(layout, kept)
 
 
-def _block(known: Facts, layout: Layout, prefix: str, depth: int) -> tuple[float, float]:
-    """(elements of all matrices' outputs for a position, elements of all matrices), of one block on one device."""
+def _block(known: Facts, layout: Layout, prefix: str, depth: int) -> OfBlock:
     held = depth / (layout.size("layers") if prefix == DECODER else 1)  # blocks
     outputs = total = 0.0
     for matrix in known.matrices:
@@ -133,7 +144,7 @@ def _block(known: Facts, layout: Layout, prefix: str, depth: int) -> tuple[float
             blocks = matrix.shape[0] if stacked else 1
             outputs += blocks * matrix.shape[-1] / _parts(layout, mesh_axes(last)) / depth
             total += _without(matrix, layout, "width") / held
-    return outputs, total
+    return OfBlock(outputs, total)
 
 
 def _parts(layout: Layout, axes) -> int:

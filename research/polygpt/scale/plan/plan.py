@@ -35,7 +35,7 @@ class Plan:
     Attributes:
         name: of the experiment.
         target: what it is planned for.
-        settings: what a search changes: mesh, remat, microbatches, rows, length.
+        settings: what a search changes: mesh, pipeline, remat, microbatches, rows, length.
         memory: of a device; None where the compiler refused for want of it.
         exhausted: what it said then.
         flops: of a step.
@@ -160,12 +160,15 @@ def _plan(
 
 
 def settings(experiment: Experiment, mesh: Mapping[str, int]) -> dict[str, Any]:
-    """What a plan depends on beside the model: mesh, remat, microbatches, rows."""
+    """What a plan depends on beside the model: mesh, pipeline, remat, microbatches, rows."""
     model, spec = experiment.model, experiment.train.mesh
     towers = {adapter.tower.remat for adapter in model.adapters.values() if hasattr(adapter, "tower")}
     return {
         "mesh": {axis: size for axis, size in mesh.items() if size > 1},
         "features": list(spec.rules["features"]),
+        "pipeline": {"microbatches": spec.microbatches or spec.stage, "repeats": spec.repeats}
+        if mesh.get("stage", 1) > 1
+        else None,
         "context": spec.context if mesh.get("sequence", 1) > 1 else None,
         "remat": model.decoder.remat,
         "towers": "/".join(sorted(towers)) or None,

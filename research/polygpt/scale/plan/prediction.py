@@ -87,16 +87,16 @@ def predict(experiment: Experiment, known: Facts, target: Target, here: Arranged
     }
     kept = working = passed = 0.0
     for prefix, (stack, at, turns) in stacks.items():
-        outputs, matrices = here.blocks[prefix]
+        block = here.blocks[prefix]
         width = stack.width / layout.size("features")
-        each = {name: compute * (a * width + b * outputs) for name, (a, b) in KEPT.items()}
+        each = {name: compute * (a * width + b * block.outputs) for name, (a, b) in KEPT.items()}
         kept += at * turns * each[stack.remat]
-        working = max(working, 2 * at * each["none"] + matrices * (2 * compute + 4))
+        working = max(working, 2 * at * each["none"] + block.matrices * (2 * compute + 4))
         passed += at * turns * each["none"] * (3 + (stack.remat == "full")) * parts
     if schedule.stages > 1:  # the desk from which microbatches are taken, and its gradient
         kept += 2 * through.positions * schedule.microbatches * model.decoder.width / layout.size("features") * compute
     head = positions * known.vocabulary / layout.size("vocabulary") * 4 * 3
-    read = here.whole + here.blocks[DECODER][1] * (through.turns - through.blocks)  # of parameters, once a pass
+    read = here.whole + here.blocks[DECODER].matrices * (through.turns - through.blocks)  # of parameters, once a pass
     passed += 3 * (own * 4 * (2 + known.optimizer)) + read * compute * 6 * parts + 2 * head * parts
 
     counted = remat(known.flops, model)

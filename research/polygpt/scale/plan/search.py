@@ -237,12 +237,11 @@ def nearest(
         tell: is told of progress.
     """
     begin = time.monotonic()
-    known, now = facts(experiment, target), current(experiment, target.count)
-    here = _predict(experiment, known, target, now)
-    if here is None:
-        return []
-    found = Found(experiment, target, [])
-    found.learn(Tried(now, here, data))
+    known, mesh, found = facts(experiment, target), data["settings"]["mesh"], Found(experiment, target, [])
+    every = math.prod(mesh.values()) == target.count  # and not one device of many
+    now = current(experiment, target.count, mesh if every else None)
+    if every and (here := _predict(experiment, known, target, now)):
+        found.learn(Tried(now, here, data))
     answers: list[dict] = []
     for kinds, chain in sorted(smaller(now).items(), key=lambda item: len(item[0])):
         ways = [Tried(way, guess) for way in chain if (guess := _predict(experiment, known, target, way))]

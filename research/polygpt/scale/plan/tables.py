@@ -47,7 +47,10 @@ def about(data: Mapping) -> list[str]:
     """How it runs, and what a reader has to know."""
     settings = data["settings"]
     mesh = ", ".join(f"{axis} {size}" for axis, size in settings["mesh"].items()) or "one device"
-    words = [f"mesh {mesh}", f"remat {settings['remat']}"]
+    words = [f"mesh {mesh}"]
+    if settings.get("pipeline"):
+        words += ["pipeline of {microbatches} microbatches in {repeats} rounds".format(**settings["pipeline"])]
+    words += [f"remat {settings['remat']}"]
     words += [f"towers' remat {settings['towers']}"] if settings["towers"] else []
     words += [f"features split over {', '.join(settings['features'])}"] if settings["features"] else []
     words += [f"sequence by {settings['context']}"] if settings["context"] else []
