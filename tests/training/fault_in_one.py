@@ -12,7 +12,7 @@ from tiny_experiment import experiment  # noqa: E402
 from polygpt.data.sources.text_files import TextFiles  # noqa: E402
 from polygpt.errors import UserError  # noqa: E402
 from polygpt.overrides import override  # noqa: E402
-from polygpt.training import held_out, manifest, processes  # noqa: E402
+from polygpt.training import held_out, manifest, processes, stored  # noqa: E402
 from polygpt.training.loop import train  # noqa: E402
 from polygpt.training.run import open_run  # noqa: E402
 from polygpt.training.sinks import Silent  # noqa: E402
@@ -54,11 +54,35 @@ def verify(place, *given, verify=manifest.verify):
     return verify(place, *given)
 
 
+CODES = {"full": errno.ENOSPC, "locked": errno.EACCES}
+"""By fault, what the system says when the second process writes its part of a checkpoint."""
+
+
+def writer(make=stored.writer):
+    """One that cannot write its part of the checkpoint of step 4."""
+    made, step = make(), []
+    save, wait = made.save, made.wait_until_finished
+
+    def save_and_note(place, **given):
+        step[:] = [place.name]
+        save(place, **given)
+
+    def fail():
+        if step == ["4"]:
+            raise OSError(CODES[FAULT], os.strerror(CODES[FAULT]), str(WORKDIR / "checkpoints" / "4" / "d"))
+        wait()
+
+    made.save, made.wait_until_finished = save_and_note, fail
+    return made
+
+
 if RANK == 1:
     if FAULT == "evaluation":
         held_out.evaluate = fails
     elif FAULT == "data":
         TextFiles.open = half
+    elif FAULT in CODES:
+        stored.writer = writer
 
 chosen = override(experiment(), CHANGES)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from polygpt.training import manifest
 from polygpt.training.processes import COORDINATOR, PROCESS, PROCESSES
 
 SCRIPT = Path(__file__).with_name("fault_in_one.py")
@@ -58,6 +59,21 @@ def test_the_other_says_whose_fault_it_was(tmp_path, fault, rank, code, error):
     )
     assert re.fullmatch(f"polygpt: {how}", other[0]), said
     assert seconds < 120  # far below every bound on waiting
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("fault", "said"), [("full", "No space left on device"), ("locked", "Permission denied")])
+def test_where_one_cannot_write_its_part_of_a_checkpoint_both_say_why_and_the_one_before_is_whole(
+    tmp_path, fault, said
+):
+    codes, texts, seconds = run(fault, tmp_path)
+    assert codes == [2, 2], texts
+    error = rf"cannot write {tmp_path}/checkpoints/4/d: {said}: "
+    assert re.search(rf"^polygpt: process 1: {error}", texts[0], re.M), texts
+    assert re.search(rf"^polygpt: {error}", texts[1], re.M), texts
+    assert seconds < 120  # and not a barrier's 600
+    assert [record.step for record in manifest.records(tmp_path / "checkpoints")] == [2]
+    manifest.verify(tmp_path / "checkpoints" / "2")
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 import logging
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -27,3 +29,16 @@ def test_a_warning_has_the_voice_of_the_command_line_and_what_is_for_the_log_its
     assert re.fullmatch(r"INFO \d\d:\d\d:\d\d barrier 'start': begins", aside)
     assert aside.encode().startswith(UNHEARD)
     assert warning == "polygpt: checkpoint 7 is passed over"
+
+
+def test_what_cannot_be_given_up_ends_with_the_process_at_its_bound():
+    waits = """
+import time
+from polygpt.training.waiting import Bound, saying
+with saying("quick", bound=Bound(60.0, "never said")):
+    pass
+with saying("start-up: still waiting", bound=Bound(0.3, "start-up: not here after 0.3 s (train.processes.x)")):
+    time.sleep(60)
+"""
+    done = subprocess.run([sys.executable, "-c", waits], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (2, "polygpt: start-up: not here after 0.3 s (train.processes.x)\n")

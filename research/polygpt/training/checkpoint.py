@@ -172,6 +172,11 @@ class Checkpoints:
         """The steps of the finite checkpoints on disk."""
         return [record.step for record in records(self.folder) if record.finite]
 
+    def check(self) -> None:
+        """Raises what went wrong with a save that is over, if the run cannot go on without it; waits for nothing."""
+        if self._pending is not None and self._pending.done():
+            self._join()
+
     def wait(self) -> None:
         """Until all is written. Raises what went wrong with the latest save."""
         self._join()

@@ -27,7 +27,7 @@ from jax._src import clusters, distributed
 from polygpt.errors import UserError
 from polygpt.spec import Spec
 from polygpt.training.liveness import Liveness, leave
-from polygpt.training.waiting import log_to_stderr, saying
+from polygpt.training.waiting import Bound, log_to_stderr, saying
 
 COORDINATOR, PROCESSES, PROCESS = "POLYGPT_COORDINATOR", "POLYGPT_PROCESSES", "POLYGPT_PROCESS"
 """Variables that `polygpt launch` sets: host:port of process 0, how many there are, and which one this is."""
@@ -105,7 +105,11 @@ def initialize(spec: ProcessesSpec = ProcessesSpec()) -> None:
     group.liveness = Liveness(group.client, state.coordinator_address, group.rank, names, bound, _patience())
     atexit.register(_finish)  # after JAX registered its own, and so before JAX closes the service
     names[:] = gather("start", f"process {group.rank} (host {socket.gethostname()}, pid {os.getpid()})")
-    with saying("start-up: still waiting for the devices of other processes"):
+    seconds = spec.initialization_timeout
+    why = f"start-up: the devices of all processes are not known after {seconds} s"
+    why += " (train.processes.initialization_timeout): look at the logs of the others"
+    # How long GPUs and TPUs wait for each other is in their libraries, which give up on their own at best.
+    with saying("start-up: still waiting for the devices of other processes", bound=Bound(seconds, why)):
         log.info("start-up: %d devices, %d of them here", jax.device_count(), jax.local_device_count())
 
 
@@ -224,7 +228,7 @@ def _start(spec: ProcessesSpec, **where) -> None:
     log_to_stderr()
     # JAX's own answer to SIGTERM would take the place of the run's, which saves and ends.
     jax.config.update("jax_enable_preemption_service", False)
-    for whose in ("local", "global"):  # for what the devices of all are; that of GPUs and TPUs is in their libraries
+    for whose in ("local", "global"):  # for what the devices of all are
         jax.config.update(f"jax_cpu_get_{whose}_topology_timeout_minutes", math.ceil(seconds / 60))
     log.info("start-up: waiting for the other processes, %d s at most: %s", seconds, where)
     try:

@@ -141,6 +141,7 @@ class Trainer:
 
     def _advance(self) -> None:
         """A step, and what is due after it."""
+        self.checkpoints.check()  # others may wait for this process to have written its part
         if not self.feed.ready:
             self._settle()  # first what the device is at: what is waited for input is then time in which it idles
         with self.goodput.doing("input_wait"):

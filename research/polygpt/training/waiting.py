@@ -1,6 +1,7 @@
 """What a person is told while processes wait for each other."""
 
 import contextlib
+import dataclasses
 import logging
 import sys
 import threading
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 import jax
 
 from polygpt.errors import one_line
+from polygpt.training.liveness import leave
 
 SLOW = 30.0
 """Seconds of waiting after which it is said, and said again."""
@@ -17,13 +19,29 @@ SLOW = 30.0
 log = logging.getLogger(__name__)
 
 
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """How long something may be waited for that cannot be given up but with the process.
+
+    Attributes:
+        seconds: at most.
+        why: what is said then.
+    """
+
+    seconds: float
+    why: str
+
+
 @contextlib.contextmanager
-def saying(what: str, whom=lambda: "") -> Iterator[None]:
-    """Says every SLOW seconds that this takes long, and whom it waits for."""
+def saying(what: str, whom=lambda: "", bound: Bound | None = None) -> Iterator[None]:
+    """Says every SLOW seconds that this takes long, and whom it waits for; beyond a bound the process ends, code 2."""
     done, begun = threading.Event(), time.monotonic()
 
     def say():
-        while not done.wait(SLOW):
+        while not done.wait(SLOW if bound is None else min(SLOW, max(0.0, begun + bound.seconds - time.monotonic()))):
+            if bound and time.monotonic() >= begun + bound.seconds:
+                print(f"polygpt: {bound.why}", file=sys.stderr, flush=True)
+                leave(2)
             with contextlib.suppress(jax.errors.JaxRuntimeError):
                 log.warning("%s", f"{what} {whom()} after {time.monotonic() - begun:.0f} s".replace("  ", " "))
 
