@@ -1,14 +1,23 @@
 """Every ablation in experiments/ loads, with valid points, claims that can be read, and models that can be changed."""
 
+import contextlib
+import itertools
+import json
+import statistics
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
-from polygpt.ablation import claims, results, summary
+from polygpt.ablation import claims, results, stacked, summary
 from polygpt.ablation.study import FILE, load_ablation, places, points
+from polygpt.data.fetch import Unreachable, fetch
+from polygpt.data.loader import train_batches
 from polygpt.evaluation import conditions
 from polygpt.models.functional import bind
 from polygpt.spec import from_json, to_json
+from polygpt.training.program import assemble
 
 FILES = sorted((Path(__file__).parents[2] / "experiments" / "ablations").glob(f"*/{FILE}"))
 
@@ -44,3 +53,32 @@ def test_an_ablation_is_whole(path):
         trained = bind(experiment.model, experiment.tokenizer.build().vocabulary) if changed else None
         for name, task in changed.items():
             assert conditions.model_of(name, task, trained).spec != experiment.model, f"{name} changes nothing"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.parent.name)
+def test_what_is_recorded_is_what_the_code_trains(path):
+    """The beginning of a recorded run, trained again: results are kept by the package's number, not by its code, so a
+    change that moves these losses has to change `polygpt.__version__`."""
+    ablation, lines = load_ablation(path), results.read(path.with_name(results.RESULTS))
+    found = {line["key"]: line for line in lines}
+    chosen = (results.choose(ablation, variant, at, found) for variant, at in places(ablation))
+    keys = {results.key(made.experiment): made.experiment for made in chosen}
+    record = next(line for line in lines if line["key"] in keys and not line["diverged"])
+    experiment = keys[record["key"]]
+    if "state-of-the-union" in json.dumps(to_json(experiment)):
+        try:
+            fetch("state-of-the-union")
+        except Unreachable as error:
+            pytest.skip(str(error))
+    steps = record["curve"]["step"][0]
+    tokenizer = experiment.tokenizer.build()
+    program = assemble(experiment, tokenizer.vocabulary, jax.devices()[:1])
+    seeds = jnp.asarray([experiment.seed])
+    batches = train_batches(experiment.data, tokenizer, experiment.model.adapters, seed=experiment.seed)
+    state, step, losses = jax.vmap(stacked.initial(program))(seeds), stacked.over_seeds(program), []
+    with contextlib.closing(stacked.Streams([batches])) as streams:
+        for batch in itertools.islice(streams, steps):
+            state, figures = step(state, batch, seeds)
+            losses.append(float(figures[0, 0]))
+    assert statistics.fmean(losses) == pytest.approx(record["curve"]["loss"][0], rel=1e-3)

@@ -1,7 +1,7 @@
 """Do QK-norm and the z-loss widen the range of learning rates that work?
 
     polygpt data fetch state-of-the-union
-    polygpt ablate qk_norm
+    polygpt ablate qk_norm --engine processes
 
 After Small-scale Proxies for Large-scale Transformer Training Instabilities (Wortsman et al., 2309.14322), sections
 3.1.1 and 3.1.2: what makes large models unstable makes small ones so at high learning rates. Its measure is the
@@ -9,7 +9,7 @@ sensitivity to the learning rate: how much worse than at the best rate the loss 
 where a run that diverged counts as one that learned nothing. Normalised queries and keys keep scores of attention from
 growing, and lower it; the z-loss keeps logits from drifting away. There: 10M to 1.2B parameters on C4. Here: a decoder
 of 0.1M parameters on speeches, byte by byte, and without weight decay, which would be multiplied by the rate and
-restrain what is to be seen. Expected: the same order at the highest rates. On 2 CPU cores it takes about 20 minutes.
+restrain what is to be seen. Expected: the same order at the highest rates. On 2 CPU cores it takes 22 minutes.
 """
 
 from polygpt.ablation.bases import UNIFORM, text

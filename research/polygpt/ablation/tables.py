@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from polygpt.ablation.claims import Verdict
 from polygpt.ablation.results import Frame
 from polygpt.ablation.summary import best_rows, costs, missing, rows
+from polygpt.ablation.variants import Name
 from polygpt.markup import Table, alone, as_written, probability, short, span, value_text, with_interval
 
 
@@ -42,12 +43,19 @@ def costs_table(frame: Frame) -> Table:
     heads += ["tokens", "seconds", "runs", *(["diverged"] if diverged else [])]
     cells = []
     for cost in found:
-        chosen = ", ".join(map(value_text, cost.tuned))
+        chosen = ", ".join(value_text(value) + _edge(value, list(ablation.tuned)) for value in cost.tuned)
         line = [cost.variant, *map(value_text, cost.at.values()), *([chosen] if ablation.tuned else [])]
         line += [f"{cost.parameters:,}", short(cost.flops), f"{cost.steps:,}", f"{cost.tokens:,}"]
         line += [alone(cost.seconds, 3), str(cost.runs)]
         cells.append(line + ([str(cost.diverged)] if diverged else []))
     return Table("Cost of a run", heads, cells, notes=[budget(frame)])
+
+
+def _edge(value: Name, tried: Sequence[Name]) -> str:
+    """What to say of a chosen value beyond which nothing was tried."""
+    if len(tried) < 2 or not all(isinstance(one, int | float) for one in tried):
+        return ""
+    return {min(tried): ", the lowest tried", max(tried): ", the highest tried"}.get(value, "")
 
 
 def claims_table(found: Sequence[Verdict]) -> Table:

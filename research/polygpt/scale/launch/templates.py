@@ -114,6 +114,7 @@ def gke(
 # The image holds polygpt with its tpu extra and the experiment's file. Run folders lie in a bucket that every pod sees,
 # with a hierarchical namespace, where renaming a folder is one step:
 #   gcloud storage buckets create gs://{bucket} --uniform-bucket-level-access --enable-hierarchical-namespace
+# The Kubernetes service account of the pods, "default" unless you set another, needs roles/storage.objectUser there.
 #
 # The same with xpk, on a cluster that has the bucket attached at /runs (xpk storage attach):
 #

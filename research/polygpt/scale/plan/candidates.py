@@ -143,7 +143,7 @@ def candidates(experiment: Experiment, target: Target) -> Iterator[Candidate]:
 def _stages(experiment: Experiment, devices: int) -> list[int]:
     """Numbers of stages that the decoder's blocks and the experiment's table allow."""
     decoder, rules = experiment.model.decoder, experiment.train.mesh.rules
-    if not decoder.scan or "stage" not in rules["stages"] or "stage" not in rules["layers"]:
+    if not decoder.scan or rules["stages"] != ("stage",) or "stage" not in rules["layers"]:
         return [max(experiment.train.mesh.stage, 1)]
     each = decoder.depth // len(decoder.period())  # patterns of blocks
     return [stage for stage in _divisors(devices) if stage <= STAGES and each and each % stage == 0]
