@@ -1,7 +1,7 @@
 """How much does a language model gain from being told positions, and by which encoding?
 
     polygpt data fetch state-of-the-union
-    polygpt ablate positions
+    polygpt ablate positions --engine processes
 
 After Transformer Language Models without Positional Encodings Still Learn Positional Information (Haviv et al.,
 2203.16634), Table 1: perplexities of a 1.3B-parameter model on WikiText-103 and on the Pile. There no encoding is
@@ -48,7 +48,8 @@ def ablation() -> Ablation:
             figures={name: round(log(perplexity), 3) for name, perplexity in PERPLEXITIES.items()},
         ),
         unit="nats a byte",
-        tuned=grid("optim.schedule.peak", 2e-3, 4e-3, 8e-3),
+        tuned=grid("optim.schedule.peak", 2e-3, 4e-3, 8e-3, 1.6e-2),
+        tuning_seeds=3,
         claims=(
             Claim("alibi < sinusoidal", "ALiBi below sinusoids"),
             Claim("sinusoidal < learned", "sinusoids below learned positions"),
