@@ -4,6 +4,7 @@ import importlib.metadata
 import importlib.util
 import json
 import math
+import time
 from pathlib import Path
 
 import jax
@@ -160,6 +161,21 @@ def test_of_a_program_that_does_not_fit_the_nearest_changes_are_ways_to_run(monk
     for one in answers:
         made = override(chosen, one["overrides"])
         assert made != chosen and compilation.prepare(made, on).parallel.layout.mesh.size == 8
+
+
+@needs_libtpu
+def test_the_next_of_tens_of_thousands_of_ways_is_found_in_seconds():
+    """All are looked at once for it, and not once for each: that would take hours here."""
+    chosen, on = tiny.experiment(), target("v5e:2x2")
+    known, now = facts(chosen, on), current(chosen, 4)
+    prediction = predict(chosen, known, on, arranged(now.mesh, known))
+    found = search.Found(chosen, on, [search.Tried(now, prediction) for _ in range(30_000)])
+    parts = dict.fromkeys(("temporaries", "padding", "output", "program", "total"), 1e6)
+    roofline = vars(prediction.roofline) | {"step": 9.0, "serial": 9.0}
+    found.ways[0].data = {"memory": parts | {"fits": True}, "roofline": roofline}
+    begun = time.process_time()
+    assert found.next() is found.ways[1]
+    assert time.process_time() - begun < 10
 
 
 @needs_libtpu

@@ -120,10 +120,10 @@ class Found:
         limit = self.room * self.target.usable
         open_ = [way for way in self.ways if way.data is None]
         within = [way for way in open_ if self.memory(way) <= limit]
-        if self.best is None:
+        if (best := self.best) is None:  # which looks at all ways
             return min(within, key=self.rank, default=None) or min(open_, key=self.memory, default=None)
-        better = [way for way in within if self.rank(way) < 0.995 * self.rank(self.best)]
-        return min(better, key=self.rank, default=None)
+        way = min(within, key=self.rank, default=None)
+        return way if way and self.rank(way) < 0.995 * self.rank(best) else None
 
     def learn(self, way: Tried) -> None:
         """Takes what the compiler said of a way."""
