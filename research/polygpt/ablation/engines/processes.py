@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import dataclasses
+import os
 import selectors
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -33,7 +34,7 @@ class Processes(Engine):
         self.require(self.retries >= 0, "retries", "at least 0")
 
     def run(self, tasks: Sequence[Task], tell: Tell) -> Iterator[tuple[Task, list[dict[str, Any]] | Failure]]:
-        count = min(self.workers or children.count_gpus() or len(children.cores()) or 1, len(tasks))
+        count = min(self.workers or children.count_gpus() or len(children.cores()) or os.cpu_count() or 1, len(tasks))
         pool = _Pool(self.retries, children.shares(count), Watch(tell))
         with children.ended(pool.started), contextlib.closing(pool.selector):
             yield from pool.run(tasks)

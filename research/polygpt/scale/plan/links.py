@@ -78,10 +78,11 @@ def total(found: Sequence[Collective], target: Target, devices: Sequence[jax.Dev
         target: whose links.
         devices: in the order of the mesh.
     """
+    devices = tuple(devices)
     carried: Loads = {}
     in_turn = network = 0.0
     for one in found if target.platform != "cpu" else ():
-        unit, bytes_ = _unit(one.kind, one.group, one.pairs, target, tuple(devices)), one.times * one.payload
+        unit, bytes_ = _unit(one.kind, one.group, one.pairs, target, devices), one.times * one.payload
         in_turn += bytes_ * unit.inside
         network += bytes_ * unit.across
         for ways, load in unit.loads.items():
