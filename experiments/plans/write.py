@@ -1,10 +1,11 @@
 """Writes the plans of this folder anew: every preset on one slice of each TPU generation.
 
-    python experiments/plans/write.py [PRESET ...] [--missing] [--budget SECONDS] [--only SLICE]
+    python experiments/plans/write.py [PRESET ...] [--missing | --again] [--budget SECONDS] [--only SLICE]
 
 For each it compiles the most promising way to run that is predicted to leave half of the memory free, as `polygpt plan
 --search` does, and is content with the first that fits: a search looks further. Then it writes the index. A plan of a
-large preset takes two to five minutes on two cores. `polygpt plan check` compiles them all again and compares.
+large preset takes two to five minutes on two cores. `polygpt plan check` compiles them all again and compares; where
+they are no longer what the code takes, `--again` writes the same ways to run anew.
 """
 
 import argparse
@@ -18,9 +19,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 from polygpt.errors import UserError
 from polygpt.files import plain, write_atomically
 from polygpt.markup import Table, markdown
+from polygpt.overrides import override
 from polygpt.scale.plan.search import search
 from polygpt.scale.plan.tables import gib, seconds
 from polygpt.scale.plan.target import target
+from polygpt.scale.plan.worker import plan_apart
 from polygpt.spec import load_file
 
 HERE = Path(__file__).parent
@@ -45,12 +48,18 @@ def main() -> None:
     words = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     words.add_argument("presets", nargs="*", default=list(SLICES))
     words.add_argument("--budget", type=float, default=780)
-    words.add_argument("--missing", action="store_true", help="leave the plans that are there as they are")
+    which = words.add_mutually_exclusive_group()
+    which.add_argument("--missing", action="store_true", help="leave the plans that are there as they are")
+    which.add_argument("--again", action="store_true", help="compile the plans that are there anew, and look for none")
     words.add_argument("--only", help="a slice")
     chosen = words.parse_args()
     for name in chosen.presets:
         for on in SLICES[name]:
-            if chosen.only in (None, on) and not (chosen.missing and place(name, on).exists()):
+            if chosen.only not in (None, on) or (chosen.missing and place(name, on).exists()):
+                continue
+            if chosen.again:
+                again(name, on, chosen.budget)
+            else:
                 write(name, on, chosen.budget)
     index()
 
@@ -71,10 +80,26 @@ def write(name: str, on: str, budget: float) -> None:
     if found.best is None:
         print(f"{name} on {on}: nothing that was compiled fits", file=sys.stderr)
         return
-    data = found.best.data | {"file": file, "changes": found.best.candidate.overrides(experiment)}
     path = place(name, on)
     path.parent.mkdir(exist_ok=True)
-    write_atomically(path, json.dumps(plain(data), indent=1) + "\n")
+    put(path, found.best.data, file, found.best.candidate.overrides(experiment))
+
+
+def again(name: str, on: str, budget: float) -> None:
+    """Plans a preset on a slice the way that its plan says it runs."""
+    path = place(name, on)
+    then = json.loads(path.read_text())
+    experiment = override(load_file(then["file"]).experiment(), then["changes"])
+    now = plan_apart(experiment, target(on), budget)
+    if not (now.get("memory") or {}).get("fits"):
+        print(f"{path}: {now.get('failed') or 'does not fit now'}; it stays as it was", file=sys.stderr)
+        return
+    put(path, now, then["file"], then["changes"])
+
+
+def put(path: Path, data: dict, file: str, changes: dict[str, str]) -> None:
+    """Writes a plan."""
+    write_atomically(path, json.dumps(plain(data | {"file": file, "changes": changes}), indent=1) + "\n")
     print(f"{path}: {gib(data['memory']['total'])}", file=sys.stderr)
 
 
