@@ -58,6 +58,37 @@ def test_after_a_kill_the_time_up_to_the_last_sign_of_life_is_lost_and_then_the_
     assert sum(summary(lines).values()) == pytest.approx(wall(lines), abs=1e-4)
 
 
+def test_a_process_killed_while_it_starts_was_alive(tmp_path, monkeypatch):
+    path, now = tmp_path / "goodput.jsonl", time.time()
+    first = {"begin": now - 100, "end": now - 60, "from": 0, "step": 4, "seconds": {"productive": 40.0}}
+    path.write_text(json.dumps(first) + "\n")
+    os.utime(path, (now - 60, now - 60))
+    killed = Goodput(path, begun=now - 30)
+    killed.open()  # and restores, until
+    os.utime(path, (now + 20, now + 20))
+    monkeypatch.setattr(time, "time", lambda: now + 30)
+    after = Goodput(path, begun=now + 25)
+    after.begin(0)
+    after.close()
+    found = summary(read(path))
+    assert found["down"] == pytest.approx(30 + 5, abs=1), "before the first start, and between the two"
+    assert found["restart"] == pytest.approx(30 + 5, abs=1) and found["lost"] == pytest.approx(40 + 20, abs=1)
+    assert sum(found.values()) == pytest.approx(wall(read(path)), abs=1e-4)
+
+
+def test_a_finished_run_that_is_looked_at_stays_finished(tmp_path):
+    path = tmp_path / "goodput.jsonl"
+    path.write_text(
+        json.dumps({"begin": 0.0, "end": 1.0, "from": 0, "step": 4, "seconds": {}, "finished": True}) + "\n"
+    )
+    before = path.read_text()
+    clock = Goodput(path)
+    clock.open()
+    clock.end(4, finished=True)
+    clock.close()
+    assert path.read_text() == before
+
+
 def test_a_finished_run_that_is_given_more_steps_does_not_count_the_days_between(tmp_path):
     path = tmp_path / "goodput.jsonl"
     line = {"begin": 0.0, "end": 10.0, "from": 0, "step": 4, "seconds": {"productive": 10.0}, "finished": True}

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import signal
+import threading
 
 import jax
 import numpy as np
@@ -13,7 +14,7 @@ from tiny_experiment import experiment
 
 from polygpt.errors import UserError
 from polygpt.overrides import override
-from polygpt.training import trainer
+from polygpt.training import prefetch, trainer
 from polygpt.training.loop import train
 from polygpt.training.run import open_run
 from polygpt.training.sinks import JsonLines, Silent
@@ -144,6 +145,31 @@ def test_a_run_with_a_rewind_that_is_cut_repeats_itself_to_the_bit(tmp_path, num
         with pytest.raises(InterruptedError) if how == "killed" else contextlib.nullcontext():
             assert not train(chosen(**REWINDING), tmp_path, lambda *where, cut=cut: [*quiet(*where), cut]).finished
     assert train(chosen(**REWINDING), tmp_path, quiet).finished
+    assert (tmp_path / "metrics.jsonl").read_bytes() == whole
+
+
+class Hanging(Numbered):
+    """Batches of which one that is fetched ahead of the rewind hangs until it is released, after the rewind."""
+
+    release = threading.Event()
+
+    def __next__(self):
+        if self.number == 13 and not self.release.is_set():
+            assert self.release.wait(60)
+        return super().__next__()
+
+
+class Releasing(Silent):
+    def rewind(self, step, before):
+        Hanging.release.set()
+
+
+def test_what_a_source_that_hung_gives_after_a_rewind_is_nobodys(tmp_path, monkeypatch, caplog, whole):
+    made = trainer.train_batches
+    monkeypatch.setattr(prefetch, "GRACE", 0.2)
+    monkeypatch.setattr(trainer, "train_batches", lambda *given, **named: Hanging(made(*given, **named), ()))
+    assert train(chosen(**REWINDING), tmp_path, lambda *where: [*quiet(*where), Releasing()]).finished
+    assert "have not given their next batch" in caplog.text
     assert (tmp_path / "metrics.jsonl").read_bytes() == whole
 
 

@@ -13,8 +13,8 @@ examples:
   polygpt launch slurm --cluster local --tasks 2 -- train mine.py --train.parallel sharded      tried on this machine
 
 One process runs on each node, with all its GPUs; --tasks divides them. Before the time is up, or when the job is
-preempted, the run saves, and the job is queued again; it resumes. The run folder and the logs must lie where all nodes
-see them."""
+preempted, the run saves, and the job is queued again; it resumes, however often (--set slurm_max_num_timeout=3 bounds
+how often its time may be up). The run folder and the logs must lie where all nodes see them."""
 
 
 def parser(prog: str, about: str) -> LaunchParser:

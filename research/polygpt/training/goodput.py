@@ -87,23 +87,39 @@ class Goodput:
         finally:
             self.switch(before)
 
+    def open(self) -> None:
+        """The run folder is this process's: writes its first line, unless the run was finished and may stay so.
+
+        Before the run is restored, so that a process that is killed meanwhile has given signs of life.
+        """
+        if self.path is None or self._file:
+            return
+        before, touched = _last(self.path)
+        if before is None or not before.get("finished"):
+            self._open(before, touched)
+            self.record(self._step)
+
     def begin(self, step: int) -> None:
-        """The run goes on from this step: writes the first line of this process."""
-        if self.path is not None:
-            before, touched = _last(self.path)
-            self.switch("restart" if before else "startup")
-            if before:  # what this call took so far was no first start
-                self._seconds["restart"] += self._seconds["startup"]
-                self._seconds["startup"] = 0.0
-            if before and not before.get("finished"):
-                end = min(before["end"], self._begin)
-                alive = min(max(touched, end), self._begin)
-                self._seconds["lost"] += alive - end
-                self._seconds["down"] += self._begin - alive
-                self._begin = end
-            self._file = self.path.open("ab", buffering=0)
+        """The run goes on from this step, and is no longer finished."""
+        if self.path is not None and self._file is None:
+            self._open(*_last(self.path))
         self._step = step
         self.record(step)
+
+    def _open(self, before: Mapping[str, Any] | None, touched: float) -> None:
+        """Opens the file, whose last line and time of modification these are, and counts the time since then."""
+        self.switch("restart" if before else "startup")
+        if before:  # what this call took so far was no first start
+            self._seconds["restart"] += self._seconds["startup"]
+            self._seconds["startup"] = 0.0
+        if before and not before.get("finished"):
+            end = min(before["end"], self._begin)
+            alive = min(max(touched, end), self._begin)
+            self._seconds["lost"] += alive - end
+            self._seconds["down"] += self._begin - alive
+            self._begin = end
+        self._step = before["step"] if before else 0
+        self._file = self.path.open("ab", buffering=0)
 
     def record(self, step: int, least: float = 0.0, **more: Any) -> None:
         """Writes a line up to now, unless the last was less than `least` seconds ago.

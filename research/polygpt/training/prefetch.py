@@ -75,17 +75,21 @@ class Prefetch:
         """Whether the next batch is there."""
         return not self._ready.empty()
 
-    def close(self) -> None:
-        """Ends the thread and the iterator's workers; a source that hangs is left behind, and ends with the process."""
+    def close(self) -> bool:
+        """Ends the thread and the iterator's workers; True if the iterator is free to be used again.
+
+        A source that hangs is left behind with its thread, and with the iterator, which stays this thread's.
+        """
         self._stop.set()
         deadline = time.monotonic() + GRACE
         while self._thread.is_alive():  # it may wait for room
             if time.monotonic() > deadline:
                 log.warning("the data have not given their next batch for %.0f s: they are left as they are", GRACE)
-                return
+                return False
             with contextlib.suppress(queue.Empty):
                 self._ready.get(timeout=0.05)
         self._batches.close()
+        return True
 
     def _run(self) -> None:
         try:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from polygpt import sequence, spec
-from polygpt.data.loader import train_batches
+from polygpt.data.loader import TrainBatches, train_batches
 from polygpt.errors import Diverged
 from polygpt.training import feeders
 from polygpt.training.checkpoint import Checkpoints
@@ -82,16 +82,10 @@ class Trainer:
         self.all_finite = jax.jit(
             lambda params: jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(params)]))
         )
-        self.batches = train_batches(
-            experiment.data,
-            self.tokenizer,
-            experiment.model.adapters,
-            seed=experiment.seed,
-            feeder=self.parallel.feeder,
-            feeders=self.parallel.feeders,
-        )
+        self.batches = self._train_batches()
         feeders.require_same_data(self.batches.get_state()["examples"], experiment.evaluation)
         claim(workdir, experiment, stack)  # not before: a setting or a source that is at fault leaves no folder behind
+        self.goodput.open()
         self.checkpoints = Checkpoints(workdir / "checkpoints", self.spec.checkpoint, self.spec.better)
         stack.callback(self.checkpoints.close)
         self.metric: float | None = None  # of the last step, if it was evaluated
@@ -209,7 +203,8 @@ class Trainer:
         self.pending = None
         self.goodput.record(step)
         with self._doing("lost"):
-            self.feed.close()
+            if not self.feed.close():  # its thread still reads: what it then draws is nobody's
+                self.batches = self._train_batches()
             self.state = None  # the device may not hold two
             due = (step - 1) // self.spec.checkpoint.every * self.spec.checkpoint.every
             self._restore(before=due + 1)
@@ -262,6 +257,16 @@ class Trainer:
         self.standing = Standing(**data["standing"]) if data else Standing()
         self.done = self.saved = int(self.state.step)
         return data
+
+    def _train_batches(self) -> TrainBatches:
+        return train_batches(
+            self.experiment.data,
+            self.tokenizer,
+            self.experiment.model.adapters,
+            seed=self.experiment.seed,
+            feeder=self.parallel.feeder,
+            feeders=self.parallel.feeders,
+        )
 
     def _prefetch(self) -> Prefetch:
         return Prefetch(self.batches, self.parallel.put, self._check, self.spec.prefetch)

@@ -99,6 +99,13 @@ def test_the_first_task_to_end_does_not_end_the_others(tmp_path, monkeypatch):
     assert "--kill-on-bad-exit=0" in text
 
 
+def test_a_job_is_queued_again_however_often_its_time_is_up(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")  # as where SLURM is
+    assert slurm.executor(tmp_path, "slurm", "name", 2, 1, 5, {})._executor.max_num_timeout >= 1000
+    bounded = slurm.executor(tmp_path, "slurm", "name", 2, 1, 5, {"slurm_max_num_timeout": 3})
+    assert bounded._executor.max_num_timeout == 3
+
+
 @pytest.mark.parametrize(
     ("words", "text"),
     [

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import tiny
 
 from polygpt import topology
@@ -24,6 +25,14 @@ def test_a_step_is_compiled_once(tmp_path, monkeypatch):
     other = chosen.replace(optim=chosen.optim.replace(clip=2 * chosen.optim.clip))
     assert compilation.build(other, target("cpu:1")).text != first.text
     assert len(compiled) == 2
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_scoped_vmem_limit_kib=65536")
+    compilation.build(other, target("cpu:1"))
+    jax.config.update("jax_memory_fitting_effort", 0.5)
+    try:
+        compilation.build(other, target("cpu:1"))
+    finally:
+        jax.config.update("jax_memory_fitting_effort", 0.0)
+    assert len(compiled) == 4
 
 
 def test_a_damaged_file_counts_as_none_and_the_oldest_go(tmp_path, monkeypatch):

@@ -21,6 +21,8 @@ from polygpt.errors import UserError
 from polygpt.scale.launch.local import PROGRAM, gpus
 from polygpt.training.processes import COORDINATOR, PROCESS, PROCESSES
 
+OFTEN = 10_000
+"""How many times a job goes back into the queue at its time limit, by default."""
 PORTS = (61440, 4096)
 """The first port for coordinators and how many there are; a job takes one by its number, as JAX does."""
 
@@ -120,8 +122,12 @@ def executor(folder: Path, cluster: str, name: str, nodes: int, tasks: int, minu
         import submitit
     except ImportError:
         raise UserError("SLURM needs submitit, which is not installed: pip install -e '.[slurm]'") from None
+    # By itself submitit queues a job again three times: training takes as long as it takes.
+    often = {"slurm_max_num_timeout": OFTEN}
+    often |= {name: more[name] for name in often if name in more}
+    more = {name: value for name, value in more.items() if name not in often}
     with refusals():
-        made = submitit.AutoExecutor(folder, cluster=cluster)
+        made = submitit.AutoExecutor(folder, cluster=cluster, **often)
         # A task whose run was stopped ends with an error: SLURM is not to end the one that is queueing the job again.
         given = more.get("slurm_srun_args", [])
         given = shlex.split(given) if isinstance(given, str) else given

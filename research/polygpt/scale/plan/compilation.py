@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import json
+import os
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -23,6 +24,21 @@ from polygpt.sequence import Batch, Media
 from polygpt.training.experiment import Experiment
 from polygpt.training.parallel import Parallel
 from polygpt.training.program import Program, assemble
+
+FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
+"""Environment variables that change what a compiler makes of a program."""
+SETTINGS = tuple(
+    f"jax_{name}"
+    for name in (
+        "exec_time_optimization_effort",
+        "memory_fitting_effort",
+        "optimization_level",
+        "memory_fitting_level",
+        "disable_most_optimizations",
+    )
+    if f"jax_{name}" in jax.config.values
+)
+"""JAX's settings that do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +114,8 @@ def lower(experiment: Experiment, target: Target) -> Step:
 def _compiled(step: Step, target: Target) -> Kept:
     """What the compiler makes of it, or made of it before."""
     where = [target.name, str(target.slices), repr([device.id for device in step.mesh.devices.flat])]
-    path = kept.place([step.lowered.as_text(), *where, json.dumps(versions(), sort_keys=True)])
+    told = {name: os.environ.get(name) for name in FLAGS} | {name: jax.config.values[name] for name in SETTINGS}
+    path = kept.place([step.lowered.as_text(), *where, json.dumps([versions(), told], sort_keys=True)])
     if (found := kept.read(path)) is not None:
         return found
     begin, text, figures, refusal = time.perf_counter(), None, {}, ""

@@ -1,6 +1,7 @@
 """Compiled programs of plans, kept in the cache folder: what took minutes to compile is read in a moment.
 
-A program is found again by all that it depends on: the lowered step, the devices it is for, and the compiler.
+A program is found again by all that it depends on: the lowered step, the devices it is for, the compiler, and the
+flags and settings that this was given.
 """
 
 import contextlib
