@@ -44,6 +44,8 @@ WAYS = {
     "stage 2 (circular), data 4": (DENSE, MeshSpec(stage=2, repeats=2)),
     "data 2, fsdp 2, tensor 2": (DENSE, MeshSpec(fsdp=2, tensor=2)),
     "fsdp 2, sequence 2 (ring), tensor 2": (DENSE, MeshSpec(fsdp=2, sequence=2, tensor=2, context="ring")),
+    "stage 2, sequence 2 (gather), data 2": (DENSE, MeshSpec(stage=2, sequence=2)),
+    "stage 2, sequence 2 (ring), data 2": (DENSE, MeshSpec(stage=2, sequence=2, context="ring")),
     "stage 2, fsdp 2, expert 2": (ROUTED, MeshSpec(data=1, stage=2, fsdp=2, expert=2)),
 }
 """By name, the feed-forward layer and the mesh; None is pmap."""

@@ -15,6 +15,7 @@ QUICK = ["pmap", "data 2, fsdp 2, tensor 2"]
 SLOW = [
     ["data 8", "fsdp 8", "tensor 4, data 2", "sequence 4 (gather), data 2", "sequence 4 (ring), data 2"],
     ["fsdp 2, sequence 2 (ring), tensor 2", "stage 4, data 2", "stage 2 (circular), data 4"],
+    ["stage 2, sequence 2 (gather), data 2", "stage 2, sequence 2 (ring), data 2"],
     ["expert 4, data 2 (dropless)", "expert 4, data 2 (capacity)", "stage 2, fsdp 2, expert 2"],
 ]
 
@@ -76,3 +77,5 @@ def test_models_that_lie_split_score_and_answer_as_on_one_device():
         for mesh, used in runs.items():
             np.testing.assert_allclose(used["loss"], single["loss"], rtol=1e-5, err_msg=f"{what}, {mesh}")
             assert used["answers"] == single["answers"], (what, mesh)
+            split = 8 if "data 2, fsdp 2" in mesh else 2  # rows and heads; heads, and perhaps blocks
+            assert used["held"] <= 1 / split, f"{what}, {mesh}: the cache is not split as rows and heads are"

@@ -4,8 +4,10 @@ Run as a process of its own: the number of devices is set once a process.
 """
 
 import json
+import math
 import sys
 from pathlib import Path
+from unittest import mock
 
 import jax
 import numpy as np
@@ -22,6 +24,7 @@ from polygpt.data.example import Text  # noqa: E402
 from polygpt.data.layout import LayoutSpec  # noqa: E402
 from polygpt.data.tokenizers.bytes import Bytes  # noqa: E402
 from polygpt.evaluation.likelihood import score  # noqa: E402
+from polygpt.generation import decoding  # noqa: E402
 from polygpt.generation.generate import generate  # noqa: E402
 from polygpt.generation.sampling import Sampling  # noqa: E402
 from polygpt.models.functional import bind  # noqa: E402
@@ -42,14 +45,28 @@ ATTENTIONS = {
 }
 """What the decoder remembers."""
 
+decode = decoding.decode
+
 
 def use(model, params) -> dict:
     tokenizer = Bytes(multiple=4).build()
     rows = [(example(9, ("image", 4), 6, seed=row),) for row in range(5)]  # no axis divides five rows
     scores = score(model, params, build(rows, 32, adapters=ADAPTERS), tokenizer.token_bytes)
-    prompts = [[Text("one")], [Text("and a longer one")], [Text("x")]]
-    answers = generate(model, params, tokenizer, prompts, LayoutSpec(32), Sampling(temperature=0.0, max_tokens=6))
-    return {"loss": scores.loss.tolist(), "answers": [list(answer.tokens) for answer in answers]}
+    prompts = [[Text("one")], [Text("and a longer one")], [Text("x")], [Text("four")]]
+    caches = []
+    with mock.patch.object(decoding, "decode", lambda *given: caches.append(held(given[3].cache)) or decode(*given)):
+        answers = generate(model, params, tokenizer, prompts, LayoutSpec(32), Sampling(temperature=0.0, max_tokens=6))
+    return {
+        "loss": scores.loss.tolist(),
+        "answers": [list(answer.tokens) for answer in answers],
+        "held": max(map(max, caches)),
+    }
+
+
+def held(cache) -> list[float]:
+    """Which share of each array with heads a device holds."""
+    arrays = [x for x in jax.tree.leaves(cache) if x.ndim >= 4]
+    return [math.prod(x.sharding.shard_shape(x.shape)) / x.size for x in arrays]
 
 
 if __name__ == "__main__":

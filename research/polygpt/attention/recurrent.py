@@ -98,7 +98,7 @@ class StatefulModule(nnx.Module):
         return {"state": self.empty_state(rows), "past": past, "last": jnp.zeros(rows, jnp.int32)}
 
     def empty_state(self, rows: int) -> Any:
-        """The state before the first position, a pytree of float32 [B, ...]."""
+        """The state before the first position, a pytree of float32 [B, H, ...]."""
         raise NotImplementedError
 
     def read(

@@ -19,6 +19,7 @@ from polygpt.scale.plan.prediction import BOUNDS, Correction, Prediction, predic
 from polygpt.scale.plan.roofline import Roofline
 from polygpt.scale.plan.target import Target
 from polygpt.scale.plan.worker import plan_apart
+from polygpt.sharding import AXES
 from polygpt.training.experiment import Experiment
 
 ROOM = 0.98
@@ -86,8 +87,8 @@ class Found:
     room: float = ROOM
 
     def correction(self, way: Tried) -> Correction:
-        """The error of predictions: of memory from ways with the same remat, or from any; of time from ways that split
-        parameters and positions over the same axes too, for what one kind of mesh costs says nothing of another."""
+        """The error of predictions: of memory from ways with the same remat, or from any; of time from ways whose mesh has
+        the same axes too, for what one kind of mesh costs says nothing of another."""
         remat, of_mesh = _kinds(way.candidate)
         low = self.low.get(remat, self.low.get(None, LOW))
         seen = self.bounds.get((*remat, of_mesh), [])
@@ -145,9 +146,9 @@ class Found:
 
 
 def _kinds(candidate: Candidate) -> tuple[tuple, tuple]:
-    """(remat of the decoder and of towers, the axes that a mesh splits more than rows over)."""
+    """(remat of the decoder and of towers, the axes of the mesh and what else is split over them)."""
     mesh = candidate.mesh
-    axes = tuple(axis for axis in ("fsdp", "tensor", "sequence", "expert", "stage") if getattr(mesh, axis) > 1)
+    axes = tuple(axis for axis in AXES if getattr(mesh, axis) > 1)
     return (candidate.remat, candidate.towers), (*axes, *mesh.rules["features"])
 
 
