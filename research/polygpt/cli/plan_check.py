@@ -13,9 +13,9 @@ examples:
   polygpt plan check experiments/plans/1b
 
 Compiles every plan below a folder again, from the experiment and overrides that it names. Memory of a device, or bytes
-of collectives, that grew by more than 5 % are an error. It takes seconds for a program that was compiled before and is
-as it was; else, on two cores, seconds to minutes for a plan of a small preset and minutes for one of a large: an hour
-or more for them all."""
+of collectives, that grew by more than 5 % are an error, and so is a fused kernel that is there no more. It takes
+seconds for a program that was compiled before and is as it was; else, on two cores, seconds to minutes for a plan of a
+small preset and minutes for one of a large: an hour or more for them all."""
 
 DEFAULT = "experiments/plans"
 """Where plans are committed."""
@@ -41,9 +41,11 @@ def run(arguments: Namespace) -> dict:
     for one in found:
         memory = f"{gib(one.memory[0])} -> {gib(one.memory[1])}"
         sent = f"{one.sent[0] / 1e9:,.2f} -> {one.sent[1] / 1e9:,.2f}"
-        rows.append([str(one.path), memory, sent, "grew" if one.grew else "as it was"])
+        rows.append([str(one.path), memory, sent, one.worse or "as it was"])
     print_table(f"{len(rows)} plans", ["plan", "memory of a device", "GB sent by a device a step", ""], rows)
-    grown = [str(one.path) for one in found if one.grew]
-    fault = f"plan check: by more than {GROWTH:.0%}: {', '.join(grown)}" if grown else None
-    plans = [{"path": one.path, "memory": one.memory, "sent": one.sent, "grew": one.grew} for one in found]
+    worse = [f"{one.path} {one.worse}" for one in found if one.worse]
+    fault = f"plan check: grown means by more than {GROWTH:.0%}: {'; '.join(worse)}" if worse else None
+    plans = [
+        {"path": one.path, "memory": one.memory, "sent": one.sent, "grew": one.grew, "gone": one.gone} for one in found
+    ]
     return {"plans": plans, "fault": fault}

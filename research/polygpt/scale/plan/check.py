@@ -26,16 +26,23 @@ class Compared:
         path: its file.
         memory: bytes of a device, (then, now); infinite where it does not fit now.
         sent: bytes that a device sends in a step, (then, now).
+        gone: fused kernels that were in the program then and are not now.
     """
 
     path: Path
     memory: tuple[float, float]
     sent: tuple[float, float]
+    gone: tuple[str, ...] = ()
 
     @property
     def grew(self) -> bool:
-        """Whether one of them grew by more than `GROWTH`."""
+        """Whether memory or what is sent grew by more than `GROWTH`."""
         return any(now > (1 + GROWTH) * then for then, now in (self.memory, self.sent))
+
+    @property
+    def worse(self) -> str:
+        """What is worse, in words; "" if nothing."""
+        return ", ".join(["grew"] * self.grew + [f"without {name}" for name in self.gone])
 
 
 def plans_below(folder: Path) -> list[Path]:
@@ -59,7 +66,9 @@ def check(path: Path) -> Compared:
         raise UserError(f"{path}: {now['failed']}")
     print(f"{path}: compiled again in {now['compile_seconds']:.0f} s", file=sys.stderr, flush=True)
     memory = now["memory"]["total"] if now["memory"] else float("inf")
-    return Compared(path, (then["memory"]["total"], memory), (then["collective_bytes"], now["collective_bytes"]))
+    gone = tuple(sorted(set(then["kernels"]) - set(now["kernels"]))) if now["memory"] else ()
+    sent = then["collective_bytes"], now["collective_bytes"]
+    return Compared(path, (then["memory"]["total"], memory), sent, gone)
 
 
 def _is_plan(data: Mapping) -> bool:

@@ -87,8 +87,8 @@ class Found:
     room: float = ROOM
 
     def correction(self, way: Tried) -> Correction:
-        """The error of predictions: of memory from ways with the same remat, or from any; of time from ways whose mesh has
-        the same axes too, for what one kind of mesh costs says nothing of another."""
+        """The error of predictions: of memory from ways with the same remat, or from any; of time from ways whose mesh
+        has the same axes too, for what one kind of mesh costs says nothing of another."""
         remat, of_mesh = _kinds(way.candidate)
         low = self.low.get(remat, self.low.get(None, LOW))
         seen = self.bounds.get((*remat, of_mesh), [])
