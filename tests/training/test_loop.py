@@ -22,8 +22,10 @@ from polygpt.training import held_out, trainer
 from polygpt.training.checkpoint import records
 from polygpt.training.held_out import Standing, pick
 from polygpt.training.loop import train
+from polygpt.training.manifest import Record
 from polygpt.training.run import open_run
 from polygpt.training.sinks import JsonLines, Silent
+from polygpt.training.trainer import Trainer
 
 
 def tiny(**changes):
@@ -102,6 +104,40 @@ def test_a_signal_saves_and_ends_and_the_same_call_goes_on_to_the_same_end(finis
     same = open_run(tmp_path, "latest").params, open_run(finished, "latest").params
     jax.tree.map(np.testing.assert_array_equal, *same)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("number, step", [(2, 4), (11, 12)])
+def test_an_evaluation_that_a_signal_ends_is_made_up_for(tmp_path, monkeypatch, number, step):
+    chosen = smallest(**{"train.evaluate_every": "4", "evaluation.rows": "2"})  # four batches each
+    train(chosen, tmp_path / "whole", quiet)
+    whole, calls = (tmp_path / "whole" / "metrics.jsonl").read_bytes(), []
+    real = Trainer._proceed
+
+    def proceed(self):
+        calls.append(self.done)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        real(self)
+
+    monkeypatch.setattr(Trainer, "_proceed", proceed)
+    run = tmp_path / "run"
+    outcome = train(chosen, run, quiet)
+    assert (outcome.step, outcome.finished, len(calls)) == (step, False, number), "at once, at the last step too"
+    assert records(run / "checkpoints")[-1] == Record(step, None, True)
+    assert [line for line in metrics(run) if line["step"] == step and "metric" in line] == []
+
+    def killed(*_):
+        raise InterruptedError
+
+    for what in ["evaluation", "step"][: 2 if step < 12 else 1]:  # when it is told and not sealed; after both
+        sink = Silent()
+        setattr(sink, what, killed)
+        with pytest.raises(InterruptedError):
+            train(chosen, run, lambda *where, sink=sink: [*quiet(*where), sink])
+    assert train(chosen, run, quiet).finished
+    assert (run / "metrics.jsonl").read_bytes() == whole
+    kept = [records(folder / "checkpoints") for folder in (tmp_path / "whole", run)]
+    assert kept[0] == [record for record in kept[1] if record in kept[0]]
 
 
 def test_another_configuration_in_the_same_folder_is_refused_by_its_first_difference(finished):

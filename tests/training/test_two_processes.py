@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from polygpt.training.manifest import records
+from polygpt.training.manifest import Record, records
 from polygpt.training.processes import COORDINATOR, PROCESS, PROCESSES
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
 
 
 def run(workdir, at=(0, 0), mode="sharded"):
-    """What the two processes say of their outcomes; process i gets a SIGTERM after at[i] steps."""
+    """What the two processes say of their outcomes; process i gets a SIGTERM at at[i], see the script."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         place = f"127.0.0.1:{probe.getsockname()[1]}"
@@ -61,6 +61,12 @@ def test_a_signal_to_one_process_ends_both_and_the_run_goes_on_to_the_bit(tmp_pa
     assert run(cut, at=(4, 0)) == (8, False), "both began six steps more, and the last made the rewind due"
     assert run(cut) == (16, True)
     assert (cut / "metrics.jsonl").read_bytes() == whole
+
+    evaluating = tmp_path / "evaluating"
+    assert run(evaluating, at=(0, "evaluating 1")) == (8, False), "two batches later, before the evaluation is done"
+    assert records(evaluating / "checkpoints")[-1] == Record(8, None, True)
+    assert run(evaluating) == (16, True)
+    assert (evaluating / "metrics.jsonl").read_bytes() == whole
 
 
 @pytest.mark.slow

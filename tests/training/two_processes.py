@@ -1,4 +1,7 @@
-"""A tiny run as one of two processes. Arguments: the run folder, after how many steps a SIGTERM comes, mode."""
+"""A tiny run as one of two processes. Arguments: the run folder, when a SIGTERM comes, mode.
+
+It comes after so many steps; or, "evaluating 1", before the first batch of an evaluation.
+"""
 
 import dataclasses
 import os
@@ -25,6 +28,7 @@ CHANGES = {
     "train.steps": "16",
     "train.log_every": "1",
     "train.evaluate_every": "8",
+    "evaluation.rows": "2",
     "train.checkpoint.every": "4",
     "train.processes.initialization_timeout": "120",
     "train.processes.barrier_timeout": "60",
@@ -66,15 +70,22 @@ def numbered(batches):
 
 
 def main(workdir, at, mode):
-    made, advance = trainer.train_batches, trainer.Trainer._advance
+    made = trainer.train_batches
     trainer.train_batches = lambda *given, **named: numbered(made(*given, **named))
+    what, _, number = at.rpartition(" ")
+    name, calls = "_proceed" if what else "_advance", []
+    real = getattr(trainer.Trainer, name)
 
-    def advance_and_stop(self):
-        advance(self)
-        if self.begun == at:
+    def stop_at(self):
+        calls.append(name)
+        due = len(calls) == int(number)
+        if due and what:
+            os.kill(os.getpid(), signal.SIGTERM)
+        real(self)
+        if due and not what:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    trainer.Trainer._advance = advance_and_stop
+    setattr(trainer.Trainer, name, stop_at)
     chosen = override(experiment(), CHANGES | {"train.parallel": mode})
     spikes = SpikeSpec(window=4, sigmas=8.0, action="rewind", patience=2)
     chosen = chosen.replace(train=chosen.train.replace(spikes=spikes))
@@ -82,4 +93,4 @@ def main(workdir, at, mode):
     print("outcome", outcome.step, outcome.finished, flush=True)
 
 
-main(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+main(*sys.argv[1:])

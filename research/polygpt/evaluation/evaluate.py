@@ -30,6 +30,7 @@ def evaluate(
     spec: EvaluationSpec,
     *,
     progress: Progress | None = None,
+    proceed: Callable[[], None] = lambda: None,
     cache: MediaCache | None = None,
 ) -> dict[str, Any]:
     """Measures a model on held-out tasks. The same inputs give the same figures.
@@ -45,6 +46,7 @@ def evaluate(
         layout: how examples become rows.
         spec: the tasks and what is measured.
         progress: told how far it is.
+        proceed: called before each batch that is scored or answered; what it raises ends the evaluation.
         cache: decoded media to keep for the next call; by default they are kept for this one.
 
     Returns:
@@ -60,7 +62,8 @@ def evaluate(
             that is not usable.
     """
     cache = MediaCache(512) if cache is None else cache
-    trained = _Reader(model, params, tokenizer, adapters, layout, spec.rows, cache, progress or (lambda *_: None))
+    progress = progress or (lambda *_: None)
+    trained = _Reader(model, params, tokenizer, adapters, layout, spec.rows, cache, progress, proceed)
     tasks, gains, pooled = {}, {}, {}
     for name, task in spec.tasks.items():
         reader = trained.of(name, task)
@@ -90,6 +93,7 @@ class _Reader:
     rows: int
     cache: MediaCache
     progress: Progress
+    proceed: Callable[[], None]
     last: int | None = None
 
     def of(self, name: str, task: EvalTask) -> "_Reader":
@@ -128,6 +132,7 @@ class _Reader:
         return Packer(self.rows, self.layout.length, self.adapters, self.layout.packing)
 
     def _score(self, packer: Packer, waiting: dict[int, int], order: list[int], scores: list[Scores]) -> None:
+        self.proceed()
         order += [waiting[id(row)] for packed in packer.rows for row in packed]
         scores.append(score(self.model, self.params, packer.batch(), self.tokenizer.token_bytes, self.last))
 
@@ -158,7 +163,7 @@ def _judge(name: str, task: EvalTask, spec: EvaluationSpec, examples: list[Examp
     reader.progress(f"{name}: answers", 0, len(examples))
     prompts = [example.prompt for example in examples]
     given = (reader.model, reader.params, reader.tokenizer, prompts, reader.layout, spec.sampling)
-    answers = [written.text for written in generate(*given, rows=spec.rows)]
+    answers = [written.text for written in generate(*given, rows=spec.rows, proceed=reader.proceed)]
     reader.progress(f"{name}: answers", len(examples), len(examples))
     truths = [example.answer for example in examples]
     return {key: value for metric in task.metrics for key, value in metric(answers, truths).items()}

@@ -5,7 +5,7 @@ compiled. A prompt's text depends on the prompt, the seed and the prompt's numbe
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -49,6 +49,7 @@ def generate(
     *,
     rows: int = 32,
     indices: Sequence[int] | None = None,
+    proceed: Callable[[], None] = lambda: None,
 ) -> list[Generated]:
     """The model's continuation of each prompt.
 
@@ -61,6 +62,7 @@ def generate(
         sampling: how tokens are chosen and when to stop.
         rows: how many prompts are read at a time.
         indices: the prompts' numbers, by which each has its own randomness; 0, 1, ... by default.
+        proceed: called before so many prompts are read; what it raises ends it all.
 
     Raises:
         UserError: for a prompt that is empty, too long, or has media that the model does not read, naming its number.
@@ -70,6 +72,7 @@ def generate(
     every = STOP_EVERY if sampling.stop else sampling.max_tokens
     results = []
     for start in range(0, len(prompts), rows):
+        proceed()
         some = slice(start, start + rows)
         *_, last = _written(model, params, tokenizer, prompts[some], layout, sampling, indices[some], rows, every)
         results += last

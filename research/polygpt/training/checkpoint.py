@@ -168,6 +168,23 @@ class Checkpoints:
         self._set_aside_after(-1)
         return None
 
+    def metric(self, step: int) -> float | None:
+        """The run's metric at a checkpoint; None if it was not evaluated there."""
+        return self._records[step].metric if step in self._records else None
+
+    def measured(self, step: int, metric: float) -> None:
+        """The run's metric at a checkpoint that was saved without, if that is there still."""
+        self._join()
+        record = self._records.get(step)
+        if record is None or not math.isfinite(metric):
+            return
+        self._records[step] = record = dataclasses.replace(record, metric=float(metric))
+        if self._primary:
+            try:
+                manifest.rerecord(self.folder / str(step), record)
+            except (OSError, Damaged) as error:
+                log.warning("checkpoint %s/%d goes without its metric: %s", self.folder, step, first_line(error))
+
     def finite_steps(self) -> list[int]:
         """The steps of the finite checkpoints on disk."""
         return [record.step for record in records(self.folder) if record.finite]

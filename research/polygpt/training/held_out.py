@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,15 +17,21 @@ from polygpt.training.program import Program
 from polygpt.training.state import State
 
 
+class Interrupted(Exception):
+    """A signal has ended an evaluation."""
+
+
 @dataclasses.dataclass
 class Standing:
-    """The best metric so far and how many evaluations ago it was."""
+    """The best metric so far, how many evaluations ago it was, and whether this step's evaluation is still owed."""
 
     best: float | None = None
     stale: int = 0
+    owed: bool = False
 
     def update(self, metric: float, better: str) -> bool:
         """Takes a new metric; True if it is the best."""
+        self.owed = False
         sign = 1 if better == "lower" else -1
         improved = math.isfinite(metric) and (self.best is None or sign * metric < sign * self.best)
         self.best, self.stale = (metric, 0) if improved else (self.best, self.stale + 1)
@@ -41,8 +47,12 @@ def plan(experiment: Experiment) -> EvaluationSpec:
     return held_out.replace(modality_gain=False, tasks=tasks)
 
 
-def measure(program: Program, state: State, tokenizer) -> tuple[float, dict[str, Any]]:
+def measure(
+    program: Program, state: State, tokenizer, proceed: Callable[[], None] = lambda: None
+) -> tuple[float, dict[str, Any]]:
     """The run's metric, the same in all processes, and what `evaluate` gives with the averaged parameters.
+
+    `proceed` is called before each batch; what it raises ends the evaluation.
 
     Raises:
         UserError: a held-out record cannot be used, or `train.metric` was not measured.
@@ -51,7 +61,8 @@ def measure(program: Program, state: State, tokenizer) -> tuple[float, dict[str,
     model, params = program.evaluated, state.averaged
     if model.layout is None:  # pmap keeps a copy on every device
         params = jax.tree.map(lambda x: x.addressable_data(0), params)
-    results = evaluate(model, params, tokenizer, experiment.model.adapters, experiment.data.layout, plan(experiment))
+    given = params, tokenizer, experiment.model.adapters, experiment.data.layout, plan(experiment)
+    results = evaluate(model, *given, proceed=proceed)
     as_trained = [name for name, task in experiment.evaluation.tasks.items() if task.as_trained]
     metric = pick(results["tasks"], experiment.train.metric, as_trained)
     return float(processes.agree("metric", repr(metric))), results

@@ -39,6 +39,8 @@ class Interruption:
     def due(self, begun: int) -> bool:
         """Whether the run ends here, this process having begun so many steps; to be asked before each.
 
+        A batch of an evaluation counts as a step: all processes take part in it, and none goes on before it is done.
+
         Of several processes, the one with a signal tells the others to end two steps later, and all come to know in
         time. For no process begins step n + 2 before step n is done, and step n is not done before all have begun it:
         while one has begun n steps, no other has begun more than n + 2, and to begin n + 3 it would have to ask after

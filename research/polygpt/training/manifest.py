@@ -68,13 +68,22 @@ def seal(place: Path, record: Record, processes: int) -> None:
     with ThreadPoolExecutor(THREADS) as pool:
         sums = pool.map(functools.partial(_size_and_checksum, to_disk=True), paths)
         files = {path.relative_to(place).as_posix(): found for path, found in zip(paths, sums, strict=True)}
-    body = {**dataclasses.asdict(record), "processes": processes, "files": files}
     for folder in {path.parent for path in paths}:
         _to_disk(folder)
+    _write(place, Manifest(record, processes, files))
+    _to_disk(place.parent)
+
+
+def rerecord(place: Path, record: Record) -> None:
+    """Writes the manifest anew with another record, the files as they were. Raises Damaged as `read`."""
+    _write(place, dataclasses.replace(read(place), record=record))
+
+
+def _write(place: Path, manifest: Manifest) -> None:
+    body = {**dataclasses.asdict(manifest.record), "processes": manifest.processes, "files": manifest.files}
     write_atomically(place / NAME, json.dumps({"checksum": _of(body), **body}, indent=1) + "\n")
     _to_disk(place / NAME)
     _to_disk(place)
-    _to_disk(place.parent)
 
 
 def read(place: Path) -> Manifest:

@@ -98,6 +98,8 @@ class JsonLines(Silent):
         self._write("timing", {"step": step, **values})
 
     def evaluation(self, step, results):
+        if step == self._evaluated:
+            return
         others = {name: value for name, value in results.items() if name != "tasks"}
         self._write("metrics", {"step": step, "evaluation": results["tasks"], **others})
 
@@ -122,6 +124,9 @@ class JsonLines(Silent):
             path = self._workdir / f"{name}.jsonl"
             truncate(path, step)
             self._files[name] = path.open("a", encoding="utf-8")
+        # Of the step itself: a process that was killed when it had told may not have come to save that it had.
+        lines = (self._workdir / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+        self._evaluated = step if any(_step(line) == step and b'"evaluation"' in line for line in lines) else None
 
     def _write(self, name: str, line: dict) -> None:
         file: TextIO = self._files[name]

@@ -25,7 +25,7 @@ from polygpt.training.checkpoint import Checkpoints
 from polygpt.training.example_log import example_log
 from polygpt.training.experiment import Experiment
 from polygpt.training.goodput import INTERVAL, Goodput
-from polygpt.training.held_out import Standing, measure
+from polygpt.training.held_out import Interrupted, Standing, measure
 from polygpt.training.interruption import Interruption
 from polygpt.training.pace import Pace
 from polygpt.training.prefetch import Fed, Prefetch
@@ -107,7 +107,7 @@ class Trainer:
         stack.callback(lambda: self.feed.close())
         self.pending: tuple[int, Fed, dict[str, jax.Array]] | None = None
         self.step: Callable | None = None  # compiled, once there is a batch to compile it for
-        self.begun = 0  # steps that this process has sent to its devices
+        self.begun = 0  # steps that this process has sent to its devices, and batches of evaluations
         self.pace = Pace(self.parallel.feeders)
 
     def run(self) -> Outcome:
@@ -116,6 +116,8 @@ class Trainer:
             self.goodput.begin(self.done)
             self.watchdog.rest()
             self.goodput.switch("other")
+        if self.standing.owed:
+            self._make_up()
         while not self._finished() and not self.interruption.due(self.begun):
             self._advance()
         self._settle()  # however the loop ended: a signal may come at any point of it
@@ -143,7 +145,7 @@ class Trainer:
             fed = self.feed.take(lambda: jax.process_count() == 1 and self.interruption.requested)
         if fed is None:
             return
-        doing = self.goodput.doing("productive") if self.begun else self._compiling()
+        doing = self.goodput.doing("productive") if self.step else self._compiling()
         with doing, jax.transfer_guard("disallow"):  # what the step needs is on the device: else there is a mistake
             if self.step is None:
                 self.step = self.program.ready(self.state, fed.batch)
@@ -155,7 +157,8 @@ class Trainer:
         self.done += 1
         self.pending, self.place, self.metric = (self.done, fed, metrics), fed.state, None
         last = self.done == self.spec.steps
-        evaluating = self.spec.evaluate_every and (last or self.done % self.spec.evaluate_every == 0)
+        evaluating = bool(self.spec.evaluate_every) and (last or self.done % self.spec.evaluate_every == 0)
+        self.standing.owed = evaluating
         saving = self.done % self.spec.checkpoint.every == 0
         if evaluating or saving or last:
             self._settle()
@@ -213,16 +216,21 @@ class Trainer:
             self.place, self.feed = place, self._prefetch()
         self.goodput.back(self.done)
         self._tell("rewind", self.done, step)
+        if self.standing.owed:
+            self._make_up()
         self.pace.restart()
 
     def _evaluate(self) -> bool:
         """Measures the run's metric; True if it is the best so far.
 
-        An error leaves a checkpoint of this step, unless other processes would have to take part: they may be stuck.
+        A signal ends it, and whoever goes on with the run makes up for it. An error leaves a checkpoint of this step,
+        unless other processes would have to take part: they may be stuck.
         """
         try:
             with self._doing("evaluation"):
-                self.metric, results = measure(self.program, self.state, self.tokenizer)
+                self.metric, results = measure(self.program, self.state, self.tokenizer, self._proceed)
+        except Interrupted:
+            return False
         except Exception:
             if jax.process_count() == 1:
                 with contextlib.suppress(Exception):  # the error of the evaluation is the one to know of
@@ -230,6 +238,27 @@ class Trainer:
             raise
         self._tell("evaluation", self.done, {"metric": self.metric, **results})
         return self.standing.update(self.metric, self.spec.better)
+
+    def _proceed(self) -> None:
+        """Before each batch of an evaluation, in which all processes take part; under pmap each has its own."""
+        if jax.process_count() > 1 and self.program.evaluated.layout is None:
+            return
+        if self.interruption.due(self.begun):
+            raise Interrupted
+        self.begun += 1
+
+    def _make_up(self) -> None:
+        """For the evaluation that the signal ended which left the checkpoint of this step."""
+        known = self.checkpoints.metric(self.done)
+        if known is not None:  # it was done and told since: it is this checkpoint's data that do not know
+            self.standing.update(known, self.spec.better)
+            return
+        self._evaluate()
+        if not self.standing.owed:
+            with self._doing("checkpoint"):
+                for sink in self.sinks:
+                    sink.flush()
+                self.checkpoints.measured(self.done, self.metric)
 
     def _save(self) -> None:
         with self._doing("checkpoint"):
@@ -272,7 +301,7 @@ class Trainer:
         return Prefetch(self.batches, self.parallel.put, self._check, self.spec.prefetch)
 
     def _finished(self) -> bool:
-        return self.done >= self.spec.steps or self._out_of_patience()
+        return (self.done >= self.spec.steps or self._out_of_patience()) and not self.standing.owed
 
     def _out_of_patience(self) -> bool:
         return self.spec.patience is not None and self.standing.stale >= self.spec.patience
