@@ -3,7 +3,8 @@
     python experiments/plans/write.py [PRESET ...] [--missing | --again] [--budget SECONDS] [--only SLICE]
 
 For each it compiles the most promising way to run that is predicted to leave half of the memory free, as `polygpt plan
---search` does, and is content with the first that fits: a search looks further. Then it writes the index. A plan of a
+--search` does, and is content with the first that fits. A search looks further; what one found, the plan.json that it
+writes, lies here for the largest presets and is left alone. Then the index is written. A plan of a
 large preset takes two to five minutes on two cores. `polygpt plan check` compiles them all again and compares; where
 they are no longer what the code takes, `--again` writes the same ways to run anew.
 """
@@ -67,6 +68,9 @@ def main() -> None:
 def write(name: str, on: str, budget: float) -> None:
     """Plans a preset on a slice."""
     file = f"experiments/presets/{name}.py"
+    if place(name, on).exists() and "searched" in json.loads(place(name, on).read_text()):
+        print(f"{name} on {on}: found by a search, and left: polygpt plan {file} --on {on} --search", file=sys.stderr)
+        return
     experiment = load_file(file).experiment()
 
     def tell(line: str) -> None:
@@ -94,7 +98,7 @@ def again(name: str, on: str, budget: float) -> None:
     if not (now.get("memory") or {}).get("fits"):
         print(f"{path}: {now.get('failed') or 'does not fit now'}; it stays as it was", file=sys.stderr)
         return
-    put(path, now, then["file"], then["changes"])
+    put(path, now | {key: then[key] for key in ("best", "searched") if key in then}, then["file"], then["changes"])
 
 
 def put(path: Path, data: dict, file: str, changes: dict[str, str]) -> None:

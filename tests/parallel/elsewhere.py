@@ -106,9 +106,22 @@ class Stop(Silent):
 def go(workdir, until, settings):
     changes = {"train.steps": "18", "train.evaluate_every": "null", "train.log_every": "1", "data.rows": "16"}
     changes |= {"model.decoder.dropout": "0"} | dict(setting.split("=") for setting in settings)
-    outcome = train(override(experiment(), changes), workdir, lambda *where: [JsonLines(*where[:2]), Stop(until)])
+    chosen = override(experiment(), changes)
+    outcome = train(chosen, workdir, lambda *where: [JsonLines(*where[:2]), Stop(until)])
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    print(json.dumps({"step": outcome.step, "losses": [line["loss"] for line in lines]}))
+    came = {"step": outcome.step, "losses": [line["loss"] for line in lines]}
+    print(json.dumps(came | ({"state": last(chosen, workdir)} if outcome.finished else {})))
+
+
+def last(chosen, workdir) -> dict[str, list[float]]:
+    """The arrays of the last checkpoint by their paths: parameters, their average, the optimizer's."""
+    runs = assemble(chosen, chosen.tokenizer.build().vocabulary)
+    checkpoints = Checkpoints(workdir / "checkpoints", chosen.train.checkpoint, "lower")
+    state, _ = checkpoints.restore(runs.parallel.abstract(runs.initial))
+    checkpoints.close()
+    kept = {"params": state.params, "ema": state.ema, "opt_state": state.opt_state}
+    leaves = [(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(kept) if leaf.ndim]
+    return {jax.tree_util.keystr(path): np.asarray(leaf, np.float64).ravel().tolist() for path, leaf in leaves}
 
 
 if __name__ == "__main__":

@@ -72,3 +72,8 @@ def test_a_run_that_moves_from_mesh_to_mesh_is_the_run_that_stayed(tmp_path):
         assert after["step"] in ((until, until + 1) if until else (18,))
     assert len(after["losses"]) == len(whole["losses"]) == 18
     np.testing.assert_allclose(after["losses"], whole["losses"], rtol=1e-5)
+    assert list(after["state"]) == list(whole["state"])
+    for path, leaf in whole["state"].items():  # parameters, their average and both moments, relative to their size
+        assert np.linalg.norm(leaf) > 0, path
+        gap = np.linalg.norm(np.subtract(after["state"][path], leaf)) / np.linalg.norm(leaf)
+        assert gap < 1e-4, (path, gap)

@@ -65,6 +65,16 @@ def unsaved():
     stored.writer().save(place, args=ocp.args.Composite(data=ocp.args.JsonSave({})))
 
 
+def stuck():
+    mesh = Mesh(jax.devices(), ("all",))
+    ones = jax.jit(lambda: jnp.ones(COUNT), out_shardings=NamedSharding(mesh, PartitionSpec("all")))()
+    add = jax.jit(jnp.sum, out_shardings=NamedSharding(mesh, PartitionSpec())).lower(ones).compile()
+    processes.barrier("compiled")
+    if RANK == 1:
+        time.sleep(40)
+    processes.first_exchange(add, ones)
+
+
 def error():
     if RANK == 1:
         raise UserError("the disk is full")
@@ -85,6 +95,7 @@ SCENARIOS = {
     "talk": talk,
     "missing": missing,
     "unsaved": unsaved,
+    "stuck": stuck,
     "error": error,
     "killed": lambda: killed(2, signal.SIGKILL),
     "first killed": lambda: killed(0, signal.SIGKILL),
@@ -93,7 +104,12 @@ SCENARIOS = {
 }
 
 IMPATIENT = {"barrier_timeout": 3}
-CHANGES = {"missing": IMPATIENT, "unsaved": IMPATIENT, "absent": {"initialization_timeout": 5}}
+CHANGES = {
+    "missing": IMPATIENT,
+    "unsaved": IMPATIENT,
+    "absent": {"initialization_timeout": 5},
+    "stuck": {"initialization_timeout": 15},
+}
 spec = SPEC.replace(**CHANGES.get(SCENARIO, {}))
 with processes.together(spec):
     SCENARIOS[SCENARIO]()

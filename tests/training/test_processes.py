@@ -130,6 +130,15 @@ def test_a_barrier_names_who_did_not_come(scenario, name):
     assert said and all(said[0] in output for output in outputs)  # process 1, too, hears why it was ended
 
 
+@pytest.mark.slow
+def test_a_first_step_that_one_process_does_not_come_to_is_not_waited_for_endlessly():
+    codes, outputs, _ = run("stuck")
+    assert all(codes), outputs
+    for rank in (0, 2):
+        said = "the first step, the devices' first exchange, is not done after 15 s (train.processes.initialization_"
+        assert codes[rank] == 2 and said in outputs[rank], outputs[rank]
+
+
 def test_an_error_in_one_process_is_told_by_all():
     codes, outputs, _ = run("error")
     assert codes == [2, 2, 2]

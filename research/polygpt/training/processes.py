@@ -19,7 +19,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 from jax._src import clusters, distributed
@@ -139,6 +140,22 @@ def barrier(name: str) -> None:
     """
     if _group is not None:
         _meet(_group, name)
+
+
+def first_exchange(step: Callable, *given: Any) -> Any:
+    """What the first step gives, in which the devices of all processes exchange for the first time; waits for it.
+
+    Beyond `initialization_timeout` the process ends, code 2: a process that hangs still beats, and NCCL waits for it.
+    """
+    if _group is None:
+        return step(*given)
+    seconds, begun = _group.spec.initialization_timeout, time.monotonic()
+    why = f"start-up: the first step, the devices' first exchange, is not done after {seconds} s"
+    why += " (train.processes.initialization_timeout): look at the logs of the others"
+    with saying("start-up: still waiting for the first step", bound=Bound(seconds, why)):
+        done = jax.block_until_ready(step(*given))
+    log.info("start-up: the devices' first exchange is done after %.2f s", time.monotonic() - begun)
+    return done
 
 
 def gather(name: str, text: str) -> list[str]:

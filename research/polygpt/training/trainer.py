@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from polygpt import sequence, spec
 from polygpt.data.loader import TrainBatches, train_batches
 from polygpt.errors import Diverged
-from polygpt.training import feeders
+from polygpt.training import feeders, processes
 from polygpt.training.checkpoint import Checkpoints
 from polygpt.training.example_log import example_log
 from polygpt.training.experiment import Experiment
@@ -149,7 +149,9 @@ class Trainer:
         with doing, jax.transfer_guard("disallow"):  # what the step needs is on the device: else there is a mistake
             if self.step is None:
                 self.step = self.program.ready(self.state, fed.batch)
-            self.state, metrics = self.step(self.state, fed.batch)
+                self.state, metrics = processes.first_exchange(self.step, self.state, fed.batch)
+            else:
+                self.state, metrics = self.step(self.state, fed.batch)
         self.begun += 1
         self._settle()  # the step before this one, while this one computes
         if self.rewinds.due:  # this one's result is dropped, and all processes have begun it
