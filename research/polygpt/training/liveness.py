@@ -100,7 +100,10 @@ class Liveness:
             self._write(f"INFO a collective failed: {text}")  # INFO: `launch local` leaves it to the log
             self._say(f"a collective failed: waiting up to {self.patience:.0f} s to learn which process ended")
             time.sleep(self.patience)
-            text = said = "a collective failed, and no process was heard to end: its error is in the log"
+            text = said = (
+                f"a collective failed, and no process was heard to end within {self.patience:.0f} s: its error is in "
+                "the log, and the launcher says which process ended first"
+            )
         with self.ending:
             self._tell(f"{self.names[self.rank]} failed: {text[:500]}: stopping")
         return said
