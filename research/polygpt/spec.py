@@ -159,8 +159,12 @@ def load_file(path: str | Path) -> types.ModuleType:
     name = str(path)
     if name in sys.modules:
         return sys.modules[name]
+    if path.is_dir():
+        raise SpecError(f"{path} is a folder: name a Python file in it")
     if not path.is_file():
-        raise SpecError(f"no file {path}")
+        raise SpecError(f"no file {path}: name a Python file that is there")
+    if path.suffix != ".py":
+        raise SpecError(f"{path} is no Python file: name one, NAME.py")
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # before execution: dataclasses look their module up

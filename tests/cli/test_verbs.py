@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from PIL import Image
 
 from own_experiment import write_experiment
+from polygpt.evaluation import evaluate
 from polygpt.training import loop
 
 POLYGPT = str(Path(sys.executable).with_name("polygpt"))
@@ -46,6 +48,27 @@ def test_an_interrupted_run_is_code_1_so_that_nothing_follows_it(trained, polygp
     code, out, err = polygpt("train", trained.file, "--workdir", tmp_path / "run", "--json")
     assert (code, err) == (1, "polygpt: interrupted at step 2, saved: the same command goes on\n")
     assert json.loads(out)["step"] == 2 and "interrupted at step 2" in json.loads(out)["interrupted"]
+
+
+def test_a_signal_ends_the_last_evaluation_and_the_same_command_goes_on(trained, polygpt, tmp_path, monkeypatch):
+    run = shutil.copytree(trained.run, tmp_path / "run")
+    (run / "evaluation.json").unlink()
+    batches, real = [], evaluate.score
+
+    def score(*given):
+        batches.append(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*given)
+
+    monkeypatch.setattr(evaluate, "score", score)
+    words = ["train", trained.file, "--workdir", run, "--json"]
+    code, out, err = polygpt(*words)
+    assert (code, len(batches)) == (1, 1) and "SIGTERM: ending after this batch of the evaluation\n" in err
+    assert err.endswith("polygpt: interrupted in the last evaluation, all steps are saved: the same command goes on\n")
+    assert not (run / "evaluation.json").exists()
+    monkeypatch.undo()
+    monkeypatch.chdir(trained.file.parent)
+    assert polygpt(*words)[0] == 0 and (run / "evaluation.json").exists()
 
 
 def test_train_refuses_another_experiment_in_the_same_folder(trained, polygpt):

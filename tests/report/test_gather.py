@@ -127,7 +127,7 @@ def test_a_report_says_where_the_time_went_over_all_restarts(run):
 def test_what_is_not_finite_is_null_in_the_results_and_blank_in_the_report(run, monkeypatch):
     found = held_out(800.0)
     found["modality_gain"]["fusion/audio"] = {"gain": math.nan, "low": math.nan, "high": math.nan, "n": 2}
-    monkeypatch.setattr(finish, "evaluate", lambda *given, progress: found)
+    monkeypatch.setattr(finish, "evaluate", lambda *given, progress, proceed: found)
     finish.evaluate_run(run)
 
     def refuse(constant):

@@ -381,3 +381,8 @@ def test_compiling_is_told_before_and_after_and_once(tmp_path):
     train(smallest(**{"train.steps": "2"}), tmp_path, lambda *where: [Listening()])
     (first, nothing), (again, seconds), *steps = told
     assert (first, nothing, again, steps) == (1, None, 1, [1, 2]) and seconds > 0
+
+
+def test_a_folder_that_cannot_be_made_is_told():
+    with pytest.raises(UserError, match="cannot make /proc/none/run: No such file or directory: choose another --wo"):
+        train(smallest(), "/proc/none/run", quiet)

@@ -56,6 +56,16 @@ def test_tensorboard_gets_every_number_by_name(tmp_path):
     }
 
 
+def test_on_a_full_disk_tensorboard_does_not_wait_forever(tmp_path):
+    sink = TensorBoard(tmp_path, 0)
+    sink._writer._py_recordio_writer._writer = open("/dev/full", "wb")
+    with pytest.raises(OSError, match="No space left"):
+        for step in range(1000):
+            sink.metrics(step, {f"loss/{i}": 1.0 for i in range(10)})
+    with pytest.raises(OSError, match="No space left"):
+        sink.flush()
+
+
 def test_a_rewind_takes_back_what_was_told_of_later_steps(tmp_path, capsys):
     sinks = [JsonLines(tmp_path, 0), TensorBoard(tmp_path, 0), Terminal(0, 100)]
     for sink in sinks:

@@ -1,5 +1,6 @@
 """polygpt train FILE: train, evaluate, report."""
 
+import itertools
 from argparse import Namespace
 from pathlib import Path
 
@@ -35,9 +36,8 @@ def run(arguments: Namespace) -> dict:
 
 
 def _train(chosen, arguments: Namespace) -> dict:
-    from polygpt.cli.progress import Progress
     from polygpt.cli.results import print_results
-    from polygpt.report.finish import evaluate_run, write_report
+    from polygpt.report.finish import write_report
     from polygpt.training.goodput import process_begun
     from polygpt.training.loop import train
     from polygpt.training.run import open_run
@@ -51,9 +51,36 @@ def _train(chosen, arguments: Namespace) -> dict:
         print(f"step {outcome.step}, {workdir}")
         return done
     trained = open_run(workdir, spread=True)  # of several processes, all take part
-    with Progress() as progress:
-        results = evaluate_run(trained, progress)
+    results = _evaluated(trained)
+    if results is None:
+        return done | {
+            "interrupted": "interrupted in the last evaluation, all steps are saved: the same command goes on"
+        }
     report = write_report(trained)
     print_results(results)
     print(f"report: {report}")
     return done | results | {"report": report}
+
+
+def _evaluated(trained) -> dict | None:
+    """The results on the held-out tasks; None if a signal ended the evaluation."""
+    import jax
+
+    from polygpt.cli.progress import Progress
+    from polygpt.report.finish import evaluate_run
+    from polygpt.training.interruption import Interrupted, Interruption
+
+    if jax.process_count() > 1 and trained.model.layout is None:  # each for itself: none knows how far the others are
+        with Progress() as progress:
+            return evaluate_run(trained, progress)
+    with Interruption("ending after this batch of the evaluation") as interruption, Progress() as progress:
+        batches = itertools.count()
+
+        def proceed():
+            if interruption.due(next(batches)):
+                raise Interrupted
+
+        try:
+            return evaluate_run(trained, progress, proceed)
+        except Interrupted:
+            return None

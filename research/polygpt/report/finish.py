@@ -1,7 +1,7 @@
 """What is done with a trained run: its held-out results and its report, both written into its folder."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,13 @@ RESULTS = "evaluation.json"
 """Name of the file of held-out results in a run's folder."""
 
 
-def evaluate_run(run, progress: Progress | None = None) -> dict[str, Any]:
+def evaluate_run(run, progress: Progress | None = None, proceed: Callable[[], None] = lambda: None) -> dict[str, Any]:
     """Evaluates a run on its held-out tasks and writes the results into its folder.
 
     Args:
         run: an opened run.
         progress: told how far it is.
+        proceed: called before each batch; what it raises ends the evaluation, and nothing is written.
 
     Returns:
         What `evaluate` gives, and the step: {"step": n, "tasks": ..., "modalities": ..., "modality_gain": ...}.
@@ -28,7 +29,7 @@ def evaluate_run(run, progress: Progress | None = None) -> dict[str, Any]:
     experiment = run.experiment
     adapters, layout = run.model.spec.adapters, experiment.data.layout
     given = (run.model, run.params, run.tokenizer, adapters, layout, experiment.evaluation)
-    found = evaluate(*given, progress=progress)
+    found = evaluate(*given, progress=progress, proceed=proceed)
     results = {"step": int(run.step), **found}
     _write(Path(run.workdir) / RESULTS, json.dumps(plain(results), indent=2, allow_nan=False) + "\n")
     return results

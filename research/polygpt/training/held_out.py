@@ -17,10 +17,6 @@ from polygpt.training.program import Program
 from polygpt.training.state import State
 
 
-class Interrupted(Exception):
-    """A signal has ended an evaluation."""
-
-
 @dataclasses.dataclass
 class Standing:
     """The best metric so far, how many evaluations ago it was, and whether this step's evaluation is still owed."""

@@ -13,15 +13,22 @@ from polygpt.training import processes
 _runs = itertools.count()
 
 
+class Interrupted(Exception):
+    """A signal has ended an evaluation."""
+
+
 class Interruption:
     """While entered, the first SIGTERM or SIGINT sets `requested`; a second SIGINT interrupts at once.
 
     Signals reach the main thread alone: elsewhere this does nothing. Where several processes train, one that gets a
     signal ends them all, after the same step.
+
+    Args:
+        says: what is done about a signal, for a person.
     """
 
-    def __init__(self):
-        self.requested = False
+    def __init__(self, says: str = "saving after this step"):
+        self.requested, self._says = False, says
         self._before = {}
         self._name = f"stop {next(_runs)}"  # all processes train the same runs in the same order
         self._last: int | None = None
@@ -60,4 +67,4 @@ class Interruption:
             raise KeyboardInterrupt
         self.requested = True
         with contextlib.suppress(OSError):  # who would have read it may have ended, and so have sent the signal
-            print(f"{signal.Signals(number).name}: saving after this step", file=sys.stderr, flush=True)
+            print(f"{signal.Signals(number).name}: {self._says}", file=sys.stderr, flush=True)

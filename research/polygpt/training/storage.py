@@ -39,6 +39,8 @@ def storage_fault(error: Exception, workdir: Path) -> UserError | None:
     """What to say of an error, if it is one of writing `workdir`."""
     code = error.errno if isinstance(error, OSError) else _errno_in(str(error), workdir)
     place = Path(getattr(error, "filename", None) or workdir)
+    if code == errno.ENOENT and not workdir.exists():  # and cannot be made
+        return UserError(f"cannot make {workdir}: {os.strerror(code)}: choose another --workdir")
     if code not in _REMEDIES or not (place.is_relative_to(workdir) or workdir.is_relative_to(place)):
         return None
     return UserError(f"cannot write {place}: {os.strerror(code)}: {_REMEDIES[code]}")

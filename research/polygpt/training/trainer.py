@@ -25,8 +25,8 @@ from polygpt.training.checkpoint import Checkpoints
 from polygpt.training.example_log import example_log
 from polygpt.training.experiment import Experiment
 from polygpt.training.goodput import INTERVAL, Goodput
-from polygpt.training.held_out import Interrupted, Standing, measure
-from polygpt.training.interruption import Interruption
+from polygpt.training.held_out import Standing, measure
+from polygpt.training.interruption import Interrupted, Interruption
 from polygpt.training.pace import Pace
 from polygpt.training.prefetch import Fed, Prefetch
 from polygpt.training.program import assemble

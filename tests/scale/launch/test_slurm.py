@@ -110,9 +110,10 @@ def test_a_job_is_queued_again_however_often_its_time_is_up(tmp_path, monkeypatc
     ("words", "text"),
     [
         (["--set", "cpus", "--"], "--set cpus: write NAME=VALUE"),
+        (["--"], "are you indeed on a slurm cluster?: submit from a login node, or try it here with --cluster local"),
         (
             ["--cluster", "local", "--nodes", "2", "--"],
-            "the job was not submitted: LocalExecutor can use only one node",
+            "the job was not submitted: LocalExecutor can use only one node. Use nodes=1: with --cluster local, leave",
         ),
         (["--cluster", "local", "--set", "local_nonsense=1", "--"], "the job was not submitted"),
         (["--tasks", "3", "--gpus", "8", "--"], "8 GPUs cannot be divided among 3 tasks of a node"),

@@ -40,7 +40,7 @@ class MediaFolder(Source):
     def open(self) -> Sequence[Example]:
         folder = Path(self.path)
         if not folder.is_dir():
-            raise UserError(f"no folder {self.path!r}")
+            raise UserError(f"no folder {self.path!r}: set this source's path to where {METADATA} and its media are")
         if not (folder / METADATA).is_file():
             raise UserError(f"{folder}: no {METADATA}, which lists the files and their texts")
         return _FolderExamples(folder.resolve(), self.prompt, Pieces(folder / METADATA, "line"))

@@ -23,6 +23,11 @@ from polygpt.training.processes import COORDINATOR, PROCESS, PROCESSES
 
 OFTEN = 10_000
 """How many times a job goes back into the queue at its time limit, by default."""
+REMEDIES = {
+    'Could not detect "srun"': ": submit from a login node, or try it here with --cluster local",
+    "can use only one node": ": with --cluster local, leave --nodes out and give --tasks",
+}
+"""What to do about words of submitit's."""
 PORTS = (61440, 4096)
 """The first port for coordinators and how many there are; a job takes one by its number, as JAX does."""
 
@@ -146,7 +151,9 @@ def refusals() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError, NameError, OSError, submitit.core.utils.FailedSubmissionError) as error:
-        raise UserError(f"the job was not submitted: {error}") from error
+        said = str(error)
+        remedy = next((remedy for words, remedy in REMEDIES.items() if words in said), "")
+        raise UserError(f"the job was not submitted: {said}{remedy}") from error
 
 
 def reason(error: BaseException) -> str:
