@@ -198,6 +198,15 @@ def test_a_faulty_file_is_one_line_with_the_place(tmp_path, source, words):
         assert spec.load_file(file).x == 2
 
 
+def test_what_is_no_python_file_is_told(tmp_path):
+    text = tmp_path / "README.md"
+    text.write_text("# no code\n")
+    with pytest.raises(SpecError, match="README.md is no Python file: name one"):
+        spec.load_file(text)
+    with pytest.raises(SpecError, match="is a folder: name a Python file in it"):
+        spec.load_file(tmp_path)
+
+
 def test_one_is_singular():
     assert [counted(n, "host") for n in (0, 1, 1000)] == ["0 hosts", "1 host", "1,000 hosts"]
     assert counted(2, "microbatch", "microbatches") == "2 microbatches"
