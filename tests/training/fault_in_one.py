@@ -39,7 +39,7 @@ class Sink(Silent):
             raise OSError(errno.ENOSPC, "No space left on device", str(WORKDIR / "metrics.jsonl"))
 
 
-def fails(*_):
+def fails(*_, **__):
     raise UserError("a held-out file is torn")
 
 
