@@ -20,11 +20,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 from polygpt.errors import UserError
 from polygpt.files import plain, write_atomically
 from polygpt.markup import Table, markdown
-from polygpt.overrides import override
+from polygpt.scale.plan import check
 from polygpt.scale.plan.search import search
 from polygpt.scale.plan.tables import gib, seconds
 from polygpt.scale.plan.target import target
-from polygpt.scale.plan.worker import plan_apart
 from polygpt.spec import load_file
 
 HERE = Path(__file__).parent
@@ -92,11 +91,13 @@ def write(name: str, on: str, budget: float) -> None:
 def again(name: str, on: str, budget: float) -> None:
     """Plans a preset on a slice the way that its plan says it runs."""
     path = place(name, on)
-    then = json.loads(path.read_text())
-    experiment = override(load_file(then["file"]).experiment(), then["changes"])
-    now = plan_apart(experiment, target(on), budget)
-    if not (now.get("memory") or {}).get("fits"):
-        print(f"{path}: {now.get('failed') or 'does not fit now'}; it stays as it was", file=sys.stderr)
+    try:
+        then, now = check.again(path, budget)
+    except UserError as error:
+        print(f"{error}; it stays as it was", file=sys.stderr)
+        return
+    if not (now["memory"] and now["memory"]["fits"]):
+        print(f"{path}: does not fit now; it stays as it was", file=sys.stderr)
         return
     put(path, now | {key: then[key] for key in ("best", "searched") if key in then}, then["file"], then["changes"])
 

@@ -243,7 +243,6 @@ class Checkpoints:
 
     def _fail(self, step: int, error: Exception) -> None:
         self._failure = error
-        logging.getLogger("asyncio").addFilter(_not_of_other_arrays)
         said = storage_fault(error, self.folder)
         log.warning("checkpoint %s/%d is not written: %s", self.folder, step, said or first_line(error))
         if self._primary:
@@ -293,11 +292,6 @@ def listed(faults: Mapping[int, str]) -> str:
 def first_line(error: BaseException) -> str:
     """An error on one line that is not endless."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
-
-
-def _not_of_other_arrays(record: logging.LogRecord) -> bool:
-    """Orbax waits for the first array that fails: that the others failed too is no news, and comes with tracebacks."""
-    return "exception was never retrieved" not in record.getMessage()
 
 
 def _set_aside(place: Path, why: str) -> None:

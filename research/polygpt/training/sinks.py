@@ -129,11 +129,11 @@ class JsonLines(Silent):
         self._files = {}
         for name in ("metrics", "timing"):
             path = self._workdir / f"{name}.jsonl"
-            truncate(path, step)
+            last = truncate(path, step)
+            if name == "metrics":
+                # A process that was killed when it had told an evaluation may not have come to save that it had.
+                self._evaluated = step if _step(last) == step and b'"evaluation"' in last else None
             self._files[name] = path.open("a", encoding="utf-8")
-        # Of the step itself: a process that was killed when it had told may not have come to save that it had.
-        lines = (self._workdir / "metrics.jsonl").read_bytes().splitlines(keepends=True)
-        self._evaluated = step if any(_step(line) == step and b'"evaluation"' in line for line in lines) else None
 
     def _write(self, name: str, line: dict) -> None:
         file: TextIO = self._files[name]
@@ -141,15 +141,16 @@ class JsonLines(Silent):
         file.flush()
 
 
-def truncate(path: Path, step: int) -> None:
-    """Removes lines of steps after `step`, and whatever is no whole line, from a file of JSON lines."""
+def truncate(path: Path, step: int) -> bytes:
+    """Removes lines of steps after `step`, and whatever is no whole line, from a file of JSON lines; the last left."""
     if not path.exists():
-        return
+        return b""
     with path.open("rb") as file:
         whole = [line for line in file if _step(line) <= step]
     fresh = path.with_suffix(".tmp")
     fresh.write_bytes(b"".join(whole))
     os.replace(fresh, path)
+    return whole[-1] if whole else b""
 
 
 def _step(line: bytes) -> float:

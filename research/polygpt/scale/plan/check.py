@@ -53,18 +53,24 @@ def plans_below(folder: Path) -> list[Path]:
     return found
 
 
-def check(path: Path) -> Compared:
-    """Compiles a plan again. Its experiment's file is found from the working directory.
+def again(path: Path, limit: float = LIMIT) -> tuple[dict, dict]:
+    """A plan as it was committed, and compiled again. Its experiment's file is found from the working directory.
 
     Raises:
-        UserError: the experiment is not there, or can no longer be divided so.
+        UserError: the experiment is not there, can no longer be divided so, or takes longer than `limit` seconds.
     """
     then = json.loads(path.read_text())
     experiment = overrides.override(load_file(then["file"]).experiment(), then["changes"])
-    now = plan_apart(experiment, target(then["on"], then["slices"]), LIMIT)
+    now = plan_apart(experiment, target(then["on"], then["slices"]), limit)
     if "failed" in now:
         raise UserError(f"{path}: {now['failed']}")
     print(f"{path}: compiled again in {now['compile_seconds']:.0f} s", file=sys.stderr, flush=True)
+    return then, now
+
+
+def check(path: Path) -> Compared:
+    """Compiles a plan again and compares. Raises UserError as `again` does."""
+    then, now = again(path)
     memory = now["memory"]["total"] if now["memory"] else float("inf")
     gone = tuple(sorted(set(then["kernels"]) - set(now["kernels"]))) if now["memory"] else ()
     sent = then["collective_bytes"], now["collective_bytes"]
