@@ -26,7 +26,7 @@ from polygpt.models.multimodal import ModelSpec
 from polygpt.optim.optim import Optim
 from polygpt.optim.optimizers import AdamW
 from polygpt.optim.schedules import WarmupCosine
-from polygpt.training.checkpoint import CheckpointSpec
+from polygpt.runtime.checkpoint import CheckpointSpec
 from polygpt.training.experiment import Experiment, TrainSpec
 
 

@@ -51,12 +51,12 @@ from polygpt.optim.mup import MuP
 from polygpt.optim.optim import Optim
 from polygpt.optim.optimizers import SGD, Adafactor, AdamW, Lion, Muon
 from polygpt.optim.schedules import SGDR, WSD, Constant, WarmupCosine, WarmupExponential, WarmupLinear
+from polygpt.runtime.checkpoint import CheckpointSpec
+from polygpt.runtime.processes import ProcessesSpec
+from polygpt.runtime.watchdog import WatchdogSpec
 from polygpt.sharding import MeshSpec
-from polygpt.training.checkpoint import CheckpointSpec
 from polygpt.training.experiment import Experiment, TrainSpec
-from polygpt.training.processes import ProcessesSpec
 from polygpt.training.spikes import SpikeSpec
-from polygpt.training.watchdog import WatchdogSpec
 
 __all__ = [
     "ALiBi",

@@ -14,8 +14,8 @@ from polygpt.ablation.variants import grid
 from polygpt.errors import UserError
 from polygpt.optim.schedules import WarmupCosine
 from polygpt.overrides import replaced
+from polygpt.runtime.checkpoint import CheckpointSpec
 from polygpt.spec import load_file
-from polygpt.training.checkpoint import CheckpointSpec
 
 OWN = '''"""An objective of one's own."""
 

@@ -172,7 +172,7 @@ def test_interrupted_and_begun_again_it_is_the_same_table(tmp_path, ran):
 
 HOLDS = """
 import pathlib, sys, time
-from polygpt.training.lock import hold
+from polygpt.runtime.lock import hold
 with hold(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

@@ -9,8 +9,8 @@ from polygpt.markup import Table
 
 def test_a_warning_is_one_line_as_all_others(capsys, caplog):
     with quiet():
-        logging.getLogger("polygpt.training.checkpoint").warning("checkpoint %s is\npassed over", 7)
-        logging.getLogger("polygpt.training.checkpoint").info("barrier")
+        logging.getLogger("polygpt.runtime.checkpoint").warning("checkpoint %s is\npassed over", 7)
+        logging.getLogger("polygpt.runtime.checkpoint").info("barrier")
     assert capsys.readouterr().err == "polygpt: checkpoint 7 is passed over\n"
     logging.getLogger("polygpt.training").warning("after it")  # as a program says that uses the library
     assert capsys.readouterr().err == "" and "after it" in caplog.text and "passed over" not in caplog.text

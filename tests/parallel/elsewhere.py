@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 from tiny_experiment import experiment  # noqa: E402
 
 from polygpt.overrides import override  # noqa: E402
-from polygpt.training.checkpoint import Checkpoints, CheckpointSpec  # noqa: E402
+from polygpt.runtime.checkpoint import Checkpoints, CheckpointSpec  # noqa: E402
 from polygpt.training.loop import train  # noqa: E402
 from polygpt.training.program import assemble  # noqa: E402
 from polygpt.training.sinks import JsonLines, Silent  # noqa: E402

@@ -11,9 +11,9 @@ import jax
 import numpy as np
 import pytest
 
-from polygpt.training import manifest
-from polygpt.training.processes import COORDINATOR, PROCESS, PROCESSES
-from polygpt.training.stored import read_parameters
+from polygpt.runtime import manifest
+from polygpt.runtime.processes import COORDINATOR, PROCESS, PROCESSES
+from polygpt.runtime.stored import read_parameters
 
 SCRIPT = Path(__file__).with_name("elsewhere.py")
 

@@ -11,9 +11,9 @@ jax.config.update("jax_num_cpu_devices", 2)
 import numpy as np  # noqa: E402
 from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 
-from polygpt.training import manifest  # noqa: E402
-from polygpt.training.checkpoint import Checkpoints, CheckpointSpec  # noqa: E402
-from polygpt.training.processes import ProcessesSpec, agree, together  # noqa: E402
+from polygpt.runtime import manifest  # noqa: E402
+from polygpt.runtime.checkpoint import Checkpoints, CheckpointSpec  # noqa: E402
+from polygpt.runtime.processes import ProcessesSpec, agree, together  # noqa: E402
 from polygpt.training.state import State  # noqa: E402
 
 

@@ -10,10 +10,10 @@ from polygpt.models.decoder import DecoderSpec
 from polygpt.models.multimodal import ModelSpec
 from polygpt.optim.optim import Optim
 from polygpt.optim.schedules import WarmupCosine
+from polygpt.runtime.checkpoint import CheckpointSpec
+from polygpt.runtime.processes import ProcessesSpec
 from polygpt.sharding import MeshSpec
-from polygpt.training.checkpoint import CheckpointSpec
 from polygpt.training.experiment import Experiment, TrainSpec
-from polygpt.training.processes import ProcessesSpec
 
 ROOT = Path(__file__).parents[2]
 TASKS = {  # short ones, that begin anew many times

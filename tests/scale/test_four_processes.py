@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from polygpt.training.checkpoint import records
+from polygpt.runtime.checkpoint import records
 
 EXPERIMENT = Path(__file__).with_name("four_processes.py")
 BOUND = 24  # train.processes.heartbeat_timeout of the experiment

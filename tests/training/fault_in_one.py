@@ -12,7 +12,8 @@ from tiny_experiment import experiment  # noqa: E402
 from polygpt.data.sources.text_files import TextFiles  # noqa: E402
 from polygpt.errors import UserError  # noqa: E402
 from polygpt.overrides import override  # noqa: E402
-from polygpt.training import held_out, manifest, processes, stored  # noqa: E402
+from polygpt.runtime import manifest, processes, stored  # noqa: E402
+from polygpt.training import held_out  # noqa: E402
 from polygpt.training.loop import train  # noqa: E402
 from polygpt.training.run import open_run  # noqa: E402
 from polygpt.training.sinks import Silent  # noqa: E402

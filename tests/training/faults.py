@@ -26,8 +26,8 @@ from tiny_experiment import experiment
 
 from polygpt.errors import UserError
 from polygpt.overrides import override
+from polygpt.runtime.manifest import records
 from polygpt.training.loop import train
-from polygpt.training.manifest import records
 from polygpt.training.parallel import Parallel
 from polygpt.training.sinks import JsonLines, Silent
 

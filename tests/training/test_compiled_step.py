@@ -5,8 +5,8 @@ from pathlib import Path
 import jax
 import pytest
 
+from polygpt.runtime import compilation
 from polygpt.spec import load_file
-from polygpt.training import compilation
 
 BENCHMARK = Path(__file__).parents[2] / "experiments" / "benchmarks" / "text_step.py"
 

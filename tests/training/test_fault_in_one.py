@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from polygpt.training import manifest
-from polygpt.training.processes import COORDINATOR, PROCESS, PROCESSES
+from polygpt.runtime import manifest
+from polygpt.runtime.processes import COORDINATOR, PROCESS, PROCESSES
 
 SCRIPT = Path(__file__).with_name("fault_in_one.py")
 

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from test_kill import last_checkpoint
 
-from polygpt.training.manifest import Damaged, records, verify
+from polygpt.runtime.manifest import Damaged, records, verify
 
 SEED = 4
 STEPS = 450

@@ -14,7 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from polygpt.training.checkpoint import records
+from polygpt.runtime.checkpoint import records
 
 QUICKSTART = Path(__file__).parents[2] / "experiments" / "quickstart.py"
 SMALL = (

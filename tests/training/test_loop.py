@@ -17,12 +17,12 @@ from polygpt.evaluation.evaluate import evaluate
 from polygpt.nn.positions import Learned
 from polygpt.optim.schedules import Schedule
 from polygpt.overrides import override
+from polygpt.runtime.checkpoint import records
+from polygpt.runtime.manifest import Record
 from polygpt.spec import from_json, to_json
 from polygpt.training import held_out, trainer
-from polygpt.training.checkpoint import records
 from polygpt.training.held_out import Standing, pick
 from polygpt.training.loop import train
-from polygpt.training.manifest import Record
 from polygpt.training.run import open_run
 from polygpt.training.sinks import JsonLines, Silent
 from polygpt.training.trainer import Trainer

@@ -9,7 +9,7 @@ from tiny_experiment import experiment
 
 from polygpt.errors import UserError
 from polygpt.overrides import override
-from polygpt.training.checkpoint import listed
+from polygpt.runtime.checkpoint import listed
 from polygpt.training.loop import train
 from polygpt.training.run import open_run
 from polygpt.training.sinks import Silent

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from polygpt.training.manifest import Record, records
-from polygpt.training.processes import COORDINATOR, PROCESS, PROCESSES
+from polygpt.runtime.manifest import Record, records
+from polygpt.runtime.processes import COORDINATOR, PROCESS, PROCESSES
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
 

@@ -9,8 +9,8 @@ from tiny_experiment import experiment
 
 from polygpt.errors import UserError
 from polygpt.overrides import override
+from polygpt.runtime.manifest import Record, seal
 from polygpt.spec import load_file
-from polygpt.training.manifest import Record, seal
 from polygpt.training.workdir import SAME_MATHEMATICS, claim, require_same
 
 

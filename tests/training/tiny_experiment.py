@@ -11,7 +11,7 @@ from polygpt.models.decoder import DecoderSpec
 from polygpt.models.multimodal import ModelSpec
 from polygpt.optim.optim import Optim
 from polygpt.optim.schedules import WarmupCosine
-from polygpt.training.checkpoint import CheckpointSpec
+from polygpt.runtime.checkpoint import CheckpointSpec
 from polygpt.training.experiment import Experiment, TrainSpec
 
 TEXT = TextFiles((str(Path(__file__).parents[2] / "LICENSE"),), unit="chunk", bytes=40)

@@ -14,7 +14,7 @@ from polygpt.ablation.results import Frame
 from polygpt.ablation.study import Ablation, Point, places
 from polygpt.errors import UserError
 from polygpt.files import write_atomically
-from polygpt.training.lock import hold
+from polygpt.runtime.lock import hold
 
 Stage = Literal["tuning", "comparison"]
 

@@ -13,7 +13,7 @@ from polygpt.ablation.engines.base import Progress, Task, Tell
 from polygpt.ablation.record import record
 from polygpt.errors import Diverged
 from polygpt.files import plain, write_atomically
-from polygpt.training import goodput
+from polygpt.runtime import goodput
 from polygpt.training.experiment import Experiment
 from polygpt.training.loop import train
 from polygpt.training.sinks import Silent, truncate

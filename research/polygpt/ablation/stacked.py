@@ -13,9 +13,9 @@ import numpy as np
 
 from polygpt.data.loader import TrainBatches
 from polygpt.files import write_atomically
+from polygpt.runtime.compilation import compiler_options
 from polygpt.sequence import Batch
 from polygpt.training import automatic
-from polygpt.training.compilation import compiler_options
 from polygpt.training.experiment import Experiment
 from polygpt.training.program import Program, assemble
 from polygpt.training.state import State, create

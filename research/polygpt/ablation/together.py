@@ -26,15 +26,15 @@ from polygpt.data.layout import MediaCache
 from polygpt.data.loader import train_batches
 from polygpt.evaluation.evaluate import evaluate
 from polygpt.files import write_atomically
+from polygpt.runtime.compilation import enable_cache
+from polygpt.runtime.interruption import Interruption
+from polygpt.runtime.storage import storage_faults
 from polygpt.scale.plan.memory import exhausted
 from polygpt.sequence import Batch
 from polygpt.training import held_out
-from polygpt.training.compilation import enable_cache
 from polygpt.training.experiment import Experiment
-from polygpt.training.interruption import Interruption
 from polygpt.training.prefetch import Prefetch
 from polygpt.training.program import assemble
-from polygpt.training.storage import storage_faults
 
 SAVE_EVERY = 20.0
 """Seconds between two saves, or ten times what one takes, if that is more."""

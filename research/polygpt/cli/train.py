@@ -29,7 +29,7 @@ def run(arguments: Namespace) -> dict:
     """Trains; returns what `evaluate` returns, and the places of the run and its report."""
     chosen = experiment.load(arguments.file, arguments.changes, arguments.options)
 
-    from polygpt.training import processes
+    from polygpt.runtime import processes
 
     with processes.together(chosen.train.processes):  # evaluation and report included: an error there ends them all
         return _train(chosen, arguments)
@@ -38,7 +38,7 @@ def run(arguments: Namespace) -> dict:
 def _train(chosen, arguments: Namespace) -> dict:
     from polygpt.cli.results import print_results
     from polygpt.report.finish import write_report
-    from polygpt.training.goodput import process_begun
+    from polygpt.runtime.goodput import process_begun
     from polygpt.training.loop import train
     from polygpt.training.run import open_run
 
@@ -68,7 +68,7 @@ def _evaluated(trained) -> dict | None:
 
     from polygpt.cli.progress import Progress
     from polygpt.report.finish import evaluate_run
-    from polygpt.training.interruption import Interrupted, Interruption
+    from polygpt.runtime.interruption import Interrupted, Interruption
 
     if jax.process_count() > 1 and trained.model.layout is None:  # each for itself: none knows how far the others are
         with Progress() as progress:

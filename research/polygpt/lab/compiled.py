@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import jax
 
-from polygpt.training.compilation import compiler_options
+from polygpt.runtime.compilation import compiler_options
 
 
 def compiled(function: Callable) -> Callable:

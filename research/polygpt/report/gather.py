@@ -12,7 +12,7 @@ import numpy as np
 from polygpt import spec
 from polygpt.report import samples
 from polygpt.report.content import Chart, Content, Line
-from polygpt.training import goodput
+from polygpt.runtime import goodput
 
 TITLES = {
     "loss": ("Training loss", "nats a token", True),

@@ -10,7 +10,7 @@ import numpy as np
 
 from polygpt.report import charts
 from polygpt.report.content import Content, Item, Sample, Word
-from polygpt.training.goodput import duration
+from polygpt.runtime.goodput import duration
 
 MEASURES = {
     "accuracy": "accuracy",

@@ -13,8 +13,8 @@ from typing import Any
 import jax
 
 from polygpt.errors import UserError
+from polygpt.runtime import processes
 from polygpt.sharding import MeshSpec
-from polygpt.training import processes
 from polygpt.training.parallel import Mode
 
 WHOLE = 0.4

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 
-from polygpt.training import processes
+from polygpt.runtime import processes
 from polygpt.training.parallel import Parallel
 from polygpt.training.sinks import Silent, truncate
 

@@ -14,12 +14,12 @@ from polygpt.models.multimodal import ModelSpec
 from polygpt.objectives.base import Objective
 from polygpt.objectives.next_token import NextToken
 from polygpt.optim.optim import Optim
+from polygpt.runtime.checkpoint import CheckpointSpec
+from polygpt.runtime.processes import ProcessesSpec
+from polygpt.runtime.watchdog import WatchdogSpec
 from polygpt.sharding import MeshSpec
 from polygpt.spec import Spec, hints, nearest
-from polygpt.training.checkpoint import CheckpointSpec
-from polygpt.training.processes import ProcessesSpec
 from polygpt.training.spikes import SpikeSpec
-from polygpt.training.watchdog import WatchdogSpec
 
 LIKELIHOODS = ("loss", "perplexity", "bits_per_byte", "token_accuracy")
 """The figures of a task for which the model need not write answers."""

@@ -9,7 +9,7 @@ import jax
 
 from polygpt.errors import UserError
 from polygpt.evaluation.spec import EvaluationSpec
-from polygpt.training import processes
+from polygpt.runtime import processes
 
 
 def require_same_data(train: Mapping[str, int], evaluation: EvaluationSpec) -> None:

@@ -11,7 +11,7 @@ import jax
 from polygpt.errors import UserError
 from polygpt.evaluation.evaluate import evaluate
 from polygpt.evaluation.spec import EvaluationSpec
-from polygpt.training import processes
+from polygpt.runtime import processes
 from polygpt.training.experiment import Experiment
 from polygpt.training.program import Program
 from polygpt.training.state import State

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import jax
 
-from polygpt.training import goodput, processes
-from polygpt.training.compilation import enable_cache
+from polygpt.runtime import goodput, processes
+from polygpt.runtime.compilation import enable_cache
+from polygpt.runtime.goodput import Goodput
+from polygpt.runtime.interruption import Interruption
+from polygpt.runtime.storage import storage_faults
+from polygpt.runtime.watchdog import Watchdog
 from polygpt.training.experiment import Experiment
-from polygpt.training.goodput import Goodput
-from polygpt.training.interruption import Interruption
 from polygpt.training.sinks import JsonLines, Sink, TensorBoard, Terminal
-from polygpt.training.storage import storage_faults
 from polygpt.training.trainer import Outcome, Trainer
-from polygpt.training.watchdog import Watchdog
 from polygpt.training.workdir import require_same
 
 

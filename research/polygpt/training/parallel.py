@@ -10,10 +10,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 
 from polygpt import sharding
 from polygpt.errors import UserError
+from polygpt.runtime.compilation import compiler_options
 from polygpt.sequence import Batch
 from polygpt.sharding import Layout, MeshSpec, rows_unit
 from polygpt.spec import counted
-from polygpt.training.compilation import compiler_options
 
 AXIS = "data"
 """The axis over which pmap splits rows."""

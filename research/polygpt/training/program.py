@@ -13,8 +13,9 @@ from polygpt import sharding
 from polygpt.errors import UserError
 from polygpt.evaluation import conditions
 from polygpt.models.functional import Model, bind
+from polygpt.runtime import processes
 from polygpt.sharding import Layout
-from polygpt.training import automatic, parallel, processes
+from polygpt.training import automatic, parallel
 from polygpt.training.experiment import Experiment
 from polygpt.training.parallel import Parallel
 from polygpt.training.state import create

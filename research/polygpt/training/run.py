@@ -12,13 +12,13 @@ from polygpt import sharding
 from polygpt.data.tokenizers.base import Tokenizer
 from polygpt.errors import UserError
 from polygpt.models.functional import Model, bind
-from polygpt.training import manifest
-from polygpt.training.checkpoint import best, first_line, listed
+from polygpt.runtime import manifest
+from polygpt.runtime.checkpoint import best, first_line, listed
+from polygpt.runtime.manifest import Record
+from polygpt.runtime.processes import agree, first_fault
+from polygpt.runtime.stored import read_parameters
 from polygpt.training.experiment import Experiment
-from polygpt.training.manifest import Record
-from polygpt.training.processes import agree, first_fault
 from polygpt.training.program import assemble
-from polygpt.training.stored import read_parameters
 from polygpt.training.workdir import load_experiment
 
 log = logging.getLogger(__name__)

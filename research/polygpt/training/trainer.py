@@ -20,19 +20,20 @@ import jax.numpy as jnp
 from polygpt import sequence, spec
 from polygpt.data.loader import TrainBatches, train_batches
 from polygpt.errors import Diverged
-from polygpt.training import feeders, processes
-from polygpt.training.checkpoint import Checkpoints
+from polygpt.runtime import processes
+from polygpt.runtime.checkpoint import Checkpoints
+from polygpt.runtime.goodput import INTERVAL, Goodput
+from polygpt.runtime.interruption import Interrupted, Interruption
+from polygpt.runtime.watchdog import Watchdog
+from polygpt.training import feeders
 from polygpt.training.example_log import example_log
 from polygpt.training.experiment import Experiment
-from polygpt.training.goodput import INTERVAL, Goodput
 from polygpt.training.held_out import Standing, measure
-from polygpt.training.interruption import Interrupted, Interruption
 from polygpt.training.pace import Pace
 from polygpt.training.prefetch import Fed, Prefetch
 from polygpt.training.program import assemble
 from polygpt.training.sinks import Sink
 from polygpt.training.spikes import Rewinds, Rewound
-from polygpt.training.watchdog import Watchdog
 from polygpt.training.workdir import claim
 
 

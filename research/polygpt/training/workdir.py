@@ -17,11 +17,11 @@ import jax
 from polygpt import spec
 from polygpt.errors import UserError
 from polygpt.files import write_atomically
-from polygpt.training import processes
+from polygpt.runtime import processes
+from polygpt.runtime.lock import hold
+from polygpt.runtime.manifest import records
+from polygpt.runtime.storage import storage_faults as storage_faults
 from polygpt.training.experiment import Experiment
-from polygpt.training.lock import hold
-from polygpt.training.manifest import records
-from polygpt.training.storage import storage_faults as storage_faults
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 """Packages whose versions are written down."""

@@ -20,7 +20,7 @@ from polygpt import spec
 from polygpt.ablation.tune import Choice, Float, Knob, Search
 from polygpt.errors import UserError
 from polygpt.files import write_atomically
-from polygpt.training.lock import hold
+from polygpt.runtime.lock import hold
 from polygpt.training.workdir import differences
 
 SEARCH, JOURNAL, TRIALS = "search.json", "journal.log", "trials"

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from polygpt.errors import UserError
-from polygpt.training.processes import COORDINATOR, GRACE, PROCESS, PROCESSES
+from polygpt.runtime.processes import COORDINATOR, GRACE, PROCESS, PROCESSES
 
 PROGRAM = (sys.executable, "-m", "polygpt.cli.main")
 """What the words of a command are given to."""

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from polygpt.errors import UserError
+from polygpt.runtime.processes import COORDINATOR, PROCESS, PROCESSES
 from polygpt.scale.launch.local import PROGRAM, gpus
-from polygpt.training.processes import COORDINATOR, PROCESS, PROCESSES
 
 OFTEN = 10_000
 """How many times a job goes back into the queue at its time limit, by default."""

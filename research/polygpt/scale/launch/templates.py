@@ -13,8 +13,8 @@ from collections.abc import Sequence
 
 from polygpt import topology
 from polygpt.errors import UserError
+from polygpt.runtime.processes import COORDINATOR, PROCESS, PROCESSES
 from polygpt.spec import counted
-from polygpt.training.processes import COORDINATOR, PROCESS, PROCESSES
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,12 +24,11 @@ from typing import Any, Literal
 import jax
 
 from polygpt.errors import UserError
+from polygpt.runtime import manifest, stored
+from polygpt.runtime.manifest import Damaged, HalfWritten, Record, records
+from polygpt.runtime.processes import agree, barrier, first_fault
+from polygpt.runtime.storage import storage_fault
 from polygpt.spec import Spec
-from polygpt.training import manifest, stored
-from polygpt.training.manifest import Damaged, HalfWritten, Record, records
-from polygpt.training.processes import agree, barrier, first_fault
-from polygpt.training.state import State
-from polygpt.training.storage import storage_fault
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +98,7 @@ class Checkpoints:
         self._pending: Future | None = None
         self._failure: Exception | None = None  # why the latest save is not there
 
-    def save(self, state: State, *, metric: float | None, finite: bool, data: dict[str, Any]) -> None:
+    def save(self, state: Any, *, metric: float | None, finite: bool, data: dict[str, Any]) -> None:
         """Writes a checkpoint in the background. Only the copy from the device is waited for, and the save before this.
 
         A full disk, or a folder that may not be written, is logged; the checkpoints before this one are left as they
@@ -130,8 +129,8 @@ class Checkpoints:
             self._pending = self._thread.submit(self._commit, record)
 
     def restore(
-        self, target: State, initial: Callable[[], State] | None = None, before: int | None = None
-    ) -> tuple[State, dict[str, Any]] | None:
+        self, target: Any, initial: Callable[[], Any] | None = None, before: int | None = None
+    ) -> tuple[Any, dict[str, Any]] | None:
         """The latest usable state with its JSON data, or None if there is no checkpoint.
 
         Every byte is read twice: to verify it, by all processes together, and to restore it. What is passed over is
@@ -263,7 +262,7 @@ class Checkpoints:
             self._failure = None
             raise failure
 
-    def _read(self, step: int, target: State, initial) -> tuple[tuple[State, dict[str, Any]] | None, str]:
+    def _read(self, step: int, target: Any, initial) -> tuple[tuple[Any, dict[str, Any]] | None, str]:
         """State and data, or what is wrong."""
         try:
             found, fault = stored.read(self._writer, self.folder / str(step), target, initial), ""

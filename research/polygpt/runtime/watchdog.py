@@ -13,10 +13,10 @@ from typing import Literal
 
 import jax
 
+from polygpt.runtime import processes
+from polygpt.runtime.goodput import CATEGORIES, Goodput
+from polygpt.runtime.liveness import leave
 from polygpt.spec import Spec
-from polygpt.training import processes
-from polygpt.training.goodput import CATEGORIES, Goodput
-from polygpt.training.liveness import leave
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,13 +15,13 @@ from bigram import Bigram
 from polygpt.errors import UserError
 from polygpt.optim.optim import Optim
 from polygpt.optim.schedules import Constant
-from polygpt.training import manifest, stored
-from polygpt.training.checkpoint import Checkpoints, CheckpointSpec, best, kept
-from polygpt.training.manifest import Record, records
+from polygpt.runtime import manifest, stored
+from polygpt.runtime.checkpoint import Checkpoints, CheckpointSpec, best, kept
+from polygpt.runtime.manifest import Record, records
+from polygpt.runtime.storage import storage_fault
+from polygpt.runtime.stored import read_parameters
 from polygpt.training.parallel import build
 from polygpt.training.state import create
-from polygpt.training.storage import storage_fault
-from polygpt.training.stored import read_parameters
 
 PARALLEL = build("single", axes=None)
 TRANSFORMATION = Optim(Constant(0.1)).build(jax.eval_shape(Bigram().init, jax.random.key(0)), 10)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import jax
 
 from polygpt.errors import one_line
-from polygpt.training.liveness import leave
+from polygpt.runtime.liveness import leave
 
 SLOW = 30.0
 """Seconds of waiting after which it is said, and said again."""
@@ -68,7 +68,7 @@ class _Lines(logging.Handler):
 
 def log_to_stderr() -> None:
     """Lets this package's lines be seen, whatever the level of others."""
-    logger = logging.getLogger("polygpt.training")
+    logger = logging.getLogger("polygpt.runtime")
     if not logger.handlers:
         logger.addHandler(_Lines())
         logger.setLevel(logging.INFO)

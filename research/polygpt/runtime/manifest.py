@@ -17,7 +17,7 @@ from pathlib import Path
 import jax
 
 from polygpt.files import write_atomically
-from polygpt.training.processes import first_fault
+from polygpt.runtime.processes import first_fault
 
 NAME = "manifest.json"
 THREADS = 4

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from polygpt.errors import SpecError
-from polygpt.training import processes, watchdog
-from polygpt.training.goodput import Goodput
-from polygpt.training.watchdog import Watchdog, WatchdogSpec
+from polygpt.runtime import processes, watchdog
+from polygpt.runtime.goodput import Goodput
+from polygpt.runtime.watchdog import Watchdog, WatchdogSpec
 
 
 def wait_for(condition, seconds=20.0):
@@ -127,7 +127,7 @@ from tiny_experiment import experiment
 from polygpt.overrides import override
 from polygpt.training.loop import train
 from polygpt.training.sinks import Silent
-from polygpt.training.watchdog import WatchdogSpec
+from polygpt.runtime.watchdog import WatchdogSpec
 
 class Hangs(Silent):
     def step(self, step, loss):
@@ -144,7 +144,7 @@ train(chosen.replace(train=chosen.train.replace(watchdog=dog)), sys.argv[1], lam
 
 
 def test_a_sink_that_hangs_ends_the_process_where_that_is_asked_for(tmp_path):
-    script = HANGING.format(tests=str(Path(__file__).parent))
+    script = HANGING.format(tests=str(Path(__file__).parents[1] / "training"))
     done = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1, done.stderr
     (place,) = stacks(tmp_path)

@@ -26,9 +26,9 @@ import jax
 from jax._src import clusters, distributed
 
 from polygpt.errors import UserError
+from polygpt.runtime.liveness import Liveness, leave
+from polygpt.runtime.waiting import Bound, log_to_stderr, saying
 from polygpt.spec import Spec
-from polygpt.training.liveness import Liveness, leave
-from polygpt.training.waiting import Bound, log_to_stderr, saying
 
 COORDINATOR, PROCESSES, PROCESS = "POLYGPT_COORDINATOR", "POLYGPT_PROCESSES", "POLYGPT_PROCESS"
 """Variables that `polygpt launch` sets: host:port of process 0, how many there are, and which one this is."""

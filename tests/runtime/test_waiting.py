@@ -7,13 +7,13 @@ import sys
 
 import pytest
 
+from polygpt.runtime.waiting import log_to_stderr
 from polygpt.scale.launch.local import UNHEARD
-from polygpt.training.waiting import log_to_stderr
 
 
 @pytest.fixture
 def logger():
-    logger = logging.getLogger("polygpt.training")
+    logger = logging.getLogger("polygpt.runtime")
     before = logger.handlers[:], logger.level, logger.propagate
     logger.handlers = []
     yield logger
@@ -23,8 +23,8 @@ def logger():
 def test_a_warning_has_the_voice_of_the_command_line_and_what_is_for_the_log_its_time(logger, capsys):
     log_to_stderr()
     log_to_stderr()  # nothing is said twice
-    logging.getLogger("polygpt.training.processes").info("barrier %r: begins", "start")
-    logging.getLogger("polygpt.training.checkpoint").warning("checkpoint %s is\npassed over", 7)
+    logging.getLogger("polygpt.runtime.processes").info("barrier %r: begins", "start")
+    logging.getLogger("polygpt.runtime.checkpoint").warning("checkpoint %s is\npassed over", 7)
     aside, warning = capsys.readouterr().err.splitlines()
     assert re.fullmatch(r"INFO \d\d:\d\d:\d\d barrier 'start': begins", aside)
     assert aside.encode().startswith(UNHEARD)
@@ -34,7 +34,7 @@ def test_a_warning_has_the_voice_of_the_command_line_and_what_is_for_the_log_its
 def test_what_cannot_be_given_up_ends_with_the_process_at_its_bound():
     waits = """
 import time
-from polygpt.training.waiting import Bound, saying
+from polygpt.runtime.waiting import Bound, saying
 with saying("quick", bound=Bound(60.0, "never said")):
     pass
 with saying("start-up: still waiting", bound=Bound(0.3, "start-up: not here after 0.3 s (train.processes.x)")):

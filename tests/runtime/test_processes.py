@@ -15,7 +15,7 @@ import pytest
 from jax._src import distributed
 
 from polygpt.errors import SpecError, UserError
-from polygpt.training import processes
+from polygpt.runtime import processes
 
 SCRIPT = Path(__file__).with_name("several_processes.py")
 BOUND = 12  # heartbeat_timeout there

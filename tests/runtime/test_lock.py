@@ -11,13 +11,13 @@ import pytest
 from tiny_experiment import experiment
 
 from polygpt.errors import UserError
-from polygpt.training import lock
-from polygpt.training.lock import hold
+from polygpt.runtime import lock
+from polygpt.runtime.lock import hold
 from polygpt.training.loop import train
 
 HOLDS = """
 import pathlib, sys, time
-from polygpt.training.lock import hold
+from polygpt.runtime.lock import hold
 with hold(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

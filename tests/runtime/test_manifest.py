@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from polygpt.training.manifest import NAME, Damaged, HalfWritten, Record, read, records, seal, survey, verify
+from polygpt.runtime.manifest import NAME, Damaged, HalfWritten, Record, read, records, seal, survey, verify
 
 RECORD = Record(40, 1.5, True)
 

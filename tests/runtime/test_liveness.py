@@ -6,8 +6,8 @@ import jax
 import pytest
 
 from polygpt.errors import UserError
-from polygpt.training import processes
-from polygpt.training.liveness import FAULT, Liveness
+from polygpt.runtime import processes
+from polygpt.runtime.liveness import FAULT, Liveness
 
 
 class Service:

@@ -8,7 +8,7 @@ import threading
 
 import jax
 
-from polygpt.training import processes
+from polygpt.runtime import processes
 
 _runs = itertools.count()
 

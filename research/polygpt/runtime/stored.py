@@ -12,8 +12,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint._src.multihost import multihost
 
-from polygpt.training import processes
-from polygpt.training.state import State
+from polygpt.runtime import processes
 
 # Orbax logs the traceback of an error that it raises too: whoever catches it says it in one line.
 logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
@@ -29,7 +28,7 @@ def writer() -> ocp.AsyncCheckpointer:
     return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=bound)
 
 
-def parts(state: State, data: dict[str, Any]) -> ocp.args.Composite:
+def parts(state: Any, data: dict[str, Any]) -> ocp.args.Composite:
     """What is to be written: the items of a state, and JSON data."""
     items = _items(state)
     counts = ocp.args.PyTreeSave(items.pop("counts"))
@@ -41,8 +40,8 @@ def parts(state: State, data: dict[str, Any]) -> ocp.args.Composite:
 
 
 def read(
-    reader: ocp.AsyncCheckpointer, place: Path, target: State, initial: Callable[[], State] | None = None
-) -> tuple[State, dict[str, Any]]:
+    reader: ocp.AsyncCheckpointer, place: Path, target: Any, initial: Callable[[], Any] | None = None
+) -> tuple[Any, dict[str, Any]]:
     """A state and its JSON data.
 
     Args:
@@ -95,14 +94,14 @@ def _meet_at_our_barriers() -> None:
         multihost.get_barrier_sync_fn = lambda **_: lambda *, key, timeout_ms: meet(key)
 
 
-def _items(state: State) -> dict[str, Any]:
-    fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(State)}
+def _items(state: Any) -> dict[str, Any]:
+    fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
     there = {name: tree for name, tree in fields.items() if jax.tree.leaves(tree)}  # Orbax refuses what has none
     items = {LARGE[name]: tree for name, tree in there.items() if name in LARGE}
     return items | {"counts": {name: tree for name, tree in there.items() if name not in LARGE}}
 
 
-def _initial(targets: dict[str, Any], initial: Callable[[], State] | None) -> dict[str, Any]:
+def _initial(targets: dict[str, Any], initial: Callable[[], Any] | None) -> dict[str, Any]:
     """The fields of that name as they are before the first step; what else `initial` computes is compiled away."""
 
     def make():

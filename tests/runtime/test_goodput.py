@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from polygpt.training.goodput import CATEGORIES, LOST, Goodput, duration, process_begun, read, summary, table
+from polygpt.runtime.goodput import CATEGORIES, LOST, Goodput, duration, process_begun, read, summary, table
 
 
 def wall(lines):
@@ -150,7 +150,7 @@ def test_a_full_disk_does_not_end_the_run_and_the_interval_goes_on(tmp_path, mon
     assert sum(summary(lines).values()) == pytest.approx(wall(lines), abs=1e-4)
 
 
-EXPERIMENT = Path(__file__).with_name("tiny_experiment.py")
+EXPERIMENT = Path(__file__).parents[1] / "training" / "tiny_experiment.py"
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp  # noqa: E402
 from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 
 from polygpt.errors import UserError  # noqa: E402
-from polygpt.training import processes  # noqa: E402
+from polygpt.runtime import processes  # noqa: E402
 
 SPEC = processes.ProcessesSpec(barrier_timeout=60, heartbeat_timeout=12, shutdown_timeout=60)
 
@@ -57,7 +57,7 @@ def missing():
 
 
 def unsaved():
-    from polygpt.training import stored
+    from polygpt.runtime import stored
 
     if RANK == 1:
         time.sleep(30)

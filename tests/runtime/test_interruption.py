@@ -9,8 +9,8 @@ import sys
 import jax
 import pytest
 
-from polygpt.training import processes
-from polygpt.training.interruption import Interruption
+from polygpt.runtime import processes
+from polygpt.runtime.interruption import Interruption
 
 
 @pytest.mark.parametrize("seed", range(40))
