@@ -11,6 +11,7 @@ from statsmodels.stats.power import TTestPower
 from own_ablation import write_ablation
 from polygpt import spec
 from polygpt.ablation.compare import compare_runs, fields, tables, welch
+from polygpt.ablation.statistics import CORRECTION
 from polygpt.ablation.study import load_ablation
 from polygpt.errors import UserError
 from polygpt.overrides import replaced
@@ -66,9 +67,14 @@ def test_several_groups_are_adjusted_by_holm_and_what_would_settle_them_is_said(
     p = [stats.ttest_rel(losses, a).pvalue for losses in widths.values()]
     assert (open_.adjusted, settled.adjusted) == pytest.approx((p[0], 2 * p[1])) and settled.adjusted < 0.05 < p[0]
     rows = tables(found)[0].rows
-    assert rows[0][-1] == "–" and rows[1][-1] == str(open_.seeds_needed) and rows[2][-1] == ""
-    power = TTestPower().power(abs(open_.compared.effect), open_.seeds_needed, 0.025)
-    assert power >= 0.8 > TTestPower().power(abs(open_.compared.effect), open_.seeds_needed - 1, 0.025)
+    fewest, most = open_.seeds_range
+    assert rows[0][-1] == "–" and rows[1][-1] == f"{open_.seeds_needed} ({fewest} to {most})" and rows[2][-1] == ""
+    by_t = open_.seeds_needed - CORRECTION
+    power = TTestPower().power(abs(open_.compared.effect), by_t, 0.025)
+    assert power >= 0.8 > TTestPower().power(abs(open_.compared.effect), by_t - 1, 0.025)
+    assert fewest < open_.seeds_needed < most
+    notes = " ".join(tables(found)[0].notes)
+    assert "needs four seeds" in notes and "rough" in notes and "10 to 90 %" in notes
 
 
 def test_other_seeds_are_compared_by_welch(run):
@@ -106,6 +112,39 @@ def test_a_metric_is_named_and_may_be_better_higher(run):
     found = compare_runs(folders, "text/accuracy")
     assert found.better == "higher" and found.groups[1].better == 1.0
     assert compare_runs(folders, "train/loss").groups[0].values == (2.25,)
+
+
+def test_without_a_common_held_out_loss_runs_are_compared_by_training_loss_and_it_says_so(run):
+    folders = [run("a", 2.0), run("b", 2.1, 1)]
+    lines = (folders[1] / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folders[1] / "metrics.jsonl").write_text("".join(line for line in lines if "evaluation" not in line))
+    found = compare_runs(folders)
+    assert found.metric == "train/loss"
+    (note,) = found.notes
+    assert "train/loss" in note and str(folders[1]) in note and str(folders[0]) not in note
+    assert note in tables(found)[0].notes
+    assert compare_runs(folders, "train/loss").notes == ()
+
+
+def test_a_run_that_lost_its_patience_is_finished_and_it_says_so(run):
+    stops = {"train.steps": 40, "train.evaluate_every": 1, "train.patience": 2}
+
+    def stopped(name, seed, losses):
+        folder = run(name, 2.0, seed, stops, steps=len(losses))
+        lines = [{"step": step, "loss": loss} for step, loss in enumerate(losses, 1)]
+        lines += [
+            {"step": step, "evaluation": {"text": {"loss": loss}}, "metric": loss}
+            for step, loss in enumerate(losses, 1)
+        ]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return folder
+
+    patient = stopped("patient", 0, [3.0, 2.5, None, 2.6])
+    found = compare_runs([patient, stopped("other", 1, [3.0, 2.0, 2.1, 2.1])])
+    assert found.groups[0].values == (2.6, 2.1)
+    assert [f"step {n} of 40" in note for n, note in zip((4, 4), found.notes, strict=True)] == [True, True]
+    with pytest.raises(UserError, match="killed is at step 3 of 40: finish it first"):
+        compare_runs([patient, stopped("killed", 2, [3.0, 2.5, 2.6])])
 
 
 def test_the_evaluation_of_the_finished_run_counts(run):

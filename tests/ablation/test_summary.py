@@ -119,7 +119,9 @@ def test_claims_are_told_with_verdict_interval_and_seeds(made):
     table = tables.claims_table(verdicts)
     held, undecided, same = table.rows
     assert held[:4] == ["wide < base", "a wider model learns more", "held", "0.1012 ± 0.0024"]
-    assert undecided[2] == "undecided" and undecided[5] == f"{verdicts[1].seeds_needed:,}" and same[2] == "held"
+    assert (
+        undecided[2] == "undecided" and undecided[5].startswith(f"{verdicts[1].seeds_needed:,} (") and same[2] == "held"
+    )
     assert table.bold == {(0, 2), (2, 2)} and table.code == {0}
     assert tables.headline(found, verdicts) == (
         "2 of 3 claims held: a wider model learns more; depth makes no difference; "

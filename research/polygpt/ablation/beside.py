@@ -5,8 +5,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from polygpt.ablation.intervals import complete, interval_t
 from polygpt.ablation.results import Frame
-from polygpt.ablation.statistics import complete, interval_t
 from polygpt.ablation.summary import best_place
 from polygpt.markup import Table, as_written, with_interval
 

@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from polygpt.ablation.intervals import complete, interval_t
 from polygpt.ablation.results import Frame
-from polygpt.ablation.statistics import complete, interval_t
 from polygpt.ablation.study import TRAINING_LOSS
 from polygpt.ablation.summary import best_place, columns, combinations
 from polygpt.ablation.variants import Name

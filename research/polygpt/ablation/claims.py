@@ -1,17 +1,22 @@
 """Claims about the variants of an ablation, tested over seeds.
 
-A claim is a statement of `expressions.py`, made of comparisons of two means over seeds. Each comparison is tested by
-Student's t test on the differences within seeds, both ways: a p-value of that it holds, and one of that the contrary
-does. Claims of several comparisons follow the intersection-union principle (Berger 1982, "Multiparameter hypothesis
-testing and acceptance sampling"): all of them hold with the largest p-value; at least one does with the smallest,
-times their number (Bonferroni). So `abs(a - b) < noise` is Schuirmann's two one-sided tests (1987). The contrary of
-all is at least one contrary. The smaller of the two, doubled, is the claim's p-value, adjusted by Holm's method over
-all claims of the ablation: the chance that any claim is held that is false, or refuted that is true, is at most alpha.
+A claim is a statement of `expressions.py`, made of comparisons of two means over seeds. Each comparison is tested in
+both directions on the differences within seeds, by `statistics.one_sided`: Student's t test and its form without
+skewness must agree. A claim of several comparisons follows the intersection-union principle (Berger 1982,
+"Multiparameter hypothesis testing and acceptance sampling"): all of them hold with the largest p-value, at least one
+holds with the smallest times their number (Bonferroni). So `abs(a - b) < noise` is Schuirmann's two one-sided tests
+(1987). The opposite of "all hold" is that at least one does not. The smaller of the two p-values, doubled, is the
+claim's, adjusted by Holm's method over all claims of the ablation.
 
-`noise` is taken for a known number, though it may be estimated. As the standard deviation over seeds it is too small
-for `abs(a - b) < noise` to be held of a few seeds: of two variants that are equal, and whose seeds have nothing in
-common, it is held in about 3 of 100 ablations of 5 seeds, and in 80 of those of 23. Of a `noise` of three such
-deviations, given as a number, 5 seeds hold it in 9 of 10.
+**Assumption.** If the differences within seeds are normal, or symmetric, the probability that any false claim is held
+or any true claim refuted is at most alpha. Skewed differences break this promise on one side: a few seeds often lack
+the rare bad one. With alpha 0.05 and 5 seeds, a false claim alone is held in 6 % (exponential differences) to 10 %
+(lognormal, sigma 1) of ablations instead of 2.5 %, by Student's test alone in 11 to 18 %; one of four such claims in
+about 17 % instead of 5 %. A verdict whose own seeds look skewed says so in its note.
+
+`noise` is treated as a known number, even if it is estimated. Estimated as the standard deviation over seeds it is too
+small for a few seeds to hold `abs(a - b) < noise`: two equal variants with independent seeds pass in about 2 of 100
+ablations of 5 seeds, and in 80 of 100 of 24. With `noise` given as three such deviations, 5 seeds pass in 4 of 5.
 """
 
 import dataclasses
@@ -22,31 +27,37 @@ from typing import Literal
 import numpy as np
 
 from polygpt.ablation.expressions import Comparison, Junction, Reader, Statement, parsed
+from polygpt.ablation.intervals import interval_t
 from polygpt.ablation.statistics import (
+    effect_range,
     effect_size,
     holm,
-    interval_t,
     one_sided,
     pooled_deviation,
     seeds_needed,
+    seeds_range,
+    skewed,
     superiority,
     t_statistic,
 )
 from polygpt.spec import Spec
 
 ROUNDING = 1e-13
-"""Differences below this share of the largest value are what is left of rounding, and count as 0."""
+"""Differences below this share of the largest value are rounding errors and count as 0."""
+
+CAN_SHOW_SKEW = 4
+"""The fewest seeds whose margins can look skewed."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Claim(Spec):
-    """What is claimed of variants."""
+    """A claim about variants."""
 
     text: str
-    """As an expression: "swiglu < min(relu, gelu)"; ablation/expressions.py lists its forms. Of equality, "abs(a - b) <
-    noise", few seeds bear out only with a `noise` that the ablation gives: see the head of this file."""
+    """An expression such as "swiglu < min(relu, gelu)"; ablation/expressions.py lists the forms. Equality, "abs(a - b)
+    < noise", needs an ablation that sets `noise` if seeds are few: see the top of ablation/claims.py."""
     says: str = ""
-    """In words, and who says it."""
+    """The claim in words, and who makes it."""
 
     def validate(self):
         parsed(self.text)
@@ -58,13 +69,14 @@ class Atom:
 
     Attributes:
         text: "a < b".
-        estimate: the mean margin over seeds; None without seeds.
+        estimate: mean margin over seeds; None without seeds.
         low, high: 95 % t interval of the margin, not adjusted for the number of claims.
         t: Student's statistic; infinite without variance.
-        p_holds, p_contrary: one-sided; of steps not below the smallest that a sign test can have.
+        p_holds, p_contrary: one-sided p-values; for steps at least the smallest of a sign test.
         effect: `effect_size` of the margins.
         superiority: P(left < right) + P(left = right) / 2 over all pairs of seeds.
-        steps: whether margins are between places on a grid, or the same on all seeds.
+        steps: whether margins are distances on a grid, or the same on all seeds.
+        skewed: the skewness of the margins if it is notable; else None.
     """
 
     text: str
@@ -77,24 +89,27 @@ class Atom:
     effect: float | None
     superiority: float | None
     steps: bool
+    skewed: float | None
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What seeds say of a claim.
+    """What the seeds say about a claim.
 
     Attributes:
         claim: the claim.
-        verdict: held where it is significant that it holds, refuted where it is that the contrary does.
-        estimate, low, high, effect, superiority: as in the `Atom` that decides: of comparisons that must all hold the
-            weakest, of those of which one must the strongest.
-        p: two-sided.
-        adjusted: p by Holm's method over all claims; decided where it is <= alpha.
-        seeds_needed: at which effects of the size measured would decide the claim with a chance of 0.8, whatever
-            becomes of the other claims; None if not even 10,000 seeds would do, or nothing is known yet.
+        verdict: held if the claim is significant, refuted if its opposite is.
+        estimate, low, high, effect, superiority: those of the `Atom` that decides: the weakest comparison if all must
+            hold, the strongest if one must.
+        p: two-sided p-value.
+        adjusted: p by Holm's method over all claims; the claim is decided if it is <= alpha.
+        seeds_needed: number of seeds at which effects of the measured size decide the claim with probability 0.8,
+            whatever becomes of the other claims; None if 10,000 are too few, or nothing is known yet.
+        seeds_range: (fewest, most) for the 10 to 90 % range of what the effects may be, of an undecided claim; the
+            second is None if they may be zero, the whole if `seeds_needed` is.
         atoms: all comparisons.
-        seeds: that have all runs the claim is about, and are used.
-        note: what is to be known about the test, or "".
+        seeds: number of seeds that have every run the claim is about.
+        note: what one should know about the test, or "".
     """
 
     claim: Claim
@@ -107,6 +122,7 @@ class Verdict:
     effect: float | None
     superiority: float | None
     seeds_needed: int | None
+    seeds_range: tuple[int, int | None] | None
     atoms: tuple[Atom, ...]
     seeds: int
     note: str = ""
@@ -127,16 +143,16 @@ def judge(
     """Verdicts on claims, in their order.
 
     Args:
-        values: the metric by variant, [S, n_axis1, ...]; NaN where a run is missing, by which its seed is left out of
-            the claims that need the run.
+        values: the metric by variant, [S, n_axis1, ...]; NaN for a missing run, whose seed is left out of the claims
+            that need the run.
         axes: the values of each factor, in the order of the axes.
-        claims: all that the ablation makes: the more there are, the stronger each must be.
+        claims: all claims of the ablation: the more there are, the stronger the evidence for each must be.
         noise: the smallest difference that counts; None for the standard deviation over seeds, pooled over all points.
-        better: whether lower or higher metrics are better; comparisons are of the numbers, whichever it is.
-        alpha: the chance that any verdict is wrong.
+        better: whether lower or higher metrics are better; only `best` in a claim depends on it.
+        alpha: the probability that any verdict is wrong, under the assumption at the top of this file.
 
     Raises:
-        SpecError: for a claim that cannot be read.
+        SpecError: a claim cannot be read.
     """
     claims = list(claims)
     arrays = {name: np.asarray(array, np.float64) for name, array in values.items()}
@@ -160,7 +176,7 @@ def judge(
 
 
 def check(claims: Iterable[Claim], variants: Iterable[str], axes: Mapping[str, Sequence]) -> None:
-    """Raises SpecError for a claim that could not be read of these variants and factors, before anything is run."""
+    """Raises SpecError, before anything is run, if a claim does not fit these variants and factors."""
     shape = (2, *map(len, axes.values()))
     reader = Reader({name: np.ones(shape) for name in variants}, axes, noise=1.0)
     for claim in claims:
@@ -176,22 +192,23 @@ def _atom(text: str, left_S: np.ndarray, right_S: np.ndarray, rounding: float) -
     margin_S = right_S - left_S
     margin_S[np.abs(margin_S) <= rounding] = 0
     low, high = interval_t(margin_S)
-    p_holds, p_contrary = one_sided(margin_S)
-    # Where something is lowest is a place on a grid, often the same on all seeds: of steps Student's t is surer than it
-    # may be, without variance even certain.
-    steps = bool(margin_S.any()) and ("argmin(" in text or math.isinf(t_statistic(margin_S)))
+    t, (p_holds, p_contrary) = t_statistic(margin_S), one_sided(margin_S)
+    # The place of a minimum on a grid is often the same on all seeds. There a t test claims more certainty than it has,
+    # without variance even complete certainty.
+    steps = bool(margin_S.any()) and ("argmin(" in text or math.isinf(t))
     least = 0.5 ** len(margin_S) if steps else 0.0
     return Atom(
         text=text,
         estimate=float(margin_S.mean()) if len(margin_S) else None,
         low=low,
         high=high,
-        t=t_statistic(margin_S),
+        t=float(t),
         p_holds=max(p_holds, least),
         p_contrary=max(p_contrary, least),
         effect=effect_size(margin_S),
         superiority=superiority(left_S, right_S),
         steps=steps,
+        skewed=None if steps else skewed(margin_S),
     )
 
 
@@ -199,7 +216,7 @@ def _atom(text: str, left_S: np.ndarray, right_S: np.ndarray, rounding: float) -
 
 
 def _leaves(tree: Statement | Tested) -> list:
-    """The comparisons of a statement, or the atoms of a tested one."""
+    """The comparisons of a statement, or the atoms of a tested statement."""
     return [leaf for part in tree.parts for leaf in _leaves(part)] if isinstance(tree, Junction) else [tree]
 
 
@@ -211,7 +228,7 @@ def _with_leaves(tree: Statement, leaves: Iterator) -> Tested:
 
 
 def _p(tree: Tested) -> tuple[float, float]:
-    """p-values: (that it holds, that the contrary does)."""
+    """p-values: (for the claim, for its opposite)."""
     if isinstance(tree, Atom):
         return tree.p_holds, tree.p_contrary
     holds, contrary = zip(*map(_p, tree.parts), strict=True)
@@ -221,20 +238,23 @@ def _p(tree: Tested) -> tuple[float, float]:
 
 
 def _deciding(tree: Tested) -> Atom:
-    """The weakest comparison of those that must all hold, the strongest of those of which one must."""
+    """The weakest comparison if all must hold, the strongest if one must."""
     if isinstance(tree, Atom):
         return tree
     return (min if tree.every else max)(map(_deciding, tree.parts), key=lambda atom: atom.t)
 
 
-def _needed(tree: Tested, sign: int, alpha: float) -> list[tuple[float, float]]:
-    """The effects that decide it, (towards the verdict, at which level); `sign` is 1 for held and -1 for refuted."""
+def _needed(tree: Tested, sign: int, alpha: float) -> list[tuple[float, float, float]]:
+    """The effects that decide the claim: (size towards the verdict, its t statistic, level of its test).
+
+    `sign` is 1 for held and -1 for refuted.
+    """
     if isinstance(tree, Atom):
-        return [(sign * (tree.effect or 0.0), alpha)]
+        return [(sign * (tree.effect or 0.0), sign * tree.t, alpha)]
     if tree.every == (sign > 0):
-        return [pair for part in tree.parts for pair in _needed(part, sign, alpha)]
+        return [one for part in tree.parts for one in _needed(part, sign, alpha)]
     parts = [_needed(part, sign, alpha / len(tree.parts)) for part in tree.parts]
-    return max(parts, key=lambda pairs: min(effect for effect, _ in pairs))
+    return max(parts, key=lambda some: min(effect for effect, *_ in some))
 
 
 def _verdict(
@@ -248,20 +268,27 @@ def _verdict(
 ) -> Verdict:
     holds = p[0] <= p[1]
     atom = _deciding(tree)
-    effects, levels = zip(*_needed(tree, 1 if holds else -1, alpha / claims), strict=True)
+    effects, ts, levels = zip(*_needed(tree, 1 if holds else -1, alpha / claims), strict=True)
     used, total = seeds
     notes = []
     if used < 2:
-        notes.append(f"{used} of {total} seeds can be compared: a test takes two")
+        notes.append(f"{used} of {total} seeds can be compared: a test needs two")
     elif used < total:
         notes.append(f"{used} of {total} seeds: the others lack runs")
     needed = seeds_needed(effects, levels) if min(effects) > 0 else None
-    if any(leaf.steps for leaf in _leaves(tree)):
+    span = needed and seeds_range([effect_range(t, used) for t in ts], levels) if adjusted > alpha else None
+    leaves = _leaves(tree)
+    if any(leaf.steps for leaf in leaves):
         least = math.ceil(math.log2(2 * claims / alpha))
         needed = needed and max(needed, least)
-        notes.append(f"margins are steps, which are tested as signs: to decide takes {least} seeds")
+        span = span and (max(span[0], least), span[1] and max(span[1], least))
+        notes.append(f"margins are steps, tested by their signs: a decision needs {least} seeds")
     elif used >= 2 and atom.low == atom.high:
         notes.append("the same on every seed")
+    elif 2 <= used < CAN_SHOW_SKEW:
+        notes.append(f"{used} seeds cannot show whether margins are skewed: p assumes that they are not")
+    if skews := [leaf.skewed for leaf in leaves if leaf.skewed is not None]:
+        notes.append(f"margins are skewed ({max(skews, key=abs):+.1f}): p is approximate, more seeds are safer")
     return Verdict(
         claim=claim,
         verdict="undecided" if adjusted > alpha else "held" if holds else "refuted",
@@ -273,7 +300,8 @@ def _verdict(
         effect=atom.effect,
         superiority=atom.superiority,
         seeds_needed=needed,
-        atoms=tuple(_leaves(tree)),
+        seeds_range=span,
+        atoms=tuple(leaves),
         seeds=used,
         note="; ".join(notes),
     )

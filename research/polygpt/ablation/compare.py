@@ -1,7 +1,8 @@
-"""Finished runs compared: those whose configurations differ in the seed alone are samples of one group.
+"""Comparison of finished runs: runs whose configurations differ only in the seed are samples of one group.
 
-Two groups with the same seeds are paired by seed, since a seed gives both the same order of data. Otherwise they are
-compared by Welch's t test, which takes no variance to be like the other.
+Two groups with the same seeds are paired by seed, since a seed gives both the same order of data, and tested as
+`statistics.one_sided` describes. Other groups are compared by Welch's t test, which assumes normal samples of unequal
+variance.
 """
 
 import dataclasses
@@ -12,65 +13,77 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from scipy import special
+from scipy import stats
 
 from polygpt import spec
+from polygpt.ablation.intervals import interval_bootstrap, interval_bootstrap_unpaired, interval_t
 from polygpt.ablation.record import finite_mean
 from polygpt.ablation.statistics import (
     Compared,
     compare,
+    effect_range,
+    hedges,
     holm,
-    interval_bootstrap,
-    interval_bootstrap_unpaired,
-    interval_t,
     seeds_needed,
+    seeds_range,
     superiority,
+    t_statistic,
 )
 from polygpt.ablation.study import TRAINING_LOSS
-from polygpt.ablation.tables import probability_of
+from polygpt.ablation.tables import SETTLES, caveats, probability_of, seeds_text
 from polygpt.errors import UserError
 from polygpt.markup import Table, probability, span, with_interval
 from polygpt.report.finish import RESULTS
 from polygpt.spec import nearest
+from polygpt.training.experiment import Experiment
+from polygpt.training.held_out import Standing
 from polygpt.training.workdir import differences, drop_same_mathematics, load_experiment
 
 ALPHA = 0.05
-"""The chance that any of the differences found is none."""
+"""Probability that any difference found is not real."""
 NAMED = 3
-"""Fields that a group is named by, at most."""
+"""A group is named by at most so many fields."""
 
 
 @dataclasses.dataclass(frozen=True)
 class FinishedRun:
-    """What a run folder says of a run.
+    """What a run folder says about a run.
 
     Attributes:
-        folder: where.
-        seed: its seed.
-        config: its configuration as JSON, without what makes no other experiment of it.
+        folder: the run folder.
+        experiment: its experiment.
+        config: the experiment as JSON, without the seed and whatever does not change results.
+        step: the step at which it ended.
         metrics: by name, "task/measure" and "train/loss".
     """
 
     folder: Path
-    seed: int
+    experiment: Experiment
     config: dict[str, Any]
+    step: int
     metrics: dict[str, float]
+
+    @property
+    def seed(self) -> int:
+        """The experiment's."""
+        return self.experiment.seed
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Runs that differ in the seed alone.
+    """Runs that differ only in the seed.
 
     Attributes:
-        name: by what it differs from the others.
-        runs: by seed.
-        values: of the metric, as long.
-        compared: beside the first group; None for the first itself.
+        name: names the fields in which it differs from the other groups.
+        runs: the runs, ordered by seed.
+        values: the metric of each run.
+        compared: the comparison with the first group; None for the first group itself, as are the fields below.
         how: "paired" or "Welch".
-        better: the chance that a run is better than one of the first group; None for the first itself.
-        adjusted: p by Holm's method over the groups; None for the first itself.
-        seeds_needed: seeds of each group that would show such an effect; None for the first itself, where the groups do
-            not have the same seeds, or where no number would do.
+        better: probability that a run is better than one of the first group.
+        adjusted: p by Holm's method over the groups.
+        seeds_needed: seeds per group that would show such an effect; None if the groups have different seeds, or no
+            number is enough.
+        seeds_range: (fewest, most) for the 10 to 90 % range of what the effect may be, see `Verdict`.
     """
 
     name: str
@@ -81,29 +94,39 @@ class Group:
     better: float | None
     adjusted: float | None = None
     seeds_needed: int | None = None
+    seeds_range: tuple[int, int | None] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Groups of runs, the metric, and the fields by which their configurations differ with each group's value."""
+    """Groups of runs compared.
+
+    Attributes:
+        metric: what is compared.
+        better: which values of it are better.
+        groups: the groups, the first of which the others are compared with.
+        differences: by dotted field, the value in each group, where they differ.
+        notes: what a reader should know.
+    """
 
     metric: str
     better: Literal["lower", "higher"]
     groups: tuple[Group, ...]
     differences: dict[str, tuple[Any, ...]]
+    notes: tuple[str, ...] = ()
 
 
 def compare_runs(folders: Sequence[str | Path], metric: str | None = None) -> Comparison:
-    """Finished runs, in groups, the first group being that of the first folder.
+    """Groups finished runs and compares every group with that of the first folder.
 
     Args:
-        folders: of runs.
-        metric: "task/measure" or "train/loss"; by default the loss of the first held-out task that all measured, else
-            the training loss.
+        folders: run folders.
+        metric: "task/measure" or "train/loss"; by default the loss of the first held-out task that all runs measured,
+            and if there is none the training loss, which a note says.
 
     Raises:
-        UserError: for a folder that is no run's, a run that is not finished, two runs that are the same, or a metric
-            that a run does not have.
+        UserError: a folder is not a run folder, a run is not finished, two runs are the same, or a run lacks the
+            metric.
     """
     groups: dict[str, list[FinishedRun]] = {}
     for folder in folders:
@@ -113,7 +136,13 @@ def compare_runs(folders: Sequence[str | Path], metric: str | None = None) -> Co
             raise UserError(f"{other.folder} and {run.folder} are the same run, seed {run.seed}: name one of them")
         some.append(run)
     found = [sorted(some, key=lambda run: run.seed) for some in groups.values()]
-    metric = metric or _default([run for some in found for run in some])
+    runs = [run for some in found for run in some]
+    metric, notes = (metric, []) if metric else _default(runs)
+    notes += [
+        f"{run.folder} stopped early, at step {run.step:,} of {run.experiment.train.steps:,} (train.patience)."
+        for run in runs
+        if run.step <= run.experiment.train.steps - run.experiment.train.log_every
+    ]
     better = "lower" if metric.rpartition("/")[2] in ("loss", "perplexity", "bits_per_byte", "wer", "cer") else "higher"
     samples = [[_metric(run, metric) for run in some] for some in found]
     differing = fields([some[0].config for some in found])
@@ -125,40 +154,49 @@ def compare_runs(folders: Sequence[str | Path], metric: str | None = None) -> Co
         share = lower if lower is None or better == "lower" else 1 - lower
         made.append(Group(name, tuple(some), tuple(values), compared, how, share))
     adjusted = holm([group.compared.p for group in made[1:]])
-    others = (_adjusted(group, float(p), len(adjusted)) for group, p in zip(made[1:], adjusted, strict=True))
-    return Comparison(metric, better, (made[0], *others), differing)
+    others = (_adjusted(group, made[0], float(p), len(adjusted)) for group, p in zip(made[1:], adjusted, strict=True))
+    return Comparison(metric, better, (made[0], *others), differing, tuple(notes))
 
 
 def finished_run(folder: Path) -> FinishedRun:
-    """What a run folder says. Errors as `compare_runs`."""
+    """Reads a run folder. Errors as `compare_runs`."""
     experiment = load_experiment(folder)
-    losses, evaluations = {}, {}
+    losses, evaluations, chosen = {}, {}, {}
     for line in _lines(folder / "metrics.jsonl"):
         if "loss" in line:
             losses[line["step"]] = math.nan if line["loss"] is None else line["loss"]
         if "evaluation" in line:
             evaluations[line["step"]] = line["evaluation"]
+            chosen[line["step"]] = line.get("metric")
     last = max([*losses, *evaluations], default=0)
-    # A line of metrics comes every `log_every` steps: the last may be before the end.
-    if last <= experiment.train.steps - experiment.train.log_every or not losses:
+    # Metrics are written every `log_every` steps, so the last line may precede the end.
+    unfinished = last <= experiment.train.steps - experiment.train.log_every
+    if unfinished and not _out_of_patience(experiment, chosen) or not losses:
         steps = f"{experiment.train.steps:,}"
         raise UserError(f"{folder} is at step {last:,} of {steps}: finish it first, or train it again")
     tasks = evaluations.get(last, {})
     if (path := folder / RESULTS).is_file():
         tasks = {**tasks, **json.loads(path.read_text(encoding="utf-8"))["tasks"]}
     metrics = {f"{task}/{name}": value for task, measures in tasks.items() for name, value in measures.items()}
-    tail = [loss for step, loss in losses.items() if step > 0.9 * experiment.train.steps] or [losses[max(losses)]]
+    tail = [loss for step, loss in losses.items() if step > 0.9 * last] or [losses[max(losses)]]
     metrics[TRAINING_LOSS] = finite_mean(np.array(tail, float))
-    return FinishedRun(folder, experiment.seed, _config(experiment), metrics)
+    return FinishedRun(folder, experiment, _config(experiment), last, metrics)
+
+
+def _out_of_patience(experiment: Experiment, chosen: Mapping[int, float | None]) -> bool:
+    """Whether a run with these metrics, by step of evaluation, has ended by `train.patience`."""
+    standing = Standing()
+    for step in sorted(chosen):
+        standing.update(math.nan if chosen[step] is None else chosen[step], experiment.train.better)
+    return experiment.train.patience is not None and standing.stale >= experiment.train.patience
 
 
 def welch(a_S, b_T) -> Compared:
-    """Two samples that are not paired: [S] and [T] finite values.
+    """Compares two unpaired samples, [S] and [T] finite values.
 
-    Welch 1947, "The generalization of 'Student's' problem when several different population variances are involved":
-    t with the degrees of freedom of Welch and Satterthwaite. The effect is Hedges' g, the difference over the pooled
-    standard deviation without the bias of a small sample (Hedges 1981, "Distribution theory for Glass's estimator of
-    effect size"). From fewer than two values of either, the interval is the whole line and p is 1.
+    Welch's t test (Welch 1947, "The generalization of 'Student's' problem when several different population variances
+    are involved"). The effect is Hedges' g, the difference over the pooled standard deviation without small-sample
+    bias. With fewer than two values in either sample the interval is the whole line and p is 1.
     """
     a_S, b_T = np.asarray(a_S, np.float64), np.asarray(b_T, np.float64)
     n, m = len(a_S), len(b_T)
@@ -167,23 +205,19 @@ def welch(a_S, b_T) -> Compared:
     if min(n, m) < 2:
         whole = (-math.inf, math.inf)
         return Compared(**known, t=whole, bootstrap=whole, effect=None, p=1.0)
-    parts = np.array([a_S.var(ddof=1) / n, b_T.var(ddof=1) / m])
-    error = math.sqrt(parts.sum())
+    error = math.sqrt(a_S.var(ddof=1) / n + b_T.var(ddof=1) / m)
     if error <= 1e-12 * abs(difference) or error == 0:
         effect = math.copysign(math.inf, difference) if difference else 0.0
         point = (difference, difference)
         return Compared(**known, t=point, bootstrap=point, effect=effect, p=0.0 if difference else 1.0)
-    freedom = parts.sum() ** 2 / (parts**2 / [n - 1, m - 1]).sum()
-    half = float(special.stdtrit(freedom, 0.975)) * error
+    test = stats.ttest_ind(a_S, b_T, equal_var=False)
     pooled = math.sqrt(((n - 1) * a_S.var(ddof=1) + (m - 1) * b_T.var(ddof=1)) / (n + m - 2))
-    k = n + m - 2
-    unbiased = math.exp(math.lgamma(k / 2) - math.lgamma((k - 1) / 2)) / math.sqrt(k / 2)
     return Compared(
         **known,
-        t=(difference - half, difference + half),
+        t=tuple(map(float, test.confidence_interval(0.95))),
         bootstrap=interval_bootstrap_unpaired(a_S, b_T),
-        effect=difference / pooled * unbiased,
-        p=float(2 * special.stdtr(freedom, -abs(difference) / error)),
+        effect=difference / pooled * hedges(n + m - 2),
+        p=float(test.pvalue),
     )
 
 
@@ -202,11 +236,21 @@ def tables(found: Comparison) -> list[Table]:
             one = group.compared
             line += [with_interval(one.mean, one.t), group.how, probability(group.adjusted)]
             line += [_effect(one.effect), probability_of(group.better)]
-            line.append("" if group.adjusted <= ALPHA else f"{group.seeds_needed:,}" if group.seeds_needed else "–")
+            line.append("" if group.adjusted <= ALPHA else seeds_text(group.seeds_needed, group.seeds_range))
         rows.append(line)
     heads = ["runs", "seeds", found.metric, "bootstrap", f"minus {first}", "test", "p (Holm)", "effect size"]
     heads += ["P(better)", "seeds to settle it"]
-    notes = [f"± and intervals 95 %; {found.better} is better; p is two-sided, by Holm's method over all groups."]
+    notes = [
+        *found.notes,
+        f"± and intervals 95 %; {found.better} is better; p is two-sided, by Holm's method over all groups.",
+        *caveats(min(len(group.runs) for group in found.groups), len(found.groups) > 1),
+    ]
+    notes += [SETTLES] if any(group.seeds_needed for group in found.groups) else []
+    notes += [
+        f"{group.name}: differences are skewed ({group.compared.skewed:+.1f}): p is approximate, more seeds are safer."
+        for group in found.groups[1:]
+        if group.compared.skewed is not None
+    ]
     made = [Table(f"Runs compared: {found.metric}", heads, rows, notes=notes)]
     if found.differences:
         lines = [[name, *map(_text, values)] for name, values in found.differences.items()]
@@ -215,11 +259,11 @@ def tables(found: Comparison) -> list[Table]:
 
 
 def fields(configs: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Any, ...]]:
-    """The dotted fields in which JSON configurations differ, with the value of each; None where it is missing."""
+    """The dotted fields in which JSON configurations differ, with the value in each; None where it is missing."""
     names: dict[str, None] = {}
     for config in configs[1:]:
         names |= dict.fromkeys(name for name, _, _ in differences(configs[0], config))
-    # Where one is a leaf elsewhere and a tree here, the tree is told as a whole.
+    # A field that is a leaf in one configuration and a tree in another is shown whole.
     outer = [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
     return {name: tuple(_at(config, name) for config in configs) for name in outer}
 
@@ -230,10 +274,14 @@ def _beside(some, values, first, first_values) -> tuple[Compared, Literal["paire
     return welch(values, first_values), "Welch"
 
 
-def _adjusted(group: Group, p: float, groups: int) -> Group:
+def _adjusted(group: Group, first: Group, p: float, groups: int) -> Group:
     effect = group.compared.effect
-    needed = seeds_needed(effect, ALPHA / groups) if group.how == "paired" and effect else None
-    return dataclasses.replace(group, adjusted=p, seeds_needed=needed)
+    if group.how != "paired" or not effect:
+        return dataclasses.replace(group, adjusted=p)
+    t = abs(t_statistic(np.subtract(group.values, first.values)))
+    needed = seeds_needed(effect, ALPHA / groups)
+    span = needed and seeds_range([effect_range(float(t), len(group.values))], ALPHA / groups)
+    return dataclasses.replace(group, adjusted=p, seeds_needed=needed, seeds_range=span)
 
 
 def _config(experiment) -> dict[str, Any]:
@@ -244,19 +292,24 @@ def _config(experiment) -> dict[str, Any]:
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
     if not path.is_file():
-        raise UserError(f"{path.parent} has no {path.name}: it was never trained")
+        raise UserError(f"{path.parent} has no {path.name}: train it first")
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             yield json.loads(line)
         except ValueError:
-            raise UserError(f"{path}, line {number} is not JSON: is it being written?") from None
+            raise UserError(f"{path}, line {number} is not JSON: wait for the run that writes it") from None
 
 
-def _default(runs: Sequence[FinishedRun]) -> str:
-    """The loss of a held-out task that all runs have, or the training loss."""
-    shared = [name for name in runs[0].metrics if all(name in run.metrics for run in runs)]
-    losses = [name for name in shared if name.endswith("/loss") and name != TRAINING_LOSS]
-    return losses[0] if losses else TRAINING_LOSS
+def _default(runs: Sequence[FinishedRun]) -> tuple[str, list[str]]:
+    """The loss of the first held-out task that all runs measured, else the training loss with a note on why."""
+    losses = [[name for name in run.metrics if name.endswith("/loss") and name != TRAINING_LOSS] for run in runs]
+    shared = [name for name in losses[0] if all(name in own for own in losses)]
+    if shared:
+        return shared[0], []
+    lacking = [str(run.folder) for run, own in zip(runs, losses, strict=True) if not own]
+    some = ", ".join(lacking[:NAMED]) + (f" and {len(lacking) - NAMED} more" if len(lacking) > NAMED else "")
+    why = f"{some} without an evaluation: polygpt evaluate RUN" if lacking else "the runs share no held-out task"
+    return TRAINING_LOSS, [f"Compared by {TRAINING_LOSS} ({why})."]
 
 
 def _metric(run: FinishedRun, metric: str) -> float:
@@ -264,12 +317,12 @@ def _metric(run: FinishedRun, metric: str) -> float:
         raise UserError(f"{run.folder}: no metric {metric!r}: {nearest(metric, run.metrics)}")
     value = run.metrics[metric]
     if value is None or not math.isfinite(value):
-        raise UserError(f"{run.folder}: {metric} is not finite: its training diverged")
+        raise UserError(f"{run.folder}: {metric} is not finite: training diverged, leave the run out")
     return float(value)
 
 
 def _name(differing: Mapping[str, tuple[Any, ...]], i: int, some: Sequence[FinishedRun]) -> str:
-    """By the fields that differ, if they are few and short; else by the folder of the first run."""
+    """The fields that differ, if they are few and short; else the folder of the first run."""
     words = [f"{name.rpartition('.')[2]} {_text(values[i])}" for name, values in differing.items()]
     name = ", ".join(words)
     return name if 0 < len(words) <= NAMED and len(name) <= 48 else some[0].folder.name

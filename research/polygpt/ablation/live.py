@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from polygpt.ablation.engines.base import Progress
+from polygpt.ablation.intervals import interval_t
 from polygpt.ablation.runner import Failed, Finished, Planned
-from polygpt.ablation.statistics import interval_t
 from polygpt.ablation.study import Ablation, Point, places
 from polygpt.ablation.variants import Name
 from polygpt.markup import duration, value_text, with_interval

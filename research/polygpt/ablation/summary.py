@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from polygpt.ablation.claims import Verdict, judge
+from polygpt.ablation.intervals import complete, interval_bootstrap, interval_t
 from polygpt.ablation.results import Frame
-from polygpt.ablation.statistics import Compared, compare, complete, interval_bootstrap, interval_t
+from polygpt.ablation.statistics import Compared, compare
 from polygpt.ablation.variants import Name
 
 _TAKES = ("parameters", "flops", "steps", "tokens")

@@ -10,6 +10,13 @@ from polygpt.ablation.summary import best_rows, costs, missing, rows
 from polygpt.ablation.variants import Name
 from polygpt.markup import Table, alone, as_written, probability, short, span, value_text, with_interval
 
+SETTLES = (
+    "Seeds to settle it: so many decide the claim with probability 0.8 if the effect is as measured; in brackets for "
+    "the 10 to 90 % range of what it may be."
+)
+ROUGH = 5
+"""Seeds below which effect sizes carry a caveat."""
+
 
 def results_table(frame: Frame) -> Table:
     """The metric; the best of each combination of factors stands out."""
@@ -68,7 +75,7 @@ def claims_table(found: Sequence[Verdict]) -> Table:
             one.verdict,
             with_interval(one.estimate, (one.low, one.high)),
             probability(one.adjusted),
-            "" if one.verdict != "undecided" else "–" if one.seeds_needed is None else f"{one.seeds_needed:,}",
+            seeds_text(one.seeds_needed, one.seeds_range) if one.verdict == "undecided" else "",
             one.note,
         ]
         for one in found
@@ -76,6 +83,12 @@ def claims_table(found: Sequence[Verdict]) -> Table:
     bold = frozenset((i, 2) for i, one in enumerate(found) if one.verdict != "undecided")
     shown = [j for j in range(len(heads)) if j == 0 or any(row[j] for row in cells)]
     bold = frozenset((i, shown.index(j)) for i, j in bold)
+    notes = [
+        "The estimate is the margin by which the deciding comparison holds (negative: by which it fails); decided at "
+        "p ≤ 0.05, by Holm's method over all claims. p takes margins to be normal or symmetric: it is the larger of "
+        "Student's t test and Hall's, which allows for skew."
+    ]
+    notes += [SETTLES] if any(one.verdict == "undecided" and one.seeds_needed for one in found) else []
     return Table(
         "Claims",
         [heads[j] for j in shown],
@@ -83,10 +96,7 @@ def claims_table(found: Sequence[Verdict]) -> Table:
         bold,
         code=frozenset({0}),
         prose=frozenset(j for j, head in enumerate(shown) if heads[head] in ("in words", "verdict", "note")),
-        notes=[
-            "The estimate is the margin by which the deciding comparison holds (negative: by which it fails); "
-            "decided at p ≤ 0.05, by Holm's method over all claims."
-        ],
+        notes=notes,
     )
 
 
@@ -135,6 +145,25 @@ def budget(frame: Frame) -> str:
     return text + (told if amounts else "") + "."
 
 
+def caveats(seeds: int, effects: bool) -> list[str]:
+    """What to know about statistics of so few seeds; `effects` says whether there are effect sizes among them."""
+    if seeds < 2:
+        return []
+    notes = ["Bootstrap intervals are studentised." if seeds >= 4 else "A bootstrap interval needs four seeds."]
+    if effects and seeds < ROUGH:
+        notes.append(f"Effect sizes from {seeds} seeds are rough estimates, often several times too large.")
+    return notes
+
+
+def seeds_text(needed: int | None, span: tuple[int, int | None] | None) -> str:
+    """A number of seeds and its range: "31 (12 to 128)", "28 (9 or more)"."""
+    if needed is None:
+        return "–"
+    if span is None:
+        return f"{needed:,}"
+    return f"{needed:,} ({span[0]:,} {'or more' if span[1] is None else f'to {span[1]:,}'})"
+
+
 def probability_of(share: float | None) -> str:
     """A share of pairs, two digits."""
     return "–" if share is None else f"{share:.2f}"
@@ -148,8 +177,7 @@ def _said(frame: Frame) -> list[str]:
     lacking, asked = missing(frame)
     seeds = f"{len(frame.seeds)} seeds, the same for all variants" if len(frame.seeds) > 1 else "one seed: no intervals"
     notes = [f"Means over {seeds}; ± and intervals 95 %, Student's t; differences are paired by seed."]
-    if len(frame.seeds) > 1:
-        notes.append("Bootstrap intervals are studentised.")
+    notes += caveats(len(frame.seeds), len(frame.values) > 1)
     if frame.ablation.diverged is not None:
         notes.append(f"A run that diverged, or did worse, counts as {alone(frame.ablation.diverged)}.")
     return notes + ([f"{lacking} of {asked} runs are missing."] if lacking else [])

@@ -45,8 +45,10 @@ def run(arguments: Namespace) -> dict:
             "better": group.better,
             "adjusted": group.adjusted,
             "seeds_needed": group.seeds_needed,
+            "seeds_range": group.seeds_range,
             "compared": group.compared and dataclasses.asdict(group.compared),
         }
         for group in found.groups
     ]
-    return {"metric": found.metric, "better": found.better, "groups": groups, "differences": found.differences}
+    said = {"metric": found.metric, "better": found.better, "notes": found.notes}
+    return {**said, "groups": groups, "differences": found.differences}
