@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from polygpt.data.example import Example, Medium, Text
+from polygpt.data.pieces import Pieces
 from polygpt.data.sources.base import Source
-from polygpt.data.sources.text_files import Pieces
 from polygpt.errors import BadRecord, UserError
 
 METADATA = "metadata.jsonl"

@@ -1,7 +1,6 @@
 """Plain text files: a document, a line or a piece of fixed size is an example."""
 
 import dataclasses
-import functools
 import glob
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,11 +9,9 @@ from typing import Literal
 import numpy as np
 
 from polygpt.data.example import Example, Text
+from polygpt.data.pieces import Pieces
 from polygpt.data.sources.base import Source
-from polygpt.errors import BadRecord, UserError
-
-VISIBLE = np.array([not chr(byte).isspace() for byte in range(128)] + [True] * 128)
-"""Whether a byte is other than white space, by its value."""
+from polygpt.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,84 +48,6 @@ def find_files(paths: Sequence[str]) -> list[Path]:
             raise UserError(f"no text file {path!r}: give a file or a pattern that matches files")
         found |= dict.fromkeys(files)
     return list(found)
-
-
-class Pieces:
-    """Random access to the pieces of a file, which is read once to find them and then a piece at a time.
-
-    Lines of white space alone (that of ASCII) are left out; the others keep their numbers.
-    """
-
-    def __init__(self, file: Path, size: int | Literal["line"] | None):
-        """Args: size: "line", bytes a piece, or None for the whole file."""
-        self.file, self.size = file, size
-
-    @functools.cached_property
-    def index(self) -> tuple[np.ndarray, np.ndarray]:
-        """int64: where each piece ends, in bytes, blank lines too; int64 [len(self)]: which of them are given.
-
-        Raises:
-            UserError: if the file cannot be read.
-        """
-        try:
-            total = self.file.stat().st_size
-            if self.size is None:
-                return np.array([total]), np.array([0])
-            if total == 0:
-                return np.zeros(0, np.int64), np.zeros(0, np.int64)
-            data = np.memmap(self.file, np.uint8, "r")
-        except OSError as error:
-            raise UserError(f"{self.file}: cannot be read: {error.strerror}") from error
-        if self.size == "line":
-            ends = np.flatnonzero(data == ord("\n")) + 1
-            if not len(ends) or ends[-1] < total:
-                ends = np.append(ends, total)
-            starts = np.append(0, ends[:-1])
-            return ends, np.flatnonzero(np.logical_or.reduceat(VISIBLE[data], starts))
-        ends, end = [], 0
-        while end < total:
-            start, end = end, end + self.size
-            if end < total:
-                while end > start + 1 and data[end] & 0xC0 == 0x80:  # inside a character
-                    end -= 1
-            ends.append(min(end, total))
-        return np.array(ends), np.arange(len(ends))
-
-    def __len__(self) -> int:
-        return len(self.index[1])
-
-    def place(self, i: int) -> str:
-        """The piece as a person would look it up."""
-        if self.size is None:
-            return str(self.file)
-        return f"{self.file}, {'line' if self.size == 'line' else 'piece'} {self.index[1][i] + 1}"
-
-    def text(self, i: int) -> str:
-        """A piece; a line without its end.
-
-        Raises:
-            BadRecord: if it is empty, not UTF-8, or the file is gone.
-        """
-        ends, given = self.index
-        number = given[i]
-        start, end = int(ends[number - 1]) if number else 0, int(ends[number])
-        try:
-            with self.file.open("rb") as file:
-                file.seek(start)
-                data = file.read(end - start)
-        except FileNotFoundError:
-            raise BadRecord("missing file", self.place(i)) from None
-        except OSError as error:
-            raise BadRecord("unreadable file", self.place(i), error.strerror) from error
-        try:
-            text = data.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise BadRecord("invalid UTF-8", self.place(i), f"byte {start + error.start} of the file") from error
-        if self.size == "line":
-            text = text.removesuffix("\n").removesuffix("\r")
-        if not text.strip():
-            raise BadRecord("empty text", self.place(i))
-        return text
 
 
 class _TextExamples(Sequence):
