@@ -107,12 +107,13 @@ class Pieces:
             if seen[0] > LARGEST:
                 log.warning("indexing %s, %.1f GB; the index is kept in %s", self.file, seen[0] / 1e9, place.parent)
             try:
-                with made_whole(place) as work, (work / "edges").open("wb") as edges, (work / "kept").open("wb") as kept:
-                    for some, numbers in self._scan():
-                        edges.write(some)
-                        kept.write(numbers)
-                    if edges.tell() - 8 == kept.tell():
-                        (work / "kept").unlink()
+                with made_whole(place) as work:
+                    with (work / "edges").open("wb") as edges, (work / "kept").open("wb") as kept:
+                        for some, numbers in self._scan():
+                            edges.write(some)
+                            kept.write(numbers)
+                        if edges.tell() - 8 == kept.tell():
+                            (work / "kept").unlink()
             except OSError as error:
                 raise UserError(
                     f"cannot write the index of {self.file} to {place.parent}: {error.strerror or error}: "
@@ -150,7 +151,7 @@ class Pieces:
         edges, number = self.table[0], self._number(i)
         start, end = int(edges[number]), int(edges[number + 1])
         if end - start > LARGEST:
-            detail = f"{(end - start) / 1e9:.1f} GB in one piece; split it, with unit='line' or unit='chunk' for instance"
+            detail = f"{(end - start) / 1e9:.1f} GB in one piece: unit='line' or unit='chunk' splits it"
             raise BadRecord("too large", self.place(i), detail)
         try:
             with self.file.open("rb") as file:
