@@ -2,53 +2,85 @@
 
 import dataclasses
 import json
+import os
 import re
-from collections.abc import Sequence
-from pathlib import Path
+import unicodedata
+from collections.abc import Collection, Sequence
+from pathlib import Path, PurePath
 
 from polygpt.data.example import Example, Medium, Text
-from polygpt.data.pieces import Pieces
+from polygpt.data.pieces import BOM, Pieces, is_blank
 from polygpt.data.sources.base import Source
 from polygpt.errors import BadRecord, UserError
+from polygpt.spec import nearest
 
 METADATA = "metadata.jsonl"
 MODALITIES = {
     **dict.fromkeys((".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp"), "image"),
     **dict.fromkeys((".wav", ".flac", ".ogg", ".opus", ".mp3"), "audio"),
 }
-"""The modality of a file, by its extension in lower case."""
+"""Modality by file extension in lower case."""
 FIELDS = ("file_name", "file_names", "text", "prompt")
-PLACEHOLDER = re.compile("<(image|audio)>")
+PLACEHOLDER = re.compile(r"(\\*)<(image|audio)>")
+NOT_LINES = re.compile(rb"\s*(\[\s*\{|\[\s*\n|\{\s*\n)")
+"""How a file begins that holds one JSON document and not one object per line."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MediaFolder(Source):
-    """A folder with `metadata.jsonl`, one JSON object a line: `{"file_name": "cat.png", "text": "a cat"}`; blank
+    r"""A folder with `metadata.jsonl`: one JSON object per line, `{"file_name": "cat.png", "text": "a cat"}`. Blank
     lines are skipped.
 
-    `file_names` in place of `file_name` lists several media; a row may also have none. `text` is what the model learns
-    to write, the optional `prompt` what it reads before. The n-th `<image>` in prompt and text stands for the row's
-    n-th picture, the n-th `<audio>` for its n-th recording. Media of a modality that has no placeholder come first.
-    In a row without media a placeholder is text like any other. Other fields are ignored.
+    `text` is the answer that the model learns to write; the optional `prompt` is what it reads first. `file_names`
+    lists several media in place of `file_name`; a row may also have none. The n-th `<image>` in a prompt stands for the
+    row's n-th image, the n-th `<audio>` for its n-th recording, and `\<image>` for the tag itself (`\\<image>` in
+    JSON). Media of a modality without placeholders come first; a tag of a modality that the row lacks is plain text.
     """
 
     path: str
     """The folder."""
     prompt: str = ""
     """The prompt of rows that have none, placeholders included: "Transcribe: <audio>"."""
+    text_placeholders: bool = False
+    """Whether placeholders stand for media in `text` too, as in interleaved documents. By default a tag in an answer is
+    text that the model learns to write."""
+    follow_links: bool = False
+    """Whether symbolic links may lead out of the folder, as in the cache of a hub."""
+    ignore: tuple[str, ...] = ()
+    """Fields of the metadata that are deliberately not read. Any other unknown field makes its row a bad record."""
 
     def open(self) -> Sequence[Example]:
+        """The examples, one per line of the metadata that is not blank.
+
+        Raises:
+            UserError: if the folder or its metadata does not exist, the metadata is a link out of the folder, or it is
+                not JSON lines.
+        """
         folder = Path(self.path)
         if not folder.is_dir():
             raise UserError(f"no folder {self.path!r}: set this source's path to where {METADATA} and its media are")
-        if not (folder / METADATA).is_file():
+        metadata = folder / METADATA
+        if not metadata.is_file():
             raise UserError(f"{folder}: no {METADATA}, which lists the files and their texts")
-        return _FolderExamples(folder.resolve(), self.prompt, Pieces(folder / METADATA, "line"))
+        target = metadata.resolve()
+        if not self.follow_links and not target.is_relative_to(folder.resolve()):
+            raise UserError(f"{metadata} is a link to {target}: set follow_links=True to read what links lead to")
+        try:
+            with metadata.open("rb") as file:
+                head = file.read(4096).removeprefix(BOM)
+        except OSError as error:
+            raise UserError(f"{metadata}: cannot be read: {error.strerror}") from error
+        if wrong := NOT_LINES.match(head):
+            program = "jq -c '.[]'" if wrong[1].startswith(b"[") else "jq -c ."
+            raise UserError(
+                f"{metadata}: it must hold one JSON object per line: convert it, with `{program}` for instance"
+            )
+        return _FolderExamples(self, folder.resolve(), Pieces(metadata, "line"))
 
 
 class _FolderExamples(Sequence):
-    def __init__(self, folder: Path, prompt: str, lines: Pieces):
-        self.folder, self.prompt, self.lines = folder, prompt, lines
+    def __init__(self, spec: MediaFolder, folder: Path, lines: Pieces):
+        self.spec, self.folder, self.lines = spec, folder, lines
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -60,11 +92,12 @@ class _FolderExamples(Sequence):
         row = self._row(i, place)
         names = row.get("file_names", [row["file_name"]] if "file_name" in row else [])
         media = [self._medium(name, place) for name in names]
-        prompt, text = row.get("prompt", self.prompt), row["text"]
-        pieces = [(prompt, 0.0), (text, 1.0)]
-        if not media:
-            return Example(tuple(Text(piece, weight) for piece, weight in pieces if piece), place)
-        return Example(_interleave(pieces, media, place), place)
+        present = {medium.modality for medium in media}
+        prompt = _marked(row.get("prompt", self.spec.prompt), present)
+        text = _marked(row["text"], present) if self.spec.text_placeholders else [row["text"]]
+        if all(is_blank(piece) for piece in text[::2]):
+            raise BadRecord("empty text", place)
+        return Example(_interleave([(prompt, 0.0), (text, 1.0)], media, place), place)
 
     def _row(self, i: int, place: str) -> dict:
         """A line of the metadata, its fields checked."""
@@ -74,46 +107,89 @@ class _FolderExamples(Sequence):
         except (ValueError, RecursionError) as error:
             raise BadRecord("malformed JSON", place, str(error)) from error
         if not isinstance(row, dict):
-            raise BadRecord("malformed metadata", place, f"an object with {', '.join(FIELDS)} is wanted")
+            raise BadRecord("malformed metadata", place, f"it must be an object with {', '.join(FIELDS)}")
         if "file_name" in row and "file_names" in row:
             raise BadRecord("malformed metadata", place, "both file_name and file_names")
         names = row.get("file_names", [])
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise BadRecord("malformed metadata", place, f"file_names is {names!r}: a list of texts is wanted")
+            raise BadRecord("malformed metadata", place, f"file_names is {names!r}: it must be a list of strings")
         for key in ("file_name", "text", "prompt"):
             if key in row and not isinstance(row[key], str):
-                raise BadRecord("malformed metadata", place, f"{key} is {row[key]!r}: a text is wanted")
-        if not PLACEHOLDER.sub("", row.get("text", "")).strip():
-            raise BadRecord("empty text", place, "" if "text" in row else "the row has no field 'text'")
+                raise BadRecord("malformed metadata", place, f"{key} is {row[key]!r}: it must be a string")
+        for key in row:
+            if key not in FIELDS and key not in self.spec.ignore:
+                raise BadRecord("unread field", place, self._unread(key, row[key]))
+        if "text" not in row:
+            raise BadRecord("empty text", place, "the row has no field 'text'")
         for key in ("text", "prompt"):
             if any("\ud800" <= letter <= "\udfff" for letter in row.get(key, "")):
                 raise BadRecord("invalid UTF-8", place, f"{key} holds half of a surrogate pair")
         return row
 
+    def _unread(self, key: str, value) -> str:
+        """Why a field that nothing reads is refused."""
+        names = [name for name in (value if isinstance(value, list) else [value]) if isinstance(name, str)]
+        for name in names:
+            if PurePath(name).suffix.lower() in MODALITIES and os.path.isfile(self.folder / name):
+                return f"{key!r} names the file {name!r}: call the field file_name, or list files in file_names"
+        return f"{key!r}: {nearest(key, FIELDS)}; a field to be left unread is listed in this source's `ignore`"
+
     def _medium(self, name: str, place: str) -> Medium:
+        modality = MODALITIES.get(PurePath(name).suffix.lower())  # of the given name: a link may lead to a hash
+        path = _spelled(self.folder, name)
         try:
-            path = (self.folder / name).resolve()
+            target = path.resolve()
         except (OSError, ValueError, RuntimeError) as error:  # a null byte, a loop of links
-            raise BadRecord("malformed metadata", place, f"{name!r} is no file name: {error}") from error
-        if not path.is_relative_to(self.folder):
+            raise BadRecord("malformed metadata", place, f"{name!r} is not a file name: {error}") from error
+        if not Path(os.path.normpath(path)).is_relative_to(self.folder):
             raise BadRecord("outside the folder", place, repr(name))
-        modality = MODALITIES.get(path.suffix.lower())
+        if not self.spec.follow_links and not target.is_relative_to(self.folder):
+            detail = f"{name!r} is a link to {target}: set follow_links=True to read what links lead to"
+            raise BadRecord("outside the folder", place, detail)
         if modality is None:
             raise BadRecord("unknown file type", place, f"{name!r}: its extension is none of {', '.join(MODALITIES)}")
-        return Medium(modality, path)
+        return Medium(modality, target)
 
 
-def _interleave(pieces: list[tuple[str, float]], media: list[Medium], place: str) -> tuple[Text | Medium, ...]:
-    """Texts with their placeholders exchanged for media; media of a modality without placeholders in front."""
-    stated = [modality for piece, _ in pieces for modality in PLACEHOLDER.findall(piece)]
+def _spelled(folder: Path, name: str) -> Path:
+    """A path below `folder`, with accents composed or decomposed (NFC, NFD) as they are in the names on the disk."""
+    if name.isascii():
+        return folder / name
+    path = folder
+    for part in PurePath(name).parts:
+        forms = (part, *(unicodedata.normalize(form, part) for form in ("NFC", "NFD")))
+        path /= next((form for form in forms if os.path.lexists(path / form)), part)
+    return path
+
+
+def _marked(piece: str, present: Collection[str]) -> list[str]:
+    """A text divided at its placeholders: texts at even places, between them the modalities that are present."""
+    parts, text, at = [], "", 0
+    for match in PLACEHOLDER.finditer(piece):
+        backslashes, modality = match.groups()
+        text += piece[at : match.start()] + "\\" * (len(backslashes) // 2)
+        at = match.end()
+        if len(backslashes) % 2 or modality not in present:
+            text += f"<{modality}>"
+        else:
+            parts += [text, modality]
+            text = ""
+    return [*parts, text + piece[at:]]
+
+
+def _interleave(pieces: list[tuple[list[str], float]], media: list[Medium], place: str) -> tuple[Text | Medium, ...]:
+    """Marked texts, by weight, with media in place of their placeholders; media without placeholders in front."""
+    stated = [modality for piece, _ in pieces for modality in piece[1::2]]
     parts = [medium for medium in media if medium.modality not in stated]
     waiting = {m: [medium for medium in media if medium.modality == m] for m in set(stated)}
     for modality, items in waiting.items():
-        if stated.count(modality) != len(items):
-            count = stated.count(modality)
-            raise BadRecord("placeholders", place, f"{count} <{modality}> in the text for {len(items)} files")
+        if (count := stated.count(modality)) != len(items):
+            detail = (
+                rf"{count} <{modality}> for {len(items)} files of this kind: write \<{modality}> for the tag itself"
+            )
+            raise BadRecord("placeholders", place, detail)
     for piece, weight in pieces:
-        for i, part in enumerate(PLACEHOLDER.split(piece)):  # texts and, at odd places, names of modalities
+        for i, part in enumerate(piece):
             if i % 2:
                 parts.append(waiting[part].pop(0))
             elif part:
