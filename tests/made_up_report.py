@@ -3,6 +3,9 @@
 import numpy as np
 from sklearn.datasets import load_digits
 
+from polygpt.evaluation.classification import Classification
+from polygpt.evaluation.likelihood import MEASURES
+from polygpt.evaluation.transcription import Transcription
 from polygpt.report import media
 from polygpt.report.content import Chart, Content, Item, Line, Sample, Word
 
@@ -88,6 +91,7 @@ def content() -> Content:
             "speech": {"loss": 0.04, "accuracy": 1.0, "wer": 0.0, "token_accuracy": 1.0, "n": 400},
             "fusion": {"loss": 0.41, "accuracy": 0.947, "perplexity": float("nan"), "token_accuracy": 0.9, "n": 1000},
         },
+        measures={one.name: one for one in (*Classification.measures, *Transcription.measures, *MEASURES)},
         modalities={"audio": {"loss": 0.04, "n": 400}, "image+audio": {"loss": 0.41, "n": 1000}},
         gains={
             "digits/image": {"gain": 2.31, "low": 2.11, "high": 2.52},
@@ -96,7 +100,7 @@ def content() -> Content:
             "fusion/audio": {"gain": 0.05, "low": -0.04, "high": 0.14},
         },
         charts=(
-            Chart("Training loss", (Line("loss", tuple(steps), tuple(loss)),), "nats a token", noisy=True),
+            Chart("Training loss", (Line("loss", tuple(steps), tuple(loss)),), "nats per token", noisy=True),
             Chart(
                 "Held-out accuracy",
                 tuple(

@@ -45,7 +45,7 @@ def test_equal_flops_are_equal_to_half_a_step():
 
 
 def test_a_budget_that_steps_cannot_meet_is_told():
-    with pytest.raises(SpecError, match="with 1 steps it has 3,072 tokens, and the base 2,304: no nearer value"):
+    with pytest.raises(SpecError, match="with 1 steps it has 3,072 tokens, and the base 2,304: no value was found"):
         Budget("tokens").applied(experiment(data__rows=64, train__steps=3), experiment())
     assert Budget("tokens", tolerance=0.34).applied(experiment(data__rows=64), experiment()).train.steps == 1
 
@@ -80,7 +80,18 @@ def test_what_is_searched_must_be_a_number(field):
         Budget("parameters", field).applied(experiment(), experiment(model__decoder__width=32))
 
 
-@pytest.mark.parametrize("settings", [{"by": "parameters"}, {"by": "tokens", "field": "model.decoder.width"}])
-def test_a_field_goes_with_parameters_alone(settings):
-    with pytest.raises(SpecError, match="Budget.field is .*given where by is parameters, else null"):
-        Budget(**settings)
+def test_equal_parameters_need_a_field():
+    with pytest.raises(SpecError, match="Budget.field is .*given where by is parameters"):
+        Budget("parameters")
+
+
+@pytest.mark.parametrize("by", ["steps", "parameters", "tokens", "flops"])
+def test_parameters_are_held_equal_beside_steps_tokens_or_flops(by):
+    base = experiment(model__decoder__mlp=MLP(4.0), train__steps=40)
+    gated = experiment(model__decoder__mlp=GatedMLP(1.0, multiple=1), data__rows=8, train__steps=40)
+    made = Budget(by, "model.decoder.mlp.factor").applied(gated, base)
+    assert parameters(made) == pytest.approx(parameters(base), rel=0.02)
+    assert made.train.steps == (20 if by in ("tokens", "flops") else 40)
+    assert (by in ("steps", "parameters")) or made.train.steps * costs(made).flops == pytest.approx(
+        40 * costs(base).flops, rel=0.05
+    )

@@ -111,6 +111,7 @@ def test_a_metric_is_named_and_may_be_better_higher(run):
     folders = [run("a", 2.0, accuracy=0.5), run("b", 2.1, changes=WIDE, accuracy=0.75)]
     found = compare_runs(folders, "text/accuracy")
     assert found.better == "higher" and found.groups[1].better == 1.0
+    assert compare_runs(folders, "text/accuracy", "lower").groups[1].better == 0.0
     assert compare_runs(folders, "train/loss").groups[0].values == (2.25,)
 
 

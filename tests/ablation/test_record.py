@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from tiny_runs import experiment
 
+from polygpt.ablation.measures import cache_bytes
 from polygpt.ablation.record import finite_mean, record
 
 
@@ -35,9 +36,11 @@ def test_metrics_are_those_of_the_last_step():
     tasks = {"text": {"loss": 2.0, "perplexity": math.e**2, "n": 8}, "more": {"loss": 1.0, "n": 8, "skipped": 1}}
     early = {"text": {"loss": 3.0, "perplexity": math.e**3, "n": 8}, "more": {"loss": 2.0, "n": 8, "skipped": 1}}
     found = of(np.ones(12), [(5, early), (12, tasks)])
-    assert found["metrics"] == {"text/loss": 2.0, "text/perplexity": math.e**2, "more/loss": 1.0, "train/loss": 1.0}
+    cache = {"cost/cache_bytes": cache_bytes(experiment())}
+    held_out = {"text/loss": 2.0, "text/perplexity": math.e**2, "more/loss": 1.0}
+    assert found["metrics"] == {**held_out, "train/loss": 1.0, **cache}
     assert found["evaluations"]["step"] == [5, 12] and found["evaluations"]["text/loss"] == [3.0, 2.0]
-    assert of(np.ones(12), [(5, early)])["metrics"] == {"train/loss": 1.0}
+    assert of(np.ones(12), [(5, early)])["metrics"] == {"train/loss": 1.0, **cache}
 
 
 def test_evaluations_are_thinned_to_sixty_and_the_last_stays():

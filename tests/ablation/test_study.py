@@ -1,5 +1,8 @@
 """An ablation as a specification: the points that it asks for, and what is wrong with it before anything runs."""
 
+import dataclasses
+from typing import ClassVar
+
 import pytest
 from tiny_runs import experiment
 
@@ -10,6 +13,9 @@ from polygpt.ablation.study import Ablation, find_ablation, load_ablation, point
 from polygpt.ablation.variants import grid, zipped
 from polygpt.attention.sliding import SlidingWindow
 from polygpt.errors import SpecError, UserError
+from polygpt.evaluation.classification import Classification
+from polygpt.evaluation.metric import Measure, Metric
+from polygpt.overrides import replaced
 
 DEPTH, WIDTH = "model.decoder.depth", "model.decoder.width"
 
@@ -85,10 +91,10 @@ def test_an_ablation_that_makes_no_sense_is_refused(settings, fault):
     [
         ({"variants": {"deep": {"model.decoder.dept": 2}}}, "deep: --model.decoder.dept: DecoderSpec has no field"),
         ({"over": {"depth": grid(DEPTH, 1)}}, "deep, depth 1: variant 'deep' and depth 1 both change model.decoder.d"),
-        ({"metric": "txt/loss"}, "base: the metric 'txt/loss' is of no held-out task: did you mean text?"),
+        ({"metric": "txt/loss"}, "base: the metric 'txt/loss' belongs to no held-out task: did you mean text?"),
         ({"metric": "loss"}, "the metric 'loss' must be 'task/measure'"),
         ({"metric": "text/accuracy"}, "the metric 'text/accuracy' must be one of loss, perplexity"),
-        ({"reads": {"length": {8: "at_8/loss"}}}, "the metric 'at_8/loss' is of no held-out task"),
+        ({"reads": {"length": {8: "at_8/loss"}}}, "the metric 'at_8/loss' belongs to no held-out task"),
         (
             {"variants": {"base": {}, "long": {"train.steps": 24}}, "budget": Budget("tokens")},
             "long: it changes train.steps, which the budget by tokens sets",
@@ -105,6 +111,44 @@ def test_a_task_that_only_a_factor_brings_can_be_the_metric():
     held_out = experiment().evaluation.tasks["text"]
     made = ablation(metric="more/loss", over={"length": {48: {"evaluation.tasks.more": held_out}}})
     assert points(made)[0].experiment.evaluation.tasks["more"] == held_out
+    assert made.measure.better == "lower"
+
+
+@dataclasses.dataclass(frozen=True)
+class Distance(Metric):
+    """Two figures, of which one is declared."""
+
+    measures: ClassVar = (Measure("mae", "lower", "MAE", "years"),)
+
+
+def written(*metrics):
+    task = experiment().evaluation.tasks["text"].replace(generate=True, metrics=metrics)
+    base = replaced(experiment(train__evaluate="full"), {"evaluation.tasks.text": task})
+    return ablation(metric="text/mae").replace(base=base)
+
+
+def test_the_direction_and_the_unit_are_the_metrics_own_unless_they_are_given():
+    assert (ablation().measure.better, ablation().heading) == ("lower", "text/loss (nats per token)")
+    accuracy = ablation(metric="text/token_accuracy")
+    assert (accuracy.measure.better, accuracy.heading) == ("higher", "text/token_accuracy")
+    assert ablation(better="higher", unit="nats per byte").heading == "text/loss (nats per byte)"
+    assert ablation(better="higher").measure.better == "higher"
+    mae = written(Distance())
+    assert (mae.measure.better, mae.heading) == ("lower", "text/mae (years)")
+
+
+def test_a_figure_that_no_metric_declares_has_no_direction():
+    undeclared = written(Classification(), Plain())
+    with pytest.raises(SpecError, match="Ablation.better is null, and text/mae does not declare a direction"):
+        assert undeclared.heading
+    assert undeclared.replace(better="higher").measure.better == "higher"
+    with pytest.raises(SpecError, match="'text/mse' is not measured"):
+        points(written(Distance()).replace(metric="text/mse"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Plain(Metric):
+    """Declares nothing."""
 
 
 def test_an_ablation_is_found_by_its_name_its_folder_and_its_file(tmp_path, monkeypatch):

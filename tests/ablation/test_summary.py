@@ -51,7 +51,7 @@ def test_a_higher_metric_may_be_the_better_one(made):
 def test_the_table_of_results(made):
     table = tables.results_table(frame(made()))
     assert table.columns == [
-        "variant", "text/loss (nats a token)", "bootstrap", "minus base", "effect size", "P(better)", "paper",
+        "variant", "text/loss (nats per token)", "bootstrap", "minus base", "effect size", "P(better)", "paper",
     ]  # fmt: skip
     assert [row[0] for row in table.rows] == ["base", "wide", "deep_2"] and table.bold == {(1, 1)}
     assert table.rows[0][3:] == ["–", "–", "–", "1.99"] and table.rows[1][3] == "-0.1012 ± 0.0024"
@@ -67,7 +67,7 @@ def test_one_variant_is_compared_with_none(made):
         records=[record for record in found.records if record["variant"] == "base"],
     )
     table = tables.results_table(alone)
-    assert table.columns == ["variant", "text/loss (nats a token)", "bootstrap", "paper"]
+    assert table.columns == ["variant", "text/loss (nats per token)", "bootstrap", "paper"]
     assert [len(row) for row in table.rows] == [4] and not table.bold
     assert tables.headline(alone, []) == "Nothing is claimed, and nothing compared."
 
@@ -75,7 +75,7 @@ def test_one_variant_is_compared_with_none(made):
 def test_factors_are_columns_and_each_combination_has_its_best(made):
     found = frame(made(OVER, rated))
     table = tables.results_table(found)
-    assert table.columns[:4] == ["variant", "rows", "rate", "text/loss (nats a token)"]
+    assert table.columns[:4] == ["variant", "rows", "rate", "text/loss (nats per token)"]
     assert [row[:3] for row in table.rows[:4]] == [
         ["base", "2", "0.001"], ["base", "2", "0.01"], ["base", "2", "0.1"], ["base", "4", "0.001"],
     ]  # fmt: skip
@@ -125,7 +125,8 @@ def test_claims_are_told_with_verdict_interval_and_seeds(made):
     assert table.bold == {(0, 2), (2, 2)} and table.code == {0}
     assert tables.headline(found, verdicts) == (
         "2 of 3 claims held: a wider model learns more; depth makes no difference; "
-        "1 of 3 claims undecided: a deeper model learns more; best text/loss: wide, 2.00 ± 0.14 nats a token, 4 seeds."
+        "1 of 3 claims undecided: a deeper model learns more; "
+        "best text/loss: wide, 2.00 ± 0.14 nats per token, 4 seeds."
     )
 
 

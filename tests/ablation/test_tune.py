@@ -275,7 +275,7 @@ def test_knobs_are_read_from_a_command_line(text, knob):
         (lambda: search({DEPTH: Float(1, 2)}), "knob 'model.decoder.depth' is 1.0: it must be int"),
         (lambda: search({"x": Choice({"a": {}, "b": {"modle.x": 1}})}), "option 'b': no field 'modle.x'"),
         (lambda: search({}), "Search.knobs"),
-        (lambda: search(metric="txt/loss"), "'txt/loss' is of no held-out task: did you mean text"),
+        (lambda: search(metric="txt/loss"), "'txt/loss' belongs to no held-out task: did you mean text"),
         (lambda: search(metric="loss"), "must be 'task/measure'"),
         (lambda: search(pruning="median", against="flops"), "Search.pruning is 'median': it must be null with two"),
         (lambda: Float(1, 1), "Float.high is 1.0: it must be more than 1.0"),

@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 
+from polygpt.data.sources.text_files import TextFiles
 from polygpt.errors import SpecError
 from polygpt.evaluation.bootstrap import bootstrap_mean
 from polygpt.evaluation.classification import Classification
 from polygpt.evaluation.metric import normalize
-from polygpt.evaluation.spec import EvaluationSpec
+from polygpt.evaluation.spec import EvalTask, EvaluationSpec
 from polygpt.evaluation.transcription import Transcription
 
 
@@ -16,6 +17,21 @@ def test_normalize_leaves_what_a_listener_hears():
     assert normalize("Cafe\u0301") == normalize("café") == "café"
     assert normalize("5 + 3") == "5 + 3"
     assert normalize(" ?! ") == ""
+
+
+@pytest.mark.parametrize("metric", [Classification(), Transcription()])
+def test_a_metric_gives_exactly_what_it_declares(metric):
+    figures = metric(["one", "two"], ["one", "three"])
+    assert set(figures) == {one.name for one in metric.measures}
+    assert all(not one.share or 0 <= figures[one.name] <= 1 for one in metric.measures)
+
+
+def test_directions_are_known_of_every_measure():
+    task = EvalTask(TextFiles(("a.txt",)), metrics=(Classification(), Transcription()))
+    known = {name: one.better for name, one in task.measures().items()}
+    lower = {"loss", "perplexity", "bits_per_byte", "wer", "cer"}
+    assert known == {name: "lower" if name in lower else "higher" for name in known} and lower < set(known)
+    assert list(known)[-4:] == ["loss", "perplexity", "bits_per_byte", "token_accuracy"]
 
 
 def test_classification_by_hand():

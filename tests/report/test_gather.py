@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+import made_up_report
 from polygpt.files import plain
 from polygpt.report import finish, gather
 from polygpt.training.sinks import JsonLines
@@ -50,7 +51,8 @@ def test_lines_and_files_cut_short_are_read_as_far_as_they_go(folder):
 
 
 def test_charts_in_their_order_with_a_line_a_task(folder):
-    charts = gather.charts(gather.read_lines(folder / "metrics.jsonl"), gather.read_lines(folder / "timing.jsonl"))
+    lines = [gather.read_lines(folder / name) for name in ("metrics.jsonl", "timing.jsonl")]
+    charts = gather.charts(*lines, made_up_report.content().measures)
     titles = [chart.title for chart in charts]
     assert titles == [
         "Training loss",
@@ -96,7 +98,8 @@ def run(folder, monkeypatch):
     monkeypatch.setattr(gather.spec, "to_json", lambda experiment: {})
     model = SimpleNamespace(spec=SimpleNamespace(adapters={}))
     layout, train = SimpleNamespace(layout=None), SimpleNamespace(steps=30)
-    experiment = SimpleNamespace(name="made", train=train, data=layout, evaluation=None)
+    evaluation = SimpleNamespace(measures=lambda: made_up_report.content().measures, tasks={})
+    experiment = SimpleNamespace(name="made", train=train, data=layout, evaluation=evaluation)
     params = {"a": np.zeros(3)}
     return SimpleNamespace(params=params, step=30, model=model, experiment=experiment, workdir=folder, tokenizer=None)
 

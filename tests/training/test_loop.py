@@ -311,17 +311,18 @@ def test_no_run_folder_and_no_checkpoint_are_told_apart(tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
+        ({"train.metric": "txt/loss"}, "train.metric: the metric 'txt/loss' belongs to no held-out task: did you mean"),
         (
-            {"train.metric": "txt/loss"},
-            "metric is 'txt/loss': it must be of a task of the evaluation: did you mean text",
+            {"train.metric": "text/token_accuracy"},
+            "train.better is 'lower', and higher values of text/token_accuracy are better: write --train.better higher",
         ),
         ({"train.metric": "accuracy"}, "metric is 'accuracy'"),
         (
             {"train.metric": "text/accuracy"},
-            "metric is 'text/accuracy': it must be one of loss, perplexity, bits_per_byte, token_accuracy of text, "
+            "the metric 'text/accuracy' must be one of loss, perplexity, bits_per_byte, token_accuracy of text, "
             "unless train.evaluate is full and the task's generate is true",
         ),
-        ({"train.evaluate": "full", "train.metric": "text/accuracy"}, "metric is 'text/accuracy'"),
+        ({"train.evaluate": "full", "train.metric": "text/accuracy"}, "metric 'text/accuracy' must be"),
         ({"train.patience": "2"}, "patience is 2: it must be null without evaluate_every"),
         ({"evaluation.tasks": "{}", "train.evaluate_every": "2"}, "evaluate_every is 2: it must be null where"),
         ({"name": "a/b"}, "name is 'a/b'"),

@@ -82,7 +82,7 @@ def ablation() -> Ablation:
             unit="perplexity",
             setting="247M parameters on WikiText-103, trained at 512 and 1,024 tokens, read at up to 16,000",
         ),
-        unit="nats a byte",
+        unit="nats per byte",
         reads={"length": {length: f"{task(length)}/loss" for length in (LENGTH, *LONGER)}},
         tuned=grid("optim.schedule.peak", 2e-3, 4e-3, 8e-3, 1.6e-2),
         claims=(

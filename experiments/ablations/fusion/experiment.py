@@ -43,7 +43,7 @@ def ablation() -> Ablation:
         base=see_and_hear("fusion", width=WIDTH),
         variants={name.replace(" + ", "_"): changes for name, changes in VARIANTS.items()},
         metric="fusion/loss",
-        unit="nats a byte of the answer",
+        unit="nats per byte of the answer",
         claims=(
             Claim(f"{mean('bidirectional')} < {mean('causal')}", "media read both ways help"),
             Claim(f"{mean('first')} < {mean('interleaved')}", "media before all text help"),

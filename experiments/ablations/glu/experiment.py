@@ -46,7 +46,7 @@ def ablation() -> Ablation:
                 "swiglu": 1.636, "geglu": 1.633,
             },
         ),
-        unit="nats a byte",
+        unit="nats per byte",
         tuned=grid("optim.schedule.peak", 2e-3, 4e-3, 8e-3, 1.6e-2),
         claims=(
             Claim("mean(glu, bilinear, reglu, swiglu, geglu) < mean(relu, gelu, swish)", "gated below ungated"),

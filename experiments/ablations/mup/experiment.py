@@ -36,7 +36,7 @@ def ablation() -> Ablation:
             evidence="M",
             setting="transformers of 128 to 8,192 channels on WikiText-2, by Adam",
         ),
-        unit="nats a byte",
+        unit="nats per byte",
         over={
             "width": zipped(grid("model.decoder.width", *WIDTHS), grid("model.decoder.attention.heads", *heads)),
             "rate": grid("optim.schedule.peak", 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 1.28e-1),

@@ -37,7 +37,7 @@ def ablation() -> Ablation:
             evidence="M",
             setting="IWSLT14 German to English by Adam at 5e-4 and 1e-3, and BERT",
         ),
-        unit="nats a byte",
+        unit="nats per byte",
         over={"rate": grid("optim.schedule.peak", 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)},
         claims=(
             Claim("best(post, over=rate) < best(post_no_warmup, over=rate)", "post-norm needs a warm-up"),

@@ -47,7 +47,7 @@ def ablation() -> Ablation:
             setting="1.3B parameters on the Pile (perplexities 13.10, 13.05, 12.93, 12.51)",
             figures={name: round(log(perplexity), 3) for name, perplexity in PERPLEXITIES.items()},
         ),
-        unit="nats a byte",
+        unit="nats per byte",
         tuned=grid("optim.schedule.peak", 2e-3, 4e-3, 8e-3, 1.6e-2),
         tuning_seeds=3,
         claims=(

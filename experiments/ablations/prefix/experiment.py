@@ -51,7 +51,7 @@ def ablation() -> Ablation:
             setting="3B parameters, 100M examples of pretraining, transfers; a figure without numbers",
         ),
         metric="sums/loss",
-        unit="nats a byte of the answer",
+        unit="nats per byte of the answer",
         reads={"question": {question: f"{question}/loss" for question in QUESTIONS}},
         claims=tuple(
             Claim(f"at({better}, question='{question}') < at({worse}, question='{question}')", f"{question}: {words}")

@@ -41,7 +41,7 @@ def ablation() -> Ablation:
             evidence="A",
             setting="10M to 1.2B parameters on C4",
         ),
-        unit="nats a byte",
+        unit="nats per byte",
         over={"rate": grid("optim.schedule.peak", 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)},
         claims=(
             Claim(f"{SENSITIVITY('qk_norm')} < {SENSITIVITY('plain')}", "QK-norm lowers the sensitivity to the rate"),

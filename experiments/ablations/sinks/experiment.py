@@ -61,7 +61,7 @@ def ablation() -> Ablation:
             setting="Llama-2-13B on 65k tokens of a book: window of 1,024 5158.07, 4 sinks + window of 1,020 5.40",
         ),
         metric="full/loss",
-        unit="nats a byte",
+        unit="nats per byte",
         reads={"seen": {seen: f"{seen}/loss" for seen in SEEN}},
         claims=(
             Claim("at(model, seen='full') < at(model, seen='window')", "a window loses against full attention"),

@@ -17,10 +17,10 @@ def beside(frame: Frame) -> Table:
     first = next((variant for variant in frame.values if variant in paper.figures), None)
     over = f", at its best {' and '.join(ablation.over)}" if ablation.over else ""
     over += f", mean over {next(iter(ablation.reads))}" if ablation.reads else ""
-    turned = f"{paper.better} is better" if paper.better not in (None, ablation.better) else ""
+    turned = f"{paper.better} is better" if paper.better not in (None, ablation.measure.better) else ""
     about = ", ".join(filter(None, (paper.unit, turned)))
     heads = ["variant", f"paper{f' ({about})' if about else ''}", f"minus {first}"]
-    heads += [f"ours: {ablation.label} ({ablation.unit}){over}", f"minus {first}"]
+    heads += [f"ours: {ablation.heading}{over}", f"minus {first}"]
     samples = {variant: _at_best(frame, variant) for variant in frame.values}
     rows = []
     for variant in [*frame.values, *(name for name in paper.figures if name not in frame.values)]:
@@ -35,7 +35,7 @@ def beside(frame: Frame) -> Table:
         rows.append(line)
     means = {name: float(kept.mean()) for name, x_S in samples.items() if len(kept := complete(x_S))}
     agreeing, pairs = agreement(
-        paper.figures, means, opposite=paper.better is not None and paper.better != ablation.better
+        paper.figures, means, opposite=paper.better is not None and paper.better != ablation.measure.better
     )
     notes = [f"Of {pairs} pairs of variants, {agreeing} have the same better one as in the paper, by the means."]
     return Table("The paper's figures beside ours", heads, rows, notes=notes if pairs else ())

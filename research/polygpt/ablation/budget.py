@@ -1,4 +1,4 @@
-"""What is held equal between variants: steps, tokens, FLOPs or parameters."""
+"""What is held equal between variants: steps, tokens or FLOPs, and the number of parameters."""
 
 import dataclasses
 import functools
@@ -18,17 +18,17 @@ from polygpt.spec import Spec
 from polygpt.training.experiment import Experiment
 
 NEAR = 1e-3
-"""The search for equal parameters ends with a count, or an interval of values, as narrow as this share."""
+"""The search for equal parameters ends within this share of the count, or of the value."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """What an experiment's model and step take.
+    """What an experiment's model and training step cost.
 
     Attributes:
-        parameters: exact count of the model's.
-        flops: of one training step, forward and backward, by the formula of `scale/plan/flops.py`.
-        positions: of a batch, B T, those of padding included.
+        parameters: exact count.
+        flops: FLOPs per training step, forward and backward, by the formula of `scale/plan/flops.py`.
+        positions: positions per batch, B T, padding included.
     """
 
     parameters: int
@@ -44,7 +44,7 @@ def costs(experiment: Experiment) -> Costs:
 
 
 def parameters(experiment: Experiment) -> int:
-    """Exact count of the model's."""
+    """Exact count."""
     return _parameters(json.dumps(spec.to_json(experiment.model)), experiment.tokenizer.build().vocabulary)
 
 
@@ -56,43 +56,40 @@ def _parameters(model: str, vocabulary: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Budget(Spec):
-    """What every variant gets as much of as the base does, at the same values of all factors."""
+    """What is equal between a variant and the base, at the same values of all factors."""
 
     by: Literal["steps", "tokens", "flops", "parameters"] = "steps"
-    """steps: the experiments are taken as they are. tokens, flops: `train.steps` is set so that the whole run sees as
-    many positions of batches, or takes as many FLOPs, as the base. parameters: `field` is set so that the model has as
-    many parameters."""
+    """What equal length means. steps, parameters: steps stay as the experiments have them. tokens, flops: `train.steps`
+    is set so that the whole run sees as many batch positions, or takes as many FLOPs, as the base."""
     field: str | None = None
-    """The dotted number that is searched for an equal count of parameters, "model.decoder.mlp.factor": the parameters
-    must grow with it."""
+    """A dotted number, "model.decoder.mlp.factor", that is set so that the model also has as many parameters as the
+    base; they must grow with it. null leaves the parameters as they are; `by` parameters needs it."""
     tolerance: float = 0.02
-    """By what share of the base's a variant may differ."""
+    """Share of the base's amount by which a variant may differ."""
 
     def validate(self):
         self.require(self.tolerance >= 0, "tolerance", "at least 0")
-        self.require(
-            (self.field is not None) == (self.by == "parameters"),
-            "field",
-            "given where by is parameters, else null",
-        )
+        self.require(self.field is not None or self.by != "parameters", "field", "given where by is parameters")
 
     def applied(self, experiment: Experiment, base: Experiment) -> Experiment:
-        """The experiment with as much of it as `base`.
+        """The experiment with the base's amounts: first the parameters, then the number of steps.
 
         Raises:
-            SpecError: if no value comes within the tolerance.
+            SpecError: no value comes within the tolerance.
         """
-        if self.by == "steps" or experiment == base:
+        if experiment == base:
             return experiment
-        if self.by == "parameters":
-            return self._with_parameters(experiment, parameters(base))
+        if self.field is not None:
+            experiment = self._with_parameters(experiment, parameters(base))
+        if self.by in ("steps", "parameters"):
+            return experiment
         if self.by == "tokens":
             each, of_base = (made.data.rows * made.data.layout.length for made in (experiment, base))
         else:
             each, of_base = (costs(made).flops for made in (experiment, base))
         wanted = base.train.steps * of_base
         steps = max(1, round(wanted / each))
-        self._require_near(steps * each, wanted, f"{steps:,} steps")
+        self._require_near(steps * each, wanted, f"{steps:,} steps", self.by)
         return experiment.replace(train=experiment.train.replace(steps=steps))
 
     def _with_parameters(self, experiment: Experiment, wanted: int) -> Experiment:
@@ -100,7 +97,7 @@ class Budget(Spec):
         found: dict[Any, int | None] = {}
 
         def count(candidate) -> int | None:
-            """Parameters with this value; None if the experiment does not allow it."""
+            """Parameters with this value; None if the experiment refuses it."""
             if candidate not in found:
                 try:
                     found[candidate] = parameters(replaced(experiment, {self.field: candidate}))
@@ -111,23 +108,23 @@ class Budget(Spec):
         count(value)
         _bisect(count, value, wanted)
         best = min((abs(n - wanted), c) for c, n in found.items() if n is not None)[1]
-        self._require_near(found[best], wanted, f"{self.field} {best:.6g}")
+        self._require_near(found[best], wanted, f"{self.field} {best:.6g}", "parameters")
         return replaced(experiment, {self.field: best})
 
-    def _require_near(self, has: float, wanted: float, how: str) -> None:
+    def _require_near(self, has: float, wanted: float, how: str, what: str) -> None:
         if abs(has / wanted - 1) > self.tolerance:
             raise SpecError(
-                f"budget: with {how} it has {has:,.0f} {self.by}, and the base {wanted:,.0f}: "
-                f"no nearer value was found within the tolerance of {self.tolerance:.1%}"
+                f"budget: with {how} it has {has:,.0f} {what}, and the base {wanted:,.0f}: no value was found within "
+                f"the tolerance of {self.tolerance:.1%}: raise it, or change the base"
             )
 
 
 def _bisect(count: Callable[[Any], int | None], value: int | float, wanted: int) -> None:
-    """Asks `count` of values ever nearer to where it passes `wanted`, from `value` on."""
+    """Calls `count` with values ever nearer to where it passes `wanted`, starting from `value`."""
     whole = isinstance(value, int)
     grain = _grain(count, value) if whole else None
 
-    def at(k):  # whole numbers in steps of the grain, others by factors
+    def at(k):  # integers in steps of the grain, others by factors
         return value + k * grain if whole else value * 2.0**k
 
     up = (count(value) or 0) < wanted
@@ -140,13 +137,13 @@ def _bisect(count: Callable[[Any], int | None], value: int | float, wanted: int)
         n = count(at(middle))
         if n is not None and abs(n - wanted) <= NEAR * wanted:
             return
-        # What is not allowed lies beyond the far end.
+        # A refused value counts as beyond the far end.
         beyond = up if n is None else n >= wanted
         low, high = (low, middle) if beyond else (middle, high)
 
 
 def _grain(count: Callable[[int], int | None], value: int) -> int:
-    """The least distance of whole numbers that are all allowed: a width, say, must be a multiple of its heads."""
+    """The smallest step between allowed integers: a width, for example, must be a multiple of its heads."""
     for grain in range(1, max(value, 1) + 1):
         if count(value + grain) is not None and count(value + 2 * grain) is not None:
             return grain
@@ -161,5 +158,5 @@ def _value(experiment: Experiment, field: str) -> int | float:
         else:
             value = value.get(key) if isinstance(value, dict) else None
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise SpecError(f"budget: {field} is {value!r}: it must be a number of every variant's own")
+        raise SpecError(f"budget: {field} is {value!r}: it must be a number in every variant")
     return value

@@ -12,8 +12,8 @@ from typing import Any, Literal
 import numpy as np
 
 from polygpt.ablation.intervals import complete, interval_t
+from polygpt.ablation.measures import MEASURES
 from polygpt.ablation.results import Frame
-from polygpt.ablation.study import TRAINING_LOSS
 from polygpt.ablation.summary import best_place, columns, combinations
 from polygpt.ablation.variants import Name
 from polygpt.markup import alone, value_text
@@ -80,10 +80,10 @@ def charts(frame: Frame) -> list[Chart]:
     numeric = [factor for factor, values in frame.axes.items() if is_numeric(values)]
     found = [] if numeric else [_points(frame)]
     found += [_over(frame, factor) for factor in numeric]
-    found += [_course(frame, "training_loss", "training loss", "nats a token", ("curve", "loss"))]
-    if frame.ablation.metric != TRAINING_LOSS:
+    found += [_course(frame, "training_loss", "training loss", "nats per token", ("curve", "loss"))]
+    if frame.ablation.metric not in MEASURES:
         metric = frame.ablation.metric
-        found += [_course(frame, "held_out", metric, frame.ablation.unit, ("evaluations", metric))]
+        found += [_course(frame, "held_out", metric, frame.ablation.measure.unit, ("evaluations", metric))]
     return [chart for chart in found if chart is not None and len(chart.panels) <= PANELS]
 
 
@@ -95,20 +95,20 @@ def is_numeric(values: Sequence[Name]) -> bool:
 def _points(frame: Frame) -> Chart:
     """Every variant's mean, a panel for each combination of factors; the paper's figures in one of their own."""
     ablation, panels = frame.ablation, []
-    unit = f"{ablation.label} ({ablation.unit})"
+    unit = ablation.heading
     samples = {variant: list(columns(values)) for variant, values in frame.values.items()}
     for i, at in enumerate(combinations(frame)):
         series = tuple(_point(frame, variant, some[i]) for variant, some in samples.items())
         panels.append(Panel(_at(at), series, "", unit))
-    paper, caption = ablation.paper, f"{unit}: mean, 95 % interval and every seed; {ablation.better} is better"
+    paper, caption = ablation.paper, f"{unit}: mean, 95 % interval and every seed; {ablation.measure.better} is better"
     if paper and paper.figures:
         whole = (-math.inf,), (math.inf,)
         figures = {variant: paper.figures.get(variant, math.nan) for variant in frame.values}
         series = tuple(Series(name, (0.0,), (figure,), *whole) for name, figure in figures.items())
         panels.append(Panel(f"paper: {paper.where}", series, "", paper.unit))
         caption += f"; on the right the paper's figures{f' ({paper.unit})' if paper.unit else ''}"
-        caption += f", {paper.better} is better" if paper.better not in (None, ablation.better) else ""
-    return Chart("variants", caption + ".", "points", tuple(panels), ablation.better)
+        caption += f", {paper.better} is better" if paper.better not in (None, ablation.measure.better) else ""
+    return Chart("variants", caption + ".", "points", tuple(panels), ablation.measure.better)
 
 
 def _point(frame: Frame, name: str, x_S: np.ndarray) -> Series:
@@ -128,15 +128,15 @@ def _over(frame: Frame, factor: str) -> Chart:
         for i, at in enumerate(others):
             panel, name = (variant, _at(at)) if at else ("", variant)
             lines.setdefault(panel, []).append((name, moved[:, i]))
-    unit, log = f"{frame.ablation.label} ({frame.ablation.unit})", spans_a_decade(x)
+    unit, log = frame.ablation.heading, spans_a_decade(x)
     panels = tuple(
         Panel(title, tuple(_line(frame, name, x, y_SX) for name, y_SX in some), factor, unit, log)
         for title, some in lines.items()
     )
-    caption = f"{unit} over {factor}: mean and 95 % interval; {frame.ablation.better} is better"
+    caption = f"{unit} over {factor}: mean and 95 % interval; {frame.ablation.measure.better} is better"
     if any(series.diverged for panel in panels for series in panel.series):
         caption += "; × at the edge: runs diverged there"
-    return Chart(f"over_{factor}".replace(" ", "_"), caption + ".", "marks", panels, frame.ablation.better)
+    return Chart(f"over_{factor}".replace(" ", "_"), caption + ".", "marks", panels, frame.ablation.measure.better)
 
 
 def _line(frame: Frame, name: str, x: tuple[float, ...], y_SX: np.ndarray) -> Series:
@@ -159,10 +159,10 @@ def _course(frame: Frame, name: str, what: str, unit: str, where: tuple[str, str
         series += [made] if made else []
     if not series:
         return None
-    panel = Panel("", tuple(series), along, f"{what} ({unit})")
+    panel = Panel("", tuple(series), along, f"{what} ({unit})" if unit else what)
     caption = f"{what} over {along}: mean and 95 % interval over seeds"
     caption += ", each variant where it did best" if frame.ablation.over else ""
-    better = frame.ablation.better if where[0] == "evaluations" else "lower"
+    better = frame.ablation.measure.better if where[0] == "evaluations" else "lower"
     return Chart(name, caption + ".", "curves", (panel,), better)
 
 

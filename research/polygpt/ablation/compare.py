@@ -17,6 +17,7 @@ from scipy import stats
 
 from polygpt import spec
 from polygpt.ablation.intervals import interval_bootstrap, interval_bootstrap_unpaired, interval_t
+from polygpt.ablation.measures import MEASURES, TRAINING_LOSS
 from polygpt.ablation.record import finite_mean
 from polygpt.ablation.statistics import (
     Compared,
@@ -29,7 +30,6 @@ from polygpt.ablation.statistics import (
     superiority,
     t_statistic,
 )
-from polygpt.ablation.study import TRAINING_LOSS
 from polygpt.ablation.tables import SETTLES, caveats, probability_of, seeds_text
 from polygpt.errors import UserError
 from polygpt.markup import Table, probability, span, with_interval
@@ -116,17 +116,20 @@ class Comparison:
     notes: tuple[str, ...] = ()
 
 
-def compare_runs(folders: Sequence[str | Path], metric: str | None = None) -> Comparison:
+def compare_runs(
+    folders: Sequence[str | Path], metric: str | None = None, better: Literal["lower", "higher"] | None = None
+) -> Comparison:
     """Groups finished runs and compares every group with that of the first folder.
 
     Args:
         folders: run folders.
         metric: "task/measure" or "train/loss"; by default the loss of the first held-out task that all runs measured,
             and if there is none the training loss, which a note says.
+        better: which values of the metric are better; by default what the metric itself declares.
 
     Raises:
-        UserError: a folder is not a run folder, a run is not finished, two runs are the same, or a run lacks the
-            metric.
+        UserError: a folder is not a run folder, a run is not finished, two runs are the same, a run lacks the metric,
+            or nobody says which values of it are better.
     """
     groups: dict[str, list[FinishedRun]] = {}
     for folder in folders:
@@ -143,8 +146,8 @@ def compare_runs(folders: Sequence[str | Path], metric: str | None = None) -> Co
         for run in runs
         if run.step <= run.experiment.train.steps - run.experiment.train.log_every
     ]
-    better = "lower" if metric.rpartition("/")[2] in ("loss", "perplexity", "bits_per_byte", "wer", "cer") else "higher"
     samples = [[_metric(run, metric) for run in some] for some in found]
+    better = better or _direction(runs[0], metric)
     differing = fields([some[0].config for some in found])
     names = [_name(differing, i, some) for i, some in enumerate(found)]
     made = []
@@ -310,6 +313,18 @@ def _default(runs: Sequence[FinishedRun]) -> tuple[str, list[str]]:
     some = ", ".join(lacking[:NAMED]) + (f" and {len(lacking) - NAMED} more" if len(lacking) > NAMED else "")
     why = f"{some} without an evaluation: polygpt evaluate RUN" if lacking else "the runs share no held-out task"
     return TRAINING_LOSS, [f"Compared by {TRAINING_LOSS} ({why})."]
+
+
+def _direction(run: FinishedRun, metric: str) -> Literal["lower", "higher"]:
+    task, _, name = metric.rpartition("/")
+    tasks = run.experiment.evaluation.tasks
+    known = MEASURES.get(metric) or (tasks[task].measures().get(name) if task in tasks else None)
+    if known is None or known.better is None:
+        raise UserError(
+            f"{metric} does not declare a direction: write --better lower or --better higher, or list it in "
+            "`measures` of its metric"
+        )
+    return known.better
 
 
 def _metric(run: FinishedRun, metric: str) -> float:

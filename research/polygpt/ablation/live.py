@@ -12,6 +12,7 @@ from rich.text import Text
 
 from polygpt.ablation.engines.base import Progress
 from polygpt.ablation.intervals import interval_t
+from polygpt.ablation.measures import figures
 from polygpt.ablation.runner import Failed, Finished, Planned
 from polygpt.ablation.study import Ablation, Point, places
 from polygpt.ablation.variants import Name
@@ -117,7 +118,7 @@ class Live:
     def _take(self, records: Iterable[Mapping[str, Any]]) -> None:
         metric = self.ablation.metric
         for record in records:
-            value = self.ablation.diverged if record["diverged"] else record["metrics"].get(metric)
+            value = self.ablation.diverged if record["diverged"] else figures(record).get(metric)
             self.found.setdefault(_row(record["variant"], record["at"]), {})[record["seed"]] = value
 
     def _line(self, event: Progress) -> str:

@@ -8,15 +8,14 @@ import numpy as np
 
 from polygpt import __version__
 from polygpt.ablation.budget import costs
-from polygpt.ablation.study import TRAINING_LOSS
+from polygpt.ablation.measures import CACHE, TRAINING_LOSS, cache_bytes
+from polygpt.evaluation.likelihood import COUNTS
 from polygpt.files import plain
 from polygpt.training.experiment import Experiment
 from polygpt.training.workdir import environment
 
 POINTS = 60
 """A learning curve has at most so many."""
-COUNTS = ("n", "skipped")
-"""What an evaluation says of a task beside its measures."""
 
 Evaluations = Sequence[tuple[int, Mapping[str, Mapping[str, float]]]]
 """Of each evaluation of a run the step, and by task its measures."""
@@ -43,7 +42,7 @@ def record(
     """
     steps, each = len(losses), costs(experiment)
     last = evaluations[-1][1] if evaluations and evaluations[-1][0] == steps else {}
-    metrics = _flat(last) | {TRAINING_LOSS: finite_mean(losses[-max(1, steps // 10) :])}
+    metrics = _flat(last) | {TRAINING_LOSS: finite_mean(losses[-max(1, steps // 10) :]), CACHE: cache_bytes(experiment)}
     final = [value for name, value in metrics.items() if name.rpartition("/")[2] == "loss"]
     made = environment()
     return plain(

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from polygpt import __version__, spec
+from polygpt.ablation.measures import figures, lacks
 from polygpt.ablation.study import Ablation, Point, places, point
 from polygpt.ablation.variants import Name
 from polygpt.errors import UserError
@@ -182,7 +183,7 @@ def frame(ablation: Ablation, records: Iterable[Mapping[str, Any]], seeds: Seque
         UserError: for a run that diverged, if the ablation does not say what counts as its metric, or that does not
             have the metric.
     """
-    found = {record["key"]: record for record in records}
+    found = by_key(ablation, records)
     chosen = [choose(ablation, variant, at, found) for variant, at in places(ablation)]
     configured = [point and _configured(point.experiment) for point in chosen]
     if seeds is None:
@@ -202,9 +203,14 @@ def frame(ablation: Ablation, records: Iterable[Mapping[str, Any]], seeds: Seque
             asked.append(labelled(record, made, "comparison"))
             place = (s, *(axes[factor].index(value) for factor, value in made.at.items()))
             metrics = [ablation.metric] if reads is None else list(reads.values())
-            figures = [_figure(ablation, asked[-1], metric) for metric in metrics]
-            values[made.variant][place] = figures[0] if reads is None else figures
+            found_here = [_figure(ablation, asked[-1], metric) for metric in metrics]
+            values[made.variant][place] = found_here[0] if reads is None else found_here
     return Frame(ablation, tuple(seeds), axes, values, asked)
+
+
+def by_key(ablation: Ablation, records: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """Lines of results by key. Those that lack a cost that the ablation asks for are left out, and are run again."""
+    return {record["key"]: record for record in records if not lacks(record, ablation.metrics())}
 
 
 def labelled(record: Mapping[str, Any], made: Point, stage: str) -> dict[str, Any]:
@@ -247,9 +253,8 @@ def choose(
         lines = [found.get(key(made.experiment.replace(seed=seed))) for seed in tuning_seeds(ablation)]
         if None in lines:
             return None
-        figures = [_bounded(ablation, labelled(line, made, "tuning"), ablation.metric) for line in lines]
-        mean = statistics.fmean(figures)
-        means.append((mean if ablation.better == "lower" else -mean, made))
+        mean = statistics.fmean(_bounded(ablation, labelled(line, made, "tuning"), ablation.metric) for line in lines)
+        means.append((mean if ablation.measure.better == "lower" else -mean, made))
     best = min(means, key=lambda pair: pair[0])
     if not math.isfinite(best[0]):
         raise UserError(
@@ -277,7 +282,7 @@ def _figure(ablation: Ablation, record: Mapping[str, Any], metric: str) -> float
 
 def _bounded(ablation: Ablation, record: Mapping[str, Any], metric: str) -> float:
     """A metric of a run; of one that diverged, or is worse, what the ablation says that counts, or the infinite."""
-    lower, measured = ablation.better == "lower", record["metrics"]
+    lower, measured = ablation.measure.better == "lower", figures(record)
     value = None if record["diverged"] else measured.get(metric)
     if value is None:
         if not record["diverged"] and metric not in measured:

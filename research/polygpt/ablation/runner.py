@@ -10,6 +10,7 @@ from typing import Any, Literal
 from polygpt.ablation import results
 from polygpt.ablation.engines.base import Engine, Failure, Progress, Task
 from polygpt.ablation.engines.inline import Inline
+from polygpt.ablation.measures import DECODING
 from polygpt.ablation.results import Frame
 from polygpt.ablation.study import Ablation, Point, places
 from polygpt.errors import UserError
@@ -101,7 +102,7 @@ class _Runner:
     def __init__(self, ablation: Ablation, folder: Path, engine: Engine, tell: Tell):
         self.ablation, self.folder, self.engine, self.tell = ablation, folder, engine, tell
         self.path = folder / results.RESULTS
-        self.found = {line["key"]: line for line in results.read(self.path)}
+        self.found = results.by_key(ablation, results.read(self.path))
 
     def stage(self, stage: Stage, points: Iterable[Point], seeds: Iterable[int]) -> None:
         """Makes the runs of the points that are not there yet. Runs that several points ask for are made once."""
@@ -131,7 +132,8 @@ class _Runner:
     def _task(self, made: Point, keys: dict[int, str]) -> Task:
         experiments = tuple(made.experiment.replace(seed=seed) for seed in keys)
         folder = hashlib.sha256("".join(keys.values()).encode()).hexdigest()[:16]
-        return Task(made.name, experiments, self.folder / WORK / folder)
+        measured = (DECODING,) if DECODING in self.ablation.metrics() else ()
+        return Task(made.name, experiments, self.folder / WORK / folder, measured)
 
     def _finished(self, task: Task, stage: Stage, pairs: list[tuple[dict[str, Any], list[Point]]]) -> None:
         """Writes each run down once, under the point that came first, and tells of it under all that asked for it."""

@@ -6,6 +6,7 @@ one seed.
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,17 +14,17 @@ from typing import Any, Literal
 
 from polygpt.ablation.budget import Budget
 from polygpt.ablation.claims import Claim, check
+from polygpt.ablation.measures import measure
 from polygpt.ablation.variants import Changes, Name, united
 from polygpt.errors import SpecError, UserError
+from polygpt.evaluation.metric import Measure
 from polygpt.overrides import replaced
 from polygpt.spec import Spec, faults_of, load_file, nearest
-from polygpt.training.experiment import LIKELIHOODS, Experiment
+from polygpt.training.experiment import Experiment
 
 PLACE = Path("experiments") / "ablations"
 """Where the ablations lie that are called by their names: a folder each, with this file in it:"""
 FILE = "experiment.py"
-TRAINING_LOSS = "train/loss"
-"""The metric that is no held-out task's: the mean of the last tenth of the training losses."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,12 +64,13 @@ class Ablation(Spec):
     paper: Paper | None = None
     """What is to be repeated."""
     metric: str = "text/loss"
-    """What is compared: "task/measure" of a held-out task, or "train/loss", the mean of the last tenth of the training
-    losses."""
-    better: Literal["lower", "higher"] = "lower"
-    """Which metric is the better one."""
-    unit: str = "nats a token"
-    """Of the metric."""
+    """What is compared: "task/measure" of a held-out task; "train/loss", the mean of the last tenth of the training
+    losses; or a cost: "cost/parameters", "cost/flops" of the whole run, "cost/seconds", "cost/cache_bytes" per row of
+    the decoding cache, "cost/decode_seconds" per token."""
+    better: Literal["lower", "higher"] | None = None
+    """Which values of the metric are better; null for what the metric itself declares."""
+    unit: str | None = None
+    """Unit of the metric; null for what the metric itself declares."""
     seeds: int = 5
     """Runs a point, with the seeds from 0 on."""
     over: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -109,6 +111,23 @@ class Ablation(Spec):
     def metrics(self) -> list[str]:
         """All metrics that are read from runs, the main one first."""
         return [self.metric, *(metric for values in self.reads.values() for metric in values.values())]
+
+    @functools.cached_property
+    def measure(self) -> Measure:
+        """What the main metric is, with `better` and `unit` filled in. Errors as `point`."""
+        own = measure(point(self, *next(places(self))).experiment, self.metric)
+        better = self.better or own.better
+        if better is None:
+            raise SpecError(
+                f"Ablation.better is null, and {self.metric} does not declare a direction: set it to 'lower' or "
+                "'higher', or list the figure in `measures` of its metric"
+            )
+        return dataclasses.replace(own, better=better, unit=own.unit if self.unit is None else self.unit)
+
+    @property
+    def heading(self) -> str:
+        """The label with the unit: "text/loss (nats per byte)"."""
+        return f"{self.label} ({self.measure.unit})" if self.measure.unit else self.label
 
     @property
     def label(self) -> str:
@@ -165,10 +184,10 @@ def point(ablation: Ablation, variant: str, at: Mapping[str, Name], tuned: Name 
         if ablation.budget.by in ("tokens", "flops") and "train.steps" in ablation.variants[variant]:
             raise SpecError(f"it changes train.steps, which the budget by {ablation.budget.by} sets")
         experiment = replaced(ablation.base, changes)
-        if ablation.budget.by != "steps":
+        if ablation.budget != Budget():
             experiment = ablation.budget.applied(experiment, replaced(ablation.base, united(around)))
         for metric in ablation.metrics():
-            _check_metric(experiment, metric)
+            measure(experiment, metric)
     except SpecError as error:
         raise SpecError(f"{made.name}: {error}") from None
     return dataclasses.replace(made, experiment=experiment)
@@ -221,21 +240,3 @@ def _check_values(where: str, values: Any, kind: type, what: str) -> None:
             raise SpecError(f"Ablation.{where}: the value {value!r} must be a number or a text")
         if not isinstance(item, kind):
             raise SpecError(f"Ablation.{where}[{value!r}] is {item!r}: it must be {what}")
-
-
-def _check_metric(experiment: Experiment, metric: str) -> None:
-    """Raises SpecError unless a run of the experiment measures it, as far as can be told before."""
-    if metric == TRAINING_LOSS:
-        return
-    task, slash, measure = metric.rpartition("/")
-    tasks = experiment.evaluation.tasks
-    if not slash:
-        raise SpecError(f"the metric {metric!r} must be 'task/measure', such as 'text/loss', or {TRAINING_LOSS!r}")
-    if task not in tasks:
-        raise SpecError(f"the metric {metric!r} is of no held-out task: {nearest(task, tasks)}")
-    written = experiment.train.evaluate == "full" and tasks[task].generate
-    if measure not in LIKELIHOODS and not written:
-        raise SpecError(
-            f"the metric {metric!r} must be one of {', '.join(LIKELIHOODS)} of {task}, unless train.evaluate is full "
-            "and the task's generate is true"
-        )

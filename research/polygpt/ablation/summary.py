@@ -90,7 +90,7 @@ def rows(frame: Frame) -> list[Row]:
                     t=interval_t(x_S),
                     bootstrap=interval_bootstrap(x_S),
                     compared=compared,
-                    better=lower if lower is None or frame.ablation.better == "lower" else 1 - lower,
+                    better=lower if lower is None or frame.ablation.measure.better == "lower" else 1 - lower,
                     paper=paper.figures.get(variant) if paper else None,
                     diverged=int((kept == frame.ablation.diverged).sum()),
                 )
@@ -131,7 +131,7 @@ def _matters(factor: str, records: Sequence[Mapping[str, Any]]) -> bool:
 def verdicts(frame: Frame) -> list[Verdict]:
     """What the seeds say of the ablation's claims."""
     ablation = frame.ablation
-    return judge(frame.values, frame.axes, ablation.claims, noise=ablation.noise, better=ablation.better)
+    return judge(frame.values, frame.axes, ablation.claims, noise=ablation.noise, better=ablation.measure.better)
 
 
 def best_rows(found: Sequence[Row], better: str) -> list[int]:
@@ -155,7 +155,7 @@ def best_place(frame: Frame, variant: str) -> dict[str, Name]:
     means = np.array([x.mean() if len(x := complete(x_S)) else math.nan for x_S in columns(values)])
     if not np.isfinite(means).any():
         means = np.zeros(len(means))
-    best = (np.nanargmin if frame.ablation.better == "lower" else np.nanargmax)(means)
+    best = (np.nanargmin if frame.ablation.measure.better == "lower" else np.nanargmax)(means)
     index = np.unravel_index(best, shape) if shape else ()
     return {factor: frame.axes[factor][i] for factor, i in zip(frame.ablation.over, index, strict=True)}
 

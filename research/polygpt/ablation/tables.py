@@ -23,7 +23,7 @@ def results_table(frame: Frame) -> Table:
     ablation, found = frame.ablation, rows(frame)
     first, *others = frame.values
     with_paper = not frame.axes and any(row.paper is not None for row in found)
-    heads = ["variant", *frame.axes, f"{ablation.label} ({ablation.unit})", "bootstrap"]
+    heads = ["variant", *frame.axes, ablation.heading, "bootstrap"]
     heads += [f"minus {first}", "effect size", "P(better)"] if others else []
     heads += ["paper"] if with_paper else []
     cells = []
@@ -37,8 +37,9 @@ def results_table(frame: Frame) -> Table:
             line += [with_interval(row.compared.mean, row.compared.t), _effect(row.compared.effect)]
             line += [probability_of(row.better)]
         cells.append(line + ([as_written(row.paper)] if with_paper else []))
-    bold = frozenset((i, len(frame.axes) + 1) for i in best_rows(found, ablation.better))
-    return Table(f"Results: {ablation.label}, {ablation.better} is better", heads, cells, bold, notes=_said(frame))
+    bold = frozenset((i, len(frame.axes) + 1) for i in best_rows(found, ablation.measure.better))
+    title = f"Results: {ablation.label}, {ablation.measure.better} is better"
+    return Table(title, heads, cells, bold, notes=_said(frame))
 
 
 def costs_table(frame: Frame) -> Table:
@@ -114,10 +115,10 @@ def headline(frame: Frame, found: Sequence[Verdict]) -> str:
             counted = f"{len(some)} of {len(found)} claims {verdict}" if len(found) > 1 else verdict
             parts.append(f"{counted}: {'; '.join(some)}" if len(found) <= 3 else counted)
     table = rows(frame)
-    best = [table[i] for i in best_rows(table, frame.ablation.better)]
+    best = [table[i] for i in best_rows(table, frame.ablation.measure.better)]
     if best and not frame.axes:
         row = best[0]
-        figure = f"{with_interval(row.mean, row.t)} {frame.ablation.unit}"
+        figure = f"{with_interval(row.mean, row.t)} {frame.ablation.measure.unit}".rstrip()
         parts.append(f"best {frame.ablation.label}: {row.variant}, {figure}, {row.seeds} seeds")
     elif best:
         times = collections.Counter(row.variant for row in best)
@@ -131,18 +132,22 @@ def headline(frame: Frame, found: Sequence[Verdict]) -> str:
 
 
 def budget(frame: Frame) -> str:
-    """What every variant got as much of, in one sentence."""
+    """What the budget holds equal, in one sentence."""
     held, found = frame.ablation.budget, costs(frame)
     names = {"steps": "steps", "tokens": "tokens", "flops": "FLOPs", "parameters": "parameters"}
     amounts = [getattr(cost, held.by) for cost in found if cost.diverged < cost.runs]
     low, high = (min(amounts), max(amounts)) if amounts else (0, 0)
-    # What every variant has as much of may differ from one value of a factor to another.
+    # It is equal between variants, but may differ from one value of a factor to another.
     told = f" ({short(low)})" if short(low) == short(high) else f" ({short(low)} to {short(high)})"
+    told = told if amounts else ""
+    sizes = f"as many parameters as the base, within {held.tolerance:.1%}, by {held.field}" if held.field else ""
+    if held.by == "parameters":
+        return f"Budget: {sizes}{told}."
     if held.by == "steps":
-        return f"Budget: as many steps as the base{told if amounts else ''}, unless a variant sets them itself."
-    how = f", by {held.field}" if held.field else ", by the number of steps"
-    text = f"Budget: as many {names[held.by]} as the base, within {held.tolerance:.1%}{how}"
-    return text + (told if amounts else "") + "."
+        text = f"as many steps as the base{told}, unless a variant sets them itself"
+    else:
+        text = f"as many {names[held.by]} as the base, within {held.tolerance:.1%}, by the number of steps{told}"
+    return f"Budget: {text}{f'; {sizes}' if sizes else ''}."
 
 
 def caveats(seeds: int, effects: bool) -> list[str]:

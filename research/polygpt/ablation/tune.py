@@ -16,6 +16,7 @@
 """
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -24,9 +25,10 @@ from typing import Any, Literal
 
 from polygpt import overrides
 from polygpt.ablation.budget import Budget
-from polygpt.ablation.study import TRAINING_LOSS
+from polygpt.ablation.measures import MEASURES, TRAINING_LOSS, measure
 from polygpt.ablation.variants import Changes, united
 from polygpt.errors import SpecError, UserError
+from polygpt.evaluation.metric import Measure
 from polygpt.overrides import leaves, replaced
 from polygpt.spec import Spec, conform, faults_of, load_file, nearest
 from polygpt.training.experiment import Experiment
@@ -118,8 +120,8 @@ class Search(Spec):
     metric: str = "text/loss"
     """What is to be best: "task/measure" of a held-out task, or "train/loss", the mean of the last tenth of the
     training losses."""
-    better: Literal["lower", "higher"] = "lower"
-    """Which metric is the better one."""
+    better: Literal["lower", "higher"] | None = None
+    """Which values of the metric are better; null for what the metric itself declares."""
     against: Literal["flops", "parameters"] | None = None
     """A second thing to be small: FLOPs of the whole run by formula, or the count of parameters. The result is then a
     front of runs that no other run beats in both, instead of a best one."""
@@ -146,7 +148,20 @@ class Search(Spec):
         )
         for name, knob in self.knobs.items():
             _check_knob(self.base, name, knob)
-        _check_metric(self)
+        if self.metric in MEASURES and self.metric != TRAINING_LOSS:
+            raise SpecError(f"the metric {self.metric!r} is a cost: choose what to be good at, and set `against`")
+        if (self.better or self.measure.better) is None:
+            raise SpecError(f"Search.better is null, and {self.metric} does not declare a direction: write --better")
+
+    @functools.cached_property
+    def measure(self) -> Measure:
+        """What the metric is. Raises SpecError if no run measures it."""
+        return measure(self.base, self.metric)
+
+    @property
+    def direction(self) -> Literal["lower", "higher"]:
+        """Which values of the metric are better."""
+        return self.better or self.measure.better
 
     def experiment(self, values: Mapping[str, Any]) -> Experiment:
         """The experiment for the values of all knobs; of an option, its name.
@@ -255,17 +270,3 @@ def _check_knob(base: Experiment, name: str, knob: Knob) -> None:
     values = map(json.loads, knob.names()) if isinstance(knob, Choice) else (knob.low, knob.high)
     for value in values:
         conform(known[name], value, f"knob {name!r}")
-
-
-def _check_metric(search: Search) -> None:
-    if search.metric == TRAINING_LOSS:
-        return
-    task, slash, _ = search.metric.rpartition("/")
-    tasks = search.base.evaluation.tasks
-    if not slash:
-        raise SpecError(
-            f"the metric {search.metric!r} must be 'task/measure', such as 'text/loss', or {TRAINING_LOSS!r}"
-        )
-    if task not in tasks:
-        there = f"{nearest(task, tasks)}" if tasks else f"the experiment holds out none: take {TRAINING_LOSS!r}"
-        raise SpecError(f"the metric {search.metric!r} is of no held-out task: {there}")

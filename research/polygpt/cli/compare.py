@@ -19,6 +19,8 @@ def parser(prog: str, about: str) -> Parser:
     words = Parser(prog, about, EXAMPLES)
     words.add_argument("runs", metavar="RUN", nargs="+", help="run folders, such as runs/quickstart")
     words.add_argument("--metric", help="task/measure or train/loss (default: the first held-out task's loss)")
+    declared = "which values are better (default: as the metric declares)"
+    words.add_argument("--better", choices=("lower", "higher"), help=declared)
     return words
 
 
@@ -31,7 +33,7 @@ def run(arguments: Namespace) -> dict:
 
     if len(arguments.runs) < 2:
         raise UserError(f"compare: {arguments.runs[0]} alone: name at least two runs")
-    found = compare_runs(arguments.runs, arguments.metric)
+    found = compare_runs(arguments.runs, arguments.metric, arguments.better)
     for table in tables(found):
         show_table(table)
         print("".join(f"{note}\n" for note in table.notes))

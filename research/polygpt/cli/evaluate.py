@@ -33,6 +33,7 @@ def run(arguments: Namespace) -> dict:
     from polygpt.training.run import open_run
 
     with Progress() as progress:
-        results = evaluate_run(open_run(arguments.run, arguments.checkpoint, arguments.spread), progress)
-    print_results(results)
+        trained = open_run(arguments.run, arguments.checkpoint, arguments.spread)
+        results = evaluate_run(trained, progress)
+    print_results(results, trained.experiment.evaluation.measures())
     return results

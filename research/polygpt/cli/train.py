@@ -57,7 +57,7 @@ def _train(chosen, arguments: Namespace) -> dict:
             "interrupted": "interrupted in the last evaluation, all steps are saved: the same command goes on"
         }
     report = write_report(trained)
-    print_results(results)
+    print_results(results, chosen.evaluation.measures())
     print(f"report: {report}")
     return done | results | {"report": report}
 

@@ -64,7 +64,7 @@ class Progress:
         words = f"trial {trial.number} ({len(self._told)} of {self._search.trials}): {values}: "
         if not (trial.values and trial.state.name == "COMPLETE"):
             return words + trial.user_attrs.get("reason", "given up")
-        sign = 1 if self._search.better == "lower" else -1
+        sign = 1 if self._search.direction == "lower" else -1
         if self._best is None or sign * trial.values[0] < sign * self._best[0]:
             self._best = trial.values[0], trial.number
         return words + ", ".join(map(figure, trial.values)) + self._so_far()

@@ -1,17 +1,24 @@
 """Generated answers as labels: exact match, accuracy and macro-F1."""
 
 import dataclasses
+from typing import ClassVar
 
 from sklearn.metrics import accuracy_score, f1_score
 
-from polygpt.evaluation.metric import Metric, normalize
+from polygpt.evaluation.metric import Measure, Metric, normalize
 
 
 @dataclasses.dataclass(frozen=True)
 class Classification(Metric):
-    """`exact_match`: the share of answers equal to the truth character for character. `accuracy`: the share equal but
-    for case, punctuation and space. `f1`: the unweighted mean of the F1 of every label that occurs in the truth.
+    """`exact_match`: the share of answers equal to the truth, character by character. `accuracy`: the share equal
+    apart from case, punctuation and space. `f1`: macro-F1, the unweighted mean over the labels that occur in the truth.
     """
+
+    measures: ClassVar = (
+        Measure("accuracy", "higher", share=True),
+        Measure("exact_match", "higher", share=True, brief=False),
+        Measure("f1", "higher", "F1", share=True, brief=False),
+    )
 
     def __call__(self, predictions, truths):
         exact = sum(prediction == truth for prediction, truth in zip(predictions, truths, strict=True))

@@ -13,7 +13,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from polygpt.evaluation.metric import Measure
 from polygpt.sequence import Batch
+
+MEASURES = (
+    Measure("loss", "lower", unit="nats per token", needs="likelihood"),
+    Measure("perplexity", "lower", brief=False, needs="likelihood"),
+    Measure("bits_per_byte", "lower", needs="likelihood"),
+    Measure("token_accuracy", "higher", share=True, needs="likelihood"),
+)
+"""What every task is measured by, without writing answers."""
+COUNTS = ("n", "skipped")
+"""What the results of a task also hold: how many examples were used, and left out."""
 
 
 @partial(jax.jit, static_argnames="model")
@@ -90,7 +101,7 @@ def score(model, params, batch: Batch, token_bytes: np.ndarray, last: int | None
 
 
 def summary(scores: Scores) -> dict[str, float | int]:
-    """`loss` (nats a token), `perplexity`, `bits_per_byte` (absent where no text has bytes), `token_accuracy` and `n`.
+    """The figures of MEASURES, and `n`; `bits_per_byte` is absent if no text has bytes.
 
     Loss weights count in all but the token accuracy.
     """

@@ -1,22 +1,25 @@
 """Generated transcripts: word and character error rates."""
 
 import dataclasses
+from typing import ClassVar
 
 import jiwer
 
-from polygpt.evaluation.metric import Metric, normalize
+from polygpt.evaluation.metric import Measure, Metric, normalize
 
 
 @dataclasses.dataclass(frozen=True)
 class Transcription(Metric):
-    """`wer` and `cer`: substituted, deleted and inserted words or characters, over those of the truth.
+    """`wer` and `cer`: substituted, deleted and inserted words or characters, divided by those of the truth.
 
-    Pooled over the task, so that long utterances count by their length. Both may exceed 1. An empty transcript is all
-    deletions; where the truth is empty everything is an insertion; where all truths are empty the divisor is 1.
+    Pooled over the task, so that utterances count by their length. Both may exceed 1. An empty transcript is all
+    deletions; with an empty truth everything is an insertion; if all truths are empty the divisor is 1.
     """
 
+    measures: ClassVar = (Measure("wer", "lower", "WER"), Measure("cer", "lower", "CER"))
+
     normalized: bool = True
-    """Whether case, punctuation and surplus space are left out of account."""
+    """Whether to ignore case, punctuation and surplus space."""
 
     def __call__(self, predictions, truths):
         if self.normalized:

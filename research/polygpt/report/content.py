@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from polygpt.evaluation.metric import Measure
+
 
 @dataclasses.dataclass(frozen=True)
 class Line:
@@ -86,8 +88,9 @@ class Content:
         title: the run's name.
         facts: (label, value) pairs for the head of the page.
         tasks: the held-out results by task, by name of the measure.
+        measures: what is known of the measures, by name, in the order of tables.
         modalities: the same measures over all tasks, by the media that an example holds ("text", "image+audio").
-        gains: the modality gains, {"task/modality": {"gain", "low", "high"}}, in nats a token.
+        gains: the modality gains, {"task/modality": {"gain", "low", "high"}}, in nats per token.
         charts: the curves.
         time: seconds of the run by what they were spent on ("productive", "compile", ...), in the order to be drawn.
         samples: by task.
@@ -98,6 +101,7 @@ class Content:
     title: str
     facts: tuple[tuple[str, str], ...] = ()
     tasks: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    measures: Mapping[str, Measure] = dataclasses.field(default_factory=dict)
     modalities: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     gains: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
     charts: tuple[Chart, ...] = ()

@@ -10,27 +10,20 @@ import jax
 import numpy as np
 
 from polygpt import spec
+from polygpt.evaluation.metric import Measure
 from polygpt.report import samples
 from polygpt.report.content import Chart, Content, Line
 from polygpt.runtime import goodput
 
 TITLES = {
-    "loss": ("Training loss", "nats a token", True),
+    "loss": ("Training loss", "nats per token", True),
     "learning_rate": ("Learning rate", "", False),
     "gradient_norm": ("Gradient norm", "", True),
     "tokens_per_second": ("Speed", "tokens/s", True),
     "input_wait": ("Input wait", "share of a step", True),
 }
 """Curves of the training metrics in the order in which they are drawn: title, unit, whether noisy."""
-MEASURES = {
-    "accuracy": "",
-    "loss": "nats a token",
-    "token_accuracy": "",
-    "bits_per_byte": "",
-    "wer": "",
-    "modality gain": "nats a token",
-}
-"""Held-out measures that are drawn, in order, and their units."""
+GAIN = "modality gain"
 
 
 def content(run, results: Mapping[str, Any] | None) -> Content:
@@ -58,6 +51,7 @@ def content(run, results: Mapping[str, Any] | None) -> Content:
         times = last.get("rewinds", 0)
         notes.append(f"The loss spiked {spikes:,.0f} times; the run went back to a checkpoint {times:,.0f} times.")
     drawn, sample_notes = samples.gather(run)
+    measures = run.experiment.evaluation.measures()
     gains = (results or {}).get("modality_gain", {})
     steps = run.experiment.train.steps
     if run.step < steps:
@@ -66,9 +60,10 @@ def content(run, results: Mapping[str, Any] | None) -> Content:
         title=run.experiment.name,
         facts=facts(run, timing, environment),
         tasks=(results or {}).get("tasks", {}),
+        measures=measures,
         modalities=(results or {}).get("modalities", {}),
         gains={n: g for n, g in gains.items() if all(_finite(g.get(key)) for key in ("gain", "low", "high"))},
-        charts=charts(metrics, timing),
+        charts=charts(metrics, timing, measures),
         time=goodput.summary(goodput.read(folder / "goodput.jsonl")),
         samples=drawn,
         config=spec.to_json(run.experiment),
@@ -100,8 +95,8 @@ def facts(run, timing: list[dict], environment) -> tuple[tuple[str, str], ...]:
     return tuple(found)
 
 
-def charts(metrics: list[dict], timing: list[dict]) -> tuple[Chart, ...]:
-    """The curves: training loss, held-out measures by task, then the other metrics of training and timing."""
+def charts(metrics: list[dict], timing: list[dict], measures: Mapping[str, Measure]) -> tuple[Chart, ...]:
+    """The curves: training loss, brief held-out measures by task, then the other metrics of training and timing."""
     training = _series([line for line in metrics if "evaluation" not in line]) | _series(timing)
     held_out: dict[str, list[Line]] = {}
     for (measure, task), points in _series([_held_out(line) for line in metrics if "evaluation" in line]).items():
@@ -111,10 +106,11 @@ def charts(metrics: list[dict], timing: list[dict]) -> tuple[Chart, ...]:
         for name, (title, unit, noisy) in TITLES.items()
         if name in training
     }
+    shown = {name: (one.title, one.unit) for name, one in measures.items() if one.brief}
     evaluated = [
-        Chart(f"Held-out {measure.replace('_', ' ')}", tuple(held_out[measure]), unit)
-        for measure, unit in MEASURES.items()
-        if measure in held_out
+        Chart(f"Held-out {title}", tuple(held_out[name]), unit)
+        for name, (title, unit) in {**shown, GAIN: (GAIN, "nats per token")}.items()
+        if name in held_out
     ]
     first = [drawn.pop("loss")] if "loss" in drawn else []
     objectives = tuple(Line(n.removeprefix("loss/"), *training[n]) for n in training if n.startswith("loss/"))
@@ -126,7 +122,7 @@ def charts(metrics: list[dict], timing: list[dict]) -> tuple[Chart, ...]:
 def _held_out(line: dict) -> dict[Any, Any]:
     """The figures of an evaluation's line by (measure, task), beside its step."""
     figures = {(name, task): value for task, measures in line["evaluation"].items() for name, value in measures.items()}
-    gains = {("modality gain", name): gain["gain"] for name, gain in line.get("modality_gain", {}).items()}
+    gains = {(GAIN, name): gain["gain"] for name, gain in line.get("modality_gain", {}).items()}
     return {"step": line["step"], **figures, **gains}
 
 

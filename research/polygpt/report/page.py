@@ -8,25 +8,13 @@ from importlib import resources
 
 import numpy as np
 
+from polygpt.evaluation.metric import Measure
 from polygpt.report import charts
 from polygpt.report.content import Content, Item, Sample, Word
 from polygpt.runtime.goodput import duration
 
-MEASURES = {
-    "accuracy": "accuracy",
-    "exact_match": "exact match",
-    "f1": "F1",
-    "wer": "WER",
-    "cer": "CER",
-    "loss": "loss",
-    "perplexity": "perplexity",
-    "bits_per_byte": "bits per byte",
-    "token_accuracy": "token accuracy",
-    "n": "examples",
-}
-"""Columns of the results table, in order, as they are headed; any other measure follows under its own name."""
-SHARES = ("accuracy", "exact_match", "f1", "token_accuracy")
-"""Measures between 0 and 1, shown as a percentage with a bar."""
+COUNTS = {"n": "examples", "skipped": "skipped"}
+"""Headings of the columns that count examples; they come last."""
 
 # Nothing may be fetched: the browser itself refuses.
 POLICY = "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
@@ -34,7 +22,8 @@ POLICY = "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-
 
 def render(content: Content) -> str:
     """The page."""
-    results = _results(content.tasks, "task") + _results(content.modalities, "all tasks, examples with")
+    results = _results(content.tasks, content.measures, "task")
+    results += _results(content.modalities, content.measures, "all tasks, examples with")
     sections = [
         ("results", "Held-out results", results),
         ("gain", "Does it look and listen?", _gains(content.gains)),
@@ -60,7 +49,7 @@ def render(content: Content) -> str:
         f"<title>{escape(content.title)} · polygpt</title><style>{_asset('report.css')}</style>"
         "</head><body><header><div><p class='brand'>polygpt</p>"
         f"<h1>{escape(content.title)}</h1></div><button id='theme' type='button' hidden>light / dark</button>"
-        f"<dl class='facts'>{facts}</dl>{_tiles(content.tasks)}<nav aria-label='sections'>{links}</nav></header><main>"
+        f"<dl class='facts'>{facts}</dl>{_tiles(content)}<nav aria-label='sections'>{links}</nav></header><main>"
         + (f"<ul class='notes' role='note'>{notes}</ul>" if notes else "")
         + f"{bodies}</main><script>{_asset('report.js')}</script></body></html>\n"
     )
@@ -70,13 +59,15 @@ def _asset(name: str) -> str:
     return resources.files("polygpt.report").joinpath("assets", name).read_text(encoding="utf-8")
 
 
-def _tiles(tasks: Mapping) -> str:
-    """The accuracies, large."""
+def _tiles(content: Content) -> str:
+    """Of each task the first share that its answers are measured by, in large type."""
+    shares = [name for name, one in content.measures.items() if one.share and one.needs == "answers"]
     tiles = []
-    for task, measures in tasks.items():
-        name = next((name for name in ("accuracy", "exact_match") if _known(measures.get(name))), None)
+    for task, figures in content.tasks.items():
+        name = next((name for name in shares if _known(figures.get(name))), None)
         if name:
-            tiles.append(f"<div><b>{measures[name]:.1%}</b><span>{escape(task)}<br>{MEASURES[name]}</span></div>")
+            title = escape(content.measures[name].title)
+            tiles.append(f"<div><b>{figures[name]:.1%}</b><span>{escape(task)}<br>{title}</span></div>")
     return f"<div class='tiles'>{''.join(tiles)}</div>" if tiles else ""
 
 
@@ -84,15 +75,18 @@ def _known(value) -> bool:
     return isinstance(value, (int, float)) and bool(np.isfinite(value))
 
 
-def _results(groups: Mapping, what: str) -> str:
-    names = {name for measures in groups.values() for name in measures}
-    columns = [name for name in MEASURES if name in names] + sorted(names - set(MEASURES))
+def _results(groups: Mapping, measures: Mapping[str, Measure], what: str) -> str:
+    names = {name for figures in groups.values() for name in figures}
+    columns = [name for name in measures if name in names] + sorted(names - set(measures) - set(COUNTS))
+    columns += [name for name in COUNTS if name in names]
     if not columns:
         return ""
-    head = "".join(f'<th scope="col">{escape(MEASURES.get(name, name.replace("_", " ")))}</th>' for name in columns)
+    shown = {name: measures.get(name, Measure(name, None, COUNTS.get(name, ""))) for name in columns}
+    head = "".join(f'<th scope="col">{escape(one.title)}</th>' for one in shown.values())
     rows = "".join(
-        f'<tr><th scope="row">{escape(group)}</th>{"".join(_cell(name, measures.get(name)) for name in columns)}</tr>'
-        for group, measures in groups.items()
+        f'<tr><th scope="row">{escape(group)}</th>'
+        f"{''.join(_cell(one, figures.get(name)) for name, one in shown.items())}</tr>"
+        for group, figures in groups.items()
     )
     return (
         f"<div class='scroll'><table class='results'><thead><tr><th scope='col'>{escape(what)}</th>{head}</tr></thead>"
@@ -100,10 +94,10 @@ def _results(groups: Mapping, what: str) -> str:
     )
 
 
-def _cell(name: str, value) -> str:
+def _cell(measure: Measure, value) -> str:
     if not _known(value):
         return '<td class="number soft">–</td>'
-    if name in SHARES:
+    if measure.share:
         return f'<td class="number bar" style="--share:{min(max(value, 0), 1):.4f}">{value:.1%}</td>'
     text = f"{value:,}" if isinstance(value, int) else f"{value:.3f}" if abs(value) < 1000 else charts.figure(value)
     return f'<td class="number">{text}</td>'
@@ -115,7 +109,7 @@ def _gains(gains: Mapping) -> str:
     return (
         "<p>Each medium is exchanged for that of another row, and nothing else changes. The modality gain is by how "
         "much the held-out loss rises: above zero, the model uses what it sees and hears. Bars are 95&nbsp;% bootstrap "
-        "intervals, in nats a token.</p><div class='scroll'><table class='gains'><thead><tr><th scope='col'>task / "
+        "intervals, in nats per token.</p><div class='scroll'><table class='gains'><thead><tr><th scope='col'>task / "
         "modality</th><th scope='col'><span class='hidden'>drawn</span></th><th scope='col'>gain</th><th scope='col'>"
         f"95&nbsp;% interval</th></tr></thead><tbody>{charts.intervals(gains)}</tbody></table></div>"
     )

@@ -18,11 +18,8 @@ from polygpt.runtime.checkpoint import CheckpointSpec
 from polygpt.runtime.processes import ProcessesSpec
 from polygpt.runtime.watchdog import WatchdogSpec
 from polygpt.sharding import MeshSpec
-from polygpt.spec import Spec, hints, nearest
+from polygpt.spec import Spec, hints
 from polygpt.training.spikes import SpikeSpec
-
-LIKELIHOODS = ("loss", "perplexity", "bits_per_byte", "token_accuracy")
-"""The figures of a task for which the model need not write answers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,10 +138,12 @@ class Experiment(Spec):
         if not slash:
             self.train.require(measure == "loss", "metric", "'loss' or '<task>/<measure>'")
             return
-        tasks = self.evaluation.tasks
-        self.train.require(task in tasks, "metric", f"of a task of the evaluation: {nearest(task, tasks)}")
-        self.train.require(
-            measure in LIKELIHOODS or self.train.evaluate == "full" and tasks[task].generate,
-            "metric",
-            f"one of {', '.join(LIKELIHOODS)} of {task}, unless train.evaluate is full and the task's generate is true",
-        )
+        try:
+            found = self.evaluation.measure(self.train.metric, answers=self.train.evaluate == "full")
+        except SpecError as error:
+            raise SpecError(f"train.metric: {error}") from None
+        if found.better not in (None, self.train.better):
+            raise SpecError(
+                f"train.better is {self.train.better!r}, and {found.better} values of {self.train.metric} are better: "
+                f"write --train.better {found.better}"
+            )

@@ -55,11 +55,13 @@ class Task:
         name: of the point, for people; no two tasks of an ablation have the same.
         experiments: equal but for their seeds.
         folder: absolute, the task's own: it holds what an interrupted task goes on from.
+        measured: costs to be measured besides, of `measures.MEASURES`.
     """
 
     name: str
     experiments: tuple[Experiment, ...]
     folder: Path
+    measured: tuple[str, ...] = ()
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -69,7 +71,8 @@ class Task:
     def to_json(self) -> str:
         """As text, for `from_json`."""
         first = spec.to_json(self.experiments[0])
-        return json.dumps({"name": self.name, "experiment": first, "seeds": self.seeds, "folder": str(self.folder)})
+        own = {"name": self.name, "folder": str(self.folder), "measured": self.measured}
+        return json.dumps({**own, "experiment": first, "seeds": self.seeds})
 
     @classmethod
     def from_json(cls, text: str) -> "Task":
@@ -77,7 +80,7 @@ class Task:
         data = json.loads(text)
         first = spec.from_json(data["experiment"], data["name"])
         experiments = tuple(first.replace(seed=seed) for seed in data["seeds"])
-        return cls(data["name"], experiments, Path(data["folder"]))
+        return cls(data["name"], experiments, Path(data["folder"]), tuple(data["measured"]))
 
     def progress(self) -> Progress | None:
         """The last note that `work` left, wherever it ran; None before the first."""
@@ -143,12 +146,17 @@ def work(task_json: str, tell: Tell | None = None) -> str:
         KeyboardInterrupt: SIGINT or SIGTERM asked the process to stop; the task can go on from where it is.
     """
     from polygpt.ablation import single, together  # here: whoever only sends tasks need not load what trains
+    from polygpt.ablation.measures import DECODING, decode_seconds
 
     task = Task.from_json(task_json)
     task.folder.mkdir(parents=True, exist_ok=True)
     tell = tell or _Notes(task)
     runs = together.run if together.reason_against(task.experiments[0]) is None else single.run
-    return json.dumps(runs(task, tell))
+    records = runs(task, tell)
+    if DECODING in task.measured:
+        seconds = decode_seconds(task.experiments[0])
+        records = [{**record, "metrics": {**record["metrics"], DECODING: seconds}} for record in records]
+    return json.dumps(records)
 
 
 class _Notes:

@@ -34,7 +34,7 @@ def draw(summary: "Summary", folder: Path) -> list[str]:
 
 def history(summary: "Summary", path: Path) -> None:
     """The metric of every trial, the best so far, and where trials were given up; below, how runs went."""
-    search, lower = summary.search, summary.search.better == "lower"
+    search, lower = summary.search, summary.search.direction == "lower"
     pruned = [trial["number"] for trial in summary.trials if trial["objectives"] is None]
     complete = [trial for trial in summary.trials if trial["objectives"]]
     numbers = [trial["number"] for trial in complete]
@@ -139,7 +139,7 @@ def _values(search: Search, trials: Sequence[Mapping[str, Any]], name: str) -> l
 
 def _bounded(axes: Axes, values: list[float], search: Search) -> None:
     """Leaves trials out of the picture that are so much worse that the others could not be told apart."""
-    sign = 1 if search.better == "lower" else -1
+    sign = 1 if search.direction == "lower" else -1
     best, median, worst = np.quantile(sign * np.array(values), (0, 0.5, 1))
     spread = median - best
     if len(values) > 9 and worst - median > 5 * spread > 0:

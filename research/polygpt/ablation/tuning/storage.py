@@ -73,7 +73,7 @@ class Storage:
             write_atomically(folder / SEARCH, json.dumps(spec.to_json(search), indent=1) + "\n")
             journal, path = self.optuna.storages.journal, folder / JOURNAL
             _mend(path, journal.JournalFileSymlinkLock(str(path)))
-            directions = ["minimize" if search.better == "lower" else "maximize", "minimize"]
+            directions = ["minimize" if search.direction == "lower" else "maximize", "minimize"]
             self.study = self.optuna.create_study(
                 storage=self.optuna.storages.JournalStorage(journal.JournalFileBackend(str(path))),
                 study_name="search",
@@ -195,6 +195,8 @@ class Storage:
         before = json.loads((self.folder / SEARCH).read_text(encoding="utf-8"))
         now = json.loads(json.dumps(spec.to_json(self.search)))
         for name, old, new in differences(before, now):
+            if name == "better" and {old, new} == {None, self.search.direction}:
+                continue  # said, and left to the metric
             if name not in MAY_CHANGE:
                 raise UserError(
                     f"{self.folder} holds another search: {name} is {_short(old)} there, {_short(new)} here: choose "

@@ -103,7 +103,7 @@ def markdown(summary: Summary, drawn: Sequence[str]) -> str:
     complete = sum(trial["reason"] is None for trial in trials)
     how = f"{search.sampler}, seed {search.seed}" + (f", pruning by {search.pruning}" if search.pruning else "")
     parts = [
-        f"# {search.base.name}: {' against '.join(objectives(search))}, {search.better} is better",
+        f"# {search.base.name}: {' against '.join(objectives(search))}, {search.direction} is better",
         f"{len(trials)} of {search.trials} trials are done, of which {complete} ran to their end ({how}).",
     ]
     for title, columns, rows in tables(summary):
@@ -141,7 +141,7 @@ def _importance(storage: Storage, complete: list[Any]) -> dict[str, dict[str, fl
         return {}
     made = {"fANOVA": module.FanovaImportanceEvaluator(seed=storage.search.seed)}
     made["PED-ANOVA"] = module.PedAnovaImportanceEvaluator()
-    sign = 1 if storage.search.better == "lower" else -1  # PED-ANOVA takes low ones for good
+    sign = 1 if storage.search.direction == "lower" else -1  # PED-ANOVA takes low ones for good
     found = {}
     for name, evaluator in made.items():
         try:

@@ -18,8 +18,8 @@ import numpy as np
 
 from polygpt.ablation.budget import costs
 from polygpt.ablation.engines import worker
+from polygpt.ablation.measures import TRAINING_LOSS
 from polygpt.ablation.record import finite_mean
-from polygpt.ablation.study import TRAINING_LOSS
 from polygpt.ablation.tune import Search
 from polygpt.ablation.tuning.storage import Storage, read_search
 from polygpt.errors import Diverged, SpecError, UserError
