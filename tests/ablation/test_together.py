@@ -205,6 +205,13 @@ def test_what_cannot_be_trained_together_has_a_reason(changes, reason):
     assert found is None if reason is None else reason in found
 
 
+def test_of_several_devices_one_trains_all_seeds_where_they_fit(monkeypatch):
+    monkeypatch.setattr(together.jax, "device_count", lambda: 8)
+    assert together.reason_against(experiment()) is None
+    monkeypatch.setattr(stacked.automatic, "memory_of_all", lambda: 100)
+    assert "more than one device's memory" in together.reason_against(experiment())
+
+
 KILLED = """
 import sys
 from polygpt.ablation import together

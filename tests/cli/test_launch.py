@@ -18,13 +18,14 @@ TINY = str(Path(__file__).parents[1] / "training" / "tiny_experiment.py")
     ],
 )
 def test_an_experiment_for_one_device_is_refused_in_the_words_of_training(polygpt, words, processes):
-    code, out, said = polygpt("launch", *words, "--", "train", TINY)
+    code, out, said = polygpt("launch", *words, "--", "train", TINY, "--train.parallel", "single")
     assert (code, out) == (2, "")
     assert said == f"polygpt: train.parallel is 'single', and there are {processes} processes: choose 'sharded'\n"
 
 
-@pytest.mark.parametrize("more", [["--train.parallel", "auto"], ["--train.parallel=sharded"]])
+@pytest.mark.parametrize("more", [[], ["--train.parallel", "auto"], ["--train.parallel=sharded"]])
 def test_one_for_many_is_taken(polygpt, more):
     code, out, _ = polygpt("launch", "gke", "--on", "v5e:4x4", "--", "train", TINY, *more)
     assert code == 0 and "kind: JobSet" in out
-    assert polygpt("launch", "gke", "--on", "v5e:2x2", "--", "train", TINY)[0] == 0  # one host, one process
+    alone = ["--train.parallel", "single"]
+    assert polygpt("launch", "gke", "--on", "v5e:2x2", "--", "train", TINY, *alone)[0] == 0  # one host, one process

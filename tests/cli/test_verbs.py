@@ -137,13 +137,29 @@ def test_generate_reads_the_parts_in_their_order(trained, polygpt):
     assert code == 0 and out == done["text"] + "\n", "streamed, the same text"
 
 
+def test_a_medium_is_named_by_its_adapter(trained, polygpt):
+    data, few = trained.file.parent / "data", ["--temperature", "0", "--max_tokens", "3", "--json"]
+    written = {}
+    for kind, words in {
+        "image": ("--image", data / "red.png"),
+        "medium": ("--medium", f"image={data / 'red.png'}"),
+    }.items():
+        code, out, err = polygpt("generate", trained.run, *words, *few)
+        assert code == 0, err
+        written[kind] = json.loads(out)
+    assert written["image"]["text"] == written["medium"]["text"]
+    assert written["medium"]["prompt"] == [{"medium": f"image={data / 'red.png'}"}]
+    code, _, err = polygpt("generate", trained.run, "--medium", f"point={data / 'red.png'}", *few)
+    assert code == 2 and "no such adapter" in err and "'point'" in err and "image" in err
+
+
 def test_generate_interactively(trained, polygpt, monkeypatch):
     red = trained.file.parent / "data" / "red.png"
     typed = f"/image {red}\n\n/nonsense\n/image nowhere.png\nhello\n/text a\n/clear\n/go\n/quit\nnever read\n"
     monkeypatch.setattr("sys.stdin", io.StringIO(typed))
     code, out, err = polygpt("generate", trained.run, "--interactive", "--temperature", "0", "--max_tokens", "4")
     assert code == 0
-    assert err.count("put a picture into the prompt") == 2, "help at the start and after an unknown command"
+    assert err.count("add an image") == 2, "help at the start and after an unknown command"
     assert "--image nowhere.png: no such file" in err and "is empty" in err
     assert out.count("\n") >= 2
 
@@ -235,3 +251,20 @@ def test_a_reader_that_leaves_early_is_no_error_message():
     command = f"{POLYGPT} --help | head -n 1"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env={**os.environ})
     assert done.stdout.startswith("usage:") and done.stderr == ""
+
+
+def test_doctor_ends_well_unless_something_needed_is_broken(polygpt, monkeypatch):
+    from polygpt.runtime import doctor
+
+    missing = doctor.Check("extra gpu", "note", "not installed", "pip install -e '.[gpu]'")
+    broken = doctor.Check("cache folder", "broken", "/c: Permission denied", "set POLYGPT_CACHE")
+    found = [(missing, {"extra": "gpu", "installed": False}), (doctor.Check("Python", "ok", "3.11"), {"cores": 2})]
+    monkeypatch.setattr(doctor, "examine", lambda: iter(found))
+    code, out, err = polygpt("doctor")
+    assert (code, err) == (0, "") and "pip install -e '.[gpu]'" in out and out.count("\n") == 3
+    found.append((broken, {"cache": "/c"}))
+    code, out, err = polygpt("doctor", "--json")
+    done = json.loads(out)
+    assert code == 1 and not done["ok"] and done["extras"] == {"gpu": False} and done["cores"] == 2
+    assert [check["status"] for check in done["checks"]] == ["note", "ok", "broken"]
+    assert "broken: cache folder" in err.splitlines()[-1] and "set POLYGPT_CACHE" in err

@@ -23,6 +23,11 @@ from polygpt.training.step import make_step
 
 
 def most(experiment: Experiment) -> int:
+    """How many seeds to train together: as many as fit into the memory of a device by estimate, at least one."""
+    return max(1, int(fitting(experiment)))
+
+
+def fitting(experiment: Experiment) -> float:
     """How many seeds fit into the memory of a device, by estimate.
 
     Each takes its state, a gradient and updates, and activations: by layer T B D (34 + 5 H T / D) bytes at 16 bits
@@ -37,7 +42,7 @@ def most(experiment: Experiment) -> int:
     )
     activations = rows * length * (decoder.depth * layer + 3 * 4 * vocabulary)
     state = automatic.bytes_of(jax.eval_shape(program.initial)) + 2 * automatic.bytes_of(program.shapes)
-    return max(1, int(automatic.SPLIT * automatic.memory_of_all() / (state + activations)))
+    return automatic.SPLIT * automatic.memory_of_all() / (state + activations)
 
 
 class Streams(Iterator[Batch]):

@@ -47,12 +47,14 @@ log = logging.getLogger(__name__)
 def reason_against(experiment: Experiment) -> str | None:
     """Why seeds of an experiment cannot be trained together; None if they can."""
     train = experiment.train
-    if train.parallel != "single" and not (train.parallel == "auto" and jax.device_count() == 1):
+    if train.parallel not in ("single", "auto"):
         return f"train.parallel is {train.parallel!r}: one seed takes several devices"
     if train.patience is not None:
         return "train.patience ends the runs of different seeds at different steps"
     if train.spikes is not None and train.spikes.action == "rewind":
         return "train.spikes.action is 'rewind', and seeds would go back by themselves"
+    if train.parallel == "auto" and jax.device_count() > 1 and stacked.fitting(experiment) < 1:
+        return "train.parallel is 'auto', and one seed takes more than one device's memory"
     return None
 
 

@@ -64,7 +64,7 @@ class Parser(argparse.ArgumentParser):
             raise SystemExit(0)
         arguments, unknown = self.parse_known_args(words)
         if unknown:
-            self.error(f"there is no place for {unknown[0]!r}")
+            self.error(f"unexpected argument {unknown[0]!r}")
         arguments.changes, arguments.options = changes, self.options
         return arguments
 

@@ -1,4 +1,4 @@
-"""polygpt generate RUN: the model's continuation of texts, pictures and recordings."""
+"""polygpt generate RUN: generate text from a prompt of texts, images, recordings and other media."""
 
 import argparse
 import sys
@@ -13,20 +13,22 @@ EXAMPLES = """\
 examples:
   polygpt generate runs/quickstart --text "Once upon a time" --temperature 0.8 --top_p 0.95
   polygpt generate runs/quickstart --image digit.png --text " plus " --audio seven.wav --text " is " --temperature 0
+  polygpt generate runs/quadrants --medium point=point.bin
   polygpt generate runs/quickstart --interactive
 
 The parts of the prompt are read in the order in which they stand on the command line."""
 
-HELP = """Type a text and press Return: the model goes on from it. Before it, in any order:
-  /image FILE    put a picture into the prompt
-  /audio FILE    put a recording into the prompt
-  /text TEXT     put a text into the prompt, and go on with it
-  /go            let the model go on from what is there
-  /clear         forget the prompt        /quit or Ctrl-D    leave"""
+HELP = """Type a text and press Return: the model continues it. Build a longer prompt first, in any order:
+  /image FILE             add an image
+  /audio FILE             add a recording
+  /medium NAME=FILE       add a medium of any adapter
+  /text TEXT              add a text
+  /go                     generate from the prompt so far
+  /clear                  discard the prompt          /quit or Ctrl-D    leave"""
 
 
 class Part(argparse.Action):
-    """Appends (kind, value) to `parts`, so that the order of different options is kept."""
+    """Appends (kind, value) to `parts`, which keeps the order of different options."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         namespace.parts = [*namespace.parts, (self.dest, values)]
@@ -38,9 +40,11 @@ def parser(prog: str, about: str) -> Parser:
     add_run(words)
     words.set_defaults(parts=[])
     words.add_argument("--text", action=Part, metavar="TEXT", help="a text of the prompt")
-    words.add_argument("--image", action=Part, metavar="FILE", help="a picture of the prompt")
-    words.add_argument("--audio", action=Part, metavar="FILE", help="a recording of the prompt")
-    words.add_argument("--interactive", action="store_true", help="prompt after prompt, typed")
+    words.add_argument("--image", action=Part, metavar="FILE", help="an image: short for --medium image=FILE")
+    words.add_argument("--audio", action=Part, metavar="FILE", help="a recording: short for --medium audio=FILE")
+    anything = "a medium of the prompt: the name of one of the model's adapters, and a file that the adapter can decode"
+    words.add_argument("--medium", action=Part, metavar="NAME=FILE", help=anything)
+    words.add_argument("--interactive", action="store_true", help="read prompts from the terminal, one after another")
     return words
 
 
@@ -52,15 +56,16 @@ def _sampling(run, changes, options):
 
 def run(arguments: Namespace) -> dict:
     """Generates; returns the text and why it ended."""
-    from polygpt.generation.generate import generate, stream
-    from polygpt.training.run import open_run
-
     sampling = _sampling(arguments.run, arguments.changes, arguments.options)
     if not arguments.interactive and not arguments.parts:
-        raise UserError("generate: an empty prompt: give --text, --image or --audio, or --interactive")
+        raise UserError("generate: empty prompt: give --text, --image, --audio or --medium, or --interactive")
     if arguments.interactive and arguments.json:
         raise UserError("generate: --interactive and --json exclude each other: leave one out")
     prompt = [_part(kind, value) for kind, value in arguments.parts]
+
+    from polygpt.generation.generate import generate, stream
+    from polygpt.training.run import open_run
+
     opened = open_run(arguments.run, arguments.checkpoint, arguments.spread)
     given = (opened.model, opened.params, opened.tokenizer)
     layout = opened.experiment.data.layout
@@ -87,18 +92,24 @@ def run(arguments: Namespace) -> dict:
 
 
 def _part(kind: str, value: str):
+    """A part of the prompt. Whether the model has such an adapter shows when the prompt is laid out."""
     from polygpt.data.example import Medium, Text
 
     if kind == "text":
         return Text(value)
-    path = Path(value)
+    name, file = kind, value
+    if kind == "medium":
+        name, _, file = value.partition("=")
+        if not name or not file:
+            raise UserError(f"--medium {value}: write NAME=FILE, such as image=digit.png")
+    path = Path(file)
     if not path.is_file():
         raise UserError(f"--{kind} {value}: no such file: give the path of a file")
-    return Medium(kind, path)
+    return Medium(name, path)
 
 
 def _converse(show, prompt: list) -> None:
-    """Reads lines, each a text or a command, until the end; an error is told and the conversation goes on."""
+    """Reads lines, each a text or a command, until the end. An error is printed and the conversation goes on."""
     print(HELP, file=sys.stderr)
     while True:
         try:
@@ -111,7 +122,7 @@ def _converse(show, prompt: list) -> None:
                 return
             if command == "/clear":
                 prompt = []
-            elif command in ("/image", "/audio", "/text"):
+            elif command in ("/image", "/audio", "/medium", "/text"):
                 prompt = [*prompt, _part(command[1:], value.strip() if command != "/text" else value)]
             elif command.startswith("/") and command != "/go":
                 print(HELP, file=sys.stderr)

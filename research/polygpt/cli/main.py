@@ -17,6 +17,7 @@ VERBS = {
     "evaluate": ("polygpt.cli.evaluate", "evaluate a run on held-out data"),
     "generate": ("polygpt.cli.generate", "let a run continue text, pictures and recordings"),
     "report": ("polygpt.cli.report", "write a run's report, one HTML file"),
+    "doctor": ("polygpt.cli.doctor", "examine the installation: versions, devices, their speed, folders, extras"),
     "data show": ("polygpt.cli.data_show", "print and draw a few rows as the model will see them"),
     "data check": ("polygpt.cli.data_check", "walk a whole dataset and list what is wrong with it"),
     "data fetch": ("polygpt.cli.data_fetch", "fetch a text corpus from a public registry, or list them"),
@@ -83,9 +84,10 @@ def _dispatch(argv: list[str]) -> int:
             write(result)
     if result.get("fault"):  # done, and the answer is that the input is at fault
         raise UserError(result["fault"])
-    if result.get("interrupted"):  # saved, and yet not done: `polygpt train ... && next` must not go on
-        print(one_line(result["interrupted"]), file=sys.stderr)
-        return 1
+    for reason in ("interrupted", "broken"):  # a result, and yet a failure: `polygpt train ... && next` must stop here
+        if result.get(reason):
+            print(one_line(result[reason]), file=sys.stderr)
+            return 1
     return 0
 
 

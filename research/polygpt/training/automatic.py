@@ -1,12 +1,13 @@
-"""`train.parallel="auto"`: a sane way to use the devices there are, and the reason for it in words.
+"""`train.parallel="auto"`: chooses how to use the available devices and says why; names resources left unused.
 
-Rows are split over as many devices as divide them, and positions (sequence) or heads (tensor) over the rest. Parameters
-and optimizer are split too (fsdp) where whole copies would take too much of a device's memory. What is exact is for
-`polygpt plan --search`, which compiles; this is arithmetic.
+The batch is split over as many devices as divide it; positions (sequence) or heads (tensor) over the rest. Parameters
+and optimizer state are sharded as well (fsdp) where a full copy would take too much of a device's memory. This is
+arithmetic; `polygpt plan --search` compiles and is exact.
 """
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from math import prod
 from typing import Any
 
@@ -15,14 +16,15 @@ import jax
 from polygpt.errors import UserError
 from polygpt.runtime import processes
 from polygpt.sharding import MeshSpec
+from polygpt.spec import counted
 from polygpt.training.parallel import Mode
 
 WHOLE = 0.4
-"""Share of a device's memory that a whole copy of the state and the gradient may take; activations need the rest."""
+"""Share of a device's memory that a full copy of state and gradient may take; activations need the rest."""
 SPLIT = 0.6
-"""Share that the split state may take before the reason says that it hardly fits."""
+"""Share that the sharded state may take before the reason warns that it barely fits."""
 ROW = 128
-"""Positions that a part of a row should have at least, where rows themselves are split."""
+"""Minimum positions per device where rows themselves are split."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,64 +32,109 @@ class Choice:
     """What was chosen.
 
     Attributes:
-        mode: of `parallel.build`.
+        mode: for `parallel.build`.
         mesh: the mesh, if the mode is "sharded".
-        reason: why, in one line.
+        reason: why, in one line; None for one device, where there is nothing to choose.
+        devices: how many of the devices take part.
     """
 
     mode: Mode
     mesh: MeshSpec
-    reason: str
+    reason: str | None
+    devices: int = 1
 
 
 def choose(
-    *, state: int, gradient: int, memory: int, devices: int, rows: int, accumulate: int, length: int, heads: int
+    *,
+    state: int,
+    gradient: int,
+    memory: int,
+    devices: int,
+    rows: int,
+    accumulate: int,
+    lengths: Sequence[int],
+    heads: int,
+    spare: bool = False,
 ) -> Choice:
-    """A way to run.
+    """Chooses mode and mesh.
 
     Args:
-        state: bytes of parameters, optimizer and moving average.
+        state: bytes of parameters, optimizer state and moving average.
         gradient: bytes of a gradient.
-        memory: bytes that one device has.
-        devices: how many there are.
-        rows: of the global batch.
-        accumulate: microbatches.
-        length: positions of a row.
-        heads: what a split over tensor has to divide.
+        memory: bytes per device.
+        devices: number of devices.
+        rows: global batch size.
+        accumulate: number of microbatches.
+        lengths: positions per row: of training, then of held-out tasks that have their own.
+        heads: what tensor parallelism has to divide.
+        spare: whether devices may be left idle where the batch, the positions and the heads do not divide over all.
 
     Raises:
-        UserError: if neither rows, positions nor heads can be divided so that every device has its own to do.
+        UserError: if the work cannot be divided over all devices, and none may be left idle.
     """
     if devices == 1:
-        return Choice("single", MeshSpec(), "there is one device")
-    divisors = (n for n in range(1, devices + 1) if devices % n == 0 and rows % (n * accumulate) == 0)
-    parts = max(divisors, default=1)
-    rest, need = devices // parts, state + gradient
-    why = f"{rows} rows over {parts} devices"
-    sequence = tensor = 1
-    if rest > 1 and length % rest == 0 and length >= ROW * rest:
-        sequence, why = rest, f"{why}, the positions of each over {rest}"
-    elif heads % rest:
+        return Choice("single", MeshSpec(), None)
+    need = state + gradient
+    for used in range(devices, 0 if spare else devices - 1, -1):
+        if (split := _split(used, rows, accumulate, lengths, heads)) is not None:
+            break
+    else:
         raise UserError(
-            f"train.parallel auto: data.rows {rows} can be split over {parts} of {devices} devices, and neither rows "
-            f"of {length} positions nor {heads} heads over {rest} more: make data.rows a multiple of "
-            f"{devices * accumulate}, or set train.mesh"
+            f"train.parallel auto: data.rows {rows}, rows of {lengths[0]} positions and {heads} heads do not divide "
+            f"over {devices} devices: make data.rows a multiple of {devices * accumulate}, or set train.mesh"
         )
-    elif rest > 1:
-        tensor, why = rest, f"{why}, heads and hidden widths over {rest}"
+    sizes, parts, why = split
+    idle = devices - used
+    if idle:
+        verb = "is" if idle == 1 else "are"
+        why += f" ({idle} of {devices} {verb} idle: make data.rows a multiple of {devices * accumulate} to use all)"
+    if used == 1:
+        return Choice("single", MeshSpec(), why)
     takes = f"state and gradient take {_size(need)} and a device has {_size(memory)}"
-    sizes = {"tensor": tensor, "sequence": sequence}
+    tensor = sizes["tensor"]
     if need / tensor <= WHOLE * memory:
-        held = "every device holds a whole copy" if tensor == 1 else "what is not split is on every device"
-        return Choice("sharded", MeshSpec(data=parts, **sizes), f"{why}; {held}: {takes}")
-    reason = f"{why}; parameters and optimizer are split: {takes}"
+        held = "every device holds a full copy" if tensor == 1 else "the rest is replicated"
+        return Choice("sharded", MeshSpec(data=parts, **sizes), f"{why}; {held}: {takes}", used)
+    reason = f"{why}; parameters and optimizer state are sharded: {takes}"
     if need / (parts * tensor) > SPLIT * memory:
-        reason += f", which is too much for {devices} devices: take more, or look with polygpt plan --search"
-    return Choice("sharded", MeshSpec(data=1, fsdp=parts, **sizes), reason)
+        reason += f", too much for {counted(used, 'device')}: use more, or try polygpt plan --search"
+    return Choice("sharded", MeshSpec(data=1, fsdp=parts, **sizes), reason, used)
+
+
+def _split(
+    devices: int, rows: int, accumulate: int, lengths: Sequence[int], heads: int
+) -> tuple[dict[str, int], int, str] | None:
+    """Sizes of the tensor and sequence axes, parts of the batch, and that in words; None if devices would idle."""
+    parts = max((n for n in range(1, devices + 1) if devices % n == 0 and rows % (n * accumulate) == 0), default=1)
+    rest, why = devices // parts, f"{rows} rows over {counted(parts, 'device')}"
+    if rest == 1:
+        return {"tensor": 1, "sequence": 1}, parts, why
+    if all(length % rest == 0 for length in lengths) and lengths[0] >= ROW * rest:
+        return {"tensor": 1, "sequence": rest}, parts, f"{why}, the positions of each over {rest}"
+    if heads % rest == 0:
+        return {"tensor": rest, "sequence": 1}, parts, f"{why}, heads and hidden widths over {rest}"
+    return None
+
+
+def unused(parallel: str, device: jax.Device, dtype: str) -> tuple[str, ...]:
+    """What a run leaves unused on this machine, one line each with the option that would use it.
+
+    Args:
+        parallel: the experiment's `train.parallel`.
+        device: one of those that take part.
+        dtype: that the model computes in.
+    """
+    lines, available = [], jax.device_count()
+    if parallel == "single" and available > 1:
+        lines.append(f"uses 1 of {available} devices: --train.parallel auto uses all")
+    if dtype == "float32" and device.platform in ("gpu", "cuda", "rocm", "tpu"):
+        kind = "TPU" if device.platform == "tpu" else "GPU"
+        lines.append(f"computes in float32 on a {kind}: --model.dtype bfloat16 is faster and takes less memory")
+    return tuple(lines)
 
 
 def memory_of_all() -> int:
-    """Bytes that every device of every process has at least; all processes have to ask."""
+    """Bytes that every device of every process has at least. Collective: all processes must call it."""
     here = min(map(_memory_of, jax.local_devices()))
     return min(map(int, processes.gather("memory of devices", str(here))))
 
@@ -98,7 +145,7 @@ def bytes_of(shapes: Any) -> int:
 
 
 def _memory_of(device: jax.Device) -> int:
-    """Bytes that a device has; of a CPU device its share of the machine's memory."""
+    """Bytes of a device's memory; for a CPU device, its share of the machine's."""
     statistics = device.memory_stats() if device.platform != "cpu" else None
     if statistics and "bytes_limit" in statistics:
         return statistics["bytes_limit"]

@@ -28,9 +28,10 @@ class TrainSpec(Spec):
 
     steps: int
     """Batches to train on. A run that is started again with more steps goes on to them."""
-    parallel: Literal["single", "pmap", "sharded", "auto"] = "single"
-    """On one device; rows over all devices by pmap; one program split over `mesh` by the compiler; or, auto, whatever
-    suits the devices and the model, which is printed with the reason."""
+    parallel: Literal["single", "pmap", "sharded", "auto"] = "auto"
+    """auto: all devices, split in the way that suits the batch and the model; the choice is printed with its reason.
+    single: one device. pmap: the batch split over all devices, parameters replicated. sharded: one program that the
+    compiler splits over `mesh`."""
     mesh: MeshSpec = MeshSpec()
     """How devices are arranged and what is split over which, where `parallel` is sharded; others take none."""
     log_every: int = 10

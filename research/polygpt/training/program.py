@@ -56,14 +56,15 @@ class Program:
         runs, layout = self.parallel, self.parallel.layout
         place = f"{len(runs.devices)} x {runs.devices[0].device_kind}, {runs.mode}"
         place += f" ({layout.about()})" if layout else ""
-        mup = self.experiment.model.mup
+        model = self.experiment.model
         lines = [
             *([self.reason] if self.reason else []),
             f"{self.experiment.name}: {count:,} parameters on {place}",
-            *([mup.about()] if mup else []),
+            *([model.mup.about()] if model.mup else []),
             self.experiment.optim.table(self.shapes, self.model.growth),
         ]
-        return "\n".join([*lines, *self.notes])
+        unused = automatic.unused(self.experiment.train.parallel, runs.devices[0], model.dtype)
+        return "\n".join([*lines, *self.notes, *unused])
 
     @functools.cached_property
     def evaluated(self) -> Model:
@@ -112,8 +113,11 @@ def assemble(
     shapes = model.abstract()
     transformation = optim.build(shapes, train.steps, model.growth)
     mode, mesh, reason = train.parallel, train.mesh, None
+    spare = devices is None and jax.process_count() == 1  # this machine's own devices: better some idle than an error
     devices = list(devices or jax.devices())
-    if mode == "auto":
+    if mode == "auto" and len(devices) == 1:
+        mode = "single"
+    elif mode == "auto":
         choice = automatic.choose(
             state=automatic.bytes_of(jax.eval_shape(lambda: _create(experiment, model, transformation))),
             gradient=automatic.bytes_of(shapes),
@@ -121,10 +125,12 @@ def assemble(
             devices=len(devices),
             rows=experiment.data.rows,
             accumulate=optim.accumulate,
-            length=layout.length,
+            lengths=(layout.length, *(task.length for task in experiment.evaluation.tasks.values() if task.length)),
             heads=getattr(experiment.model.decoder.attention, "heads", 1),
+            spare=spare,
         )
         mode, mesh, reason = choice.mode, choice.mesh, f"train.parallel auto: {choice.mode}: {choice.reason}"
+        devices = devices[: choice.devices]
     runs = parallel.build(mode, model.axes(), mesh, devices)
     runs.check(experiment.data.rows, layout.length, optim.accumulate)
     for name, task in experiment.evaluation.tasks.items():
