@@ -1,14 +1,16 @@
 """Tokenizers: every text comes back, no text gives a special id, files are checked."""
 
+import itertools
 import json
 import pickle
+import re
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polygpt.data.tokenizers.bpe import BPE, train_bpe
+from polygpt.data.tokenizers.bpe import BPE, PIECE, _bounded, train_bpe
 from polygpt.data.tokenizers.bytes import Bytes
 from polygpt.errors import SpecError, UserError
 from polygpt.spec import from_json, to_json
@@ -114,6 +116,51 @@ def test_training_refuses_what_it_cannot_use_and_writes_nothing(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latin.txt"]
 
 
+@given(st.lists(st.sampled_from(["a", "word", " ", "x" * 255, "y" * 257, " \t" * 200, "日" * 700, "\n"]), max_size=8))
+def test_long_stretches_are_cut_and_nothing_else(words):
+    line = "".join(words)
+    pieces = list(_bounded(line))
+    assert "".join(pieces) == line
+    runs = {match.span() for match in re.finditer(r"\S+|\s+", line)}
+    ends = list(itertools.accumulate(map(len, pieces)))[:-1]
+    expected = [cut for start, end in sorted(runs) for cut in range(start + PIECE, end, PIECE)]
+    assert ends == expected
+
+
+def test_text_without_spaces_is_learned_in_pieces(tmp_path):
+    (tmp_path / "text.txt").write_text("ab" * 20_000)
+    tokenizer = train_bpe([tmp_path / "text.txt"], 300, tmp_path / "bpe.json").build()
+    assert 64 <= tokenizer.token_bytes.max() <= PIECE  # in one piece, tokens would double up to 16,384 bytes
+    assert tokenizer.decode(tokenizer.encode("ab" * 5000)) == "ab" * 5000
+
+
+@pytest.mark.parametrize("phase", ["reading", "merging"])
+def test_training_tells_how_far_it_is_and_can_be_interrupted(tmp_path, phase):
+    # Words of their own, so that merging takes longer than reading is watched at.
+    rng = np.random.default_rng(0)
+    (tmp_path / "text.txt").write_text("\n".join(map(str, rng.integers(10**12, size=100_000))))
+    told = []
+
+    def progress(what, done, total):
+        told.append((what, done, total))
+        if what.startswith(phase):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_bpe([tmp_path / "text.txt"], 2000, tmp_path / "bpe.json", progress)
+    assert told[-1][0].startswith(phase) and told[-1][2] == 1 and [p.name for p in tmp_path.iterdir()] == ["text.txt"]
+
+
+def test_training_text_may_have_a_byte_order_mark_and_no_other_encoding(tmp_path):
+    files = {name: tmp_path / name for name in ("plain", "marked", "wide")}
+    for (_, file), encoding in zip(files.items(), ("utf-8", "utf-8-sig", "utf-16"), strict=True):
+        file.write_text(TEXT, encoding=encoding)
+    plain, marked = (train_bpe([files[name]], 300, tmp_path / f"{name}.json").file for name in ("plain", "marked"))
+    assert open(plain).read() == open(marked).read()
+    with pytest.raises(UserError, match="wide: it is UTF-16: .*iconv"):
+        train_bpe([files["wide"]], 300, tmp_path / "wide.json")
+
+
 def test_missing_and_unsuitable_files_are_refused_by_name(bpe_spec, tmp_path):
     with pytest.raises(UserError, match=r"no tokenizer file .*gone\.json"):
         BPE(str(tmp_path / "gone.json")).build()
@@ -129,6 +176,9 @@ def test_missing_and_unsuitable_files_are_refused_by_name(bpe_spec, tmp_path):
         ({"pre_tokenizer": {**good["pre_tokenizer"], "add_prefix_space": True}}, "changes the text"),
         ({"pre_tokenizer": {"type": "Whitespace"}}, "not a byte-level BPE"),
         ({"model": {**good["model"], "vocab": {"a": 0, "b": 1}, "merges": []}}, "of the 256 bytes have no token"),
+        ({"model": {**good["model"], "dropout": 0.1}}, "drops"),
+        ({"truncation": {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}}, "truncates"),
+        ({"post_processor": {**good["pre_tokenizer"], "trim_offsets": True}}, "adds tokens"),
     ]
     for change, message in changes:
         path.write_text(json.dumps({**good, **change}))

@@ -24,6 +24,7 @@ def parser(prog: str, about: str) -> Parser:
 
 def run(arguments: Namespace) -> dict:
     """Trains and writes the tokenizer; returns its place and size."""
+    from polygpt.cli.progress import Progress
     from polygpt.data.sources.text_files import find_files
     from polygpt.data.tokenizers.bpe import train_bpe
 
@@ -31,6 +32,7 @@ def run(arguments: Namespace) -> dict:
     if out.is_dir():
         raise UserError(f"tokenizer train: --out {out} is a folder: name a file, such as {out / 'bpe.json'}")
     files = find_files(arguments.files)
-    vocabulary = train_bpe(files, arguments.vocabulary, out).build().vocabulary
+    with Progress("training") as progress:
+        vocabulary = train_bpe(files, arguments.vocabulary, out, progress).build().vocabulary
     print(f"{out}: {vocabulary:,} token ids from {len(files)} file(s)")
     return {"file": out, "vocabulary": vocabulary, "files": len(files)}

@@ -81,7 +81,7 @@ class Pieces:
                 return np.array([0, seen[0]]), None
             with self.file.open("rb") as file:
                 if encoding := foreign_encoding(file.read(4096)):
-                    raise UserError(f"{self.file}: {_convert(encoding)}")
+                    raise UserError(f"{self.file}: {convert(encoding)}")
             table = self._stored(seen) if seen[0] > SMALL else self._built()
             changed = self._stat() != seen or self._seen not in (None, seen)
         except OSError as error:
@@ -168,7 +168,7 @@ class Pieces:
             text = data.decode("utf-8")
         except UnicodeDecodeError as error:
             encoding = foreign_encoding(data[:4096]) if start == 0 else None
-            detail = _convert(encoding) if encoding else f"byte {start + error.start} of the file"
+            detail = convert(encoding) if encoding else f"byte {start + error.start} of the file"
             raise BadRecord("invalid UTF-8", self.place(i), detail) from error
         if self.unit == "line":
             text = text.removesuffix("\n").removesuffix("\r")
@@ -179,7 +179,7 @@ class Pieces:
         return text
 
 
-def _convert(encoding: str) -> str:
+def convert(encoding: str) -> str:
     return f"it is {encoding}: convert it to UTF-8, with `iconv -f {encoding} -t UTF-8` for instance"
 
 

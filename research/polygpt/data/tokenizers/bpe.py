@@ -1,13 +1,19 @@
-"""Byte-pair encoding over bytes, trained with Hugging Face's tokenizers and kept as one JSON file."""
+"""Byte-pair encoding over bytes, trained with Hugging Face's tokenizers and stored as one JSON file."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import functools
+import io
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from polygpt.data.pieces import convert, foreign_encoding
 from polygpt.data.tokenizers.base import Tokenizer, TokenizerSpec
 from polygpt.errors import UserError
 from polygpt.files import write_atomically
@@ -15,6 +21,15 @@ from polygpt.files import write_atomically
 SPECIALS = 2
 SMALLEST = 256 + SPECIALS
 """The smallest vocabulary: every byte and the specials."""
+PIECE = 256
+"""Most characters of a stretch with or without white space that training takes as one piece. The cost of training is
+quadratic in the longest piece, and genomes, base64 and some languages have no spaces."""
+LONG = re.compile(rf"(?<!\S)\S{{{PIECE + 1},}}|(?<!\s)\s{{{PIECE + 1},}}")
+LINE = 1 << 20
+"""Characters read at a time from a line."""
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is done, and all of it, in MB of text."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,16 +53,16 @@ class BPE(TokenizerSpec):
 
 
 class BPETokenizer(Tokenizer):
-    """See `BPE`. The specials are not known to the underlying model, so that no text can be encoded to them."""
+    """See `BPE`. The underlying model does not know the special tokens, so no text can be encoded to them."""
 
     def __init__(self, model: tokenizers.Tokenizer):
-        """Raises UserError if the model could turn a text into anything that does not decode to it again."""
+        """Raises UserError if the model could encode a text to anything that does not decode to the same text."""
         if not isinstance(model.model, models.BPE) or not isinstance(model.pre_tokenizer, pre_tokenizers.ByteLevel):
             raise UserError("not a byte-level BPE")
         if model.pre_tokenizer.add_prefix_space or model.normalizer is not None:
-            raise UserError("it changes the text before encoding it, which would then not be read back")
+            raise UserError("it changes the text before encoding it, so the text could not be decoded again")
         if model.get_added_tokens_decoder():
-            raise UserError("it has added tokens, which a text could contain: train it without")
+            raise UserError("it has added tokens, which a text could contain: train it without them")
         if model.truncation or model.padding or model.post_processor or model.model.dropout:
             raise UserError("it pads, truncates, drops or adds tokens: train it without")
         vocabulary = model.get_vocab()
@@ -65,13 +80,19 @@ class BPETokenizer(Tokenizer):
         return np.array(self._model.encode(text).ids, np.int32)
 
 
-def train_bpe(files: Sequence[str | Path], vocabulary: int, out: str | Path) -> BPE:
-    """Trains a tokenizer on text files and writes it; nothing is left half-written.
+def train_bpe(
+    files: Sequence[str | Path],
+    vocabulary: int,
+    out: str | Path,
+    progress: Progress = lambda what, done, total: None,
+) -> BPE:
+    """Trains a tokenizer on text files and writes it atomically.
 
     Args:
         files: UTF-8 text files.
         vocabulary: the most ids, the two specials included. Small files give fewer.
         out: the JSON file to write.
+        progress: called several times per second. What it raises ends the training.
 
     Returns:
         The specification of the tokenizer.
@@ -91,26 +112,101 @@ def train_bpe(files: Sequence[str | Path], vocabulary: int, out: str | Path) -> 
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    model.train_from_iterator(_lines([Path(file) for file in files]), trainer)
+    texts = _Texts([Path(file) for file in files])
+    _interruptible(lambda: model.train_from_iterator(texts, trainer), texts, progress)
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, model.to_str(pretty=True))
     return BPE(str(out))
 
 
-def _lines(files: list[Path]) -> Iterator[str]:
-    for file in files:
+def _interruptible(train: Callable[[], None], texts: "_Texts", progress: Progress) -> None:
+    """Runs `train` in a thread: within the library's own loops the main thread would not hear of Ctrl+C."""
+    failure: list[BaseException] = []
+
+    def run():
         try:
-            with file.open(encoding="utf-8", newline="") as lines:
-                yield from lines
-        except UnicodeDecodeError as error:
-            raise UserError(f"{file}: invalid UTF-8 near byte {error.start} of a block: {error.reason}") from error
-        except OSError as error:
-            raise UserError(f"{file}: cannot be read: {error.strerror}") from error
+            train()
+        except BaseException as error:
+            failure.append(error)
+
+    thread, merging = threading.Thread(target=run, daemon=True), None
+    thread.start()
+    try:
+        alive = True
+        while alive:
+            alive = thread.is_alive()
+            if texts.ended and merging is None:
+                merging = time.monotonic()
+            what = "reading, MB" if merging is None else f"merging pairs, {time.monotonic() - merging:.0f} s"
+            progress(what, texts.done // 10**6, texts.total // 10**6)
+            thread.join(0.1)
+    finally:
+        texts.stopped = True
+        thread.join(0 if texts.ended else 10)
+    if failure:
+        raise failure[0]
+
+
+class _Texts:
+    """The text of files for training, in pieces.
+
+    Attributes:
+        done, total: bytes read so far, and of all files.
+        ended: whether all has been read.
+        stopped: set from another thread to make the reading fail.
+    """
+
+    def __init__(self, files: list[Path]):
+        self.files, self.done, self.ended, self.stopped = files, 0, False, False
+        self.total = sum(map(_size, files))
+
+    def __iter__(self) -> Iterator[str]:
+        before = 0
+        for file in self.files:
+            try:
+                with file.open("rb") as raw:
+                    if encoding := foreign_encoding(raw.read(4096)):
+                        raise UserError(f"{file}: {convert(encoding)}")
+                    raw.seek(0)
+                    lines = io.TextIOWrapper(raw, encoding="utf-8-sig", newline="")
+                    for number, line in enumerate(iter(functools.partial(lines.readline, LINE), "")):
+                        if number % 256 == 0:
+                            self.done = before + raw.tell()
+                            if self.stopped:
+                                raise InterruptedError
+                        yield from _bounded(line)
+                    before += raw.tell()
+            except UnicodeDecodeError as error:
+                raise UserError(f"{file}: invalid UTF-8 near byte {error.start} of a block: {error.reason}") from error
+            except OSError as error:
+                raise _unreadable(file, error) from error
+        self.ended = True
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError as error:
+        raise _unreadable(file, error) from error
+
+
+def _unreadable(file: Path, error: OSError) -> UserError:
+    return UserError(f"{file}: cannot be read: {error.strerror}")
+
+
+def _bounded(line: str) -> Iterator[str]:
+    """A line, cut within stretches longer than PIECE and nowhere else: pieces begin and end where those of GPT-2 do."""
+    start = 0
+    for stretch in LONG.finditer(line) if len(line) > PIECE else ():
+        for cut in range(stretch.start() + PIECE, stretch.end(), PIECE):
+            yield line[start:cut]
+            start = cut
+    yield line[start:] if start else line
 
 
 def _byte_letters() -> dict[str, int]:
-    """The printable letter that stands for each byte in the vocabulary file, as GPT-2's `bytes_to_unicode` has it."""
+    """The printable letter that stands for each byte in the vocabulary file, as in GPT-2's `bytes_to_unicode`."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [value for value in range(256) if value not in printable]
     return {chr(v): v for v in printable} | {chr(256 + i): v for i, v in enumerate(others)}
