@@ -62,6 +62,9 @@ CLAIMS = """claims=(
 END = "    )\n"
 POEM = "\n".join(f"line {n}: the sea has {n} waves and a {'grey' if n % 2 else 'green'} gull" for n in range(40))
 
+CODE = {"core": "abcdef0123456789", "more": {"polygpt.attention.biases": "12345678"}}
+"""Of all results that are made up."""
+
 Loss = Callable[[str, Mapping[str, Any], int], float | None]
 """Of a variant at a point with a seed; None for a run that diverged."""
 
@@ -105,7 +108,7 @@ def record(seed: int, value: float | None, metrics: Sequence[str] = ("text/loss"
         "seconds": 1.5,
         "diverged": value is None,
         "how": "4 seeds in one program",
-        "made": {"polygpt": "0.0", "commit": "0123456789abcdef", "jax": "0.10", "device": "cpu"},
+        "made": {"polygpt": "0.0", "commit": "0123456789abcdef", "jax": "0.10", "device": "cpu", "code": CODE},
         **others,
     }
 

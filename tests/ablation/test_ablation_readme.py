@@ -55,7 +55,7 @@ def test_a_readme_answers_first_and_then_says_how(made, drawn):
     assert "| `wide < base` | a wider model learns more | **held** |" in text
     assert all(f"]({name})" in text for name in files if name.endswith(".svg"))
     said = ["× 4 seeds", "the same order of data", "Steps: 4.", "as many steps as the base", "On cpu; 4 seeds in one"]
-    assert all(words in text for words in [*said, "polygpt 0.0 (0123456789ab), JAX 0.10."])
+    assert all(words in text for words in [*said, "polygpt 0.0, code abcdef012345 (commit 0123456789ab), JAX 0.10."])
     assert r"\textbf{" in (folder / "table.tex").read_text() and r"deep\_2" in (folder / "table.tex").read_text()
     assert readme.stale(folder) == []
 

@@ -63,7 +63,7 @@ def test_it_says_what_it_took():
     assert (found["seed"], found["steps"], found["tokens"], found["seconds"]) == (3, 7, 7 * 4 * 48, 3.25)
     assert found["flops"] == pytest.approx(of(np.ones(14))["flops"] / 2)
     assert found["parameters"] > 258 * 16
-    assert found["made"].keys() == {"polygpt", "commit", "jax", "device"} and found["made"]["device"] == "cpu"
+    assert found["made"].keys() == {"polygpt", "commit", "jax", "device", "code"} and found["made"]["device"] == "cpu"
 
 
 def test_the_mean_of_nothing_is_not_a_number():

@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 from tiny_runs import experiment
 
-from polygpt.ablation.results import append, choose, frame, key, labelled, read
+from polygpt.ablation import keys
+from polygpt.ablation.keys import key
+from polygpt.ablation.results import append, choose, frame, labelled, read
 from polygpt.ablation.study import Ablation, point, points
 from polygpt.ablation.variants import grid
 from polygpt.errors import UserError
 from polygpt.optim.schedules import WarmupCosine
 from polygpt.overrides import replaced
 from polygpt.runtime.checkpoint import CheckpointSpec
-from polygpt.spec import load_file
+from polygpt.spec import Spec, load_file
 
 OWN = '''"""An objective of one's own."""
 
@@ -64,9 +66,22 @@ def test_a_key_outlives_a_field_that_is_added_until_it_is_set():
     assert key(experiment(optim__schedule=later(3e-3, warmup=4, restarts=1))) != before
 
 
+def test_keys_know_a_renamed_field_and_a_moved_class_by_their_former_names(monkeypatch):
+    def spec(name, field):
+        place = {"__module__": "polygpt.somewhere"}
+        return dataclasses.make_dataclass(name, [(field, float)], bases=(Spec,), frozen=True, namespace=place)(3e-3)
+
+    old, new = spec("Old", "peak"), spec("New", "peak_lr")
+    before = keys._given(old)
+    assert before == {"class": "polygpt.somewhere:Old", "peak": 3e-3} != keys._given(new)
+    monkeypatch.setitem(keys.FORMER_FIELDS, ("New", "peak_lr"), "peak")
+    monkeypatch.setitem(keys.FORMER_CLASSES, "polygpt.somewhere:New", "polygpt.somewhere:Old")
+    assert keys._given(new) == before
+
+
 def test_a_key_changes_with_the_version(monkeypatch):
     first = key(experiment())
-    monkeypatch.setattr("polygpt.ablation.results.__version__", "99")
+    monkeypatch.setattr("polygpt.ablation.keys.VERSION", "99")
     assert key(experiment()) != first
 
 
@@ -77,6 +92,7 @@ def test_a_key_changes_with_the_code_of_own_classes_and_not_with_its_place_comme
     assert key(experiment()) != first
 
 
+NOW = {"schema": 2}
 LINES = [{"key": "a", "seed": 0}, {"key": "b", "seed": 1, "loss": math.inf}]
 
 
@@ -85,7 +101,17 @@ def test_lines_are_appended_and_read(tmp_path):
     assert read(path) == []
     append(path, LINES[:1])
     append(path, LINES[1:])
-    assert read(path) == [LINES[0], {"key": "b", "seed": 1, "loss": None}]
+    assert read(path) == [LINES[0] | NOW, {"key": "b", "seed": 1, "loss": None} | NOW]
+    assert all(json.loads(line)["schema"] == 2 for line in path.read_text().splitlines())
+
+
+def test_lines_without_a_schema_are_of_unknown_code_and_those_of_a_later_one_are_refused(tmp_path):
+    path = tmp_path / "results.jsonl"
+    path.write_text('{"key": "a", "made": {"commit": "c"}}\n')
+    assert read(path) == [{"key": "a", "made": {"commit": "c", "code": None}} | NOW]
+    append(path, [{"key": "b", "schema": 3}])
+    with pytest.raises(UserError, match="line 2 is of schema 3, and this version knows 2: update polygpt"):
+        read(path)
 
 
 @pytest.mark.parametrize("cut", [1, 5, 12])
@@ -93,16 +119,16 @@ def test_a_torn_last_line_is_dropped_and_written_over(tmp_path, cut):
     path = tmp_path / "results.jsonl"
     append(path, LINES[:1])
     path.write_bytes(path.read_bytes() + b'{"key": "b", "seed": 1}'[:cut])
-    assert read(path) == LINES[:1]
+    assert read(path) == [LINES[0] | NOW]
     append(path, [{"key": "c"}])
-    assert read(path) == [LINES[0], {"key": "c"}]
+    assert read(path) == [LINES[0] | NOW, {"key": "c"} | NOW]
 
 
 def test_a_whole_last_line_without_its_end_is_kept(tmp_path):
     path = tmp_path / "results.jsonl"
     path.write_text('{"key": "a"}')
     append(path, [{"key": "c"}])
-    assert read(path) == [{"key": "a"}, {"key": "c"}]
+    assert read(path) == [{"key": "a"} | NOW, {"key": "c"} | NOW]
 
 
 def test_any_other_line_that_cannot_be_read_is_named(tmp_path):

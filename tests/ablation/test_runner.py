@@ -207,7 +207,20 @@ def test_what_is_under_way_is_hidden_from_git_and_removed_when_done(tmp_path):
     assert {path.name for path in (tmp_path / ".work").iterdir()} == {".gitignore", ".lock"}
     (record,) = results.read(tmp_path / "results.jsonl")
     assert list(record) == [
-        *("key", "variant", "at", "tuned", "stage", "seed", "metrics", "curve", "evaluations", "parameters", "flops"),
+        *(
+            "schema",
+            "key",
+            "variant",
+            "at",
+            "tuned",
+            "stage",
+            "seed",
+            "metrics",
+            "curve",
+            "evaluations",
+            "parameters",
+            "flops",
+        ),
         *("tokens", "steps", "seconds", "diverged", "how", "made"),
     ]
     assert record["how"] == "1 seed in one program" and json.dumps(record)

@@ -8,17 +8,16 @@ variance.
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from scipy import stats
 
-from polygpt import spec
+from polygpt.ablation.finished import FinishedRun, finished_run
 from polygpt.ablation.intervals import interval_bootstrap, interval_bootstrap_unpaired, interval_t
 from polygpt.ablation.measures import MEASURES, TRAINING_LOSS
-from polygpt.ablation.record import finite_mean
 from polygpt.ablation.statistics import (
     Compared,
     compare,
@@ -33,40 +32,13 @@ from polygpt.ablation.statistics import (
 from polygpt.ablation.tables import SETTLES, caveats, probability_of, seeds_text
 from polygpt.errors import UserError
 from polygpt.markup import Table, probability, span, with_interval
-from polygpt.report.finish import RESULTS
 from polygpt.spec import nearest
-from polygpt.training.experiment import Experiment
-from polygpt.training.held_out import Standing
-from polygpt.training.workdir import differences, drop_same_mathematics, load_experiment
+from polygpt.training.workdir import differences
 
 ALPHA = 0.05
 """Probability that any difference found is not real."""
 NAMED = 3
 """A group is named by at most so many fields."""
-
-
-@dataclasses.dataclass(frozen=True)
-class FinishedRun:
-    """What a run folder says about a run.
-
-    Attributes:
-        folder: the run folder.
-        experiment: its experiment.
-        config: the experiment as JSON, without the seed and whatever does not change results.
-        step: the step at which it ended.
-        metrics: by name, "task/measure" and "train/loss".
-    """
-
-    folder: Path
-    experiment: Experiment
-    config: dict[str, Any]
-    step: int
-    metrics: dict[str, float]
-
-    @property
-    def seed(self) -> int:
-        """The experiment's."""
-        return self.experiment.seed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,39 +133,6 @@ def compare_runs(
     return Comparison(metric, better, (made[0], *others), differing, tuple(notes))
 
 
-def finished_run(folder: Path) -> FinishedRun:
-    """Reads a run folder. Errors as `compare_runs`."""
-    experiment = load_experiment(folder)
-    losses, evaluations, chosen = {}, {}, {}
-    for line in _lines(folder / "metrics.jsonl"):
-        if "loss" in line:
-            losses[line["step"]] = math.nan if line["loss"] is None else line["loss"]
-        if "evaluation" in line:
-            evaluations[line["step"]] = line["evaluation"]
-            chosen[line["step"]] = line.get("metric")
-    last = max([*losses, *evaluations], default=0)
-    # Metrics are written every `log_every` steps, so the last line may precede the end.
-    unfinished = last <= experiment.train.steps - experiment.train.log_every
-    if unfinished and not _out_of_patience(experiment, chosen) or not losses:
-        steps = f"{experiment.train.steps:,}"
-        raise UserError(f"{folder} is at step {last:,} of {steps}: finish it first, or train it again")
-    tasks = evaluations.get(last, {})
-    if (path := folder / RESULTS).is_file():
-        tasks = {**tasks, **json.loads(path.read_text(encoding="utf-8"))["tasks"]}
-    metrics = {f"{task}/{name}": value for task, measures in tasks.items() for name, value in measures.items()}
-    tail = [loss for step, loss in losses.items() if step > 0.9 * last] or [losses[max(losses)]]
-    metrics[TRAINING_LOSS] = finite_mean(np.array(tail, float))
-    return FinishedRun(folder, experiment, _config(experiment), last, metrics)
-
-
-def _out_of_patience(experiment: Experiment, chosen: Mapping[int, float | None]) -> bool:
-    """Whether a run with these metrics, by step of evaluation, has ended by `train.patience`."""
-    standing = Standing()
-    for step in sorted(chosen):
-        standing.update(math.nan if chosen[step] is None else chosen[step], experiment.train.better)
-    return experiment.train.patience is not None and standing.stale >= experiment.train.patience
-
-
 def welch(a_S, b_T) -> Compared:
     """Compares two unpaired samples, [S] and [T] finite values.
 
@@ -285,22 +224,6 @@ def _adjusted(group: Group, first: Group, p: float, groups: int) -> Group:
     needed = seeds_needed(effect, ALPHA / groups)
     span = needed and seeds_range([effect_range(float(t), len(group.values))], ALPHA / groups)
     return dataclasses.replace(group, adjusted=p, seeds_needed=needed, seeds_range=span)
-
-
-def _config(experiment) -> dict[str, Any]:
-    data = json.loads(json.dumps(spec.to_json(experiment.replace(seed=0, name="any"))))
-    drop_same_mathematics(data)
-    return data
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    if not path.is_file():
-        raise UserError(f"{path.parent} has no {path.name}: train it first")
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            yield json.loads(line)
-        except ValueError:
-            raise UserError(f"{path}, line {number} is not JSON: wait for the run that writes it") from None
 
 
 def _default(runs: Sequence[FinishedRun]) -> tuple[str, list[str]]:

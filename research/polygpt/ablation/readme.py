@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from polygpt.ablation import results
+from polygpt.ablation import provenance, results
 from polygpt.ablation.beside import beside
 from polygpt.ablation.charts import Chart, charts
 from polygpt.ablation.claims import Verdict
@@ -39,6 +39,7 @@ EVIDENCE = {
     "A": "from the paper's abstract or a summary, not checked in the paper",
     "M": "from memory, still to be checked in the paper",
 }
+REMEDY = "To run them again, remove their lines from results.jsonl."
 LONG = 24
 """Rows of a table from which on it is folded."""
 SUFFIXES = (".svg", ".png")
@@ -139,19 +140,20 @@ def command(folder: Path) -> str:
 
 def _readme(folder: Path, frame: Frame, found: Sequence[Verdict], pictures: Mapping[str, str]) -> str:
     ablation = frame.ablation
+    tuned = tuning(ablation, results.read(folder / results.RESULTS))
     parts = [
         WRITTEN,
         f"# {escaped_markdown(title(source(folder)))}",
         f"**Question.** {escaped_markdown(ablation.question)}",
         f"**Verdict.** {escaped_markdown(headline(frame, found))}",
-        f"**Cost.** {cost(frame, tuning(ablation, results.read(folder / results.RESULTS)))}",
+        f"**Cost.** {cost(frame, tuned)}",
         f"**Command.** `{command(folder)}`",
         *(_paper(frame) if ablation.paper else []),
         *(_section("Claims", claims_table(found)) if found else []),
         *_section("Results", results_table(frame), _shown(charts(frame), pictures)),
         *_section("Cost of a run", costs_table(frame)),
         "## What was run",
-        "\n".join(f"- {line}" for line in _run(frame)),
+        "\n".join(f"- {line}" for line in _run(frame, tuned)),
         "## Notes",
         _notes(folder),
     ]
@@ -186,7 +188,7 @@ def _paper(frame: Frame) -> list[str]:
     return parts
 
 
-def _run(frame: Frame) -> Iterator[str]:
+def _run(frame: Frame, tuned: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     ablation, records = frame.ablation, frame.records
     over = "".join(f" × {len(values)} of {factor}" for factor, values in ablation.over.items())
     paired = "a seed gives every variant the same order of data, and runs are compared in pairs"
@@ -210,9 +212,16 @@ def _run(frame: Frame) -> Iterator[str]:
     if gone := sum(record["diverged"] for record in records):
         yield f"{gone} of {len(records)} runs diverged."
     yield f"On {_distinct(record['made']['device'] for record in records)}; {_distinct(r['how'] for r in records)}."
-    versions = {name: _distinct(record["made"][name] for record in records) for name in ("polygpt", "jax")}
-    commits = _distinct((record["made"]["commit"] or "no commit")[:12] for record in records)
-    yield f"polygpt {versions['polygpt']} ({commits}), JAX {versions['jax']}."
+    made = runs_made(frame, tuned)
+    versions = {name: _distinct(one[name] for one in made) for name in ("polygpt", "jax")}
+    yield f"polygpt {versions['polygpt']}, {provenance.summary(made)}, JAX {versions['jax']}."
+    for fault in provenance.faults(made):
+        yield f"**Code.** {fault} {REMEDY}"
+
+
+def runs_made(frame: Frame, tuned: Sequence[Mapping[str, Any]] = ()) -> list[Mapping[str, Any]]:
+    """What each run, of the comparison and of tuning, was made with; a run that several points ask for counts once."""
+    return [line["made"] for line in {line["key"]: line for line in [*frame.records, *tuned]}.values()]
 
 
 def _distinct(values) -> str:

@@ -1,4 +1,4 @@
-"""What is kept of a run: a line of results, but for what says which run it was."""
+"""What is kept of a run: a line of results, without what says which run it was."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,19 +6,18 @@ from typing import Any
 
 import numpy as np
 
-from polygpt import __version__
 from polygpt.ablation.budget import costs
 from polygpt.ablation.measures import CACHE, TRAINING_LOSS, cache_bytes
+from polygpt.ablation.provenance import made
 from polygpt.evaluation.likelihood import COUNTS
 from polygpt.files import plain
 from polygpt.training.experiment import Experiment
-from polygpt.training.workdir import environment
 
 POINTS = 60
-"""A learning curve has at most so many."""
+"""Points of a learning curve, at most."""
 
 Evaluations = Sequence[tuple[int, Mapping[str, Mapping[str, float]]]]
-"""Of each evaluation of a run the step, and by task its measures."""
+"""(step, measures by task) for each evaluation of a run."""
 
 
 def record(
@@ -34,17 +33,16 @@ def record(
 
     Args:
         experiment: the run's.
-        losses: of every step that was taken, from the first on; they need not be finite.
+        losses: one per step taken, from the first on; they need not be finite.
         evaluations: in order.
-        stopped: whether the run was given up for losses that were not finite, or that spiked.
-        seconds: what it took.
+        stopped: whether the run ended early because losses were not finite, or spiked.
+        seconds: wall time.
         how: where and with what.
     """
     steps, each = len(losses), costs(experiment)
     last = evaluations[-1][1] if evaluations and evaluations[-1][0] == steps else {}
     metrics = _flat(last) | {TRAINING_LOSS: finite_mean(losses[-max(1, steps // 10) :]), CACHE: cache_bytes(experiment)}
     final = [value for name, value in metrics.items() if name.rpartition("/")[2] == "loss"]
-    made = environment()
     return plain(
         {
             "seed": experiment.seed,
@@ -58,24 +56,19 @@ def record(
             "seconds": round(seconds, 3),
             "diverged": stopped or not all(map(math.isfinite, final)),
             "how": how,
-            "made": {
-                "polygpt": __version__,
-                "commit": made["revision"],
-                "jax": made["jax"],
-                "device": made["device"],
-            },
+            "made": made(experiment),
         }
     )
 
 
 def finite_mean(losses: np.ndarray) -> float:
-    """The mean of those that are finite, in float64; NaN if none is. The update of a step that is not was left out."""
+    """Mean of the finite losses, in float64; NaN if there are none. Steps with another loss made no update."""
     finite = losses[np.isfinite(losses)]
     return float(finite.mean(dtype=np.float64)) if len(finite) else math.nan
 
 
 def _curve(losses: np.ndarray) -> dict[str, list]:
-    """At most `POINTS` steps, each with the mean of the losses since the one before."""
+    """At most `POINTS` steps, each with the mean of the losses since the previous one."""
     edges = np.unique(np.linspace(0, len(losses), POINTS + 1).round().astype(int))
     means = [float(f"{finite_mean(losses[low:high]):.6g}") for low, high in zip(edges, edges[1:], strict=False)]
     return {"step": edges[1:].tolist(), "loss": means}

@@ -1,139 +1,83 @@
-"""Results: a line a run in `results.jsonl`, found again by what the run was, and the frame that is read from them.
+"""Results: a line per run in `results.jsonl`, found again by the key of the run, and the frame read from them.
 
-A line: {"key", "variant", "at": {factor: value}, "tuned": value or null, "stage": "tuning" or "comparison", "seed",
-"metrics": {"text/loss": ...}, "curve": {"step": [...], "loss": [...]}, "evaluations": {"step": [...], "text/loss":
-[...]}, "parameters", "flops" (of all steps, by formula), "tokens" (positions of all batches, padding included),
-"steps", "seconds" (this run's share), "diverged", "how", "made": {"polygpt", "commit", "jax", "device"}}. What is not
-finite is null.
+A line: {"schema", "key", "variant", "at": {factor: value}, "tuned": value or null, "stage": "tuning" or "comparison",
+"seed", "metrics": {"text/loss": ...}, "curve": {"step": [...], "loss": [...]}, "evaluations": {"step": [...],
+"text/loss": [...]}, "parameters", "flops" (of all steps, by formula), "tokens" (positions of all batches, padding
+included), "steps", "seconds" (this run's share), "diverged", "how", "made": {"polygpt", "commit", "jax", "device",
+"code": see `provenance.py`, null if unknown}}. What is not finite is null.
 
-The key depends on the experiment with its seed, on this package's version and on the code of classes that lie outside
-of it; not on what the files of data hold, nor on modules that such a class imports. A run whose key is there is never
-repeated; lines whose key nobody asks for any more stay, and are not read.
+A run whose key (`keys.py`) is there is never repeated. Lines whose key nobody asks for any more stay and are not read.
 """
 
-import ast
 import dataclasses
-import functools
-import hashlib
 import json
 import math
 import os
 import statistics
-import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from polygpt import __version__, spec
+from polygpt.ablation.keys import configured, key, key_of
 from polygpt.ablation.measures import figures, lacks
 from polygpt.ablation.study import Ablation, Point, places, point
 from polygpt.ablation.variants import Name
 from polygpt.errors import UserError
 from polygpt.files import plain
-from polygpt.spec import Spec
-from polygpt.training.experiment import Experiment
-from polygpt.training.workdir import drop_same_mathematics
 
 RESULTS = "results.jsonl"
 """The file's name, beside the ablation's."""
 TUNING = 1000
-"""The first of the seeds of the tuning runs."""
+"""The first seed of the tuning runs."""
+SCHEMA = 2
+"""Of the lines that are written now."""
 
 
-# --- keys -------------------------------------------------------------------------------------------------------------
+def _with_code(line: dict[str, Any]) -> dict[str, Any]:
+    """Schema 1 did not say of which code a run is."""
+    return {**line, "made": {**line["made"], "code": None}} if "made" in line else line
 
 
-def key(experiment: Experiment) -> str:
-    """What a run is known by: a SHA-256 over its configuration, this package's version and the code of other classes.
-
-    The name is not in it, nor what changes no result (`workdir.SAME_MATHEMATICS`), nor where files of code lie. Of a
-    file of code everything counts but comments, the docstring, and the functions `ablation` and `experiment`. Fields
-    at their defaults are left out, so that results outlive a field that is added: at its default it does what was done
-    without it. Whoever changes a default therefore changes the version.
-    """
-    return _key(_configured(experiment), experiment.seed)
-
-
-def _key(configured: str, seed: int) -> str:
-    return hashlib.sha256(f"{configured}/{seed}".encode()).hexdigest()
-
-
-def _configured(experiment: Experiment) -> str:
-    sources: dict[str, str] = {}
-    data = _given(experiment.replace(seed=0, name="any"))
-    drop_same_mathematics(data)
-    _of_classes(experiment, sources)
-    return json.dumps([data, __version__, sorted(sources.items())], sort_keys=True)
-
-
-def _given(value: Any) -> Any:
-    """JSON data as of `spec.to_json`, of fields that are not at their defaults; a file's class without the folder."""
-    if isinstance(value, Spec):
-        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if not _is_default(value, f)}
-        name = spec.class_name(type(value)).rpartition(os.sep)[2]
-        return {"class": name, **{name: _given(item) for name, item in fields.items()}}
-    if isinstance(value, Mapping):
-        return {name: _given(item) for name, item in value.items()}
-    return [_given(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def _is_default(value: Spec, field: dataclasses.Field) -> bool:
-    made = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-    return made is not dataclasses.MISSING and getattr(value, field.name) == made
-
-
-def _of_classes(value: Any, sources: dict[str, str]) -> None:
-    """Adds the code of all classes of specifications inside `value` that are not the package's own."""
-    if isinstance(value, Spec):
-        for cls in type(value).__mro__:
-            outside = cls.__module__.partition(".")[0] != "polygpt" and issubclass(cls, Spec)
-            file = getattr(sys.modules.get(cls.__module__), "__file__", None) if outside else None
-            if file:
-                sources[f"{Path(file).name}:{cls.__qualname__}"] = _code(Path(file), os.stat(file).st_mtime_ns)
-        for field in dataclasses.fields(value):
-            _of_classes(getattr(value, field.name), sources)
-    elif isinstance(value, Mapping):
-        _of_classes(tuple(value.values()), sources)
-    elif isinstance(value, tuple):
-        for item in value:
-            _of_classes(item, sources)
-
-
-@functools.lru_cache(256)
-def _code(file: Path, changed: int) -> str:
-    tree = ast.parse(file.read_bytes())
-    body = tree.body[1:] if ast.get_docstring(tree) is not None else tree.body
-    asking = (ast.FunctionDef,)
-    kept = [part for part in body if not (isinstance(part, asking) and part.name in ("ablation", "experiment"))]
-    return hashlib.sha256("\n".join(map(ast.dump, kept)).encode()).hexdigest()
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _with_code}
+"""By the schema of a line what makes it one of the next schema. A line without a number is of schema 1."""
 
 
 # --- the file ---------------------------------------------------------------------------------------------------------
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file of results, [] if there is none; the last is dropped if it is not whole.
+    """The lines of a file of results as of SCHEMA; [] without a file. An incomplete last line is dropped.
 
     Raises:
-        UserError: if another line is no JSON.
+        UserError: another line is not JSON, or a line is of a later schema.
     """
     records, lines = [], path.read_bytes().splitlines(keepends=True) if path.exists() else []
     for number, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line))
+            records.append(migrated(json.loads(line), f"{path}, line {number}"))
         except ValueError:
             if number < len(lines) or line.endswith(b"\n"):
                 raise UserError(
-                    f"{path}, line {number} is not JSON: remove that line, and its run is made anew"
+                    f"{path}, line {number} is not JSON: remove that line, and its run is made again"
                 ) from None
     return records
 
 
+def migrated(line: dict[str, Any], place: str) -> dict[str, Any]:
+    """A line as of SCHEMA. Raises UserError, naming the place, if it is of a later one."""
+    schema = line.get("schema", 1)
+    if schema > SCHEMA:
+        raise UserError(f"{place} is of schema {schema}, and this version knows {SCHEMA}: update polygpt")
+    for number in range(schema, SCHEMA):
+        line = MIGRATIONS[number](line)
+    return {**line, "schema": SCHEMA}
+
+
 def append(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Adds lines; when this returns they are on the disk. What a killed process left of a line is removed."""
-    text = "".join(json.dumps(plain(record), allow_nan=False) + "\n" for record in records)
+    text = "".join(json.dumps({"schema": SCHEMA, **plain(record)}, allow_nan=False) + "\n" for record in records)
     with path.open("ab+") as file:
         file.seek(0)
         whole = file.read()
@@ -185,19 +129,19 @@ def frame(ablation: Ablation, records: Iterable[Mapping[str, Any]], seeds: Seque
     """
     found = by_key(ablation, records)
     chosen = [choose(ablation, variant, at, found) for variant, at in places(ablation)]
-    configured = [point and _configured(point.experiment) for point in chosen]
+    texts = [point and configured(point.experiment) for point in chosen]
     if seeds is None:
         there = {record["seed"] for record in found.values() if record["seed"] < TUNING}
-        seeds = [seed for seed in sorted(there) if any(c and _key(c, seed) in found for c in configured)]
+        seeds = [seed for seed in sorted(there) if any(c and key_of(c, seed) in found for c in texts)]
         seeds = seeds or range(ablation.seeds)
     axes = ablation.axes()
     shape = (len(seeds), *map(len, axes.values()))
     values = {variant: np.full(shape, np.nan) for variant in ablation.variants}
     asked = []
     reads = next(iter(ablation.reads.values()), None)
-    for made, text in zip(chosen, configured, strict=True):
+    for made, text in zip(chosen, texts, strict=True):
         for s, seed in enumerate(seeds if made else ()):
-            record = found.get(_key(text, seed))
+            record = found.get(key_of(text, seed))
             if record is None:
                 continue
             asked.append(labelled(record, made, "comparison"))
@@ -216,7 +160,8 @@ def by_key(ablation: Ablation, records: Iterable[Mapping[str, Any]]) -> dict[str
 def labelled(record: Mapping[str, Any], made: Point, stage: str) -> dict[str, Any]:
     """A run's line, under the point that asks for it."""
     said = {"variant": made.variant, "at": made.at, "tuned": made.tuned, "stage": stage}
-    return {"key": record.get("key"), **said, **{name: v for name, v in record.items() if name not in ("key", *said)}}
+    first = {"schema": SCHEMA, "key": record.get("key"), **said}
+    return {**first, **{name: value for name, value in record.items() if name not in first}}
 
 
 def candidates(ablation: Ablation, variant: str, at: Mapping[str, Name]) -> list[Point]:

@@ -3,11 +3,11 @@
 import dataclasses
 import hashlib
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from polygpt.ablation import results
+from polygpt.ablation import provenance, results
 from polygpt.ablation.engines.base import Engine, Failure, Progress, Task
 from polygpt.ablation.engines.inline import Inline
 from polygpt.ablation.measures import DECODING
@@ -66,6 +66,7 @@ def run_all(
     seeds: int | None = None,
     engine: Engine | None = None,
     tell: Tell = lambda event: None,
+    strict_code: bool = False,
 ) -> Frame:
     """Makes all runs of an ablation that are not there yet: first those that tune, then those that are compared.
 
@@ -75,12 +76,14 @@ def run_all(
         seeds: how many, from 0 on; by default as many as the ablation says.
         engine: where they are computed; by default in this process.
         tell: is told what happens.
+        strict_code: whether all runs must be of one source of the library, committed and known.
 
     Returns:
         The comparison.
 
     Raises:
-        UserError: if another process is running it, or tasks failed: of all that did not, the results are kept.
+        UserError: another process is running it, tasks failed (the results of the others are kept), or with
+            `strict_code` runs are of different, unknown or uncommitted code.
         KeyboardInterrupt: a signal asked to stop; the same call goes on from there.
     """
     folder = Path(folder).absolute()
@@ -89,7 +92,7 @@ def run_all(
     work.mkdir(parents=True, exist_ok=True)
     with hold(work, "wait for it to end"):
         write_atomically(work / ".gitignore", "*\n")
-        runner = _Runner(ablation, folder, engine or Inline(), tell)
+        runner = _Runner(ablation, folder, engine or Inline(), tell, strict_code)
         if ablation.tuned:
             grid = [made for variant, at in places(ablation) for made in results.candidates(ablation, variant, at)]
             runner.stage("tuning", grid, results.tuning_seeds(ablation))
@@ -99,8 +102,9 @@ def run_all(
 
 
 class _Runner:
-    def __init__(self, ablation: Ablation, folder: Path, engine: Engine, tell: Tell):
+    def __init__(self, ablation: Ablation, folder: Path, engine: Engine, tell: Tell, strict_code: bool):
         self.ablation, self.folder, self.engine, self.tell = ablation, folder, engine, tell
+        self.strict_code, self.made = strict_code, []
         self.path = folder / results.RESULTS
         self.found = results.by_key(ablation, results.read(self.path))
 
@@ -114,6 +118,8 @@ class _Runner:
                 if key not in self.found and key not in asked:
                     missing.setdefault(made.name, (made, {}))[1][seed] = key
                 asked.setdefault(key, []).append(made)
+        if self.strict_code:
+            self._require_one_code([self.found[key] for key in asked if key in self.found], missing)
         # Keys are of now: a file of code that is edited meanwhile is not what is run.
         keys = {made.name: list(some.values()) for made, some in missing.values()}
         tasks = tuple(self._task(made, some) for made, some in missing.values())
@@ -128,6 +134,16 @@ class _Runner:
         if failed:
             more = f" ({len(failed)} of {len(tasks)} tasks failed)" if len(failed) > 1 else ""
             raise UserError(f"{failed[0]}{more}")
+
+    def _require_one_code(self, there: list[Mapping[str, Any]], missing: Mapping[str, tuple[Point, Any]]) -> None:
+        """Raises UserError unless the runs that are there and those to be made share their code."""
+        self.made += [line["made"] for line in there]
+        self.made += [provenance.made(point.experiment) for point, _ in missing.values()]
+        if faults := provenance.faults(self.made):
+            raise UserError(
+                f"{faults[0]} Commit the library's changes and remove lines of other code from {self.path}, or leave "
+                "out --strict-code"
+            )
 
     def _task(self, made: Point, keys: dict[int, str]) -> Task:
         experiments = tuple(made.experiment.replace(seed=seed) for seed in keys)

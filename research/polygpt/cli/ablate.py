@@ -2,6 +2,7 @@
 
 import importlib
 import pkgutil
+import sys
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 
@@ -29,6 +30,8 @@ def parser(prog: str, about: str) -> Parser:
     words.add_argument("--seeds", type=int, metavar="N", help="runs of each point (default: as the ablation says)")
     words.add_argument("--only", action="append", metavar="VARIANT", help="run this variant alone; may be given again")
     words.add_argument("--engine", default="inline", metavar="NAME", help="inline, processes, slurm or ray")
+    strict = "refuse runs of different, unknown or uncommitted source of the library"
+    words.add_argument("--strict-code", action="store_true", help=strict)
     words.add_argument("--workers", type=int, metavar="N", help="so many at a time, where the engine has workers")
     return words
 
@@ -42,7 +45,7 @@ def run(arguments: Namespace) -> dict:
     """Runs what is missing, prints, writes; returns what was found."""
     if arguments.list or not arguments.file:
         return _list()
-    from polygpt.ablation import index, readme, results, runner
+    from polygpt.ablation import index, provenance, readme, results, runner
     from polygpt.ablation.live import Live
     from polygpt.ablation.study import PLACE, find_ablation, load_ablation
 
@@ -61,17 +64,22 @@ def run(arguments: Namespace) -> dict:
             planned.extend([event] if isinstance(event, runner.Planned) else [])
             live(event)
 
-        runner.run_all(_part(ablation, arguments.only), folder, seeds=seeds, engine=engine, tell=tell)
+        part, how = _part(ablation, arguments.only), {"engine": engine, "strict_code": arguments.strict_code}
+        runner.run_all(part, folder, seeds=seeds, tell=tell, **how)
     made = sum(event.runs - event.done for event in planned)
     runs = sum(event.runs for event in planned)
     done = f"{made} runs made" if made else f"nothing to run: all {runs} runs are in {path}"
     frame = results.frame(ablation, results.read(path))
+    faults = provenance.faults(readme.runs_made(frame, readme.tuning(ablation, results.read(path))))
     written = readme.write(folder, frame)
     indexed = index.write(PLACE.parent) if folder.resolve().parent == PLACE.resolve() else None
     found = _print(frame, readme.title(file))
+    for fault in faults:
+        print(f"{fault} {readme.REMEDY}", file=sys.stderr)
     print(done)
     print(f"written: {', '.join(map(str, [*written, *([indexed] if indexed else [])]))}")
-    return {"ablation": folder.resolve().name, "runs": runs, "made": made, **found, "folder": folder}
+    counts = {"ablation": folder.resolve().name, "runs": runs, "made": made}
+    return {**counts, **found, "code": faults, "folder": folder}
 
 
 def _print(frame, title: str) -> dict:

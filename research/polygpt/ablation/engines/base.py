@@ -147,10 +147,12 @@ def work(task_json: str, tell: Tell | None = None) -> str:
     """
     from polygpt.ablation import single, together  # here: whoever only sends tasks need not load what trains
     from polygpt.ablation.measures import DECODING, decode_seconds
+    from polygpt.ablation.provenance import made
 
     task = Task.from_json(task_json)
     task.folder.mkdir(parents=True, exist_ok=True)
     tell = tell or _Notes(task)
+    made(task.experiments[0])  # reads the source now, as it is imported; files may be edited while the task trains
     runs = together.run if together.reason_against(task.experiments[0]) is None else single.run
     records = runs(task, tell)
     if DECODING in task.measured:
