@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -222,6 +223,24 @@ def test_data_check_lists_what_is_wrong(polygpt, tmp_path):
     assert any(named.search(fault) for fault in found["faults"]), "record and file are named"
     assert err.endswith("polygpt: data check: 2 of 7 records cannot be used\n")
     assert list(json.loads(out)["tasks"]) == ["own"], "held-out data that are the training data are walked once"
+
+
+def test_data_check_ends_with_settings_that_take_the_records(polygpt, tmp_path):
+    file = write_experiment(tmp_path)
+    metadata = tmp_path / "data" / "metadata.jsonl"
+    long = json.dumps({"file_names": ["red.png"] * 3, "text": "red " * 50}) + "\n"
+    metadata.write_text(metadata.read_text() * 4 + long)
+    (tmp_path / "data" / "spare.png").write_bytes(b"no record names it")
+    code, out, _ = polygpt("data", "check", file, "--data.rows", "4")
+    assert code == 2 and "image" in out and "spare.png" in out
+    *_, most, everything = out.splitlines()
+    assert "95%" in most and "--data.on_bad_record skip --evaluation.on_bad_record skip" in most
+    words = shlex.split(everything)
+    assert words[:4] == ["100%", "polygpt", "train", str(file)] and "skip" not in words
+    code, out, _ = polygpt("data", "check", *words[3:], "--json")
+    found = json.loads(out)
+    assert code == 0 and found["tasks"]["own"]["bad"] == {} and found["tasks"]["own"]["media"]["image"] == 19
+    assert shlex.split(found["commands"]["100%"])[2:] == words[3:], "and ask for nothing more"
 
 
 def test_model_show_counts_an_experiment_and_a_preset(trained, polygpt):

@@ -30,6 +30,20 @@ def test_faults_and_lengths_of_every_task(small):
     assert summary["positions"]["max"] == found["dirty"].lengths.max()
 
 
+def test_prompts_count_as_predicted_where_they_have_a_weight(small):
+    layout = LayoutSpec(length=64)
+    predicted = {}
+    for weight in (0.0, 0.5):
+        data = DataSpec({"mine": Task(small.source(9), prompt_weight=weight)}, layout, rows=2)
+        predicted[weight] = check(data, small.tokenizer, small.adapters)["mine"].predicted
+        rows = [
+            lay_out(example, layout, small.tokenizer, small.adapters, prompt_weight=weight)
+            for example in small.source(9).open()
+        ]
+        np.testing.assert_array_equal(predicted[weight], [(row.weight > 0).sum() for row in rows])
+    assert predicted[0.5].sum() > predicted[0.0].sum()
+
+
 def test_every_fault_of_a_folder_is_listed_with_its_line(small, tmp_path):
     (tmp_path / "good.png").write_bytes(small.png(0))
     (tmp_path / "torn.png").write_bytes(small.png(0)[:60])

@@ -109,6 +109,12 @@ def test_the_stream_repeats_itself_and_the_seed_changes_it(small):
     assert answers(take(batches_of(small, data, seed=8), 8), small) != answers(first, small)
 
 
+def test_an_augmentation_of_a_modality_that_the_model_lacks_is_refused(small):
+    data = DataSpec({"clean": Task(small.source(5), augment=AUGMENT)}, LayoutSpec(length=64), rows=2)
+    with pytest.raises(UserError, match="task 'clean': Noise needs an adapter for audio: its adapters are image"):
+        train_batches(data, small.tokenizer, {"image": small.adapters["image"]}, seed=0)
+
+
 def test_augmentation_differs_between_epochs_and_cache_and_position_do_not_matter(small):
     tasks = {"clean": Task(small.source(5), augment=AUGMENT)}
     data = make_data(small, tasks=tasks, layout=LayoutSpec(length=64, packing=False), rows=5)

@@ -143,7 +143,7 @@ def test_a_backslash_makes_a_tag_text(folder, prompt, before, after):
 
 def test_one_tag_too_many_names_the_escape(folder):
     row = {"file_name": "a.png", "prompt": "customer: <image> agent: I see no <image> yet. ", "text": "asks"}
-    with pytest.raises(BadRecord, match=r"line 1: placeholders: 2 <image> for 1 files of this kind: write \\<image>"):
+    with pytest.raises(BadRecord, match=r"line 1: placeholders: 2 <image> for 1 image file\(s\): \\<image>"):
         folder(row)[0]
 
 

@@ -35,6 +35,14 @@ def test_tasks_are_mixed_evenly_by_weight(weights, count):
         assert abs(drawn[str(i)] - count * weight / sum(weights)) <= len(weights)
 
 
+@pytest.mark.parametrize("names", [("large", "tiny"), ("tiny", "large")])
+def test_a_task_of_tiny_weight_is_drawn_seldom_and_not_never(names):
+    order = Order({name: (10, {"large": 1.0, "tiny": 1e-12}[name]) for name in names}, seed=0)
+    drawn = Counter(order[index][0] for index in range(100))
+    assert drawn["large"] >= 99
+    assert order.drawn(2**31)["tiny"] in (1, 2)
+
+
 @pytest.mark.parametrize("size", [1, 5, 1000, TABLE + 7])
 @pytest.mark.parametrize("feeders", [2, 3])
 def test_the_feeders_share_an_epoch(size, feeders):

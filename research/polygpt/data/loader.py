@@ -107,13 +107,19 @@ def train_batches(
         feeder, feeders: which share of the rows and of the examples it is, and of how many.
 
     Raises:
-        UserError: if a source cannot be opened or is empty, or the rows cannot be divided among the feeders.
+        UserError: if a source cannot be opened or is empty, the model has no adapter for what an augmentation changes,
+            or the rows cannot be divided among the feeders.
     """
     if data.rows % feeders:
         raise UserError(
             f"data.rows is {data.rows}: it must be a multiple of the {feeders} feeders "
             "(processes, or groups of them, that read different rows)"
         )
+    for name, task in data.tasks.items():
+        for one in task.augment:
+            if one.modality not in adapters:
+                has = f"its adapters are {', '.join(adapters)}" if adapters else "it reads text alone"
+                raise UserError(f"task {name!r}: {type(one).__name__} needs an adapter for {one.modality}: {has}")
     examples = {name: open_task(name, task) for name, task in data.tasks.items()}
     return TrainBatches(data, examples, tokenizer, adapters, seed, feeder, feeders)
 

@@ -5,7 +5,7 @@ import json
 import os
 import re
 import unicodedata
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path, PurePath
 
 from polygpt.data.example import Example, Medium, Text
@@ -81,6 +81,13 @@ class MediaFolder(Source):
 class _FolderExamples(Sequence):
     def __init__(self, spec: MediaFolder, folder: Path, lines: Pieces):
         self.spec, self.folder, self.lines = spec, folder, lines
+
+    def files(self) -> Iterator[Path]:
+        """The media files in the folder, as examples name them."""
+        for root, _, names in os.walk(self.folder, followlinks=self.spec.follow_links):
+            for name in sorted(names):
+                if PurePath(name).suffix.lower() in MODALITIES:
+                    yield Path(root, name).resolve()
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -185,7 +192,7 @@ def _interleave(pieces: list[tuple[list[str], float]], media: list[Medium], plac
     for modality, items in waiting.items():
         if (count := stated.count(modality)) != len(items):
             detail = (
-                rf"{count} <{modality}> for {len(items)} files of this kind: write \<{modality}> for the tag itself"
+                rf"{count} <{modality}> for {len(items)} {modality} file(s): \<{modality}> stands for the tag itself"
             )
             raise BadRecord("placeholders", place, detail)
     for piece, weight in pieces:

@@ -1,0 +1,136 @@
+"""What records need of the layout and the adapters, and the smallest settings that take a share of them."""
+
+import bisect
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from polygpt.data.example import Example, Medium
+from polygpt.data.layout import LayoutSpec, lay_out
+from polygpt.data.packing import Row
+from polygpt.data.tokenizers.base import Tokenizer
+from polygpt.errors import BadRecord
+
+LONGEST = 600.0
+"""Seconds of a recording beyond which no setting is suggested: it is to be cut instead."""
+ENDLESS = 2**31 - 1
+
+
+def columns(adapters: Mapping) -> list[str]:
+    """The names of what a record needs, `length` and by adapter, `image.items`, `audio.seconds`."""
+    timed = [name for name, adapter in adapters.items() if _timed(adapter)]
+    return ["length", *(f"{name}.items" for name in adapters), *(f"{name}.seconds" for name in timed)]
+
+
+def need(row: Row, frames: Mapping[str, int], adapters: Mapping) -> list[float]:
+    """What one record needs, in the order of `columns`.
+
+    Args:
+        row: the record laid out.
+        frames: by adapter, real feature frames of its longest item.
+        adapters: by modality.
+    """
+    items = [len(row.media.get(name, ())) for name in adapters]
+    seconds = [_seconds(adapter, frames.get(name, 0)) for name, adapter in adapters.items() if _timed(adapter)]
+    return [len(row), *items, *seconds]
+
+
+def need_beyond(example: Example, layout: LayoutSpec, tokenizer: Tokenizer, adapters: Mapping) -> list[float] | None:
+    """What a record needs that is too long or has too many media; None if no setting would take it."""
+    try:
+        relaxed = {name: _relaxed(name, adapter, example) for name, adapter in adapters.items()}
+        watched = {name: Watched(adapter) for name, adapter in relaxed.items()}
+        row = lay_out(example, layout.replace(length=ENDLESS), tokenizer, watched)
+    except ValueError:  # a bad record, or an adapter whose fields do not allow it
+        return None
+    return need(row, {name: adapter.frames for name, adapter in watched.items()}, adapters)
+
+
+class Watched:
+    """An adapter that notes the most real frames of the items that are laid out."""
+
+    def __init__(self, adapter):
+        self.adapter, self.frames = adapter, 0
+
+    def __getattr__(self, name: str):
+        return getattr(self.adapter, name)
+
+    def length(self, frames: int) -> int:
+        self.frames = max(self.frames, frames)
+        return self.adapter.length(frames)
+
+
+def smallest(needs: np.ndarray, share: float) -> np.ndarray:
+    """The smallest bounds, [columns], within which a share of the records [records, columns] lies.
+
+    Each column is bounded at one quantile of the records that need it at all, so that a rare modality keeps its share
+    too: the lowest quantile at which enough records are within all bounds.
+    """
+    needing = [np.sort(column[column > 0]) for column in needs.T]
+
+    def within(rank: int) -> np.ndarray:
+        bounds = [some[-(-rank * len(some) // len(needs)) - 1] if len(some) else 0 for some in needing]
+        return (needs <= bounds).all(axis=1)
+
+    enough = max(1, math.ceil(share * len(needs) - 1e-6))
+    rank = bisect.bisect_left(range(len(needs)), enough, enough, key=lambda rank: int(within(rank).sum()))
+    return needs[within(rank)].max(axis=0)
+
+
+def row_length(length: int, layout: LayoutSpec) -> int:
+    """The row length to set so that records of up to `length` positions fit: a multiple of 8, or the present one.
+
+    Rows are never shortened where examples are packed, since a long row holds several.
+    """
+    wanted = math.ceil(length / 8) * 8
+    return wanted if length > layout.length or not layout.packing and wanted < layout.length else layout.length
+
+
+def adapter_settings(bounds: Mapping[str, float], adapters: Mapping) -> dict[str, int | float]:
+    """The fields of adapters to change so that records within bounds are taken, by dotted name.
+
+    Adapters whose media do not occur are left as they are.
+
+    Args:
+        bounds: by the names of `columns`.
+        adapters: as they are now.
+    """
+    wanted: dict[str, int | float] = {}
+    for name, adapter in adapters.items():
+        if items := int(bounds[f"{name}.items"]):
+            wanted |= {f"model.adapters.{name}.items": items} if items != adapter.items else {}
+            seconds = math.ceil(100 * bounds.get(f"{name}.seconds", 0)) / 100
+            if seconds and seconds != adapter.features.seconds:
+                wanted[f"model.adapters.{name}.features.seconds"] = seconds
+    return wanted
+
+
+def _timed(adapter) -> bool:
+    return all(hasattr(adapter.features, field) for field in ("seconds", "rate", "hop"))
+
+
+def _seconds(adapter, frames: int) -> float:
+    """An upper bound of the duration of an item of so many frames: its samples do not fill another hop."""
+    return (frames + 1) * adapter.features.hop / adapter.features.rate if frames else 0.0
+
+
+def _relaxed(name: str, adapter, example: Example):
+    """The adapter with bounds that take the example's media.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    media: Sequence[Medium] = [part for part in example.parts if isinstance(part, Medium) and part.modality == name]
+    changes = {"items": max(1, len(media))}
+    if _timed(adapter) and media:
+        longest = dataclasses.replace(adapter.features, seconds=max(LONGEST, adapter.features.seconds))
+        samples = max(len(longest.decode(medium.source, example.place)) for medium in media)
+        changes["features"] = dataclasses.replace(longest, seconds=samples / adapter.features.rate)
+    return dataclasses.replace(adapter, **changes)
+
+
+def mendable(fault: BadRecord) -> bool:
+    """Whether larger rows or adapters might take a record that is at fault."""
+    return fault.reason in ("too long", "too many media")
