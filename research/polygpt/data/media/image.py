@@ -1,4 +1,4 @@
-"""Pictures: decoding with Pillow, resizing, normalising."""
+"""Images: decoding with Pillow, resizing, normalising."""
 
 import dataclasses
 import io
@@ -6,20 +6,32 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
+from polygpt.data.media.containers.images import without_metadata
 from polygpt.data.media.features import Features, one_line, read
 from polygpt.errors import BadRecord
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-"""The formats that are opened. Pillow reads many more, each another decoder to feed with strangers' bytes."""
+"""The formats that are opened. Pillow reads many more, and each is another decoder exposed to untrusted bytes."""
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""By EXIF orientation, what turns the stored pixels upright (CIPA DC-008, section 4.6.2)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageFeatures(Features):
-    """Pictures as [height, width, channels], normalised to (x - mean) / std for x in 0..1.
+    """Images as float32 [height, width, channels], normalised to (x - mean) / std for x in 0..1.
 
-    Raw samples are uint8 [h, w, 3]: upright (EXIF), of the first frame, transparency laid over the background.
+    Raw samples are uint8 [h, w, 3]: the first frame, turned upright (EXIF), composited over the background. Damaged
+    metadata never rejects an image.
     """
 
     height: int = 32
@@ -27,17 +39,17 @@ class ImageFeatures(Features):
     width: int = 32
     """Width in pixels."""
     channels: Literal[1, 3] = 3
-    """3 for colour, 1 for grey (ITU-R 601 luma)."""
+    """3 for RGB, 1 for greyscale (ITU-R 601 luma)."""
     resize: Literal["stretch", "crop", "pad"] = "crop"
-    """How another aspect ratio fits: stretched, its centre cropped, or padded with the background."""
+    """How to fit another aspect ratio: stretch, crop the centre, or pad with the background."""
     mean: float = 0.5
     """Subtracted from values in 0..1."""
     std: float = 0.5
-    """Divides what is left."""
+    """Divides the difference."""
     background: int = 255
-    """Grey value, 0 to 255, behind transparent pixels and in padding."""
+    """Grey level, 0 to 255, behind transparent pixels and in the padding."""
     max_pixels: int = 50_000_000
-    """Pictures of more pixels are refused before they are decoded: a small file can unfold to gigabytes."""
+    """Larger images are refused before decoding: a small file can expand to gigabytes."""
 
     def validate(self):
         self.require(self.height > 0, "height", "positive")
@@ -51,20 +63,20 @@ class ImageFeatures(Features):
         return self.height, self.width, self.channels
 
     def decode(self, source: bytes | Path, place: str) -> np.ndarray:
-        encoded = read(source, place)
+        encoded, orientation = without_metadata(read(source, place))
         try:
             with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
                 w, h = image.size
                 if w * h > self.max_pixels:
-                    raise BadRecord("too many pixels", place, f"{w} x {h}, at most {self.max_pixels} are decoded")
-                return _upright_rgb(image, self.background)
+                    raise BadRecord("too many pixels", place, f"{w} x {h}, at most {self.max_pixels} (max_pixels)")
+                return _upright_rgb(image, orientation, self.background)
         except BadRecord:
             raise
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise BadRecord("too many pixels", place, one_line(error)) from error
         except Image.UnidentifiedImageError as error:
             raise BadRecord("unknown image format", place, f"none of {', '.join(FORMATS)}") from error
-        except Exception as error:  # decoders of damaged files raise nearly anything
+        except Exception as error:  # a decoder may raise anything on damaged data
             raise BadRecord("corrupt image", place, one_line(error)) from error
 
     def extract(self, raw: np.ndarray) -> tuple[np.ndarray, int]:
@@ -97,19 +109,21 @@ class ImageFeatures(Features):
 
 
 def crop_box(width: int, height: int, aspect: float) -> tuple[float, float, float, float]:
-    """The largest box of an aspect ratio (width / height) in the centre of a picture: (left, top, right, bottom).
+    """The largest centred box with the given aspect ratio (width / height): (left, top, right, bottom).
 
-    It lies within the picture, to the last bit: Pillow refuses one that rounding has put beyond its edge.
+    It never exceeds the image, not even by a rounding error: Pillow would refuse it.
     """
     inner_width, inner_height = min(width, height * aspect), min(height, width / aspect)
     left, top = (width - inner_width) / 2, (height - inner_height) / 2
     return left, top, min(left + inner_width, width), min(top + inner_height, height)
 
 
-def _upright_rgb(image: Image.Image, background: int) -> np.ndarray:
+def _upright_rgb(image: Image.Image, orientation: int, background: int) -> np.ndarray:
+    """uint8 [h, w, 3] of an opened image with an EXIF orientation, over a grey background of 0..255."""
     image.load()
-    ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith("I"):  # 16 bits a channel, which Pillow's own conversion clips to 255
+    if orientation in UPRIGHT:
+        image = image.transpose(UPRIGHT[orientation])
+    if image.mode.startswith("I"):  # 16 bits per channel: Pillow's own conversion clips at 255
         image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
