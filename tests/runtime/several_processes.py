@@ -1,4 +1,7 @@
-"""One of several processes: python several_processes.py SCENARIO RANK COUNT PORT. What happens to it, it prints."""
+"""One of several processes: python several_processes.py SCENARIO RANK COUNT PORT prints what happens to it.
+
+The launcher gives a process its place by environment variables: it is then called with SCENARIO alone.
+"""
 
 import os
 import signal
@@ -7,12 +10,17 @@ import tempfile
 import time
 from pathlib import Path
 
-SCENARIO, RANK, COUNT, PORT = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-os.environ |= {
-    "POLYGPT_COORDINATOR": f"127.0.0.1:{PORT}",
-    "POLYGPT_PROCESSES": str(COUNT),
-    "POLYGPT_PROCESS": str(RANK),
-}
+SCENARIO = sys.argv[1]
+if len(sys.argv) > 2:
+    os.environ |= {
+        "POLYGPT_COORDINATOR": f"127.0.0.1:{sys.argv[4]}",
+        "POLYGPT_PROCESSES": sys.argv[3],
+        "POLYGPT_PROCESS": sys.argv[2],
+    }
+RANK, COUNT = int(os.environ["POLYGPT_PROCESS"]), int(os.environ["POLYGPT_PROCESSES"])
+PORT = os.environ["POLYGPT_COORDINATOR"].rpartition(":")[2]
+if SCENARIO == "killed at start-up" and RANK == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
@@ -98,6 +106,7 @@ SCENARIOS = {
     "stuck": stuck,
     "error": error,
     "killed": lambda: killed(2, signal.SIGKILL),
+    "second killed": lambda: killed(1, signal.SIGKILL),
     "first killed": lambda: killed(0, signal.SIGKILL),
     "frozen": lambda: killed(1, signal.SIGSTOP),
     "first frozen": lambda: killed(0, signal.SIGSTOP),
@@ -109,6 +118,7 @@ CHANGES = {
     "unsaved": IMPATIENT,
     "absent": {"initialization_timeout": 5},
     "stuck": {"initialization_timeout": 15},
+    "second killed": {"heartbeat_timeout": 600},  # only the launcher can know in time
 }
 spec = SPEC.replace(**CHANGES.get(SCENARIO, {}))
 with processes.together(spec):

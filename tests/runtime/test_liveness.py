@@ -1,13 +1,15 @@
 """What a process tells the others of its own failure."""
 
+import os
 import time
 
 import jax
 import pytest
 
 from polygpt.errors import UserError
+from polygpt.runtime import liveness as module
 from polygpt.runtime import processes
-from polygpt.runtime.liveness import FAULT, Liveness
+from polygpt.runtime.liveness import FAULT, Liveness, hear_launcher
 
 
 class Service:
@@ -65,3 +67,51 @@ def test_a_fault_of_the_user_is_told_without_host_and_class():
     assert liveness.fail(UserError("data.rows is 3")) is None
     assert service.texts["polygpt/verdict/0"] == f"{FAULT}process 1: data.rows is 3"
     liveness.close()
+
+
+class Left(Exception):
+    """Stands in for the end of the process."""
+
+
+@pytest.fixture
+def liveness(monkeypatch):
+    def leave(code):
+        raise Left(code)
+
+    monkeypatch.setattr(module, "leave", leave)
+    monkeypatch.setattr(module, "FAREWELL", 0.2)
+    made = Liveness(Service(), "host:1", 0, ["process 0", "process 1 (host a, pid 2)"], bound=100.0)
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize(
+    ("code", "how", "ends", "leaves"),
+    [
+        (-9, "was killed by SIGKILL", "stopping; the same command resumes", 1),
+        (3, "exited with code 3", "stopping", 1),
+        (2, "exited with code 2", "stopping", 2),
+    ],
+)
+def test_a_reported_death_ends_this_process_and_names_the_dead(liveness, capfd, code, how, ends, leaves):
+    with pytest.raises(Left) as left:
+        liveness.died(1, code, how)
+    assert left.value.args == (leaves,)
+    assert capfd.readouterr().err == f"polygpt: process 1 (host a, pid 2) {how}: {ends}\n"
+
+
+def test_a_reported_failure_gives_way_to_an_end_of_its_own(liveness, capfd):
+    liveness.closing.set()  # as when this process has left its own verdict, or is done
+    liveness.died(1, 3, "exited with code 3")
+    assert capfd.readouterr().err == ""
+
+
+def test_reports_of_the_launcher_are_read_from_its_pipe(monkeypatch):
+    theirs, ours = os.pipe()
+    monkeypatch.setenv(module.REPORTS, str(theirs))
+    died, came = [], module.threading.Event()
+    hear_launcher(lambda *report: (died.append(report), came.set()))
+    assert module.REPORTS not in os.environ and not os.get_inheritable(theirs)
+    os.write(ours, b"1 -9 was killed by SIGKILL\n")
+    assert came.wait(10) and died == [(1, -9, "was killed by SIGKILL")]
+    os.close(ours)

@@ -16,6 +16,7 @@ from jax._src import distributed
 
 from polygpt.errors import SpecError, UserError
 from polygpt.runtime import processes
+from polygpt.scale.launch import local
 
 SCRIPT = Path(__file__).with_name("several_processes.py")
 BOUND = 12  # heartbeat_timeout there
@@ -170,6 +171,23 @@ def test_when_one_dies_the_others_say_who_and_end_within_the_bound(scenario, ran
     assert codes == [1, 1], outputs
     assert all(re.search(said, output) for output in outputs), outputs
     assert seconds < BOUND  # it is seen after seven tenths of it
+
+
+@pytest.mark.parametrize(
+    ("scenario", "said"),
+    [
+        (
+            "second killed",
+            r"^polygpt: process 1 \(host \S+, pid \d+\) was killed by SIGKILL: stopping; the same command",
+        ),
+        ("killed at start-up", r"^polygpt: start-up: process 1 was killed by SIGKILL: stopping$"),
+    ],
+)
+def test_the_launcher_tells_the_survivor_who_was_killed(tmp_path, capfd, scenario, said):
+    begun = time.monotonic()
+    outcome = local.run([], 2, 1, tmp_path, grace=300, program=[sys.executable, str(SCRIPT), scenario])
+    assert outcome.codes == (1, -9) and re.search(said, capfd.readouterr().err, re.MULTILINE)
+    assert time.monotonic() - begun < 200  # neither the heartbeats, 600 s, nor the grace period are waited for
 
 
 @pytest.mark.parametrize("bound", ["barrier_timeout", "shutdown_timeout"])

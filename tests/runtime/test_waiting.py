@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from polygpt.runtime.waiting import log_to_stderr
-from polygpt.scale.launch.local import UNHEARD
+from polygpt.scale.launch.local import LOG_ONLY
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def test_a_warning_has_the_voice_of_the_command_line_and_what_is_for_the_log_its
     logging.getLogger("polygpt.runtime.checkpoint").warning("checkpoint %s is\npassed over", 7)
     aside, warning = capsys.readouterr().err.splitlines()
     assert re.fullmatch(r"INFO \d\d:\d\d:\d\d barrier 'start': begins", aside)
-    assert aside.encode().startswith(UNHEARD)
+    assert aside.encode().startswith(LOG_ONLY)
     assert warning == "polygpt: checkpoint 7 is passed over"
 
 

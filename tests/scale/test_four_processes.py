@@ -15,7 +15,7 @@ import pytest
 from polygpt.runtime.checkpoint import records
 
 EXPERIMENT = Path(__file__).with_name("four_processes.py")
-BOUND = 24  # train.processes.heartbeat_timeout of the experiment
+BOUND = 12  # seconds; less than half of train.processes.heartbeat_timeout: the launcher reports the death
 PATIENCE = 600
 
 
@@ -76,7 +76,7 @@ def test_one_of_four_is_killed_and_two_go_on_without_losing_an_example(tmp_path)
     assert four.returncode == 1 and took < BOUND, (took, said)
     assert "process 2 was killed by SIGKILL" in said
     for rank in (0, 1, 3):
-        assert re.search(rf"process 2 \(host \S+, pid {pid}\) has not been heard of for \d+ s", log(workdir, rank))
+        assert re.search(rf"process 2 \(host \S+, pid {pid}\) was killed by SIGKILL", log(workdir, rank))
     print(f"the others had ended {took:.1f} s after process 2 was killed (bound: {BOUND} s)")
 
     kept = max(record.step for record in records(workdir / "checkpoints"))

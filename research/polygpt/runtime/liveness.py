@@ -1,10 +1,11 @@
-"""Who of several processes is alive: when one dies, the others say which one and end.
+"""Liveness of the processes of a run: when one dies, the others name it and exit.
 
-XLA has heartbeats too. On a missed one it aborts with a stack trace that names a number at best, and a callback of
-Python's in its place aborts as well (std::bad_cast, jax 0.10 and 0.12). So here each process writes a beat to the
-coordination service, process 0 watches the beats, and whoever finds a process dead, or fails itself, leaves a verdict
-for each of the others. All of it happens in threads: the main one may be stuck in a collective that never ends. Only
-when process 0 itself dies is XLA first; then a handler of the abort's signal says whose end it was.
+XLA has heartbeats too, but on a missed one it aborts with a stack trace that gives at most a number, and a Python
+callback in its place aborts as well (std::bad_cast, jax 0.10 and 0.12). Here each process writes heartbeats to the
+coordination service and process 0 watches them. A process that finds another one dead, or fails itself, leaves a
+verdict for each of the others. A launcher on the same machine is faster: it is the parent of all processes and reports
+each death over a pipe as soon as it happens. All of this runs in threads, because the main thread may be blocked in a
+collective that never returns. Only when process 0 itself dies can XLA act first; a SIGABRT handler then names it.
 """
 
 import contextlib
@@ -15,23 +16,30 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 from polygpt.errors import UserError
 
+REPORTS = "POLYGPT_REPORTS"
+"""Set by `polygpt launch local`: the file descriptor of a pipe on which it reports processes that failed."""
+
+AT_FAULT = 2
+"""Exit code of a process whose input is at fault."""
+
 BEATS = 10
-"""Beats within the bound. Silence over six of them is death: it is seen by the seventh at most, and told at once."""
+"""Heartbeats per bound. A process that misses six of them is dead; the seventh at the latest finds out."""
 
 FAREWELL = 2.0
-"""Seconds, a beat at most, that process 0 stays after a verdict: the service, which the others read it from, is its."""
+"""Seconds, one heartbeat at most, that process 0 stays after a verdict: it hosts the service that the others read."""
 
 FOREVER = 10**9
-"""Milliseconds, some days; a wait that ends sooner is begun again."""
+"""Milliseconds, some days. A wait that times out is repeated."""
 
 RESUMES = "stopping; the same command resumes"
-"""Said where a process has died. One that failed may fail again."""
+"""Ends the message about a process that died. One that failed may fail again."""
 
 FAULT = "fault: "
-"""Begins a verdict of the user's fault: it is said as it is, without host and class, and all end with code 2."""
+"""Prefix of a verdict about the user's input: it is printed without host and class, and every process exits with 2."""
 
 COLLECTIVE = (
     "Gloo",
@@ -44,20 +52,20 @@ COLLECTIVE = (
     "Socket",
     "collective",
 )
-"""Words in the message of an error that is another process's doing."""
+"""Words in the message of an error that another process caused."""
 
 
 class Liveness:
-    """Beats and watches from its making to `close`.
+    """Sends and watches heartbeats until `close`.
 
     Args:
-        client: of JAX's coordination service.
-        address: of that service, host:port.
-        rank: this process's.
-        names: of all processes, by rank.
-        bound: seconds within which all have ended when one has died.
-        patience: seconds for which an error of a collective waits to learn whose end it was; `bound` by default. A
-            launcher that ends processes earlier sets it.
+        client: client of JAX's coordination service.
+        address: address of that service, host:port.
+        rank: rank of this process.
+        names: names of all processes, by rank.
+        bound: seconds within which every process has exited after one died.
+        patience: seconds that a failed collective waits to learn which process died; `bound` by default. A launcher
+            that ends the processes earlier sets it.
     """
 
     def __init__(self, client, address: str, rank: int, names: list[str], bound: float, patience: float | None = None):
@@ -75,7 +83,7 @@ class Liveness:
             ctypes.CDLL(None).signal(int(signal.SIGABRT), self.handler)
 
     def close(self) -> None:
-        """Ends the threads: one that came back from C++ while Python shuts down would abort the process."""
+        """Ends the threads: one that returns from C++ while Python shuts down would abort the process."""
         self.closing.set()
         with contextlib.suppress(Exception):
             self.client.key_value_set(f"polygpt/verdict/{self.rank}", "")
@@ -83,11 +91,11 @@ class Liveness:
             thread.join(self.bound)
 
     def fail(self, error: BaseException) -> str | None:
-        """Tells the others of an error in this process; one of a collective waits to be told whose fault it is.
+        """Tells the others about an error in this process; a failed collective first waits to learn who caused it.
 
         Returns:
-            What to say in place of the error, where it is a collective's: the library's own text is long and names no
-            process. It is in the log, on a line of its own.
+            What to print instead of the error if a collective failed: the library's own text is long and names no
+            process. That text goes to the log, on its own line.
         """
         text, said = " ".join(f"{type(error).__name__}: {error}".split()), None
         if isinstance(error, UserError):
@@ -107,6 +115,20 @@ class Liveness:
         with self.ending:
             self._tell(f"{self.names[self.rank]} failed: {text[:500]}: stopping")
         return said
+
+    def died(self, rank: int, code: int, how: str) -> None:
+        """The launcher reports that another process has ended with an error; ends this process.
+
+        Args:
+            rank: which process ended.
+            code: its exit code; negative if a signal killed it.
+            how: the same in words, "was killed by SIGKILL".
+        """
+        if code > 0:  # it may have left a verdict, which says more
+            self.closing.wait(FAREWELL)
+        if not self.closing.is_set():
+            prefix, ends = (FAULT, "stopping") if code == AT_FAULT else ("", RESUMES if code < 0 else "stopping")
+            self._end(f"{prefix}{self.names[rank]} {how}: {ends}")
 
     def _beat(self) -> None:
         count, seen = 0, {}
@@ -147,12 +169,12 @@ class Liveness:
             self._end(verdict)
 
     def _aborted(self, number: int) -> None:
-        """In the thread of XLA that aborts this process, which it does as soon as it cannot reach the service."""
+        """Runs in the XLA thread that aborts this process as soon as it cannot reach the service."""
         silent = time.monotonic() - self.answered
         if not self.closing.is_set() and (silent > self.bound / 2 or not self._reachable()):
             self._say(f"{self.names[0]}, which coordinates, is gone: {RESUMES}")
             leave(1)
-        ctypes.CDLL(None).signal(int(signal.SIGABRT), None)  # the default: some other fault, and the abort goes on
+        ctypes.CDLL(None).signal(int(signal.SIGABRT), None)  # some other fault: let the abort proceed
 
     def _reachable(self) -> bool:
         host, _, port = self.address.rpartition(":")
@@ -163,7 +185,7 @@ class Liveness:
         return True
 
     def _lost(self, error: Exception) -> None:
-        """The service cannot be reached: its host, process 0, is gone."""
+        """The service cannot be reached: process 0, which hosts it, is gone."""
         if not self.closing.is_set():
             self._end(f"{self.names[0]}, which coordinates, is gone ({str(error).splitlines()[0]}): {RESUMES}")
 
@@ -174,12 +196,12 @@ class Liveness:
                 self._tell(why)
             elif self.rank == 0:
                 time.sleep(min(FAREWELL, self.bound / BEATS))
-            leave(2 if why.startswith(FAULT) else 1)
+            leave(AT_FAULT if why.startswith(FAULT) else 1)
 
     def _tell(self, why: str) -> None:
         self.closing.set()
         for rank in range(len(self.names)):
-            with contextlib.suppress(Exception):  # a verdict stands already
+            with contextlib.suppress(Exception):  # there is a verdict already
                 self.client.key_value_set(f"polygpt/verdict/{rank}", why)
         if self.rank == 0:
             time.sleep(min(FAREWELL, self.bound / BEATS))
@@ -192,8 +214,27 @@ class Liveness:
             os.write(2, f"{line}\n".encode())
 
 
+def hear_launcher(died: Callable[[int, int, str], None]) -> None:
+    """Calls `died(rank, code, how)` in a thread for each process that the launcher, if there is one, reports as failed.
+
+    A report is a line "RANK CODE HOW" on the pipe whose descriptor `REPORTS` names.
+    """
+    given = os.environ.pop(REPORTS, "")  # not for child processes: the descriptor means nothing to them
+    if not given.isdecimal():
+        return
+    os.set_inheritable(int(given), False)
+
+    def read() -> None:
+        with open(int(given)) as reports:
+            for line in reports:
+                rank, code, how = line.rstrip("\n").split(" ", 2)
+                died(int(rank), int(code), how)
+
+    threading.Thread(target=read, daemon=True).start()
+
+
 def leave(code: int) -> None:
-    """Ends this process at once, whatever its other threads are stuck in."""
+    """Ends this process at once, whatever its other threads are blocked in."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):
             stream.flush()

@@ -26,7 +26,7 @@ import jax
 from jax._src import clusters, distributed
 
 from polygpt.errors import UserError
-from polygpt.runtime.liveness import Liveness, leave
+from polygpt.runtime.liveness import AT_FAULT, Liveness, hear_launcher, leave
 from polygpt.runtime.waiting import Bound, log_to_stderr, saying
 from polygpt.spec import Spec
 
@@ -96,6 +96,7 @@ def initialize(spec: ProcessesSpec = ProcessesSpec()) -> None:
         where = _place()
         if where is None:
             return
+        hear_launcher(_died)
         _start(spec, **where)
     state = distributed.global_state
     if state.num_processes == 1:
@@ -238,6 +239,15 @@ def _place() -> dict | None:
     pods = [env for env in clusters.ClusterEnv._cluster_types if env.name in ("gcetpu", "gketpu")]
     found = next((env for env in pods if env.is_env_present()), None)
     return {"cluster_detection_method": found.name} if found and found.get_process_count() > 1 else None
+
+
+def _died(rank: int, code: int, how: str) -> None:
+    """The launcher reports a failed process: while the processes start, only the launcher can know."""
+    if _group is not None and _group.liveness is not None:
+        _group.liveness.died(rank, code, how)
+    else:
+        print(f"polygpt: start-up: process {rank} {how}: stopping", file=sys.stderr, flush=True)
+        leave(AT_FAULT if code == AT_FAULT else 1)
 
 
 def _start(spec: ProcessesSpec, **where) -> None:

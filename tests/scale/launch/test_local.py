@@ -62,14 +62,14 @@ def test_each_process_knows_its_place_and_writes_its_log(tmp_path, monkeypatch, 
     assert capfd.readouterr().out == told[0][1].removeprefix("[p0] ") + "\n"  # process 0 alone is heard here
 
 
-@pytest.mark.parametrize(("how", "text"), [(9, "was killed by SIGKILL"), (2, "ended with code 2")])
+@pytest.mark.parametrize(("how", "text"), [(9, "was killed by SIGKILL"), (2, "exited with code 2")])
 def test_one_that_fails_is_named_and_the_others_are_ended(tmp_path, capfd, how, text):
     begun = time.monotonic()
     outcome = launch(ONE_ENDS, ["1", str(how)], 3, tmp_path)
     assert time.monotonic() - begun < 20
     assert outcome.cause == f"process 1 {text}" and outcome.codes[1] in (-9, 2) and all(outcome.codes)
     said = capfd.readouterr().err
-    assert (f"process 1 {text}: the others have 0 s to end" in said) == (
+    assert (f"process 1 {text}: the others have 0 s to exit" in said) == (
         how == 9
     )  # the user's fault it has said itself
     assert "[p1] polygpt: process 1 says why" in said and "SIGTERM to process 0, 2" in said
@@ -94,29 +94,68 @@ def test_what_all_processes_say_is_heard_once(tmp_path, capfd):
     assert {"polygpt: of 0 alone 7", "[p1] polygpt: of 1 alone 7", "[p2] polygpt: of 2 alone 7"} < set(lines)
 
 
+HEARS = """
+import os, signal, sys, time
+rank = int(os.environ["POLYGPT_PROCESS"])
+if rank == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+sys.exit(7 if open(int(os.environ["POLYGPT_REPORTS"])).readline() == "1 -9 was killed by SIGKILL\\n" else 8)
+"""
+
+
+def test_survivors_are_told_at_once_who_died(tmp_path):
+    begun = time.monotonic()
+    outcome = launch(HEARS, [], 3, tmp_path, grace=60)
+    assert outcome.codes == (7, -9, 7) and outcome.cause == "process 1 was killed by SIGKILL"
+    assert time.monotonic() - begun < 30  # neither waits for the grace period to pass
+
+
+ONE_STOPS_FIRST = """
+import os, select, signal, sys, time
+rank = int(os.environ["POLYGPT_PROCESS"])
+def end(*_):
+    if rank == 1:
+        sys.exit(1)
+    sys.exit(8 if select.select([int(os.environ["POLYGPT_REPORTS"])], [], [], 0.3)[0] else 1)
+signal.signal(signal.SIGTERM, end)
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def test_processes_that_were_asked_to_stop_are_not_reported(tmp_path):
+    stop_when_ready(tmp_path)
+    assert launch(ONE_STOPS_FIRST, [], 2, tmp_path, grace=20).codes == (1, 1)
+
+
 def test_one_that_does_not_listen_is_killed_in_the_end(tmp_path, capfd):
     code = f"import os, sys\nif os.environ['POLYGPT_PROCESS'] == '1': sys.exit(3)\n{DEAF}"
     outcome = launch(code, [], 2, tmp_path)
-    assert outcome.codes == (-9, 3) and outcome.cause == "process 1 ended with code 3"
+    assert outcome.codes == (-9, 3) and outcome.cause == "process 1 exited with code 3"
     assert "SIGKILL to process 0" in capfd.readouterr().err
+
+
+def stop_when_ready(folder):
+    """Sends SIGTERM to this process once two processes have logged "ready"."""
+
+    def is_ready(rank: int) -> bool:
+        log = folder / f"p{rank}.log"
+        return log.exists() and b"ready" in log.read_bytes()
+
+    def stop():
+        while not (is_ready(0) and is_ready(1)):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop, daemon=True).start()
 
 
 def test_a_signal_is_passed_on(tmp_path, capfd):
     code = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(1)); "
     code += "print('ready'); time.sleep(60)"
-
-    def listens(rank: int) -> bool:
-        log = tmp_path / f"p{rank}.log"
-        return log.exists() and b"ready" in log.read_bytes()
-
-    def stop():
-        while not (listens(0) and listens(1)):
-            time.sleep(0.02)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=stop, daemon=True).start()
+    stop_when_ready(tmp_path)
     outcome = launch(code, [], 2, tmp_path, grace=20)
-    assert outcome.codes == (1, 1) and outcome.ours and capfd.readouterr().err == ""
+    assert outcome.codes == (1, 1) and outcome.asked and capfd.readouterr().err == ""
 
 
 def launcher(folder, before=None):
@@ -193,9 +232,7 @@ def test_visible_gpus_are_divided(monkeypatch, given, expected):
 def test_gpus_that_are_not_there_are_not_given(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
-    with pytest.raises(
-        UserError, match="4 processes with 1 of the GPUs each need 4, and CUDA_VISIBLE_DEVICES is '2,3'"
-    ):
+    with pytest.raises(UserError, match="4 processes with 1 GPUs each need 4, but CUDA_VISIBLE_DEVICES is '2,3'"):
         launch(PLACE, [], 4, tmp_path / "logs")
     assert not (tmp_path / "logs").exists()
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")

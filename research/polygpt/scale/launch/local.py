@@ -1,4 +1,4 @@
-"""n processes of one command on this machine: started together, heard together, ended together."""
+"""Runs one command in several processes on this machine: starts, logs and ends them together."""
 
 import contextlib
 import dataclasses
@@ -16,33 +16,31 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from polygpt.errors import UserError
+from polygpt.runtime.liveness import AT_FAULT, REPORTS
 from polygpt.runtime.processes import COORDINATOR, GRACE, PROCESS, PROCESSES
 
 PROGRAM = (sys.executable, "-m", "polygpt.cli.main")
-"""What the words of a command are given to."""
+"""The program that gets the words of the command."""
 
-OURS = (signal.SIGTERM, signal.SIGKILL)
-"""What the launcher itself ends processes with, in this order."""
+ESCALATION = (signal.SIGTERM, signal.SIGKILL)
+"""Signals that the launcher sends to processes that outlive their grace period, in this order."""
 
 BOUND = """
 import ctypes, os, signal, sys
 if sys.platform == "linux":
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
     if os.getppid() != int(sys.argv[1]):
-        sys.exit("polygpt: launch: the launcher has ended")
+        sys.exit("polygpt: launch: the launcher has exited")
 os.execvp(sys.argv[2], sys.argv[2:])
 """
-"""What a process is before it becomes the command: it asks Linux for SIGTERM when the launcher ends, even if killed. A
-program of its own, because the launcher has threads and may run no Python between fork and exec."""
+"""Runs in each process before the command replaces it: asks Linux for SIGTERM when the launcher exits, even if it is
+killed. It is a program of its own because the launcher has threads and must not run Python between fork and exec."""
 
-UNHEARD = (b"INFO ", b"[Gloo] ")
-"""Beginnings of lines of process 0 that are for its log alone: barriers, and connections between processes."""
+LOG_ONLY = (b"INFO ", b"[Gloo] ")
+"""Prefixes of lines of process 0 that go to its log alone: barriers, and connections between processes."""
 
-
-TOLD = re.compile(rb"polygpt: process (\d+): ")
-"""Begins a line in which a process passes on the words of another."""
-AT_FAULT = 2
-"""The code of a process whose input is at fault; it has said so, and all that is left is to end."""
+RELAYED = re.compile(rb"polygpt: process (\d+): ")
+"""Prefix of a line in which a process repeats the error of another."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,14 +48,42 @@ class Outcome:
     """How the processes ended.
 
     Attributes:
-        codes: by rank; negative is the number of a signal.
-        cause: what ended the run, None if every process ended well.
-        ours: whether the launcher was asked to stop.
+        codes: exit codes by rank; -N if signal N killed the process.
+        cause: the process that ended the run and how, None if every process succeeded.
+        asked: whether the launcher received a signal to stop.
     """
 
     codes: tuple[int, ...]
     cause: str | None
-    ours: bool
+    asked: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Child:
+    """One process of the run, and the pipe on which the launcher reports failures of the others to it."""
+
+    process: subprocess.Popen
+    reports: int
+
+    @property
+    def code(self) -> int | None:
+        """The exit code, None while the process runs."""
+        return self.process.poll()
+
+    def signal(self, number: int) -> None:
+        """Sends a signal if the process runs."""
+        if self.code is None:
+            self.process.send_signal(number)
+
+    def report(self, rank: int, code: int) -> None:
+        """Reports that process `rank` failed (see `liveness.hear_launcher`); one that has exited does not hear it."""
+        with contextlib.suppress(OSError):
+            os.write(self.reports, f"{rank} {code} {describe(code)}\n".encode())
+
+    def close(self) -> None:
+        """Kills the process if it still runs."""
+        self.signal(signal.SIGKILL)
+        os.close(self.reports)
 
 
 def run(
@@ -68,66 +94,66 @@ def run(
     grace: float = 20.0,
     program: Sequence[str] = PROGRAM,
 ) -> Outcome:
-    """Runs `command` in `count` processes that find each other, until the last one has ended.
+    """Runs `command` in `count` processes that form one run, until the last one has exited.
 
-    What process 0 prints is printed here, and the warnings and errors of the others; everything, each line with its
-    process in front, is added to a file a process. SIGINT and SIGTERM are passed on, and SIGHUP as SIGTERM. When one
-    process fails, the others have `grace` seconds to end. When the launcher is killed, they get SIGTERM (on Linux).
+    Prints what process 0 prints, and warnings and errors of the others. Each process has a log file, where every line
+    begins with its rank. Passes SIGINT and SIGTERM on, and SIGHUP as SIGTERM. When one process fails, the others are
+    told which one and have `grace` seconds to exit. When the launcher is killed, they get SIGTERM (on Linux).
 
     Args:
         command: words after `program`.
-        count, devices: how many processes, and devices for each: CPU devices, or that many of the machine's GPUs.
-        logs: the folder of p0.log, p1.log, ...
+        count: number of processes.
+        devices: devices per process: CPU devices, or GPUs of this machine.
+        logs: folder of p0.log, p1.log, ...
         grace: seconds.
-        program: the words in front.
+        program: the program and its first words.
 
     Raises:
-        UserError: if the folder cannot be written, there are too few GPUs or a process cannot be started.
+        UserError: the folder cannot be written, there are too few GPUs, or a process cannot be started.
     """
     port = _free_port()
-    told = os.environ | {GRACE: f"{grace:g}"}
-    environments = [told | environment(rank, count, devices, port) for rank in range(count)]
+    shared = os.environ | {GRACE: f"{grace:g}"}
+    environments = [shared | environment(rank, count, devices, port) for rank in range(count)]
     try:
         logs.mkdir(parents=True, exist_ok=True)
         files = [(logs / f"p{rank}.log").open("ab", buffering=0) for rank in range(count)]
     except OSError as error:
         raise UserError(f"cannot write logs to {logs}: {error.strerror}: choose another --logs") from error
-    processes: list[subprocess.Popen] = []
+    children: list[Child] = []
     with contextlib.ExitStack() as stack:
         for file in files:
             stack.enter_context(file)
-        stack.callback(lambda: [process.kill() for process in processes if process.poll() is None])
-        asked = stack.enter_context(_passing_on(processes))
+        asked = stack.enter_context(_forwarding(children))
         for rank, variables in enumerate(environments):
-            processes.append(_start([*program, *command], rank, variables))
-        for number in asked:  # those that were started after it came have not got it
-            _signal(processes, number)
-        listeners, heard = [], {}
-        for rank, (process, file) in enumerate(zip(processes, files, strict=True)):
+            children.append(_start([*program, *command], rank, variables))
+            stack.callback(children[-1].close)
+        for number in asked:  # a child that was started after the signal has not received it
+            _signal(children, number)
+        listeners, seen = [], {}
+        for rank, (child, file) in enumerate(zip(children, files, strict=True)):
+            process = child.process
             file.write(f"--- {time.strftime('%F %T')} pid {process.pid}: {shlex.join(command)}\n".encode())
             for pipe, terminal in ((process.stdout, sys.stdout), (process.stderr, sys.stderr)):
-                listeners.append(
-                    threading.Thread(target=_listen, args=(rank, pipe, file, terminal, heard), daemon=True)
-                )
+                listeners.append(threading.Thread(target=_listen, args=(rank, pipe, file, terminal, seen), daemon=True))
                 listeners[-1].start()
-        first = _wait(processes, grace, asked)
+        first = _wait(children, grace, asked)
         for listener in listeners:
-            listener.join(5)  # a grandchild may hold the pipe open
-    codes = tuple(process.returncode for process in processes)
+            listener.join(5)  # a grandchild may keep the pipe open
+    codes = tuple(child.process.returncode for child in children)
     failed = [rank for rank in range(count) if codes[rank]]
-    # A process that was killed, or says that its input is at fault, is the cause; the others ended because of it.
+    # A process that was killed, or reports a fault of its input, is the cause; the others exited because of it.
     failed.sort(key=lambda rank: (codes[rank] != AT_FAULT, rank != first) if codes[first] >= 0 else rank != first)
-    cause = describe(failed[0], codes[failed[0]]) if failed else None
+    cause = f"process {failed[0]} {describe(codes[failed[0]])}" if failed else None
     return Outcome(codes, cause, bool(asked))
 
 
 def environment(rank: int, count: int, devices: int, port: int) -> Mapping[str, str]:
-    """The variables that a process of the run needs beside those that are there. Raises UserError as `gpus` does."""
+    """Environment variables of one process of the run, added to the launcher's. Raises UserError as `gpus` does."""
     return {
         COORDINATOR: f"127.0.0.1:{port}",
         PROCESSES: str(count),
         PROCESS: str(rank),
-        "JAX_COORDINATOR_BIND_ADDRESS": f"127.0.0.1:{port}",  # by default every interface of the machine
+        "JAX_COORDINATOR_BIND_ADDRESS": f"127.0.0.1:{port}",  # the default is every interface of the machine
         "JAX_NUM_CPU_DEVICES": str(devices),
         "CUDA_VISIBLE_DEVICES": gpus(rank, count, devices),
         "PYTHONUNBUFFERED": "1",
@@ -135,29 +161,28 @@ def environment(rank: int, count: int, devices: int, port: int) -> Mapping[str, 
 
 
 def gpus(rank: int, count: int, devices: int) -> str:
-    """CUDA_VISIBLE_DEVICES of one of `count` processes on a machine: `devices` of what is visible here, in order.
+    """CUDA_VISIBLE_DEVICES of one of `count` processes on a machine: `devices` of the visible GPUs each, in order.
 
     Raises:
-        UserError: if fewer are visible than the processes need, unless none is or JAX is to use the CPU.
+        UserError: fewer are visible than the processes need, unless none is visible or JAX is to use the CPU.
     """
     mine = slice(rank * devices, (rank + 1) * devices)
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     if given is None:
         return ",".join(map(str, range(count * devices)[mine]))
-    # As CUDA reads it: what follows an empty or a negative entry is not visible.
+    # CUDA ignores everything from the first empty or negative entry on.
     visible = list(itertools.takewhile(lambda name: name.strip() and not name.startswith("-"), given.split(",")))
     if 0 < len(visible) < count * devices and os.environ.get("JAX_PLATFORMS") != "cpu":
         raise UserError(
-            f"{count} processes with {devices} of the GPUs each need {count * devices}, and CUDA_VISIBLE_DEVICES is "
+            f"{count} processes with {devices} GPUs each need {count * devices}, but CUDA_VISIBLE_DEVICES is "
             f"{given!r}: start fewer processes, or set JAX_PLATFORMS=cpu"
         )
     return ",".join(visible[mine])
 
 
-def describe(rank: int, code: int) -> str:
-    """How a process ended, for a person."""
-    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-    return f"process {rank} {how}"
+def describe(code: int) -> str:
+    """How a process ended, in words."""
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
 
 
 def _free_port() -> int:
@@ -166,29 +191,36 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _start(words: Sequence[str], rank: int, variables: Mapping[str, str]) -> subprocess.Popen:
+def _start(words: Sequence[str], rank: int, variables: Mapping[str, str]) -> Child:
+    theirs, ours = os.pipe()
     try:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-Sc", BOUND, str(os.getpid()), *words],
-            env=variables,
+            env={**variables, REPORTS: str(theirs)},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C reaches them through this process alone, and so once
+            pass_fds=(theirs,),
+            start_new_session=True,  # Ctrl-C reaches the process once, through the launcher
         )
     except OSError as error:
+        os.close(ours)
         raise UserError(f"process {rank} cannot be started: {error.strerror}: start fewer, or free memory") from error
+    finally:
+        os.close(theirs)
+    return Child(process, ours)
 
 
-def _listen(rank: int, pipe, file, terminal, heard: dict[bytes, int]) -> None:
-    """Copies lines to the file, and some to the terminal; what several processes say is `heard` of the first alone."""
-    for line in pipe:  # to its end, whatever cannot be written: a process waits while its pipe is full
+def _listen(rank: int, pipe, file, terminal, seen: dict[bytes, int]) -> None:
+    """Copies lines to the log, and some to the terminal. A line that several processes print is shown once: `seen`
+    maps it to the process that printed it first."""
+    for line in pipe:  # until the end, even if nothing can be written: a full pipe would block the process
         with contextlib.suppress(OSError):
             file.write(f"[p{rank}] ".encode() + line)
-        if rank == 0 and not line.startswith(UNHEARD) or line.startswith(b"polygpt: "):
-            told = TOLD.match(line)
-            speaker, line = (int(told[1]), b"polygpt: " + line[told.end() :]) if told else (rank, line)
-            if line.startswith(b"polygpt: ") and heard.setdefault(line, rank) != rank:
+        if rank == 0 and not line.startswith(LOG_ONLY) or line.startswith(b"polygpt: "):
+            relayed = RELAYED.match(line)
+            speaker, line = (int(relayed[1]), b"polygpt: " + line[relayed.end() :]) if relayed else (rank, line)
+            if line.startswith(b"polygpt: ") and seen.setdefault(line, rank) != rank:
                 continue
             text = line.decode(errors="replace")
             with contextlib.suppress(OSError):
@@ -196,20 +228,20 @@ def _listen(rank: int, pipe, file, terminal, heard: dict[bytes, int]) -> None:
 
 
 @contextlib.contextmanager
-def _passing_on(processes: Sequence[subprocess.Popen]) -> Iterator[list[int]]:
-    """While entered, signals go to the processes, `processes` growing as it may; gives the list of those that came."""
+def _forwarding(children: Sequence[Child]) -> Iterator[list[int]]:
+    """Forwards signals to the children, which may grow in number; yields the list of the signals sent."""
     asked: list[int] = []
 
     def handle(number, _):
-        # SIGTERM for SIGHUP: a run saves at the one, and is ended at once by the other.
+        # SIGTERM for SIGHUP: a run saves on SIGTERM, but SIGHUP would kill it.
         asked.append(signal.SIGTERM if number == signal.SIGHUP else number)
-        _signal(processes, asked[-1])
+        _signal(children, asked[-1])
 
-    here = threading.current_thread() is threading.main_thread()
-    heard = [signal.SIGINT, signal.SIGTERM]
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    handled = [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
-        heard.append(signal.SIGHUP)
-    before = {number: signal.signal(number, handle) for number in heard if here}
+        handled.append(signal.SIGHUP)
+    before = {number: signal.signal(number, handle) for number in handled if in_main_thread}
     try:
         yield asked
     finally:
@@ -217,33 +249,43 @@ def _passing_on(processes: Sequence[subprocess.Popen]) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _wait(processes: Sequence[subprocess.Popen], grace: float, asked: Sequence[int]) -> int:
-    """Until all have ended. Gives the first that failed, 0 if none did; after it the others are ended too."""
-    first, deadline, left = None, None, list(OURS)
-    while None in [process.poll() for process in processes]:
-        failed = [rank for rank, process in enumerate(processes) if process.returncode]
-        if failed and first is None:
-            first = min(failed, key=lambda rank: processes[rank].returncode)  # signals before codes
-            deadline = time.monotonic() + grace
-            if not asked and processes[first].returncode != AT_FAULT:
-                _say(f"{describe(first, processes[first].returncode)}: the others have {grace:.0f} s to end")
+def _wait(children: Sequence[Child], grace: float, asked: Sequence[int]) -> int:
+    """Waits until all have exited, and ends those that outlive the grace period after a failure.
+
+    Returns:
+        The rank of the first process that failed, 0 if none did.
+    """
+    first, deadline, left = None, None, list(ESCALATION)
+    while None in [child.code for child in children]:
+        if first is None and (failed := _failed(children)):
+            first, deadline = failed[0], time.monotonic() + grace
+            code = children[first].code
+            if not asked and code != AT_FAULT:
+                _say(f"process {first} {describe(code)}: the others have {grace:.0f} s to exit")
+            if not asked or code < 0 and -code not in asked:  # processes that were asked to stop exit one by one
+                for child in children:
+                    child.report(first, code)
         if deadline is not None and time.monotonic() > deadline and left:
             number = left.pop(0)
-            alive = [rank for rank, process in enumerate(processes) if process.poll() is None]
+            alive = [rank for rank, child in enumerate(children) if child.code is None]
             _say(f"{number.name} to process {', '.join(map(str, alive))}")
-            _signal(processes, number)
+            _signal(children, number)
             deadline = time.monotonic() + grace / 2
         time.sleep(0.02)
-    failed = [rank for rank, process in enumerate(processes) if process.returncode]
-    return first if first is not None else min(failed, key=lambda rank: processes[rank].returncode, default=0)
+    return first if first is not None else next(iter(_failed(children)), 0)
 
 
-def _signal(processes: Sequence[subprocess.Popen], number: int) -> None:
-    for process in processes:
-        if process.poll() is None:
-            process.send_signal(number)
+def _failed(children: Sequence[Child]) -> list[int]:
+    """Ranks of the processes that failed, those that were killed first."""
+    failed = [rank for rank, child in enumerate(children) if child.process.returncode]
+    return sorted(failed, key=lambda rank: children[rank].process.returncode)
+
+
+def _signal(children: Sequence[Child], number: int) -> None:
+    for child in children:
+        child.signal(number)
 
 
 def _say(text: str) -> None:
-    with contextlib.suppress(OSError):  # the terminal is gone
+    with contextlib.suppress(OSError):  # the terminal may be gone
         print(f"polygpt: launch: {text}", file=sys.stderr, flush=True)
