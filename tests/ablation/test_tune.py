@@ -11,6 +11,7 @@ import sys
 import time
 from types import SimpleNamespace
 
+import jax
 import pytest
 
 from polygpt.ablation import tune
@@ -30,6 +31,7 @@ from polygpt.models.multimodal import ModelSpec
 from polygpt.nn.mlp import MLP, GatedMLP
 from polygpt.optim.optim import Optim
 from polygpt.optim.schedules import WarmupCosine
+from polygpt.runtime.storage import storage_faults
 from polygpt.training.experiment import Experiment, TrainSpec
 
 optuna = pytest.importorskip("optuna")
@@ -93,6 +95,10 @@ def given_up(storage):
     return [trial for trial in storage.finished() if trial.state == optuna.trial.TrialState.PRUNED]
 
 
+def number(trial):
+    return trial["number"]
+
+
 def values(storage):
     """What was chosen in the trials that count, in order."""
     return [tuple(trial.params.values()) for trial in storage.finished()]
@@ -144,8 +150,12 @@ def test_what_a_dead_process_left_is_gone_on_with_and_given_up_in_the_end(tmp_pa
     storage = storages.Storage(asked, tmp_path)
     with storage.next() as (trial, place):
         assert trial.params != values and place != places[0]
-    (one,) = given_up(storage)
+    (one,) = storage.failed()
     assert one.params == values and one.user_attrs["reason"] == "its process died 3 times"
+    assert not given_up(storage), "the sampler takes it for no bad trial"
+    found = summary.summarize(storage)
+    assert [failed["number"] for failed in found.failed] == [one.number] == [numbers[-1]]
+    assert "its process died 3 times" in summary.markdown(found, []) and one.number not in map(number, found.trials)
 
 
 def test_more_trials_go_on_and_another_search_is_refused(tmp_path, trained):
@@ -168,18 +178,65 @@ def test_runs_that_diverge_or_do_not_fit_are_told_with_the_reason(tmp_path, trai
     def hook(made, step):
         if made.optim.schedule.peak > 0.02:
             raise Diverged("step 5: not finite")
+        if made.optim.schedule.peak < 0.0005:
+            raise MemoryError
         if made.optim.schedule.peak < 0.002:
-            raise MemoryError("too much")
+            raise ZeroDivisionError("by nothing")
 
     trained.hook = hook
     knobs = {**KNOBS, HEADS: Choice((2, 3))}
     storage = run(search(knobs, trials=16), tmp_path)
     reasons = {t.user_attrs["reason"].partition(":")[0]: t for t in given_up(storage)}
-    assert set(reasons) == {"diverged", "does not fit", "failed"}
+    assert set(reasons) == {"diverged", "does not fit", "failed", "out of memory"}
     assert reasons["diverged"].params[PEAK] > 0.02 and reasons["failed"].params[PEAK] < 0.002
     assert reasons["does not fit"].params[HEADS] == "3" and "divisor" in reasons["does not fit"].user_attrs["reason"]
     text = summary.write(summary.summarize(storage), tmp_path).read_text()
-    assert "diverged: step 5: not finite" in text and "failed: MemoryError: too much" in text
+    assert "diverged: step 5: not finite" in text and "failed: ZeroDivisionError: by nothing (twice)" in text
+    assert len(storage.finished()) == 16 and not storage.failed()
+    assert "16 trials" in text and "rough guide" in text
+
+
+FAULTS = [
+    OSError(28, "No space left on device"),
+    ConnectionError("the file server is gone"),
+    jax.errors.JaxRuntimeError("INTERNAL: device lost"),
+]
+
+
+def write_to_a_full_disk(workdir):
+    """As training does it."""
+    with storage_faults(workdir):
+        raise OSError(28, "No space left on device", str(workdir / "metrics.jsonl"))
+
+
+@pytest.mark.parametrize("fault", [*FAULTS, None], ids=lambda fault: type(fault).__name__)
+def test_a_failure_of_the_machine_is_no_bad_trial_and_is_resumed(tmp_path, trained, fault):
+    whole = values(run(search(trials=6), tmp_path / "whole"))
+    trained.runs.clear()
+
+    def hook(made, step):
+        if len(trained.runs) == 4 and step == 7:
+            trained.runs.append("failed")
+            if fault is None:
+                write_to_a_full_disk(tmp_path / "cut" / "trials" / "3" / "run")
+            raise fault
+
+    trained.hook = hook
+    with pytest.raises(type(fault) if fault else UserError):
+        run(search(trials=6), tmp_path / "cut")
+    storage = run(search(trials=6), tmp_path / "cut")
+    assert values(storage) == whole and not given_up(storage) and not storage.failed()
+
+
+def test_an_error_that_does_not_come_back_is_no_bad_trial(tmp_path, trained):
+    def hook(made, step):
+        if len(trained.runs) == 4 and step == 7:
+            trained.runs.append("failed")
+            raise ZeroDivisionError("once")
+
+    trained.hook = hook
+    storage = run(search(trials=6), tmp_path)
+    assert len(storage.complete_ones()) == 6 and not given_up(storage)
 
 
 def test_a_loss_that_is_not_finite_counts_as_diverged(tmp_path, trained, monkeypatch):

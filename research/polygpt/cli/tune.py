@@ -63,6 +63,10 @@ def run(arguments: Namespace) -> dict:
     report = summary.write(found, folder)
     for title, columns, rows in summary.tables(found):
         print_table(title, columns, rows)
+    if found.importance and (complete := len(storage.complete_ones())) < summary.ROUGH:
+        print(summary.CAVEAT.format(complete))
+    if found.failed:
+        print(f"{len(found.failed)} trials do not count: the machine may be to blame, see the report")
     if not found.best:
         reasons = sorted({trial["reason"] for trial in found.trials})
         return {"folder": folder, "fault": f"no trial ran to its end: {reasons[0]}: see {report}"}

@@ -27,7 +27,7 @@ SEARCH, JOURNAL, TRIALS = "search.json", "journal.log", "trials"
 MAY_CHANGE = ("trials", "sampler", "seed", "pruning")
 """Settings with which the same search goes on."""
 DEATHS = 3
-"""After so many processes that died of a trial it is given up."""
+"""A trial is abandoned after so many processes died while running it. It does not count: the values may be innocent."""
 STARTUP = 10
 """Trials before the sampler begins to learn from them, and at most a third of all."""
 LONGEST_WAIT = 120.0
@@ -95,6 +95,11 @@ class Storage:
         """Those that ran to their end."""
         return [trial for trial in self.trials() if trial.state == self.optuna.trial.TrialState.COMPLETE]
 
+    def failed(self) -> list[Any]:
+        """Those that were abandoned for reasons that need not lie in their values; they do not count."""
+        fail = self.optuna.trial.TrialState.FAIL
+        return [trial for trial in self.trials() if trial.state == fail and "reason" in trial.user_attrs]
+
     @contextlib.contextmanager
     def next(self) -> Iterator[tuple[Any, Path] | None]:
         """The next trial, Optuna's, and its folder, which is this process's while entered; None if there are enough.
@@ -136,7 +141,7 @@ class Storage:
         self.study.tell(trial, state=self.optuna.trial.TrialState.FAIL)
 
     def leave(self, trial: Any, reason: str) -> None:
-        """A trial was interrupted: it is to be gone on with."""
+        """A trial was interrupted: it is to be resumed."""
         self._again(trial.number, trial.params, dict(trial.user_attrs), reason)
 
     def _take_back(self) -> None:
@@ -151,7 +156,7 @@ class Storage:
                 continue
             reason = f"its process died {deaths} times"
             self.study._storage.set_trial_user_attr(trial._trial_id, "reason", reason)
-            self.study.tell(trial.number, state=state.PRUNED)
+            self.study.tell(trial.number, state=state.FAIL)
             shutil.rmtree(self.place(trial), ignore_errors=True)
 
     def _again(self, number: int, values: dict[str, Any], attributes: dict[str, Any], reason: str) -> None:

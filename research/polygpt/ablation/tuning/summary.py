@@ -18,7 +18,10 @@ LEAST = 4
 """Trials that must be complete before the importance of knobs is estimated."""
 REPORT, SUMMARY = "report.md", "summary.json"
 LONGEST = 100
-"""Of a table of trials."""
+"""Rows of the table of trials, at most."""
+ROUGH = 30
+"""Complete trials below which importances carry a caveat."""
+CAVEAT = "Importances from {} trials are a rough guide: further trials may well reverse their order."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,12 +32,14 @@ class Summary:
         search: what was searched.
         trials: those that are done, as `_plainly` gives them, in order.
         best: the numbers of the best trial, or of those on the front, from the cheapest on; empty if none is complete.
+        failed: those that do not count, with their "number", "values" and "reason".
         importance: by evaluator ("fANOVA", "PED-ANOVA"), by knob, its share of the whole; {} with too few trials.
     """
 
     search: Search
     trials: list[dict[str, Any]]
     best: list[int]
+    failed: list[dict[str, Any]]
     importance: dict[str, dict[str, float]]
 
     def trial(self, number: int) -> dict[str, Any]:
@@ -47,7 +52,13 @@ class Summary:
         words = [self.command(trial) for trial in chosen]
         found = [{**trial, "overrides": said} for trial, said in zip(chosen, words, strict=True)]
         return plain(
-            {"metric": self.search.metric, "best": found, "importance": self.importance, "trials": self.trials}
+            {
+                "metric": self.search.metric,
+                "best": found,
+                "importance": self.importance,
+                "trials": self.trials,
+                "failed": self.failed,
+            }
         )
 
     def command(self, trial: Mapping[str, Any]) -> list[str] | None:
@@ -67,7 +78,12 @@ def summarize(storage: Storage) -> Summary:
     best = sorted(storage.study.best_trials, key=lambda trial: trial.values[::-1]) if complete else []
     made = [_plainly(search, trial, trial in complete) for trial in storage.finished()]
     numbers = [trial.number for trial in best]
-    return Summary(search, made, numbers if search.against else numbers[:1], _importance(storage, complete))
+    failed = [
+        {"number": trial.number, "values": dict(trial.params), "reason": trial.user_attrs["reason"]}
+        for trial in storage.failed()
+    ]
+    best = numbers if search.against else numbers[:1]
+    return Summary(search, made, best, failed, _importance(storage, complete))
 
 
 def write(summary: Summary, folder: Path) -> Path:
@@ -106,6 +122,11 @@ def markdown(summary: Summary, drawn: Sequence[str]) -> str:
         f"# {search.base.name}: {' against '.join(objectives(search))}, {search.direction} is better",
         f"{len(trials)} of {search.trials} trials are done, of which {complete} ran to their end ({how}).",
     ]
+    if summary.failed:
+        said = "; ".join(f"{one['number']}: {one['reason']}" for one in summary.failed)
+        parts.append(f"{len(summary.failed)} trials do not count: the machine may be to blame ({said}).")
+    if summary.importance and complete < ROUGH:
+        parts.append(CAVEAT.format(complete))
     for title, columns, rows in tables(summary):
         parts += [f"## {title[0].upper()}{title[1:]}", _table(columns, rows)]
     if len(summary.best) == 1 and (words := summary.command(summary.trial(summary.best[0]))) is not None:

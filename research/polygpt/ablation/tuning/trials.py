@@ -25,6 +25,7 @@ from polygpt.ablation.tuning.storage import Storage, read_search
 from polygpt.errors import Diverged, SpecError, UserError
 from polygpt.files import write_atomically
 from polygpt.report.gather import read_json, read_lines
+from polygpt.runtime.storage import storage_fault
 from polygpt.scale.plan.memory import exhausted
 from polygpt.training.experiment import Experiment
 from polygpt.training.loop import train
@@ -44,8 +45,9 @@ def work(storage: Storage, tell: Callable[[], None] = lambda: None) -> None:
         tell: is called now and then: something may have changed.
 
     Raises:
-        UserError: data or settings that no knob sets are at fault.
-        KeyboardInterrupt: a signal asked to stop; the trial is saved, and is gone on with the next time.
+        UserError: data or settings are at fault.
+        Exception: the machine is at fault; the trial is resumed the next time.
+        KeyboardInterrupt: a signal asked to stop; the trial is saved, and resumed the next time.
     """
     while True:
         with storage.next() as found:
@@ -61,7 +63,7 @@ def progress(folder: Path) -> dict[str, Any] | None:
 
 
 class _Pruned(Exception):
-    """A run is given up."""
+    """A trial is ended early: its values are to blame, and the sampler learns from it."""
 
 
 class _Trial:
@@ -70,7 +72,12 @@ class _Trial:
         self.folder, self.workdir, self.tell = folder, folder / "run", tell
 
     def run(self) -> None:
-        """Trains; whatever comes of it is told to the storage."""
+        """Trains, and records the outcome in the storage.
+
+        A failure of the machine (a full disk, a lost device, data that cannot be read) says nothing about the values:
+        it ends the search, and the trial is resumed the next time. Any other error is tried once more. It counts
+        against the values if it comes back and other trials ran to their end.
+        """
         try:
             values = self._values()
         except _Pruned as pruned:
@@ -80,10 +87,16 @@ class _Trial:
             raise
         except Exception as error:
             reason = " ".join(f"failed: {type(error).__name__}: {error}".split())
-            if not self.storage.complete_ones():  # none went well: the values are not at fault
+            if _of_the_machine(error, self.workdir):
+                self.storage.leave(self.trial, reason)
+                raise
+            if not self.storage.complete_ones():  # no trial has run to its end: the settings may be at fault
                 self.storage.fail(self.trial, reason)
                 raise
-            self.storage.prune(self.trial, reason)
+            if self.trial.user_attrs.get("after") != reason:
+                self.storage.leave(self.trial, reason)
+                return
+            self.storage.prune(self.trial, f"{reason} (twice)")
         else:
             self.storage.complete(self.trial, values)
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -115,6 +128,8 @@ class _Trial:
             raise _Pruned(f"diverged: {error}") from error
         except SpecError as error:
             raise _Pruned(f"does not fit: {error}") from error
+        except MemoryError as error:
+            raise _Pruned("out of memory") from error
         except jax.errors.JaxRuntimeError as error:
             if exhausted(error) is None:
                 raise
@@ -132,6 +147,14 @@ class _Trial:
         self.trial.report(value, at)
         if step < steps and self.trial.should_prune():
             raise _Pruned(f"worse than others at {at} %: {self.search.metric} {value:.5g}")
+
+
+def _of_the_machine(error: Exception, workdir: Path) -> bool:
+    """Whether an error comes from the machine: the same values may run well on another, or later."""
+    if isinstance(error, (OSError, jax.errors.JaxRuntimeError)):
+        return True
+    cause = error.__cause__
+    return isinstance(error, UserError) and isinstance(cause, Exception) and bool(storage_fault(cause, workdir))
 
 
 class _Watched(Silent):
