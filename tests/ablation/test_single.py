@@ -7,7 +7,8 @@ import signal
 import pytest
 from tiny_runs import experiment
 
-from polygpt.ablation.engines.base import Task, work
+from polygpt.ablation.engines.base import Task
+from polygpt.ablation.engines.worker import work
 
 LASTING = ("seed", "metrics", "curve", "evaluations", "steps", "diverged")
 

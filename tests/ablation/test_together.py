@@ -15,7 +15,8 @@ import pytest
 from tiny_runs import TEXT, Poisoned, experiment
 
 from polygpt.ablation import single, stacked, together
-from polygpt.ablation.engines.base import Task, work
+from polygpt.ablation.engines.base import Task
+from polygpt.ablation.engines.worker import work
 from polygpt.attention.sliding import SlidingWindow
 from polygpt.data.loader import train_batches
 from polygpt.evaluation import likelihood
@@ -215,7 +216,7 @@ def test_of_several_devices_one_trains_all_seeds_where_they_fit(monkeypatch):
 KILLED = """
 import sys
 from polygpt.ablation import together
-from polygpt.ablation.engines.base import work
+from polygpt.ablation.engines.worker import work
 together.SAVE_EVERY = 0.0
 print(work(sys.stdin.read()))
 """

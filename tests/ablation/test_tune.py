@@ -16,8 +16,8 @@ import pytest
 
 from polygpt.ablation import tune
 from polygpt.ablation.tune import Choice, Float, Int, Search
+from polygpt.ablation.tuning import report, summary, trials
 from polygpt.ablation.tuning import storage as storages
-from polygpt.ablation.tuning import summary, trials
 from polygpt.ablation.tuning.run import run
 from polygpt.attention.multi_head import MultiHead
 from polygpt.cli.main import main
@@ -155,7 +155,7 @@ def test_what_a_dead_process_left_is_gone_on_with_and_given_up_in_the_end(tmp_pa
     assert not given_up(storage), "the sampler takes it for no bad trial"
     found = summary.summarize(storage)
     assert [failed["number"] for failed in found.failed] == [one.number] == [numbers[-1]]
-    assert "its process died 3 times" in summary.markdown(found, []) and one.number not in map(number, found.trials)
+    assert "its process died 3 times" in report.markdown(found, []) and one.number not in map(number, found.trials)
 
 
 def test_more_trials_go_on_and_another_search_is_refused(tmp_path, trained):
@@ -190,7 +190,7 @@ def test_runs_that_diverge_or_do_not_fit_are_told_with_the_reason(tmp_path, trai
     assert set(reasons) == {"diverged", "does not fit", "failed", "out of memory"}
     assert reasons["diverged"].params[PEAK] > 0.02 and reasons["failed"].params[PEAK] < 0.002
     assert reasons["does not fit"].params[HEADS] == "3" and "divisor" in reasons["does not fit"].user_attrs["reason"]
-    text = summary.write(summary.summarize(storage), tmp_path).read_text()
+    text = report.write(summary.summarize(storage), tmp_path).read_text()
     assert "diverged: step 5: not finite" in text and "failed: ZeroDivisionError: by nothing (twice)" in text
     assert len(storage.finished()) == 16 and not storage.failed()
     assert "16 trials" in text and "rough guide" in text
@@ -285,7 +285,7 @@ def test_loss_against_flops_gives_a_front(tmp_path, trained):
     beaten = {a for a, p in points.items() for q in points.values() if q[0] <= p[0] and q[1] <= p[1] and q != p}
     assert set(found.best) == set(points) - beaten and len(found.best) > 1
     assert [points[n][1] for n in found.best] == sorted(points[n][1] for n in found.best)
-    summary.write(found, tmp_path)
+    report.write(found, tmp_path)
     pictures = {"history.png", "slices.png", "importance.png", "front.png"}
     assert pictures <= {path.name for path in tmp_path.iterdir()}
     data = json.loads((tmp_path / "summary.json").read_text())

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from polygpt.data.packing import collate
-from polygpt.evaluation.likelihood import Scores, score, summary, token_scores
+from polygpt.evaluation.likelihood import Likelihoods, score, summary, token_scores
 
 V, T = 11, 9
 
@@ -68,7 +68,7 @@ def rows(batch, start, stop):
 def test_figures_equal_numpy_under_any_batch_size(size):
     batch = batch_of(12)
     params = jnp.asarray(TABLE)
-    scores = Scores.join(score(MODEL, params, rows(batch, i, i + size), BYTES) for i in range(0, 12, size))
+    scores = Likelihoods.join(score(MODEL, params, rows(batch, i, i + size), BYTES) for i in range(0, 12, size))
     figures = summary(scores)
     assert figures.pop("n") == 12
     assert figures == pytest.approx(reference(batch), rel=1e-6)
@@ -125,7 +125,7 @@ def test_text_without_bytes_has_no_bits_per_byte():
 
 def test_sums_are_taken_in_float64():
     n = 1_000_000
-    scores = Scores(*(np.full(n, value) for value in (0.1, 1.0, 1.0, 1.0, 1.0)))
+    scores = Likelihoods(*(np.full(n, value) for value in (0.1, 1.0, 1.0, 1.0, 1.0)))
     assert summary(scores)["loss"] == pytest.approx(0.1, rel=1e-12)
     assert scores.loss.dtype == np.float64
 
@@ -142,4 +142,4 @@ def test_one_program_serves_all_batches_of_a_shape():
 @pytest.mark.filterwarnings("error")
 def test_a_perplexity_beyond_all_numbers_is_infinite():
     one = np.ones(1)
-    assert summary(Scores(loss=800 * one, weight=one, bytes=one, correct=one, tokens=one))["perplexity"] == np.inf
+    assert summary(Likelihoods(loss=800 * one, weight=one, bytes=one, correct=one, tokens=one))["perplexity"] == np.inf

@@ -39,7 +39,7 @@ import numpy as np
 from polygpt.ablation.terms import (
     ARITHMETIC,
     OVER,
-    Choice,
+    Extremum,
     Quantity,
     Term,
     absolute,
@@ -197,9 +197,9 @@ class Reader:
         raise SpecError("terms are compared by < and >; for equality write abs(a - b) < noise")
 
     def _less(self, left: Term, right: Term) -> Statement:
-        if isinstance(left, Choice):
+        if isinstance(left, Extremum):
             return Junction(left.kind == "max", tuple(self._less(option, right) for option in left.options))
-        if isinstance(right, Choice):
+        if isinstance(right, Extremum):
             return Junction(right.kind == "min", tuple(self._less(left, option) for option in right.options))
         for side in (left, right):
             for name, (_, points) in self.axes.items():
@@ -247,7 +247,7 @@ class Reader:
             total = functools.reduce(functools.partial(arithmetic, ast.Add()), terms)
             return arithmetic(ast.Div(), total, self._number(len(terms)))
         if name in CHOOSE and len(terms) > 1 and not named:
-            return Choice(chosen, tuple(terms))
+            return Extremum(chosen, tuple(terms))
         if chosen in OVER and len(terms) == 1 and set(named) == {"over"}:
             return self._over(chosen, terms[0], named["over"])
         raise SpecError(f"{ast.unparse(node)}: write {FORMS[name]}")

@@ -37,7 +37,7 @@ class Quantity:
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
+class Extremum:
     """The lowest (`kind` is "min") or the highest ("max") of several terms, by their means."""
 
     kind: str
@@ -49,21 +49,21 @@ class Choice:
         return frozenset().union(*(option.axes for option in self.options))
 
 
-Term = Quantity | Choice
+Term = Quantity | Extremum
 
 ARITHMETIC = {ast.Add: np.add, ast.Sub: np.subtract, ast.Mult: np.multiply, ast.Div: np.divide}
 
 
 def negative(term: Term) -> Term:
     """-term."""
-    if isinstance(term, Choice):
-        return Choice(_other(term.kind), tuple(map(negative, term.options)))
+    if isinstance(term, Extremum):
+        return Extremum(_other(term.kind), tuple(map(negative, term.options)))
     return Quantity(ast.UnaryOp(ast.USub(), term.node), -term.values, term.axes)
 
 
-def absolute(term: Term) -> Choice:
+def absolute(term: Term) -> Extremum:
     """abs(term): the higher of the term and its negative."""
-    return Choice("max", (term, negative(term)))
+    return Extremum("max", (term, negative(term)))
 
 
 def arithmetic(op: ast.operator, left: Term, right: Term) -> Term:
@@ -80,17 +80,17 @@ def arithmetic(op: ast.operator, left: Term, right: Term) -> Term:
             values = ARITHMETIC[type(op)](left.values, right.values)
         node = ast.BinOp(left.node, op, right.node)
         return Quantity(node, np.where(np.isfinite(values), values, np.nan), left.axes | right.axes)
-    flips = isinstance(op, ast.Sub) and isinstance(right, Choice) and not isinstance(left, Choice)
+    flips = isinstance(op, ast.Sub) and isinstance(right, Extremum) and not isinstance(left, Extremum)
     if isinstance(op, (ast.Mult, ast.Div)):
-        factor = left if isinstance(op, ast.Mult) and isinstance(right, Choice) else right
+        factor = left if isinstance(op, ast.Mult) and isinstance(right, Extremum) else right
         if not (isinstance(factor, Quantity) and factor.constant):
             raise SpecError("a min, max or abs of terms takes numbers alone as factors: move it outwards")
         flips = factor.values.item() < 0
-    if isinstance(left, Choice):
+    if isinstance(left, Extremum):
         kind, options = left.kind, [arithmetic(op, option, right) for option in left.options]
     else:
         kind, options = right.kind, [arithmetic(op, left, option) for option in right.options]
-    return Choice(_other(kind) if flips else kind, tuple(options))
+    return Extremum(_other(kind) if flips else kind, tuple(options))
 
 
 def by_seed(term: Term) -> Quantity:
@@ -145,8 +145,8 @@ def at(term: Term, axis: int, name: str, index: int, point) -> Term:
     """The term where the factor `name` has its value of number `index`, which is `point`."""
     if name not in term.axes:  # an option that is the same for all
         return term
-    if isinstance(term, Choice):
-        return Choice(term.kind, tuple(at(option, axis, name, index, point) for option in term.options))
+    if isinstance(term, Extremum):
+        return Extremum(term.kind, tuple(at(option, axis, name, index, point) for option in term.options))
     before = term.node if isinstance(term.node, ast.Call) and term.node.func.id == "at" else None
     keyword = ast.keyword(name, ast.Constant(point))
     call = ast.Call(ast.Name("at"), [term.node], [keyword])

@@ -50,7 +50,7 @@ def run(arguments: Namespace) -> dict:
     search = _search(arguments)
     folder = Path(arguments.folder or Path("tuned") / search.base.name)
 
-    from polygpt.ablation.tuning import summary
+    from polygpt.ablation.tuning import report, summary
     from polygpt.ablation.tuning.run import run as run_search
     from polygpt.cli.tune_progress import Progress
 
@@ -60,20 +60,20 @@ def run(arguments: Namespace) -> dict:
         except KeyboardInterrupt:
             return {"folder": folder, "interrupted": "interrupted, saved: the same command goes on"}
     found = summary.summarize(storage)
-    report = summary.write(found, folder)
-    for title, columns, rows in summary.tables(found):
+    place = report.write(found, folder)
+    for title, columns, rows in report.tables(found):
         print_table(title, columns, rows)
-    if found.importance and (complete := len(storage.complete_ones())) < summary.ROUGH:
-        print(summary.CAVEAT.format(complete))
+    if found.importance and (complete := len(storage.complete_ones())) < report.ROUGH:
+        print(report.CAVEAT.format(complete))
     if found.failed:
         print(f"{len(found.failed)} trials do not count: the machine may be to blame, see the report")
     if not found.best:
         reasons = sorted({trial["reason"] for trial in found.trials})
-        return {"folder": folder, "fault": f"no trial ran to its end: {reasons[0]}: see {report}"}
+        return {"folder": folder, "fault": f"no trial ran to its end: {reasons[0]}: see {place}"}
     if len(found.best) == 1 and (words := found.command(found.trial(found.best[0]))) is not None:
         print(f"to train so: polygpt train {arguments.file} {' '.join(words)}")
-    print(f"report: {report}")
-    return found.to_json() | {"folder": folder, "report": report}
+    print(f"report: {place}")
+    return found.to_json() | {"folder": folder, "report": place}
 
 
 def _search(arguments: Namespace):

@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 
 from polygpt.ablation.tune import Search
-from polygpt.ablation.tuning.run import Standing
+from polygpt.ablation.tuning.run import Status
 from polygpt.report.charts import figure
 
 
@@ -40,9 +40,9 @@ class Progress:
         if self._bar:
             self._bar.stop()
 
-    def __call__(self, standing: Standing) -> None:
+    def __call__(self, status: Status) -> None:
         first, self._told = self._told is None, self._told or set()
-        fresh = [trial for trial in standing.finished if trial.number not in self._told]
+        fresh = [trial for trial in status.finished if trial.number not in self._told]
         self._told |= {trial.number for trial in fresh}
         for trial in fresh:
             line = self._line(trial)
@@ -50,9 +50,9 @@ class Progress:
                 self._say(line)
         if first and fresh:
             self._say(f"goes on after {len(fresh)} trials{self._so_far()}")
-        now = "  ".join(f"{number}: {_at(note)}" for number, note in sorted(standing.running.items()))
+        now = "  ".join(f"{number}: {_at(note)}" for number, note in sorted(status.running.items()))
         if self._bar:
-            self._bar.update(self._task, completed=len(standing.finished), now=f"{now}{self._so_far()}")
+            self._bar.update(self._task, completed=len(status.finished), now=f"{now}{self._so_far()}")
         elif now and time.monotonic() - self._printed >= self._seconds:
             self._say(f"running {now}")
 

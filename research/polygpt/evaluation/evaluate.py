@@ -12,7 +12,7 @@ from polygpt.data.packing import Packer
 from polygpt.errors import BadRecord, UserError
 from polygpt.evaluation import conditions
 from polygpt.evaluation.bootstrap import bootstrap_mean
-from polygpt.evaluation.likelihood import Scores, score, summary
+from polygpt.evaluation.likelihood import Likelihoods, score, summary
 from polygpt.evaluation.modality_gain import modalities, shuffle
 from polygpt.evaluation.spec import EvalTask, EvaluationSpec
 from polygpt.generation.generate import generate
@@ -77,7 +77,7 @@ def evaluate(
             gain = _gain(f"{name}/{modality}", modality, spec, examples, scores, reader)
             if gain is not None:
                 gains[f"{name}/{modality}"] = gain
-    by_media = {media: summary(Scores.join(scores)) for media, scores in sorted(pooled.items())}
+    by_media = {media: summary(Likelihoods.join(scores)) for media, scores in sorted(pooled.items())}
     return {"tasks": tasks, "modalities": by_media, "modality_gain": gains}
 
 
@@ -126,18 +126,18 @@ class _Reader:
         if not scores:
             return [], None
         indices = sorted(order)
-        return indices, Scores.join(scores)[np.argsort(order)]
+        return indices, Likelihoods.join(scores)[np.argsort(order)]
 
     def _packer(self) -> Packer:
         return Packer(self.rows, self.layout.length, self.adapters, self.layout.packing)
 
-    def _score(self, packer: Packer, waiting: dict[int, int], order: list[int], scores: list[Scores]) -> None:
+    def _score(self, packer: Packer, waiting: dict[int, int], order: list[int], scores: list[Likelihoods]) -> None:
         self.proceed()
         order += [waiting[id(row)] for packed in packer.rows for row in packed]
         scores.append(score(self.model, self.params, packer.batch(), self.tokenizer.token_bytes, self.last))
 
 
-def _read(name: str, task: EvalTask, spec: EvaluationSpec, reader: _Reader) -> tuple[list[Example], Scores, int]:
+def _read(name: str, task: EvalTask, spec: EvaluationSpec, reader: _Reader) -> tuple[list[Example], Likelihoods, int]:
     """The usable examples of a task, their scores with their own media, and how many are not usable."""
     source, examples = task.source.open(), []
     chosen = np.random.default_rng(spec.seed).permutation(len(source))[: task.limit]
@@ -170,7 +170,7 @@ def _judge(name: str, task: EvalTask, spec: EvaluationSpec, examples: list[Examp
 
 
 def _gain(
-    what: str, modality: str, spec: EvaluationSpec, examples: list[Example], scores: Scores, reader: _Reader
+    what: str, modality: str, spec: EvaluationSpec, examples: list[Example], scores: Likelihoods, reader: _Reader
 ) -> dict[str, float | int] | None:
     """The modality gain and its interval; None where there are no two examples to exchange media between."""
     indices, shuffled = shuffle(examples, modality, spec.seed)

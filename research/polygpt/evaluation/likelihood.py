@@ -39,7 +39,7 @@ def token_scores(model, params, batch: Batch):
 
 
 @dataclasses.dataclass(frozen=True)
-class Scores:
+class Likelihoods:
     """Sums over the predicted tokens of each example, float64 [n].
 
     Attributes:
@@ -61,17 +61,17 @@ class Scores:
         """Each example's loss a token, in nats."""
         return self.loss / self.weight
 
-    def __getitem__(self, index) -> "Scores":
-        return Scores(*(getattr(self, field.name)[index] for field in dataclasses.fields(self)))
+    def __getitem__(self, index) -> "Likelihoods":
+        return Likelihoods(*(getattr(self, field.name)[index] for field in dataclasses.fields(self)))
 
     @classmethod
-    def join(cls, scores: Iterable["Scores"]) -> "Scores":
+    def join(cls, scores: Iterable["Likelihoods"]) -> "Likelihoods":
         """All examples of several."""
         scores = list(scores)
         return cls(*(np.concatenate([getattr(s, f.name) for s in scores]) for f in dataclasses.fields(cls)))
 
 
-def score(model, params, batch: Batch, token_bytes: np.ndarray, last: int | None = None) -> Scores:
+def score(model, params, batch: Batch, token_bytes: np.ndarray, last: int | None = None) -> Likelihoods:
     """The scores of a batch's examples, by row and within a row by segment.
 
     With `last`, at most so many tokens of each example count: the last ones that are predicted.
@@ -91,7 +91,7 @@ def score(model, params, batch: Batch, token_bytes: np.ndarray, last: int | None
     def total(value_BT):
         return np.bincount(key_BT.ravel(), value_BT.ravel(), minlength=size * len(segment_BT))[examples]
 
-    return Scores(
+    return Likelihoods(
         loss=total(weight_BT * loss_BT.astype(np.float64)),
         weight=total(weight_BT),
         bytes=total(weight_BT * bytes_BT),
@@ -100,7 +100,7 @@ def score(model, params, batch: Batch, token_bytes: np.ndarray, last: int | None
     )
 
 
-def summary(scores: Scores) -> dict[str, float | int]:
+def summary(scores: Likelihoods) -> dict[str, float | int]:
     """The figures of MEASURES, and `n`; `bits_per_byte` is absent if no text has bytes.
 
     Loss weights count in all but the token accuracy.

@@ -1,13 +1,12 @@
 """Engines: where runs are computed. An engine takes tasks and gives back the records of their runs.
 
-What a worker needs is text, and what it gives is text: a task travels as JSON, whatever carries it, and `work` is the
-one function that all workers call. A task that is worked on again, by any worker that sees its folder, goes on where
-the last one was stopped or killed.
+Workers take text and give text: a task travels as JSON, whatever carries it, and `worker.work` is the one function that
+all workers call. A task that is worked on again, by any worker that sees its folder, resumes where the last one
+stopped or was killed.
 """
 
 import dataclasses
 import json
-import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,13 +14,13 @@ from typing import Any
 
 from polygpt import spec
 from polygpt.errors import UserError
-from polygpt.files import write_atomically
 from polygpt.spec import Spec
 from polygpt.training.experiment import Experiment
 
 EVERY = 1.0
 """Seconds between two notes of a worker's progress."""
-_PROGRESS = "progress.json"
+PROGRESS = "progress.json"
+"""In a task's folder: the last note."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +84,7 @@ class Task:
     def progress(self) -> Progress | None:
         """The last note that `work` left, wherever it ran; None before the first."""
         try:
-            data = json.loads((self.folder / _PROGRESS).read_text(encoding="utf-8"))
+            data = json.loads((self.folder / PROGRESS).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
         return Progress(self.name, tuple(data["seeds"]), data["step"], data["steps"], tuple(data["losses"]))
@@ -128,46 +127,3 @@ class Engine(Spec):
             A task, and the records of its runs in the order of its experiments, or why there are none.
         """
         raise NotImplementedError
-
-
-def work(task_json: str, tell: Tell | None = None) -> str:
-    """What a worker does: the runs of a task.
-
-    Args:
-        task_json: `Task.to_json()`.
-        tell: is told after every step; by default, notes for `Task.progress` are left in the task's folder.
-
-    Returns:
-        The records as JSON: a list in the order of the task's experiments. See `results.py`; key, variant, point and
-        stage are not in them.
-
-    Raises:
-        UserError: the experiment, its data or the folder is at fault.
-        KeyboardInterrupt: SIGINT or SIGTERM asked the process to stop; the task can go on from where it is.
-    """
-    from polygpt.ablation import single, together  # here: whoever only sends tasks need not load what trains
-    from polygpt.ablation.measures import DECODING, decode_seconds
-    from polygpt.ablation.provenance import made
-
-    task = Task.from_json(task_json)
-    task.folder.mkdir(parents=True, exist_ok=True)
-    tell = tell or _Notes(task)
-    made(task.experiments[0])  # reads the source now, as it is imported; files may be edited while the task trains
-    runs = together.run if together.reason_against(task.experiments[0]) is None else single.run
-    records = runs(task, tell)
-    if DECODING in task.measured:
-        seconds = decode_seconds(task.experiments[0])
-        records = [{**record, "metrics": {**record["metrics"], DECODING: seconds}} for record in records]
-    return json.dumps(records)
-
-
-class _Notes:
-    """Leaves notes for `Task.progress`."""
-
-    def __init__(self, task: Task):
-        self.path, self.last = task.folder / _PROGRESS, -EVERY
-
-    def __call__(self, progress: Progress) -> None:
-        if time.monotonic() - self.last >= EVERY or progress.step == progress.steps:
-            self.last = time.monotonic()
-            write_atomically(self.path, json.dumps(dataclasses.asdict(progress)))

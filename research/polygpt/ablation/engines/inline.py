@@ -5,7 +5,8 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from polygpt.ablation.engines.base import Engine, Failure, Task, Tell, work
+from polygpt.ablation.engines.base import Engine, Failure, Task, Tell
+from polygpt.ablation.engines.worker import work
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,15 +13,59 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from polygpt.ablation.engines.base import Failure, Task, work
+from polygpt.ablation.engines.base import EVERY, PROGRESS, Failure, Progress, Task, Tell
 from polygpt.files import write_atomically
 
 LOG = "log.txt"
 """In a task's folder."""
+
+
+def work(task_json: str, tell: Tell | None = None) -> str:
+    """What a worker does: the runs of a task.
+
+    Args:
+        task_json: `Task.to_json()`.
+        tell: is told after every step; by default, notes for `Task.progress` are left in the task's folder.
+
+    Returns:
+        The records as JSON: a list in the order of the task's experiments. See `results.py`; key, variant, point and
+        stage are not in them.
+
+    Raises:
+        UserError: the experiment, its data or the folder is at fault.
+        KeyboardInterrupt: SIGINT or SIGTERM asked the process to stop; the task can go on from where it is.
+    """
+    from polygpt.ablation import single, together  # here: whoever only sends tasks need not load what trains
+    from polygpt.ablation.measures import DECODING, decode_seconds
+    from polygpt.ablation.provenance import made
+
+    task = Task.from_json(task_json)
+    task.folder.mkdir(parents=True, exist_ok=True)
+    tell = tell or _Notes(task)
+    made(task.experiments[0])  # reads the source now, as it is imported; files may be edited while the task trains
+    runs = together.run if together.reason_against(task.experiments[0]) is None else single.run
+    records = runs(task, tell)
+    if DECODING in task.measured:
+        seconds = decode_seconds(task.experiments[0])
+        records = [{**record, "metrics": {**record["metrics"], DECODING: seconds}} for record in records]
+    return json.dumps(records)
+
+
+class _Notes:
+    """Leaves notes for `Task.progress`."""
+
+    def __init__(self, task: Task):
+        self.path, self.last = task.folder / PROGRESS, -EVERY
+
+    def __call__(self, progress: Progress) -> None:
+        if time.monotonic() - self.last >= EVERY or progress.step == progress.steps:
+            self.last = time.monotonic()
+            write_atomically(self.path, json.dumps(dataclasses.asdict(progress)))
 
 
 def answer(task_json: str) -> str:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -11,16 +11,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from polygpt.ablation.tune import Choice, Int, Search
-
-if TYPE_CHECKING:
-    from polygpt.ablation.tuning.summary import Summary
+from polygpt.ablation.tuning.summary import Summary
 
 BLUE, PALE, RED, GREY = "#3566a8", "#7ba3d0", "#b03030", "#b8bdc6"
 ACROSS = 3
 """Slices in a row."""
 
 
-def draw(summary: "Summary", folder: Path) -> list[str]:
+def draw(summary: Summary, folder: Path) -> list[str]:
     """Draws what there is to be drawn; the names of the files."""
     made: dict[str, Callable[[Summary, Path], None]] = {}
     if any(trial["objectives"] for trial in summary.trials):
@@ -32,7 +30,7 @@ def draw(summary: "Summary", folder: Path) -> list[str]:
     return list(made)
 
 
-def history(summary: "Summary", path: Path) -> None:
+def history(summary: Summary, path: Path) -> None:
     """The metric of every trial, the best so far, and where trials were given up; below, how runs went."""
     search, lower = summary.search, summary.search.direction == "lower"
     pruned = [trial["number"] for trial in summary.trials if trial["objectives"] is None]
@@ -59,7 +57,7 @@ def history(summary: "Summary", path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def slices(summary: "Summary", path: Path) -> None:
+def slices(summary: Summary, path: Path) -> None:
     """The metric against each knob; later trials are darker."""
     search = summary.search
     complete = [trial for trial in summary.trials if trial["objectives"]]
@@ -92,7 +90,7 @@ def slices(summary: "Summary", path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def importance(summary: "Summary", path: Path) -> None:
+def importance(summary: Summary, path: Path) -> None:
     """The share of each knob, by each evaluator."""
     first = next(iter(summary.importance.values()))
     names = sorted(summary.search.knobs, key=lambda name: first.get(name, 0.0))
@@ -108,7 +106,7 @@ def importance(summary: "Summary", path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def front(summary: "Summary", path: Path) -> None:
+def front(summary: Summary, path: Path) -> None:
     """The metric against its cost, and the trials that no other beats in both."""
     search = summary.search
     points = [(t["objectives"][search.against], t["objectives"][search.metric], t["number"]) for t in summary.trials

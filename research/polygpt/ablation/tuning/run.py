@@ -19,7 +19,7 @@ MODULE = "polygpt.ablation.tuning.trials"
 
 
 @dataclasses.dataclass(frozen=True)
-class Standing:
+class Status:
     """A search under way.
 
     Attributes:
@@ -33,10 +33,10 @@ class Standing:
     wanted: int
 
 
-Tell = Callable[[Standing], None]
+Tell = Callable[[Status], None]
 
 
-def run(search: Search, folder: str | Path, *, workers: int = 1, tell: Tell = lambda standing: None) -> Storage:
+def run(search: Search, folder: str | Path, *, workers: int = 1, tell: Tell = lambda status: None) -> Storage:
     """Makes the trials of a search that are not there yet. The same call goes on where one was stopped or killed.
 
     Args:
@@ -54,22 +54,22 @@ def run(search: Search, folder: str | Path, *, workers: int = 1, tell: Tell = la
     """
     folder = Path(folder).absolute()
     storage = Storage(search, folder)
-    tell(standing(storage))
+    tell(status(storage))
     if workers == 1:
-        trials.work(storage, lambda: tell(standing(storage)))
+        trials.work(storage, lambda: tell(status(storage)))
     else:
         _apart(storage, workers, tell)
-    tell(standing(storage))
+    tell(status(storage))
     return storage
 
 
-def standing(storage: Storage) -> Standing:
+def status(storage: Storage) -> Status:
     """How the search stands."""
     state = storage.optuna.trial.TrialState.RUNNING
     running = {
         trial.number: trials.progress(storage.place(trial)) for trial in storage.trials() if trial.state == state
     }
-    return Standing(storage.finished(), running, storage.search.trials)
+    return Status(storage.finished(), running, storage.search.trials)
 
 
 def _apart(storage: Storage, workers: int, tell: Tell) -> None:
@@ -94,7 +94,7 @@ def _apart(storage: Storage, workers: int, tell: Tell) -> None:
                 number = min(set(range(workers)) - set(alive))
                 alive[number] = children.start(("-m", MODULE, str(storage.folder)), shares[number], log)
                 started.append(alive[number])
-            tell(standing(storage))
+            tell(status(storage))
             time.sleep(EVERY)
 
 

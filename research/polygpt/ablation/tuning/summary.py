@@ -3,25 +3,16 @@
 import dataclasses
 import json
 import warnings
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from polygpt.ablation.tune import Search
-from polygpt.ablation.tuning import pictures
 from polygpt.ablation.tuning.storage import Storage
-from polygpt.files import plain, write_atomically
-from polygpt.report.charts import figure
+from polygpt.files import plain
 from polygpt.spec import Spec, class_name
 
 LEAST = 4
 """Trials that must be complete before the importance of knobs is estimated."""
-REPORT, SUMMARY = "report.md", "summary.json"
-LONGEST = 100
-"""Rows of the table of trials, at most."""
-ROUGH = 30
-"""Complete trials below which importances carry a caveat."""
-CAVEAT = "Importances from {} trials are a rough guide: further trials may well reverse their order."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,56 +77,9 @@ def summarize(storage: Storage) -> Summary:
     return Summary(search, made, best, failed, _importance(storage, complete))
 
 
-def write(summary: Summary, folder: Path) -> Path:
-    """Writes report, pictures and the whole as JSON; the report's place."""
-    drawn = pictures.draw(summary, folder)
-    write_atomically(folder / SUMMARY, json.dumps(summary.to_json(), indent=1, allow_nan=False) + "\n")
-    write_atomically(folder / REPORT, markdown(summary, drawn))
-    return folder / REPORT
-
-
-def tables(summary: Summary) -> list[tuple[str, list[str], list[list[str]]]]:
-    """(title, columns, rows): the best trials, and the importance of knobs."""
-    knobs = list(summary.search.knobs)
-    columns = ["trial", *objectives(summary.search), *knobs]
-    rows = [[str(trial["number"]), *_figures(trial, knobs)] for trial in map(summary.trial, summary.best)]
-    title = "best" if summary.search.against is None else "front: no other trial is better in both"
-    made = [(title, columns, rows)] if rows else []
-    if summary.importance:
-        order = sorted(knobs, key=lambda name: -next(iter(summary.importance.values())).get(name, 0.0))
-        rows = [[name, *(f"{shares.get(name, 0.0):.2f}" for shares in summary.importance.values())] for name in order]
-        made.append(("importance: the share of what differs between trials", ["knob", *summary.importance], rows))
-    return made
-
-
 def objectives(search: Search) -> list[str]:
     """What trials are compared by."""
     return [search.metric, *([search.against] if search.against else [])]
-
-
-def markdown(summary: Summary, drawn: Sequence[str]) -> str:
-    """The report."""
-    search, trials = summary.search, summary.trials
-    complete = sum(trial["reason"] is None for trial in trials)
-    how = f"{search.sampler}, seed {search.seed}" + (f", pruning by {search.pruning}" if search.pruning else "")
-    parts = [
-        f"# {search.base.name}: {' against '.join(objectives(search))}, {search.direction} is better",
-        f"{len(trials)} of {search.trials} trials are done, of which {complete} ran to their end ({how}).",
-    ]
-    if summary.failed:
-        said = "; ".join(f"{one['number']}: {one['reason']}" for one in summary.failed)
-        parts.append(f"{len(summary.failed)} trials do not count: the machine may be to blame ({said}).")
-    if summary.importance and complete < ROUGH:
-        parts.append(CAVEAT.format(complete))
-    for title, columns, rows in tables(summary):
-        parts += [f"## {title[0].upper()}{title[1:]}", _table(columns, rows)]
-    if len(summary.best) == 1 and (words := summary.command(summary.trial(summary.best[0]))) is not None:
-        parts += ["To train so:", f"```\npolygpt train FILE {' '.join(words)}\n```"]
-    parts += [f"![{name.rpartition('.')[0]}]({name})" for name in drawn]
-    knobs = list(search.knobs)
-    rows = [[str(trial["number"]), *_figures(trial, knobs), trial["reason"] or ""] for trial in trials[-LONGEST:]]
-    parts += ["## Trials", _table(["trial", *objectives(search), *knobs, ""], rows)]
-    return "\n\n".join(parts) + "\n"
 
 
 def _plainly(search: Search, trial: Any, complete: bool) -> dict[str, Any]:
@@ -176,13 +120,6 @@ def _importance(storage: Storage, complete: list[Any]) -> dict[str, dict[str, fl
     return found
 
 
-def _figures(trial: Mapping[str, Any], knobs: Sequence[str]) -> list[str]:
-    """The objectives of a trial and its values, as a table shows them."""
-    values = list((trial["objectives"] or {"": None}).values())
-    shown = ["–" if value is None else figure(value) for value in values]
-    return shown + [figure(v) if isinstance(v := trial["values"][name], float) else str(v) for name in knobs]
-
-
 def _text(value: Any) -> str | None:
     """A value as a command line takes it; None if it takes none such."""
     if isinstance(value, Spec):
@@ -193,8 +130,3 @@ def _text(value: Any) -> str | None:
     if value is None or isinstance(value, (bool, int, float)):
         return json.dumps(value)
     return value if isinstance(value, str) else None
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
