@@ -15,6 +15,7 @@ import pytest
 from tiny_runs import TEXT, Poisoned, experiment
 
 from polygpt.ablation import single, stacked, together
+from polygpt.ablation.budget import costs
 from polygpt.ablation.engines.base import Task
 from polygpt.ablation.engines.worker import work
 from polygpt.attention.sliding import SlidingWindow
@@ -285,3 +286,21 @@ def test_together_takes_less_time_than_one_after_the_other(tmp_path, capsys):
             f"{whole / apart_whole:.2f}, steps alone {steps:.2f} s : {apart_steps:.2f} s = {steps / apart_steps:.2f}"
         )
     assert whole < 0.8 * apart_whole
+
+
+@pytest.mark.parametrize(("dtype", "bytes_per"), [("float32", 2), ("bfloat16", 1)])
+@pytest.mark.parametrize("count", [1, 3])
+def test_as_many_seeds_are_trained_together_as_fit_by_the_estimate(monkeypatch, dtype, bytes_per, count):
+    """Korthikanti et al., eq. 1: a layer keeps T B D (34 + 5 H T / D) bytes at 16 bits; D 64, H 2, T 48, B 4 / 2."""
+    made = experiment(model__decoder__width=64, model__decoder__depth=3, model__dtype=dtype)
+    layers = 3 * 48 * 2 * (34 * 64 + 5 * 2 * 48) * bytes_per
+    logits = 48 * 2 * 3 * 4 * made.tokenizer.build().vocabulary
+    parameters = costs(made).parameters * 4
+    state = 4 * parameters  # parameters, two moments and the moving average
+    each = state + 2 * parameters + layers + logits
+
+    def memory(share):
+        monkeypatch.setattr(stacked.automatic, "memory_of_all", lambda: share * each / stacked.automatic.SPLIT)
+        return stacked.most(made)
+
+    assert memory(count + 0.02) == count and memory(count - 0.02) == max(1, count - 1)
