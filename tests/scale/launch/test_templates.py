@@ -1,6 +1,7 @@
 """What `polygpt launch gke` and `skypilot` print is YAML with what the clusters need."""
 
 import shlex
+import subprocess
 
 import pytest
 import yaml
@@ -30,7 +31,7 @@ def test_a_jobset_asks_for_every_chip_of_the_slices(capsys, slice, label, hosts,
     text = printed(capsys, "gke", "--on", slice, "--slices", "2", "--name", "mine", "--bucket", "shelf", *COMMAND)
     jobset = yaml.safe_load(text)
     assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
-    assert jobset["metadata"]["name"] == "mine" and jobset["spec"]["failurePolicy"]["maxRestarts"] > 0
+    assert jobset["metadata"]["name"] == "mine" and jobset["spec"]["failurePolicy"]["maxRestarts"] == 20
     [replicated] = jobset["spec"]["replicatedJobs"]
     job = replicated["template"]["spec"]
     assert replicated["replicas"] == 2 and job["parallelism"] == job["completions"] == hosts
@@ -43,6 +44,9 @@ def test_a_jobset_asks_for_every_chip_of_the_slices(capsys, slice, label, hosts,
     [container] = pod["containers"]
     assert container["resources"]["limits"] == container["resources"]["requests"] == {"google.com/tpu": chips}
     assert container["command"] == ["polygpt", *COMMAND[1:], "--workdir", "/runs/mine"]
+    assert container["env"][1] == {"name": "JAX_COMPILATION_CACHE_DIR", "value": "/runs/compiled"}
+    assert container["volumeMounts"] == [{"name": "runs", "mountPath": "/runs"}]
+    assert pod["terminationGracePeriodSeconds"] == 300 and pod["restartPolicy"] == "Never"  # time to save
     assert container["volumeMounts"][0]["name"] == pod["volumes"][0]["name"]
     assert pod["volumes"][0]["csi"]["volumeAttributes"]["bucketName"] == "shelf"
     comment = "\n".join(line[1:] for line in text.splitlines() if line.startswith("#"))
@@ -60,6 +64,41 @@ def test_a_skypilot_task_with_gpus_tells_each_node_its_place(capsys):
     assert shlex.split(lines[2]) == ["polygpt", *COMMAND[1:], "--workdir", "/runs/polygpt"]
 
 
+@pytest.mark.parametrize("value", ["two\nlines é", "a: b # c", "it's\ttabbed\\n", "{{x}} é", "null"])
+def test_any_text_in_an_override_reaches_the_command_unchanged(capsys, value):
+    command = ["--", "train", "mine.py", "--name", value]
+    words = ["polygpt", *command[1:], "--workdir", "/runs/polygpt"]
+    text = printed(capsys, "gke", "--on", "v5e:4x4", *command)
+    pod = yaml.safe_load(text)["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    assert pod["containers"][0]["command"] == words
+    comment = "\n".join(line[1:] for line in text.splitlines() if line.startswith("#"))
+    xpk = comment[comment.index("xpk workload create") :]
+    assert bash(f"{xpk.replace('xpk', 'show', 1)}")[-1].startswith("--command=polygpt train mine.py")
+    assert (
+        bash(bash(xpk.replace("xpk", "show", 1))[-1].removeprefix("--command=").replace("polygpt", "show", 1))
+        == words[1:]
+    )
+    task = yaml.safe_load(printed(capsys, "skypilot", "--on", "v5e:4x4", *command))
+    assert shlex.split(task["run"]) == words
+    task = yaml.safe_load(printed(capsys, "skypilot", "--on", "H100:8", "--nodes", "2", *command))
+    assert shlex.split(task["run"])[-len(words) :] == words
+
+
+def bash(script):
+    """The words that bash passes to the command `show`."""
+    show = "show() { printf '%s\\0' \"$@\"; }\n"
+    return (
+        subprocess.run(["bash", "-c", show + script], capture_output=True, check=True).stdout.decode().split("\0")[:-1]
+    )
+
+
+def test_a_skypilot_task_restarts_and_keeps_its_runs_in_the_bucket(capsys):
+    task = yaml.safe_load(printed(capsys, "skypilot", "--on", "v5e:4x4", "--bucket", "shelf", *COMMAND))
+    assert task["resources"]["job_recovery"] == {"strategy": "FAILOVER", "max_restarts_on_errors": 20}
+    assert task["file_mounts"] == {"/runs": {"source": "gs://shelf", "mode": "MOUNT"}}
+    assert task["resources"]["use_spot"] is False
+
+
 def test_a_skypilot_task_with_a_slice_is_one_node(capsys):
     task = yaml.safe_load(printed(capsys, "skypilot", "--on", "v5p:4x4x4", *COMMAND, "--workdir", "w"))
     assert task["num_nodes"] == 1 and task["resources"]["accelerators"] == "tpu-v5p-128"
@@ -75,7 +114,7 @@ def test_a_skypilot_task_with_a_slice_is_one_node(capsys):
         (["gke", "--on", "v5p-128"], "64 chips are v5p:4x4x4"),
         (["skypilot", "--on", "v5litepod-256"], "v5litepod-256 counts chips: it is v5e:16x16"),
         (["gke", "--on", "h100:8"], "such as v4:2x2x2, v5e:2x2"),
-        (["gke", "--on", "v5e:4x4", "--name", "A b"], "small letters"),
+        (["gke", "--on", "v5e:4x4", "--name", "A b"], "lower-case letters"),
         (["skypilot", "--on", "tpu7x:4x4x4"], "see polygpt launch gke"),
         (["skypilot", "--on", "v5e:4x4", "--nodes", "2"], "see polygpt launch gke"),
         (["skypilot", "--on", "H100"], "such as H100:8"),

@@ -1,15 +1,16 @@
-"""Texts for clusters that others run: a JobSet for GKE with the xpk command of the same run, and a SkyPilot task.
+"""Files for managed clusters: a JobSet for GKE, with the xpk command of the same run, and a SkyPilot task.
 
 Sources: GKE's pages on TPU slices and Multislice (cloud.google.com/kubernetes-engine/docs/concepts/tpus), xpk
 (github.com/AI-Hypercomputer/xpk) and SkyPilot's YAML reference (docs.skypilot.co/en/latest/reference/yaml-spec.html).
 """
 
 import dataclasses
-import json
 import math
 import re
 import shlex
 from collections.abc import Sequence
+
+import yaml
 
 from polygpt import topology
 from polygpt.errors import UserError
@@ -19,12 +20,12 @@ from polygpt.spec import counted
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """What clusters call a generation of TPUs.
+    """Names that clusters give to a generation of TPUs.
 
     Attributes:
         gke: the accelerator label of its nodes.
-        prefix: its slices are called prefix-N, N being what `topology.COUNTED` says.
-        runtime: of TPU VMs, for SkyPilot; None where it does not offer them.
+        prefix: its slices are called prefix-N; `topology.COUNTED` says what N counts.
+        runtime: runtime version of its TPU VMs, for SkyPilot; None if SkyPilot does not offer them.
     """
 
     gke: str
@@ -39,10 +40,16 @@ GENERATIONS = {
     "v6e": Generation("tpu-v6e-slice", "v6e", "v2-alpha-tpuv6e"),
     "tpu7x": Generation("tpu7x", "tpu7x", None),
 }
-CHIPS_OF_A_HOST = 4
-"""In the machine types ct4p-hightpu-4t, ct5lp-hightpu-4t, ct5p-hightpu-4t, ct6e-standard-4t and tpu7x-standard-4t."""
+CHIPS_PER_HOST = 4
+"""Of the machine types ct4p-hightpu-4t, ct5lp-hightpu-4t, ct5p-hightpu-4t, ct6e-standard-4t and tpu7x-standard-4t."""
 PORT = 61499
-"""Of the coordinator, on clusters where a job has its machines to itself."""
+"""Port of the coordinator, on clusters where a job has its machines to itself."""
+GRACE = 300
+"""Seconds that a pod has between SIGTERM and SIGKILL, to save a checkpoint."""
+RESTARTS = 20
+"""Restarts after failures, by default. Each time the run resumes."""
+ENVIRONMENT = {"PYTHONUNBUFFERED": "1", "JAX_COMPILATION_CACHE_DIR": "/runs/compiled"}
+"""Environment variables of every process."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +71,7 @@ class Slice:
 
     @property
     def hosts(self) -> int:
-        return max(1, self.chips // CHIPS_OF_A_HOST)
+        return max(1, self.chips // CHIPS_PER_HOST)
 
     @property
     def generation(self) -> Generation:
@@ -72,7 +79,7 @@ class Slice:
 
     @property
     def type(self) -> str:
-        """As Google's tools call it, "v5litepod-256"."""
+        """Its name in Google's tools, "v5litepod-256"."""
         return f"{self.generation.prefix}-{self.chips * topology.COUNTED[self.name.partition(':')[0]]}"
 
 
@@ -86,97 +93,88 @@ def gke(
     cluster: str = "CLUSTER",
     project: str = "PROJECT",
     zone: str = "ZONE",
-    restarts: int = 20,
+    restarts: int = RESTARTS,
 ) -> str:
     """A JobSet manifest, with the xpk command that submits the same run in its comments.
 
     Args:
         command: words after `polygpt`.
-        slice, slices: one process runs on each of their hosts.
-        name, image, cluster, project, zone: of the job and where it runs.
-        bucket: a bucket that is mounted at /runs, for run folders.
-        restarts: how often the job may start again after a failure; each time it resumes.
+        slice: the slice; one process runs on each of its hosts.
+        slices: number of such slices.
+        name: name of the job.
+        image: container image.
+        bucket: bucket for run folders, mounted at /runs.
+        cluster, project, zone: where the job runs, for xpk.
+        restarts: number of restarts after failures; each time the run resumes.
+
+    Raises:
+        UserError: the name is not one of a Kubernetes object.
     """
     _require_name(name)
     words = with_workdir(command, f"/runs/{name}")
-    text = shlex.join(["polygpt", *words])
-    xpk = (
-        f"xpk workload create --cluster={cluster} --project={project} --zone={zone} --workload={name}",
-        f"  --tpu-type={slice.type} --num-slices={slices} --docker-image={image} --max-restarts={restarts}",
-        f"  --command={shlex.quote(text)}",
-    )
+    text = " ".join(map(one_line_word, ["polygpt", *words]))
     size = f"{counted(slice.chips * slices, 'chip')}, {counted(slice.hosts * slices, 'host')}"
-    return f"""\
-# A run on {slices} x {slice.name}: {size}, one process on each.
-#
-#   kubectl apply -f {name}.yaml
-#
-# The image holds polygpt with its tpu extra and the experiment's file. Run folders lie in a bucket that every pod sees,
-# with a hierarchical namespace, where renaming a folder is one step:
-#   gcloud storage buckets create gs://{bucket} --uniform-bucket-level-access --enable-hierarchical-namespace
-# The Kubernetes service account of the pods, "default" unless you set another, needs roles/storage.objectUser there.
-#
-# The same with xpk, on a cluster that has the bucket attached at /runs (xpk storage attach):
-#
-#   {(" " + chr(92) + chr(10) + "#   ").join(xpk)}
-apiVersion: jobset.x-k8s.io/v1alpha2
-kind: JobSet
-metadata:
-  name: {name}
-  annotations:
-    alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool
-spec:
-  failurePolicy:
-    maxRestarts: {restarts}
-  replicatedJobs:
-    - name: slice
-      replicas: {slices}
-      template:
-        spec:
-          parallelism: {slice.hosts}
-          completions: {slice.hosts}
-          completionMode: Indexed
-          backoffLimit: 0
-          template:
-            metadata:
-              annotations:
-                gke-gcsfuse/volumes: "true"
-            spec:
-              restartPolicy: Never
-              hostNetwork: true
-              dnsPolicy: ClusterFirstWithHostNet
-              terminationGracePeriodSeconds: 300
-              nodeSelector:
-                cloud.google.com/gke-tpu-accelerator: {slice.generation.gke}
-                cloud.google.com/gke-tpu-topology: {json.dumps(slice.name.partition(":")[2])}
-              containers:
-                - name: polygpt
-                  image: {json.dumps(image)}
-                  command: {json.dumps(["polygpt", *words])}
-                  env:
-                    - name: PYTHONUNBUFFERED
-                      value: "1"
-                    - name: JAX_COMPILATION_CACHE_DIR
-                      value: /runs/compiled
-                  ports:
-                    - containerPort: 8471
-                    - containerPort: 8080
-                  resources:
-                    requests:
-                      google.com/tpu: {min(slice.chips, CHIPS_OF_A_HOST)}
-                    limits:
-                      google.com/tpu: {min(slice.chips, CHIPS_OF_A_HOST)}
-                  volumeMounts:
-                    - name: runs
-                      mountPath: /runs
-              volumes:
-                - name: runs
-                  csi:
-                    driver: gcsfuse.csi.storage.gke.io
-                    volumeAttributes:
-                      bucketName: {json.dumps(bucket)}
-                      mountOptions: implicit-dirs
-"""
+    xpk = [
+        f"xpk workload create --cluster={cluster} --project={project} --zone={zone} --workload={name}",
+        f"--tpu-type={slice.type} --num-slices={slices} --docker-image={image} --max-restarts={restarts}",
+        f"--command={shlex.quote(text)}",
+    ]
+    about = f"""\
+A run on {slices} x {slice.name}: {size}, one process per host.
+
+  kubectl apply -f {name}.yaml
+
+The image contains polygpt with its tpu extra and the experiment's file. Run folders are in a bucket that every pod
+mounts. It needs a hierarchical namespace, so that renaming a folder is atomic:
+  gcloud storage buckets create gs://{bucket} --uniform-bucket-level-access --enable-hierarchical-namespace
+The Kubernetes service account of the pods ("default" unless you set another) needs roles/storage.objectUser there.
+
+The same run with xpk, on a cluster that has the bucket attached at /runs (xpk storage attach):
+
+  {(" " + chr(92) + chr(10) + "    ").join(xpk)}"""
+    chips = {"google.com/tpu": min(slice.chips, CHIPS_PER_HOST)}
+    container = {
+        "name": "polygpt",
+        "image": image,
+        "command": ["polygpt", *words],
+        "env": [{"name": key, "value": value} for key, value in ENVIRONMENT.items()],
+        "ports": [{"containerPort": 8471}, {"containerPort": 8080}],
+        "resources": {"requests": dict(chips), "limits": dict(chips)},
+        "volumeMounts": [{"name": "runs", "mountPath": "/runs"}],
+    }
+    attributes = {"bucketName": bucket, "mountOptions": "implicit-dirs"}
+    pod = {
+        "restartPolicy": "Never",
+        "hostNetwork": True,
+        "dnsPolicy": "ClusterFirstWithHostNet",
+        "terminationGracePeriodSeconds": GRACE,
+        "nodeSelector": {
+            "cloud.google.com/gke-tpu-accelerator": slice.generation.gke,
+            "cloud.google.com/gke-tpu-topology": slice.name.partition(":")[2],
+        },
+        "containers": [container],
+        "volumes": [{"name": "runs", "csi": {"driver": "gcsfuse.csi.storage.gke.io", "volumeAttributes": attributes}}],
+    }
+    job = {
+        "parallelism": slice.hosts,
+        "completions": slice.hosts,
+        "completionMode": "Indexed",
+        "backoffLimit": 0,
+        "template": {"metadata": {"annotations": {"gke-gcsfuse/volumes": "true"}}, "spec": pod},
+    }
+    jobset = {
+        "apiVersion": "jobset.x-k8s.io/v1alpha2",
+        "kind": "JobSet",
+        "metadata": {
+            "name": name,
+            "annotations": {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"},
+        },
+        "spec": {
+            "failurePolicy": {"maxRestarts": restarts},
+            "replicatedJobs": [{"name": "slice", "replicas": slices, "template": {"spec": job}}],
+        },
+    }
+    return _document(about, jobset)
 
 
 def skypilot(
@@ -191,14 +189,14 @@ def skypilot(
 
     Args:
         command: words after `polygpt`.
-        on: a TPU slice, "v5e:4x8", or GPUs of a node as SkyPilot calls them, "H100:8".
-        nodes: how many nodes with GPUs; a TPU slice is one.
-        name: of the task.
-        bucket: a bucket that is mounted at /runs, for run folders.
-        spot: whether on machines that may be taken away; the task is started again and resumes.
+        on: a TPU slice, "v5e:4x8", or the GPUs of a node as SkyPilot names them, "H100:8".
+        nodes: number of nodes with GPUs; a TPU slice is one node.
+        name: name of the task.
+        bucket: bucket for run folders, mounted at /runs.
+        spot: whether to use preemptible machines; the task restarts elsewhere and resumes.
 
     Raises:
-        UserError: if SkyPilot does not offer such a slice.
+        UserError: the name or the hardware is not valid, or SkyPilot does not offer such a slice.
     """
     _require_name(name)
     text = shlex.join(["polygpt", *with_workdir(command, f"/runs/{name}")])
@@ -208,7 +206,8 @@ def skypilot(
             what = f"{on} there" if slice.generation.runtime is None else "several slices as one run there"
             raise UserError(f"SkyPilot: {what} is not supported: see polygpt launch gke")
         extra, where = "tpu", f"the slice has {counted(slice.hosts, 'host')}, which find each other by its metadata"
-        resources = f"tpu-{slice.type}\n  accelerator_args:\n    runtime_version: {slice.generation.runtime}"
+        resources = {"accelerators": f"tpu-{slice.type}"}
+        resources["accelerator_args"] = {"runtime_version": slice.generation.runtime}
         place = ""
     else:
         if not re.fullmatch(r"[A-Za-z][\w.-]*:\d+", on):
@@ -216,41 +215,35 @@ def skypilot(
                 raise UserError(f"--on is {on!r}: {said}")
             raise UserError(f"--on is {on!r}: it must be a TPU slice such as v5e:4x8 or GPUs of a node such as H100:8")
         extra, where = "gpu", "the first node coordinates"
-        resources = on
+        resources = {"accelerators": on}
         place = f"""\
-  export {COORDINATOR}="$(echo "$SKYPILOT_NODE_IPS" | head -n 1):{PORT}"
-  export {PROCESSES}="$SKYPILOT_NUM_NODES" {PROCESS}="$SKYPILOT_NODE_RANK"
+export {COORDINATOR}="$(echo "$SKYPILOT_NODE_IPS" | head -n 1):{PORT}"
+export {PROCESSES}="$SKYPILOT_NUM_NODES" {PROCESS}="$SKYPILOT_NODE_RANK"
 """
-    return f"""\
-# {nodes} x {on}, one process on each machine; {where}.
-#
-#   sky jobs launch {name}.yaml       started again when machines are taken away or a process fails; it resumes
-#   sky launch -c {name} {name}.yaml  once, on a cluster that stays
-name: {name}
-workdir: .
-num_nodes: {nodes}
-resources:
-  accelerators: {resources}
-  use_spot: {str(spot).lower()}
-  job_recovery:
-    strategy: FAILOVER
-    max_restarts_on_errors: 20
-file_mounts:
-  /runs:
-    source: gs://{bucket}
-    mode: MOUNT
-envs:
-  PYTHONUNBUFFERED: "1"
-  JAX_COMPILATION_CACHE_DIR: /runs/compiled
-setup: |
-  pip install --editable '.[{extra}]'
-run: |
-{place}  {text}
-"""
+    about = f"""\
+{nodes} x {on}, one process per machine; {where}.
+
+  sky jobs launch {name}.yaml       restarts after preemptions and failures; the run resumes
+  sky launch -c {name} {name}.yaml  once, on a cluster that stays"""
+    task = {
+        "name": name,
+        "workdir": ".",
+        "num_nodes": nodes,
+        "resources": {
+            **resources,
+            "use_spot": spot,
+            "job_recovery": {"strategy": "FAILOVER", "max_restarts_on_errors": RESTARTS},
+        },
+        "file_mounts": {"/runs": {"source": f"gs://{bucket}", "mode": "MOUNT"}},
+        "envs": dict(ENVIRONMENT),
+        "setup": f"pip install --editable '.[{extra}]'\n",
+        "run": f"{place}{text}\n",
+    }
+    return _document(about, task)
 
 
 def machines(on: str, nodes: int) -> int:
-    """How many machines, and so processes, a SkyPilot task has: a TPU slice's hosts, or the nodes."""
+    """Number of machines, and so of processes, of a SkyPilot task: a TPU slice's hosts, or the nodes."""
     return Slice(on).hosts if on.partition(":")[0] in GENERATIONS else nodes
 
 
@@ -260,6 +253,37 @@ def with_workdir(command: Sequence[str], workdir: str) -> list[str]:
     return [*command] if named else [*command, "--workdir", workdir]
 
 
+def one_line_word(word: str) -> str:
+    """A word quoted for bash on one line: control characters become escapes of $'...'."""
+    if word.isprintable():
+        return shlex.quote(word)
+    special = {"\\": r"\\", "'": r"\'"}
+    escaped = (special.get(char, char) if char.isprintable() else f"\\U{ord(char):08x}" for char in word)
+    return f"$'{''.join(escaped)}'"
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes scripts as literal blocks, which a person can read and edit."""
+
+    def ignore_aliases(self, data) -> bool:
+        return True
+
+
+def _script(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if text.endswith("\n") else None)
+
+
+_Dumper.add_representer(str, _script)
+
+
+def _document(about: str, data: dict) -> str:
+    """YAML below a comment."""
+    comment = "".join(f"# {line}".rstrip() + "\n" for line in about.splitlines())
+    return comment + yaml.dump(data, Dumper=_Dumper, sort_keys=False, width=10**6, allow_unicode=True)
+
+
 def _require_name(name: str) -> None:
     if not re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", name):  # pods are called <name>-slice-0-0-xxxxx
-        raise UserError(f"--name is {name!r}: it must be up to 40 small letters, digits and dashes, a letter first")
+        raise UserError(
+            f"--name is {name!r}: it must be at most 40 lower-case letters, digits and dashes, and begin with a letter"
+        )
