@@ -15,13 +15,12 @@ import dataclasses
 import difflib
 import functools
 import importlib
-import importlib.util
 import inspect
 import sys
 import textwrap
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Union
 
@@ -165,14 +164,28 @@ def load_file(path: str | Path) -> types.ModuleType:
         raise SpecError(f"no file {path}: name a Python file that is there")
     if path.suffix != ".py":
         raise SpecError(f"{path} is no Python file: name one, NAME.py")
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # before execution: dataclasses look their module up
+    module = types.ModuleType(name)
+    module.__file__ = name
+    return execute(module, path.read_bytes(), path)
+
+
+def execute(module: types.ModuleType, source: bytes, path: Path) -> types.ModuleType:
+    """Runs the source of a user's file in a new module, whose `__source__` it becomes.
+
+    Raises:
+        SpecError: naming the file and its line, if it fails. The module is then not left in `sys.modules`.
+    """
+    module.__source__ = source
+    before = sys.modules.get(module.__name__)
+    sys.modules[module.__name__] = module  # before execution: dataclasses look their module up
     try:
         with faults_of(path):
-            spec.loader.exec_module(module)
-    except Exception:
-        del sys.modules[name]
+            exec(compile(source, path, "exec"), vars(module))
+    except BaseException:
+        if before is None:
+            del sys.modules[module.__name__]
+        else:
+            sys.modules[module.__name__] = before
         raise
     return module
 
@@ -193,22 +206,34 @@ def faults_of(path: str | Path) -> Iterator[None]:
 
 
 def class_name(cls: type) -> str:
-    """`"package.module:Class"`, by which `load_class` finds the class again."""
-    return f"{cls.__module__}:{cls.__qualname__}"
+    """`"package.module:Class"`, by which `load_class` finds the class again.
+
+    A class that was loaded from a run's copy of its file is named as the original: see `sources.Snapshot`.
+    """
+    module = getattr(sys.modules.get(cls.__module__), "__copy_of__", cls.__module__)
+    return f"{module}:{cls.__qualname__}"
 
 
-def load_class(name: str) -> type:
-    """The specification class that `name` means; raises SpecError that says which part of the name is wrong."""
+def load_module(name: str) -> types.ModuleType:
+    """A user's file by its path, or a module by its name; raises SpecError if it cannot be imported."""
+    if name.endswith(".py"):
+        return load_file(name)
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise SpecError(f"cannot import {name!r}: {' '.join(str(error).split())}") from error
+
+
+def load_class(name: str, load: Callable[[str], types.ModuleType] = load_module) -> type:
+    """The specification class called `name`, of a module that `load` returns.
+
+    Raises:
+        SpecError: saying which part of the name is wrong.
+    """
     module_name, colon, qualified = name.rpartition(":")
     if not colon:
         raise SpecError(f"{name!r} names no class: write 'package.module:Class' or 'file.py:Class'")
-    if module_name.endswith(".py"):
-        module = load_file(module_name)
-    else:
-        try:
-            module = importlib.import_module(module_name)
-        except ImportError as error:
-            raise SpecError(f"cannot import {module_name!r} for {name!r}: {' '.join(str(error).split())}") from error
+    module = load(module_name)
     found = module
     for part in qualified.split("."):
         if not hasattr(found, part):
@@ -237,18 +262,19 @@ def to_json(value: Any) -> Any:
     return value
 
 
-def from_json(data: Any, where: str = "config") -> Any:
+def from_json(data: Any, where: str = "config", load: Callable[[str], types.ModuleType] = load_module) -> Any:
     """Reads what `to_json` wrote. Strict: an unknown or missing key is a SpecError with the nearest names.
 
-    A field that is missing from an older file is an error too: a default that changed since would be another run.
+    A field that is missing from an older file is an error too: its default may have changed, which would make it a
+    different run. `load` gives the modules of the classes that are named.
     """
     if isinstance(data, list):
-        return tuple(from_json(item, f"{where}[{i}]") for i, item in enumerate(data))
+        return tuple(from_json(item, f"{where}[{i}]", load) for i, item in enumerate(data))
     if not isinstance(data, dict):
         return data
     if "class" not in data:
-        return {key: from_json(item, f"{where}.{key}") for key, item in data.items()}
-    cls = load_class(data["class"])
+        return {key: from_json(item, f"{where}.{key}", load) for key, item in data.items()}
+    cls = load_class(data["class"], load)
     known = hints(cls)
     for key in data:
         if key != "class" and key not in known:
@@ -256,4 +282,4 @@ def from_json(data: Any, where: str = "config") -> Any:
     missing = [key for key in known if key not in data]
     if missing:
         raise SpecError(f"{where}: {cls.__name__} lacks {', '.join(missing)}")
-    return cls(**{key: from_json(item, f"{where}.{key}") for key, item in data.items() if key != "class"})
+    return cls(**{key: from_json(item, f"{where}.{key}", load) for key, item in data.items() if key != "class"})

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from polygpt import spec
+from polygpt import sources, spec
 from polygpt.ablation.measures import TRAINING_LOSS
 from polygpt.ablation.record import finite_mean
 from polygpt.errors import UserError
@@ -77,9 +77,12 @@ def _out_of_patience(experiment: Experiment, chosen: Mapping[int, float | None])
 
 
 def _config(experiment) -> dict[str, Any]:
+    """The experiment as JSON, and beside its fields the code of the user's classes, by the file's name."""
     data = json.loads(json.dumps(spec.to_json(experiment.replace(seed=0, name="any"))))
     drop_same_mathematics(data)
-    return data
+    files = {file for cls in sources.user_classes(experiment) if (file := sources.file_of(cls))}
+    code = {file.stem.replace(".", "_"): sources.code_hash(file)[:8] for file in sorted(files)}
+    return data | ({"code": code} if code else {})
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -5,18 +5,15 @@ does not depend on the contents of data files, on modules that such a class impo
 which every line of results names beside the key (`provenance.py`).
 """
 
-import ast
 import dataclasses
-import functools
 import hashlib
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from polygpt import spec
-from polygpt.ablation.provenance import classes_of, file_of
+from polygpt.sources import code_hash, file_of, user_classes
 from polygpt.spec import Spec
 from polygpt.training.experiment import Experiment
 from polygpt.training.workdir import drop_same_mathematics
@@ -51,9 +48,9 @@ def configured(experiment: Experiment) -> str:
     data = _given(experiment.replace(seed=0, name="any"))
     drop_same_mathematics(data)
     sources = {
-        f"{file.name}:{cls.__qualname__}": _code(file, os.stat(file).st_mtime_ns)
-        for cls in classes_of(experiment)
-        if cls.__module__.partition(".")[0] != "polygpt" and (file := file_of(cls))
+        f"{file.name}:{cls.__qualname__}": code_hash(file)
+        for cls in user_classes(experiment)
+        if (file := file_of(cls))
     }
     return json.dumps([data, VERSION, sorted(sources.items())], sort_keys=True)
 
@@ -73,12 +70,3 @@ def _given(value: Any) -> Any:
 def _is_default(value: Spec, field: dataclasses.Field) -> bool:
     made = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     return made is not dataclasses.MISSING and getattr(value, field.name) == made
-
-
-@functools.lru_cache(256)
-def _code(file: Path, changed: int) -> str:
-    tree = ast.parse(file.read_bytes())
-    body = tree.body[1:] if ast.get_docstring(tree) is not None else tree.body
-    asking = (ast.FunctionDef,)
-    kept = [part for part in body if not (isinstance(part, asking) and part.name in ("ablation", "experiment"))]
-    return hashlib.sha256("\n".join(map(ast.dump, kept)).encode()).hexdigest()

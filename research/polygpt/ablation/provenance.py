@@ -12,14 +12,14 @@ import hashlib
 import io
 import os
 import subprocess
-import sys
 import tokenize
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import polygpt
+from polygpt.sources import classes_of, file_of
 from polygpt.spec import Spec
 from polygpt.training.workdir import environment
 
@@ -107,26 +107,6 @@ def summary(runs: Iterable[Mapping[str, Any]]) -> str:
     cores = dict.fromkeys(f"code {one['code']['core'][:SHORT]}" if one["code"] else "unknown code" for one in runs)
     commits = dict.fromkeys(_short(one["commit"]) for one in runs)
     return f"{', '.join(cores)} ({', '.join(commits)})"
-
-
-def classes_of(value: Any) -> Iterator[type]:
-    """The classes of all specifications inside a value, with their bases."""
-    if isinstance(value, Spec):
-        yield from (cls for cls in type(value).__mro__ if issubclass(cls, Spec) and cls is not Spec)
-        for name in value.__dataclass_fields__:
-            yield from classes_of(getattr(value, name))
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from classes_of(item)
-    elif isinstance(value, tuple):
-        for item in value:
-            yield from classes_of(item)
-
-
-def file_of(cls: type) -> Path | None:
-    """The file that a class lies in; None for one that was typed into a session."""
-    file = getattr(sys.modules.get(cls.__module__), "__file__", None)
-    return Path(file) if file else None
 
 
 # --- source -----------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from polygpt.cli.arguments import Parser, change
-from polygpt.cli.evaluate import add_run
+from polygpt.cli.evaluate import add_run, open_named
 from polygpt.errors import UserError
 
 EXAMPLES = """\
@@ -64,9 +64,8 @@ def run(arguments: Namespace) -> dict:
     prompt = [_part(kind, value) for kind, value in arguments.parts]
 
     from polygpt.generation.generate import generate, stream
-    from polygpt.training.run import open_run
 
-    opened = open_run(arguments.run, arguments.checkpoint, arguments.spread)
+    opened = open_named(arguments)
     given = (opened.model, opened.params, opened.tokenizer)
     layout = opened.experiment.data.layout
 

@@ -3,7 +3,7 @@
 from argparse import Namespace
 
 from polygpt.cli.arguments import Parser
-from polygpt.cli.evaluate import add_run
+from polygpt.cli.evaluate import add_run, open_named
 
 EXAMPLES = """\
 examples:
@@ -24,9 +24,8 @@ def parser(prog: str, about: str) -> Parser:
 def run(arguments: Namespace) -> dict:
     """Writes the report and returns its place."""
     from polygpt.report.finish import write_report
-    from polygpt.training.run import open_run
 
-    opened = open_run(arguments.run, arguments.checkpoint, arguments.spread)
+    opened = open_named(arguments)
     report = write_report(opened, arguments.output)
     print(f"report: {report}")
     return {"step": opened.step, "report": report}

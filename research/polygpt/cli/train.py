@@ -6,6 +6,7 @@ from pathlib import Path
 
 from polygpt.cli import experiment
 from polygpt.cli.arguments import Parser
+from polygpt.cli.evaluate import add_code
 
 EXAMPLES = """\
 examples:
@@ -22,6 +23,7 @@ def parser(prog: str, about: str) -> Parser:
     words.add_argument("file", metavar="FILE", help="a Python file with `def experiment() -> Experiment`")
     words.add_argument("--workdir", metavar="W", help="the run folder (default: runs/<the experiment's name>)")
     words.add_argument("--no-report", action="store_true", help="only train: no evaluation and report at the end")
+    add_code(words)
     return words
 
 
@@ -43,14 +45,14 @@ def _train(chosen, arguments: Namespace) -> dict:
     from polygpt.training.run import open_run
 
     workdir = Path(arguments.workdir or Path("runs") / chosen.name)
-    outcome = train(chosen, workdir, begun=process_begun())
+    outcome = train(chosen, workdir, begun=process_begun(), code=arguments.code)
     done = {"step": outcome.step, "workdir": workdir}
     if not outcome.finished:
         return done | {"interrupted": f"interrupted at step {outcome.step}, saved: the same command goes on"}
     if arguments.no_report:
         print(f"step {outcome.step}, {workdir}")
         return done
-    trained = open_run(workdir, spread=True)  # of several processes, all take part
+    trained = open_run(workdir, spread=True, code=arguments.code)  # of several processes, all take part
     results = _evaluated(trained)
     if results is None:
         return done | {

@@ -8,7 +8,7 @@ from typing import Any
 
 import cloudpickle
 
-from polygpt.spec import load_file
+from polygpt.snapshot import load_file
 
 
 def dumps(value: Any) -> bytes:

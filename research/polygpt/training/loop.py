@@ -16,7 +16,7 @@ from polygpt.runtime.watchdog import Watchdog
 from polygpt.training.experiment import Experiment
 from polygpt.training.sinks import JsonLines, Sink, TensorBoard, Terminal
 from polygpt.training.trainer import Outcome, Trainer
-from polygpt.training.workdir import require_same
+from polygpt.training.workdir import Code, require_same, with_code
 
 
 def train(
@@ -24,8 +24,9 @@ def train(
     workdir: str | Path,
     sinks: Callable[[Path, int, int], list[Sink]] | None = None,
     begun: float | None = None,
+    code: Code = "run",
 ) -> Outcome:
-    """Trains, or goes on where the last call with this folder ended, was stopped or was killed.
+    """Trains, or resumes where the last call with this folder ended, was stopped or was killed.
 
     Args:
         experiment: what to do.
@@ -33,6 +34,8 @@ def train(
         sinks: from (workdir, step begun from, steps) to the sinks; by default terminal, JSON lines and TensorBoard. Of
             several processes only the first has any.
         begun: when the work for this call began, in seconds since 1970, to be counted as starting up; now by default.
+        code: whether a run that is resumed keeps the user's classes that it began with, from its own copies of their
+            files, or takes those of the files as they are now.
 
     Raises:
         Diverged: if too many steps in a row were not finite, or the loss spiked too often.
@@ -48,6 +51,7 @@ def train(
         if settings.watchdog is not None:
             stack.enter_context(watchdog)
         require_same(workdir, experiment)
+        experiment = with_code(workdir, experiment, code)
         trainer = Trainer(experiment, workdir, sinks or default_sinks, interruption, clock, watchdog, stack)
         outcome = trainer.run()
     if seconds := goodput.summary(goodput.read(clock.path)):

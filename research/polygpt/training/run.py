@@ -19,7 +19,7 @@ from polygpt.runtime.processes import agree, first_fault
 from polygpt.runtime.stored import read_parameters
 from polygpt.training.experiment import Experiment
 from polygpt.training.program import assemble
-from polygpt.training.workdir import load_experiment
+from polygpt.training.workdir import Code, load_experiment
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,12 @@ class Run:
     workdir: Path
 
 
-def open_run(workdir: str | Path, checkpoint: Literal["best", "latest"] | None = None, spread: bool = False) -> Run:
+def open_run(
+    workdir: str | Path,
+    checkpoint: Literal["best", "latest"] | None = None,
+    spread: bool = False,
+    code: Code = "run",
+) -> Run:
     """Opens a run folder.
 
     Args:
@@ -55,19 +60,20 @@ def open_run(workdir: str | Path, checkpoint: Literal["best", "latest"] | None =
             and the log says so.
         spread: over all devices, as it was trained, where its train.parallel is sharded or auto. Of several processes
             all have to open it, and to do the same with it.
+        code: whether the user's classes are those that it was trained by, or those of their files as they are now.
 
     Raises:
-        UserError: if it is no run folder, has no whole checkpoint, or none that can be read; it names them all.
+        UserError: if it is no run folder, has no complete checkpoint, or none that can be read; it names them all.
     """
     workdir = Path(workdir)
-    experiment = load_experiment(workdir)
+    experiment = load_experiment(workdir, code)
     folder = (workdir / "checkpoints").absolute()
     found = _finite(folder)
     if spread:  # all choose from what the first has found
         seen = agree("checkpoints to open", json.dumps([dataclasses.astuple(record) for record in found]))
         found = [Record(*record) for record in json.loads(seen)]
     if not found:
-        raise UserError(f"{workdir} holds no whole checkpoint: train it further with polygpt train")
+        raise UserError(f"{workdir} has no complete checkpoint: continue it with polygpt train")
     use = checkpoint or experiment.train.use
     chosen = (best(found, experiment.train.better) if use == "best" else None) or found[-1]
     tokenizer = experiment.tokenizer.build()

@@ -4,13 +4,14 @@ import contextlib
 import functools
 import importlib.metadata
 import json
+import logging
 import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
@@ -20,9 +21,15 @@ from polygpt.files import write_atomically
 from polygpt.runtime import processes
 from polygpt.runtime.lock import hold
 from polygpt.runtime.manifest import records
-from polygpt.runtime.storage import storage_faults as storage_faults
+from polygpt.snapshot import Snapshot, keep
 from polygpt.training.experiment import Experiment
 
+log = logging.getLogger(__name__)
+
+CODE = "code"
+"""The folder of a run's copies of the user's code: see `snapshot.py`."""
+Code = Literal["run", "current"]
+"""Whether a user's classes are loaded as a run has kept them, or as their files are now."""
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 """Packages whose versions are written down."""
 
@@ -95,27 +102,67 @@ def require_same(workdir: Path, experiment: Experiment) -> None:
         )
 
 
+def with_code(workdir: Path, experiment: Experiment, code: Code) -> Experiment:
+    """The experiment, to be trained in this folder; one that was trained there before keeps its code, unless told.
+
+    Raises:
+        SpecError: if the experiment does not fit the run's copies of its classes.
+    """
+    trained = jax.process_index() == 0 and bool(records(workdir / "checkpoints"))
+    if not processes.agree("code", "kept" * trained) or code == "current":
+        return experiment
+    kept = Snapshot(workdir / CODE)
+    if not kept.needed:
+        return experiment
+    _tell_edited(workdir, tuple(kept.edited()))
+    return spec.from_json(json.loads(json.dumps(spec.to_json(experiment))), load=kept.load_module)
+
+
 @_by_the_first
 def claim(workdir: Path, experiment: Experiment, stack: contextlib.ExitStack) -> None:
-    """Makes the folder this experiment's: writes config.json and environment.json.
+    """Makes the folder this experiment's: writes config.json, environment.json and copies of the user's code.
 
-    Until the stack is closed it is also this run's alone. Raises UserError if another run has it.
+    Copies of other code, by which checkpoints that are there were trained, are set aside. Until the stack is closed the
+    folder is this run's alone. Raises UserError if another run has it.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     stack.enter_context(hold(workdir))
+    trained = records(workdir / "checkpoints")
+    keep(experiment, workdir / CODE, workdir / f"{CODE}-until-{trained[-1].step}" if trained else None)
     for name, data in {"config.json": spec.to_json(experiment), "environment.json": environment()}.items():
         write_atomically(workdir / name, json.dumps(data, indent=2) + "\n")
 
 
-def load_experiment(workdir: Path) -> Experiment:
-    """The experiment of a run folder. Raises UserError if there is none, SpecError if it does not fit this version."""
+def load_experiment(workdir: Path, code: Code = "run") -> Experiment:
+    """The experiment of a run folder.
+
+    Args:
+        workdir: the folder.
+        code: whether classes of the user's own are those that it was trained by, from the run's copies of their files
+            if these have changed, which is logged, or those of the files as they are now.
+
+    Raises:
+        UserError: if it is no run folder.
+        SpecError: if its configuration does not fit this version of polygpt, or of the code.
+    """
     path = workdir / "config.json"
     if not path.is_file():
         raise UserError(f"{workdir} is no run folder: it has no config.json")
-    experiment = spec.from_json(_read(path), str(path))
+    kept = Snapshot(workdir / CODE)
+    if code == "run":
+        _tell_edited(workdir, tuple(kept.edited()))
+    experiment = spec.from_json(_read(path), str(path), kept.load_current if code == "current" else kept.load_module)
     if not isinstance(experiment, Experiment):
         raise UserError(f"{path} holds no experiment")
     return experiment
+
+
+@functools.cache
+def _tell_edited(workdir: Path, files: tuple[str, ...]) -> None:
+    """Says it once."""
+    if files and jax.process_index() == 0:
+        changed = f"{' and '.join(files)} {'has' if len(files) == 1 else 'have'} changed"
+        log.warning("%s since %s was trained: the run's own copy is used (or choose --code current)", changed, workdir)
 
 
 def differences(before: Any, after: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
