@@ -111,6 +111,16 @@ def test_a_report_without_evaluation_shows_that_of_training(run):
     assert 'id="time"' not in page
 
 
+@pytest.mark.parametrize(("step", "shown"), [(30, "99.9%"), (20, "75.0%")])
+def test_results_of_another_checkpoint_are_not_shown(run, step, shown):
+    """Those in the folder count where they are of the run's step, 30; else the report has what training measured."""
+    results = plain({"step": step, **held_out(0.5)})
+    results["tasks"]["fusion"]["accuracy"] = 0.999
+    (run.workdir / finish.RESULTS).write_text(json.dumps(results))
+    page = finish.write_report(run).read_text()
+    assert shown in page and ("99.9%" in page) == (step == 30)
+
+
 def test_a_report_says_where_the_time_went_over_all_restarts(run):
     lines = [
         {"from": 0, "step": 20, "seconds": {"compile": 10.0, "productive": 60.0}},

@@ -49,6 +49,20 @@ def test_markup_is_closed_and_points_nowhere_outside():
         assert address.startswith("data:") or address[0] == "#" and address[1:] in found.ids
 
 
+def test_the_browser_is_told_to_fetch_nothing():
+    page = render(made_up_report.content())
+    (policy,) = re.findall(r'<meta http-equiv="Content-Security-Policy" content="([^"]*)">', page)
+    rules = {rule.split()[0]: set(rule.split()[1:]) for rule in html.unescape(policy).split(";")}
+    assert rules.pop("default-src") == {"'none'"}
+    assert rules == {
+        "img-src": {"data:"},
+        "media-src": {"data:"},
+        "style-src": {"'unsafe-inline'"},
+        "script-src": {"'unsafe-inline'"},
+    }
+    assert page.index("Content-Security-Policy") < min(page.index("<style"), page.index("<link"), page.index("<script"))
+
+
 def test_texts_of_users_are_only_text():
     evil = "<script>alert('x')</script>\"'>"
     item = dataclasses.replace(made_up_report.picture(np.random.default_rng(0), 0, 1), modality=evil)

@@ -42,7 +42,7 @@ def run(arguments: Namespace) -> dict:
         memory = f"{gib(one.memory[0])} -> {gib(one.memory[1])}"
         sent = f"{one.sent[0] / 1e9:,.2f} -> {one.sent[1] / 1e9:,.2f}"
         rows.append([str(one.path), memory, sent, one.worse or "as it was"])
-    print_table(f"{len(rows)} plans", ["plan", "memory of a device", "GB sent by a device a step", ""], rows)
+    print_table(f"{len(rows)} plans", ["plan", "memory of a device", "GB sent per device and step", "result"], rows)
     worse = [f"{one.path} {one.worse}" for one in found if one.worse]
     fault = f"plan check: grown means by more than {GROWTH:.0%}: {'; '.join(worse)}" if worse else None
     plans = [

@@ -13,8 +13,9 @@ import tiny
 
 from polygpt.blocks.pipeline import Schedule
 from polygpt.cli.main import main
+from polygpt.errors import UserError
 from polygpt.overrides import override
-from polygpt.scale.plan import compilation, search
+from polygpt.scale.plan import chips, compilation, search
 from polygpt.scale.plan.candidates import candidates, current, smaller
 from polygpt.scale.plan.check import GROWTH, check
 from polygpt.scale.plan.compilation import Built
@@ -23,7 +24,7 @@ from polygpt.scale.plan.memory import Memory
 from polygpt.scale.plan.pictures import draw_plan
 from polygpt.scale.plan.plan import plan
 from polygpt.scale.plan.prediction import predict
-from polygpt.scale.plan.tables import headline, markdown, searched
+from polygpt.scale.plan.tables import headline, markdown, searched, tables
 from polygpt.scale.plan.target import Target, target
 from polygpt.sharding import AXES, MeshSpec
 
@@ -219,6 +220,38 @@ def test_the_command_prints_writes_and_says_what_is_not_known(tmp_path, capsys):
     assert markdown(data).count("\n## ") >= 2
 
 
+def test_on_a_cpu_no_times_are_given_and_no_column_is_nameless(monkeypatch):
+    on = target("cpu:8")
+    memory = Memory(2**20, 2**20, 2**20, 0, 2**20, 0, 0, on.usable)
+    built = Built(STAND_IN, memory, None, 1.0, {"data": 1, "fsdp": 8}, None, 258, [None] * 8)
+    monkeypatch.setattr(compilation, "build", lambda experiment, target: built)
+    monkeypatch.setattr(Target, "prepare", lambda self: None)
+    data = json.loads(json.dumps(plan(tiny.experiment(), on).to_json()))
+    found = {table.title: table for table in tables(data)}
+    (exchanges,) = (table for title, table in found.items() if title.startswith("Collectives"))
+    assert "GB sent" in exchanges.columns and "ms" not in exchanges.columns
+    assert all(len(row) == len(table.columns) for table in found.values() for row in table.rows)
+    assert all(column for table in found.values() for column in table.columns)
+
+
+@pytest.mark.parametrize(("text", "share"), [(None, 0.75), ("0.92", 0.92), ("1", 1.0)])
+def test_a_gpu_has_the_memory_that_jax_reserves_there(monkeypatch, text, share):
+    monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION", raising=False)
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    if text:
+        monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", text)
+    assert target("h100:8").usable == share * 80e9 and f"{share:.0%} of a GPU" in target("h100:8").estimated
+    assert target("v5e:2x2").usable == 15.75 * 2**30
+
+
+@pytest.mark.parametrize("text", ["0", "1.5", "most"])
+def test_a_share_of_memory_that_is_none_is_an_error(monkeypatch, text):
+    monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION", raising=False)
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", text)
+    with pytest.raises(UserError, match="XLA_PYTHON_CLIENT_MEM_FRACTION is '.*': it must be a number above 0"):
+        target("h100:8")
+
+
 @pytest.mark.parametrize(
     "words, said",
     [
@@ -251,6 +284,8 @@ use_global_device_ids=true, to_apply=%add
 
 
 def test_of_a_gpu_nothing_is_said_that_rests_on_the_bytes_of_a_cpus_program(monkeypatch, tmp_path):
+    for name in chips.FRACTIONS:
+        monkeypatch.delenv(name, raising=False)
     on = target("h100:8")
     memory = Memory(2**30, 2**31, 2**20, 0, 2**32, 0, 0, on.usable)
     mesh = {"data": 1, "fsdp": 8}
@@ -264,7 +299,7 @@ def test_of_a_gpu_nothing_is_said_that_rests_on_the_bytes_of_a_cpus_program(monk
     assert data["stand_in"]["links"] == pytest.approx(2 * 7 / 8 * 4e6 / 450e9)
     text = markdown(data)
     assert not any(words in text for words in ("HBM", "bound by", "MFU ceiling", "async", "compiled program"))
-    assert "parameters and optimizer take 3.00 GiB; all, by a CPU program's temporaries 7.00 GiB of 70.04 GiB" in text
+    assert "parameters and optimizer take 3.00 GiB; all, by a CPU program's temporaries 7.00 GiB of 55.88 GiB" in text
     assert "no roofline and no ceiling of the MFU" in text and "| all-reduce | fsdp (8) | 1 |" in text
     assert "activations, gradients and other temporaries, of the CPU's program" in text
     draw_plan(data, tmp_path / "plan.png")

@@ -17,12 +17,17 @@ Sources, by the names that the table gives:
 """
 
 import dataclasses
+import math
 import os
 from typing import Literal
 
 from polygpt.errors import UserError
 
 GIB = 2**30
+RESERVED = 0.75
+"""Share of a GPU's memory that JAX reserves by default (docs.jax.dev/en/latest/gpu_memory_allocation.html)."""
+FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+"""Environment variables that set another share; the second is the older name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,10 +80,9 @@ def _tpu(name, title, teraflops, gib, usable, gigabytes, link, links, network, r
 
 
 def _gpu(name, title, teraflops, gigabytes, terabytes, nvlink, network, source) -> Chip:
-    # CUDA and NCCL keep about a twentieth of the memory, and JAX asks for three quarters unless it is told otherwise.
     memory = gigabytes * 1e9
     return Chip(
-        name, title, teraflops * 1e12, memory, 0.94 * memory, terabytes * 1e12, nvlink * 1e9, 1, network * 1e9 / 8,
+        name, title, teraflops * 1e12, memory, RESERVED * memory, terabytes * 1e12, nvlink * 1e9, 1, network * 1e9 / 8,
         "switch", source=source,
     )  # fmt: skip
 
@@ -114,4 +118,23 @@ def chip(name: str) -> Chip:
         return cpu()
     if name not in CHIPS:
         raise UserError(f"--on {name}: no figures of such a chip: there are {', '.join(CHIPS)} and cpu")
-    return CHIPS[name]
+    found = CHIPS[name]
+    return dataclasses.replace(found, usable=reserved() * found.memory) if found.shape == "switch" else found
+
+
+def reserved() -> float:
+    """Share of a GPU's memory that JAX reserves, so that a program can use it: as the environment says, or `RESERVED`.
+
+    Raises:
+        UserError: the environment's value is not a number above 0 and up to 1.
+    """
+    variable, text = next(((name, os.environ[name]) for name in FRACTIONS if os.environ.get(name)), ("", ""))
+    if not variable:
+        return RESERVED
+    try:
+        share = float(text)
+    except ValueError:
+        share = math.nan
+    if not 0 < share <= 1:
+        raise UserError(f"{variable} is {text!r}: it must be a number above 0 and at most 1, such as 0.92")
+    return share

@@ -13,6 +13,13 @@ from polygpt.scale.plan.roofline import Roofline, StandIn
 from polygpt.scale.plan.target import Target
 from polygpt.training.experiment import Experiment
 
+UNKNOWN = (
+    "the compiled program does not say how often its loop {loop} runs: what runs in it counts once, so FLOPs, memory "
+    "traffic and times of the compiled program, its collectives and its fused kernels are lower bounds; memory of a "
+    "device and the FLOPs by the formula are not affected"
+)
+"""Which figures an unknown number of iterations affects."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Exchange:
@@ -128,7 +135,7 @@ def plan(experiment: Experiment, target: Target) -> Plan:
                 peak=target.peak,
             )
     kernels = {name: (count, executed[name]) for name, count in times.items()}
-    warnings = [f"how often the loop {name} runs is not in the program: counted once" for name in program.unknown]
+    warnings = [UNKNOWN.format(loop=name) for name in program.unknown]
     warnings += [f"the FLOPs of the kernel {name} are not known: counted as 0" for name, n in executed.items() if not n]
     return _plan(experiment, target, built, counted, exchanges, kernels, roofline, stand_in, warnings)
 

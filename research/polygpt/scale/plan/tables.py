@@ -90,7 +90,7 @@ def searched(found: Found, shown: int = 12) -> Table:
     title = f"Search: {len(found.ways)} ways to run {same[3:]} predicted, {compiled} compiled, {found.seconds:.0f} s"
     note = "Time, by which ways are compared: the mean of a step with everything and with nothing overlapped."
     note += "" if ceilings else " It is predicted, of compiled ways too: their program is a CPU's."
-    return Table(title, ["way", "", "memory", "time", *ceilings], rows, notes=[note])
+    return Table(title, ["way", "result", "memory", "time", *ceilings], rows, notes=[note])
 
 
 def gib(count: float | None) -> str:
@@ -103,7 +103,7 @@ def gib(count: float | None) -> str:
 def _memory(data: Mapping) -> Table:
     memory = data["memory"]
     if memory is None:
-        return Table("Memory of a device", ["the compiler said", ""], [], notes=[data["exhausted"]["text"]])
+        return Table("Memory of a device", ["the compiler said"], [], notes=[data["exhausted"]["text"]])
     names = {
         "parameters": "parameters", "optimizer": "optimizer", "batch": "batch and the rest of the state",
         "padding": "padding of arguments", "temporaries": "activations, gradients and other temporaries",
@@ -114,7 +114,7 @@ def _memory(data: Mapping) -> Table:
         names["total"] = "all, an estimate"
     share = memory["usable"]
     rows = [[text, gib(memory[name]), f"{memory[name] / share:.1%}"] for name, text in names.items()]
-    return Table("Memory of a device", ["", "bytes", "of usable"], rows)
+    return Table("Memory of a device", ["part", "bytes", "of usable"], rows)
 
 
 def _flops(data: Mapping) -> Table:
@@ -128,12 +128,13 @@ def _flops(data: Mapping) -> Table:
     if roofline := data["roofline"]:
         executed = roofline["executed"] * data["devices"]
         rows.append(["in the compiled program, all devices", "", "", _count(executed)])
-    return Table("FLOPs of a step", ["", "each", "of", "FLOPs"], rows, notes=[flops["formula"]])
+    return Table("FLOPs of a step", ["part", "each", "of", "FLOPs"], rows, notes=[flops["formula"]])
 
 
 def _collectives(data: Mapping) -> Table:
     """Those of one kind along the same axes together; the JSON data has each."""
     hides = [] if data.get("stand_in") else ["async"]  # a CPU's program waits for each: what a GPU's does is not known
+    timed = ["ms"] if data["chip"]["link"] else []  # nobody publishes how fast CPU devices exchange
     groups: dict[tuple[str, str], list[Mapping]] = {}
     for one in data["collectives"]:
         along = "between slices" if one["kind"] == NETWORK else f"{'+'.join(one['axes']) or '?'} ({one['group']})"
@@ -145,12 +146,13 @@ def _collectives(data: Mapping) -> Table:
         times, largest = sum(one["times"] for one in some), max(some, key=lambda one: one["sent_a_step"])
         share = largest["sent_a_step"] / sent
         most = f"{largest['dtype']} {largest['payload'] / 1e6:,.1f} MB, {_short(largest['origin'])} ({share:.0%})"
-        figures = [f"{times:,}", f"{sent / 1e9:,.3f}", f"{seconds * 1e3:,.2f}", *(f"{hidden:.0%}" for _ in hides)]
+        figures = [f"{times:,}", f"{sent / 1e9:,.3f}", *(f"{seconds * 1e3:,.2f}" for _ in timed)]
+        figures += [f"{hidden:.0%}" for _ in hides]
         rows.append([kind, axes, *figures, most])
     seconds = sum(one["seconds"] for one in data["collectives"])
-    total = ["all", "", "", f"{data['collective_bytes'] / 1e9:,.3f}", f"{seconds * 1e3:,.2f}"]
+    total = ["all", "", "", f"{data['collective_bytes'] / 1e9:,.3f}", *(f"{seconds * 1e3:,.2f}" for _ in timed)]
     rows.append([*total, *("" for _ in hides), ""])
-    columns = ["collective", "axes (devices)", "times", "GB sent", "ms", *hides, "most of it: array, made for"]
+    columns = ["collective", "axes (devices)", "times", "GB sent", *timed, *hides, "most of it: array, made for"]
     title = "Collectives of a step, for each device" + ("" if hides else ": an estimate, of the CPU's program")
     return Table(title, columns, rows, prose=frozenset({len(columns) - 1}))
 
@@ -173,7 +175,9 @@ def _roofline(data: Mapping) -> Table:
     rows += [["step, nothing hidden", seconds(roofline["serial"])]]
     rows += [["MFU ceiling", f"{roofline['mfu_ceiling']:.1%}"]]
     rows += [["MFU if nothing is hidden", f"{roofline['mfu_nothing_hidden']:.1%}"]]
-    return Table(f"Roofline: bound by {roofline['bound']}", ["", ""], rows, notes=[roofline["ceiling"]])
+    return Table(
+        f"Roofline: bound by {roofline['bound']}", ["part", "time or share"], rows, notes=[roofline["ceiling"]]
+    )
 
 
 def _stand_in(data: Mapping) -> Table:
@@ -184,7 +188,7 @@ def _stand_in(data: Mapping) -> Table:
         "in_turn": "interconnect, one exchange after another, an estimate", "network": "network, an estimate",
     }  # fmt: skip
     rows = [[text, seconds(found[name])] for name, text in names.items() if found[name] or name != "network"]
-    return Table("Time of a step at published peaks", ["", ""], rows, notes=[found["note"]])
+    return Table("Time of a step at published peaks", ["part", "time"], rows, notes=[found["note"]])
 
 
 def _nearest(data: Mapping) -> Table:
@@ -193,7 +197,7 @@ def _nearest(data: Mapping) -> Table:
         words = " ".join(f"--{name} {value}" for name, value in change["overrides"].items())
         how = "compiled" if change["compiled"] else "predicted"
         rows.append([words, f"{gib(change['memory'])} of {gib(change['usable'])}", how])
-    return Table("The nearest changes that fit", ["change", "memory", ""], rows)
+    return Table("The nearest changes that fit", ["change", "memory", "basis"], rows)
 
 
 def seconds(value: float) -> str:

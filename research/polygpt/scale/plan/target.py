@@ -14,7 +14,9 @@ from polygpt.scale.plan.chips import Chip
 _GPU = (
     "no GPU compiler here: the sharded program is compiled for as many CPU devices, with plain XLA attention in place "
     "of cuDNN's. Bytes of parameters, optimizer and batch are exact, and FLOPs are by formula; temporaries and "
-    "collectives are estimates, those of that program (a CPU sends bfloat16 as float32); of the time see below"
+    "collectives are estimates, those of that program (a CPU sends bfloat16 as float32); of the time see below. Usable "
+    "memory is the {reserved:.0%} of a GPU that JAX reserves: set XLA_PYTHON_CLIENT_MEM_FRACTION, such as 0.92, for "
+    "both this command and training to use more"
 )
 _CPU = (
     "nobody publishes the speed of this CPU: memory, FLOPs and collectives are those of the compiled program, times "
@@ -47,7 +49,9 @@ class Target:
     @property
     def estimated(self) -> str:
         """What is estimated because the target's own compiler is not here, in words; empty for a TPU."""
-        return {"gpu": _GPU, "cpu": _CPU}.get(self.platform, "")
+        if self.platform == "gpu":
+            return _GPU.format(reserved=self.chip.usable / self.chip.memory)
+        return _CPU if self.platform == "cpu" else ""
 
     @property
     def stood_in(self) -> bool:
