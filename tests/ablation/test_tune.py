@@ -375,7 +375,8 @@ def test_the_command_line_searches_and_goes_on(file, trained, capsys):
     assert "trial 4 (5 of 5): optim.schedule.peak" in said.err
     assert main([*words, "--trials", "7"]) == 0
     said = capsys.readouterr()
-    assert len(trained.runs) == 7 and "to train so: polygpt train" in said.out and "goes on after 5 trials" in said.err
+    assert len(trained.runs) == 7 and "resumes after 5 trials" in said.err
+    assert "to train with these values: polygpt train" in said.out
     assert {"report.md", "history.png", "slices.png", "importance.png"} <= set(os.listdir("tuned/tiny"))
 
 
@@ -429,7 +430,7 @@ def test_a_search_killed_in_the_midst_goes_on_with_the_same_run(file):
             os.kill(int(children[0]), signal.SIGKILL)
             time.sleep(2)
             first.send_signal(signal.SIGINT)
-            assert first.wait(400) == 1 and "interrupted, saved: the same command goes on" in first.stderr.read()
+            assert first.wait(400) == 1 and "interrupted, saved: the same command resumes" in first.stderr.read()
         finally:
             first.kill()
     assert saved and not any(os.path.exists(f"/proc/{child}") for child in children)

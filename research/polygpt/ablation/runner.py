@@ -1,4 +1,4 @@
-"""An ablation run: what is missing is worked out, handed to an engine, and written down as it comes in."""
+"""Runs an ablation: finds the missing runs, hands them to an engine, and writes down results as they come in."""
 
 import dataclasses
 import hashlib
@@ -20,7 +20,7 @@ from polygpt.runtime.lock import hold
 Stage = Literal["tuning", "comparison"]
 
 WORK = ".work"
-"""The folder of what is under way, beside the results. Git does not see it."""
+"""Folder of unfinished work, beside the results. Git ignores it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,10 +28,10 @@ class Planned:
     """A stage begins.
 
     Attributes:
-        stage: which.
-        runs: of how many runs it is.
-        done: how many of them are there from before.
-        tasks: what is handed to the engine now.
+        stage: which one.
+        runs: number of runs in it.
+        done: number of runs that exist already.
+        tasks: what is handed to the engine.
     """
 
     stage: Stage
@@ -42,21 +42,21 @@ class Planned:
 
 @dataclasses.dataclass(frozen=True)
 class Finished:
-    """Runs are done and written down. `records` are their lines."""
+    """Runs are finished and written to the results. `records` are their lines."""
 
     records: tuple[dict[str, Any], ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Failed:
-    """A task has no results."""
+    """A task failed."""
 
     task: Task
     failure: Failure
 
 
 Tell = Callable[[Planned | Progress | Finished | Failed], None]
-"""Is told what happens."""
+"""Receives each event."""
 
 
 def run_all(
@@ -68,14 +68,14 @@ def run_all(
     tell: Tell = lambda event: None,
     strict_code: bool = False,
 ) -> Frame:
-    """Makes all runs of an ablation that are not there yet: first those that tune, then those that are compared.
+    """Makes all missing runs of an ablation: first those for tuning, then those for the comparison.
 
     Args:
         ablation: the question.
-        folder: where `results.jsonl` is, or will be; the folder of the ablation's file.
-        seeds: how many, from 0 on; by default as many as the ablation says.
-        engine: where they are computed; by default in this process.
-        tell: is told what happens.
+        folder: folder of `results.jsonl`; usually that of the ablation's file.
+        seeds: number of seeds, from 0; by default the ablation's.
+        engine: where runs are computed; by default in this process.
+        tell: receives events.
         strict_code: whether all runs must be of one source of the library, committed and known.
 
     Returns:
@@ -84,7 +84,7 @@ def run_all(
     Raises:
         UserError: another process is running it, tasks failed (the results of the others are kept), or with
             `strict_code` runs are of different, unknown or uncommitted code.
-        KeyboardInterrupt: a signal asked to stop; the same call goes on from there.
+        KeyboardInterrupt: a signal asked to stop; the same call resumes.
     """
     folder = Path(folder).absolute()
     wanted = range(ablation.seeds if seeds is None else seeds)
@@ -109,7 +109,7 @@ class _Runner:
         self.found = results.by_key(ablation, results.read(self.path))
 
     def stage(self, stage: Stage, points: Iterable[Point], seeds: Iterable[int]) -> None:
-        """Makes the runs of the points that are not there yet. Runs that several points ask for are made once."""
+        """Makes the missing runs of the points. A run that several points ask for is made once."""
         asked: dict[str, list[Point]] = {}
         missing: dict[str, tuple[Point, dict[int, str]]] = {}
         for made in points:
@@ -120,7 +120,7 @@ class _Runner:
                 asked.setdefault(key, []).append(made)
         if self.strict_code:
             self._require_one_code([self.found[key] for key in asked if key in self.found], missing)
-        # Keys are of now: a file of code that is edited meanwhile is not what is run.
+        # Keys are taken now: a file of code may be edited while its runs train.
         keys = {made.name: list(some.values()) for made, some in missing.values()}
         tasks = tuple(self._task(made, some) for made, some in missing.values())
         self.tell(Planned(stage, len(asked), len(asked) - sum(map(len, keys.values())), tasks))
@@ -152,7 +152,7 @@ class _Runner:
         return Task(made.name, experiments, self.folder / WORK / folder, measured)
 
     def _finished(self, task: Task, stage: Stage, pairs: list[tuple[dict[str, Any], list[Point]]]) -> None:
-        """Writes each run down once, under the point that came first, and tells of it under all that asked for it."""
+        """Writes each run once, under the point that came first, and reports it under all points that asked for it."""
         lines = [results.labelled(record, asking[0], stage) for record, asking in pairs]
         results.append(self.path, lines)
         self.found |= {line["key"]: line for line in lines}

@@ -1,8 +1,8 @@
-"""An ablation: the whole question as one specification, and the runs that it asks for.
+"""An ablation: the question as one specification, and the runs that answer it.
 
 A *variant* is a named set of changes to the base experiment. A *factor* is something that every variant is run over, or
-read at from one run. A *point* is a variant at one value of each factor that it is run over; a *run* is a point with
-one seed.
+that is read from one run at several values. A *point* is a variant at one value of each factor that it is run over; a
+*run* is a point with one seed.
 """
 
 import dataclasses
@@ -23,46 +23,45 @@ from polygpt.spec import Spec, faults_of, load_file, nearest
 from polygpt.training.experiment import Experiment
 
 PLACE = Path("experiments") / "ablations"
-"""Where the ablations lie that are called by their names: a folder each, with this file in it:"""
+"""Folder of the ablations that are known by name. Each has a folder with this file:"""
 FILE = "experiment.py"
 
 
 @dataclasses.dataclass(frozen=True)
 class Paper(Spec):
-    """Where a question, and the answer that is to be repeated, come from."""
+    """The paper whose question is asked again, and its answer."""
 
     title: str
-    """Of the paper."""
+    """Title of the paper."""
     reference: str
-    """By which it is found: "2002.05202" on arXiv."""
+    """Where to find it: "2002.05202" for arXiv."""
     where: str
-    """The place in it: "Table 1"."""
+    """The place in the paper: "Table 1"."""
     evidence: Literal["V", "A", "M"]
-    """How its figures were come by: V verified in the paper, A from its abstract or a summary, M from memory, to be
-    checked."""
+    """Where its figures come from: V verified in the paper, A its abstract or a summary, M memory, to be checked."""
     unit: str = ""
-    """Of its figures."""
+    """Unit of its figures."""
     setting: str = ""
     """What they were measured on."""
     figures: Mapping[str, float] = dataclasses.field(default_factory=dict)
     """Its results by variant."""
     better: Literal["lower", "higher"] | None = None
-    """Which of its figures are the better ones: of accuracies higher, though we may measure losses; null for as in the
-    ablation."""
+    """Which of its figures are better: higher for accuracies, even if the ablation measures losses; null for the same
+    as in the ablation."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Ablation(Spec):
-    """A question about variants of an experiment, with all that is needed to answer it."""
+    """A question about variants of an experiment, with everything needed to answer it."""
 
     question: str
     """The question, one sentence."""
     base: Experiment
-    """The experiment that variants are changes of. Its seed and its name are not used."""
+    """The experiment that variants change. Its seed and name are not used."""
     variants: Mapping[str, Changes]
-    """By name, the changes: new values of dotted fields, `{"model.decoder.width": 64}`; {} is the base itself."""
+    """Changes by variant: new values of dotted fields, `{"model.decoder.width": 64}`; {} is the base itself."""
     paper: Paper | None = None
-    """What is to be repeated."""
+    """The paper to reproduce."""
     metric: str = "text/loss"
     """What is compared: "task/measure" of a held-out task; "train/loss", the mean of the last tenth of the training
     losses; or a cost: "cost/parameters", "cost/flops" of the whole run, "cost/seconds", "cost/cache_bytes" per row of
@@ -72,25 +71,26 @@ class Ablation(Spec):
     unit: str | None = None
     """Unit of the metric; null for what the metric itself declares."""
     seeds: int = 5
-    """Runs a point, with the seeds from 0 on."""
+    """Runs per point, with seeds 0, 1, 2, ..."""
     over: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """Factors that every variant is run over: by factor, by value (a number or a text), the changes that make it."""
+    """Factors that every variant is run over: changes by value (a number or a text), by factor."""
     reads: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """At most one factor that every run is read at: by value, the metric: `{"length": {128: "at_128/loss"}}`."""
+    """At most one factor that is read from every run: the metric by value, `{"length": {128: "at_128/loss"}}`."""
     tuned: Any = dataclasses.field(default_factory=dict)
-    """A grid, by value the changes: every point is first run at each, with seeds from 1000 on, and its best value by
-    the metric is taken for the comparison. With a factor in `reads`, too, it is `metric` that chooses."""
+    """A grid, changes by value: every point is first run at each value, with seeds 1000, 1001, ..., and compared at its
+    best value by `metric`, even with a factor in `reads`."""
     tuning_seeds: int = 1
-    """Runs for each of them."""
+    """Runs per point and value of the grid."""
     budget: Budget = Budget()
-    """What is held equal between variants."""
+    """What is equal between variants."""
     claims: tuple[Claim, ...] = ()
-    """What is to be judged by the results."""
+    """Claims to test with the results."""
     noise: float | None = None
-    """The smallest difference that counts, in the metric's unit; null for the pooled standard deviation over seeds, to
-    within which five seeds cannot show that variants are equal (`claims.py`): give a number where a claim says so."""
+    """The smallest difference that counts, in the metric's unit; null for the pooled standard deviation over seeds.
+    Within that, five seeds cannot show that variants are equal (ablation/claims.py): give a number if a claim needs
+    it."""
     diverged: float | None = None
-    """What counts as the metric of a run that diverged, or that is worse than this; null: such a run is an error."""
+    """The metric of a run that diverged, or did worse than this; null makes such a run an error."""
 
     def validate(self):
         self.require(bool(self.variants) and all(self.variants), "variants", "at least one, each with a name")
@@ -109,7 +109,7 @@ class Ablation(Spec):
         check(self.claims, self.variants, self.axes())
 
     def metrics(self) -> list[str]:
-        """All metrics that are read from runs, the main one first."""
+        """All metrics read from runs, the main one first."""
         return [self.metric, *(metric for values in self.reads.values() for metric in values.values())]
 
     @functools.cached_property
@@ -131,11 +131,11 @@ class Ablation(Spec):
 
     @property
     def label(self) -> str:
-        """The metric's name where values of it stand: "loss", if they are read of several tasks."""
+        """The metric's name in tables: "loss" if it is read from several tasks."""
         return self.metric.rpartition("/")[2] if self.reads else self.metric
 
     def axes(self) -> dict[str, tuple[Name, ...]]:
-        """The values of every factor: of those that are run over, then of that which is read at."""
+        """The values of every factor: first those in `over`, then the one in `reads`."""
         return {factor: tuple(values) for factor, values in {**self.over, **self.reads}.items()}
 
 
@@ -146,8 +146,8 @@ class Point:
     Attributes:
         variant: its name.
         at: the value of each factor.
-        experiment: what is run, with whatever seed.
-        tuned: the value of the tuned grid that it is run with, if there is one.
+        experiment: what is run, with any seed.
+        tuned: its value of the tuned grid, if there is one.
     """
 
     variant: str
@@ -163,7 +163,7 @@ class Point:
 
 
 def places(ablation: Ablation) -> Iterator[tuple[str, dict[str, Name]]]:
-    """Every variant with every combination of the values of the factors that it is run over."""
+    """Every variant with every combination of values of the factors in `over`."""
     for variant in ablation.variants:
         for values in itertools.product(*ablation.over.values()):
             yield variant, dict(zip(ablation.over, values, strict=True))
@@ -173,7 +173,7 @@ def point(ablation: Ablation, variant: str, at: Mapping[str, Name], tuned: Name 
     """One point.
 
     Raises:
-        SpecError: that names the point, if changes do not fit the base, or each other, or no budget comes out even.
+        SpecError: naming the point, if changes do not fit the base or each other, or the budget cannot be met.
     """
     around = {f"{factor} {value}": ablation.over[factor][value] for factor, value in at.items()}
     around |= {} if tuned is None else {f"tuned {tuned}": ablation.tuned[tuned]}
@@ -194,15 +194,15 @@ def point(ablation: Ablation, variant: str, at: Mapping[str, Name], tuned: Name 
 
 
 def points(ablation: Ablation) -> list[Point]:
-    """All points, variant by variant. Where there is a tuned grid, it is not applied. Errors as `point`."""
+    """All points, variant by variant, without the tuned grid. Errors as `point`."""
     return [point(ablation, variant, at) for variant, at in places(ablation)]
 
 
 def find_ablation(name: str | Path) -> Path:
-    """The file of an ablation, given its name, its folder or the file.
+    """The file of an ablation, given its name, its folder or its file.
 
     Raises:
-        UserError: if there is none, with the nearest names.
+        UserError: there is none; names the nearest ones.
     """
     path = Path(name)
     if path.suffix == ".py":
@@ -216,10 +216,10 @@ def find_ablation(name: str | Path) -> Path:
 
 
 def load_ablation(name: str | Path) -> Ablation:
-    """The ablation that the `ablation()` of a file makes; for `name` see `find_ablation`.
+    """Calls `ablation()` of a file; for `name` see `find_ablation`.
 
     Raises:
-        UserError: if there is no such file, or it makes no ablation.
+        UserError: there is no such file, or it returns no ablation.
     """
     file = find_ablation(name)
     make = getattr(load_file(file), "ablation", None)

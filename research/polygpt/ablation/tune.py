@@ -1,4 +1,4 @@
-"""A search for the best values of some fields of an experiment: what is searched, and for what.
+"""A search for the best values of some fields of an experiment: the search space and the objective.
 
     def search() -> Search:
         return Search(
@@ -34,28 +34,28 @@ from polygpt.spec import Spec, conform, faults_of, load_file, nearest
 from polygpt.training.experiment import Experiment
 
 EVALUATIONS = 10
-"""In a run that can be pruned, unless the experiment says how often it is evaluated."""
+"""Evaluations of a run that can be pruned, unless the experiment sets `evaluate_every`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Knob(Spec):
-    """Base of what is chosen from. The name of a knob is the dotted field that it sets."""
+    """Base class of search dimensions. The name of a knob is the dotted field that it sets."""
 
     def changes(self, name: str, value: Any) -> Changes:
-        """What to change for a value that was chosen."""
+        """The changes that a chosen value makes."""
         return {name: value}
 
 
 @dataclasses.dataclass(frozen=True)
 class Float(Knob):
-    """A number between two, both included."""
+    """A number in a closed interval."""
 
     low: float
     """The least."""
     high: float
     """The greatest."""
     log: bool = False
-    """Whether equal factors count as equal steps: for learning rates, weight decay."""
+    """Whether to search on a logarithmic scale: for learning rates, weight decay."""
 
     def validate(self):
         self.require(math.isfinite(self.low) and self.low < self.high < math.inf, "high", f"more than {self.low}")
@@ -64,16 +64,16 @@ class Float(Knob):
 
 @dataclasses.dataclass(frozen=True)
 class Int(Knob):
-    """A whole number between two, both included."""
+    """An integer in a closed interval."""
 
     low: int
     """The least."""
     high: int
     """The greatest."""
     step: int = 1
-    """The distance of two that may be chosen, counted from `low`."""
+    """Distance between candidates, counted from `low`."""
     log: bool = False
-    """Whether equal factors count as equal steps: for widths."""
+    """Whether to search on a logarithmic scale: for widths."""
 
     def validate(self):
         self.require(self.low < self.high, "high", f"more than {self.low}")
@@ -83,11 +83,11 @@ class Int(Knob):
 
 @dataclasses.dataclass(frozen=True)
 class Choice(Knob):
-    """One of several, without an order."""
+    """One of several options without an order."""
 
     options: Any
-    """A list of values of the field (numbers, texts, true, false, null); or, by name, changes of any fields, as in an
-    ablation's variants: the knob may then have any name."""
+    """A list of values of the field (numbers, texts, true, false, null); or changes of any fields by name, as in an
+    ablation's variants. The knob may then have any name."""
 
     def validate(self):
         entries = self.options
@@ -100,44 +100,43 @@ class Choice(Knob):
         self.require(len(self.names()) > 1, "options", "at least two that differ")
 
     def names(self) -> list[str]:
-        """What the options are called."""
+        """Names of the options."""
         entries = self.options if isinstance(self.options, Mapping) else map(json.dumps, self.options)
         return list(dict.fromkeys(entries))
 
     def changes(self, name: str, value: str) -> Changes:
-        """What to change for an option, given its name."""
+        """The changes that an option makes, given its name."""
         return self.options[value] if isinstance(self.options, Mapping) else {name: json.loads(value)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Search(Spec):
-    """What is searched, how, and for what."""
+    """A search space, an objective, and how to search."""
 
     base: Experiment
     """The experiment whose fields are set."""
     knobs: Mapping[str, Knob]
-    """By dotted field, what its value is chosen from."""
+    """The search space: a dimension per dotted field."""
     metric: str = "text/loss"
-    """What is to be best: "task/measure" of a held-out task, or "train/loss", the mean of the last tenth of the
-    training losses."""
+    """The objective: "task/measure" of a held-out task, or "train/loss", the mean of the last tenth of the training
+    losses."""
     better: Literal["lower", "higher"] | None = None
     """Which values of the metric are better; null for what the metric itself declares."""
     against: Literal["flops", "parameters"] | None = None
-    """A second thing to be small: FLOPs of the whole run by formula, or the count of parameters. The result is then a
-    front of runs that no other run beats in both, instead of a best one."""
+    """A second objective to minimise: FLOPs of the whole run by formula, or the number of parameters. The result is
+    then a Pareto front instead of one best run."""
     budget: Budget = Budget()
-    """What every run gets as much of as the base."""
+    """What is equal between every run and the base."""
     trials: int = 20
-    """How many runs."""
+    """Number of runs."""
     sampler: Literal["tpe", "random", "qmc", "nsga2"] = "tpe"
-    """What proposes values: a tree-structured Parzen estimator (Bergstra et al., NeurIPS 2011; for two objectives
+    """How values are proposed: a tree-structured Parzen estimator (Bergstra et al., NeurIPS 2011; for two objectives
     Ozaki et al., 2022), independent draws, a scrambled Sobol' sequence, or a genetic algorithm (Deb et al., 2002)."""
     seed: int = 0
-    """Of the sampler. Runs have the experiment's own seed."""
+    """Seed of the sampler. Runs keep the experiment's seed."""
     pruning: Literal["median", "halving"] | None = None
-    """Whether runs that do badly on the way are given up: those worse than the median of the others at the same part
-    of the run; or, after one, three and nine tenths of it, all but the best third (asynchronous successive halving,
-    1810.05934)."""
+    """Whether poor trials are pruned: those worse than the median of the others at the same part of the run; or, after
+    one, three and nine tenths of it, all but the best third (asynchronous successive halving, 1810.05934)."""
 
     def validate(self):
         self.require(bool(self.knobs), "knobs", "at least one")
@@ -164,10 +163,10 @@ class Search(Spec):
         return self.better or self.measure.better
 
     def experiment(self, values: Mapping[str, Any]) -> Experiment:
-        """The experiment for the values of all knobs; of an option, its name.
+        """The experiment for a value per knob; for an option its name.
 
         Raises:
-            SpecError: if they do not fit together, or the budget cannot be met.
+            SpecError: the values do not fit together, or the budget cannot be met.
         """
         changes = united({name: knob.changes(name, values[name]) for name, knob in self.knobs.items()})
         made = self.budget.applied(replaced(self.base, changes), self.base)
@@ -179,10 +178,10 @@ class Search(Spec):
 
 
 def find_search(file: str | Path) -> Search | None:
-    """What the `search()` of a file makes; None if it has none.
+    """Calls `search()` of a file; None if it has none.
 
     Raises:
-        UserError: if it fails, or makes something else.
+        UserError: it fails, or returns something else.
     """
     make = getattr(load_file(file), "search", None)
     if make is None:
@@ -195,16 +194,16 @@ def find_search(file: str | Path) -> Search | None:
 
 
 def load_search(file: str | Path, knobs: Mapping[str, str], base: Experiment, **settings: Any) -> Search:
-    """The search of a file, changed; without one, that of the knobs.
+    """The search of a file with changes; if the file has none, a search over `knobs`.
 
     Args:
         file: the file.
-        knobs: more of them as texts, see `read_knob`; one that is there is replaced.
-        base: the experiment that is searched from.
-        settings: fields of `Search` that are to be other than in the file.
+        knobs: further knobs as text, see `read_knob`; they replace those of the same name.
+        base: the experiment to start from.
+        settings: fields of `Search` that override the file's.
 
     Raises:
-        UserError: if there are no knobs, or something does not fit.
+        UserError: there are no knobs, or something does not fit.
     """
     made, more = find_search(file), {name: read_knob(base, name, text) for name, text in knobs.items()}
     if made is not None:
@@ -215,13 +214,12 @@ def load_search(file: str | Path, knobs: Mapping[str, str], base: Experiment, **
 
 
 def read_knob(base: Experiment, name: str, text: str) -> Knob:
-    """A knob from the text of a command line: float:0:0.3, log:1e-4:1e-2, int:2:6, int:64:256:64, choice:2,4,8.
+    """Reads a knob from a command line: float:0:0.3, log:1e-4:1e-2, int:2:6, int:64:256:64, choice:2,4,8.
 
-    `log` is one of whole numbers where the field holds one. What stands after choice: is read as an override is; it may
-    name classes.
+    `log` makes integers if the field holds one. Options after choice: are read like overrides and may name classes.
 
     Raises:
-        SpecError: naming the knob and what can be written.
+        SpecError: naming the knob and the forms.
     """
     kind, _, rest = text.partition(":")
     forms = "write float:LOW:HIGH, log:LOW:HIGH, int:LOW:HIGH[:STEP] or choice:A,B,..."
@@ -257,7 +255,7 @@ def _value(value: Any, name: str) -> Any:
 
 
 def _check_knob(base: Experiment, name: str, knob: Knob) -> None:
-    """Raises SpecError if a knob sets what is not there, or not so. Whether values fit together is seen later."""
+    """Raises SpecError if a knob sets an unknown field or a wrong type. Whether values fit together shows later."""
     known = {field: annotation for field, annotation, _, _ in leaves(base)}
     if isinstance(knob, Choice) and isinstance(knob.options, Mapping):
         for option, changes in knob.options.items():

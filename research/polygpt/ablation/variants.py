@@ -1,6 +1,6 @@
-"""Ways to write many variants, or the values of a factor, in one line: each is a mapping from names to changes.
+"""Shorthands for many variants, or the values of a factor: each makes a mapping from names to changes.
 
-A change is a dotted field and its new value, `{"model.decoder.width": 64}`, as `overrides.replaced` takes it.
+A change is a dotted field with its new value, `{"model.decoder.width": 64}`, as `overrides.replaced` takes it.
 """
 
 import functools
@@ -10,16 +10,16 @@ from typing import Any
 from polygpt.errors import SpecError
 
 Name = int | float | str
-"""Of a variant, or the value of a factor."""
+"""Name of a variant, or value of a factor."""
 Changes = Mapping[str, Any]
 """New values by dotted field."""
 
 
 def grid(field: str, *values: Any) -> dict[Name, Changes]:
-    """The values of one field, each named by itself.
+    """Values of one field, each of which is its own name.
 
     Raises:
-        SpecError: for a value that is no number and no text: `{"its name": {field: value}}` gives it one.
+        SpecError: a value is neither number nor text; give it a name with `{"name": {field: value}}`.
     """
     for value in values:
         if isinstance(value, bool) or not isinstance(value, Name):
@@ -28,10 +28,10 @@ def grid(field: str, *values: Any) -> dict[Name, Changes]:
 
 
 def product(*parts: Mapping[Name, Changes]) -> dict[Name, Changes]:
-    """Everything with everything: names joined by " + ", changes made together.
+    """All combinations: names joined by " + ", changes made together.
 
     Raises:
-        SpecError: if two parts change one field.
+        SpecError: two parts change the same field.
     """
     pairs = [("", {})]
     for i, part in enumerate(parts):
@@ -44,10 +44,10 @@ def product(*parts: Mapping[Name, Changes]) -> dict[Name, Changes]:
 
 
 def zipped(first: Mapping[Name, Changes], *others: Mapping[Name, Changes]) -> dict[Name, Changes]:
-    """In step: the i-th changes of all, made together, with the i-th name of the first.
+    """Element by element: the i-th changes of all parts, made together under the i-th name of the first.
 
     Raises:
-        SpecError: if they are not equally many, or two change one field.
+        SpecError: their lengths differ, or two change the same field.
     """
     for other in others:
         if len(other) != len(first):
@@ -60,12 +60,12 @@ def zipped(first: Mapping[Name, Changes], *others: Mapping[Name, Changes]) -> di
 
 
 def chain(*parts: Mapping[Name, Changes]) -> dict[Name, Changes]:
-    """All of them, one after the other. Raises SpecError if two have one name."""
+    """All parts in one mapping. Raises SpecError if two have the same name."""
     return _distinct([pair for part in parts for pair in part.items()], "chain")
 
 
 def united(parts: Mapping[str, Changes]) -> dict[str, Any]:
-    """All changes together, `parts` being named for errors. Raises SpecError if two of them change one field."""
+    """All changes together; keys of `parts` are used in errors. Raises SpecError if two change the same field."""
 
     def add(before: tuple[dict, dict], part: tuple[str, Changes]) -> tuple[dict, dict]:
         (changes, owner), (name, own) = before, part

@@ -1,4 +1,4 @@
-"""polygpt ablate SLUG: an ablation is run, judged and written up; what is there already is not run again."""
+"""polygpt ablate SLUG: runs an ablation, tests its claims and writes it up; existing runs are not repeated."""
 
 import importlib
 import pkgutil
@@ -11,38 +11,38 @@ from polygpt.errors import UserError
 
 EXAMPLES = """\
 examples:
-  polygpt ablate --list                                 the ablations that are there, their questions and verdicts
+  polygpt ablate --list                                 the ablations, their questions and verdicts
   polygpt ablate glu
-  polygpt ablate glu --seeds 10                         five more than it says
+  polygpt ablate glu --seeds 10                         five more than it asks for
   polygpt ablate mine.py --engine processes --workers 4
   polygpt ablate glu --engine slurm --slurm.minutes 60
   polygpt ablate glu --only geglu --json
 
-What is run is written down at once, in results.jsonl beside the ablation's file: a run that was interrupted goes on
-with the same command. --help after a name lists the fields of all engines."""
+Every finished run is written to results.jsonl beside the ablation's file at once; the same command resumes an
+interrupted ablation. --help after a name lists the fields of all engines."""
 
 
 def parser(prog: str, about: str) -> Parser:
     """The verb's arguments."""
     words = Parser(prog, about, EXAMPLES, fields)
     words.add_argument("file", metavar="SLUG|FILE", nargs="?", help="a folder of experiments/ablations, or a file")
-    words.add_argument("--list", action="store_true", help="list the ablations that are there")
-    words.add_argument("--seeds", type=int, metavar="N", help="runs of each point (default: as the ablation says)")
-    words.add_argument("--only", action="append", metavar="VARIANT", help="run this variant alone; may be given again")
+    words.add_argument("--list", action="store_true", help="list the ablations")
+    words.add_argument("--seeds", type=int, metavar="N", help="runs per point (default: the ablation's)")
+    words.add_argument("--only", action="append", metavar="VARIANT", help="run only this variant; may be repeated")
     words.add_argument("--engine", default="inline", metavar="NAME", help="inline, processes, slurm or ray")
     strict = "refuse runs of different, unknown or uncommitted source of the library"
     words.add_argument("--strict-code", action="store_true", help=strict)
-    words.add_argument("--workers", type=int, metavar="N", help="so many at a time, where the engine has workers")
+    words.add_argument("--workers", type=int, metavar="N", help="number of workers, for engines that have them")
     return words
 
 
 def fields(file: str | None, changes: Mapping[str, str], options: Sequence[str]):
-    """What `--help` lists: the fields of all engines, by the engine's name."""
+    """The fields of all engines by engine, for `--help`."""
     return change(_engines(), changes, options) if file else None
 
 
 def run(arguments: Namespace) -> dict:
-    """Runs what is missing, prints, writes; returns what was found."""
+    """Makes missing runs, prints and writes the results; returns them."""
     if arguments.list or not arguments.file:
         return _list()
     from polygpt.ablation import index, provenance, readme, results, runner
@@ -106,7 +106,7 @@ def _print(frame, title: str) -> dict:
 
 
 def _part(ablation, only: Sequence[str] | None):
-    """The ablation with the variants that are asked for."""
+    """The ablation with only the variants asked for."""
     from polygpt.spec import nearest
 
     for name in only or ():
@@ -139,7 +139,7 @@ def _list() -> dict:
 
 
 def _classes() -> dict[str, type]:
-    """The engines that there are: by the name of their file, the class in it."""
+    """Engine classes by the name of their file."""
     from polygpt.ablation import engines
     from polygpt.ablation.engines.base import Engine
 
@@ -154,7 +154,7 @@ def _classes() -> dict[str, type]:
 
 
 def _engines():
-    """A specification with a field for each engine, by which its own are set: `--slurm.minutes 60`."""
+    """A specification with a field per engine, through which its fields are set: `--slurm.minutes 60`."""
     import dataclasses
 
     from polygpt.spec import Spec

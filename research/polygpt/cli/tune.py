@@ -16,29 +16,29 @@ examples:
   polygpt tune experiments/quickstart.py --knob optim.clip=log:0.1:10 --trials 40 --workers 4 --pruning median
   polygpt tune experiments/quickstart.py --knob model.decoder.depth=int:2:6 --against flops    a front, not one best
 
-FILE may also have `def search() -> Search`, which names its knobs. One on the command line is
-FIELD=float:LOW:HIGH, log:LOW:HIGH, int:LOW:HIGH[:STEP] or choice:A,B,... Other --name value set fields of the
-experiment that is searched from. The same command goes on where a search was stopped or killed; with more --trials it
-makes more. It may run several times at once on one --folder."""
+FILE may also have `def search() -> Search`, which names its knobs. On the command line a knob is
+FIELD=float:LOW:HIGH, log:LOW:HIGH, int:LOW:HIGH[:STEP] or choice:A,B,... Any other --name value sets a field of the
+base experiment. The same command resumes a search that was stopped or killed; with a larger --trials it adds trials.
+Several commands may work on one --folder at once."""
 
 SETTINGS = ("metric", "better", "against", "trials", "sampler", "seed", "pruning")
-"""Options that are fields of a search."""
+"""Options that set fields of a search."""
 
 
 def parser(prog: str, about: str) -> Parser:
     """The verb's arguments."""
     words = Parser(prog, about, EXAMPLES, _fields)
     words.add_argument("file", metavar="FILE", help="a Python file with `def search()`, or `def experiment()`")
-    words.add_argument("--knob", metavar="FIELD=RANGE", action="append", default=[], help="a field and its values")
-    words.add_argument("--trials", metavar="N", type=count, help="how many runs in all (default: 20)")
-    words.add_argument("--workers", metavar="N", type=count, default=1, help="processes here (default: 1)")
-    words.add_argument("--folder", metavar="DIR", help="of the search (default: tuned/<the experiment's name>)")
+    words.add_argument("--knob", metavar="FIELD=RANGE", action="append", default=[], help="a field and its range")
+    words.add_argument("--trials", metavar="N", type=count, help="number of runs in all (default: 20)")
+    words.add_argument("--workers", metavar="N", type=count, default=1, help="processes on this machine (default: 1)")
+    words.add_argument("--folder", metavar="DIR", help="folder of the search (default: tuned/<experiment name>)")
     words.add_argument("--metric", metavar="M", help="task/measure, or train/loss (default: text/loss)")
-    words.add_argument("--better", choices=("lower", "higher"), help="which metric is the better one")
-    words.add_argument("--against", choices=("flops", "parameters"), help="a second thing to be small")
-    words.add_argument("--pruning", choices=("median", "halving"), help="give up runs that do badly on the way")
-    words.add_argument("--sampler", choices=("tpe", "random", "qmc", "nsga2"), help="what proposes values")
-    words.add_argument("--seed", metavar="N", type=int, help="of the sampler")
+    words.add_argument("--better", choices=("lower", "higher"), help="which values are better (default: declared)")
+    words.add_argument("--against", choices=("flops", "parameters"), help="a second objective to minimise")
+    words.add_argument("--pruning", choices=("median", "halving"), help="prune poor trials")
+    words.add_argument("--sampler", choices=("tpe", "random", "qmc", "nsga2"), help="how values are proposed")
+    words.add_argument("--seed", metavar="N", type=int, help="seed of the sampler")
     return words
 
 
@@ -46,7 +46,7 @@ def run(arguments: Namespace) -> dict:
     """Searches; returns the best trials and all others."""
     from polygpt.ablation.tuning.storage import load_optuna
 
-    load_optuna()  # or its lack is told after seconds of other imports
+    load_optuna()  # first: if it is missing, say so before seconds of other imports
     search = _search(arguments)
     folder = Path(arguments.folder or Path("tuned") / search.base.name)
 
@@ -58,7 +58,7 @@ def run(arguments: Namespace) -> dict:
         try:
             storage = run_search(search, folder, workers=arguments.workers, tell=progress)
         except KeyboardInterrupt:
-            return {"folder": folder, "interrupted": "interrupted, saved: the same command goes on"}
+            return {"folder": folder, "interrupted": "interrupted, saved: the same command resumes"}
     found = summary.summarize(storage)
     place = report.write(found, folder)
     for title, columns, rows in report.tables(found):
@@ -69,9 +69,9 @@ def run(arguments: Namespace) -> dict:
         print(f"{len(found.failed)} trials do not count: the machine may be to blame, see the report")
     if not found.best:
         reasons = sorted({trial["reason"] for trial in found.trials})
-        return {"folder": folder, "fault": f"no trial ran to its end: {reasons[0]}: see {place}"}
+        return {"folder": folder, "fault": f"no trial completed: {reasons[0]}: see {place}"}
     if len(found.best) == 1 and (words := found.command(found.trial(found.best[0]))) is not None:
-        print(f"to train so: polygpt train {arguments.file} {' '.join(words)}")
+        print(f"to train with these values: polygpt train {arguments.file} {' '.join(words)}")
     print(f"report: {place}")
     return found.to_json() | {"folder": folder, "report": place}
 
@@ -91,7 +91,7 @@ def _search(arguments: Namespace):
 
 
 def _base(file: str, changes: Mapping[str, str], options: Sequence[str]):
-    """The experiment that is searched from: the search's own, or the file's, with overrides."""
+    """The base experiment: the search's own, or the file's, with overrides."""
     from polygpt.ablation.tune import Search, find_search
 
     made = find_search(file)

@@ -49,7 +49,7 @@ class Progress:
             if not first:
                 self._say(line)
         if first and fresh:
-            self._say(f"goes on after {len(fresh)} trials{self._so_far()}")
+            self._say(f"resumes after {len(fresh)} trials{self._so_far()}")
         now = "  ".join(f"{number}: {_at(note)}" for number, note in sorted(status.running.items()))
         if self._bar:
             self._bar.update(self._task, completed=len(status.finished), now=f"{now}{self._so_far()}")
