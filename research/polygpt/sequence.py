@@ -117,6 +117,11 @@ def scatter_media(x_BTD, batch: Batch, embeddings: dict[str, jax.Array | None]) 
     return x_BTD
 
 
+def ids_in_range(batch: Batch, vocabulary: int) -> bool:
+    """Whether all tokens and targets of a batch of NumPy arrays are in [0, vocabulary); cheap."""
+    return all(ids.min() >= 0 and ids.max() < vocabulary for ids in (batch.tokens_BT, batch.target_BT))
+
+
 def check(batch: Batch, vocabulary: int, positions: dict[str, int]) -> None:
     """Checks a batch of NumPy arrays against the layout, before it is given to a device.
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from tiny_experiment import experiment
 
+from polygpt.data.loader import TrainBatches
 from polygpt.errors import SpecError, UserError
 from polygpt.evaluation.evaluate import evaluate
 from polygpt.nn.positions import Learned
@@ -175,6 +176,13 @@ def test_training_stops_when_the_metric_has_not_improved_for_long(stale):
     assert (again.step, again.finished) == (6, True)
 
 
+def test_a_run_that_stopped_early_goes_on_when_its_patience_is_lifted(stale, tmp_path):
+    chosen, workdir, _ = stale
+    run = shutil.copytree(workdir, tmp_path / "run")
+    outcome = train(override(chosen, {"train.patience": "null"}), run, quiet)
+    assert (outcome.step, outcome.finished) == (12, True)
+
+
 def test_the_experiment_says_which_checkpoint_is_used_where_none_is_named(stale, tmp_path):
     _, workdir, _ = stale
     assert open_run(workdir).step == 2 and open_run(workdir, "latest").step == 6
@@ -291,6 +299,42 @@ def test_rows_that_microbatches_do_not_divide_are_refused_and_leave_no_folder(tm
     with pytest.raises(UserError, match="data.rows is 5: it must be a multiple of 2"):
         train(tiny(**{"data.rows": "5"}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_an_id_outside_the_vocabulary_in_a_later_batch_is_one_line(tmp_path, monkeypatch):
+    drawn, real = [], TrainBatches.__next__
+
+    def corrupted(batches):
+        drawn.append(real(batches))
+        if len(drawn) == 4:
+            drawn[-1].tokens_BT[1, 2] = 100_000
+        return drawn[-1]
+
+    monkeypatch.setattr(TrainBatches, "__next__", corrupted)
+    with pytest.raises(UserError, match=r"row 1, position 2: a token outside \[0, \d+\)"):
+        train(smallest(), tmp_path / "run", quiet)
+    assert (tmp_path / "run").exists(), "three steps were taken"
+
+
+def test_an_experiment_that_is_refused_by_its_first_batch_leaves_no_folder(tmp_path, monkeypatch):
+    def refuse(batches):
+        raise UserError("too long")
+
+    monkeypatch.setattr(TrainBatches, "__next__", refuse)
+    (tmp_path / "there").mkdir()
+    for name in ("new", "there"):
+        with pytest.raises(UserError, match="too long"):
+            train(smallest(), tmp_path / name, quiet)
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+@pytest.mark.parametrize("address", ["gs://bucket/run", "s3://bucket/run"])
+def test_a_bucket_is_refused_at_once(address, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for use in (lambda: train(smallest(), address, quiet), lambda: open_run(address)):
+        with pytest.raises(UserError, match="mount the bucket"):
+            use()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_without_a_checkpoint_may_take_another_configuration(tmp_path):

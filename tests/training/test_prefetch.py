@@ -69,6 +69,20 @@ def test_errors_of_the_iterator_and_of_the_check_reach_whoever_takes_the_batch()
     feed.close()
 
 
+def test_every_batch_is_checked():
+    def refuse_the_third(batch):
+        seen.append(batch)
+        if len(seen) == 3:
+            raise UserError("batch: a token outside [0, 8)")
+
+    seen = []
+    feed = Prefetch(Counting(), lambda batch: batch, refuse_the_third)
+    assert [feed.take().state["drawn"] for _ in range(2)] == [1, 2]
+    with pytest.raises(UserError, match="a token outside"):
+        feed.take()
+    feed.close()
+
+
 def test_a_source_that_hangs_does_not_hold_up_the_end(monkeypatch, caplog):
     release, batches = threading.Event(), Counting()
     monkeypatch.setattr(prefetch, "GRACE", 0.2)

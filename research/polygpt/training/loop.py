@@ -1,12 +1,14 @@
 """Training, from an experiment and a folder to an outcome; the loop itself is in `trainer.py`."""
 
 import contextlib
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
 
+from polygpt.errors import UserError
 from polygpt.runtime import goodput, processes
 from polygpt.runtime.compilation import enable_cache
 from polygpt.runtime.goodput import Goodput
@@ -16,7 +18,7 @@ from polygpt.runtime.watchdog import Watchdog
 from polygpt.training.experiment import Experiment
 from polygpt.training.sinks import JsonLines, Sink, TensorBoard, Terminal
 from polygpt.training.trainer import Outcome, Trainer
-from polygpt.training.workdir import Code, require_same, with_code
+from polygpt.training.workdir import Code, local, require_same, with_code
 
 
 def train(
@@ -41,9 +43,11 @@ def train(
         Diverged: if too many steps in a row were not finite, or the loss spiked too often.
         UserError: if the folder is another experiment's, data or settings are at fault, or the disk is full.
     """
-    workdir, settings = Path(workdir).absolute(), experiment.train
+    workdir, settings = local(workdir), experiment.train
     enable_cache()
     with processes.together(settings.processes), storage_faults(workdir), contextlib.ExitStack() as stack:
+        new, refused = not workdir.exists(), False
+        stack.callback(lambda: refused and shutil.rmtree(workdir, ignore_errors=True))  # after all files are closed
         interruption = stack.enter_context(Interruption())
         clock = Goodput(workdir / "goodput.jsonl" if jax.process_index() == 0 else None, begun)
         stack.callback(clock.close)
@@ -53,7 +57,11 @@ def train(
         require_same(workdir, experiment)
         experiment = with_code(workdir, experiment, code)
         trainer = Trainer(experiment, workdir, sinks or default_sinks, interruption, clock, watchdog, stack)
-        outcome = trainer.run()
+        try:
+            outcome = trainer.run()
+        except UserError:
+            refused = new and trainer.done == 0 and jax.process_index() == 0  # there is nothing to resume
+            raise
     if seconds := goodput.summary(goodput.read(clock.path)):
         print(goodput.table(seconds), file=sys.stderr)
     return outcome

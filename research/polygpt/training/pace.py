@@ -1,4 +1,4 @@
-"""How fast steps are: seconds a step, tokens a second, and the share of time spent waiting for input."""
+"""How fast steps are: seconds per step, tokens per second, and the share of time spent waiting for input."""
 
 import time
 
@@ -20,6 +20,11 @@ class Pace:
         """Begins to count."""
         self._begin, self._steps, self._tokens, self._waited = time.perf_counter(), 0, 0, 0.0
 
+    def waited(self, seconds: float) -> None:
+        """The loop has just waited for a batch. It counts now: the step on that batch may end after a `restart`."""
+        if self._begin is not None:
+            self._waited += seconds
+
     def finished(self, fed: Fed) -> None:
         """A step on that batch is done. The first of a process, mostly compilation, is not counted."""
         if self._begin is None:
@@ -27,7 +32,6 @@ class Pace:
             return
         self._steps += 1
         self._tokens += fed.tokens * self._feeders
-        self._waited += fed.waited
 
     def timing(self) -> dict[str, float]:
         """What sinks are told; {} before a step was counted."""

@@ -46,7 +46,7 @@ class Prefetch:
     Args:
         batches: an iterator with `get_state()`, `last_examples` and `close()`; from now on it belongs to the thread.
         put: sends a NumPy batch to the device.
-        check: is called with the first batch.
+        check: is called with every batch; what it raises reaches whoever takes that batch.
         ahead: how many batches are made in advance.
     """
 
@@ -93,9 +93,8 @@ class Prefetch:
 
     def _run(self) -> None:
         try:
-            for number, batch in enumerate(self._batches):
-                if number == 0:
-                    self._check(batch)
+            for batch in self._batches:
+                self._check(batch)
                 tokens = int(np.count_nonzero(batch.segment_BT))
                 state, examples = self._batches.get_state(), self._batches.last_examples
                 self._ready.put(Fed(self._put(batch), state, examples, tokens))

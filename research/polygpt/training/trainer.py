@@ -104,6 +104,7 @@ class Trainer:
             self.sinks.append(self.example_log)
         for sink in self.sinks:
             stack.callback(sink.close)
+        self.checked = False  # whether a batch was, in full
         self.feed = self._prefetch()
         stack.callback(lambda: self.feed.close())
         self.pending: tuple[int, Fed, dict[str, jax.Array]] | None = None
@@ -146,6 +147,7 @@ class Trainer:
             fed = self.feed.take(lambda: jax.process_count() == 1 and self.interruption.requested)
         if fed is None:
             return
+        self.pace.waited(fed.waited)
         doing = self.goodput.doing("productive") if self.step else self._compiling()
         with doing, jax.transfer_guard("disallow"):  # what the step needs is on the device: else there is a mistake
             if self.step is None:
@@ -330,7 +332,11 @@ class Trainer:
             getattr(sink, what)(step, value)
 
     def _check(self, batch: sequence.Batch) -> None:
-        sequence.check(batch, self.tokenizer.vocabulary, self.program.model.positions)
+        """All of the first batch; of the others the ids, which a device would clip without a word."""
+        vocabulary = self.tokenizer.vocabulary
+        if not (self.checked and sequence.ids_in_range(batch, vocabulary)):
+            sequence.check(batch, vocabulary, self.program.model.positions)
+            self.checked = True
 
     def _announce(self) -> None:
         print(self.program.about(), file=sys.stderr)

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import logging
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -81,18 +82,29 @@ def _by_the_first(action: Callable[..., None]) -> Callable[..., None]:
     return done_by_the_first
 
 
+def local(workdir: str | Path) -> Path:
+    """The run folder as an absolute path. Raises UserError for the address of a bucket: it would become a folder."""
+    if scheme := re.match(r"([a-z][a-z0-9+.-]+):/", str(workdir)):
+        raise UserError(
+            f"--workdir {workdir}: a run folder is locked, appended to and renamed in, which {scheme[1]} does not "
+            "offer: mount the bucket and name the mounted folder"
+        )
+    return Path(workdir).absolute()
+
+
 @_by_the_first
 def require_same(workdir: Path, experiment: Experiment) -> None:
     """Raises UserError if the folder holds checkpoints of another experiment.
 
-    `train.steps` may have grown, and what changes no result (SAME_MATHEMATICS) may be anything.
+    `train.steps` may have grown, `train.patience` may be another, so that a run that stopped early goes on, and what
+    changes no result (SAME_MATHEMATICS) may be anything.
     """
     path = workdir / "config.json"
     if not path.exists() or not records(workdir / "checkpoints"):
         return
     config = json.loads(json.dumps(spec.to_json(experiment)))
     for name, old, new in differences(_read(path), config):
-        if name == "train.steps" and isinstance(old, int) and new > old:
+        if name == "train.steps" and isinstance(old, int) and new > old or name == "train.patience":
             continue
         if any(fnmatchcase(name, same) or fnmatchcase(name, f"{same}.*") for same in SAME_MATHEMATICS):
             continue
@@ -145,6 +157,7 @@ def load_experiment(workdir: Path, code: Code = "run") -> Experiment:
         UserError: if it is no run folder.
         SpecError: if its configuration does not fit this version of polygpt, or of the code.
     """
+    local(workdir)
     path = workdir / "config.json"
     if not path.is_file():
         raise UserError(f"{workdir} is no run folder: it has no config.json")
