@@ -59,6 +59,22 @@ def test_a_crop_shows_a_part_of_the_picture_enlarged():
         assert crop[0, -1, 0] - crop[0, 0, 0] == pytest.approx(100, abs=6)  # half of the ramp
 
 
+def test_a_crop_keeps_the_area_and_the_aspect_asked_for():
+    ramps = np.arange(0, 200, 2, dtype=np.uint8)
+    picture = np.stack([*np.broadcast_arrays(ramps[None, :], ramps[:, None]), np.zeros((100, 100), np.uint8)], axis=-1)
+    for area, aspect, width, height in (
+        (0.25, 4, 100, 25),
+        (0.25, 1 / 4, 25, 100),
+        (0.5, 2, 100, 50),
+        (0.16, 1, 40, 40),
+    ):
+        crop = RandomResizedCrop(area=(area, area), aspect=(aspect, aspect))
+        for seed in range(5):
+            part = crop(picture, np.random.default_rng(seed)).astype(int)
+            assert np.ptp(part[..., 0]) == pytest.approx(2 * width, abs=6), (area, aspect)
+            assert np.ptp(part[..., 1]) == pytest.approx(2 * height, abs=6), (area, aspect)
+
+
 def test_a_shift_moves_every_pixel_alike_and_continues_the_border():
     picture = medium(RandomShift())
     padded = np.pad(picture, ((3, 3), (2, 2), (0, 0)), mode="edge")

@@ -41,7 +41,7 @@ def test_text_becomes_plain_ascii(raw, plain):
 
 @pytest.mark.parametrize("raw", ["a \u4e2d b", "a\x07b", "a\N{REPLACEMENT CHARACTER}b"])
 def test_what_has_no_counterpart_is_told(raw):
-    with pytest.raises(ValueError, match="no printable character of ASCII"):
+    with pytest.raises(ValueError, match="not a printable ASCII character"):
         corpora.clean(raw)
 
 
@@ -50,7 +50,7 @@ def test_what_is_cleaned_is_printable_with_single_spaces(raw):
     try:
         text = corpora.clean(raw)
     except ValueError as error:
-        assert "no printable character of ASCII" in str(error)
+        assert "not a printable ASCII character" in str(error)
         return
     assert text.isascii() and (text.isprintable() or not text)
     assert "  " not in text and text == text.strip()

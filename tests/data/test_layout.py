@@ -192,8 +192,8 @@ def test_what_cannot_be_a_row_is_refused_by_name(small):
     picture, clip = Medium("image", small.png(0)), Medium("audio", small.flac(0))
     cases = [
         ([Text("x" * 199)], "too long", "201 positions, a row of the layout has 200"),
-        ([picture] * 3 + [Text("x")], "too many media", "the model takes 2 of image a row"),
-        ([clip] * 2 + [Text("x")], "too many media", "the model takes 1 of audio a row"),
+        ([picture] * 3 + [Text("x")], "too many media", "the model takes 2 of image per row"),
+        ([clip] * 2 + [Text("x")], "too many media", "the model takes 1 of audio per row"),
         ([Medium("smell", b"1"), Text("x")], "the model has no such adapter", "'smell'"),
         ([picture], "empty text", "no text with a loss weight"),
         ([picture, Text("x", 0.0)], "empty text", "no text with a loss weight"),

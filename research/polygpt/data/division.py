@@ -1,8 +1,9 @@
-"""The division: which positions of the tasks' endless streams are dealt out to which feeder.
+"""The division: how the positions of the tasks' endless streams are assigned to feeders.
 
-Feeders are the processes, or groups of processes, that read different rows of a batch. When their number changes, every
-task's positions are dealt out anew (`divide_anew` in mixture.py): first those that the feeders so far have not
-delivered, then all from the frontier on. So an epoch has every example once, whatever a run was continued on.
+Feeders are the processes, or groups of processes, that read different rows of a batch. When their number changes, the
+positions of every task are reassigned (`divide_anew` in mixture.py): first those that the earlier feeders did not
+deliver, then all positions from the frontier on. An epoch therefore has every example once, even if a run resumes on a
+different number of machines.
 """
 
 import base64
@@ -16,13 +17,13 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Division:
-    """How the stream of each task is dealt out: one position at a time, to one feeder after the other.
+    """Assigns the positions of each task to feeders in turn, one position at a time.
 
     Attributes:
-        feeders: how many there are.
-        start: the index into every feeder's stream from which on this holds; the mixture goes on from there.
-        frontier: by task, the first position that nobody had drawn by then; 0 for tasks that are not in it.
-        left: by task, the positions before it that were not in a batch by then, int64 [n], in ascending order.
+        feeders: number of feeders.
+        start: the index into the stream of each feeder from which this division holds; the mixture continues there.
+        frontier: by task, the first position that no feeder had drawn when the division began; 0 by default.
+        left: by task, the positions before the frontier that no batch contained then; int64 [n], ascending.
     """
 
     feeders: int = 1
@@ -31,12 +32,12 @@ class Division:
     left: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def position(self, task: str, nth: int) -> int:
-        """The nth position that is dealt out of a task's stream."""
+        """The nth position of a task that is assigned to a feeder."""
         left = self.left.get(task, ())
         return int(left[nth]) if nth < len(left) else self.frontier.get(task, 0) + nth - len(left)
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON data. Leftovers are a bit a position, compressed: those of slow feeders come at regular distances."""
+        """As JSON data. `left` becomes a compressed bitmap, since leftovers of slow feeders are regularly spaced."""
         left = {task: [int(some[0]), _compressed(some - some[0])] for task, some in self.left.items() if len(some)}
         return {"feeders": self.feeders, "start": self.start, "frontier": dict(self.frontier), "left": left}
 
@@ -47,7 +48,7 @@ class Division:
 
 
 def _compressed(numbers: np.ndarray) -> str:
-    """Ascending numbers from 0 on, as a text."""
+    """Ascending numbers that begin with 0, as a string."""
     bits = np.zeros(numbers[-1] + 1, bool)
     bits[numbers] = True
     return base64.b64encode(zlib.compress(np.packbits(bits).tobytes())).decode()

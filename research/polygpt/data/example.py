@@ -1,4 +1,4 @@
-"""What a data source gives: an example, a list of texts and media in reading order."""
+"""What a data source returns: examples, each a sequence of texts and media in reading order."""
 
 import dataclasses
 from pathlib import Path
@@ -10,7 +10,7 @@ class Text:
 
     Attributes:
         text: the text, of any length.
-        weight: the weight of its tokens in the loss; 0 marks a prompt, which the model reads and is never scored on.
+        weight: loss weight of its tokens. 0 marks a prompt, which the model reads and is not scored on.
     """
 
     text: str
@@ -19,11 +19,11 @@ class Text:
 
 @dataclasses.dataclass(frozen=True)
 class Medium:
-    """A picture, a recording or another medium, still encoded.
+    """An image, a recording or another item of media, still encoded.
 
     Attributes:
         modality: the name of the adapter that reads it, such as "image" or "audio".
-        source: the encoded bytes (PNG, FLAC, ...) or the path of the file that holds them.
+        source: the encoded bytes (PNG, FLAC, ...), or the path of a file with them.
     """
 
     modality: str
@@ -36,7 +36,7 @@ class Example:
 
     Attributes:
         parts: the texts and media.
-        place: the file and the record, as a person would look it up: error messages name it.
+        place: the file and the record, as error messages name them.
     """
 
     parts: tuple[Text | Medium, ...]
@@ -44,7 +44,7 @@ class Example:
 
     @property
     def prompt(self) -> tuple[Text | Medium, ...]:
-        """The parts before the first text of positive weight: what generation starts from."""
+        """The parts before the first text of positive weight, from which generation starts."""
         for i, part in enumerate(self.parts):
             if isinstance(part, Text) and part.weight > 0:
                 return self.parts[:i]
@@ -52,5 +52,5 @@ class Example:
 
     @property
     def answer(self) -> str:
-        """The texts of positive weight, joined: what generation is compared with."""
+        """The texts of positive weight, joined, with which generated text is compared."""
         return "".join(part.text for part in self.parts if isinstance(part, Text) and part.weight > 0)

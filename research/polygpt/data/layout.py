@@ -1,4 +1,4 @@
-"""The layout: how the texts and media of an example become a row of positions."""
+"""The layout: turns the texts and media of an example into a row of positions."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,35 +20,35 @@ from polygpt.spec import Spec, nearest
 class LayoutSpec(Spec):
     """How examples become rows.
 
-    A row begins with the token `bos` and ends with `eos`; the weight of `eos` is that of the last text. The target of a
-    position is the token that follows, where that is text.
+    A row begins with `bos` and ends with `eos`, whose loss weight is that of the last text. The target of a position is
+    the next token, if the next position is text.
     """
 
     length: int
-    """T, positions a row. An example that is longer is a bad record."""
+    """T, number of positions per row. A longer example is a bad record."""
     fusion: Literal["interleaved", "prefix"] = "interleaved"
-    """Media where they stand in the example, or all of them before the text."""
+    """Whether media stand where the example has them, or all before the text."""
     media_span: Literal["causal", "bidirectional"] = "causal"
-    """Whether the positions of a medium see each other both ways; with prefix fusion, those of all media do."""
+    """Attention among the positions of one item of media; with prefix fusion, among those of all media."""
     prompt_span: Literal["causal", "bidirectional"] = "causal"
-    """Whether all that comes before the first text to be predicted, media and texts, is one span that sees all of
-    itself: the prefix language model of T5 (1910.10683), section 3.2.1, and of PaliGemma (2407.07726), Figure 2."""
+    """Attention among the positions before the first text with a loss weight. Bidirectional makes a prefix language
+    model: T5 (1910.10683), section 3.2.1, and PaliGemma (2407.07726), Figure 2."""
     packing: bool = True
-    """Whether several short examples share a row, isolated from each other."""
+    """Whether several short examples share a row, with no attention between them."""
 
     def validate(self):
         self.require(self.length >= 2, "length", "at least 2")
 
 
 class MediaCache:
-    """Decoded media in memory, so that later epochs need not decode them again. Full, it keeps what it has."""
+    """Keeps decoded media in memory for later epochs. Once it is full, nothing is added or evicted."""
 
     def __init__(self, megabytes: int):
         self.room = megabytes * 2**20
         self.kept: dict = {}
 
     def put(self, key, arrays: tuple) -> None:
-        """Keeps what was decoded while there is room. The last of `key` is the encoded bytes, or a path."""
+        """Keeps decoded arrays if there is room. The last element of `key` is the encoded bytes or a path."""
         source = key[-1]
         size = arrays[0].nbytes + (len(source) if isinstance(source, bytes) else 0) + 500
         if size <= self.room:
@@ -72,22 +72,27 @@ def lay_out(
         example: texts and media.
         layout: the layout.
         tokenizer: the tokenizer.
-        adapters: by modality, in the model's order: what has `features`, `items`, `positions`, `grid` and
-            `length(frames)`.
-        rng: where augmentations draw from; None leaves the media as they are.
+        adapters: the model's adapters by modality, in its order; `features`, `items`, `positions`, `grid` and
+            `length(frames)` are used.
+        rng: randomness of the augmentations; None leaves the media as they are.
         augment: augmentations, applied in order to the media of their modality.
-        cache: keeps what was decoded.
-        prompt_weight: the loss weight of texts that have none of their own.
+        cache: keeps decoded media.
+        prompt_weight: loss weight of texts whose own weight is 0.
 
     Raises:
-        BadRecord: if a medium cannot be used, there are too many, nothing is to be predicted, or it is too long.
+        BadRecord: if a medium cannot be used, there are too many media, no text has a loss weight, or the row is longer
+            than the layout allows.
     """
     if not example.answer:
         raise BadRecord("empty text", example.place, "no text with a loss weight")
-    drawn = (rng, augment if rng is not None else ())
-    row = _assemble(example, layout, tokenizer, adapters, *drawn, cache, end=True, prompt_weight=prompt_weight)
+    randomness = (rng, augment if rng is not None else ())
+    row = _assemble(example, layout, tokenizer, adapters, *randomness, cache, end=True, prompt_weight=prompt_weight)
     if len(row) > layout.length:
-        raise BadRecord("too long", example.place, f"{len(row)} positions, a row of the layout has {layout.length}")
+        raise BadRecord(
+            "too long",
+            example.place,
+            f"{len(row)} positions, a row of the layout has {layout.length}: raise its length",
+        )
     return row
 
 
@@ -98,42 +103,46 @@ def prompt_batch(
     adapters: Mapping,
     places: Sequence[str] | None = None,
 ) -> Batch:
-    """Prompts for generation: as `lay_out` begins a row, without the end, and without loss weights.
+    """Rows of prompts for generation: as `lay_out` begins a row, without `eos` and without loss weights.
 
     Args:
         prompts: texts and media in reading order.
         layout, tokenizer, adapters: as in `lay_out`.
-        places: names of the prompts in errors; "prompt 0", ... by default.
+        places: names of the prompts in error messages; "prompt 0", ... by default.
 
     Returns:
-        A batch of a row a prompt, padded on the right to the longest.
+        A batch with one row per prompt, padded on the right to the longest.
 
     Raises:
-        BadRecord: if a medium cannot be used, there are too many, or a prompt is longer than the layout.
+        BadRecord: if a medium cannot be used, there are too many media, or a prompt is longer than the layout allows.
     """
     rows = []
     for i, parts in enumerate(prompts):
         example = Example(tuple(parts), places[i] if places else f"prompt {i}")
         row = _assemble(example, layout, tokenizer, adapters, None, (), None, end=False)
         if len(row) > layout.length:
-            raise BadRecord("too long", example.place, f"{len(row)} positions, the layout has {layout.length}")
+            raise BadRecord(
+                "too long",
+                example.place,
+                f"{len(row)} positions, a row of the layout has {layout.length}: raise its length",
+            )
         rows.append(dataclasses.replace(row, weight=np.zeros_like(row.weight)))
     return collate(rows, max((len(row) for row in rows), default=1), adapters)
 
 
 def _assemble(example, layout, tokenizer, adapters, rng, augment, cache, end: bool, prompt_weight: float = 0.0) -> Row:
-    """The row of an example, arrays [t], of whatever length t.
+    """The row of an example of any length t, arrays [t].
 
     Args:
-        end: whether the row ends with `eos`; without, all of the example is the prompt.
+        end: whether the row ends with `eos`; if not, all of the example is a prompt.
         prompt_weight: see `lay_out`.
     """
     numbers = {name: number for number, name in enumerate(adapters, start=1)}
     media = {name: [] for name in adapters}
     parts = example.parts
     if layout.fusion == "prefix":
-        parts = sorted(parts, key=lambda part: isinstance(part, Text))  # stable: media first, in their order
-    spans = prompt_span = int(layout.prompt_span == "bidirectional")  # the number of the last span; the prompt's
+        parts = sorted(parts, key=lambda part: isinstance(part, Text))  # a stable sort: media first, in their order
+    spans = prompt_span = int(layout.prompt_span == "bidirectional")  # numbers of the last span and of the prompt's
     # Runs of positions: token ids (zeros for media), modality, first slot, span, weight of the tokens, media grid.
     runs = [(np.array([tokenizer.bos], np.int32), TEXT, 0, prompt_span, 0.0, None)]
     weight = 0.0
@@ -146,11 +155,15 @@ def _assemble(example, layout, tokenizer, adapters, rng, augment, cache, end: bo
             continue
         name = part.modality
         if name not in adapters:
-            detail = f"{name!r}: {nearest(name, adapters)}" if adapters else f"{name!r}: it reads text alone"
+            detail = f"{name!r}: {nearest(name, adapters)}" if adapters else f"{name!r}: it reads only text"
             raise BadRecord("the model has no such adapter", example.place, detail)
         adapter, items = adapters[name], media[name]
         if len(items) == adapter.items:
-            raise BadRecord("too many media", example.place, f"the model takes {adapter.items} of {name} a row")
+            raise BadRecord(
+                "too many media",
+                example.place,
+                f"the model takes {adapter.items} of {name} per row: raise the adapter's items",
+            )
         features, frames = _read(part, adapter.features, example.place, rng, augment, cache)
         length = adapter.length(frames)
         span = prompt_span
@@ -165,9 +178,9 @@ def _assemble(example, layout, tokenizer, adapters, rng, augment, cache, end: bo
 
 
 def _row(runs: list[tuple], media: dict) -> Row:
-    """Runs of positions, one after the other: arrays [t], where t is the sum of their lengths.
+    """Concatenates runs of positions to arrays [t], where t is the sum of their lengths.
 
-    The coordinates of a run begin after the largest of those before it: Qwen2-VL (2409.12191), section 2.1.
+    The coordinates of a run begin after the largest coordinate before it: Qwen2-VL (2409.12191), section 2.1.
     """
     tokens, modality, slot, span, target = np.zeros((5, sum(len(run[0]) for run in runs)), np.int32)
     position = np.arange(len(tokens), dtype=np.int32)
@@ -190,12 +203,16 @@ def _row(runs: list[tuple], media: dict) -> Row:
 
 
 def _read(medium: Medium, features, place: str, rng, augment, cache) -> tuple[np.ndarray, int]:
-    """The features of a medium, augmented, float32 of `features.shape`, and how many of their frames are real."""
+    """The augmented features of a medium, float32 of `features.shape`, and the number of their real frames."""
     if isinstance(medium.source, Path):
         place = f"{place}: {medium.source}"
     augment = [a for a in augment if a.modality == medium.modality]
     raw_stage = [a for a in augment if a.stage == "raw"]
-    key = (repr(features), bool(raw_stage), medium.source)  # a specification with a mapping has no hash
+    key = (
+        repr(features),
+        bool(raw_stage),
+        medium.source,
+    )  # the repr, since a specification with a mapping is not hashable
     kept = cache.kept.get(key) if cache else None
     if raw_stage:
         raw = kept[0] if kept else features.decode(medium.source, place)
@@ -209,7 +226,7 @@ def _read(medium: Medium, features, place: str, rng, augment, cache) -> tuple[np
         if cache and not kept:
             cache.put(key, (array, frames))
     if len(raw_stage) < len(augment):
-        array = array.copy()  # the cache shares it
+        array = array.copy()  # the cache holds the original
         real = features.real(array, frames)
         for change in augment:
             if change.stage == "features":

@@ -1,9 +1,10 @@
-"""The loader: a weighted mixture of tasks as an endless, exactly repeatable stream of batches.
+"""The loader: a weighted mixture of tasks as an endless, exactly reproducible stream of batches.
 
-The order of examples (shuffled anew every epoch, divided among feeders, mixed by weight) is a function of an index into
-the stream, and so is each example's augmentation. Grain runs the workers; its own chain of map datasets took longer to
-say which example comes next than it takes to lay that out. Packing comes last, in the training process. The state of an
-iterator is therefore a few integers, and the batches do not depend on the number of workers.
+The order of examples (reshuffled every epoch, divided among feeders, mixed by weight) is a function of an index into
+the stream, and so is the augmentation of each example. The state of an iterator is therefore a few integers, and the
+batches do not depend on the number of workers. Grain runs the workers but does not determine the order: its chain of
+map datasets took longer to compute an index than it takes to lay out an example. Packing happens in the training
+process.
 
 A feeder is a process, or a group of processes, that reads rows which no other reads: processes that share the sequence
 or the layers of a row are one feeder.
@@ -29,26 +30,26 @@ from polygpt.sequence import Batch
 from polygpt.spec import Spec
 
 LOOKAHEAD = 8
-"""A batch that is being packed is closed when so many examples found no room; the next batch begins with them."""
+"""A batch is complete when this many examples found no room in it; the next batch begins with them."""
 LOGGED = 5
-"""Skipped records of each reason that are logged one by one; the rest are counted."""
+"""Number of skipped records per reason that are logged individually; the rest are only counted."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class Task(Spec):
-    """Examples of one kind."""
+    """One part of the training data."""
 
     source: Source
-    """Where they come from."""
+    """Where its examples come from."""
     weight: float = 1.0
     """Share of the examples drawn, relative to the weights of the other tasks."""
     augment: tuple[Augment, ...] = ()
-    """Random changes of the media in training, applied in order."""
+    """Random changes of media in training, applied in order."""
     prompt_weight: float = 0.0
-    """Loss weight in training of the texts that have none of their own, those of prompts: PaliGemma (2407.07726),
-    section 5.2, "loss on the prefix". Evaluation scores answers alone."""
+    """Loss weight of prompts in training: PaliGemma (2407.07726), section 5.2, "loss on the prefix". Evaluation scores
+    only answers."""
 
     def validate(self):
         self.require(self.weight > 0, "weight", "positive")
@@ -57,23 +58,23 @@ class Task(Spec):
 
 @dataclasses.dataclass(frozen=True)
 class DataSpec(Spec):
-    """What the model is trained on."""
+    """The training data."""
 
     tasks: Mapping[str, Task]
     """The tasks by name, mixed by weight."""
     layout: LayoutSpec
     """How examples become rows."""
     rows: int
-    """Rows of the global batch (B), divided among the groups of processes that read different rows."""
+    """Rows of the global batch (B), divided among the feeders."""
     workers: int = 0
-    """Processes that decode; 0 decodes in a thread of the training process."""
+    """Number of worker processes that decode; 0 decodes in a thread of the training process."""
     cache: int = 512
-    """Megabytes of decoded media that each process or worker keeps in memory; 0 keeps none."""
+    """Megabytes of decoded media that each process or worker keeps in memory."""
     on_bad_record: Literal["raise", "skip"] = "raise"
-    """Whether a record that cannot be used stops the training or is counted and left out."""
+    """Whether an unusable record stops the training, or is skipped and counted."""
     log_examples: bool = False
-    """Write down which examples each step was trained on: a line a step in examples-*.jsonl in the run folder, with
-    [task, position in its stream, number of the example] for each."""
+    """Whether to log the examples of each step: one line per step in examples-*.jsonl in the run folder, with
+    [task, position in its stream, number of the example] for each example."""
 
     def validate(self):
         self.require(len(self.tasks) > 0, "tasks", "at least one task")
@@ -97,14 +98,14 @@ def train_batches(
     feeder: int = 0,
     feeders: int = 1,
 ) -> "TrainBatches":
-    """An endless iterator over a feeder's rows of each batch, as NumPy arrays.
+    """An endless iterator over one feeder's rows of the batches, as NumPy arrays.
 
     Args:
-        data: what to load.
+        data: the training data.
         tokenizer: the tokenizer.
         adapters: the model's adapters, by modality.
-        seed: decides the order of examples and their augmentations.
-        feeder, feeders: which share of the rows and of the examples it is, and of how many.
+        seed: determines the order of examples and their augmentations.
+        feeder, feeders: number of this feeder, and of all feeders.
 
     Raises:
         UserError: if a source cannot be opened or is empty, the model has no adapter for what an augmentation changes,
@@ -125,7 +126,7 @@ def train_batches(
 
 
 def open_task(name: str, task: Task) -> Sequence[Example]:
-    """The examples of a task; raises UserError that names the task if there are none."""
+    """Opens the examples of a task. Raises UserError, naming the task, if there are none."""
     examples = task.source.open()
     if len(examples) == 0:
         raise UserError(f"task {name!r}: its source {type(task.source).__name__} has no examples")
@@ -136,10 +137,9 @@ class TrainBatches(Iterator[Batch]):
     """See `train_batches`.
 
     Attributes:
-        skipped: how many records were left out, by reason, since the beginning of the training. The sum over feeders is
-            that of the run.
-        last_examples: those in the last batch, as (task, position in its stream, number of the example), if
-            `data.log_examples`; otherwise none.
+        skipped: number of records skipped since training began, by reason. The sum over feeders is that of the run.
+        last_examples: the examples of the last batch, as (task, position in its stream, number of the example), if
+            `data.log_examples`; otherwise empty.
     """
 
     def __init__(self, data, examples, tokenizer, adapters, seed, feeder, feeders):
@@ -151,10 +151,10 @@ class TrainBatches(Iterator[Batch]):
         self._order = Order({name: (self._counts[name], task.weight) for name, task in data.tasks.items()}, seed)
         self._laid_out = LaidOut(data, examples, tokenizer, self._adapters, self._order)
         self._follow(Division(feeders))
-        self._next = 0  # index into the stream of the example that comes next
-        self._waiting: list[tuple[int, Row]] = []  # examples that found no room in the last batch, with their indices
+        self._next = 0  # index into the stream of the next example
+        self._waiting: list[tuple[int, Row]] = []  # (index, row) of examples that the last batch had no room for
         self._stream: Iterator[list[Row | BadRecord]] | None = None
-        self._drawn: list[Row | BadRecord] = []  # the rest of the group under way, last first
+        self._drawn: list[Row | BadRecord] = []  # the rest of the current group, last first
 
     def __next__(self) -> Batch:
         packer = Packer(self._rows, self._data.layout.length, self._adapters, self._data.layout.packing)
@@ -182,7 +182,7 @@ class TrainBatches(Iterator[Batch]):
         return packer.batch()
 
     def get_state(self) -> dict[str, Any]:
-        """Where this feeder's stream stands, as JSON data; see `set_state`."""
+        """The state of this feeder's stream, as JSON data; see `set_state`."""
         return {
             "feeder": self._feeder,
             "next": self._next,
@@ -193,17 +193,18 @@ class TrainBatches(Iterator[Batch]):
         }
 
     def set_state(self, states: Sequence[dict[str, Any]]) -> None:
-        """Continues where the feeders of a run stopped: to the bit if there are as many now.
+        """Continues where the feeders of a run stopped; bit for bit if their number is the same.
 
-        Otherwise everything that had not been in a batch is divided anew, so that an epoch still has every example once
-        (bar records that are left out), and the mixture goes on in the same proportions.
+        Otherwise everything that was in no batch yet is divided anew: an epoch still has every example once (except for
+        skipped records), and the mixture continues in the same proportions.
 
         Args:
-            states: what `get_state` gave for each feeder after the same step, in any order, repeated or not.
+            states: the result of `get_state` of each feeder after the same step, in any order, with or without
+                duplicates.
 
         Raises:
-            UserError: if a feeder's is missing, or a task has another number of examples now.
-            BadRecord: if an example that waits to be packed cannot be used any more, unless such are skipped.
+            UserError: if the state of a feeder is missing, or the number of examples of a task has changed.
+            BadRecord: if an example that waits to be packed can no longer be used, unless bad records are skipped.
         """
         by_feeder = {state["feeder"]: state for state in states}
         division = Division.from_json(states[0]["division"])
@@ -235,22 +236,24 @@ class TrainBatches(Iterator[Batch]):
                 self._waiting.append((index, row))
 
     def close(self) -> None:
-        """Ends the workers. The iterator can be used again."""
+        """Stops the workers. The iterator can still be used."""
         if self._stream is not None:
             self._stream.close()
         self._stream, self._drawn = None, []
 
     def _follow(self, division: Division) -> None:
         self._order = self._order.shard(self._feeder, division)
-        self._laid_out.order = self._order.shard(self._feeder, division)  # not the same: another thread reads it
+        self._laid_out.order = self._order.shard(
+            self._feeder, division
+        )  # a copy of its own, since another thread reads it
 
     def _require_same_data(self, examples: Mapping[str, int]) -> None:
         for name in examples | self._counts:
             had, has = examples.get(name, 0), self._counts.get(name, 0)
             if had != has:
                 raise UserError(
-                    f"task {name!r} had {had} examples and has {has} now: the data changed since the checkpoint; "
-                    "use another workdir or restore the data"
+                    f"task {name!r} had {had} examples and now has {has}: the data changed since the checkpoint; "
+                    "restore the data or use another workdir"
                 )
 
     def _draw(self) -> Row | BadRecord:
@@ -269,16 +272,16 @@ class TrainBatches(Iterator[Batch]):
             log.warning("skipped %s", error)
         if failures >= sum(self._counts.values()):
             counts = ", ".join(f"{reason} {n}" for reason, n in self.skipped.most_common())
-            raise UserError(f"{failures} records in a row cannot be used ({counts}), the last one: {error}")
+            raise UserError(f"{failures} records in a row cannot be used ({counts}); the last: {error}")
 
 
 def example_batches(
     examples: Sequence[Example], layout: LayoutSpec, tokenizer: Tokenizer, adapters: Mapping, rows: int
 ) -> Iterator[tuple[Batch, list[Example]]]:
-    """The examples in order, a row each, for evaluation; the last batch is filled up with rows of padding.
+    """The examples in order, one per row, for evaluation. The last batch is filled with rows of padding.
 
     Raises:
-        BadRecord: for an example that cannot be used.
+        BadRecord: if an example cannot be used.
     """
     for start in range(0, len(examples), rows):
         some = [examples[i] for i in range(start, min(start + rows, len(examples)))]

@@ -1,4 +1,4 @@
-"""The mixture: which example comes when, as a function of an index into an endless stream."""
+"""The mixture: the order of examples, as a function of an index into an endless stream."""
 
 import zlib
 from collections.abc import Mapping, Sequence
@@ -8,44 +8,44 @@ import numpy as np
 from polygpt.data.division import Division
 
 TABLE = 2**16
-"""Tasks of at most so many examples are shuffled by a table."""
+"""Tasks of up to this many examples are shuffled with a table."""
 
 
 class Order:
-    """Which example is which of an endless stream, by random access.
+    """Random access to an endless stream of examples.
 
-    Each task's examples are shuffled anew every epoch and none is left out or repeated within one. The tasks take turns
-    so evenly that after any number of examples each has had its share, give or take one for every task before it.
+    Each task is reshuffled every epoch, and an epoch has each of its examples exactly once. Tasks are interleaved
+    evenly: after any number of examples each task has had its share, up to one example per task listed before it.
     """
 
     def __init__(
         self, tasks: Mapping[str, tuple[int, float]], seed: int, feeder: int = 0, division: Division | None = None
     ):
-        """The whole stream, or what is dealt out to one feeder.
+        """The whole stream, or the stream of one feeder.
 
         Args:
-            tasks: number of examples and weight of each.
-            seed: of the shuffles.
-            feeder, division: whose stream it is. Each task is divided, so that every feeder sees the same mixture.
+            tasks: number of examples and weight of each task.
+            seed: seed of the shuffles.
+            feeder, division: whose stream this is. Each task is divided, so all feeders see the same mixture.
         """
         self.tasks, self.seed = tasks, seed
         total = sum(weight for _, weight in tasks.values())
         self.shares = {name: max(1, round(weight / total * 2**30)) for name, (_, weight) in tasks.items()}
-        # Seeds of a task do not depend on the other tasks.
+        # The seeds of a task do not depend on the other tasks.
         self.entropy = {
             name: [int(word) for word in np.random.SeedSequence([seed, zlib.crc32(name.encode())]).generate_state(2)]
             for name in tasks
         }
         self.feeder, self.division = feeder, division or Division()
         self._before = self._turns(self.division.start)
-        self._epochs: dict[str, tuple[int, Shuffled]] = {}  # of each task the epoch it is in, as long as it is
+        self._epochs: dict[str, tuple[int, Shuffled]] = {}  # the current epoch of each task
 
     def shard(self, feeder: int, division: Division) -> "Order":
-        """What is dealt out to a feeder."""
+        """The stream of one feeder."""
         return Order(self.tasks, self.seed, feeder, division)
 
     def __getitem__(self, index: int) -> tuple[str, int, int]:
-        """(name of the task, position in the task's endless stream, number of the example)."""
+        """(task, position in the endless stream of the task, number of the example)."""
         name, turn = self._turn(index)
         nth = (turn - self._before[name]) * self.division.feeders + self.feeder
         position = self.division.position(name, nth)
@@ -58,11 +58,11 @@ class Order:
         return name, position, numbers[i]
 
     def drawn(self, index: int) -> dict[str, int]:
-        """How many examples of each task this division has given by an index."""
+        """Number of examples of each task that this division has dealt out before an index."""
         return {name: turn - self._before[name] for name, turn in self._turns(index).items()}
 
     def _turns(self, index: int) -> dict[str, int]:
-        """How many times each task was drawn before an index; see `_turn`."""
+        """How often each task was drawn before an index; see `_turn`."""
         turns, before, rest = {}, index, sum(self.shares.values())
         for name, share in self.shares.items():
             left = before * (rest - share) // rest
@@ -70,9 +70,9 @@ class Order:
         return turns
 
     def _turn(self, index: int) -> tuple[str, int]:
-        """The task that is drawn at an index, and how many times it was drawn before.
+        """The task that is drawn at an index, and how often it was drawn before.
 
-        The first task takes its share of the indices, evenly spread, the second its share of those left, and so on.
+        The first task takes its share of the indices, evenly spaced; the second its share of the rest; and so on.
         """
         before, after, rest = index, index + 1, sum(self.shares.values())
         for name, share in self.shares.items():  # noqa: B007
@@ -83,23 +83,23 @@ class Order:
         return name, before - left_before
 
     def generator(self, name: str, position: int) -> np.random.Generator:
-        """The randomness of the example at a position of a task's stream."""
+        """The generator for the augmentation of the example at a position of a task's stream."""
         return np.random.default_rng([*self.entropy[name], position])
 
 
 def divide_anew(
     orders: Sequence[Order], following: Sequence[int], waiting: Sequence[Sequence[int]], feeders: int
 ) -> Division:
-    """The division among another number of feeders, after one that was given up.
+    """The division among a different number of feeders that continues an earlier one.
 
     Args:
-        orders: of all feeders of that division, in their order.
-        following: the index into its stream that each feeder would have drawn next.
-        waiting: indices that each has drawn and not put into a batch yet.
-        feeders: how many there are from now on.
+        orders: the orders of all feeders of the earlier division.
+        following: the index that each feeder would have drawn next.
+        waiting: the indices that each feeder has drawn but not yet put into a batch.
+        feeders: the new number of feeders.
 
     Returns:
-        It depends on nothing but the arguments, so that all processes find the same one.
+        The new division. It depends only on the arguments, so all processes compute the same one.
     """
     old = orders[0].division
     drawn = [order.drawn(index) for order, index in zip(orders, following, strict=True)]
@@ -117,12 +117,12 @@ def divide_anew(
 
 
 class Shuffled:
-    """A permutation of 0, ..., size - 1 that seed and epoch decide, by random access.
+    """Random access to a permutation of 0, ..., size - 1 that is determined by seed and epoch.
 
-    Few examples are shuffled by a table. Many are by a Feistel network of four rounds over the next power of four,
-    walked until it hits a number below `size` (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", sections 3
-    and 4), which needs no memory. Grain's own shuffle by index takes 13 ms a number where there are two examples, and
-    gives one number twice where there are 65,537.
+    Small tasks use a table. Large ones use a Feistel network of four rounds over the next power of four, iterated until
+    the result is below `size` (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", sections 3 and 4), which
+    needs no memory. Grain's own index shuffle takes 13 ms per number for two examples, and for 65,537 examples it
+    repeats a number.
     """
 
     def __init__(self, size: int, seed: int, epoch: int):

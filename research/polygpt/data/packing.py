@@ -1,6 +1,6 @@
-"""Rows: one example laid out, several packed into one, many padded to a batch.
+"""Rows: examples laid out, packed several to a row, and padded to a batch.
 
-Lengths: t positions of a row, before padding to T = `length`. Axis letters as in `polygpt.sequence`.
+A row has t positions before it is padded to T = `length`. Axis letters are those of `polygpt.sequence`.
 """
 
 import dataclasses
@@ -12,18 +12,18 @@ from polygpt.sequence import PADDING, Batch, Media
 
 _ONE_NUMBER = ("tokens", "modality", "slot", "position", "segment", "span", "target", "weight")
 POSITION_ARRAYS = {name: f"{name}_BT" for name in _ONE_NUMBER} | {"coordinate": "coordinate_BT3"}
-"""By the name of a row's array, that of the batch's."""
+"""The name of each array in a batch, by its name in a row."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """The arrays of a row without padding; see `Batch` for their meaning.
+    """The arrays of a row without padding; `Batch` explains their meaning.
 
     Attributes:
         tokens, modality, slot, position, segment, span, target: int32 [t].
         weight: float32 [t].
         coordinate: int32 [t, 3].
-        media: by adapter name, the features of each item and the positions that it fills.
+        media: by adapter name, (features, number of positions) of each item.
     """
 
     tokens: np.ndarray
@@ -42,11 +42,12 @@ class Row:
 
 
 def pack(rows: Sequence[Row], adapters: Mapping) -> Row:
-    """Several rows in one: segments are numbered on, slots point at the items where they now are.
+    """Packs rows into one: renumbers segments, and moves slots to the new places of their items.
 
     Args:
         rows: at least one.
-        adapters: by name, in the model's order: what has `positions`, the P positions an item fills at most.
+        adapters: the model's adapters by name, in its order; `positions`, the largest number of positions per item, is
+            used.
     """
     if len(rows) == 1:
         return rows[0]
@@ -66,12 +67,12 @@ def pack(rows: Sequence[Row], adapters: Mapping) -> Row:
 
 
 def collate(rows: Sequence[Row], length: int, adapters: Mapping) -> Batch:
-    """Rows padded to a batch [len(rows), length]; a row of None is all padding.
+    """Pads rows to a batch [len(rows), length]; None stands for a row of padding.
 
     Args:
-        rows: each of at most `length` positions and of at most `items` items of each modality.
+        rows: of at most `length` positions and at most `items` items per modality each.
         length: T.
-        adapters: by name, in the model's order: what has `features.shape` and `items`.
+        adapters: the model's adapters by name, in its order; `features.shape` and `items` are used.
     """
     B = len(rows)
     arrays = {name: np.zeros((B, length), np.int32) for name in POSITION_ARRAYS}
@@ -95,14 +96,14 @@ def collate(rows: Sequence[Row], length: int, adapters: Mapping) -> Batch:
 
 
 class Packer:
-    """Rows of a batch being filled: each example goes into the first row that has room for it.
+    """Fills the rows of a batch: each example goes into the first row that has room for it (first fit).
 
-    A row has room if neither its positions nor its items of any modality would be more than their bounds. A new Packer
-    takes any `rows` examples, whatever their lengths: each has a row of its own at worst.
+    A row has room if neither its positions nor its items of any modality would exceed their bounds. A new Packer always
+    takes `rows` examples of any lengths: at worst each gets a row of its own.
     """
 
     def __init__(self, rows: int, length: int, adapters: Mapping, packing: bool):
-        """Args: packing: whether a row takes more than one example."""
+        """Args: packing: whether a row may hold more than one example."""
         self.adapters, self.length, self.packing = adapters, length, packing
         self.items = {name: adapter.items for name, adapter in adapters.items()}
         self.rows: list[list[Row]] = [[] for _ in range(rows)]
@@ -111,11 +112,11 @@ class Packer:
 
     @property
     def closed(self) -> bool:
-        """Whether no example, however short, can be added."""
+        """Whether not even a short example can be added."""
         return not self.packing and all(self.rows)
 
     def add(self, row: Row) -> bool:
-        """Puts an example into a row, or says that none has room."""
+        """Adds an example. Returns False if no row has room."""
         for b, within in enumerate(self.rows):
             if within and not self.packing or self.positions[b] + len(row) > self.length:
                 continue

@@ -1,4 +1,4 @@
-"""Pickling for workers, classes of a user's own file included."""
+"""Pickling for worker processes, including classes defined in a user's own file."""
 
 import functools
 import io
@@ -12,20 +12,20 @@ from polygpt.snapshot import load_file
 
 
 def dumps(value: Any) -> bytes:
-    """`value` pickled, for `pickle.loads` in a process that has not loaded the files that its classes come from."""
+    """Pickles `value` for `pickle.loads` in a process that has not loaded the files that define its classes."""
     buffer = io.BytesIO()
     _Pickler(buffer).dump(value)
     return buffer.getvalue()
 
 
 class _Pickler(cloudpickle.Pickler):
-    """Modules of `load_file`, their classes and functions are found by file: no import takes a path for a name."""
+    """Stores what `load_file` has loaded, and its classes and functions, by file: it cannot be imported by name."""
 
     def reducer_override(self, obj):
         if isinstance(obj, types.ModuleType) and os.path.isabs(obj.__name__):
             return load_file, (obj.__name__,)
         if isinstance(obj, (type, types.FunctionType)) and os.path.isabs(obj.__module__ or ""):
-            if "<" not in obj.__qualname__:  # neither <locals> nor <lambda>, which travel by value
+            if "<" not in obj.__qualname__:  # <locals> and <lambda> are pickled by value
                 return _of_file, (obj.__module__, obj.__qualname__)
         return super().reducer_override(obj)
 

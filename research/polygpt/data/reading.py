@@ -1,4 +1,4 @@
-"""Reading ahead: the examples of a stream, laid out by Grain's thread or its worker processes."""
+"""Prefetching: a stream of examples, laid out in Grain's thread or in its worker processes."""
 
 import pickle
 import sys
@@ -14,11 +14,11 @@ from polygpt.data.tokenizers.base import Tokenizer
 from polygpt.errors import BadRecord
 
 GROUP = 16
-"""Examples that travel together from a worker: each journey costs as much as laying out a short example."""
+"""Examples that a worker sends together: each transfer costs as much as laying out a short example."""
 
 
 class LaidOut:
-    """The stream laid out, by random access: rows, and the faults of records. Travels to the workers."""
+    """Random access to the stream, laid out: rows, and BadRecords for unusable records. Pickled to the workers."""
 
     def __init__(self, data, examples: dict, tokenizer: Tokenizer, adapters: dict, order: Order):
         self.data, self.examples, self.tokenizer, self.adapters, self.order = data, examples, tokenizer, adapters, order
@@ -43,7 +43,7 @@ class LaidOut:
 
 
 class Groups:
-    """What `LaidOut` gives from some index on, in groups."""
+    """The rows of `LaidOut` from index `start` on, in groups."""
 
     def __init__(self, laid_out: LaidOut, start: int):
         self.laid_out, self.start = laid_out, start
@@ -57,7 +57,7 @@ class Groups:
 
 
 def read_ahead(groups: Groups, workers: int) -> grain.IterDataset:
-    """The groups in order, made ahead of their use: in a thread, or in so many processes."""
+    """The groups in order, prefetched in a thread (0 workers) or in so many processes."""
     read = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
     dataset = grain.MapDataset.source(groups).to_iter_dataset(read)
     if workers == 0:

@@ -1,4 +1,4 @@
-"""Rows as the model will see them: a table of every position, and a picture of layout, media and text."""
+"""Rows as the model sees them: a table of all positions, and an image of the layout, the media and the text."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,11 +12,11 @@ from polygpt.data.tokenizers.base import Tokenizer
 from polygpt.sequence import PADDING, TEXT, Batch
 
 COLOURS = ("white", "green", "magenta", "cyan", "yellow", "blue", "red")
-"""Colours of text and of the adapters in order, known to both rich and matplotlib."""
+"""Colours of text and of the adapters in order, by names that both rich and matplotlib know."""
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:
-    """A token as a person reads it: specials by name, control characters and parts of characters escaped."""
+    """A readable form of a token: special tokens by name, control characters and partial characters escaped."""
     if token in (tokenizer.bos, tokenizer.eos):
         return "<bos>" if token == tokenizer.bos else "<eos>"
     text = tokenizer.decode([token])
@@ -24,7 +24,7 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
 
 
 def runs(batch: Batch, row: int) -> list[tuple[int, int]]:
-    """Stretches (start, stop) of positions that a person sees as one: a medium, a text of one weight, padding."""
+    """Spans (start, stop) of positions that belong together: one item of media, a text of one weight, or padding."""
     keys = [batch.modality_BT[row], batch.segment_BT[row], batch.span_BT[row]]
     keys.append((batch.weight_BT[row] > 0) & (batch.modality_BT[row] == TEXT))
     media = batch.modality_BT[row] > TEXT
@@ -35,7 +35,7 @@ def runs(batch: Batch, row: int) -> list[tuple[int, int]]:
 
 
 def table(batch: Batch, row: int, tokenizer: Tokenizer) -> Table:
-    """The positions of a row up to its padding, one a line."""
+    """A table of the positions of a row up to its padding, one per line."""
     names = ["text", *batch.media]
     number = int((batch.segment_BT[row] > 0).sum())
     result = Table(title=f"row {row}: {number} of {batch.shape[1]} positions, {batch.segment_BT[row].max()} examples")
@@ -57,7 +57,7 @@ def table(batch: Batch, row: int, tokenizer: Tokenizer) -> Table:
             token_text(tokenizer, int(batch.target_BT[row, t])) if predicts else "",
             f"{weight:g}" if weight else "",
         ]
-        # Text objects, not strings: a token such as "[red]" must not be read as markup.
+        # Text objects, since rich would read a string such as "[red]" as markup.
         styles = [COLOURS[modality % len(COLOURS)]] * 7 + ["bold" if weight else "dim"] * 2
         result.add_row(
             *(Text(str(cell), style) for cell, style in zip(cells, styles, strict=True)), end_section=bool(ends)
@@ -66,14 +66,17 @@ def table(batch: Batch, row: int, tokenizer: Tokenizer) -> Table:
 
 
 def draw(batch: Batch, tokenizer: Tokenizer, adapters: Mapping, path: str | Path, rows: int = 4) -> Path:
-    """Writes a PNG of the first rows: a strip of positions coloured by modality, the text below it, then the media.
+    """Draws the first rows as a PNG: a strip of positions coloured by modality, the text below it, then the media.
 
     Args:
         batch: NumPy arrays.
-        tokenizer: reads the text.
-        adapters: the model's, by modality; their features draw the media.
+        tokenizer: decodes the text.
+        adapters: the model's adapters, by modality; their features draw the media.
         path: the file to write.
-        rows: the most rows drawn.
+        rows: largest number of rows drawn.
+
+    Returns:
+        The path.
     """
     rows = min(rows, batch.shape[0])
     items = [
@@ -115,7 +118,7 @@ def _draw_strip(axes, batch: Batch, row: int, tokenizer: Tokenizer) -> None:
 
 def _draw_item(axes, adapter, media, row: int, n: int, title: str) -> None:
     features = media.features[row, n]
-    # Padding frames are zero; a real frame that is zero at its end loses nothing worth seeing.
+    # Padding frames are zero. A real last frame of zeros is cut off too, and shows nothing.
     used = np.flatnonzero(features.reshape(len(features), -1).any(axis=1))
     picture = adapter.features.picture(features, int(used[-1]) + 1 if len(used) else 1)
     axes.imshow(picture, aspect="equal" if picture.ndim == 3 else "auto", interpolation="nearest")

@@ -1,6 +1,6 @@
-"""The embedded data as a TFDS dataset, built from the archives beside this file into a cache folder on first use.
+"""The embedded data as a TFDS dataset, built in the cache folder from the archives beside this file on first use.
 
-Five configs, each with the splits train and test: the pictures, voices and texts of the test split are not in training.
+Five configs, each with the splits train and test. The images, voices and texts of the test split are held out.
 
 | config | fields |
 |---|---|
@@ -10,8 +10,8 @@ Five configs, each with the splits train and test: the pictures, voices and text
 | utterances | audio (FLAC), text, language, voice, kind |
 | text | text, source |
 
-and `file` in each, the record's name in its archive. Media are encoded bytes, so that neither writing nor reading needs
-TensorFlow. The module imports TFDS, which takes a second: import it where the data are opened, not before.
+Each also has `file`, the name of the record in its archive. Media are stored as encoded bytes, so that neither writing
+nor reading needs TensorFlow. Import this module only where data are opened: it imports TFDS, which takes a second.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ FIELDS = {
 
 
 class PolygptEmbedded(tfds.core.GeneratorBasedBuilder):
-    """Digits seen and heard, captioned pictures, transcribed utterances and plain text."""
+    """Written and spoken digits, captioned images, transcribed utterances and plain text."""
 
     VERSION = tfds.core.Version("1.0.0")
     BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=name) for name in FIELDS]
@@ -65,7 +65,7 @@ class PolygptEmbedded(tfds.core.GeneratorBasedBuilder):
 
 
 def archive_records(config: str):
-    """Yields (manifest row, the file's bytes) of a config's archive."""
+    """Yields (manifest row, bytes of the file) from the archive of a config."""
     with zipfile.ZipFile(ARCHIVES / f"{config}.zip") as archive:
         for line in archive.read("manifest.jsonl").decode().splitlines():
             row = json.loads(line)
@@ -74,14 +74,14 @@ def archive_records(config: str):
 
 @functools.cache
 def fingerprint(config: str) -> str:
-    """Twelve hex digits of the archive's SHA-256: another release of the data gets another folder."""
+    """Twelve hex digits of the archive's SHA-256, so that each release of the data has a folder of its own."""
     return hashlib.sha256((ARCHIVES / f"{config}.zip").read_bytes()).hexdigest()[:12]
 
 
 def data_dir(config: str) -> Path:
-    """The TFDS data folder that holds `polygpt_embedded/<config>`, which is built first where it is not there.
+    """The TFDS data folder with `polygpt_embedded/<config>`, which is built if it does not exist.
 
-    It is built by `polygpt.cache.made_whole`: whole or not at all, also where several processes begin at once.
+    `polygpt.cache.made_whole` builds it atomically, even if several processes start at once.
 
     Raises:
         UserError: if the cache folder cannot be written.
@@ -104,13 +104,16 @@ def data_dir(config: str) -> Path:
 def _build(config: str, work: Path) -> None:
     builder = PolygptEmbedded(config=config, data_dir=work, file_format="array_record")
     silence = io.StringIO()
-    with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):  # notes and progress bars of TFDS
+    with (
+        contextlib.redirect_stdout(silence),
+        contextlib.redirect_stderr(silence),
+    ):  # hides notes and progress bars of TFDS
         builder.download_and_prepare()
 
 
 @functools.cache
 def records(config: str, split: str) -> tuple[dict[str, Any], ...]:
-    """All records of a split, in the order of their file names, kept in memory: the whole dataset is small."""
+    """All records of a split in the order of their file names. They are kept in memory: the dataset is small."""
     source = tfds.data_source(
         f"polygpt_embedded/{config}:1.0.0", split=split, data_dir=data_dir(config), download=False
     )

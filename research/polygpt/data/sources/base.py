@@ -1,4 +1,4 @@
-"""The contract of a data source."""
+"""The data source contract."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -9,14 +9,16 @@ from polygpt.spec import Spec
 
 @dataclasses.dataclass(frozen=True)
 class Source(Spec):
-    """Where examples come from. Subclasses live one a file, anywhere importable."""
+    """The specification of a data source. Subclasses live one per file, anywhere importable."""
 
     def open(self) -> Sequence[Example]:
-        """The examples, by random access: `len(examples)` and `examples[i]`, the same example for the same `i` always.
+        """The examples, by random access: `len(examples)` and `examples[i]`. An index always gives the same example.
 
-        The sequence may be pickled into worker processes and read from several threads. It opens files on first use.
+        The sequence is pickled to worker processes and read from several threads; it should open files on first use.
+        It may have a method `files()`, the media files of the source, with which `polygpt data check` finds files that
+        no example names.
 
         Raises:
-            UserError: if there is no such data. `examples[i]` raises BadRecord for a record that cannot be used.
+            UserError: if the data cannot be found. `examples[i]` raises BadRecord for a record that cannot be used.
         """
         raise NotImplementedError

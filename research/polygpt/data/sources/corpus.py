@@ -1,4 +1,4 @@
-"""A fetched text corpus: its documents in consecutive pieces that begin and end where a reader would pause."""
+"""A downloaded text corpus: its documents, cut into consecutive pieces at ends of sentences."""
 
 import bisect
 import dataclasses
@@ -17,24 +17,24 @@ from polygpt.data.sources.base import Source
 from polygpt.errors import UserError
 
 PAUSE = re.compile(r"""[a-z0-9)]{3}[.!?]["')]*\s""")
-"""The end of a sentence, and not that of "Mr." or "U.S."."""
+"""The end of a sentence, which "Mr." and "U.S." are not."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus(Source):
-    """Pieces of the documents of a corpus, which `polygpt data fetch NAME` puts into the cache folder first.
+    """Pieces of the documents of a corpus that `polygpt data fetch NAME` has downloaded.
 
-    Whole documents are held out for the test split. The text is ASCII: a character is a byte.
+    Whole documents are held out for the test split. The text is ASCII, so one character is one byte.
     """
 
     name: Literal["state-of-the-union"]
-    """Which corpus; `polygpt data fetch` lists them with their licences."""
+    """The corpus; `polygpt data fetch` lists all with their licences."""
     split: Literal["train", "test"] = "train"
-    """Which documents."""
+    """The split of the documents."""
     characters: int = 1022
-    """Most characters of a piece. A row of T positions holds T - 2 with byte tokens: `bos` and `eos` take one each."""
+    """Largest number of characters per piece. With byte tokens a row of T positions holds T - 2 of them."""
     prompt: int = 0
-    """Leading characters of a piece that are only read: what generation is to continue. Shorter pieces are left out."""
+    """Number of leading characters that are a prompt, from which generation continues. Shorter pieces are left out."""
 
     def validate(self) -> None:
         self.require(self.characters > 0, "characters", "at least 1")
@@ -44,7 +44,7 @@ class Corpus(Source):
         """The examples, in the order of the documents' names.
 
         Raises:
-            UserError: if the corpus has not been fetched, with the command that does it.
+            UserError: if the corpus has not been fetched; the message gives the command.
         """
         folder = place(self.name)
         if not folder.is_dir():
@@ -55,7 +55,7 @@ class Corpus(Source):
 
 
 class CorpusExamples(Sequence[Example]):
-    """The pieces, by random access. Light to pickle: each process reads the documents on first use."""
+    """Random access to the pieces. Cheap to pickle: each process reads the documents on first use."""
 
     def __init__(self, spec: Corpus, folder: Path):
         self.spec, self.folder = spec, folder
@@ -85,7 +85,7 @@ def _documents(folder: Path) -> list[tuple[str, str]]:
 
 @functools.lru_cache(maxsize=64)
 def _pieces(folder: Path, characters: int, prompt: int) -> np.ndarray:
-    """int32 [pieces, 3]: document, first character, and the one past the last, of pieces longer than the prompt."""
+    """int32 [pieces, 3]: document, start and end of each piece that is longer than the prompt."""
     found = [
         (i, *span)
         for i, (_, text) in enumerate(_documents(folder))
@@ -96,10 +96,10 @@ def _pieces(folder: Path, characters: int, prompt: int) -> np.ndarray:
 
 
 def spans(text: str, characters: int) -> list[tuple[int, int]]:
-    """Where the pieces of a document begin and end, the spaces between them left out.
+    """(start, end) of the pieces of a document, without the spaces between them.
 
-    A piece ends with the last sentence that it holds whole, where that fills half of it or more; else with the last
-    such word; else where it is full.
+    A piece ends after the last complete sentence if that fills at least half of it, or else after the last complete
+    word if that does, or else at `characters`.
     """
     pauses = [match.end() - 1 for match in PAUSE.finditer(text)]
     found, start = [], 0

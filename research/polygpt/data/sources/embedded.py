@@ -1,4 +1,4 @@
-"""The data that come with the package: see a digit, hear a digit, write their sum; captions, transcripts, text."""
+"""The data that come with the package: digits to see, hear and add; captions, transcripts and text."""
 
 import dataclasses
 import functools
@@ -18,39 +18,39 @@ NUMBERS = (
 
 @dataclasses.dataclass(frozen=True)
 class Embedded(Source):
-    """One task of the embedded data. In every task but text the loss counts the answer alone.
+    """One task of the embedded data. Except in the task text, only the answer (bold) has a loss weight.
 
     | task | example |
     |---|---|
     | text | a piece of the King James Bible or of WordNet's definitions |
-    | digits | picture of a handwritten digit `=` **seven** |
+    | digits | image of a handwritten digit `=` **seven** |
     | pictures | clip art `:` **christmas tree** |
     | speech | recording of a number `=` **seven** (in the language spoken) |
     | utterances | recording `:` **Thank you for calling** |
-    | fusion | picture of a digit `+` recording of another `=` **twelve**, in either order |
-    | sums | picture of a digit `+five=` **twelve** |
+    | fusion | image of a digit `+` recording of another `=` **twelve**, in either order |
+    | sums | image of a digit `+five=` **twelve** |
 
-    The test split holds pictures, voices and texts of its own: none of its pictures, voices or texts is in training.
+    The images, voices and texts of the test split do not occur in the training split.
     """
 
     task: Literal["text", "digits", "pictures", "speech", "utterances", "fusion", "sums"]
-    """What the model is to do."""
+    """The task."""
     split: Literal["train", "test"] = "train"
-    """Which side of the split."""
+    """The split."""
     languages: tuple[Literal["en", "es", "fr", "it", "ru"], ...] = ("en",)
-    """Languages of the recordings. The sum of the fusion task is in English whatever language is heard."""
+    """Languages of the recordings. In the fusion task the answer is always English."""
     numbers: Literal["digits", "all"] = "digits"
-    """Spoken numbers of the speech task: zero to nine, or English up to twenty too."""
+    """Numbers of the speech task: zero to nine, or also the English numbers up to twenty."""
     seconds: float = 3.0
-    """Recordings that last longer are left out. English numbers last at most 0.96 s, others 1.2 s, utterances 3 s."""
+    """Longer recordings are left out. English numbers last at most 0.96 s, others 1.2 s, utterances 3 s."""
     examples: int = 100_000
-    """Number of pairs of the fusion and sums tasks: pair `i` depends on the split, the seed and `i` alone."""
+    """Number of pairs in the fusion and sums tasks. Pair `i` depends on the split, the seed and `i` alone."""
     characters: int = 256
-    """Characters of a piece of text."""
+    """Number of characters per piece of text."""
     prompt: int = 0
-    """Leading characters of a piece of text that are only read: what generation is to continue."""
+    """Number of leading characters of a piece that are a prompt, from which generation continues."""
     seed: int = 0
-    """Seed of the pairs."""
+    """Seed by which pairs are drawn."""
 
     def validate(self) -> None:
         self.require(len(self.languages) > 0, "languages", "at least one language")
@@ -60,7 +60,7 @@ class Embedded(Source):
         self.require(0 <= self.prompt < self.characters, "prompt", f"from 0 to characters - 1 = {self.characters - 1}")
 
     def open(self) -> "EmbeddedExamples":
-        """The examples; the first use on a machine builds the dataset in the cache folder, which takes seconds.
+        """The examples. The first use on a machine builds the dataset in the cache folder, which takes seconds.
 
         Raises:
             UserError: if the cache folder cannot be written.
@@ -69,7 +69,7 @@ class Embedded(Source):
 
 
 class EmbeddedExamples(Sequence[Example]):
-    """The examples of one task, by random access. Light to pickle: each process reads the records on first use."""
+    """Random access to the examples of one task. Cheap to pickle: each process reads the records on first use."""
 
     def __init__(self, spec: Embedded):
         self.spec = spec
@@ -92,7 +92,7 @@ Maker = Callable[[int], tuple[tuple[Text | Medium, ...], str]]
 
 @functools.lru_cache(maxsize=64)
 def _open(spec: Embedded) -> tuple[int, Maker]:
-    """(number of examples, function from an index to an example's parts and file)."""
+    """(number of examples, a function from an index to the parts and the file of an example)."""
     if spec.task == "text":
         pieces = _pieces(_records(spec, "text"), spec.characters)
 
@@ -125,7 +125,7 @@ def _open(spec: Embedded) -> tuple[int, Maker]:
 
 
 def _records(spec: Embedded, config: str) -> list[dict[str, Any]]:
-    from polygpt.data.embedded.builder import records  # here, since importing TFDS takes a second
+    from polygpt.data.embedded.builder import records  # imports TFDS, which takes a second
 
     return [
         row
@@ -135,8 +135,8 @@ def _records(spec: Embedded, config: str) -> list[dict[str, Any]]:
 
 
 def _seconds(flac: bytes) -> float:
-    """How long a recording lasts, from the header of the FLAC file (RFC 9639, section 8.2)."""
-    rate_to_total = int.from_bytes(flac[18:26])  # 20 bits rate, 3 channels, 5 sample size, 36 total samples
+    """The duration of a recording, from the header of the FLAC file (RFC 9639, section 8.2)."""
+    rate_to_total = int.from_bytes(flac[18:26])  # bits: 20 sample rate, 3 channels, 5 sample size, 36 total samples
     return (rate_to_total & (1 << 36) - 1) / (rate_to_total >> 44)
 
 
@@ -145,7 +145,7 @@ def _spoken(spec: Embedded, numbers: str) -> list[dict[str, Any]]:
 
 
 def _pieces(documents: list[dict[str, Any]], characters: int) -> list[tuple[str, str]]:
-    """(document's file, text) of the documents cut into pieces; a last piece under half as long is left out."""
+    """(file, text) of the pieces of documents. A last piece of less than half the length is left out."""
     pieces = []
     for row in documents:
         text = row["text"]
@@ -157,12 +157,12 @@ def _pieces(documents: list[dict[str, Any]], characters: int) -> list[tuple[str,
 
 
 def _drawn(spec: Embedded, i: int) -> bytes:
-    """Of what pair `i` is made: a hash, so that any pair can be made alone."""
+    """The random bytes of pair `i`: a hash, so that any pair can be made without the others."""
     return hashlib.blake2b(f"{spec.seed}/{spec.split}/{i}".encode(), digest_size=17).digest()
 
 
 def _seen_and_heard(spec: Embedded, pictures, recordings, i: int) -> tuple[tuple[Text | Medium, ...], str]:
-    """Pair `i` of the fusion task: a picture and a recording in either order."""
+    """Pair `i` of the fusion task: an image and a recording in either order."""
     digest = _drawn(spec, i)
     picture = pictures[int.from_bytes(digest[:8]) % len(pictures)]
     recording = recordings[int.from_bytes(digest[8:16]) % len(recordings)]
@@ -176,7 +176,7 @@ def _seen_and_heard(spec: Embedded, pictures, recordings, i: int) -> tuple[tuple
 
 
 def _seen_and_read(spec: Embedded, pictures, i: int) -> tuple[tuple[Text | Medium, ...], str]:
-    """Pair `i` of the sums task: a picture and a number in words."""
+    """Pair `i` of the sums task: an image and a number in words."""
     digest = _drawn(spec, i)
     picture = pictures[int.from_bytes(digest[:8]) % len(pictures)]
     number = int.from_bytes(digest[8:16]) % 10

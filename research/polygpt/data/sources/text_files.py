@@ -1,4 +1,4 @@
-"""Plain text files: a document, a line or a piece of fixed size is an example."""
+"""Plain text files: an example is a document, a line or a chunk of fixed size."""
 
 import dataclasses
 import glob
@@ -16,14 +16,14 @@ from polygpt.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class TextFiles(Source):
-    """UTF-8 text files."""
+    """UTF-8 text files, with or without a byte-order mark."""
 
     paths: tuple[str, ...]
     """Files and glob patterns ("texts/**/*.txt")."""
     unit: Literal["document", "line", "chunk"] = "document"
-    """What an example is: a whole file, a line that is not blank, or successive pieces of `bytes` bytes of a file."""
+    """What an example is: a whole file, a line that is not blank, or one of the successive chunks of a file."""
     bytes: int = 1024
-    """Size of a piece where the unit is "chunk". A piece ends before a character that would cross its end."""
+    """Size of a chunk. A chunk ends before a character that would cross its end."""
 
     def validate(self):
         self.require(len(self.paths) > 0, "paths", "at least one file or pattern")
@@ -35,7 +35,7 @@ class TextFiles(Source):
 
 
 def find_files(paths: Sequence[str]) -> list[Path]:
-    """The files that paths and patterns mean, each once, those of a pattern in alphabetical order.
+    """The files that match paths and patterns, each once; those of one pattern are in alphabetical order.
 
     Raises:
         UserError: if a path does not exist or is a folder, or a pattern matches nothing.

@@ -1,4 +1,4 @@
-"""Any dataset prepared by TensorFlow Datasets, read without TensorFlow."""
+"""Datasets prepared by TensorFlow Datasets, read without TensorFlow."""
 
 import contextlib
 import dataclasses
@@ -21,16 +21,16 @@ class Field(Spec):
     """One part of an example, taken from a field of the record."""
 
     name: str
-    """The field; `a/b` is the field b inside a."""
+    """Name of the field; `a/b` is the field b inside a."""
     modality: str = "text"
-    """"text", or the adapter that reads the field's encoded bytes ("image", "audio")."""
+    """"text", or the modality of the field's encoded bytes ("image", "audio")."""
     weight: float = 1.0
     """Loss weight of a text; 0 makes it a prompt."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Fixed(Spec):
-    """A text that stands at its place in every example."""
+    """A text that is the same in every example."""
 
     text: str
     """The text."""
@@ -40,20 +40,20 @@ class Fixed(Spec):
 
 @dataclasses.dataclass(frozen=True)
 class TfdsSource(Source):
-    """A prepared TFDS dataset, by name and split, and which of its fields become which parts.
+    """A prepared TFDS dataset, and the fields that make up its examples.
 
-    The dataset must be stored as ArrayRecord (`file_format="array_record"`), which gives random access.
-    Text becomes text, a class label its name, a number its digits; media are taken as encoded bytes.
+    The dataset must be stored as ArrayRecord (`file_format="array_record"`), which allows random access. Class labels
+    become their names, numbers their decimal form; media are read as encoded bytes.
     """
 
     dataset: str
-    """`name`, `name/config` or `name/config:version`; the newest version where none is named."""
+    """`name`, `name/config` or `name/config:version`; the newest version by default."""
     split: str
-    """A split of the dataset, or a slice of one: `train`, `train[:90%]`."""
+    """A split of the dataset or a slice of one: `train`, `train[:90%]`."""
     parts: tuple[Field | Fixed, ...]
     """The parts of each example, in reading order."""
     data_dir: str = ""
-    """The folder of prepared datasets; empty: TFDS_DATA_DIR, or ~/tensorflow_datasets."""
+    """The folder of prepared datasets; if empty, TFDS_DATA_DIR or else ~/tensorflow_datasets."""
 
     def validate(self) -> None:
         self.require(any(isinstance(part, Field) for part in self.parts), "parts", "at least one Field among others")
@@ -62,7 +62,7 @@ class TfdsSource(Source):
         """The examples.
 
         Raises:
-            UserError: if the dataset, the split or a field is not there, with the nearest names; or if reading it takes
+            UserError: if the dataset, the split or a field does not exist (with the nearest names), or reading needs
                 TensorFlow.
         """
         examples = TfdsExamples(self)
@@ -71,13 +71,13 @@ class TfdsSource(Source):
 
 
 class TfdsExamples(Sequence[Example]):
-    """The examples of a TFDS dataset, by random access. Light to pickle: each process opens the files on first use."""
+    """Random access to the examples of a TFDS dataset. Cheap to pickle: each process opens the files on first use."""
 
     def __init__(self, spec: TfdsSource):
         self.spec = spec
 
     def check(self) -> None:
-        """Raises UserError unless every field that the specification names is in the dataset."""
+        """Raises UserError if the dataset lacks a field that the specification names."""
         _, labels, known = _open(self.spec)
         for part in self.spec.parts:
             if isinstance(part, Field) and part.name not in known:
@@ -114,27 +114,29 @@ def _part(part: Field | Fixed, record: Any, labels: dict[str, list[str]], place:
             raise BadRecord("invalid UTF-8", f"{place}, field {part.name}", str(error)) from error
     elif part.name in labels:
         names = labels[part.name]
-        if not 0 <= value < len(names):  # -1 is how TFDS says that the label is unknown
-            raise BadRecord("no label", f"{place}, field {part.name}", f"{value} is none of its {len(names)} classes")
+        if not 0 <= value < len(names):  # TFDS stores an unknown label as -1
+            raise BadRecord(
+                "no label", f"{place}, field {part.name}", f"{value} is not one of its {len(names)} classes"
+            )
         value = names[value]
     elif not isinstance(value, (str, int, float)):
-        raise BadRecord("not text", f"{place}, field {part.name}", f"it holds {type(value).__name__}")
+        raise BadRecord("not text", f"{place}, field {part.name}", f"its type is {type(value).__name__}")
     return Text(str(value), part.weight)
 
 
 @functools.lru_cache(maxsize=64)
 def _open(spec: TfdsSource) -> tuple[Sequence[Any], dict[str, list[str]], list[str]]:
-    """(the records, names of each field's class labels, all fields)."""
-    import tensorflow_datasets as tfds  # here, since it takes a second
+    """(the records, the class names of label fields, the names of all fields)."""
+    import tensorflow_datasets as tfds  # importing it takes a second
 
     folder = find_dataset(spec.dataset, spec.data_dir)
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # where TFDS announces that TensorFlow is missing
+        with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints that TensorFlow is missing
             builder = tfds.builder_from_directory(folder)
     except ImportError as error:
         raise UserError(
-            f"dataset {spec.dataset!r} in {folder} has a feature that TFDS reads through {error.name}, which is "
-            "missing: install tensorflow-cpu, or store encoded bytes as Tensor(shape=(), dtype=np.object_)"
+            f"dataset {spec.dataset!r} in {folder} has a feature that TFDS reads with {error.name}, which is "
+            "not installed: install tensorflow-cpu, or store encoded bytes as Tensor(shape=(), dtype=np.object_)"
         ) from error
     split = spec.split.partition("[")[0]
     if split not in builder.info.splits:
@@ -144,7 +146,7 @@ def _open(spec: TfdsSource) -> tuple[Sequence[Any], dict[str, list[str]], list[s
     encoded = {part.name for part in spec.parts if isinstance(part, Field) and part.modality != "text"}
     decoders: dict[str, Any] = {}
     for name in encoded & features.keys():
-        if not isinstance(features[name], tfds.features.Tensor):  # Image, Audio: their bytes as they are
+        if not isinstance(features[name], tfds.features.Tensor):  # Image and Audio: keep the encoded bytes
             *outer, last = name.split("/")
             functools.reduce(lambda inner, key: inner.setdefault(key, {}), outer, decoders)[last] = (
                 tfds.decode.SkipDecoding()
@@ -153,8 +155,8 @@ def _open(spec: TfdsSource) -> tuple[Sequence[Any], dict[str, list[str]], list[s
         source = builder.as_data_source(split=spec.split, decoders=decoders or None)
     except NotImplementedError as error:
         raise UserError(
-            f"dataset {spec.dataset!r} in {folder} is stored as {builder.info.file_format.value}, which has no random "
-            'access: prepare it with file_format="array_record"'
+            f"dataset {spec.dataset!r} in {folder} is stored as {builder.info.file_format.value}, which does not allow "
+            'random access: prepare it with file_format="array_record"'
         ) from error
     except ValueError as error:
         raise UserError(f"dataset {spec.dataset!r}, split {spec.split!r}: {' '.join(str(error).split())}") from error
@@ -172,7 +174,7 @@ def find_dataset(dataset: str, data_dir: str | Path = "") -> Path:
     """The folder of a prepared dataset, `data_dir/name[/config]/version`.
 
     Raises:
-        UserError: if there is none of that name, with the nearest names; or if it has several configs, and which.
+        UserError: if there is none of that name (with the nearest names), or it has several configs (with their names).
     """
     root = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
     name, _, version = dataset.partition(":")
@@ -181,7 +183,7 @@ def find_dataset(dataset: str, data_dir: str | Path = "") -> Path:
         prepared.setdefault(path.parent.parent.relative_to(root).as_posix(), []).append(path.parent)
     configs = [key for key in prepared if key == name or key.startswith(f"{name}/")]
     if not configs:
-        raise UserError(f"no dataset {name!r} is prepared in {root}: {nearest(name, prepared)}")
+        raise UserError(f"no prepared dataset {name!r} in {root}: {nearest(name, prepared)}")
     if len(configs) > 1 and name not in configs:
         raise UserError(f"dataset {name!r} in {root} has several configs: name one of {', '.join(configs)}")
     folders = {path.name: path for path in prepared[name if name in configs else configs[0]]}

@@ -1,4 +1,4 @@
-"""The contract of a tokenizer: text to ids and back, two special ids that no text can produce."""
+"""The tokenizer contract: text to ids and back, and two special ids that no text is encoded to."""
 
 import dataclasses
 
@@ -8,16 +8,16 @@ from polygpt.spec import Spec
 
 
 class Tokenizer:
-    """Byte-level tokens numbered from 0, then the two special ids: beginning and end of an example.
+    """Byte-level tokens numbered from 0, followed by two special ids for the beginning and the end of an example.
 
-    A subclass gives `encode`; whatever the text, the ids lie below `bos`.
+    A subclass implements `encode`, whose ids are below `bos` for any text.
 
     Attributes:
-        vocabulary: the number of ids, specials and those that never occur included.
-        used: the number of ids that occur; those from here on do not.
+        vocabulary: number of ids, including the special ids and unused ids.
+        used: number of ids that can occur; the ids from `used` on are unused.
         bos: the id that begins every example.
         eos: the id that ends every example.
-        token_bytes: int32 [vocabulary], UTF-8 bytes that each token stands for; 0 for specials and unused ids.
+        token_bytes: int32 [vocabulary], number of UTF-8 bytes of each token; 0 for special and unused ids.
     """
 
     def __init__(self, pieces: list[bytes]):
@@ -28,7 +28,7 @@ class Tokenizer:
         self.token_bytes = np.array([len(piece) for piece in self._pieces], np.int32)
 
     def padded(self, multiple: int) -> "Tokenizer":
-        """This tokenizer, its vocabulary rounded up to a multiple by ids that never occur and stand for nothing."""
+        """Rounds the vocabulary up to a multiple by adding unused ids. Returns this tokenizer."""
         more = -self.vocabulary % multiple
         self._pieces += [b""] * more
         self.vocabulary += more
@@ -36,21 +36,21 @@ class Tokenizer:
         return self
 
     def encode(self, text: str) -> np.ndarray:
-        """Token ids, int32. Lone surrogates, which no UTF-8 text holds, become question marks."""
+        """Token ids, int32. Lone surrogates, which UTF-8 cannot represent, become question marks."""
         raise NotImplementedError
 
     def decode(self, ids) -> str:
-        """The text of some ids. Specials are skipped; bytes that are no UTF-8 become the replacement character."""
+        """The text of some ids. Special ids are skipped; invalid UTF-8 becomes the replacement character."""
         return b"".join([self._pieces[i] for i in ids]).decode("utf-8", "replace")
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerSpec(Spec):
-    """Which tokenizer. Subclasses live one a file."""
+    """The specification of a tokenizer. Subclasses live one per file, anywhere importable."""
 
     multiple: int = dataclasses.field(default=1, kw_only=True)
-    """The vocabulary is rounded up to a multiple of this, so that its tables divide over devices and fill whole tiles;
-    the ids in between never occur."""
+    """The vocabulary is rounded up to a multiple of this with unused ids, so that embedding tables divide evenly among
+    devices and fill whole tiles."""
 
     def validate(self):
         self.require(self.multiple >= 1, "multiple", "at least 1")
@@ -59,6 +59,6 @@ class TokenizerSpec(Spec):
         """The tokenizer.
 
         Raises:
-            UserError: if a file that it needs is missing or not what it should be.
+            UserError: if a file that it needs is missing or invalid.
         """
         raise NotImplementedError

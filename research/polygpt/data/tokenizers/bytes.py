@@ -1,4 +1,4 @@
-"""The tokenizer that needs no file: a token a byte."""
+"""The tokenizer that needs no file: one token per byte."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ from polygpt.data.tokenizers.base import Tokenizer, TokenizerSpec
 
 @dataclasses.dataclass(frozen=True)
 class Bytes(TokenizerSpec):
-    """UTF-8 bytes as ids 0 to 255; 256 begins an example, 257 ends it."""
+    """UTF-8 bytes as ids 0 to 255; 256 is `bos`, 257 is `eos`."""
 
     def build(self) -> Tokenizer:
         return ByteTokenizer().padded(self.multiple)
