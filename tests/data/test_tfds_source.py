@@ -153,7 +153,7 @@ def test_a_feature_that_needs_tensorflow_says_so(tmp_path, prepared, capfd):
     name = "tensorflow_datasets.core.features.audio_feature.Audio"
     audio = {"shape": {"dimensions": ["-1"]}, "dtype": "int64", "fileFormat": "flac", "encoding": "bytes"}
     redeclare(prepared, tmp_path, {"pythonClassName": name, "audio": audio})
-    with pytest.raises(UserError, match="tensorflow, which is missing: install tensorflow-cpu") as caught:
+    with pytest.raises(UserError, match="tensorflow, which is not installed: install tensorflow-cpu") as caught:
         source(tmp_path).open()
     assert "\n" not in str(caught.value)
     assert capfd.readouterr() == ("", "")
@@ -172,7 +172,7 @@ def test_one_of_several_configs_must_be_named(tmp_path):
 
 @pytest.mark.parametrize("value", [-1, 2])
 def test_a_label_that_is_unknown_is_a_bad_record(value):
-    with pytest.raises(BadRecord, match="^pets, example 3, field label: no label: -?[12] is none of its 2 classes$"):
+    with pytest.raises(BadRecord, match="^pets, example 3, field label: no label: -?[12] is not one of its 2 classes$"):
         _part(Field("label"), {"label": np.int64(value)}, {"label": ["cat", "dog"]}, "pets, example 3")
 
 
