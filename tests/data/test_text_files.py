@@ -1,6 +1,7 @@
 """Text files as a source: units, places, what is refused and how."""
 
 import pickle
+import unicodedata
 
 import pytest
 from hypothesis import given
@@ -33,6 +34,13 @@ def test_files_and_patterns_mean_each_file_once(tmp_path):
     (tmp_path / "b[1].txt").write_text("b")  # a name that is a pattern too
     examples = TextFiles((str(tmp_path / "b[1].txt"), str(tmp_path / "**/*.txt"))).open()
     assert texts(examples) == ["b", "a"]
+
+
+@pytest.mark.parametrize(("typed", "on_disk"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_accents_of_paths_may_be_composed_or_not(tmp_path, typed, on_disk):
+    (tmp_path / unicodedata.normalize(on_disk, "größe é.txt")).write_text("a")
+    for pattern in ("größe é.txt", "größe*.txt"):
+        assert texts(TextFiles((str(tmp_path / unicodedata.normalize(typed, pattern)),)).open()) == ["a"]
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])

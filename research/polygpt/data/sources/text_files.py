@@ -2,6 +2,7 @@
 
 import dataclasses
 import glob
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -42,7 +43,10 @@ def find_files(paths: Sequence[str]) -> list[Path]:
     """
     found = {}
     for path in paths:
-        matches = [path] if Path(path).exists() else sorted(glob.glob(path, recursive=True))
+        # Accents may be composed or decomposed in the names on the disk, whichever way the path is typed.
+        forms = dict.fromkeys((path, *(unicodedata.normalize(form, path) for form in ("NFC", "NFD"))))
+        found_by = ([form] if Path(form).exists() else sorted(glob.glob(form, recursive=True)) for form in forms)
+        matches = next(filter(None, found_by), [])
         files = [Path(match) for match in matches if Path(match).is_file()]
         if not files:
             raise UserError(f"no text file {path!r}: give a file or a pattern that matches files")
