@@ -132,7 +132,7 @@ def test_a_saved_state_that_cannot_be_read_is_made_anew(grouped, tmp_path, monke
     folder.mkdir()
     (folder / together.STATE).write_bytes(b"PK\x03\x04 cut")
     assert lasting(run(tmp_path, experiment())) == lasting(grouped.records)
-    assert "training begins anew" in caplog.text
+    assert "training starts again" in caplog.text
 
 
 def test_a_signal_saves_and_the_same_task_goes_on(grouped, tmp_path):
@@ -254,7 +254,7 @@ def test_killed_twice_and_begun_again_equals_never_killed_to_the_bit(tmp_path):
         assert state.exists()
     found, errors = finish(start("killed"))
     assert found == whole
-    assert "goes on from step" in errors
+    assert "resumes at step" in errors
 
 
 @pytest.mark.slow

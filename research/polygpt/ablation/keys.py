@@ -48,9 +48,7 @@ def configured(experiment: Experiment) -> str:
     data = _given(experiment.replace(seed=0, name="any"))
     drop_same_mathematics(data)
     sources = {
-        f"{file.name}:{cls.__qualname__}": code_hash(file)
-        for cls in user_classes(experiment)
-        if (file := file_of(cls))
+        f"{file.name}:{cls.__qualname__}": code_hash(file) for cls in user_classes(experiment) if (file := file_of(cls))
     }
     return json.dumps([data, VERSION, sorted(sources.items())], sort_keys=True)
 

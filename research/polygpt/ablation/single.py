@@ -1,6 +1,6 @@
-"""Runs one after the other, each as `polygpt train` does it: where seeds cannot be trained together.
+"""Runs one after the other, each like `polygpt train`: for seeds that cannot be trained together.
 
-A run goes on from its last checkpoint; its figures are kept beside it, a line a step.
+A run resumes from its last checkpoint; its figures are kept beside it, one line per step.
 """
 
 import json
@@ -19,7 +19,7 @@ from polygpt.training.loop import train
 from polygpt.training.sinks import Silent, truncate
 
 FIGURES, RECORD = "figures.jsonl", "record.json"
-"""What is left in a run's folder: on the way, and in the end."""
+"""Files in a run's folder: figures while it trains, the record at the end."""
 
 
 def run(task: Task, tell: Tell) -> list[dict[str, Any]]:
@@ -31,9 +31,9 @@ def run(task: Task, tell: Tell) -> list[dict[str, Any]]:
 
 
 def run_once(experiment: Experiment, workdir: Path, tell: Tell = lambda _: None, name: str = "") -> dict[str, Any]:
-    """Trains in a run folder, or goes on there; the record of the run.
+    """Trains in a run folder, or resumes there; returns the record of the run.
 
-    Its metrics are those of the last step's parameters, whatever `train.use` says.
+    Metrics are those of the last step's parameters, whatever `train.use` says.
 
     Raises:
         UserError: data or settings are at fault, or the disk is full.
@@ -68,7 +68,7 @@ def _at(progress: Progress, step: int, loss: float) -> Progress:
 
 
 class _Figures(Silent):
-    """Every step's loss and every evaluation, a line each."""
+    """Writes every step's loss and every evaluation, one line each."""
 
     def __init__(self, path: Path, step: int, tell):
         self.path, self.tell = path, tell
@@ -100,7 +100,7 @@ class _Figures(Silent):
 
 
 def _read(path: Path) -> tuple[np.ndarray, list[tuple[int, dict]]]:
-    """The losses of all steps, a loss that is not finite as NaN, and the evaluations."""
+    """The losses of all steps, non-finite ones as NaN, and the evaluations."""
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     losses = {line["step"]: np.nan if line["loss"] is None else line["loss"] for line in lines if "loss" in line}
     evaluations = {line["step"]: line["tasks"] for line in lines if "tasks" in line}

@@ -1,4 +1,4 @@
-"""Several seeds of an experiment as one: their states, batches and steps, with an axis of seeds in front."""
+"""Several seeds of an experiment as one: states, batches and steps with a leading axis of seeds."""
 
 import dataclasses
 import io
@@ -28,9 +28,9 @@ def most(experiment: Experiment) -> int:
 
 
 def fitting(experiment: Experiment) -> float:
-    """How many seeds fit into the memory of a device, by estimate.
+    """Estimated number of seeds that fit into a device's memory, at least 1.
 
-    Each takes its state, a gradient and updates, and activations: by layer T B D (34 + 5 H T / D) bytes at 16 bits
+    Each needs its state, a gradient and updates, activations of T B D (34 + 5 H T / D) bytes per layer at 16 bits
     (Korthikanti et al., 2205.05198, eq. 1), and the logits with their gradient.
     """
     vocabulary, decoder = experiment.tokenizer.build().vocabulary, experiment.model.decoder
@@ -46,7 +46,7 @@ def fitting(experiment: Experiment) -> float:
 
 
 class Streams(Iterator[Batch]):
-    """The batches of several seeds, stacked: every array has an axis of seeds in front."""
+    """Batches of several seeds, stacked: every array has a leading axis of seeds."""
 
     last_examples = ()
 
@@ -57,16 +57,16 @@ class Streams(Iterator[Batch]):
         return jax.tree.map(lambda *arrays: np.stack(arrays), *[next(stream) for stream in self.streams])
 
     def get_state(self) -> dict[str, Any]:
-        """Where each stands."""
+        """The position of each stream."""
         return {"streams": [stream.get_state() for stream in self.streams]}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Continues where `get_state` was asked."""
+        """Continues from a state of `get_state`."""
         for stream, own in zip(self.streams, state["streams"], strict=True):
             stream.set_state([own])
 
     def close(self) -> None:
-        """Ends all workers."""
+        """Stops all workers."""
         for stream in self.streams:
             stream.close()
 
@@ -80,7 +80,7 @@ def initial(program: Program) -> Callable[[jax.Array], State]:
 def over_seeds(program: Program) -> Callable:
     """The compiled step of all seeds, `(states, batches, seeds) -> (states, figures)`; the states are donated.
 
-    The figures are float32 [2, seeds]: the losses, and how many of the last steps were not finite.
+    The figures are float32 [2, seeds]: losses, and the number of non-finite steps in a row.
     """
 
     def advance(state, batch, seed):
@@ -92,7 +92,7 @@ def over_seeds(program: Program) -> Callable:
 
 
 def write(path: Path, state: State, losses: np.ndarray, said: dict[str, Any]) -> None:
-    """Keeps a state, losses and JSON data in one file, whole or not at all."""
+    """Writes a state, losses and JSON data to one file, atomically."""
     arrays = {f"state/{name}": np.asarray(leaf) for name, leaf in _paths(state).items()}
     buffer = io.BytesIO()
     np.savez(buffer, losses=losses, said=np.frombuffer(json.dumps(said).encode(), np.uint8), **arrays)
@@ -100,16 +100,16 @@ def write(path: Path, state: State, losses: np.ndarray, said: dict[str, Any]) ->
 
 
 def read(path: Path, target: State, device: jax.Device) -> tuple[State, np.ndarray, dict[str, Any]]:
-    """What `write` kept; `target` has the shapes and dtypes of the state, which is put on the device.
+    """Reads what `write` wrote. `target` has the state's shapes and dtypes; the state is put on the device.
 
     Raises:
-        OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile: if it is not there, damaged or of another model.
+        OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile: the file is missing, damaged or of another model.
     """
     with np.load(path) as file:
         said, losses = json.loads(file["said"].tobytes()), file["losses"]
         leaves = [_as(file[f"state/{name}"], shape) for name, shape in _paths(target).items()]
     state = jax.device_put(jax.tree.unflatten(jax.tree.structure(target), leaves), device)
-    # Copied: an array that JAX takes over as it is on a CPU must not be donated.
+    # Copied: on a CPU, JAX may alias a NumPy array, which must not be donated.
     return jax.tree.map(jnp.copy, state), losses, said
 
 
@@ -119,7 +119,7 @@ def _paths(tree: Any) -> dict[str, Any]:
 
 
 def _as(array: np.ndarray, shape: jax.ShapeDtypeStruct) -> np.ndarray:
-    """The array as it was saved: NumPy forgets the dtypes that it does not know. ValueError if it is another."""
+    """The array with its dtype, which NumPy loses if it does not know it. ValueError if it does not match."""
     array = array.view(shape.dtype) if array.dtype.kind == "V" else array
     if array.shape != shape.shape or array.dtype != shape.dtype:
         raise ValueError(f"an array is {array.dtype}{array.shape}, it must be {shape.dtype}{shape.shape}")

@@ -1,4 +1,4 @@
-"""The results of an ablation in numbers: intervals, differences, what runs took, and the verdicts on its claims."""
+"""The results of an ablation in numbers: intervals, differences, costs, and verdicts on its claims."""
 
 import dataclasses
 import math
@@ -23,13 +23,13 @@ class Row:
     Attributes:
         variant: its name.
         at: the value of each factor.
-        seeds: that have a result.
-        mean: of the metric over them; None without seeds.
+        seeds: number of seeds with a result.
+        mean: mean of the metric; None without seeds.
         t, bootstrap: 95 % intervals (low, high) of the mean.
-        compared: beside the first variant, at the same values; None for the first itself.
-        better: the chance that a run is better than one of the first variant; None for the first itself.
+        compared: comparison with the first variant at the same values; None for the first variant.
+        better: probability that a run is better than one of the first variant; None for the first variant.
         paper: the paper's figure; None without one.
-        diverged: seeds that count as diverged.
+        diverged: number of seeds that count as diverged.
     """
 
     variant: str
@@ -46,17 +46,17 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What the runs of a variant took.
+    """Cost of a variant's runs.
 
     Attributes:
-        variant, at: which; of the factors that are run over, those that change what a run takes.
-        runs: how many there are.
+        variant, at: which runs; `at` has only the factors that change the cost.
+        runs: number of runs.
         tuned: the values of the tuned grid that were chosen.
-        parameters: the model's.
-        flops: of a run, forward and backward, by formula.
-        steps, tokens: of a run; tokens are positions of batches.
-        seconds: of a run, the mean.
-        diverged: runs that did.
+        parameters: number of parameters.
+        flops: FLOPs per run, forward and backward, by formula.
+        steps, tokens: per run; tokens are batch positions.
+        seconds: mean wall time per run.
+        diverged: number of runs that diverged.
     """
 
     variant: str
@@ -72,7 +72,7 @@ class Cost:
 
 
 def rows(frame: Frame) -> list[Row]:
-    """Every variant at every combination of the values of all factors, those that are read at among them."""
+    """Every variant at every combination of values of all factors, including the one in `reads`."""
     first = next(iter(frame.values))
     paper = frame.ablation.paper
     found = []
@@ -99,7 +99,7 @@ def rows(frame: Frame) -> list[Row]:
 
 
 def costs(frame: Frame) -> list[Cost]:
-    """What runs took: for every variant and value of the factors on which it depends."""
+    """Costs per variant and value of the factors on which they depend."""
     whole = [record for record in frame.records if not record["diverged"]] or frame.records
     kept = [factor for factor in frame.ablation.over if _matters(factor, whole)]
     groups: dict[str, list[Mapping[str, Any]]] = {}
@@ -118,7 +118,7 @@ def costs(frame: Frame) -> list[Cost]:
 
 
 def _matters(factor: str, records: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether what a run takes depends on the factor."""
+    """Whether the cost of a run depends on the factor."""
     seen: dict[str, tuple] = {}
     for record in records:
         others = {name: value for name, value in record["at"].items() if name != factor}
@@ -129,13 +129,13 @@ def _matters(factor: str, records: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def verdicts(frame: Frame) -> list[Verdict]:
-    """What the seeds say of the ablation's claims."""
+    """Verdicts on the ablation's claims."""
     ablation = frame.ablation
     return judge(frame.values, frame.axes, ablation.claims, noise=ablation.noise, better=ablation.measure.better)
 
 
 def best_rows(found: Sequence[Row], better: str) -> list[int]:
-    """Of every combination of factors the row with the best mean, the first of equals; of one variant none."""
+    """For every combination of factors the row with the best mean, the first of equals; none for a single variant."""
     best: dict[str, int] = {}
     if len({row.variant for row in found}) == 1:
         return []
@@ -149,7 +149,7 @@ def best_rows(found: Sequence[Row], better: str) -> list[int]:
 
 
 def best_place(frame: Frame, variant: str) -> dict[str, Name]:
-    """The values of the factors that are run over at which the variant's mean over seeds is best."""
+    """The values of the factors in `over` at which the variant's mean over seeds is best."""
     shape = [len(values) for values in frame.ablation.over.values()]
     values = frame.values[variant].reshape(len(frame.seeds), math.prod(shape), -1).mean(axis=2)
     means = np.array([x.mean() if len(x := complete(x_S)) else math.nan for x_S in columns(values)])
@@ -161,14 +161,14 @@ def best_place(frame: Frame, variant: str) -> dict[str, Name]:
 
 
 def missing(frame: Frame) -> tuple[int, int]:
-    """(runs of the comparison that are not there, all of them)."""
+    """(missing runs of the comparison, all its runs)."""
     places = math.prod(len(values) for values in frame.ablation.over.values())
     asked = len(frame.ablation.variants) * places * max(frame.ablation.seeds, len(frame.seeds))
     return asked - len(frame.records), asked
 
 
 def combinations(frame: Frame) -> Iterator[dict[str, Name]]:
-    """Every combination of the values of all factors, as `columns` orders them."""
+    """Every combination of values of all factors, in the order of `columns`."""
     for index in np.ndindex(*map(len, frame.axes.values())):
         yield {factor: frame.axes[factor][i] for factor, i in zip(frame.axes, index, strict=True)}
 

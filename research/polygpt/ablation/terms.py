@@ -1,4 +1,4 @@
-"""Terms of claims: numbers for each seed, along the factors of an ablation, and choices of several of them."""
+"""Terms of claims: numbers per seed along the factors of an ablation, and extrema of several terms."""
 
 import ast
 import dataclasses
@@ -12,12 +12,12 @@ from polygpt.errors import SpecError
 
 @dataclasses.dataclass(frozen=True)
 class Quantity:
-    """A number for each seed.
+    """A number per seed.
 
     Attributes:
         node: the expression.
-        values: float64 [S, n_axis1, ...], NaN for what is missing; 1 in place of S for a constant, and in place of a
-            factor that was taken over.
+        values: float64 [S, n_axis1, ...], NaN where missing; S is 1 for a constant, and so is the axis of a factor that
+            was reduced.
         axes: the factors that are left.
     """
 
@@ -27,25 +27,25 @@ class Quantity:
 
     @property
     def text(self) -> str:
-        """The expression as it would be written."""
+        """The expression as text."""
         return ast.unparse(self.node)
 
     @property
     def constant(self) -> bool:
-        """Whether it is made of numbers and `noise` alone."""
+        """Whether it consists of numbers and `noise` only."""
         return all(node.id == "noise" for node in ast.walk(self.node) if isinstance(node, ast.Name))
 
 
 @dataclasses.dataclass(frozen=True)
 class Extremum:
-    """The lowest (`kind` is "min") or the highest ("max") of several terms, by their means."""
+    """The smallest (`kind` "min") or largest ("max") of several terms, by their means over seeds."""
 
     kind: str
     options: tuple["Term", ...]
 
     @property
     def axes(self) -> frozenset[str]:
-        """The factors that are left in any of them."""
+        """The factors that are left in any option."""
         return frozenset().union(*(option.axes for option in self.options))
 
 
@@ -62,16 +62,16 @@ def negative(term: Term) -> Term:
 
 
 def absolute(term: Term) -> Extremum:
-    """abs(term): the higher of the term and its negative."""
+    """abs(term): the larger of the term and its negative."""
     return Extremum("max", (term, negative(term)))
 
 
 def arithmetic(op: ast.operator, left: Term, right: Term) -> Term:
-    """`left op right`: of a choice, the choice of the results.
+    """`left op right`; for an extremum, the extremum of the results.
 
     Raises:
-        SpecError: for a division by 0, and for a choice multiplied or divided by what differs by seed: whether that
-            turns min into max would depend on the seed.
+        SpecError: division by 0, or an extremum multiplied or divided by a term that differs between seeds: the seed
+            would decide whether that turns min into max.
     """
     if isinstance(left, Quantity) and isinstance(right, Quantity):
         if isinstance(op, ast.Div) and right.constant and not right.values.any():
@@ -94,7 +94,7 @@ def arithmetic(op: ast.operator, left: Term, right: Term) -> Term:
 
 
 def by_seed(term: Term) -> Quantity:
-    """The term, with its choices made within each seed and point."""
+    """The term with its extrema taken within each seed and point."""
     if isinstance(term, Quantity):
         return term
     options = list(map(by_seed, term.options))
@@ -117,7 +117,7 @@ def _rise(values: np.ndarray, axis: int, keepdims: bool) -> np.ndarray:
 def _argmin(values: np.ndarray, axis: int, keepdims: bool) -> np.ndarray:
     lowest = values == values.min(axis=axis, keepdims=True)
     steps = np.arange(values.shape[axis]).reshape([-1 if i == axis else 1 for i in range(values.ndim)])
-    count = np.maximum(lowest.sum(axis=axis, keepdims=True), 1)  # none is lowest where one is missing
+    count = np.maximum(lowest.sum(axis=axis, keepdims=True), 1)  # no value equals the minimum if one is missing
     return (lowest * steps).sum(axis=axis, keepdims=True) / count
 
 
@@ -129,11 +129,11 @@ OVER: dict[str, Callable[..., np.ndarray]] = {
     "spread": np.ptp,
     "argmin": _argmin,
 }
-"""What is taken over an axis of values; the axis stays, with size 1."""
+"""Reductions over an axis, which stays with size 1."""
 
 
 def over(function: str, term: Term, axis: int, name: str) -> Quantity:
-    """A function of OVER within each seed, over the factor `name`; missing where a value is missing."""
+    """Applies a function of OVER within each seed over the factor `name`; missing where any value is missing."""
     term = by_seed(term)
     call = ast.Call(ast.Name(function), [term.node], [ast.keyword("over", ast.Name(name))])
     missing = np.isnan(term.values).any(axis=axis, keepdims=True)
@@ -142,8 +142,8 @@ def over(function: str, term: Term, axis: int, name: str) -> Quantity:
 
 
 def at(term: Term, axis: int, name: str, index: int, point) -> Term:
-    """The term where the factor `name` has its value of number `index`, which is `point`."""
-    if name not in term.axes:  # an option that is the same for all
+    """The term at the value `point`, number `index`, of the factor `name`."""
+    if name not in term.axes:  # an option that does not depend on the factor
         return term
     if isinstance(term, Extremum):
         return Extremum(term.kind, tuple(at(option, axis, name, index, point) for option in term.options))

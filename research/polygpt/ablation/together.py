@@ -1,8 +1,8 @@
-"""All seeds of a point in one program: the training step, mapped over the seeds.
+"""All seeds of a point in one program: the training step, vmapped over seeds.
 
-A seed's numbers are those of a run of its own (`training/loop.py`) to rounding: initial parameters, dropout, the order
-of examples and augmentation are derived from the seed in the same way, and no seed sees another. A group of seeds
-leaves its state in its folder now and then; killed and begun again, it gives the same numbers to the bit.
+A seed's results equal those of a separate run (`training/loop.py`) up to rounding: initial parameters, dropout, the
+order of examples and augmentation derive from the seed in the same way, and seeds do not interact. A group of seeds
+saves its state to its folder at intervals; killed and restarted, it gives bit-identical results.
 """
 
 import dataclasses
@@ -37,15 +37,15 @@ from polygpt.training.prefetch import Prefetch
 from polygpt.training.program import assemble
 
 SAVE_EVERY = 20.0
-"""Seconds between two saves, or ten times what one takes, if that is more."""
+"""Seconds between saves, or ten times the duration of a save, if that is more."""
 STATE, RECORDS = "state.npz", "records.json"
-"""What a group leaves in its folder: on the way, and in the end."""
+"""Files in a group's folder: state while it trains, records at the end."""
 
 log = logging.getLogger(__name__)
 
 
 def reason_against(experiment: Experiment) -> str | None:
-    """Why seeds of an experiment cannot be trained together; None if they can."""
+    """Why the seeds of an experiment cannot be trained together; None if they can."""
     train = experiment.train
     if train.parallel not in ("single", "auto"):
         return f"train.parallel is {train.parallel!r}: one seed takes several devices"
@@ -59,7 +59,7 @@ def reason_against(experiment: Experiment) -> str | None:
 
 
 def run(task: Task, tell: Tell) -> list[dict[str, Any]]:
-    """The records of a task's runs; seeds that would not fit into the memory together are trained in smaller groups.
+    """The records of a task's runs; seeds that do not fit into memory together are trained in smaller groups.
 
     Raises:
         UserError: data or settings are at fault, or the disk is full.
@@ -86,14 +86,14 @@ def _in_groups(task: Task, experiments: list[Experiment], most: int, tell: Tell)
 
 @dataclasses.dataclass
 class Course:
-    """What is known of a group on the host.
+    """The host's record of a group.
 
     Attributes:
         done: steps taken.
-        losses: float32 [seeds, steps]; NaN where a step was not taken yet.
-        stopped: of each seed, after how many steps it was given up; None if it was not.
-        evaluations: of each the step, and for every seed its tasks' measures, {} once it was given up.
-        seconds: that it took so far.
+        losses: float32 [seeds, steps]; NaN for steps not taken yet.
+        stopped: per seed the step at which it was stopped; None if it was not.
+        evaluations: (step, measures of the tasks per seed); {} for a seed that was stopped.
+        seconds: time so far.
     """
 
     done: int
@@ -112,7 +112,7 @@ class _Group:
         self.folder = task.folder / "-".join(["seeds", *map(str, dict.fromkeys((self.seeds[0], self.seeds[-1])))])
 
     def run(self) -> list[dict[str, Any]]:
-        """Trains and evaluates all of them, or reads what was found before."""
+        """Trains and evaluates all of them, or reads their records."""
         if (self.folder / RECORDS).exists():
             return json.loads((self.folder / RECORDS).read_text(encoding="utf-8"))
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -163,7 +163,7 @@ class _Group:
             self._evaluate()
 
     def _settle(self, step: int, figures: jax.Array) -> None:
-        """Takes down what a step gave."""
+        """Records the losses of a step."""
         losses, in_row = np.asarray(figures)
         self.course.losses[:, step - 1] = losses
         for i, count in enumerate(in_row):
@@ -172,7 +172,7 @@ class _Group:
         self.tell(Progress(self.name, self.seeds, step, self.experiment.train.steps, tuple(map(float, losses))))
 
     def _evaluate(self) -> None:
-        """Measures every seed that was not given up; the program that does it is compiled once."""
+        """Evaluates every seed that was not stopped; the program is compiled once."""
         experiment, plan = self.experiment, held_out.plan(self.experiment)
         if not plan.tasks or self.course.evaluations and self.course.evaluations[-1][0] == self.course.done:
             return
@@ -202,7 +202,7 @@ class _Group:
 
     def _streams(self) -> stacked.Streams:
         data = self.experiment.data
-        workers = math.ceil(data.workers / len(self.seeds))  # they change nothing but the time
+        workers = math.ceil(data.workers / len(self.seeds))  # they do not change the results
         data, adapters = data.replace(workers=workers), self.experiment.model.adapters
         return stacked.Streams([train_batches(data, self.tokenizer, adapters, seed=seed) for seed in self.seeds])
 
@@ -224,15 +224,15 @@ class _Group:
         self.next_save = time.monotonic() + max(SAVE_EVERY, 10 * (time.monotonic() - begin))
 
     def _restore(self) -> None:
-        """Takes the state that was saved last; without one, or if it cannot be used, the initial one."""
+        """Restores the last saved state, or the initial one if there is none or it cannot be used."""
         self.next_save = time.monotonic() + SAVE_EVERY
         try:
             self._read()
-            log.warning("%s: goes on from step %d", self.name, self.course.done)
+            log.warning("%s: resumes at step %d", self.name, self.course.done)
         except FileNotFoundError:
             self._begin()
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            log.warning("%s cannot be read, training begins anew: %s", self.folder / STATE, error)
+            log.warning("%s cannot be read, training starts again: %s", self.folder / STATE, error)
             self.streams = self._streams()
             self._begin()
 

@@ -18,7 +18,7 @@ from polygpt.spec import Spec
 from polygpt.training.experiment import Experiment
 
 EVERY = 1.0
-"""Seconds between two notes of a worker's progress."""
+"""Seconds between a worker's progress notes."""
 PROGRESS = "progress.json"
 """In a task's folder: the last note."""
 
@@ -29,10 +29,10 @@ class Progress:
 
     Attributes:
         task: the task's name.
-        seeds: those that are trained now.
+        seeds: the seeds in training.
         step: steps taken.
-        steps: of how many.
-        losses: of each seed, the training loss of the last step; it may not be finite.
+        steps: steps in all.
+        losses: training loss of the last step per seed; may be non-finite.
     """
 
     task: str
@@ -43,18 +43,18 @@ class Progress:
 
 
 Tell = Callable[[Progress], None]
-"""Is told how far a task is: after every step, or as often as the engine comes to know."""
+"""Receives the progress of a task, after every step or as often as the engine learns of it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """The runs of a point that are to be done.
+    """Runs of a point that are to be made.
 
     Attributes:
-        name: of the point, for people; no two tasks of an ablation have the same.
-        experiments: equal but for their seeds.
-        folder: absolute, the task's own: it holds what an interrupted task goes on from.
-        measured: costs to be measured besides, of `measures.MEASURES`.
+        name: name of the point, unique among the tasks of an ablation.
+        experiments: equal except for their seeds.
+        folder: absolute path of the task's own folder, from which an interrupted task resumes.
+        measured: costs of `measures.MEASURES` to measure as well.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Task:
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        """The seed of each experiment."""
+        """The experiments' seeds."""
         return tuple(experiment.seed for experiment in self.experiments)
 
     def to_json(self) -> str:
@@ -82,7 +82,7 @@ class Task:
         return cls(data["name"], experiments, Path(data["folder"]), tuple(data["measured"]))
 
     def progress(self) -> Progress | None:
-        """The last note that `work` left, wherever it ran; None before the first."""
+        """The last note of `work`, wherever it ran; None before the first."""
         try:
             data = json.loads((self.folder / PROGRESS).read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -96,8 +96,8 @@ class Failure:
 
     Attributes:
         message: one line.
-        final: whether the input is at fault, so that to try again would not help.
-        trace: the traceback, where there is one.
+        final: whether the input is at fault, so that another attempt would fail too.
+        trace: the traceback, if there is one.
     """
 
     message: str
@@ -106,7 +106,7 @@ class Failure:
 
     @classmethod
     def of(cls, error: BaseException) -> "Failure":
-        """Of an error that ended a task."""
+        """The failure that an error means."""
         final = isinstance(error, UserError)
         message = str(error) if final else f"{type(error).__name__}: {error}"
         return cls(" ".join(message.split()), final, "".join(traceback.format_exception(error)))
@@ -114,16 +114,16 @@ class Failure:
 
 @dataclasses.dataclass(frozen=True)
 class Engine(Spec):
-    """Base of the engines. A new one is a file of this folder with a subclass."""
+    """Base class of engines. A new engine is a file in this folder with a subclass."""
 
     def run(self, tasks: Sequence[Task], tell: Tell) -> Iterator[tuple[Task, list[dict[str, Any]] | Failure]]:
-        """Works on all tasks; gives each once, when it is done, in whatever order.
+        """Works on all tasks and yields each once, as it finishes, in any order.
 
         Args:
-            tasks: what is to be done.
-            tell: is told how far the tasks are.
+            tasks: the tasks.
+            tell: receives their progress.
 
         Yields:
-            A task, and the records of its runs in the order of its experiments, or why there are none.
+            A task with the records of its runs, in the order of its experiments, or with its failure.
         """
         raise NotImplementedError

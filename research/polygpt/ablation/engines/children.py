@@ -1,4 +1,4 @@
-"""Processes of this machine that work for this one: each with its share of it; they end when it ends."""
+"""Child processes on this machine, each with a share of it; they end when this process ends."""
 
 import contextlib
 import dataclasses
@@ -15,18 +15,18 @@ from pathlib import Path
 from polygpt.scale.launch.local import gpus
 
 GRACE = 30.0
-"""Seconds that a process has to save and end when it is asked to, before it is killed."""
+"""Seconds that a process has to save and end before it is killed."""
 MEMORY = 0.9
-"""The share of a GPU's memory that the processes on it take together."""
+"""Share of a GPU's memory that all processes on it use together."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """A process's part of the machine.
+    """A process's share of the machine.
 
     Attributes:
-        environment: variables that it is to find.
-        cores: that it may run on; empty for all.
+        environment: environment variables to set.
+        cores: cores to run on; empty for all.
     """
 
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -34,8 +34,8 @@ class Share:
 
 
 def start(words: Sequence[str], share: Share = Share(), log: Path | None = None) -> subprocess.Popen:
-    """Starts this Python with words; stdin and stdout are pipes. What is printed to stderr is added to `log`."""
-    # The modules that this process finds, it finds; Ctrl-C reaches it through this process alone, and so once.
+    """Starts this Python with arguments; stdin and stdout are pipes, stderr is appended to `log`."""
+    # It finds the same modules. A session of its own: Ctrl-C reaches it through this process only, and so once.
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))} | share.environment
     with contextlib.ExitStack() as stack:
         errors = subprocess.DEVNULL if log is None else stack.enter_context(log.open("ab"))
@@ -50,14 +50,14 @@ def start(words: Sequence[str], share: Share = Share(), log: Path | None = None)
             start_new_session=True,
         )
     if share.cores:
-        with contextlib.suppress(ProcessLookupError):  # it has ended: whoever waits for it will see
-            os.sched_setaffinity(child.pid, share.cores)  # long before it asks how many threads it may have
+        with contextlib.suppress(ProcessLookupError):  # it has ended: the caller will notice
+            os.sched_setaffinity(child.pid, share.cores)  # long before it decides on a number of threads
     return child
 
 
 @contextlib.contextmanager
 def ended(children: Iterable[subprocess.Popen], grace: float = GRACE) -> Iterator[None]:
-    """However it is left, the children (those that are among them then) have ended: first asked to, then killed."""
+    """On exit, however it happens, all children have ended: first asked, then killed."""
     try:
         yield
     finally:
@@ -68,7 +68,7 @@ def ended(children: Iterable[subprocess.Popen], grace: float = GRACE) -> Iterato
             deadline = time.monotonic() + grace
             while any(child.poll() is None for child in alive) and time.monotonic() < deadline:
                 time.sleep(0.02)
-        finally:  # a second Ctrl-C while they are saving
+        finally:  # also after a second Ctrl-C while they save
             for child in alive:
                 if child.poll() is None:
                     child.kill()
@@ -76,7 +76,7 @@ def ended(children: Iterable[subprocess.Popen], grace: float = GRACE) -> Iterato
 
 
 def how(code: int) -> str:
-    """How a process ended, for a person."""
+    """How a process ended, in words."""
     if code >= 0:
         return f"ended with code {code}"
     more = ": perhaps there was too little memory for so many workers" if -code == signal.SIGKILL else ""
@@ -84,7 +84,7 @@ def how(code: int) -> str:
 
 
 def count_gpus() -> int:
-    """How many NVIDIA GPUs processes of this machine may use; JAX is not asked, which would take their memory."""
+    """Number of NVIDIA GPUs that processes here may use. JAX is not asked: it would allocate their memory."""
     if os.environ.get("JAX_PLATFORMS") == "cpu":
         return 0
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -94,16 +94,16 @@ def count_gpus() -> int:
 
 
 def cores() -> tuple[int, ...]:
-    """The cores that this process may run on; none where the system does not say, as macOS."""
+    """Cores that this process may run on; empty where the system does not say (macOS)."""
     return tuple(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else ()
 
 
 def shares(count: int) -> list[Share]:
-    """What each of `count` processes is to have, so that they divide the machine's GPUs, or without any its cores.
+    """Shares for `count` processes, which divide the machine's GPUs or, without GPUs, its cores.
 
-    Of fewer GPUs than processes each is shared by several, which divide its memory. Cores are divided because a small
-    program gains little from a second one, and two that share both wait for each other; with more processes than cores
-    they are left to the system.
+    With fewer GPUs than processes, several share a GPU and divide its memory. Cores are divided because a small program
+    gains little from a second one, and two programs on the same two wait for each other; with more processes than
+    cores the system decides.
     """
     there, mine = count_gpus(), cores()
     if count <= 1:

@@ -1,4 +1,4 @@
-"""The engine of one process: this one. Tasks are worked on one after the other."""
+"""The engine that works in this process, one task after the other."""
 
 import dataclasses
 import json
@@ -11,7 +11,7 @@ from polygpt.ablation.engines.worker import work
 
 @dataclasses.dataclass(frozen=True)
 class Inline(Engine):
-    """Works in this process. An error ends the task that it came up in, and no other."""
+    """Works in this process. An error ends only the task in which it occurs."""
 
     def run(self, tasks: Sequence[Task], tell: Tell) -> Iterator[tuple[Task, list[dict[str, Any]] | Failure]]:
         for task in tasks:

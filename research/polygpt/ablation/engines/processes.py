@@ -20,14 +20,14 @@ WORDS = ("-m", "polygpt.ablation.engines.worker")
 class Processes(Engine):
     """A pool of processes, each with one task at a time.
 
-    A process that dies, killed by the system for want of memory, say, is started again, and its task goes on from what
-    it had saved; the others do not notice. Ctrl-C ends all of them, which save first.
+    A process that dies, for example killed for lack of memory, is started again and its task resumes from what it
+    saved; the others are not affected. Ctrl-C ends all of them after they have saved.
     """
 
     workers: int | None = None
-    """How many; null for one on each GPU, or where there is none on each core."""
+    """Number of processes; null for one per GPU, or one per core without GPUs."""
     retries: int = 2
-    """How often a task is begun again whose process died."""
+    """How often a task is retried after its process died."""
 
     def validate(self):
         self.require(self.workers is None or self.workers >= 1, "workers", "null or at least 1")
@@ -42,7 +42,7 @@ class Processes(Engine):
 
 @dataclasses.dataclass
 class _Busy:
-    """A process with a task; `share` is its number among the shares of the machine."""
+    """A process with a task; `share` is the index of its share of the machine."""
 
     process: subprocess.Popen
     task: Task
@@ -69,7 +69,7 @@ class _Pool:
                 line = made.process.stdout.readline()
                 if line.endswith("\n"):
                     self.idle[made.share] = made.process
-                    self.watch([made.task])  # it may have been begun and done between two looks
+                    self.watch([made.task])  # it may have begun and finished since the last look
                     yield made.task, worker.read(line)
                     continue
                 self.idle[made.share] = None
@@ -85,14 +85,14 @@ class _Pool:
             task.folder.mkdir(parents=True, exist_ok=True)
             process = children.start(WORDS, self.shares[share], task.folder / worker.LOG)
             self.started.append(process)
-        with contextlib.suppress(BrokenPipeError):  # it has died: its stdout tells so
+        with contextlib.suppress(BrokenPipeError):  # it has died: its stdout will show
             process.stdin.write(task.to_json() + "\n")
             process.stdin.flush()
         self.selector.register(process.stdout.fileno(), selectors.EVENT_READ)
         return _Busy(process, task, share)
 
     def _ended(self, made: _Busy) -> Failure | None:
-        """What is to be said of a task whose process died; None if it is to be tried again."""
+        """The failure of a task whose process died; None if it is to be retried."""
         code = made.process.wait()
         times = self.deaths[made.task.name]
         if times <= self.retries:

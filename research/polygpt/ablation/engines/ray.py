@@ -1,4 +1,4 @@
-"""The engine of a Ray cluster: a remote call a task, on whatever nodes there are."""
+"""The engine for a Ray cluster: a remote call per task."""
 
 import contextlib
 import dataclasses
@@ -14,29 +14,29 @@ from polygpt.errors import UserError
 
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # or each worker warns that a later version will do what this asks for
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # or each worker warns that a later version will do this anyway
 }
-"""Set before Ray is imported, which sends statistics of its use otherwise."""
+"""Set before Ray is imported; otherwise it sends usage statistics."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Ray(Engine):
-    """Ray's workers, one task each. Every node needs this package, and the user's own files at the same places.
+    """Ray workers with one task each. Every node needs this package, and the user's files at the same paths.
 
-    When a worker or its node dies, Ray runs the task elsewhere. Where all nodes see the folder of the ablation it goes
-    on there from what was saved, and the progress of all tasks is told; where they do not, it begins again, the results
-    are the same, and nothing is told before a task is done.
+    When a worker or its node dies, Ray runs the task elsewhere. If all nodes see the ablation's folder, it resumes
+    there from what was saved and progress is reported; if not, it starts again with the same results, and nothing is
+    reported before a task is finished.
     """
 
     address: str | None = None
-    """Of the cluster: "auto" for the one that this machine belongs to, "ray://head:10001" from outside; null to start
-    one on this machine, which ends with this process."""
+    """Address of the cluster: "auto" for the one this machine belongs to, "ray://head:10001" from outside; null starts
+    a cluster on this machine that ends with this process."""
     cpus: float = 1.0
-    """Cores a task, by Ray's count."""
+    """Cores per task, as Ray counts them."""
     gpus: float | None = None
-    """GPUs a task; null for one where the cluster has any, and else none."""
+    """GPUs per task; null for one if the cluster has any, else none."""
     retries: int = 3
-    """How often a task is run again whose worker died."""
+    """How often a task is retried after its worker died."""
 
     def validate(self):
         self.require(self.cpus > 0, "cpus", "positive")

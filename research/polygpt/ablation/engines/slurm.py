@@ -1,4 +1,4 @@
-"""The engine of a SLURM cluster: a job array, a job a task, through submitit."""
+"""The engine for a SLURM cluster: a job array with a job per task, through submitit."""
 
 import collections
 import contextlib
@@ -16,29 +16,29 @@ from polygpt.scale.launch import slurm
 
 PROGRAM = (sys.executable, "-m", "polygpt.ablation.engines.worker")
 TASK, ANSWER = "task.json", "answer.json"
-"""In a task's folder: what its job is given and gives."""
+"""In a task's folder: input and output of its job."""
 DELAY = 60.0
-"""Seconds that a file system of several nodes may take to show a file that another node has written."""
+"""Seconds that a shared file system may take to show a file written by another node."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Slurm(Engine):
-    """Jobs of one process each. The folder of the ablation must lie where all nodes see it.
+    """Jobs of one process each. The ablation's folder must be visible from all nodes.
 
-    Before its time is up, or when it is preempted, a job saves and is queued again. Ctrl-C cancels the jobs that are
-    left; what they saved stays.
+    Before its time limit, or when it is preempted, a job saves and is requeued. Ctrl-C cancels the remaining jobs; what
+    they saved stays.
     """
 
     cluster: Literal["slurm", "local"] = "slurm"
-    """Where; local is submitit's stand-in on this machine, which begins all jobs at once."""
+    """Where jobs run; local is submitit's stand-in on this machine, which starts all jobs at once."""
     minutes: int = 240
-    """The time limit of a job; one that needs longer is queued again, as often as submitit allows."""
+    """Time limit per job; a job that needs longer is requeued, as often as submitit allows."""
     at_once: int = 64
-    """How many jobs of the array run at a time."""
+    """Jobs of the array that may run at the same time."""
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """Other parameters of submitit: `{"gpus_per_node": 1, "cpus_per_task": 8, "slurm_partition": "gpu"}`."""
+    """Further parameters of submitit: `{"gpus_per_node": 1, "cpus_per_task": 8, "slurm_partition": "gpu"}`."""
     retries: int = 2
-    """How often a task is submitted again whose job failed: killed, out of memory, on a broken node."""
+    """How often a task is resubmitted after its job failed: killed, out of memory, broken node."""
 
     def validate(self):
         self.require(self.minutes >= 1, "minutes", "at least 1")
@@ -70,7 +70,7 @@ class _Array:
         self.executor = slurm.executor(folder, engine.cluster, "ablation", 1, 1, engine.minutes, settings)
 
     def submit(self, tasks: Sequence[Task]) -> None:
-        """As one array."""
+        """Submits tasks as one array."""
         calls = []
         for task in tasks:
             task.folder.mkdir(parents=True, exist_ok=True)
@@ -82,7 +82,7 @@ class _Array:
         self.jobs |= {task.name: (task, job) for task, job in zip(tasks, jobs, strict=True)}
 
     def ended(self, task: Task, job: Any) -> list[dict[str, Any]] | Failure | None:
-        """What came of a task whose job has ended; None if it was submitted again."""
+        """The outcome of a task whose job has ended; None if it was resubmitted."""
         del self.jobs[task.name]
         error = job.exception()
         path, deadline = task.folder / ANSWER, time.monotonic() + (DELAY if error is None else 0)
@@ -99,7 +99,7 @@ class _Array:
 
     @contextlib.contextmanager
     def cancelled(self) -> Iterator[None]:
-        """However it is left, no job is left."""
+        """On exit, however it happens, no job is left."""
         try:
             yield
         finally:

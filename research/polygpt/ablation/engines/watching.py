@@ -1,4 +1,4 @@
-"""What engines whose workers are elsewhere have in common: they look now and then at what the workers have noted."""
+"""For engines whose workers run elsewhere: reads the progress notes of workers."""
 
 from collections.abc import Iterable
 
@@ -6,17 +6,17 @@ from polygpt.ablation.engines.base import Task, Tell
 
 
 class Watch:
-    """Tells the progress of tasks, once for each note.
+    """Reports the progress of tasks, once per note.
 
     Args:
-        tell: is told.
+        tell: receives it.
     """
 
     def __init__(self, tell: Tell):
         self.tell, self.told = tell, {}
 
     def __call__(self, tasks: Iterable[Task]) -> None:
-        """Looks at the notes of tasks that are worked on. Where their folder cannot be seen there are none."""
+        """Reads the notes of running tasks. A folder on another machine has none."""
         for task in tasks:
             progress = task.progress()
             if progress is not None and self.told.get(task.name) != (progress.seeds, progress.step):

@@ -1,9 +1,9 @@
-"""What a worker is: a process that is given tasks and answers each with records, or with why there are none.
+"""A worker: a process that takes tasks and answers each with its records, or with the failure.
 
-    python -m polygpt.ablation.engines.worker               tasks on stdin, a line each; a line on stdout for each
-    python -m polygpt.ablation.engines.worker TASK ANSWER   one task, from a file to a file
+    python -m polygpt.ablation.engines.worker               tasks on stdin, answers on stdout, one per line
+    python -m polygpt.ablation.engines.worker TASK ANSWER   one task, from file to file
 
-What runs print is added to `log.txt` in the task's folder.
+What runs print is appended to `log.txt` in the task's folder.
 """
 
 import contextlib
@@ -26,21 +26,21 @@ LOG = "log.txt"
 
 
 def work(task_json: str, tell: Tell | None = None) -> str:
-    """What a worker does: the runs of a task.
+    """Makes the runs of a task.
 
     Args:
         task_json: `Task.to_json()`.
-        tell: is told after every step; by default, notes for `Task.progress` are left in the task's folder.
+        tell: called after every step; by default notes for `Task.progress` are written to the task's folder.
 
     Returns:
-        The records as JSON: a list in the order of the task's experiments. See `results.py`; key, variant, point and
-        stage are not in them.
+        The records as a JSON list, in the order of the task's experiments. See `results.py`; they lack key, variant,
+        point and stage.
 
     Raises:
         UserError: the experiment, its data or the folder is at fault.
-        KeyboardInterrupt: SIGINT or SIGTERM asked the process to stop; the task can go on from where it is.
+        KeyboardInterrupt: SIGINT or SIGTERM asked the process to stop; the task can be resumed.
     """
-    from polygpt.ablation import single, together  # here: whoever only sends tasks need not load what trains
+    from polygpt.ablation import single, together  # here: a process that only sends tasks need not load them
     from polygpt.ablation.measures import DECODING, decode_seconds
     from polygpt.ablation.provenance import made
 
@@ -57,7 +57,7 @@ def work(task_json: str, tell: Tell | None = None) -> str:
 
 
 class _Notes:
-    """Leaves notes for `Task.progress`."""
+    """Writes notes for `Task.progress`."""
 
     def __init__(self, task: Task):
         self.path, self.last = task.folder / PROGRESS, -EVERY
@@ -69,7 +69,7 @@ class _Notes:
 
 
 def answer(task_json: str) -> str:
-    """Works on a task; what came of it as JSON, for `read`. SIGTERM and SIGINT end it as they end `work`."""
+    """Works on a task; returns the outcome as JSON, for `read`. SIGTERM and SIGINT end it as they end `work`."""
     try:
         return json.dumps({"records": json.loads(work(task_json))})
     except Exception as error:
@@ -77,19 +77,19 @@ def answer(task_json: str) -> str:
 
 
 def read(text: str) -> list[dict[str, Any]] | Failure:
-    """The records, or why there are none, that `answer` gave."""
+    """The records or the failure in an answer."""
     data = json.loads(text)
     return Failure(**data["failure"]) if "failure" in data else data["records"]
 
 
 def end_with_parent() -> None:
-    """Asks Linux for a SIGTERM when the process that started this one ends, even if it is killed."""
+    """Asks Linux for a SIGTERM when the parent process ends, even if it is killed."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def main(argv: list[str]) -> int:
-    """Answers; 130 if a signal asked to stop."""
+    """Answers tasks; returns the exit code, 130 after a signal."""
     end_with_parent()
     try:
         if argv:
@@ -104,14 +104,14 @@ def main(argv: list[str]) -> int:
                 answers.flush()
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # who would have read it has ended
+    except BrokenPipeError:  # the reader has ended
         return 1
     return 0
 
 
 @contextlib.contextmanager
 def _printed_to(folder: Path) -> Iterator[None]:
-    """While entered, what this process prints goes to the folder's log."""
+    """Inside this context, what the process prints goes to the folder's log."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOG).open("ab") as log:
         for stream in (1, 2):
