@@ -1,4 +1,4 @@
-"""What the `launch` verbs share: their own words end at `--`, where the command begins."""
+"""Shared by the `launch` verbs: their own arguments end at `--`, where the command begins."""
 
 from argparse import ArgumentTypeError, Namespace
 from pathlib import Path
@@ -7,14 +7,14 @@ from polygpt.cli.arguments import Parser
 
 
 class LaunchParser(Parser):
-    """Reads the launcher's own words up to `--`; what follows is the command, in `.command`."""
+    """Parses the launcher's own arguments up to `--`; the command that follows is in `.command`."""
 
     def __init__(self, prog: str, about: str, epilog: str):
         super().__init__(prog, about, epilog)
         self.usage = f"{prog} [options] -- train FILE [--workdir W] [--name value ...]"
 
     def read(self, argv: list[str]) -> Namespace:
-        """As Parser's. Raises UserError if the command is missing, or is none that runs in several processes."""
+        """As in Parser. Raises UserError if the command is missing or is not `train`."""
         cut = argv.index("--") if "--" in argv else len(argv)
         arguments = super().read(argv[:cut])
         arguments.command = argv[cut + 1 :]
@@ -25,7 +25,7 @@ class LaunchParser(Parser):
 
 
 def workdir(command: list[str]) -> Path:
-    """The run folder of a `train` command, as that verb would find it."""
+    """The run folder that a `train` command would use."""
     from polygpt.cli import experiment, train
 
     arguments = train.parser("polygpt train", "train").read(command[1:])
@@ -33,11 +33,11 @@ def workdir(command: list[str]) -> Path:
 
 
 def require_many(command: list[str], processes: int) -> None:
-    """Refuses, before anything is started or submitted, what so many processes would refuse; a file that lies only
-    where the processes will run is not looked at.
+    """Refuses, before anything starts, an experiment that cannot run in so many processes. A file that exists only
+    where the processes will run is not checked.
 
     Raises:
-        UserError: the experiment runs on one device alone, or is at fault itself.
+        UserError: the experiment is for a single device, or is invalid.
     """
     from polygpt.cli import experiment, train
 
@@ -49,7 +49,7 @@ def require_many(command: list[str], processes: int) -> None:
 
 
 def count(text: str) -> int:
-    """For argparse: a number from 1 on."""
+    """An argparse type: a positive integer."""
     if not text.isdecimal() or int(text) < 1:
         raise ArgumentTypeError(f"{text!r} is no number from 1 on")
     return int(text)

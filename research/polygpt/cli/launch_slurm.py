@@ -12,9 +12,9 @@ examples:
   polygpt launch slurm --nodes 2 --set slurm_account=lab --set cpus_per_task=32 -- train mine.py --train.parallel auto
   polygpt launch slurm --cluster local --tasks 2 -- train mine.py --train.parallel sharded      tried on this machine
 
-One process runs on each node, with all its GPUs; --tasks divides them. Before the time is up, or when the job is
-preempted, the run saves, and the job is queued again; it resumes, however often (--set slurm_max_num_timeout=3 bounds
-how often its time may be up). The run folder and the logs must lie where all nodes see them."""
+One process runs per node, with all its GPUs; --tasks divides them. Before the time limit, or when the job is preempted,
+the run saves, and the job is queued again and resumes, any number of times (--set slurm_max_num_timeout=3 limits it).
+The run folder and the logs must be on a file system that all nodes share."""
 
 
 def parser(prog: str, about: str) -> LaunchParser:

@@ -1,7 +1,7 @@
 """A SLURM job of several nodes, through submitit.
 
-One process a node (or a task) runs the command; before the time limit, or when the job is preempted, the run saves and
-the job goes back into the queue, where the same command resumes.
+One process per node (or task) runs the command. Before the time limit, or when the job is preempted, the run saves and
+the job is queued again; the same command then resumes.
 """
 
 import contextlib
@@ -22,24 +22,24 @@ from polygpt.runtime.processes import COORDINATOR, PROCESS, PROCESSES
 from polygpt.scale.launch.local import PROGRAM, gpus
 
 OFTEN = 10_000
-"""How many times a job goes back into the queue at its time limit, by default."""
+"""How often a job is queued again at its time limit, by default."""
 REMEDIES = {
     'Could not detect "srun"': ": submit from a login node, or try it here with --cluster local",
     "can use only one node": ": with --cluster local, leave --nodes out and give --tasks",
 }
-"""What to do about words of submitit's."""
+"""Remedies for errors of submitit, by words of their messages."""
 PORTS = (61440, 4096)
-"""The first port for coordinators and how many there are; a job takes one by its number, as JAX does."""
+"""First port for coordinators and number of ports. The job id chooses one, as in JAX."""
 
 
 @dataclasses.dataclass
 class Task:
-    """What submitit runs in each task of a job.
+    """The callable that submitit runs in each task of a job.
 
     Attributes:
         command: words after `program`.
-        program: the words in front.
-        gpus: how many of its node's GPUs each process takes; None for all that SLURM gives it.
+        program: the program and its first words.
+        gpus: GPUs of the node per process; None for all that SLURM assigns.
     """
 
     command: list[str]
@@ -60,7 +60,7 @@ class Task:
         if self.gpus:
             tasks = self.here.num_tasks // self.here.num_nodes
             place["CUDA_VISIBLE_DEVICES"] = gpus(self.here.local_rank, tasks, self.gpus)
-        # Of its own, not in this process: submitit has the signals here.
+        # A child process, because submitit handles the signals of this one.
         self.process = subprocess.Popen([*self.program, *self.command], env=os.environ | place)
         code = self._end()
         if code:
@@ -68,9 +68,9 @@ class Task:
         return code
 
     def checkpoint(self):
-        """Called by submitit before the job is stopped: the run saves, and the same task is queued again.
+        """Called by submitit before the job is stopped: the run saves and the same task is queued again.
 
-        It is called in a signal's handler, in the midst of __call__.
+        It runs in a signal handler that interrupts __call__.
         """
         import submitit
 
@@ -79,7 +79,7 @@ class Task:
         return submitit.helpers.DelayedSubmission(dataclasses.replace(self))
 
     def _end(self) -> int:
-        """The process's code when it has ended. Holds no lock while it waits: the handler would wait for it in vain."""
+        """Waits for the process; returns its exit code. Holds no lock, because `checkpoint` interrupts it."""
         threading.Thread(target=self.process.wait, daemon=True).start()
         while self.process.returncode is None:
             time.sleep(0.1)
@@ -96,16 +96,17 @@ def submit(
     minutes: int = 60,
     more: dict[str, Any] | None = None,
 ):
-    """Submits a job and returns it, submitit's.
+    """Submits a job and returns submitit's job object.
 
     Args:
         task: what each task runs.
-        folder: of the job's script and logs; on a file system that all nodes see.
+        folder: folder of the job's script and logs, on a file system that all nodes share.
         cluster: "slurm", or submitit's "local" and "debug", on this machine.
-        name: of the job.
-        nodes, tasks: how many nodes, and processes on each.
-        minutes: the time limit.
-        more: of submitit's parameters, "gpus_per_node", "cpus_per_task", "slurm_partition", ...
+        name: name of the job.
+        nodes: number of nodes.
+        tasks: processes per node.
+        minutes: time limit.
+        more: further parameters of submitit, "gpus_per_node", "cpus_per_task", "slurm_partition", ...
 
     Raises:
         UserError: if submitit is not installed, the GPUs of a node cannot be divided, or SLURM refuses.
@@ -127,13 +128,13 @@ def executor(folder: Path, cluster: str, name: str, nodes: int, tasks: int, minu
         import submitit
     except ImportError:
         raise UserError("SLURM needs submitit, which is not installed: pip install -e '.[slurm]'") from None
-    # By itself submitit queues a job again three times: training takes as long as it takes.
+    # submitit's default is three times, too few for long training.
     often = {"slurm_max_num_timeout": OFTEN}
     often |= {name: more[name] for name in often if name in more}
     more = {name: value for name, value in more.items() if name not in often}
     with refusals():
         made = submitit.AutoExecutor(folder, cluster=cluster, **often)
-        # A task whose run was stopped ends with an error: SLURM is not to end the one that is queueing the job again.
+        # A stopped task exits with an error; SLURM must not then kill the one that queues the job again.
         given = more.get("slurm_srun_args", [])
         given = shlex.split(given) if isinstance(given, str) else given
         more = more | {"slurm_srun_args": ["--kill-on-bad-exit=0", *given]}
@@ -145,7 +146,7 @@ def executor(folder: Path, cluster: str, name: str, nodes: int, tasks: int, minu
 
 @contextlib.contextmanager
 def refusals() -> Iterator[None]:
-    """What submitit and SLURM say of a job that they do not take becomes a UserError."""
+    """Turns a refusal by submitit or SLURM into a UserError."""
     import submitit
 
     try:
@@ -157,7 +158,7 @@ def refusals() -> Iterator[None]:
 
 
 def reason(error: BaseException) -> str:
-    """Why a job failed, in one line of the many that submitit makes of it.
+    """Why a job failed: one line of submitit's report.
 
     The last that names an error, `RuntimeError: process 1 on node7 ended with code 9`: above it is the traceback, below
     it where the logs are. Without one the first line, which has the job's state.
