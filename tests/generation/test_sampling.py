@@ -186,3 +186,11 @@ def test_a_row_is_sampled_by_its_own_key():
 def test_a_value_out_of_range_is_an_error_that_names_it(field, value):
     with pytest.raises(SpecError, match=rf"Sampling\.{field} is"):
         Sampling(**{field: value})
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-37, 1e-40, 5e-324])
+def test_any_positive_temperature_however_small_takes_the_likeliest(temperature):
+    logits = np.asarray([[3.0, 40.0, 39.0], [-5.0, -7.0, -5.5]], np.float32)
+    keys = jax.random.split(jax.random.key(0), 2)
+    chosen = jax.jit(lambda x: choose(x, jnp.zeros(x.shape, bool), keys, Sampling(temperature=temperature)))(logits)
+    assert chosen.tolist() == [1, 0]

@@ -104,3 +104,9 @@ def test_attention_weights_are_distributions_over_what_may_be_seen():
     np.testing.assert_allclose(chosen[1], weights_LBHTT[1][:, :, [5, 2]], rtol=0, atol=1e-6)
     picture = np.flatnonzero(batch.modality_BT[0] == 1 + list(ADAPTERS).index("image"))
     assert (weights_LBHTT[:, 0, :, picture[0], picture[-1]] > 0).all(), "a picture sees all of itself"
+
+
+def test_a_fresh_cache_can_be_donated():
+    model, _ = tiny_model()
+    pointers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(model.init_cache(2, 8))]
+    assert len(set(pointers)) == len(pointers)

@@ -91,3 +91,17 @@ def test_sums_and_weights_of_parts_add_up_to_the_whole(objective, logits_BTV, ba
 def test_an_objective_that_defines_no_total_says_so(logits_BTV, batch):
     with pytest.raises(NotImplementedError, match="Objective defines no total"):
         Objective()(outputs(logits_BTV), batch)
+
+
+def test_logits_of_minus_infinity_beside_the_target_leave_the_loss_finite():
+    logits = jnp.asarray([[[1.0, -jnp.inf, 0.5]]])
+    batch = SimpleNamespace(target_BT=jnp.asarray([[0]]), weight_BT=jnp.ones((1, 1)))
+    total = NextToken().total(SimpleNamespace(logits_BTV=logits), batch)
+    np.testing.assert_allclose(total, np.log(1 + np.exp(-0.5)), rtol=1e-6)
+
+
+def test_a_negative_weight_raises_the_loss_of_its_token():
+    logits = jnp.asarray([[[1.0, 0.0], [2.0, 0.0]]])
+    batch = SimpleNamespace(target_BT=jnp.asarray([[0, 0]]), weight_BT=jnp.asarray([[1.0, -1.0]]))
+    total = NextToken().total(SimpleNamespace(logits_BTV=logits), batch)
+    np.testing.assert_allclose(total, np.log1p(np.exp(-1)) - np.log1p(np.exp(-2)), rtol=1e-6)

@@ -10,9 +10,10 @@ import pytest
 
 from polygpt.adapters.audio import AudioAdapter
 from polygpt.adapters.image import ImageAdapter
+from polygpt.attention.mamba2 import Mamba2
 from polygpt.errors import SpecError
 from polygpt.models.decoder import DecoderSpec
-from polygpt.models.functional import bind
+from polygpt.models.functional import bind, paths
 from polygpt.models.multimodal import ModelSpec
 from polygpt.optim.groups import Group
 from polygpt.optim.optim import Optim
@@ -192,3 +193,20 @@ def test_the_default_rules_fit_the_real_model():
     assert not any(name_of(path).endswith("/kernel") for path, rule in leaves if not rule.weight_decay)
     by_muon = {name for name in decayed if re.search(Muon().matrices, name)}
     assert decayed - by_muon == {"head/kernel"}
+
+
+@pytest.mark.parametrize("name", ["image", "normals", "embedded", "position"])
+def test_the_name_of_an_adapter_decides_no_decay(name):
+    kernels = {f"adapters/{name}/tower/blocks/mlp/up/kernel", f"adapters/{name}/connector/hidden/kernel"}
+    vectors = {f"adapters/{name}/tower/norm/scale", f"adapters/{name}/tower/position/table", "modality/image"}
+    attention = {f"decoder/blocks/attention/{n}" for n in ("u", "v", "vectors", "before", "after", "dt_bias")}
+    tree = {path: jnp.ones(2) for path in kernels | vectors | attention}
+    rules = Optim(Constant(1e-3), AdamW(weight_decay=0.1)).rules(tree)
+    assert {path for path, rule in rules.items() if rule.weight_decay} == kernels
+
+
+def test_muon_leaves_depthwise_convolutions_to_adamw():
+    model = bind(ModelSpec(DecoderSpec(width=16, depth=1, attention=Mamba2())), 31)
+    convolutions = [path for path in paths(model.abstract()) if "convolve" in path and path.endswith("kernel")]
+    assert convolutions and not any(re.search(Muon().matrices, path) for path in convolutions)
+    assert re.search(Muon().matrices, "decoder/blocks/mlp/up/kernel")

@@ -15,7 +15,7 @@ from polygpt.training.run import open_run
 from polygpt.training.sinks import JsonLines
 from polygpt.training.workdir import load_experiment
 
-FILE = '''
+FILE = """
 import dataclasses
 import polygpt.api as pg
 from polygpt.objectives.next_token import NextToken
@@ -34,7 +34,7 @@ def experiment(steps=6, seed=0):
     train = pg.TrainSpec(steps, log_every=1, checkpoint=pg.CheckpointSpec(every=3))
     optim = pg.Optim(pg.Constant(1e-2), clip=None, optimizer=pg.SGD())
     return pg.Experiment("own", data, optim, train, model, objectives={{"mine": (Mine(), 1.0)}}, seed=seed)
-'''
+"""
 
 
 @pytest.fixture(scope="module")

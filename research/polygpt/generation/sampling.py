@@ -105,7 +105,9 @@ def adjust(logits_BV, seen_BV, sampling: Sampling):
         logits_BV = penalize_repetition(logits_BV, seen_BV, sampling.repetition_penalty)
     if sampling.temperature == 0:
         return logits_BV
-    logits_BV = logits_BV / sampling.temperature
+    # The maximum is subtracted first: at a tiny temperature the others overflow to -inf and the likeliest stays 0.
+    below_BV = logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)
+    logits_BV = jnp.where(below_BV == 0, 0.0, below_BV / sampling.temperature)
     if sampling.top_k:
         logits_BV = keep_top_k(logits_BV, sampling.top_k)
     if sampling.top_p < 1:

@@ -62,8 +62,9 @@ def metadata(batch: Batch, cursor: jax.Array | int) -> Meta:
 
 def init_cache(spec: DecoderSpec, rows: int, size: int, dtype: str) -> Cache:
     """An empty cache of `size` positions."""
-    zeros_BS = jnp.zeros((rows, size), jnp.int32)
-    return Cache(spec.init_cache(rows, size, dtype), Meta(*[zeros_BS] * 5), jnp.zeros((), jnp.int32))
+    # An array for each field: a shared one could not be donated.
+    seen = Meta(*(jnp.zeros((rows, size), jnp.int32) for _ in range(5)))
+    return Cache(spec.init_cache(rows, size, dtype), seen, jnp.zeros((), jnp.int32))
 
 
 class Decoder(Stack):

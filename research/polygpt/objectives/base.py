@@ -35,4 +35,4 @@ def weighted_logits(outputs, batch: Batch) -> jax.Array:
 
     What a position without weight holds, even NaN, then reaches neither the sum nor any gradient.
     """
-    return jnp.where((batch.weight_BT > 0)[..., None], outputs.logits_BTV.astype(jnp.float32), 0.0)
+    return jnp.where((batch.weight_BT != 0)[..., None], outputs.logits_BTV.astype(jnp.float32), 0.0)

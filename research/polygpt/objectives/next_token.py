@@ -24,7 +24,8 @@ class NextToken(Objective):
         # A comparison with the vocabulary fuses with the sum; a gather's gradient would be a scatter.
         at_target_BTV = jax.nn.one_hot(batch.target_BT, logits_BTV.shape[-1], dtype=bool)
         target_BT = jnp.sum(jnp.where(at_target_BTV, logits_BTV, 0.0), axis=-1)
-        mean_BT = jnp.mean(logits_BTV, axis=-1)
         smooth = self.label_smoothing
-        loss_BT = jax.nn.logsumexp(logits_BTV, axis=-1) - (1 - smooth) * target_BT - smooth * mean_BT
+        loss_BT = jax.nn.logsumexp(logits_BTV, axis=-1) - (1 - smooth) * target_BT
+        if smooth:  # 0 times a mean over logits of -inf would be NaN
+            loss_BT = loss_BT - smooth * jnp.mean(logits_BTV, axis=-1)
         return jnp.sum(batch.weight_BT * loss_BT)

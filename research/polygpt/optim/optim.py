@@ -11,6 +11,12 @@ from polygpt.optim.paths import name_of
 from polygpt.optim.schedules import Schedule
 from polygpt.spec import Spec
 
+NO_DECAY = (
+    r"(^|/)(\w+_)?(bias|scale|table|alpha|sink|A_log|D|u|v|vectors|before|after)$"  # the parameter's own name
+    r"|norm/\w+$|(^|/)(embed|position)\w*(/\w+)?$|^modality/"  # or that of the layer right above it
+)
+"""Vectors, tables and mixing matrices of heads. Names farther up, such as a user's adapter, decide nothing."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Optim(Spec):
@@ -26,7 +32,7 @@ class Optim(Spec):
     """Microbatches that a batch is split into; their gradients are summed, as if the batch were whole."""
     groups: tuple[Group, ...] = ()
     """Rules for parts of the model; the first whose pattern is found in a parameter's path takes it."""
-    no_decay: str = r"(bias|scale|table|alpha|sink|A_log|/D)$|norm|embed|position|^modality/"
+    no_decay: str = NO_DECAY
     """Regular expression of paths without weight decay, unless a group says one: biases, norms, embeddings, gates."""
     ema: float | None = None
     """Decay of an exponential moving average of the parameters, with which the model is evaluated; null for none."""

@@ -134,8 +134,9 @@ class Muon(Optimizer):
     axes of a kernel are the matrix; each index of the axes before them, such as scanned layers, is a matrix of its own.
     """
 
-    matrices: str = r"^(?!head/).*kernel$"
-    """Regular expression searched in the paths of parameters with two axes or more: those that Muon takes."""
+    matrices: str = r"^(?!head/)(?!.*convolve/).*kernel$"
+    """Regular expression searched in the paths of parameters with two axes or more: those that Muon takes. A depthwise
+    convolution is a filter per channel and no matrix: AdamW takes it."""
     momentum: float = 0.95
     """Decay of Muon's momentum; the Nesterov form is used."""
     iterations: int = 5
