@@ -44,6 +44,15 @@ def test_train_again_goes_on_where_it_was(trained, polygpt, tmp_path):
     assert [step for step in steps if step > 3] == [4]
 
 
+def test_a_finished_run_is_neither_trained_nor_evaluated_again(trained, polygpt, tmp_path, monkeypatch):
+    run = shutil.copytree(trained.run, tmp_path / "run")
+    monkeypatch.setattr(evaluate, "score", None)
+    code, out, err = polygpt("train", trained.file, "--workdir", run, "--json")
+    assert code == 0, err
+    assert json.loads(out)["tasks"] == json.loads(trained.out)["tasks"]
+    assert "is finished, at step 3: polygpt evaluate" in err
+
+
 def test_an_interrupted_run_is_code_1_so_that_nothing_follows_it(trained, polygpt, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "train", lambda *_, **__: loop.Outcome(2, finished=False, skipped={}))
     code, out, err = polygpt("train", trained.file, "--workdir", tmp_path / "run", "--json")

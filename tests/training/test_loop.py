@@ -16,7 +16,7 @@ from polygpt.data.loader import TrainBatches
 from polygpt.errors import SpecError, UserError
 from polygpt.evaluation.evaluate import evaluate
 from polygpt.nn.positions import Learned
-from polygpt.optim.schedules import Schedule
+from polygpt.optim.schedules import Constant, Schedule
 from polygpt.overrides import override
 from polygpt.runtime.checkpoint import records
 from polygpt.runtime.manifest import Record
@@ -24,6 +24,7 @@ from polygpt.spec import from_json, to_json
 from polygpt.training import held_out, trainer
 from polygpt.training.held_out import Standing, pick
 from polygpt.training.loop import train
+from polygpt.training.resuming import about
 from polygpt.training.run import open_run
 from polygpt.training.sinks import JsonLines, Silent
 from polygpt.training.trainer import Trainer
@@ -181,6 +182,20 @@ def test_a_run_that_stopped_early_goes_on_when_its_patience_is_lifted(stale, tmp
     run = shutil.copytree(workdir, tmp_path / "run")
     outcome = train(override(chosen, {"train.patience": "null"}), run, quiet)
     assert (outcome.step, outcome.finished) == (12, True)
+
+
+def test_a_person_is_told_what_more_steps_do_to_the_learning_rate(tmp_path):
+    """A cosine at its end is at a tenth of its peak, and in the middle at 0.55 of it."""
+    chosen = override(smallest(), {"train.steps": "200", "optim.schedule.peak": "1.0", "optim.schedule.warmup": "0"})
+    lines = about(chosen, tmp_path, 100, False, 100)
+    assert len(lines) == 2 and "from 0.1 to 0.557" in lines[1]
+    assert len(about(chosen, tmp_path, 100, False, 200)) == 1, "nothing has changed"
+    constant = chosen.replace(optim=chosen.optim.replace(schedule=Constant(1.0)))
+    assert len(about(constant, tmp_path, 100, False, 100)) == 1, "nothing changes"
+    (finished,) = about(chosen, tmp_path, 200, True, 200)
+    assert "polygpt evaluate" in finished and "--train.steps 400" in finished
+    (stopped,) = about(chosen, tmp_path, 100, True, 200)
+    assert "--train.patience null" in stopped
 
 
 def test_the_experiment_says_which_checkpoint_is_used_where_none_is_named(stale, tmp_path):

@@ -53,7 +53,7 @@ def _train(chosen, arguments: Namespace) -> dict:
         print(f"step {outcome.step}, {workdir}")
         return done
     trained = open_run(workdir, spread=True, code=arguments.code)  # of several processes, all take part
-    results = _evaluated(trained)
+    results = _known(trained) or _evaluated(trained)
     if results is None:
         return done | {
             "interrupted": "interrupted in the last evaluation, all steps are saved: the same command goes on"
@@ -62,6 +62,17 @@ def _train(chosen, arguments: Namespace) -> dict:
     print_results(results, chosen.evaluation.measures())
     print(f"report: {report}")
     return done | results | {"report": report}
+
+
+def _known(trained) -> dict | None:
+    """The results in the run folder, if they are of this checkpoint and of all tasks."""
+    from polygpt.report import gather
+    from polygpt.report.finish import RESULTS
+
+    found = gather.read_json(Path(trained.workdir) / RESULTS)
+    tasks = set(trained.experiment.evaluation.tasks)
+    current = isinstance(found, dict) and found.get("step") == int(trained.step) and set(found["tasks"]) == tasks
+    return found if current else None
 
 
 def _evaluated(trained) -> dict | None:

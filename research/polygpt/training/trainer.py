@@ -25,7 +25,7 @@ from polygpt.runtime.checkpoint import Checkpoints
 from polygpt.runtime.goodput import INTERVAL, Goodput
 from polygpt.runtime.interruption import Interrupted, Interruption
 from polygpt.runtime.watchdog import Watchdog
-from polygpt.training import feeders
+from polygpt.training import feeders, resuming
 from polygpt.training.example_log import example_log
 from polygpt.training.experiment import Experiment
 from polygpt.training.held_out import Standing, measure
@@ -97,7 +97,10 @@ class Trainer:
         self.place = self.batches.get_state()  # after the last batch consumed: the prefetch thread is ahead
         first = jax.process_index() == 0
         if first:
-            self._announce()
+            print(self.program.about(), file=sys.stderr)
+            if data is not None and self.done:
+                given = workdir, self.done, self._finished(), data["config"]["train"]["steps"]
+                print(*resuming.about(experiment, *given), sep="\n", file=sys.stderr)
         self.sinks = sinks(workdir, self.done, self.spec.steps) if first else []
         self.example_log = example_log(workdir, self.parallel, self.done) if experiment.data.log_examples else None
         if self.example_log:
@@ -337,8 +340,3 @@ class Trainer:
         if not (self.checked and sequence.ids_in_range(batch, vocabulary)):
             sequence.check(batch, vocabulary, self.program.model.positions)
             self.checked = True
-
-    def _announce(self) -> None:
-        print(self.program.about(), file=sys.stderr)
-        if self.done:
-            print(f"goes on from step {self.done} in {self.workdir}", file=sys.stderr)
