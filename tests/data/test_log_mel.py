@@ -155,6 +155,19 @@ def test_bad_recordings_are_refused_by_name(source, reason):
     assert "\n" not in str(caught.value)
 
 
+def test_a_recording_that_is_too_long_is_refused_naming_the_field_to_raise():
+    with pytest.raises(BadRecord, match=r"2\.500 seconds, at most 2: .*model\.adapters\.NAME\.features\.seconds$"):
+        LogMel(seconds=2).decode(encoded(tone(2.5)), "record")
+
+
+def test_a_clip_half_a_sample_beyond_the_bound_is_cut_to_it():
+    raw = LogMel(seconds=1, rate=8_000).decode(encoded(tone(16_001 / 16_000)), "record")
+    assert len(raw) == 8_000
+    np.testing.assert_allclose(raw[500:-500], tone(1.0, 8_000)[500:-500], atol=1e-3)
+    with pytest.raises(BadRecord, match="too long"):
+        LogMel(seconds=1, rate=8_000).decode(encoded(tone(16_002 / 16_000)), "record")
+
+
 def test_a_clip_of_exactly_the_bound_is_taken():
     assert LogMel(seconds=2).extract(LogMel(seconds=2).decode(encoded(tone(2.0)), "record"))[1] == 200
 

@@ -1,4 +1,4 @@
-"""The contract of a medium's features: encoded bytes -> raw samples -> the array that an adapter reads."""
+"""The contract of media features: encoded bytes -> raw samples -> the array that an adapter reads."""
 
 import dataclasses
 from pathlib import Path
@@ -11,46 +11,46 @@ from polygpt.spec import Spec
 
 @dataclasses.dataclass(frozen=True)
 class Features(Spec):
-    """How encoded media of one modality become arrays of one static shape. Subclasses live one a file."""
+    """How encoded media of one modality become arrays of one static shape. One subclass per file."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of one item's features, float32."""
+        """Shape of the features of one item, which are float32."""
         raise NotImplementedError
 
     def decode(self, source: bytes | Path, place: str) -> np.ndarray:
-        """The raw samples of an encoded medium.
+        """Decodes a file to raw samples.
 
         Args:
-            source: the encoded bytes or the path of the file that holds them.
-            place: the record, named in errors.
+            source: the encoded bytes, or the path of the file.
+            place: names the record in errors.
 
         Raises:
-            BadRecord: if it is missing, corrupt, of an unknown format or outside the bounds.
+            BadRecord: if the file is missing, corrupt, of an unknown format or outside the bounds.
         """
         raise NotImplementedError
 
     def extract(self, raw: np.ndarray) -> tuple[np.ndarray, int]:
-        """(float32 array of `shape`, number of leading frames that are real). A picture is one frame."""
+        """(features, float32 of `shape`; how many of their leading frames are real). An image is one frame."""
         raise NotImplementedError
 
     def real(self, features: np.ndarray, frames: int) -> np.ndarray:
-        """The part of extracted features, as a view, that is not padding. Augmentations of features work on it."""
+        """The extracted features without padding, as a view. Augmentations of features modify it."""
         return features
 
     def picture(self, features: np.ndarray, frames: int) -> np.ndarray:
-        """What a person looks at: [height, width, 3] in 0..1, or [height, width] of any range, row 0 on top.
+        """The features as an image for reports: [height, width, 3] in 0..1, or [height, width] of any range.
 
-        Unless a subclass knows better, the numbers themselves.
+        Row 0 is at the top. By default, the numbers themselves.
         """
         return features.reshape(features.shape[0], -1)
 
 
 def read(source: bytes | Path, place: str) -> bytes:
-    """The encoded bytes.
+    """The encoded bytes of a medium.
 
     Raises:
-        BadRecord: if the file is missing or cannot be read, or there are no bytes.
+        BadRecord: if the file is missing, unreadable or empty.
     """
     if isinstance(source, Path):
         try:
@@ -65,5 +65,5 @@ def read(source: bytes | Path, place: str) -> bytes:
 
 
 def one_line(error: BaseException) -> str:
-    """An error of a decoding library as a detail of one line."""
+    """The message of a decoding library's error, on one line."""
     return " ".join(str(error).split()) or type(error).__name__
