@@ -11,6 +11,7 @@ import time
 from importlib import metadata
 from types import SimpleNamespace
 
+import hypothesis
 import pytest
 
 BEGUN = time.monotonic()
@@ -39,6 +40,8 @@ def pytest_runtest_setup(item):
 
 
 def pytest_configure(config):
+    hypothesis.settings.register_profile("tests", deadline=None)  # a loaded machine is slow, not wrong
+    hypothesis.settings.load_profile("tests")
     # A shell lets its background jobs ignore Ctrl+C, and what they start too; some tests send it.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
