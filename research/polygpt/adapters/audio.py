@@ -1,7 +1,7 @@
 """Audio: a log-mel spectrogram, two strided convolutions, a transformer, a connector.
 
 Radford et al., Whisper (2212.04356), section 2.2. Neighbouring positions can be folded into one before the connector: a
-decoder learns to listen much sooner when a second of sound is twelve positions and not fifty.
+decoder learns speech much sooner from twelve positions per second of sound than from fifty.
 """
 
 import dataclasses
@@ -25,16 +25,16 @@ from polygpt.sequence import Media
 
 @dataclasses.dataclass(frozen=True)
 class AudioAdapter(Adapter):
-    """Convolutions of size 3 with strides 1 and 2, a transformer, `fold` positions made one, and a connector."""
+    """Convolutions of size 3 with strides 1 and 2, a transformer, folding of `fold` positions, and a connector."""
 
     features: Features = LogMel()
-    """Rate, mel bins, hop and longest duration of the recordings."""
+    """Sample rate, mel bins, hop and maximum duration of the recordings."""
     fold: int = 1
-    """How many successive positions of the tower become one position of the decoder."""
+    """Number of successive tower positions per decoder position."""
     tower: StackSpec = StackSpec(width=64, depth=2)
-    """The transformer. Its position encoding is by default sinusoidal."""
+    """The transformer, by default with sinusoidal positions."""
     connector: Connector = Connector()
-    """From the tower's width times `fold` to the decoder's."""
+    """Projects from the tower's width times `fold` to the decoder's width."""
 
     def validate(self):
         self.require(self.fold >= 1, "fold", "at least 1")
@@ -83,8 +83,8 @@ class _AudioAdapter(nnx.Module):
         B, N, frames, M = media.features.shape
         inner = self.positions * self.fold
         length_B = media.length_BN.reshape(B * N) * self.fold
-        # An item is its real frames and zeros up to a whole position, so that its embedding depends on nothing else:
-        # not on what an unused item or the rest of a used one holds, nor on how long the longest clip may be.
+        # Frames beyond an item's last position are zeroed, so that its embedding depends neither on what padding
+        # contains nor on the maximum duration.
         mel_BFM = jnp.pad(media.features.reshape(B * N, frames, M), ((0, 0), (0, 2 * inner - frames), (0, 0)))
         real = jnp.arange(2 * inner)[None, :, None] < 2 * length_B[:, None, None]
         x_BTD, losses = self.encode(jnp.where(real, mel_BFM, 0), length_B, key)

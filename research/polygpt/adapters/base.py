@@ -1,4 +1,4 @@
-"""The adapter contract: from the features of one modality to embeddings that a decoder reads like words."""
+"""The adapter contract: from the features of one modality to embeddings for the decoder."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -16,16 +16,16 @@ from polygpt.spec import Spec
 
 @dataclasses.dataclass(frozen=True)
 class Adapter(Spec):
-    """An adapter of one modality. A new one derives from this class and is named in the model's `adapters`."""
+    """An adapter for one modality. A new one derives from this class and is named in the model's `adapters`."""
 
     features: Features
     """How raw media become features. Training, evaluation and generation all use this one description."""
     items: int = 1
-    """N, the number of items a row holds at most. Rows with fewer cost no recompilation."""
+    """N, the maximum number of items per row. Rows with fewer need no recompilation."""
 
     @property
     def positions(self) -> int:
-        """P, the number of positions that one item fills at most."""
+        """P, the maximum number of positions per item."""
         raise NotImplementedError
 
     @property
@@ -57,7 +57,7 @@ class Adapter(Spec):
 
         The losses, if there are any, are those of routed layers: see `nn/losses.py`.
 
-        It must be finite, and its gradient too, whatever the features of unused items hold.
+        Output and gradient must be finite whatever the features of unused items contain.
         """
         raise NotImplementedError
 

@@ -27,19 +27,19 @@ class ImageAdapter(Adapter):
     """Square patches in row-major order, a transformer over them, and a connector to the decoder."""
 
     features: Features = ImageFeatures()
-    """Size, channels and normalisation of the pictures."""
+    """Size, channels and normalisation of the images."""
     patch: int = 8
-    """Side of a patch in pixels; it must divide height and width."""
+    """Side of a patch in pixels; it must divide the height and the width."""
     tower: StackSpec = StackSpec(width=64, depth=2)
-    """The vision transformer. Its position encoding is by default a learned vector a patch; `Rope2D` is another."""
+    """The vision transformer, by default with one learned vector per patch; `Rope2D` is an alternative."""
     connector: Connector = Connector()
-    """From the tower's width to the decoder's."""
+    """Projects from the tower's width to the decoder's."""
 
     def validate(self):
         height, width, _ = self.features.shape
         self.require(self.patch >= 1, "patch", "at least 1")
         fits = height % self.patch == 0 and width % self.patch == 0
-        self.require(fits, "patch", f"a divisor of the picture's height and width, {height} x {width}")
+        self.require(fits, "patch", f"a divisor of the image's height and width, {height} x {width}")
         self.require(self.items >= 1, "items", "at least 1")
 
     @property
