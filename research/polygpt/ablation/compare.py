@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from scipy import stats
+import scipy
 
 from polygpt.ablation.finished import FinishedRun, finished_run
 from polygpt.ablation.intervals import interval_bootstrap, interval_bootstrap_unpaired, interval_t
@@ -152,7 +152,7 @@ def welch(a_S, b_T) -> Compared:
         effect = math.copysign(math.inf, difference) if difference else 0.0
         point = (difference, difference)
         return Compared(**known, t=point, bootstrap=point, effect=effect, p=0.0 if difference else 1.0)
-    test = stats.ttest_ind(a_S, b_T, equal_var=False)
+    test = scipy.stats.ttest_ind(a_S, b_T, equal_var=False)
     pooled = math.sqrt(((n - 1) * a_S.var(ddof=1) + (m - 1) * b_T.var(ddof=1)) / (n + m - 2))
     return Compared(
         **known,

@@ -7,7 +7,7 @@ of fewer than two seeds is the whole line; one of a sample without variance is a
 import math
 
 import numpy as np
-from scipy import special
+import scipy
 
 RESAMPLES = 10_000
 """Bootstrap resamples."""
@@ -33,7 +33,7 @@ def interval_t(x_S, level: float = 0.95):
     n = len(x_S)
     if n < 2:
         return _whole_line(x_S)
-    half = special.stdtrit(n - 1, (1 + level) / 2) * x_S.std(axis=0, ddof=1) / math.sqrt(n)
+    half = scipy.special.stdtrit(n - 1, (1 + level) / 2) * x_S.std(axis=0, ddof=1) / math.sqrt(n)
     return plain(x_S.mean(axis=0) - half, x_S.mean(axis=0) + half)
 
 

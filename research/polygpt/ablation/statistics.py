@@ -14,8 +14,7 @@ import math
 from collections.abc import Iterable
 
 import numpy as np
-from scipy import special
-from scipy.optimize import brentq
+import scipy
 
 from polygpt.ablation.intervals import complete, interval_bootstrap, interval_t, plain
 
@@ -110,7 +109,7 @@ def one_sided(d_S):
     t = t_statistic(d_S)
     statistics = np.array([t, _unskewed(t, skewness(d_S), n)])
     alike = ~d_S.any(axis=0)  # t is 0, which would be a p-value of 1/2
-    holds, contrary = (special.stdtr(n - 1, sign * statistics).max(axis=0) for sign in (-1, 1))
+    holds, contrary = (scipy.special.stdtr(n - 1, sign * statistics).max(axis=0) for sign in (-1, 1))
     return plain(np.where(alike, 1.0, holds), np.where(alike, 1.0, contrary))
 
 
@@ -163,7 +162,7 @@ def effect_range(t: float, seeds: int) -> tuple[float, float] | None:
 
 def _noncentrality(t: float, freedom: int, q: float) -> float:
     """The noncentrality at which a t statistic is at most `t` >= 0 with probability `q`, which is in RANGE."""
-    return brentq(lambda nc: special.nctdtr(freedom, nc, t) - q, -1.3, 1.3 + 3 * t, xtol=1e-6)
+    return scipy.optimize.brentq(lambda nc: scipy.special.nctdtr(freedom, nc, t) - q, -1.3, 1.3 + 3 * t, xtol=1e-6)
 
 
 def superiority(a_S, b_S) -> float | None:
@@ -212,8 +211,8 @@ def seeds_needed(effect, alpha=0.05, power: float = 0.8, most: int = 10_000) -> 
     effect, alpha = effect[known], alpha[known]
 
     def enough(n: int) -> bool:
-        critical = special.stdtrit(n - 1, 1 - alpha / 2)
-        missed = special.ncfdtr(1, n - 1, n * effect**2, critical**2)
+        critical = scipy.special.stdtrit(n - 1, 1 - alpha / 2)
+        missed = scipy.special.ncfdtr(1, n - 1, n * effect**2, critical**2)
         return missed[~np.isnan(missed)].sum() <= 1 - power  # SciPy has NaN for some that underflow
 
     if not enough(most):

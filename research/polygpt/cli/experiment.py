@@ -19,11 +19,12 @@ def load(file: str, changes: Mapping[str, str], options: Sequence[str] = ()):
         UserError: if the file fails or makes none, or an override names nothing; `options` are suggested beside its
             fields.
     """
-    from polygpt.training.experiment import Experiment
-
     make = getattr(load_file(file), "experiment", None)
     if not callable(make):
         raise UserError(f"{file}: no function experiment(): write `def experiment() -> Experiment:` in it")
+
+    from polygpt.training.experiment import Experiment  # not before: a wrong name or a syntax error is told at once
+
     with faults_of(file):
         made = make()
     if not isinstance(made, Experiment):

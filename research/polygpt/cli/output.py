@@ -50,9 +50,10 @@ def quiet() -> Iterator[None]:
     """Silences the libraries' own log lines; their errors are exceptions and ours to tell, and so are our warnings."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-    import absl.logging
+    with contextlib.suppress(ImportError):  # `doctor` runs where packages are missing
+        import absl.logging
 
-    absl.logging.set_verbosity(absl.logging.ERROR)
+        absl.logging.set_verbosity(absl.logging.ERROR)
     for name in ("jax", "orbax", "tensorflow_datasets", "grain", "etils"):
         logging.getLogger(name).setLevel(logging.ERROR)
     ours, handler = logging.getLogger("polygpt"), Warnings(logging.WARNING)

@@ -38,11 +38,8 @@ def run(arguments: Namespace) -> dict:
 
 
 def _train(chosen, arguments: Namespace) -> dict:
-    from polygpt.cli.results import print_results
-    from polygpt.report.finish import write_report
     from polygpt.runtime.goodput import process_begun
     from polygpt.training.loop import train
-    from polygpt.training.run import open_run
 
     workdir = Path(arguments.workdir or Path("runs") / chosen.name)
     outcome = train(chosen, workdir, begun=process_begun(), code=arguments.code)
@@ -52,6 +49,11 @@ def _train(chosen, arguments: Namespace) -> dict:
     if arguments.no_report:
         print(f"step {outcome.step}, {workdir}")
         return done
+
+    from polygpt.cli.results import print_results  # not before: they import what only evaluation and pictures need
+    from polygpt.report.finish import write_report
+    from polygpt.training.run import open_run
+
     trained = open_run(workdir, spread=True, code=arguments.code)  # of several processes, all take part
     results = _known(trained) or _evaluated(trained)
     if results is None:

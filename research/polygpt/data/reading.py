@@ -2,9 +2,7 @@
 
 import pickle
 import sys
-
-import grain
-from absl import flags
+from collections.abc import Iterable
 
 from polygpt.data.layout import MediaCache, lay_out
 from polygpt.data.mixture import Order
@@ -56,8 +54,11 @@ class Groups:
         return [self.laid_out[index] for index in range(first, first + GROUP)]
 
 
-def read_ahead(groups: Groups, workers: int) -> grain.IterDataset:
-    """The groups in order, prefetched in a thread (0 workers) or in so many processes."""
+def read_ahead(groups: Groups, workers: int) -> Iterable[list[Row | BadRecord]]:
+    """The groups in order, prefetched in a thread (0 workers) or in that many processes."""
+    import grain  # here: it brings Orbax with it, and a command that trains nothing need not wait for them
+    from absl import flags
+
     read = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
     dataset = grain.MapDataset.source(groups).to_iter_dataset(read)
     if workers == 0:

@@ -3,8 +3,6 @@
 import dataclasses
 from typing import ClassVar
 
-from sklearn.metrics import accuracy_score, f1_score
-
 from polygpt.evaluation.metric import Measure, Metric, normalize
 
 
@@ -21,6 +19,8 @@ class Classification(Metric):
     )
 
     def __call__(self, predictions, truths):
+        from sklearn.metrics import accuracy_score, f1_score  # here: it takes as long to import as all of JAX
+
         exact = sum(prediction == truth for prediction, truth in zip(predictions, truths, strict=True))
         predictions, truths = [normalize(text) for text in predictions], [normalize(text) for text in truths]
         f1 = f1_score(truths, predictions, labels=sorted(set(truths)), average="macro", zero_division=0)

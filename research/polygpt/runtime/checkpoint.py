@@ -24,7 +24,7 @@ from typing import Any, Literal
 import jax
 
 from polygpt.errors import UserError
-from polygpt.runtime import manifest, stored
+from polygpt.runtime import manifest
 from polygpt.runtime.manifest import Damaged, HalfWritten, Record, records
 from polygpt.runtime.processes import agree, barrier, first_fault
 from polygpt.runtime.storage import storage_fault
@@ -93,7 +93,9 @@ class Checkpoints:
         seen = [dataclasses.astuple(record) for record in self._records.values()], list(self._damaged.items())
         seen, damaged = json.loads(agree("checkpoints", json.dumps(seen)))
         self._records, self._damaged = {step: Record(step, *rest) for step, *rest in seen}, dict(damaged)
-        self._writer = stored.writer()
+        from polygpt.runtime import stored  # here: Orbax takes a second to import
+
+        self._stored, self._writer = stored, stored.writer()
         self._thread = ThreadPoolExecutor(1, "checkpoints")
         self._pending: Future | None = None
         self._failure: Exception | None = None  # why the latest save is not there
@@ -121,7 +123,7 @@ class Checkpoints:
         try:
             if self._primary and place.exists():
                 _set_aside(place, "a new one takes its place")
-            self._writer.save(place, args=stored.parts(state, data))
+            self._writer.save(place, args=self._stored.parts(state, data))
         except Exception as error:
             self._fail(step, error)
             self._join()
@@ -265,7 +267,7 @@ class Checkpoints:
     def _read(self, step: int, target: Any, initial) -> tuple[tuple[Any, dict[str, Any]] | None, str]:
         """State and data, or what is wrong."""
         try:
-            found, fault = stored.read(self._writer, self.folder / str(step), target, initial), ""
+            found, fault = self._stored.read(self._writer, self.folder / str(step), target, initial), ""
         except Exception as error:  # whatever Orbax raises for a file that does not fit: an older checkpoint may
             found, fault = None, first_line(error)
         fault = first_fault(f"read {step}", fault)

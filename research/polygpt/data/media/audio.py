@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import scipy.fft
+import scipy
 import soxr
 
 from polygpt.data.media.features import Features, read
