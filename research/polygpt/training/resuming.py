@@ -2,7 +2,23 @@
 
 from pathlib import Path
 
+from polygpt.runtime import goodput
 from polygpt.training.experiment import Experiment
+
+
+def lost(record: Path, done: int, every: int) -> list[str]:
+    """A line for a person if the process before had come further than what was saved.
+
+    Args:
+        record: the run's goodput.jsonl.
+        done: steps that the checkpoint has taken; 0 without one.
+        every: steps between checkpoints.
+    """
+    reached = max((line["step"] for line in goodput.read(record)[-1:]), default=0)
+    if reached <= done:
+        return []
+    saved = f"the last checkpoint is of step {done}" if done else "there was no checkpoint yet"
+    return [f"steps {done + 1} to {reached} were lost and are taken again: {saved} (train.checkpoint.every {every})"]
 
 
 def about(experiment: Experiment, workdir: Path, done: int, finished: bool, planned: int) -> list[str]:

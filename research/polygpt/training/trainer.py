@@ -98,6 +98,8 @@ class Trainer:
         first = jax.process_index() == 0
         if first:
             print(self.program.about(), file=sys.stderr)
+            for line in resuming.lost(workdir / "goodput.jsonl", self.done, self.spec.checkpoint.every):
+                print(line, file=sys.stderr)
             if data is not None and self.done:
                 given = workdir, self.done, self._finished(), data["config"]["train"]["steps"]
                 print(*resuming.about(experiment, *given), sep="\n", file=sys.stderr)
