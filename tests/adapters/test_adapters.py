@@ -130,7 +130,7 @@ def test_a_position_table_that_is_too_short_is_an_error():
 
 def test_adapters_say_what_does_not_fit():
     with pytest.raises(
-        SpecError, match="ImageAdapter.patch is 5: it must be a divisor of the picture's height and width, 8 x 8"
+        SpecError, match="ImageAdapter.patch is 5: it must be a divisor of the image's height and width, 8 x 8"
     ):
         ImageAdapter(ImageFeatures(8, 8), patch=5)
     with pytest.raises(SpecError, match="AudioAdapter.fold is 0: it must be at least 1"):
