@@ -31,6 +31,7 @@ def test_train_evaluates_and_reports(trained):
     assert Path(done["workdir"]) == Path("runs/own") and (trained.run / "report.html").stat().st_size > 10_000
     assert json.loads((trained.run / "evaluation.json").read_text())["tasks"] == done["tasks"]
     assert "Held out, step 3" in trained.err and "report: runs/own/report.html" in trained.err
+    assert trained.err.split("try next:")[1].count("polygpt ") == 3
     assert "Traceback" not in trained.err and "Warning" not in trained.err
 
 

@@ -17,6 +17,13 @@ examples:
 The same command again goes on where a stopped or killed run was. One that a signal stopped exits with 1."""
 
 
+NEXT = """\
+try next:
+  polygpt generate {workdir} --interactive
+  polygpt data show {file}
+  polygpt train {file} --model.decoder.attention polygpt.attention.sliding:SlidingWindow --workdir runs/sliding"""
+
+
 def parser(prog: str, about: str) -> Parser:
     """The verb's arguments."""
     words = Parser(prog, about, EXAMPLES, experiment.fields)
@@ -63,6 +70,7 @@ def _train(chosen, arguments: Namespace) -> dict:
     report = write_report(trained)
     print_results(results, chosen.evaluation.measures())
     print(f"report: {report}")
+    print(NEXT.format(file=arguments.file, workdir=workdir))
     return done | results | {"report": report}
 
 
