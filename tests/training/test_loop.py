@@ -352,6 +352,12 @@ def test_a_bucket_is_refused_at_once(address, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_test_record_without_a_prompt_is_told_before_the_first_step(tmp_path):
+    with pytest.raises(UserError, match="evaluation task 'text': .* has no prompt to answer: set generate to false"):
+        train(smallest(**{"evaluation.tasks.text.generate": "true"}), tmp_path / "run", quiet)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_folder_without_a_checkpoint_may_take_another_configuration(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(to_json(tiny(seed="5"))))
     chosen = smallest(**{"train.steps": "2"})

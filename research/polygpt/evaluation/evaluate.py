@@ -1,5 +1,6 @@
 """Evaluation: every held-out task of a model, measured in every way its specification asks for."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -155,11 +156,26 @@ def _read(name: str, task: EvalTask, spec: EvaluationSpec, reader: _Reader) -> t
     return [examples[i] for i in indices], scores, len(chosen) - len(indices)
 
 
+def require_prompts(spec: EvaluationSpec) -> None:
+    """Raises UserError, naming the task and the record, if answers are wanted to a record that has no prompt."""
+    for name, task in spec.tasks.items():
+        if not task.generate:
+            continue
+        source = task.source.open()
+        for i in sorted(np.random.default_rng(spec.seed).permutation(len(source))[: task.limit]):
+            with contextlib.suppress(BadRecord):  # reported where it is read to be scored
+                _require_prompt(name, source[int(i)])
+
+
+def _require_prompt(name: str, example: Example) -> None:
+    if not example.prompt:
+        raise UserError(f"evaluation task {name!r}: {example.place} has no prompt to answer: set generate to false")
+
+
 def _judge(name: str, task: EvalTask, spec: EvaluationSpec, examples: list[Example], reader: _Reader) -> dict:
     """The figures of a task's metrics over the answers that the model writes."""
     for example in examples:
-        if not example.prompt:
-            raise UserError(f"evaluation task {name!r}: {example.place} has no prompt to answer: set generate to false")
+        _require_prompt(name, example)
     reader.progress(f"{name}: answers", 0, len(examples))
     prompts = [example.prompt for example in examples]
     given = (reader.model, reader.params, reader.tokenizer, prompts, reader.layout, spec.sampling)

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from polygpt import sequence, spec
 from polygpt.data.loader import TrainBatches, train_batches
 from polygpt.errors import Diverged
+from polygpt.evaluation.evaluate import require_prompts
 from polygpt.runtime import processes
 from polygpt.runtime.checkpoint import Checkpoints
 from polygpt.runtime.goodput import INTERVAL, Goodput
@@ -85,6 +86,7 @@ class Trainer:
         )
         self.batches = self._train_batches()
         feeders.require_same_data(self.batches.get_state()["examples"], experiment.evaluation)
+        require_prompts(experiment.evaluation)
         claim(workdir, experiment, stack)  # not before: a setting or a source that is at fault leaves no folder behind
         self.goodput.open()
         self.checkpoints = Checkpoints(workdir / "checkpoints", self.spec.checkpoint, self.spec.better)
