@@ -17,7 +17,7 @@ def test_a_warning_is_one_line_as_all_others(capsys, caplog):
 
 
 def test_without_held_out_tasks_that_is_said_and_no_empty_table_drawn(capsys):
-    print_results({"step": 1200, "tasks": {}, "modality_gain": {}})
+    print_results({"step": 1200, "tasks": {}, "modality_gain": {}}, {})
     assert capsys.readouterr().out == "step 1,200: the experiment has no held-out tasks, so nothing was measured\n"
 
 

@@ -129,6 +129,7 @@ def test_all_together_equal_the_reference_in_order(temperature, k, p, min_p, pen
 
     row = logits[0].astype(np.float64)
     row = np.where(seen[0], np.where(row > 0, row / penalty, row * penalty), row) / temperature
+    row = row - row.max()  # the same for all tokens of a row: no probability changes
     if k:
         row = only(reference_top_k(row, k), row)
     if p < 1:

@@ -20,7 +20,7 @@ from polygpt.optim.schedules import Constant, Schedule
 from polygpt.overrides import override
 from polygpt.runtime.checkpoint import records
 from polygpt.runtime.manifest import Record
-from polygpt.spec import from_json, to_json
+from polygpt.spec import to_json
 from polygpt.training import held_out, trainer
 from polygpt.training.held_out import Standing, pick
 from polygpt.training.loop import train
@@ -28,6 +28,7 @@ from polygpt.training.resuming import about
 from polygpt.training.run import open_run
 from polygpt.training.sinks import JsonLines, Silent
 from polygpt.training.trainer import Trainer
+from polygpt.training.workdir import load_experiment
 
 
 def tiny(**changes):
@@ -157,7 +158,7 @@ def test_steps_may_grow(tmp_path):
     train(smallest(**{"train.steps": "2"}), tmp_path, quiet)
     longer = smallest(**{"train.steps": "4"})
     assert train(longer, tmp_path, quiet).step == 4
-    assert from_json(json.loads((tmp_path / "config.json").read_text())) == longer
+    assert load_experiment(tmp_path) == longer
     assert [line["step"] for line in metrics(tmp_path)] == [2, 3, 4]
 
 
@@ -362,14 +363,14 @@ def test_a_folder_without_a_checkpoint_may_take_another_configuration(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(to_json(tiny(seed="5"))))
     chosen = smallest(**{"train.steps": "2"})
     assert train(chosen, tmp_path, quiet).finished
-    assert from_json(json.loads((tmp_path / "config.json").read_text())) == chosen
+    assert load_experiment(tmp_path) == chosen
 
 
 def test_no_run_folder_and_no_checkpoint_are_told_apart(tmp_path):
     with pytest.raises(UserError, match="is no run folder: it has no config.json"):
         open_run(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(to_json(tiny())))
-    with pytest.raises(UserError, match="holds no whole checkpoint"):
+    with pytest.raises(UserError, match="has no complete checkpoint"):
         open_run(tmp_path)
 
 
@@ -400,7 +401,7 @@ def test_settings_that_do_not_fit_are_refused(changes, message):
 
 def test_a_metric_of_written_answers_needs_a_full_evaluation_with_answers():
     written = {"evaluation.tasks.text.generate": "true", "train.evaluate": "full", "train.metric": "text/accuracy"}
-    assert tiny(**written).train.metric == "text/accuracy"
+    assert tiny(**written, **{"train.better": "higher"}).train.metric == "text/accuracy"
     assert tiny(**{"train.metric": "text/bits_per_byte"}).train.evaluate == "loss"
 
 

@@ -19,6 +19,7 @@ import jax
 from polygpt import spec
 from polygpt.errors import UserError
 from polygpt.files import write_atomically
+from polygpt.migration import SCHEMA, migrate
 from polygpt.runtime import processes
 from polygpt.runtime.lock import hold
 from polygpt.runtime.manifest import records
@@ -103,7 +104,7 @@ def require_same(workdir: Path, experiment: Experiment) -> None:
     if not path.exists() or not records(workdir / "checkpoints"):
         return
     config = json.loads(json.dumps(spec.to_json(experiment)))
-    for name, old, new in differences(_read(path), config):
+    for name, old, new in differences(migrate(_read(path), str(path)), config):
         if name == "train.steps" and isinstance(old, int) and new > old or name == "train.patience":
             continue
         if any(fnmatchcase(name, same) or fnmatchcase(name, f"{same}.*") for same in SAME_MATHEMATICS):
@@ -141,7 +142,8 @@ def claim(workdir: Path, experiment: Experiment, stack: contextlib.ExitStack) ->
     stack.enter_context(hold(workdir))
     trained = records(workdir / "checkpoints")
     keep(experiment, workdir / CODE, workdir / f"{CODE}-until-{trained[-1].step}" if trained else None)
-    for name, data in {"config.json": spec.to_json(experiment), "environment.json": environment()}.items():
+    config = {"schema": SCHEMA, **spec.to_json(experiment)}
+    for name, data in {"config.json": config, "environment.json": environment()}.items():
         write_atomically(workdir / name, json.dumps(data, indent=2) + "\n")
 
 
@@ -164,7 +166,8 @@ def load_experiment(workdir: Path, code: Code = "run") -> Experiment:
     kept = Snapshot(workdir / CODE)
     if code == "run":
         _tell_edited(workdir, tuple(kept.edited()))
-    experiment = spec.from_json(_read(path), str(path), kept.load_current if code == "current" else kept.load_module)
+    data = migrate(_read(path), str(path))
+    experiment = spec.from_json(data, str(path), kept.load_current if code == "current" else kept.load_module)
     if not isinstance(experiment, Experiment):
         raise UserError(f"{path} holds no experiment")
     return experiment

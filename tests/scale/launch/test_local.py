@@ -129,7 +129,17 @@ def test_processes_that_were_asked_to_stop_are_not_reported(tmp_path):
 
 
 def test_one_that_does_not_listen_is_killed_in_the_end(tmp_path, capfd):
-    code = f"import os, sys\nif os.environ['POLYGPT_PROCESS'] == '1': sys.exit(3)\n{DEAF}"
+    code = f"""
+import os, pathlib, signal, sys, time
+ready = pathlib.Path({str(tmp_path / "ready")!r})
+while os.environ["POLYGPT_PROCESS"] == "1":  # fails once the other has stopped listening
+    if ready.exists():
+        sys.exit(3)
+    time.sleep(0.01)
+signal.signal(signal.SIGTERM, lambda *_: None)
+ready.touch()
+time.sleep(60)
+"""
     outcome = launch(code, [], 2, tmp_path)
     assert outcome.codes == (-9, 3) and outcome.cause == "process 1 exited with code 3"
     assert "SIGKILL to process 0" in capfd.readouterr().err
