@@ -3,43 +3,27 @@
 import contextlib
 import io
 import os
-import random
 import shutil
 import signal
 import tempfile
-import time
 from importlib import metadata
 from types import SimpleNamespace
 
 import hypothesis
 import pytest
 
-BEGUN = time.monotonic()
-
-
-def pytest_addoption(parser):
-    parser.addoption(
-        "--minutes",
-        type=float,
-        help="begin no test after so many minutes; files are then taken in another order each time, so that none is "
-        "always the last",
-    )
-
-
-def pytest_collection_modifyitems(config, items):
-    if config.getoption("--minutes") is not None:
-        files = list(dict.fromkeys(item.path for item in items))
-        random.Random(os.environ.get("PYTEST_XDIST_TESTRUNUID")).shuffle(files)  # all of xdist's workers alike
-        items.sort(key=lambda item: files.index(item.path))
-
-
-def pytest_runtest_setup(item):
-    minutes = item.config.getoption("--minutes")
-    if minutes is not None and time.monotonic() - BEGUN > 60 * minutes:
-        pytest.skip(f"{item.path.name}: not begun within {minutes:g} minutes")
+import rotation
+from rotation import (  # noqa: F401
+    pytest_addoption,
+    pytest_collection_modifyitems,
+    pytest_report_header,
+    pytest_runtest_setup,
+    pytest_terminal_summary,
+)
 
 
 def pytest_configure(config):
+    rotation.pytest_configure(config)
     hypothesis.settings.register_profile("tests", deadline=None)  # a loaded machine is slow, not wrong
     hypothesis.settings.load_profile("tests")
     # A shell lets its background jobs ignore Ctrl+C, and what they start too; some tests send it.
