@@ -7,6 +7,7 @@ import pytest
 
 from batches import ADAPTERS, TOWER, build, columns, example, lively, tiny
 from polygpt.errors import SpecError
+from polygpt.evaluation.likelihood import score
 from polygpt.models.decoder import DecoderSpec
 from polygpt.models.describe import describe
 from polygpt.models.functional import bind, paths
@@ -103,13 +104,15 @@ def test_token_by_token_equals_the_whole_row(capacity):
         got.append(logits_BTV)
     real = batch.segment_BT > 0
     np.testing.assert_allclose(np.concatenate(got, axis=1)[real], expected_BTV[real], rtol=0, atol=2e-5)
-    trained = np.asarray(jax.jit(model.apply)(params, batch).logits_BTV)
+    np.testing.assert_array_equal(jax.jit(model.apply)(params, batch).logits_BTV, expected_BTV)
+    trained = np.asarray(jax.jit(model.apply)(params, batch, jax.random.key(0)).logits_BTV)
     assert (np.abs(trained - expected_BTV)[real].max() > 1e-2) == (capacity is not None)
 
 
 def test_padding_and_neighbouring_rows_do_not_matter():
     model = bind(tiny(adapters={}, mlp=MixtureOfExperts(4, 2, capacity=0.7)), 31)
-    params, apply = lively(model), jax.jit(model.apply)
+    params, key = lively(model), jax.random.key(0)
+    apply = jax.jit(lambda params, batch: model.apply(params, batch, key))
     rows = [[example(9, seed=1)], [example(12, seed=2)]]
     batch = build(rows, 12, adapters={})
     before = np.asarray(apply(params, batch).logits_BTV)
@@ -117,3 +120,12 @@ def test_padding_and_neighbouring_rows_do_not_matter():
     swapped = jax.tree.map(lambda x: x[::-1], noise)
     real = batch.segment_BT > 0
     np.testing.assert_allclose(apply(params, swapped).logits_BTV[::-1][real], before[real], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("before", [5, 9])
+def test_an_example_scores_the_same_alone_and_packed_behind_another(before):
+    model = bind(tiny(adapters={}, mlp=MixtureOfExperts(4, 2, capacity=0.5)), 31)
+    params, own = lively(model), example(11, seed=2)
+    rows = [[own]], [[example(before, seed=1), own]]
+    alone, packed = (score(model, params, build(row, 20, adapters={}), np.ones(31)).mean_loss for row in rows)
+    np.testing.assert_allclose(packed[-1], alone[0], rtol=1e-6)

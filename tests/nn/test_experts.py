@@ -30,8 +30,8 @@ SPECS = {
 }  # fmt: skip
 
 
-def context(segment_BT=SEGMENT_BT, modality_BT=MODALITY_BT, cursor=None):
-    return SimpleNamespace(query=SimpleNamespace(segment=segment_BT, modality=modality_BT), cursor=cursor)
+def context(segment_BT=SEGMENT_BT, modality_BT=MODALITY_BT, training=True):
+    return SimpleNamespace(query=SimpleNamespace(segment=segment_BT, modality=modality_BT), training=training)
 
 
 def built(spec, seed=1):
@@ -40,9 +40,9 @@ def built(spec, seed=1):
     rng = np.random.default_rng(seed)
     params = jax.tree.map(lambda x: np.float32(rng.normal(0, 0.5, x.shape)), nnx.to_pure_dict(state))
 
-    def run(params, x_BTD, segment_BT=SEGMENT_BT, modality_BT=MODALITY_BT, cursor=None):
+    def run(params, x_BTD, segment_BT=SEGMENT_BT, modality_BT=MODALITY_BT, training=True):
         nnx.replace_by_pure_dict(state, params)
-        return nnx.merge(graphdef, state)(x_BTD, context(segment_BT, modality_BT, cursor))
+        return nnx.merge(graphdef, state)(x_BTD, context(segment_BT, modality_BT, training))
 
     return run, params
 
@@ -205,12 +205,12 @@ def test_nothing_sees_what_comes_later(name):
         np.testing.assert_array_equal(run(params, changed, *one)[0][:, :t], before[:, :t])
 
 
-def test_a_cache_drops_nothing():
+def test_nothing_is_dropped_outside_training():
     run, params = built(SPECS["capacity"])
     dropless, _ = built(SPECS["capacity"].replace(capacity=None))
-    got, losses = run(params, X_BTD, cursor=jnp.zeros((), jnp.int32))
+    got, losses = run(params, X_BTD, training=False)
     np.testing.assert_array_equal(got, dropless(params, X_BTD)[0])
-    assert "dropped" not in losses
+    assert losses["dropped"] == 0 and run(params, X_BTD)[1]["dropped"] > 0
 
 
 @pytest.mark.parametrize("capacity", [None, 1.25])

@@ -23,7 +23,7 @@ def model():
     params = lively(model)
 
     def evaluate(batch):
-        outputs = model.apply(params, batch)
+        outputs = model.apply(params, batch, jax.random.key(0))  # as in training, where choices are dropped
         return [objective(outputs, batch) for objective in OBJECTIVES]
 
     return jax.jit(evaluate), model, params

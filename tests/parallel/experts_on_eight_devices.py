@@ -61,7 +61,7 @@ def run(form: str, meshes: list[str]) -> dict:
     params, batch = lively(model, scale=0.2), build(ROWS, T, adapters=LIGHT)
 
     def loss(params, batch):
-        outputs = model.apply(params, batch)
+        outputs = model.apply(params, batch, jax.random.key(0))  # with a key as in training: capacities bind
         terms = [(share, objective(outputs, batch)) for objective, share in OBJECTIVES.values()]
         return sum(share * total / weight for share, (total, weight) in terms)
 

@@ -45,7 +45,7 @@ def test_it_is_mixtrals(torch, capacity):
     nnx.replace_by_pure_dict(state, params)
     modality_BT = np.where(real_BT, 0, -1)
     query = SimpleNamespace(segment=real_BT.astype(np.int32), modality=modality_BT.astype(np.int32))
-    got, losses = nnx.merge(graphdef, state)(x_BTD, SimpleNamespace(query=query, cursor=None))
+    got, losses = nnx.merge(graphdef, state)(x_BTD, SimpleNamespace(query=query, training=True))
     compare(np.asarray(got)[real_BT], expected[real_BT], "MixtralSparseMoeBlock")
     # Theirs lets the shares of choices add up to top_k, and is a mean over positions.
     np.testing.assert_allclose(2 * losses["load_balance"] / real_BT.sum(), float(balance), rtol=1e-5)

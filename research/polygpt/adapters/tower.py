@@ -44,6 +44,6 @@ class Tower(Stack):
         embedding_key, stack_key = (None, None) if key is None else jax.random.split(key)
         x_BTD = dropout(x_BTD, self.spec.dropout, embedding_key)
         place_BT3 = None if self.grid is None else jnp.broadcast_to(coordinates(self.grid)[None], (B, T, 3))
-        context = Context(meta, meta, ENCODER, coordinate_BT3=place_BT3)
+        context = Context(meta, meta, ENCODER, coordinate_BT3=place_BT3, training=key is not None)
         x_BTD, _, losses = super().__call__(x_BTD, context, key=stack_key)
         return x_BTD, losses

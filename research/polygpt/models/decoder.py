@@ -83,6 +83,7 @@ class Decoder(Stack):
         embedding_key, stack_key = (None, None) if key is None else jax.random.split(key)
         x_BTD = dropout(self._place(x_BTD, batch), self.spec.dropout, embedding_key)
         context, seen = self._context(batch, cache)
+        context = dataclasses.replace(context, training=key is not None)
         x_BTD, layers, losses = super().__call__(x_BTD, context, None if cache is None else cache.layers, stack_key)
         if cache is not None:
             cache = Cache(layers, seen, cache.cursor + batch.shape[1])

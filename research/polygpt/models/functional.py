@@ -116,7 +116,7 @@ class Model:
         return _axes(state, self.spec.decoder.scan)
 
     def apply(self, params: Params, batch: Batch, key: jax.Array | None = None) -> Outputs:
-        """All predictions of a batch. With a key, dropout is on."""
+        """All predictions of a batch. With a key it is a training step: dropout is on, capacities bind."""
         with self._split():
             module = self._module(params)
             hidden_BTD, _, losses = module.hidden(batch, key=key)

@@ -26,8 +26,8 @@ class MixtureOfExperts(FeedForward):
     expert has a fixed number of places in each row, capacity * top_k * T / E, as in GShard (2006.16668) and Switch
     (2101.03961, eq. 3); a choice that finds none is dropped, and the position keeps its residual. Places are given away
     from the first position on, padding takes none: nothing depends on what comes later, but an example does depend on
-    the examples packed before it in the row. Reading into a cache drops nothing whatever the capacity, so that a text
-    does not depend on how it is cut into calls: where training drops choices, decoding differs from it.
+    the examples packed before it in the row. Only training steps drop choices. Evaluation and decoding drop none,
+    whatever the capacity: a text depends neither on what it is packed with nor on how it is cut into calls.
 
     Add the objectives `LoadBalance` and `RouterZLoss`, or a few experts will take all.
     """
@@ -109,7 +109,8 @@ class _Mixture(nnx.Module):
         self.shared = GatedLayer(width, shared, output_scale=output_scale, **options) if shared else None
 
     def __call__(self, x_BTD: jax.Array, context: Any) -> tuple[jax.Array, Losses]:
-        """[B, T, D] -> ([B, T, D], losses). `context.query` knows segments and modalities."""
+        """[B, T, D] -> ([B, T, D], losses). `context.query` knows segments and modalities; choices are dropped if
+        `context.training`."""
         spec, query = self.spec, context.query
         real_BT = query.segment > 0
         logits_BTE = constrain(self.router(x_BTD), "rows", "positions", None)
@@ -117,7 +118,9 @@ class _Mixture(nnx.Module):
         choice, losses = route(logits_BTE, real_BT, query.modality, **options)
         x_BTD = x_BTD.astype(self.dtype)
         kernels = self.experts.kernels(self.dtype)
-        if spec.capacity is not None and context.cursor is None:
+        if spec.capacity is not None:
+            losses["dropped"] = jnp.zeros((), jnp.float32)
+        if spec.capacity is not None and context.training:
             y_BTD, dropped = self._in_buffers(x_BTD, choice, kernels)
             losses["dropped"] = dropped / spec.top_k
         else:
