@@ -17,7 +17,7 @@ from polygpt.models.functional import bind, paths
 from polygpt.models.multimodal import ModelSpec
 from polygpt.optim.groups import Group
 from polygpt.optim.optim import Optim
-from polygpt.optim.optimizers import Adafactor, AdamW, Lion, Muon
+from polygpt.optim.optimizers import SGD, Adafactor, AdamW, Lion, Muon
 from polygpt.optim.paths import name_of
 from polygpt.optim.schedules import Constant, WarmupLinear
 
@@ -210,3 +210,20 @@ def test_muon_leaves_depthwise_convolutions_to_adamw():
     convolutions = [path for path in paths(model.abstract()) if "convolve" in path and path.endswith("kernel")]
     assert convolutions and not any(re.search(Muon().matrices, path) for path in convolutions)
     assert re.search(Muon().matrices, "decoder/blocks/mlp/up/kernel")
+
+
+def test_a_rewarm_needs_the_steps_after_which_it_begins():
+    with pytest.raises(SpecError, match="rewarm is 5: it must be null without"):
+        Optim(Constant(1e-3), rewarm=5)
+
+
+def test_groups_with_a_schedule_of_their_own_keep_their_last_rate_too(params):
+    """SGD-like steps of a unit gradient: after `schedule_steps`, all updates stay as they are."""
+    groups = (Group("embedding", schedule=WarmupLinear(1.0, final=0.5)),)
+    optim = Optim(WarmupLinear(2.0, final=0.25), SGD(0.0, momentum=0.0), None, groups=groups, schedule_steps=4)
+    transformation = optim.build(params, steps=8)
+    state, ones = transformation.init(params), jax.tree.map(jnp.ones_like, params)
+    for t, (own, others) in enumerate([(1, 2), (0.875, 1.625), (0.75, 1.25), (0.625, 0.875), *[(0.625, 0.875)] * 4]):
+        updates, state = transformation.update(ones, state, params)
+        np.testing.assert_allclose(updates["decoder"]["embedding"], -own, err_msg=f"step {t}")
+        np.testing.assert_allclose(updates["decoder"]["norm"]["scale"], -others, err_msg=f"step {t}")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from polygpt.errors import SpecError
-from polygpt.optim.schedules import SGDR, WSD, Constant, WarmupCosine, WarmupExponential, WarmupLinear
+from polygpt.optim.schedules import SGDR, WSD, Constant, WarmupCosine, WarmupExponential, WarmupLinear, extended
 
 STEPS, WARMUP, PEAK = 50, 10, 0.3
 REST = STEPS - WARMUP
@@ -44,6 +44,17 @@ def test_schedules_follow_their_formulas(schedule, formula):
 def test_a_decay_that_the_warm_up_shortens_still_reaches_the_end():
     got = rates(WSD(PEAK, warmup=100, final=0, decay=1), steps=200)
     np.testing.assert_allclose(got[100:], PEAK * (1 - np.arange(100) / 100), rtol=2e-6)
+
+
+@pytest.mark.parametrize("rewarm", [None, 1, 4, 1000])
+def test_steps_after_a_schedule_keep_its_last_rate_or_go_to_the_longer_one(rewarm):
+    """Before: the schedule as it was, to the bit."""
+    schedule = WarmupLinear(PEAK, WARMUP, final=0.2)
+    got, before = jax.vmap(extended(schedule, 30, STEPS, rewarm))(np.arange(STEPS)), schedule.build(30)
+    np.testing.assert_array_equal(got[:30], jax.vmap(before)(np.arange(30)))
+    last, whole = PEAK * (1 - 0.8 * 19 / 20), np.array([PEAK * (1 - 0.8 * t / REST) for t in range(20, 40)])
+    share = 0 if rewarm is None else np.minimum(np.arange(1, 21) / rewarm, 1)
+    np.testing.assert_allclose(got[30:], last + share * (whole - last), rtol=2e-6)
 
 
 def test_warm_restarts_begin_each_cycle_at_its_peak():

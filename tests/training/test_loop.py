@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 
@@ -185,18 +186,63 @@ def test_a_run_that_stopped_early_goes_on_when_its_patience_is_lifted(stale, tmp
     assert (outcome.step, outcome.finished) == (12, True)
 
 
+def said(chosen, workdir, done, finished, **before):
+    """What a person is told; `before` is what was set when the checkpoint was written."""
+    return about(chosen, workdir, done, finished, to_json(override(chosen, before)))
+
+
 def test_a_person_is_told_what_more_steps_do_to_the_learning_rate(tmp_path):
     """A cosine at its end is at a tenth of its peak, and in the middle at 0.55 of it."""
     chosen = override(smallest(), {"train.steps": "200", "optim.schedule.peak": "1.0", "optim.schedule.warmup": "0"})
-    lines = about(chosen, tmp_path, 100, False, 100)
+    shorter = {"train.steps": "100"}
+    lines = said(chosen, tmp_path, 100, False, **shorter)
     assert len(lines) == 2 and "from 0.1 to 0.557" in lines[1]
-    assert len(about(chosen, tmp_path, 100, False, 200)) == 1, "nothing has changed"
+    assert "--optim.schedule_steps 100 keeps" in lines[1] and "--optim.rewarm 10" in lines[1]
+    assert len(said(chosen, tmp_path, 100, False)) == 1, "nothing has changed"
     constant = chosen.replace(optim=chosen.optim.replace(schedule=Constant(1.0)))
-    assert len(about(constant, tmp_path, 100, False, 100)) == 1, "nothing changes"
-    (finished,) = about(chosen, tmp_path, 200, True, 200)
-    assert "polygpt evaluate" in finished and "--train.steps 400" in finished
-    (stopped,) = about(chosen, tmp_path, 100, True, 200)
+    assert len(said(constant, tmp_path, 100, False, **shorter)) == 1, "nothing changes"
+    (finished,) = said(chosen, tmp_path, 200, True)
+    assert "polygpt evaluate" in finished and "--train.steps 400 (--optim.schedule_steps 200" in finished
+    (finished,) = said(constant, tmp_path, 200, True)
+    assert finished.endswith("--train.steps 400"), "there is nothing to choose"
+    (stopped,) = said(chosen, tmp_path, 100, True)
     assert "--train.patience null" in stopped
+
+
+@pytest.mark.parametrize("chosen", [{}, {"optim.rewarm": "10"}], ids=["keep", "rewarm"])
+def test_the_options_that_a_person_is_told_end_the_jump(tmp_path, chosen):
+    plain = override(smallest(), {"train.steps": "200", "optim.schedule.peak": "1.0", "optim.schedule.warmup": "0"})
+    before = {"train.steps": "100", "optim.schedule_steps": "null", "optim.rewarm": "null"}
+    extended = override(plain, {"optim.schedule_steps": "100", **chosen})
+    assert len(said(extended, tmp_path, 100, False, **before)) == 1
+    (again,) = said(extended, tmp_path, 200, True)
+    for words in (r"--optim.schedule_steps (\d+) keeps", r"--optim.schedule_steps (\d+) --optim.rewarm (\d+)"):
+        told = dict(zip(("schedule_steps", "rewarm"), map(int, re.search(words, again).groups()), strict=False))
+        more = extended.replace(train=extended.train.replace(steps=400), optim=plain.optim.replace(**told))
+        assert len(about(more, tmp_path, 200, False, to_json(extended))) == 1, f"{words} jumps"
+
+
+def test_more_steps_keep_the_learning_rate_or_raise_it_again_and_resume_to_the_bit(tmp_path):
+    first = {"train.steps": "6", "optim.schedule.warmup": "0"}
+    train(smallest(**first), tmp_path / "run", quiet)
+
+    class Interrupt(Silent):
+        def step(self, step, loss):
+            if step == 8:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    for name, more in {"keep": {}, "rewarm": {"optim.rewarm": "3"}}.items():
+        longer = smallest(**first | {"train.steps": "12", "train.log_every": "1", "optim.schedule_steps": "6"} | more)
+        whole, cut = (shutil.copytree(tmp_path / "run", tmp_path / name / how) for how in ("whole", "cut"))
+        assert train(longer, whole, quiet).finished
+        assert not train(longer, cut, lambda *where: [*quiet(*where), Interrupt()]).finished
+        assert train(longer, cut, quiet).finished
+        assert (whole / "metrics.jsonl").read_bytes() == (cut / "metrics.jsonl").read_bytes()
+        jax.tree.map(np.testing.assert_array_equal, *(open_run(run, "latest").params for run in (whole, cut)))
+        rates = {line["step"]: line["learning_rate"] for line in metrics(whole)}
+        cosine = [3e-3 * (0.1 + 0.9 * (1 + np.cos(np.pi * t / steps)) / 2) for steps, t in [(6, 5), (12, 8), (12, 11)]]
+        expected = {6: cosine[0], 9: cosine[1], 12: cosine[2]} if more else {6: cosine[0], 9: cosine[0], 12: cosine[0]}
+        assert {step: rates[step] for step in expected} == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_experiment_says_which_checkpoint_is_used_where_none_is_named(stale, tmp_path):

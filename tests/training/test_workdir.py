@@ -41,6 +41,7 @@ def quickstart():
         {"train.processes.barrier_timeout": "5", "train.prefetch": "3", "train.log_every": "7"},
         {"train.checkpoint.every": "9", "train.checkpoint.keep_every": "90", "train.use": "latest"},
         {"model.decoder.remat": "full", "train.steps": "99"},
+        {"train.steps": "99", "optim.schedule_steps": "60", "optim.rewarm": "5"},
     ],
 )
 def test_a_run_goes_on_elsewhere_and_with_another_rhythm(workdir, changes):

@@ -8,7 +8,7 @@ import optax
 from polygpt.optim.groups import Group, assign, check_pattern, table
 from polygpt.optim.optimizers import AdamW, Optimizer
 from polygpt.optim.paths import name_of
-from polygpt.optim.schedules import Schedule
+from polygpt.optim.schedules import Schedule, extended
 from polygpt.spec import Spec
 
 NO_DECAY = (
@@ -36,12 +36,30 @@ class Optim(Spec):
     """Regular expression of paths without weight decay, unless a group says one: biases, norms, embeddings, gates."""
     ema: float | None = None
     """Decay of an exponential moving average of the parameters, with which the model is evaluated; null for none."""
+    schedule_steps: int | None = None
+    """Steps that the schedule spans; null for `train.steps`. The steps after them keep its last learning rate, unless
+    `rewarm` is set: this is how a finished run is trained further without a jump."""
+    rewarm: int | None = None
+    """Steps after `schedule_steps` in which the learning rate goes linearly from the last one to that of the schedule
+    stretched over `train.steps`; null to keep the last one."""
 
     def validate(self):
         check_pattern(self, "no_decay")
         self.require(self.clip is None or self.clip > 0, "clip", "null or above 0")
         self.require(self.accumulate >= 1, "accumulate", "at least 1")
         self.require(self.ema is None or 0 <= self.ema < 1, "ema", "null, or at least 0 and below 1")
+        self.require(self.schedule_steps is None or self.schedule_steps >= 1, "schedule_steps", "null or at least 1")
+        self.require(self.rewarm is None or self.rewarm >= 1, "rewarm", "null or at least 1")
+        self.require(
+            self.rewarm is None or self.schedule_steps is not None, "rewarm", "null without optim.schedule_steps"
+        )
+
+    def learning_rate(self, steps: int, schedule: Schedule | None = None) -> optax.Schedule:
+        """Learning rate by step in a run of `steps` steps, by a group's schedule or that of all others."""
+        schedule = schedule or self.schedule
+        if self.schedule_steps is None:
+            return schedule.build(steps)
+        return extended(schedule, self.schedule_steps, steps, self.rewarm)
 
     def rules(self, params, growth=None):
         """The rule of each parameter, in a tree like `params`. Raises SpecError for a group that takes none.
@@ -77,7 +95,7 @@ class Optim(Spec):
         def transform(rule) -> optax.GradientTransformation:
             if rule.group.freeze:
                 return optax.set_to_zero()
-            schedule = (rule.group.schedule or self.schedule).build(steps)
+            schedule = self.learning_rate(steps, rule.group.schedule)
             factor = rule.group.learning_rate * rule.width_factor
             return self.optimizer.build(lambda t: factor * schedule(t), rule.weight_decay)
 

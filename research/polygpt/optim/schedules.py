@@ -39,6 +39,24 @@ class Schedule(Spec):
         return optax.join_schedules([lambda t: self.peak * (t + 1) / self.warmup, after], [self.warmup])
 
 
+def extended(schedule: Schedule, first: int, steps: int, rewarm: int | None) -> optax.Schedule:
+    """Learning rate by step of a schedule over `first` steps, in a run of `steps` steps.
+
+    The steps after the first ones keep the last rate, r. With `rewarm`, n, the k-th of them (from 0) has
+    `r + (s - r) * min((k + 1) / n, 1)`, where s is the rate of the schedule over all `steps` at that step.
+    """
+    before, whole = schedule.build(first), schedule.build(steps)
+
+    def rate(t):
+        kept = before(jnp.minimum(t, first - 1))
+        if rewarm is None:
+            return kept
+        share = jnp.clip((t - first + 1) / rewarm, 0.0, 1.0)
+        return kept + (whole(t) - kept) * share
+
+    return rate
+
+
 @dataclasses.dataclass(frozen=True)
 class Constant(Schedule):
     """peak."""

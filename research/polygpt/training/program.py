@@ -140,7 +140,7 @@ def assemble(
     if runs.layout:
         _require_splits(runs.layout, shapes, model.axes())
         notes = _undivided_heads(runs.layout, experiment)
-    rate, trainable = optim.schedule.build(train.steps), optim.trainable(shapes)
+    rate, trainable = optim.learning_rate(train.steps), optim.trainable(shapes)
     seed, accumulate = experiment.seed, optim.accumulate
     recipe = Recipe(
         model, experiment.objectives, transformation, rate, trainable, seed, accumulate, optim.ema, train.spikes

@@ -1,7 +1,10 @@
 """What a person is told when a run is resumed: from where, that it is finished, that its learning rate jumps."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from polygpt.optim.optim import Optim
 from polygpt.runtime import goodput
 from polygpt.training.experiment import Experiment
 
@@ -21,7 +24,7 @@ def lost(record: Path, done: int, every: int) -> list[str]:
     return [f"steps {done + 1} to {reached} were lost and are taken again: {saved} (train.checkpoint.every {every})"]
 
 
-def about(experiment: Experiment, workdir: Path, done: int, finished: bool, planned: int) -> list[str]:
+def about(experiment: Experiment, workdir: Path, done: int, finished: bool, config: Mapping[str, Any]) -> list[str]:
     """Lines for a person.
 
     Args:
@@ -29,19 +32,49 @@ def about(experiment: Experiment, workdir: Path, done: int, finished: bool, plan
         workdir: the run folder.
         done: steps that the checkpoint has taken, at least one.
         finished: whether there is nothing left to train.
-        planned: `train.steps` when the checkpoint was written.
+        config: JSON data of the experiment as it was when the checkpoint was written.
     """
-    train, schedule = experiment.train, experiment.optim.schedule
+    train, optim = experiment.train, experiment.optim
+    planned, given = config["train"]["steps"], config["optim"]
+    before = optim.replace(schedule_steps=given.get("schedule_steps"), rewarm=given.get("rewarm")).learning_rate(
+        planned
+    )
+
+    def jump(optim: Optim, steps: int) -> tuple[float, float] | None:
+        """The rate of the last step, as it was and as it would be now; None where they are the same."""
+        was, now = (float(rate(done - 1)) for rate in (before, optim.learning_rate(steps)))
+        return (was, now) if abs(now - was) > 0.01 * abs(was) else None
+
+    def remedy(steps: int) -> str:
+        """The options without a jump."""
+        spans = [span for span in (planned, given.get("schedule_steps")) if span]
+        rises = max(1, (steps - done) // 10)
+        kept = [span for span in spans if not jump(optim.replace(schedule_steps=span, rewarm=None), steps)]
+        risen = [span for span in kept if not jump(optim.replace(schedule_steps=span, rewarm=rises), steps)]
+        said = [f"--optim.schedule_steps {span} keeps the learning rate" for span in kept[:1]]
+        for span in risen[:1]:
+            said.append(
+                f"--optim.schedule_steps {span} --optim.rewarm {rises} goes to the new schedule in {rises} steps"
+            )
+        return "; ".join(said)
+
     if finished and done < train.steps:
         return [f"{workdir} stopped early at step {done}, by train.patience: --train.patience null goes on"]
     if finished:
-        uses = f"polygpt evaluate {workdir}, polygpt report {workdir}, or more steps: --train.steps {2 * done}"
-        return [f"{workdir} is finished, at step {done}: {uses}"]
+        more = f"--train.steps {2 * done}"
+        if jump(optim.replace(schedule_steps=None, rewarm=None), 2 * done):
+            more += f" ({remedy(2 * done)})"
+        return [
+            f"{workdir} is finished, at step {done}: polygpt evaluate {workdir}, polygpt report {workdir}, "
+            f"or more steps: {more}"
+        ]
     lines = [f"goes on from step {done} in {workdir}"]
-    before, now = (float(schedule.build(steps)(done - 1)) for steps in (planned, train.steps))
-    if abs(now - before) > 0.01 * abs(before):
+    if rates := jump(optim, train.steps):
+        cause = f"train.steps was {planned} and is {train.steps}: {type(optim.schedule).__name__} is stretched over it"
+        if optim.schedule_steps is not None:
+            cause = f"optim.schedule_steps was {given.get('schedule_steps')} and is {optim.schedule_steps}"
         lines.append(
-            f"train.steps was {planned} and is {train.steps}: {type(schedule).__name__} is stretched over all of them, "
-            f"so the learning rate at step {done} goes from {before:.3g} to {now:.3g}"
+            f"{cause}, so the learning rate at step {done} goes from {rates[0]:.3g} to {rates[1]:.3g}: "
+            f"{remedy(train.steps)}"
         )
     return lines

@@ -103,7 +103,7 @@ class Trainer:
             for line in resuming.lost(workdir / "goodput.jsonl", self.done, self.spec.checkpoint.every):
                 print(line, file=sys.stderr)
             if data is not None and self.done:
-                given = workdir, self.done, self._finished(), data["config"]["train"]["steps"]
+                given = workdir, self.done, self._finished(), data["config"]
                 print(*resuming.about(experiment, *given), sep="\n", file=sys.stderr)
         self.sinks = sinks(workdir, self.done, self.spec.steps) if first else []
         self.example_log = example_log(workdir, self.parallel, self.done) if experiment.data.log_examples else None

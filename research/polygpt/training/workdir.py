@@ -36,6 +36,8 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "nump
 """Packages whose versions are written down."""
 
 
+GOING_ON = ("train.patience", "optim.schedule_steps", "optim.rewarm")
+"""Settings that say how a run goes on from where it is: they may be others when it is started again."""
 SAME_MATHEMATICS = (
     "train.parallel",  # where it is computed: the results are equal to rounding
     "train.mesh",
@@ -97,15 +99,15 @@ def local(workdir: str | Path) -> Path:
 def require_same(workdir: Path, experiment: Experiment) -> None:
     """Raises UserError if the folder holds checkpoints of another experiment.
 
-    `train.steps` may have grown, `train.patience` may be another, so that a run that stopped early goes on, and what
-    changes no result (SAME_MATHEMATICS) may be anything.
+    `train.steps` may have grown, how the run goes on (GOING_ON) may be another, and what changes no result
+    (SAME_MATHEMATICS) may be anything.
     """
     path = workdir / "config.json"
     if not path.exists() or not records(workdir / "checkpoints"):
         return
     config = json.loads(json.dumps(spec.to_json(experiment)))
     for name, old, new in differences(migrate(_read(path), str(path)), config):
-        if name == "train.steps" and isinstance(old, int) and new > old or name == "train.patience":
+        if name == "train.steps" and isinstance(old, int) and new > old or name in GOING_ON:
             continue
         if any(fnmatchcase(name, same) or fnmatchcase(name, f"{same}.*") for same in SAME_MATHEMATICS):
             continue
