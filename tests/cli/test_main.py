@@ -123,7 +123,8 @@ def test_a_group_lists_its_verbs(polygpt):
     ("words", "expected"),
     [
         (["trian"], "no verb 'trian': did you mean train"),
-        (["data"], "no verb 'data': did you mean data show or data fetch or data check"),
+        (["data"], "data alone is no verb: write data show, data check, data fetch"),
+        (["attention"], "write attention list, attention check, attention bench, attention show, attention new"),
         (["data", "shwo", "x"], "no verb 'data shwo': did you mean data show"),
         (["--foo"], "no verb '--foo'"),
         (["train"], "train: the following arguments are required: FILE: see polygpt train --help"),

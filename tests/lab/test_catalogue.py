@@ -58,6 +58,7 @@ def test_a_starting_file_is_a_variant(tmp_path, capsys, kind):
     words = ["attention", "new", "MyOwnHEADS", "--kind", kind, "--folder", str(tmp_path)]
     assert main(words) == 0
     path = tmp_path / "my_own_heads.py"
+    assert "experiments/" not in path.read_text(), "an installed package has no such folder"
     assert f"polygpt attention check {path}:MyOwnHEADS" in capsys.readouterr().out
     cls = load_class(f"{path}:MyOwnHEADS")
     assert (
@@ -121,5 +122,6 @@ def test_the_benchmark_compares_two_variants(tmp_path, monkeypatch, capsys):
     seen = 1 + 2 + 3 + 13 * 4  # by all 16 positions
     assert flops["SlidingWindow", 16, "forward and backward"] == pytest.approx(3 * (16 * projections + 4 * 16 * seen))
     assert flops["MultiHead", 16, "decode"] == pytest.approx(projections + 4 * 16 * 16)
-    assert (tmp_path / "runs" / "attention-bench.png").stat().st_size > 5000
+    (picture,) = (tmp_path / "runs").iterdir()
+    assert picture.stat().st_size > 5000 and picture.name.startswith("SlidingWindow-MultiHead-window-4")
     assert main([*words, "--lengths", "8,x"]) == 2 and re.search("--lengths", capsys.readouterr().err)

@@ -130,7 +130,7 @@ def test_the_command_draws_a_variant_with_its_fields(tmp_path, monkeypatch, caps
         "2",
         "--layout",
         "8",
-        "--block",
+        "--block-size",
         "4",
     ]
     assert main([*words, "--json"]) == 0

@@ -51,7 +51,8 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{self.verb}: {message}: see {self.prog} --help")
 
     def read(self, argv: list[str]) -> argparse.Namespace:
-        """The arguments; `.changes` maps dotted names to their texts, `.options` names what is no override.
+        """The arguments; `.changes` maps dotted names to their texts, `.options` names what is no override, `.given`
+        those of them that were typed.
 
         Raises:
             UserError: naming the word at fault and the nearest names.
@@ -66,6 +67,7 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             self.error(f"unexpected argument {unknown[0]!r}")
         arguments.changes, arguments.options = changes, self.options
+        arguments.given = {word.partition("=")[0] for word in words} & set(self.options)
         return arguments
 
     def _split(self, argv: list[str]) -> tuple[list[str], dict[str, str]]:

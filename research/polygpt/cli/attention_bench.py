@@ -14,23 +14,32 @@ examples:
   polygpt attention bench polygpt.attention.sliding:SlidingWindow --against polygpt.attention.multi_head:MultiHead
   polygpt attention bench mine.py:Mine --lengths 256,1024,4096 --model_width 512 --heads 8
   polygpt attention bench polygpt.attention.sliding:SlidingWindow --window 1024 --lengths 4096,16384
+  polygpt attention bench mine.py:Mine --window 64 --against mine.py:Mine --against.window 256
 
-Peak memory is the compiled program's: temporaries and results, without parameters. Times are medians of interleaved
-runs: compare within one table, not between two."""
+Times are medians of interleaved runs, with the fastest and the slowest: compare within one table, not between two. Peak
+memory and moved MB are the compiled program's, without parameters in the former. FLOPs stand twice: by formula, the
+projections and the variant's score_flops() over the positions of a causal row, and as XLA counts them in the compiled
+program, all of a materialised matrix, forbidden pairs included. A + after a count: the body of a loop counted once, or
+a fused kernel hardly at all. A decode step has neither: where the two differ by half there, a line says so."""
+
+AGAINST = "against."
+"""Begins the name of a field of the other variant."""
 
 
 def parser(prog: str, about: str) -> Parser:
     """The verb's arguments."""
     words = Parser(prog, about, EXAMPLES, variant.fields)
+    words.add_argument("variant", metavar="MODULE:SPEC", help=variant.HELP)
     words.add_argument(
-        "variant", metavar="MODULE:SPEC", help="the variant, or FILE.py:CLASS; its fields are set by --name value"
+        "--against", metavar="OTHER", help="another variant to compare with; its fields are set by --against.NAME VALUE"
     )
-    words.add_argument("--against", metavar="OTHER", help="another variant, with its defaults, to compare with")
     words.add_argument("--lengths", default="256,512,1024,2048", metavar="T,T,...", help="(default: %(default)s)")
     words.add_argument("--model_width", type=int, default=256, metavar="D", help="(default: %(default)s)")
     words.add_argument("--rows", type=int, default=1, metavar="B", help="(default: %(default)s)")
     words.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="(default: %(default)s)")
-    words.add_argument("--picture", metavar="F", help="the picture to draw (default: runs/attention-bench.png)")
+    words.add_argument(
+        "--picture", metavar="F", help="the picture to draw (default: runs/<names and fields>-bench.png)"
+    )
     return words
 
 
@@ -42,11 +51,7 @@ def run(arguments: Namespace) -> dict:
         lengths = ()
     if not lengths or min(lengths) < 2 or min(arguments.model_width, arguments.rows) < 1:
         raise UserError("attention bench: --lengths takes numbers above 1 like 256,1024; --model_width, --rows above 0")
-    own = variant.load(arguments.variant, arguments.changes, arguments.options)
-    specs = {arguments.variant.rpartition(":")[2]: own}
-    if arguments.against:
-        name = arguments.against.rpartition(":")[2]
-        specs[name if name not in specs else f"{name} (defaults)"] = variant.load(arguments.against)
+    specs, remarks = _specs(arguments)
 
     import jax
 
@@ -54,7 +59,8 @@ def run(arguments: Namespace) -> dict:
     from polygpt.lab import bench
     from polygpt.lab.picture import writable
 
-    picture = writable(Path(arguments.picture or "runs/attention-bench.png"))
+    named = variant.picture([arguments.variant, arguments.against], arguments, "bench")
+    picture = writable(Path(arguments.picture or named))
     costs, rows = [], []
     measured = bench.compare(specs, lengths, arguments.model_width, arguments.rows, arguments.dtype)
     with Progress("measuring") as progress:
@@ -63,12 +69,36 @@ def run(arguments: Namespace) -> dict:
             progress(f"T {found[0].length}, {found[0].kind}", done, len(lengths) * len(bench.KINDS))
             for i, cost in enumerate(found):
                 ratio = f"{found[0].seconds / cost.seconds:.2f}" if i else ""
-                cells = [f"{cost.length:,}", cost.kind, cost.variant, f"{1e3 * cost.seconds:,.2f}", ratio]
-                rows.append([*cells, f"{cost.megabytes:,.1f}", f"{cost.gflops:,.3f}"])
-    columns = ["T", "pass", "variant", "ms", "first / this", "peak MB", "GFLOPs"]
+                cells = [f"{cost.length:,}", cost.kind, cost.variant, f"{1e3 * cost.seconds:,.2f}"]
+                cells += [f"{1e3 * cost.fastest:,.2f} to {1e3 * cost.slowest:,.2f}", ratio, f"{cost.megabytes:,.1f}"]
+                more = "" if cost.whole else "+"
+                cells += [f"{cost.moved:,.1f}{more}", bench.flops_text(1e9 * cost.gflops)]
+                rows.append([*cells, f"{bench.flops_text(1e9 * cost.counted)}{more}"])
+    columns = ["T", "pass", "variant", "ms", "fastest to slowest", "first / this", "peak MB", "moved MB"]
+    columns += ["FLOPs, formula", "compiled"]
     device = jax.devices()[0].device_kind
     title = f"width {arguments.model_width}, {arguments.rows} rows, {arguments.dtype}, {device}, jax {jax.__version__}"
     print_table(title, columns, rows)
+    remarks += bench.doubts(costs)
+    print("".join(f"{remark}\n" for remark in remarks), end="")
     bench.plot(costs, picture, title)
     print(f"drawn: {picture}")
-    return {"costs": [dataclasses.asdict(cost) for cost in costs], "device": device, "picture": picture}
+    found = [dataclasses.asdict(cost) for cost in costs]
+    return {"costs": found, "remarks": remarks, "device": device, "picture": picture}
+
+
+def _specs(arguments: Namespace) -> tuple[dict, list[str]]:
+    """The variants by the names that the table gives them, and what a reader has to know of them."""
+    name = arguments.variant.rpartition(":")[2]
+    specs, others = {name: variant.load(arguments.variant, arguments)}, variant.fields_of(AGAINST, arguments.changes)
+    if not arguments.against:
+        if others:
+            field = next(iter(others))
+            raise UserError(f"attention bench: --{AGAINST}{field} sets a field of --against OTHER: name it")
+        return specs, []
+    other = arguments.against.rpartition(":")[2]
+    other = other if other != name else f"{other} (against)"
+    specs[other] = variant.load(arguments.against, arguments, AGAINST)
+    own, rival = (vars(spec) for spec in specs.values())
+    differing = [field for field in own if field in rival and own[field] != rival[field]]
+    return specs, [f"{name} and {other} differ in {field}: {own[field]} and {rival[field]}" for field in differing]

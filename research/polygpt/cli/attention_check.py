@@ -23,9 +23,7 @@ Exit code 2 if any property fails."""
 def parser(prog: str, about: str) -> Parser:
     """The verb's arguments."""
     words = Parser(prog, about, EXAMPLES, variant.fields)
-    words.add_argument(
-        "variant", metavar="MODULE:SPEC", help="an attention variant, package.module:Class or FILE.py:CLASS"
-    )
+    words.add_argument("variant", metavar="MODULE:SPEC", help=variant.HELP)
     words.add_argument("--positions", type=int, metavar="T", help="positions a row (default: by the variant's sizes)")
     words.add_argument("--model_width", type=int, default=32, metavar="D", help="of the model around it (default: 32)")
     words.add_argument("--only", metavar="NAMES", help="properties to measure, separated by commas (default: all)")
@@ -35,7 +33,7 @@ def parser(prog: str, about: str) -> Parser:
 
 def run(arguments: Namespace) -> dict:
     """Prints the table; returns it as data, with a `fault` if any property fails."""
-    spec = variant.load(arguments.variant, arguments.changes, arguments.options)
+    spec = variant.load(arguments.variant, arguments)
 
     import traceback
 

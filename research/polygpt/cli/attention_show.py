@@ -11,12 +11,14 @@ EXAMPLES = """\
 examples:
   polygpt attention show polygpt.attention.multi_head:MultiHead
   polygpt attention show polygpt.attention.sliding:SlidingWindow --window 8 --layout "9 image:9 3 | 6 audio:6 pad:3"
-  polygpt attention show mine.py:Mine --block 16 --picture mine.png
+  polygpt attention show mine.py:Mine --block-size 16 --picture mine.png
 
 A layout is one row: packed examples parted by "|"; a number is that many positions of text, NAME:N a medium of N
 positions, pad:N padding. Text is modality 0; the media are numbered from 1 in the order in which they appear, whatever
 their names: for a variant that tells them apart, name them in the order of the model's adapters. Every pair is drawn up
-to 1,024 positions, beyond that the blocks alone: choose a --block with which the row has some hundred of them."""
+to 1,024 positions, beyond that the blocks alone: choose a --block-size with which the row has some hundred of them.
+What a module selects from data, such as the best blocks of keys, is not in its mask: the module is given random inputs,
+and a note says so where pairs that are drawn have no influence."""
 
 LAYOUT = "6 image:9 8 | 14 audio:6 3 | pad:2"
 WIDEST = 64
@@ -26,39 +28,42 @@ WIDEST = 64
 def parser(prog: str, about: str) -> Parser:
     """The verb's arguments."""
     words = Parser(prog, about, EXAMPLES, variant.fields)
-    words.add_argument(
-        "variant", metavar="MODULE:SPEC", help="the variant, or FILE.py:CLASS; its fields are set by --name value"
-    )
+    words.add_argument("variant", metavar="MODULE:SPEC", help=variant.HELP)
     words.add_argument("--layout", default=LAYOUT, metavar="TEXT", help='the row (default: "%(default)s")')
     words.add_argument(
         "--causal_media", action="store_true", help="media are causal: by default they see all of themselves"
     )
-    words.add_argument("--block", type=int, default=8, metavar="N", help="positions of a block (default: %(default)s)")
-    words.add_argument("--picture", metavar="F", help="the picture to draw (default: runs/<SPEC>-mask.png)")
+    words.add_argument(
+        "--block-size", type=int, default=8, metavar="N", help="positions of a kernel's block (default: %(default)s)"
+    )
+    words.add_argument("--picture", metavar="F", help="the picture to draw (default: runs/<name and fields>-mask.png)")
     return words
 
 
 def run(arguments: Namespace) -> dict:
     """Draws mask and block map; returns their counts and the picture's place."""
     from polygpt.attention.kernels.block_map import count
-    from polygpt.lab import drawing
+    from polygpt.lab import drawing, probe
     from polygpt.lab.picture import writable
     from polygpt.lab.subject import seen_by
 
-    if arguments.block < 1:
-        raise UserError(f"attention show: --block is {arguments.block}: it must be positive")
-    spec = variant.load(arguments.variant, arguments.changes, arguments.options)
+    if arguments.block_size < 1:
+        raise UserError(f"attention show: --block-size is {arguments.block_size}: it must be positive")
+    spec = variant.load(arguments.variant, arguments)
     name = arguments.variant.rpartition(":")[2]
-    picture = writable(Path(arguments.picture or f"runs/{name}-mask.png"))
+    picture = writable(Path(arguments.picture or variant.picture([arguments.variant], arguments, "mask")))
     row = drawing.read_row(arguments.layout, not arguments.causal_media)
     mask = seen_by(spec)
     if row.length <= WIDEST:
         print(drawing.text_picture(mask, row))
-    found, exact = drawing.blocks(mask, row, arguments.block)
+    found, exact = drawing.blocks(mask, row, arguments.block_size)
     seen = drawing.seen(mask, row)
     print("modalities: " + ", ".join(f"{medium} {number}" for number, medium in enumerate(row.names)))
-    print(f"{name}: {seen:,} of {row.length**2:,} pairs are seen; blocks of {arguments.block}: {count(found)}")
-    drawing.draw(mask, row, arguments.block, picture, f"{name}, {arguments.layout}")
+    print(f"{name}: {seen:,} of {row.length**2:,} pairs are seen; blocks of {arguments.block_size}: {count(found)}")
+    remark = probe.remark(spec, mask, row)
+    print(f"note: {remark}\n" if remark else "", end="")
+    drawing.draw(mask, row, arguments.block_size, picture, f"{name}, {arguments.layout}")
     print(f"drawn: {picture}")
     counts = {"map": vars(count(found)), "exact": vars(count(exact))}
-    return {"positions": row.length, "modalities": row.names, "seen": seen, "blocks": counts, "picture": picture}
+    said = {"positions": row.length, "modalities": row.names, "seen": seen, "blocks": counts}
+    return {**said, "remark": remark, "picture": picture}

@@ -109,6 +109,8 @@ def _without_verb(argv: list[str]) -> int:
         from polygpt.spec import nearest
 
         typed = " ".join(words[: 2 if group else 1]) or argv[0]
+        if group and len(words) == 1:
+            raise UserError(f"{typed} alone is no verb: write {', '.join(group)} (see polygpt {typed} --help)")
         raise UserError(f"no verb {typed!r}: {nearest(typed, group or VERBS)}")
     return 0
 

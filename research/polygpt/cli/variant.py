@@ -2,14 +2,69 @@
 
 import dataclasses
 import inspect
+import logging
+import re
+import zlib
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 
 from polygpt.cli.arguments import change
 from polygpt.errors import UserError
 
+HELP = (
+    "the variant, package.module:Class or FILE.py:CLASS; --NAME VALUE sets a field, --spec.NAME VALUE one that has the "
+    "name of an option"
+)
+"""Of the argument that names a variant."""
+OWN = "spec."
+"""Begins the name of a field of the variant, for fields that share their name with an option."""
 
-def load(name: str, changes: Mapping[str, str] = (), options: Sequence[str] = ()):
-    """The specification; UserError where the name means no attention variant."""
+_log = logging.getLogger(__name__)
+
+
+def load(name: str, arguments: Namespace | None = None, prefix: str = ""):
+    """The specification, with the fields that the arguments set.
+
+    Args:
+        name: of the class.
+        arguments: what `Parser.read` gives; None leaves the defaults.
+        prefix: what the names of fields begin with; "" means those with no prefix, or with `OWN`.
+
+    Raises:
+        UserError: the name means no attention variant, or a field cannot be set.
+    """
+    changes, options, given = (arguments.changes, arguments.options, arguments.given) if arguments else ({}, (), ())
+    spec = _load(name, fields_of(prefix, changes), options)
+    known = {field.name for field in dataclasses.fields(spec)}
+    for option in given if not prefix else ():
+        if (field := option.removeprefix("--")) in known:
+            _log.warning(f"{option} is an option here: --{OWN}{field} sets the field of {type(spec).__name__}")
+    return spec
+
+
+def fields(name: str | None, changes: Mapping[str, str], options: Sequence[str]):
+    """What `--help` lists: the fields of the variant that is named."""
+    return name and _load(name, fields_of("", changes), options)
+
+
+def fields_of(prefix: str, changes: Mapping[str, str]) -> dict[str, str]:
+    """The changes whose names begin with the prefix, without it; "" means all that belong to the variant itself."""
+    if prefix:
+        return {name.removeprefix(prefix): text for name, text in changes.items() if name.startswith(prefix)}
+    return {name.removeprefix(OWN): text for name, text in changes.items() if not name.startswith("against.")}
+
+
+def picture(names: Sequence[str | None], arguments: Namespace, kind: str) -> str:
+    """Where a picture goes by default: named after the classes, the fields that are set and the options given."""
+    words = [name.rpartition(":")[2] for name in names if name]
+    words += [f"{name.removeprefix(OWN)}-{text}" for name, text in arguments.changes.items()]
+    options = [name for name in sorted(arguments.given) if name not in ("--json", "--debug", "--against", "--picture")]
+    words += [f"{name[2:]}-{getattr(arguments, name[2:].replace('-', '_'))}" for name in options]
+    text = re.sub(r"[^A-Za-z0-9_.-]+", "_", "-".join([*words, kind]))
+    return f"runs/{text if len(text) <= 120 else f'{text[:100]}-{zlib.crc32(text.encode()):08x}-{kind}'}.png"
+
+
+def _load(name: str, changes: Mapping[str, str], options: Sequence[str]):
     from polygpt.attention.contract import Attention
     from polygpt.spec import faults_of, load_class
 
@@ -20,9 +75,4 @@ def load(name: str, changes: Mapping[str, str] = (), options: Sequence[str] = ()
     if without:
         raise UserError(f"{name} cannot be made of its defaults: give a default to {', '.join(without)}")
     with faults_of(inspect.getsourcefile(cls) or name):
-        return change(cls(), dict(changes), options)
-
-
-def fields(name: str | None, changes: Mapping[str, str], options: Sequence[str]):
-    """What `--help` lists: the fields of the variant that is named."""
-    return name and load(name, changes, options)
+        return change(cls(), changes, options)

@@ -31,17 +31,43 @@ class Cost:
         length: T, positions of the row, or of the cache.
         kind: one of `KINDS`.
         seconds: median of `REPEATS` runs.
-        megabytes: most memory at a time beside the parameters: temporaries, results and, decoding, the cache.
-        gflops: by formula: 2 a parameter and position for the projections, the variant's `score_flops`, on
+        fastest, slowest: of these runs, in seconds.
+        megabytes: peak memory beside the parameters: temporaries, results and, in decoding, the cache.
+        moved: MB that the compiled program reads and writes, by XLA's cost analysis: here fewer key heads show.
+        gflops: by formula: 2 per parameter and position for the projections, the variant's `score_flops`, on
             average over the positions of a causal row, and three times as much with the backward pass.
+        counted: GFLOPs of the compiled program, by XLA's cost analysis. A materialised matrix counts as a whole,
+            forbidden pairs included.
+        whole: whether that count, and `moved`, are complete: the body of a loop counts once, a fused kernel hardly.
     """
 
     variant: str
     length: int
     kind: str
     seconds: float
+    fastest: float
+    slowest: float
     megabytes: float
+    moved: float
     gflops: float
+    counted: float
+    whole: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled program; its figures as in `Cost`.
+
+    Attributes:
+        run: computes once; warm already.
+    """
+
+    run: Callable[[], object]
+    megabytes: float
+    moved: float
+    gflops: float
+    counted: float
+    whole: bool
 
 
 def compare(
@@ -64,18 +90,42 @@ def compare(
             programs = {name: program(spec, kind, length, width, rows, dtype) for name, spec in specs.items()}
             seconds = {name: [] for name in specs}
             for _ in range(REPEATS):
-                for name, (run, _, _) in programs.items():
+                for name, one in programs.items():
                     start = time.perf_counter()
-                    jax.block_until_ready(run())
+                    jax.block_until_ready(one.run())
                     seconds[name].append(time.perf_counter() - start)
-            yield [
-                Cost(name, length, kind, statistics.median(seconds[name]), megabytes, gflops)
-                for name, (_, megabytes, gflops) in programs.items()
-            ]
+            yield [_cost(name, length, kind, seconds[name], one) for name, one in programs.items()]
 
 
-def program(spec: Attention, kind: str, T: int, width: int, rows: int, dtype: str) -> tuple[Callable, float, float]:
-    """(a warm function of no arguments, its memory in MB, its GFLOPs)."""
+def _cost(name: str, length: int, kind: str, seconds: list[float], one: Program) -> Cost:
+    figures = {field.name: getattr(one, field.name) for field in dataclasses.fields(one) if field.name != "run"}
+    return Cost(name, length, kind, statistics.median(seconds), min(seconds), max(seconds), **figures)
+
+
+def doubts(costs: list[Cost]) -> list[str]:
+    """Where a variant's formula and the compiled decode step, one query that sees all keys, differ by half.
+
+    Softmax and mask, which no formula counts, explain a factor of 1.4 for heads of 8 channels, less for wider ones.
+    """
+    steps = {cost.variant: cost for cost in sorted(costs, key=lambda cost: cost.length) if cost.kind == "decode"}
+    return [
+        f"{name}: score_flops() gives {flops_text(one.gflops * 1e9)}FLOPs with the projections for a decode step at T "
+        f"{one.length:,}, the compiled program {flops_text(one.counted * 1e9)}FLOPs: check the formula"
+        for name, one in steps.items()
+        if one.whole and not 0.8 <= one.counted / one.gflops <= 1.5
+    ]
+
+
+def flops_text(count: float) -> str:
+    """A number to three digits with the prefix of its unit: "655 k", "1.07 G"."""
+    for prefix, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= 0.9995 * size:
+            return f"{float(f'{count / size:.3g}'):g} {prefix}"
+    return f"{float(f'{count:.3g}'):g} "
+
+
+def program(spec: Attention, kind: str, T: int, width: int, rows: int, dtype: str) -> Program:
+    """The program of one kind, compiled and run once."""
     dims = Dims(width, dtype, Rope())
     graphdef, params = nnx.split(jax.jit(lambda: spec.build(dims, nnx.Rngs(0)))())
     query_T = 1 if kind == "decode" else T
@@ -112,14 +162,21 @@ def program(spec: Attention, kind: str, T: int, width: int, rows: int, dtype: st
         def run():
             return compiled(*arguments)
 
-    memory = compiled.memory_analysis()
+    memory, counted, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
     megabytes = (memory.temp_size_in_bytes + memory.output_size_in_bytes) / 1e6
     projections = 2 * sum(prod(leaf.shape) for leaf in jax.tree.leaves(params) if leaf.ndim >= 2)
     one = functools.partial(spec.score_flops, width)
     scores = one(T) if kind == "decode" else causal_mean(one, T)
     flops = rows * query_T * (projections + scores)
     jax.block_until_ready(run())
-    return run, megabytes, flops * (3 if kind == "forward and backward" else 1) / 1e9
+    return Program(
+        run,
+        megabytes,
+        moved=counted.get("bytes accessed", 0.0) / 1e6,
+        gflops=flops * (3 if kind == "forward and backward" else 1) / 1e9,
+        counted=counted.get("flops", 0.0) / 1e9,
+        whole=" while(" not in text and "custom-call(" not in text,
+    )
 
 
 def plot(costs: list[Cost], path, title: str) -> None:
@@ -135,6 +192,8 @@ def plot(costs: list[Cost], path, title: str) -> None:
             own = sorted((c for c in costs if (c.variant, c.kind) == (name, kind)), key=lambda cost: cost.length)
             lengths = [cost.length for cost in own]
             axes[0, column].plot(lengths, [1e3 * cost.seconds for cost in own], "o-", label=name)
+            fastest, slowest = ([1e3 * getattr(cost, side) for cost in own] for side in ("fastest", "slowest"))
+            axes[0, column].fill_between(lengths, fastest, slowest, alpha=0.2)
             axes[1, column].plot(lengths, [cost.megabytes for cost in own], "o-", label=name)
         axes[0, column].set(title=kind, xscale="log", yscale="log", ylabel="ms" if column == 0 else None)
         axes[1, column].set(xlabel="T", xscale="log", yscale="log", ylabel="MB" if column == 0 else None)

@@ -9,7 +9,7 @@ from polygpt.errors import UserError
 SOFTMAX = '''"""{title}: say in a line what it does, and name the paper.
 
     polygpt attention check {file}:{name}
-    polygpt train experiments/quickstart.py --model.decoder.attention {file}:{name}
+    polygpt train EXPERIMENT.py --model.decoder.attention {file}:{name}
 """
 
 import dataclasses
@@ -49,7 +49,7 @@ class {name}(pg.MultiHead):
 MODULE = '''"""{title}: say in a line what it does, and name the paper.
 
     polygpt attention check {file}:{name}
-    polygpt train experiments/quickstart.py --model.decoder.attention {file}:{name}
+    polygpt train EXPERIMENT.py --model.decoder.attention {file}:{name}
 """
 
 import dataclasses
@@ -87,7 +87,7 @@ class {name}Module(MultiHeadModule):
 RECURRENT = '''"""{title}: say in a line what it does, and name the paper.
 
     polygpt attention check {file}:{name}
-    polygpt train experiments/quickstart.py --model.decoder.attention {file}:{name}
+    polygpt train EXPERIMENT.py --model.decoder.attention {file}:{name}
 """
 
 import dataclasses

@@ -1,0 +1,72 @@
+"""What no mask says: pairs that it shows, and of which the module, given random inputs, makes no use."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from polygpt.attention.contract import Attention, Context, Dims
+from polygpt.attention.masks import DECODER, Mask, allowed
+from polygpt.lab.blame import told
+from polygpt.lab.drawing import DENSE, Row
+from polygpt.lab.subject import mask_of
+from polygpt.nn.positions import Rope
+
+QUERIES = 32
+"""The most queries that are asked what moves them."""
+SILENT = 0.01
+"""The share of shown pairs that may be without influence, as a weight may underflow."""
+
+
+def remark(spec: Attention, mask: Mask, row: Row) -> str | None:
+    """What a reader of the picture of `mask` has to know, in a sentence; None where the picture says all."""
+    name = type(spec).__name__
+    if mask_of(spec) is None:
+        return f"{name} has no mask: drawn is what is before a position in its example, which its state may carry"
+    if row.length > DENSE:
+        return f"rows beyond {DENSE:,} positions are not probed: what {name} selects from data would not show"
+    try:
+        share = silent(spec, mask, row)
+    except Exception as error:  # the picture of the mask needs no module
+        return f"the module was not probed: {told(error, type(spec))}"
+    if share <= SILENT:
+        return None
+    seen = f"with random inputs {share:.0%} of the pairs shown have no influence"
+    return f"what is seen depends on data: {seen}; drawn is the mask of {name}, an upper bound"
+
+
+def silent(spec: Attention, mask: Mask, row: Row) -> float:
+    """The share of shown pairs (query, an earlier or later key) whose query does not move with the key's input.
+
+    Args:
+        spec: the variant, built in float32 with random parameters and rotary positions.
+        mask: what is shown.
+        row: its length T is at most `DENSE`; `QUERIES` of the queries are asked.
+    """
+    dims = Dims(16 * getattr(spec, "heads", 2), position=Rope())
+    module = spec.build(dims, nnx.Rngs(0))
+    rng = np.random.default_rng(0)
+    x_1TD = jnp.asarray(rng.normal(size=(1, row.length, dims.width)), jnp.float32)
+    cotangent_D = jnp.asarray(rng.normal(size=dims.width), jnp.float32)
+    shown = np.array(allowed(mask, row.meta, row.meta))[0]
+    np.fill_diagonal(shown, False)
+    asked = np.flatnonzero(shown.any(axis=1))
+    asked = asked[np.linspace(0, len(asked) - 1, min(QUERIES, len(asked))).astype(int)]
+    if not len(asked):
+        return 0.0
+    graphdef, params = nnx.split(module)
+
+    @jax.jit
+    def moves(params, x_1TD):
+        def forward(x_1TD):
+            return nnx.merge(graphdef, params)(x_1TD, Context(row.meta, row.meta, DECODER, inputs_BTD=x_1TD))[0]
+
+        back = jax.vjp(forward, x_1TD)[1]
+
+        def of_query(t):
+            return jnp.any(back(jnp.zeros_like(x_1TD).at[0, t].set(cotangent_D))[0][0] != 0, axis=-1)
+
+        return jax.lax.map(of_query, jnp.asarray(asked))
+
+    moved = np.asarray(moves(params, x_1TD))
+    return float((shown[asked] & ~moved).sum() / shown[asked].sum())
