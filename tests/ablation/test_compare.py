@@ -154,6 +154,14 @@ def test_the_evaluation_of_the_finished_run_counts(run):
     assert compare_runs(folders).groups[0].values == (1.5, 2.1)
 
 
+def test_runs_that_were_evaluated_in_different_ways_are_different(run):
+    folders = [run("a", 2.0), run("b", 2.1, 1)]
+    results = {"step": 4, "tasks": {"text": {"loss": 1.5}}, "overrides": {"evaluation.rows": "7"}}
+    (folders[0] / "evaluation.json").write_text(json.dumps(results))
+    found = compare_runs(folders)
+    assert len(found.groups) == 2 and "evaluation.rows" in str(found)
+
+
 def test_fields_that_differ_are_told_whole_where_their_kinds_differ():
     configs = [{"a": {"x": 1, "y": 2}, "b": [1, 2]}, {"a": {"x": 3, "y": 2}, "b": [1, 4]}, {"a": None, "b": [1, 2]}]
     found = fields(configs)

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from polygpt import spec
 from polygpt.cli import main as cli
 from polygpt.cli import output
 from polygpt.errors import UserError
@@ -87,8 +88,17 @@ def runnable(line: str) -> str:
 EXAMPLES = sorted({runnable(line) for line in LINES if line.startswith("polygpt ") and "--help" not in line})
 
 
+@pytest.fixture(scope="module")
+def quickstart_run(tmp_path_factory):
+    """A run folder with nothing but the quickstart's configuration."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    experiment = spec.load_file(ROOT / "experiments/quickstart.py").experiment()
+    (folder / "config.json").write_text(json.dumps(spec.to_json(experiment)))
+    return folder
+
+
 @pytest.mark.parametrize("line", EXAMPLES)
-def test_the_fields_that_examples_set_exist(line, monkeypatch):
+def test_the_fields_that_examples_set_exist(line, monkeypatch, quickstart_run):
     monkeypatch.chdir(ROOT)
     argv = shlex.split(line)[1:]
     verb = max((verb for verb in cli.VERBS if argv[: len(verb.split())] == verb.split()), key=len)
@@ -96,7 +106,8 @@ def test_the_fields_that_examples_set_exist(line, monkeypatch):
     words = argv[len(verb.split()) :]
     arguments = parser.read(words)
     if parser.fields is not None:
-        assert parser.fields(words[0], arguments.changes, arguments.options) is not None
+        first = str(quickstart_run) if words[0] == "runs/quickstart" else words[0]
+        assert parser.fields(first, arguments.changes, arguments.options) is not None
     else:
         assert arguments.changes == {}
 
@@ -132,7 +143,8 @@ def test_a_group_lists_its_verbs(polygpt):
         (["train", "nowhere.py"], "no file .*nowhere.py"),
         (["train", "a.py", "--train.steps"], "train: --train.steps needs a value"),
         (["train", "a.py", "--workdri"], "train: --workdri needs a value, or is no option: did you mean --workdir"),
-        (["evaluate", "x", "--jsn"], "evaluate: no option --jsn: did you mean --json"),
+        (["evaluate", "x", "--jsn"], "evaluate: --jsn needs a value, or is no option: did you mean --json"),
+        (["report", "x", "--jsn"], "report: no option --jsn: did you mean --json"),
         (["evaluate", "x", "--checkpoint", "first"], "argument --checkpoint: invalid choice: 'first'"),
         (["evaluate", "nowhere"], "nowhere is no run folder"),
         (["report", "nowhere"], "nowhere is no run folder"),

@@ -135,6 +135,47 @@ def test_evaluate_prints_tables(trained, polygpt):
     assert re.search(r"own +\d+\.\d{3}", out) and re.search(r"own/image +[+-]\d\.\d{3}", out)
 
 
+def test_a_trained_run_is_evaluated_with_other_settings(trained, polygpt, tmp_path):
+    """And `train` does not take the results for those that its experiment asks for."""
+    run = shutil.copytree(trained.run, tmp_path / "run")
+    words = ["--evaluation.tasks.own.limit", "3", "--evaluation.tasks.own.generate=false", "--json"]
+    code, out, err = polygpt("evaluate", run, *words)
+    assert code == 0, err
+    found = json.loads((run / "evaluation.json").read_text())
+    assert json.loads(out) == found and found["overrides"]["evaluation.tasks.own.limit"] == "3"
+    assert found["tasks"]["own"]["n"] == 3 and "accuracy" not in found["tasks"]["own"]
+    code, out, _ = polygpt("train", trained.file, "--workdir", run, "--json")
+    assert code == 0 and json.loads(out)["tasks"] == json.loads(trained.out)["tasks"]
+    assert "overrides" not in json.loads((run / "evaluation.json").read_text())
+
+
+def test_what_a_run_was_trained_by_cannot_be_changed_to_evaluate_it(trained, polygpt):
+    before = (trained.run / "evaluation.json").read_bytes()
+    code, _, err = polygpt("evaluate", trained.run, "--train.steps", "7")
+    assert code == 2 and "--train.steps is settled" in err
+    code, _, err = polygpt("evaluate", trained.run, "--evaluation.tasks.own.limt", "7")
+    assert code == 2 and "did you mean limit" in err
+    assert (trained.run / "evaluation.json").read_bytes() == before
+    code, out, _ = polygpt("evaluate", trained.run, "--help")
+    assert code == 0 and "--evaluation.tasks.own.limit" in out and "--data.layout" in out and "--train" not in out
+
+
+def test_one_bad_task_leaves_the_others_results_and_is_code_2(trained, polygpt, tmp_path):
+    run, bad = shutil.copytree(trained.run, tmp_path / "run"), tmp_path / "bad"
+    bad.mkdir()
+    (bad / "metadata.jsonl").write_text('{"text": "nothing to see"}\n')
+    config = json.loads((run / "config.json").read_text())
+    tasks = config["evaluation"]["tasks"]
+    tasks["bad"] = tasks["own"] | {"source": tasks["own"]["source"] | {"path": str(bad)}}
+    (run / "config.json").write_text(json.dumps(config))
+    code, out, err = polygpt("evaluate", run)
+    assert code == 2 and "not measured in full: bad" in err and "metadata.jsonl" in out and "has no prompt" in out
+    found = json.loads((run / "evaluation.json").read_text())
+    assert found["tasks"]["own"] == json.loads(trained.out)["tasks"]["own"] and list(found["faults"]) == ["bad"]
+    code, out, err = polygpt("evaluate", run, "--evaluation.tasks.bad.generate", "false", "--json")
+    assert code == 0 and set(json.loads(out)["tasks"]) == {"own", "bad"}, err
+
+
 def test_generate_reads_the_parts_in_their_order(trained, polygpt):
     data = trained.file.parent / "data"
     words = ["--text", "it ", "--image", data / "red.png", "--text=is ", "--audio", data / "400.wav", "--json"]

@@ -22,6 +22,7 @@ from polygpt.data.media.image import ImageFeatures
 from polygpt.data.sources.base import Source
 from polygpt.data.tokenizers.bytes import ByteTokenizer
 from polygpt.errors import BadRecord, SpecError, UserError
+from polygpt.evaluation.classification import Classification
 from polygpt.evaluation.evaluate import evaluate
 from polygpt.evaluation.likelihood import token_scores
 from polygpt.evaluation.modality_gain import shuffle
@@ -32,6 +33,7 @@ from polygpt.models.decoder import DecoderSpec
 from polygpt.models.functional import bind
 from polygpt.models.multimodal import ModelSpec
 from polygpt.nn.positions import NoPosition
+from polygpt.runtime.interruption import Interrupted
 from polygpt.spec import from_json, to_json
 
 TOKENIZER = ByteTokenizer()
@@ -251,6 +253,42 @@ def test_a_task_without_prompts_cannot_be_answered():
     examples = [Example((Text("words"),), "words 0")]
     with pytest.raises(UserError, match="'words': words 0 has no prompt to answer: set generate to false"):
         run(SPEC.replace(tasks={"words": EvalTask(Listed(examples), generate=True)}))
+
+
+@dataclasses.dataclass(frozen=True)
+class Fails(Classification):
+    """A metric with a mistake in it."""
+
+    def __call__(self, predictions, truths):
+        raise KeyError("no such\nanswer")
+
+
+def test_a_task_that_cannot_be_measured_takes_no_others_results_away(results):
+    """What was measured of it before its error stays; the figures of the others are what they are without it."""
+    bad = {
+        "broken": EvalTask(Listed(BAD)),
+        "words": EvalTask(SPEC.tasks["words"].source, generate=True),
+        "fails": SPEC.tasks["seen"].replace(metrics=(Fails(),)),
+    }
+    faults = {}
+    found = run(SPEC.replace(tasks={**bad, "both": SPEC.tasks["both"]}), faults=faults)
+    assert "seen 99: corrupt image" in faults["broken"] and "words 0 has no prompt" in faults["words"]
+    assert faults["fails"] == "KeyError: 'no such\\nanswer'" and list(faults) == ["broken", "words", "fails"]
+    assert found["tasks"]["both"] == results["tasks"]["both"] and "broken" not in found["tasks"]
+    assert found["tasks"]["words"] == results["tasks"]["words"]
+    assert found["tasks"]["fails"]["loss"] == results["tasks"]["seen"]["loss"]
+    assert found["modality_gain"]["both/image"] == results["modality_gain"]["both/image"]
+
+
+def test_an_error_is_raised_where_nothing_can_be_measured_and_a_signal_always():
+    with pytest.raises(BadRecord, match="seen 99"):
+        run(SPEC.replace(tasks={"broken": EvalTask(Listed(BAD))}), faults={})
+
+    def proceed():
+        raise Interrupted
+
+    with pytest.raises(Interrupted):
+        run(faults={}, proceed=proceed)
 
 
 def test_shuffled_media_that_no_longer_fit_are_left_out():

@@ -121,6 +121,20 @@ def test_results_of_another_checkpoint_are_not_shown(run, step, shown):
     assert shown in page and ("99.9%" in page) == (step == 30)
 
 
+def test_a_report_says_which_task_failed_and_what_was_changed(run, monkeypatch):
+    def evaluate(*given, progress, proceed, faults):
+        faults["poems"] = "poems 3: empty text"
+        return held_out(0.5)
+
+    monkeypatch.setattr(finish, "evaluate", evaluate)
+    changed = {"evaluation.tasks.fusion.limit": "8"}
+    results = finish.evaluate_run(run, overrides=changed)
+    assert (results["faults"], results["overrides"]) == ({"poems": "poems 3: empty text"}, changed)
+    assert json.loads((run.workdir / finish.RESULTS).read_text())["faults"] == results["faults"]
+    page = finish.write_report(run).read_text()
+    assert "poems 3: empty text" in page and "--evaluation.tasks.fusion.limit 8" in page
+
+
 def test_a_report_says_where_the_time_went_over_all_restarts(run):
     lines = [
         {"from": 0, "step": 20, "seconds": {"compile": 10.0, "productive": 60.0}},
@@ -140,7 +154,7 @@ def test_a_report_says_where_the_time_went_over_all_restarts(run):
 def test_what_is_not_finite_is_null_in_the_results_and_blank_in_the_report(run, monkeypatch):
     found = held_out(800.0)
     found["modality_gain"]["fusion/audio"] = {"gain": math.nan, "low": math.nan, "high": math.nan, "n": 2}
-    monkeypatch.setattr(finish, "evaluate", lambda *given, progress, proceed: found)
+    monkeypatch.setattr(finish, "evaluate", lambda *given, progress, proceed, faults: found)
     finish.evaluate_run(run)
 
     def refuse(constant):

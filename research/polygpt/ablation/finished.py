@@ -13,6 +13,7 @@ from polygpt import sources, spec
 from polygpt.ablation.measures import TRAINING_LOSS
 from polygpt.ablation.record import finite_mean
 from polygpt.errors import UserError
+from polygpt.overrides import override
 from polygpt.report.finish import RESULTS
 from polygpt.training.experiment import Experiment
 from polygpt.training.held_out import Standing
@@ -61,7 +62,9 @@ def finished_run(folder: Path) -> FinishedRun:
         raise UserError(f"{folder} is at step {last:,} of {steps}: finish it first, or train it again")
     tasks = evaluations.get(last, {})
     if (path := folder / RESULTS).is_file():
-        tasks = {**tasks, **json.loads(path.read_text(encoding="utf-8"))["tasks"]}
+        results = json.loads(path.read_text(encoding="utf-8"))
+        tasks = {**tasks, **results["tasks"]}
+        experiment = override(experiment, results.get("overrides", {}))  # so that two evaluations that differ say so
     metrics = {f"{task}/{name}": value for task, measures in tasks.items() for name, value in measures.items()}
     tail = [loss for step, loss in losses.items() if step > 0.9 * last] or [losses[max(losses)]]
     metrics[TRAINING_LOSS] = finite_mean(np.array(tail, float))

@@ -1,20 +1,57 @@
 """polygpt evaluate RUN: the held-out results of a trained model."""
 
+import dataclasses
 from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-from polygpt.cli.arguments import Parser
+from polygpt.cli.arguments import Parser, change
+from polygpt.errors import UserError
 
 EXAMPLES = """\
 examples:
   polygpt evaluate runs/quickstart
-  polygpt evaluate runs/quickstart --checkpoint latest --json"""
+  polygpt evaluate runs/quickstart --checkpoint latest --json
+  polygpt evaluate runs/quickstart --evaluation.tasks.fusion.limit 50 --evaluation.modality_gain false
+  polygpt evaluate runs/quickstart --help
+
+A task that cannot be measured takes no other's results away: its error is a line below them, and the exit code is 2."""
+MAY_CHANGE = ("data", "evaluation")
+"""Parts of a trained run's experiment that decide how it is evaluated."""
 
 
 def parser(prog: str, about: str) -> Parser:
     """The verb's arguments."""
-    words = Parser(prog, about, EXAMPLES)
+    words = Parser(prog, about, EXAMPLES, _fields)
     add_run(words)
     return words
+
+
+def _fields(run: str | None, changes: Mapping[str, str], options: Sequence[str]):
+    """For the help: those parts of the experiment of a run that may change."""
+    if run is None:
+        return None
+    from polygpt.data.loader import DataSpec
+    from polygpt.evaluation.spec import EvaluationSpec
+    from polygpt.spec import Spec
+    from polygpt.training.workdir import load_experiment
+
+    @dataclasses.dataclass(frozen=True)
+    class Evaluated(Spec):
+        data: DataSpec
+        evaluation: EvaluationSpec
+
+    chosen = changed(load_experiment(Path(run)), changes, options)
+    return Evaluated(chosen.data, chosen.evaluation)
+
+
+def changed(experiment, changes: Mapping[str, str], options: Sequence[str] = ()):
+    """A trained run's experiment with overrides. Raises UserError for one that would not have trained this model."""
+    for name in changes:
+        part = name.partition(".")[0]
+        if part not in MAY_CHANGE and hasattr(experiment, part):
+            raise UserError(f"evaluate: --{name} is settled, the run is trained: change --data.* or --evaluation.*")
+    return change(experiment, changes, options)
 
 
 def add_run(words: Parser) -> None:
@@ -42,11 +79,13 @@ def open_named(arguments: Namespace):
 def run(arguments: Namespace) -> dict:
     """Evaluates and writes the results into the run folder; returns them."""
     from polygpt.cli.progress import Progress
-    from polygpt.cli.results import print_results
+    from polygpt.cli.results import failed, print_results
     from polygpt.report.finish import evaluate_run
 
     with Progress() as progress:
         trained = open_named(arguments)
-        results = evaluate_run(trained, progress)
-    print_results(results, trained.experiment.evaluation.measures())
-    return results
+        experiment = changed(trained.experiment, arguments.changes, arguments.options)
+        trained = dataclasses.replace(trained, experiment=experiment)
+        results = evaluate_run(trained, progress, overrides=arguments.changes)
+    print_results(results, experiment.evaluation.measures())
+    return results | failed(results)

@@ -8,7 +8,7 @@ from polygpt.evaluation.metric import Measure
 
 
 def print_results(results: Mapping, measures: Mapping[str, Measure]) -> None:
-    """Prints what `evaluate` gives: a row per task, a row per modality gain.
+    """Prints what `evaluate` gives: a row per task, a row per modality gain, a line per task that failed.
 
     A terminal is narrow: measures that are not `brief` are left to evaluation.json and the report.
 
@@ -33,3 +33,11 @@ def print_results(results: Mapping, measures: Mapping[str, Measure]) -> None:
         ]
         columns = ["task/modality", "gain (nats per token)", "95 % interval"]
         print_table("Modality gain: loss with media shuffled minus with the true media", columns, rows)
+    for task, fault in results.get("faults", {}).items():
+        print(f"{task} was not measured in full: {fault}")
+
+
+def failed(results: Mapping) -> dict[str, str]:
+    """What a verb adds to its result if tasks could not be measured: {"fault": one line}, else nothing."""
+    faults = results.get("faults", {})
+    return {"fault": f"not measured in full: {', '.join(faults)}: see the results"} if faults else {}

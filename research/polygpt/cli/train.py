@@ -57,7 +57,10 @@ def _train(chosen, arguments: Namespace) -> dict:
         print(f"step {outcome.step}, {workdir}")
         return done
 
-    from polygpt.cli.results import print_results  # not before: they import what only evaluation and pictures need
+    from polygpt.cli.results import (
+        failed,
+        print_results,
+    )  # not before: they import what only evaluation and pictures need
     from polygpt.report.finish import write_report
     from polygpt.training.run import open_run
 
@@ -71,18 +74,19 @@ def _train(chosen, arguments: Namespace) -> dict:
     print_results(results, chosen.evaluation.measures())
     print(f"report: {report}")
     print(NEXT.format(file=arguments.file, workdir=workdir))
-    return done | results | {"report": report}
+    return done | results | {"report": report} | failed(results)
 
 
 def _known(trained) -> dict | None:
-    """The results in the run folder, if they are of this checkpoint and of all tasks."""
+    """The results in the run folder, if they are of this checkpoint and of all tasks as the experiment has them."""
     from polygpt.report import gather
     from polygpt.report.finish import RESULTS
 
     found = gather.read_json(Path(trained.workdir) / RESULTS)
     tasks = set(trained.experiment.evaluation.tasks)
-    current = isinstance(found, dict) and found.get("step") == int(trained.step) and set(found["tasks"]) == tasks
-    return found if current else None
+    if not isinstance(found, dict) or found.get("step") != int(trained.step) or set(found["tasks"]) != tasks:
+        return None
+    return None if found.get("faults") or found.get("overrides") else found
 
 
 def _evaluated(trained) -> dict | None:

@@ -33,6 +33,7 @@ def evaluate(
     progress: Progress | None = None,
     proceed: Callable[[], None] = lambda: None,
     cache: MediaCache | None = None,
+    faults: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """Measures a model on held-out tasks. The same inputs give the same figures.
 
@@ -49,6 +50,8 @@ def evaluate(
         progress: told how far it is.
         proceed: called before each batch that is scored or answered; what it raises ends the evaluation.
         cache: decoded media to keep for the next call; by default they are kept for this one.
+        faults: is given one line for each task that cannot be measured, or not in all ways, by name, and the others are
+            measured all the same; None to raise the first error. It is raised too if no task can be measured.
 
     Returns:
         Plain numbers, in nats where they are losses:
@@ -66,7 +69,8 @@ def evaluate(
     progress = progress or (lambda *_: None)
     trained = _Reader(model, params, tokenizer, adapters, layout, spec.rows, cache, progress, proceed)
     tasks, gains, pooled = {}, {}, {}
-    for name, task in spec.tasks.items():
+
+    def measure(name: str, task: EvalTask) -> None:
         reader = trained.of(name, task)
         examples, scores, skipped = _read(name, task, spec, reader)
         tasks[name] = summary(scores) | ({"skipped": skipped} if skipped else {})
@@ -78,6 +82,19 @@ def evaluate(
             gain = _gain(f"{name}/{modality}", modality, spec, examples, scores, reader)
             if gain is not None:
                 gains[f"{name}/{modality}"] = gain
+
+    error = None
+    for name, task in spec.tasks.items():
+        try:
+            measure(name, task)
+        except Exception as raised:
+            if faults is None:
+                raise
+            error = raised
+            said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            faults[name] = " ".join(said.split())
+    if error and not tasks:
+        raise error
     by_media = {media: summary(Likelihoods.join(scores)) for media, scores in sorted(pooled.items())}
     return {"tasks": tasks, "modalities": by_media, "modality_gain": gains}
 

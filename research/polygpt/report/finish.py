@@ -15,22 +15,35 @@ RESULTS = "evaluation.json"
 """Name of the file of held-out results in a run's folder."""
 
 
-def evaluate_run(run, progress: Progress | None = None, proceed: Callable[[], None] = lambda: None) -> dict[str, Any]:
+def evaluate_run(
+    run,
+    progress: Progress | None = None,
+    proceed: Callable[[], None] = lambda: None,
+    overrides: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
     """Evaluates a run on its held-out tasks and writes the results into its folder.
+
+    A task that cannot be measured takes no other's results away, unless several processes compute them together, of
+    which one alone may have met the error: then it is raised.
 
     Args:
         run: an opened run.
         progress: told how far it is.
-        proceed: called before each batch; what it raises ends the evaluation, and nothing is written.
+        proceed: called before each batch; what it raises ends the evaluation, and nothing is written. It must be no
+            `Exception`, which would be taken for one of the task's.
+        overrides: by dotted name, the text of what was changed in the run's experiment to evaluate it.
 
     Returns:
-        What `evaluate` gives, and the step: {"step": n, "tasks": ..., "modalities": ..., "modality_gain": ...}.
+        What `evaluate` gives, and the step: {"step": n, "tasks": ..., "modalities": ..., "modality_gain": ...}. Where
+        there are any, also "faults": {task: one line}, and "overrides".
     """
     experiment = run.experiment
     adapters, layout = run.model.spec.adapters, experiment.data.layout
     given = (run.model, run.params, run.tokenizer, adapters, layout, experiment.evaluation)
-    found = evaluate(*given, progress=progress, proceed=proceed)
-    results = {"step": int(run.step), **found}
+    faults = {} if jax.process_count() == 1 or run.model.layout is None else None
+    found = evaluate(*given, progress=progress, proceed=proceed, faults=faults)
+    more = {name: dict(value) for name, value in {"faults": faults, "overrides": overrides}.items() if value}
+    results = {"step": int(run.step), **found, **more}
     _write(Path(run.workdir) / RESULTS, json.dumps(plain(results), indent=2, allow_nan=False) + "\n")
     return results
 

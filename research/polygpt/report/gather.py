@@ -43,6 +43,10 @@ def content(run, results: Mapping[str, Any] | None) -> Content:
         results = last_evaluation(metrics, int(run.step))
         where = f"the held-out results are of step {results['step']:,}" if results else "there are no held-out results"
         notes.append(f"Step {int(run.step):,} was not evaluated, {where}: polygpt evaluate {folder}")
+    notes += [f"{task} was not measured in full: {fault}" for task, fault in (results or {}).get("faults", {}).items()]
+    if changed := (results or {}).get("overrides"):
+        words = " ".join(f"--{name} {text}" for name, text in changed.items())
+        notes.append(f"The held-out results were measured with {words}.")
     training = [line for line in metrics if "evaluation" not in line]
     last = training[-1] if training else {}
     if skipped := last.get("skipped"):

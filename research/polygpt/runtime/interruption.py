@@ -13,8 +13,8 @@ from polygpt.runtime import processes
 _runs = itertools.count()
 
 
-class Interrupted(Exception):
-    """A signal has ended an evaluation."""
+class Interrupted(BaseException):
+    """A signal has ended an evaluation. What handles errors must not handle it: it is no `Exception`."""
 
 
 class Interruption:
