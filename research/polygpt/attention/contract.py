@@ -98,6 +98,13 @@ class Attention(Spec):
     """Whether it weighs all keys anew for each query, or carries a state of fixed size along the row."""
     paper: ClassVar[str] = ""
     """Its source, for lists: an arXiv number, or "author, year, place". Subclasses have to name their own."""
+    mask_is_bound: ClassVar[bool] = False
+    """Whether `mask` is an upper bound: of what it shows the inputs decide what is seen (top-k selection of keys or
+    blocks, weights that are exactly zero as those of ReLU attention)."""
+    jumps: ClassVar[bool] = False
+    """Whether results jump where a discrete choice changes (top-k selection, rounding). Gradients are then compared
+    with slopes between two jumps alone, and in bfloat16 some positions may choose otherwise. A kink needs no such word.
+    """
 
     def build(self, dims: Dims, rngs: nnx.Rngs) -> nnx.Module:
         """The module, called as `(x_BTD, context, cache=None) -> (y_BTD, cache)`.

@@ -47,7 +47,7 @@ def run(arguments: Namespace) -> dict:
         for name in chosen:
             if name not in PROPERTIES:
                 raise UserError(f"--only {name}: no such property: {nearest(name, PROPERTIES)}")
-    with Progress("checking") as progress:
+    with Progress("checking", seconds=0) as progress:
         subject, findings = check(spec, arguments.model_width, arguments.positions, chosen, progress)
     if arguments.debug:
         for finding in findings:

@@ -3,8 +3,10 @@
 To add a property, write a function that takes a `Subject` and gives a `Measured`, and name it here.
 """
 
+import contextvars
 import dataclasses
 import functools
+import threading
 import time
 from collections.abc import Callable, Collection
 
@@ -17,6 +19,8 @@ from polygpt.lab.properties import agreement, compilation, construction, memory,
 from polygpt.lab.subject import WIDTH, Subject
 
 BUILDS, TPU = "builds and runs", "compiles for TPU"
+LIMIT = 120.0
+"""Seconds that one property may take."""
 PROPERTIES: dict[str, Callable[[Subject], Measured]] = {
     BUILDS: construction.builds_and_runs,
     "causality": visibility.causality,
@@ -84,15 +88,19 @@ def check(
     length: int | None = None,
     chosen: Collection[str] = tuple(PROPERTIES),
     progress: Callable[[str, int, int], None] = lambda name, done, total: None,
+    limit: float = LIMIT,
 ) -> tuple[Subject | None, list[Finding]]:
     """Measures every property of a variant; or the first alone, chosen or not, where it fails.
+
+    A property that is not done within its time fails, and is the last: what hangs keeps a core busy and may hold locks.
 
     Args:
         spec: the variant.
         width: of the model that it is built into.
         length: positions a row; None chooses by the variant's own sizes.
         chosen: names of the properties to measure.
-        progress: called with a property's name, how many are done, and of how many.
+        progress: called when a property begins, with its name, how many are done, and of how many.
+        limit: seconds that one property may take.
 
     Returns:
         (what was examined, None where it could not be built; the findings).
@@ -110,7 +118,7 @@ def check(
         return PROPERTIES[BUILDS](subject)
 
     progress(BUILDS, 0, len(chosen))
-    first = _examine(BUILDS, begin, type(spec))
+    first = _examine(BUILDS, begin, type(spec), limit)
     if isinstance(first.exception, SpecError):
         raise first.exception
     if first.passed is False:
@@ -119,14 +127,44 @@ def check(
     for name in chosen:
         progress(name, len(found), len(chosen))
         measure = functools.partial(PROPERTIES[name], subject)
-        found.append(first if name == BUILDS else _examine(name, measure, type(spec)))
+        found.append(first if name == BUILDS else _examine(name, measure, type(spec), limit))
+        if isinstance(found[-1].exception, Hangs):
+            break
     return subject, found
 
 
-def _examine(name: str, measure: Callable[[], Measured], cls: type[Attention]) -> Finding:
+class Hangs(Exception):
+    """A property was not done within its time."""
+
+
+def _within(limit: float, measure: Callable[[], Measured]) -> Measured:
+    """What `measure` gives or raises; raises `Hangs` when it takes longer than `limit` seconds.
+
+    It runs in a thread, as nothing interrupts a compiled program that does not end.
+    """
+    outcome: list[tuple[Measured | None, Exception | None]] = []
+
+    def work():
+        try:
+            outcome.append((measure(), None))
+        except Exception as error:
+            outcome.append((None, error))
+
+    thread = threading.Thread(target=contextvars.copy_context().run, args=(work,), name="property", daemon=True)
+    thread.start()
+    thread.join(limit)
+    if not outcome:
+        raise Hangs(f"not done after {limit:g} s: it hangs or is very slow, and what comes after it was not measured")
+    measured, error = outcome[0]
+    if error is not None:
+        raise error
+    return measured
+
+
+def _examine(name: str, measure: Callable[[], Measured], cls: type[Attention], limit: float) -> Finding:
     begin = time.monotonic()
     try:
-        measured = measure()
+        measured = _within(limit, measure)
     except Exception as error:
         return Finding(name, False, None, None, told(error, cls), time.monotonic() - begin, error)
     return Finding(name, measured.holds, measured.error, measured.bound, measured.note, time.monotonic() - begin)

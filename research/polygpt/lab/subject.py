@@ -13,7 +13,7 @@ from polygpt.attention.kernels.dispatch import LONG
 from polygpt.attention.masks import DECODER, Causal, Mask, Meta
 from polygpt.lab.compiled import compiled
 from polygpt.lab.layout import CHUNK, LEAST, PREFILL, Layout, layouts
-from polygpt.lab.measured import rounding
+from polygpt.lab.measured import EPSILON, rounding
 from polygpt.nn.positions import Rope
 from polygpt.spec import hints
 
@@ -21,6 +21,8 @@ WIDTH = 32
 """The model width unless it is given."""
 MOST = 96
 """The most positions that are chosen by themselves."""
+REPLACEMENTS = 2
+"""How often inputs are replaced: by other vectors each time."""
 
 
 def suitable_length(spec: Attention) -> int:
@@ -61,6 +63,7 @@ class Form:
         self.graphdef, self.abstract = nnx.split(nnx.eval_shape(self.build))
         self.forward, self.gradient = compiled(self.apply), compiled(self.pull_back)
         self.influence, self.through_cache = compiled(self._influence), compiled(self._through_cache)
+        self.replaced = compiled(self._replaced)
 
     def build(self) -> nnx.Module:
         """The module, with initial parameters."""
@@ -94,6 +97,21 @@ class Form:
 
         influence_TBS = jax.lax.map(of_row, jnp.arange(B)).swapaxes(0, 1)
         return influence_TBS / jnp.max(influence_TBS)
+
+    def _replaced(self, params, x_BTD, other_BTD, meta, hidden_TBS):
+        """y_TBD, the output at each t computed with the inputs s that are hidden from it replaced by others."""
+
+        def of_row(row):  # alone: that rows do not mix is another property
+            x_TD, other_TD, meta, hidden_TS = row
+
+            def of_query(now):
+                t, hidden_S = now
+                x_1TD = jnp.where(hidden_S[:, None], other_TD, x_TD)[None]
+                return self.apply(params, x_1TD, jax.tree.map(lambda array: array[None], meta))[0, t]
+
+            return jax.lax.map(of_query, (jnp.arange(len(x_TD)), hidden_TS))
+
+        return jax.lax.map(of_row, (x_BTD, other_BTD, meta, hidden_TBS.swapaxes(0, 1))).swapaxes(0, 1)
 
     def _through_cache(self, params, x_BTD, meta, cache):
         """y_BTD: `PREFILL` positions at once, `CHUNK` more, the others one by one."""
@@ -146,7 +164,8 @@ class Subject:
         self.form = self.other(spec)
         rng = np.random.default_rng(0)
         leaves, tree = jax.tree.flatten(nnx.state(self.form.build()))
-        self.params = tree.unflatten([np.float32(x + rng.normal(0, 0.2, x.shape)) for x in leaves])
+        # Arrays of jax: a module may index a table by traced positions, also where its parameters are closed over.
+        self.params = tree.unflatten([jnp.asarray(x + rng.normal(0, 0.2, x.shape), jnp.float32) for x in leaves])
         self.cotangent_BTD = np.float32(rng.normal(size=self.rows.packed.x_BTD.shape))
         self.bound = rounding(self.length, width)
 
@@ -177,3 +196,21 @@ class Subject:
         """How much the output at t moves with the input at s, in packed rows without padding."""
         rows = self.rows.packed
         return np.asarray(self.differentiable.influence(self.params, rows.x_BTD, rows.meta, self.cotangent_BTD))
+
+    def moved_TB(self, hidden_TBS: np.ndarray) -> np.ndarray:
+        """By how much the output at t changes when the inputs that `hidden_TBS` hides from it are replaced by others.
+
+        Relative to the largest output, in packed rows; NaN counts as infinite. A gradient does not show what goes by
+        way of a comparison, a choice of the largest or a stopped gradient: this does.
+        """
+        rows, error_TB = self.rows.packed, np.zeros(hidden_TBS.shape[:2])
+
+        def outputs(seed, hidden_TBS):
+            other_BTD = np.float32(3 * np.random.default_rng(70 + seed).normal(size=rows.x_BTD.shape))
+            return np.asarray(self.form.replaced(self.params, rows.x_BTD, other_BTD, rows.meta, hidden_TBS))
+
+        y_TBD = outputs(0, np.zeros_like(hidden_TBS))
+        for seed in range(REPLACEMENTS):
+            change_TB = np.abs(outputs(seed, hidden_TBS) - y_TBD).max(-1) / (np.abs(y_TBD).max() + EPSILON)
+            error_TB = np.maximum(error_TB, np.nan_to_num(change_TB, nan=np.inf))
+        return error_TB

@@ -1,6 +1,5 @@
 """What every other property takes for granted: the variant is built, called, and keeps to the contract's shapes."""
 
-import functools
 from typing import Any
 
 import jax
@@ -18,9 +17,11 @@ def builds_and_runs(subject: Subject) -> Measured:
     rows, form = subject.rows.packed, subject.form
 
     def called(cache: Any, cursor: jax.Array | None) -> Any:
-        context = Context(rows.meta, rows.meta, DECODER, cursor, inputs_BTD=rows.x_BTD)
-        module = functools.partial(nnx.merge, form.graphdef)
-        return jax.eval_shape(lambda params, *words: module(params)(*words), subject.params, rows.x_BTD, context, cache)
+        def call(params, x_BTD, meta, cache, cursor):
+            context = Context(meta, meta, DECODER, cursor, inputs_BTD=x_BTD)
+            return nnx.merge(form.graphdef, params)(x_BTD, context, cache)
+
+        return jax.eval_shape(call, subject.params, rows.x_BTD, rows.meta, cache, cursor)
 
     fault = _of_result(called(None, None), rows.x_BTD)
     for ring in (False, True):

@@ -36,9 +36,9 @@ def finite_differences(subject: Subject) -> Measured:
         directions = [rng.normal(size=x.shape) * (np.std(x) or 1.0) for x in leaves]
 
         @compiled
-        def measure(leaves, directions):
+        def measure(leaves, directions, meta):
             def loss(leaves):
-                return jnp.sum(weights_BTD * form.apply(*tree.unflatten(leaves), rows.meta))
+                return jnp.sum(weights_BTD * form.apply(*tree.unflatten(leaves), meta))
 
             def stepped(which, far):
                 moved = [
@@ -51,7 +51,7 @@ def finite_differences(subject: Subject) -> Measured:
             along = jax.vmap(jax.vmap(jax.vmap(stepped, (None, 0)), (None, 0)), (0, None))
             return along(jnp.arange(len(leaves)), far_S4), jax.grad(loss)(leaves)
 
-        loss_NS4, gradients = jax.tree.map(np.asarray, measure(leaves, directions))
+        loss_NS4, gradients = jax.tree.map(np.asarray, measure(leaves, directions, rows.meta))
     slope_SN = (loss_NS4 @ np.array([1, -8, 8, -1])).T / (12 * np.array(STEPS)[:, None])
     expected_N = np.array([np.sum(g * d) for g, d in zip(gradients, directions, strict=True)])
     typical_N = np.array([np.linalg.norm(g * d) for g, d in zip(gradients, directions, strict=True)])

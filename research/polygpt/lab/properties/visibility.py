@@ -1,4 +1,4 @@
-"""Who influences whom, read from one matrix of gradients: causality, mask, segments, spans."""
+"""Who influences whom, by gradients and by replacing inputs: causality, mask, segments, spans."""
 
 import numpy as np
 
@@ -8,6 +8,8 @@ from polygpt.lab.subject import Subject, mask_of, seen_by
 
 SILENT = 0.01
 """The share of visible pairs that may be without influence, as a weight may underflow."""
+UNSEEING = 0.5
+"""The share of positions that may see nothing but themselves where the mask is an upper bound."""
 
 
 def causality(subject: Subject) -> Measured:
@@ -30,11 +32,18 @@ def mask_honoured(subject: Subject) -> Measured:
     if not leak.holds:
         return leak
     seen, shown = (subject.influence_TBS > 0) & ~own, visible & ~own
+    if subject.spec.mask_is_bound:
+        shown, seen = shown.any(-1), (seen & shown).any(-1)
+        blind = float((shown & ~seen).sum() / max(shown.sum(), 1))
+        return leak if blind <= UNSEEING else Measured(blind, UNSEEING, "share of positions that see no other one")
     if mask_of(subject.spec) is None:  # it says only that something is seen
         shown, seen = shown.any(-1), (seen & shown).any(-1)
     silent = float((shown & ~seen).sum() / max(shown.sum(), 1))
     if silent > SILENT:
-        return Measured(silent, SILENT, "share of visible inputs without influence")
+        note = "share of visible inputs without influence"
+        if _sees_no_more(subject):  # who looks elsewhere has another fault
+            note += ": where the inputs choose what is seen, set mask_is_bound"
+        return Measured(silent, SILENT, note)
     return leak
 
 
@@ -56,10 +65,13 @@ def spans_bidirectional(subject: Subject) -> Measured:
         for b, place in spans:
             due[place[0], b, place[-1]] = len(place) >= 3
     blind = sum(not (seen & ahead)[place[:, None], b, place[None]].any() for b, place in spans)
-    missing = float((due & ~seen).sum() / max(due.sum(), 1))
+    if subject.spec.mask_is_bound:
+        missing, blind = float(blind == len(spans)), blind * (blind == len(spans))
+    else:
+        missing = 1.0 if blind else float((due & ~seen).sum() / max(due.sum(), 1))
     note = f"{blind} spans in which nothing is seen ahead" if blind else "later positions of a span without influence"
-    note += ": a variant that never looks ahead says so by sees_ahead() returning False"
-    missing = 1.0 if blind else missing
+    if not (seen & later).any() and _sees_no_more(subject):  # who looks ahead elsewhere has another fault
+        note += ": a variant that never looks ahead says so by sees_ahead() returning False"
     return Measured(missing, SILENT, note if missing > SILENT else "")
 
 
@@ -69,13 +81,27 @@ def _spans(span_BT) -> list[tuple[int, np.ndarray]]:
 
 
 def _influence(subject: Subject, forbidden_TBS: np.ndarray) -> Measured:
-    """The largest influence among the pairs, beside what is left where sums of T terms cancel."""
+    """The largest influence among the pairs, beside what is left where sums of T terms cancel.
+
+    By gradients, which say of each pair how it stands, and by replacing at once all inputs that are hidden from one
+    output, which finds too what has no gradient.
+    """
     influence = np.where(forbidden_TBS, subject.influence_TBS, 0)
-    note = ""
     if not influence.max() <= subject.bound:
         t, b, s = np.unravel_index(np.nanargmax(influence), influence.shape)
-        note = f"row {b}: position {t} moves with {s}"
-    return Measured(float(influence.max()), subject.bound, note)
+        return Measured(float(influence.max()), subject.bound, f"row {b}: position {t} moves with {s}")
+    moved_TB = subject.moved_TB(forbidden_TBS)
+    note = ""
+    if not moved_TB.max() <= subject.bound:
+        t, b = np.unravel_index(np.argmax(moved_TB), moved_TB.shape)
+        note = f"row {b}: position {t} changes when inputs that it may not see are replaced, though its gradient does "
+        note += "not say so: a comparison, a choice among positions or a stopped gradient reads them"
+    return Measured(float(max(influence.max(), moved_TB.max())), subject.bound, note)
+
+
+def _sees_no_more(subject: Subject) -> bool:
+    """Whether no output changes with inputs that a decoder hides from it."""
+    return bool(subject.moved_TB(~_visible(subject, DECODER)).max() <= subject.bound)
 
 
 def _visible(subject, mask) -> np.ndarray:
