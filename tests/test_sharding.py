@@ -8,7 +8,8 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from batches import ADAPTERS, tiny
 from polygpt.errors import SpecError, UserError
 from polygpt.lab.catalogue import variants
-from polygpt.models.functional import bind, paths
+from polygpt.models.functional import bind
+from polygpt.parameters import paths
 from polygpt.sharding import AXES, RULES, TOGETHER, Layout, MeshSpec, arrange, constrain, splits, using
 
 

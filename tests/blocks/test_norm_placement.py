@@ -11,7 +11,8 @@ from batches import VOCABULARY, build, columns, example, lively, tiny, tiny_mode
 from polygpt.blocks.pipeline import Schedule
 from polygpt.errors import SpecError
 from polygpt.models.describe import describe
-from polygpt.models.functional import bind, paths
+from polygpt.models.functional import bind
+from polygpt.parameters import paths
 
 T = 12
 BATCH = build([[example(3, ("image", 4), 1, seed=1), example(3, seed=2)], [example(9, seed=3)]], T)

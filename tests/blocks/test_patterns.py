@@ -11,8 +11,9 @@ from polygpt.attention.masks import Window
 from polygpt.attention.multi_head import MultiHead
 from polygpt.blocks.stack import StackSpec
 from polygpt.errors import SpecError
-from polygpt.models.functional import bind, paths
+from polygpt.models.functional import bind
 from polygpt.overrides import override
+from polygpt.parameters import paths
 
 
 @dataclasses.dataclass(frozen=True)

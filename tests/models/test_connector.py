@@ -9,7 +9,8 @@ from batches import ADAPTERS, TOWER, VOCABULARY, build, example, lively, tiny
 from polygpt.adapters.base import Connector, SharedConnector
 from polygpt.errors import SpecError
 from polygpt.models.describe import describe
-from polygpt.models.functional import bind, paths
+from polygpt.models.functional import bind
+from polygpt.parameters import paths
 
 NONE = Connector("none")
 # Towers that give vectors of eight channels: two positions of the ears' tower are folded into one.

@@ -8,12 +8,13 @@ from polygpt.attention.multi_head import MultiHead
 from polygpt.errors import SpecError
 from polygpt.models.decoder import DecoderSpec
 from polygpt.models.describe import describe
-from polygpt.models.functional import bind, paths
+from polygpt.models.functional import bind
 from polygpt.models.multimodal import ModelSpec
 from polygpt.models.presets import PRESETS, preset
 from polygpt.nn.mlp import MLP
 from polygpt.nn.norms import LayerNorm
 from polygpt.nn.positions import Learned
+from polygpt.parameters import paths
 
 
 def encoder(width, depth):

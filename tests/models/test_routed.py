@@ -10,9 +10,10 @@ from polygpt.errors import SpecError
 from polygpt.evaluation.likelihood import score
 from polygpt.models.decoder import DecoderSpec
 from polygpt.models.describe import describe
-from polygpt.models.functional import bind, paths
+from polygpt.models.functional import bind
 from polygpt.models.multimodal import ModelSpec
 from polygpt.nn.experts import MixtureOfExperts
+from polygpt.parameters import paths
 
 LIGHT = {name: adapter.replace(tower=TOWER.replace(depth=0)) for name, adapter in ADAPTERS.items()}
 ROW = [example(3, ("image", 4), 2, ("audio", 3), 2, seed=1)]

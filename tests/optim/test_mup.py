@@ -10,22 +10,29 @@ import pytest
 
 from batches import ADAPTERS, VOCABULARY, build, example, lively, tiny
 from polygpt.adapters.base import Connector
+from polygpt.attention.biases import BucketBias, LearnedBias, T5Bias
 from polygpt.attention.contract import Attention
 from polygpt.attention.differential import Differential
 from polygpt.attention.linear import LinearAttention
 from polygpt.attention.multi_head import MultiHead
+from polygpt.attention.off_by_one import SoftmaxOffByOne
 from polygpt.attention.recurrent import Recurrent
+from polygpt.attention.scores import KeyGate, QueryTemperature
 from polygpt.attention.talking_heads import TalkingHeads
+from polygpt.attention.transformer_xl import TransformerXL
 from polygpt.errors import SpecError
 from polygpt.models.decoder import DecoderSpec
-from polygpt.models.functional import bind, paths
+from polygpt.models.functional import bind
 from polygpt.models.multimodal import ModelSpec
 from polygpt.nn.experts import MixtureOfExperts
+from polygpt.nn.norms import RMSNorm
+from polygpt.nn.positions import Learned
 from polygpt.optim.groups import Group
 from polygpt.optim.mup import MuP
 from polygpt.optim.optim import Optim
 from polygpt.optim.optimizers import SGD, Adafactor, AdamW, Lion, Muon, Optimizer
 from polygpt.optim.schedules import Constant
+from polygpt.parameters import paths
 from polygpt.spec import from_json, to_json
 
 ROWS = [[example(3, ("image", 4), 4, seed=1), example(("audio", 3), 2, seed=2)]]
@@ -104,6 +111,34 @@ def test_initial_values_are_as_large_as_the_rules_say():
         "adapters/image/tower/blocks/attention/query/kernel": 16**-0.5,
     }
     np.testing.assert_allclose([sizes[name] for name in want], list(want.values()), rtol=0.1)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"attention": MultiHead(4, head_width=8, scores=(BucketBias(), KeyGate(), LearnedBias(), QueryTemperature()))},
+        {"attention": MultiHead(4, head_width=8, bias=True, qk_norm=RMSNorm()), "position": T5Bias()},
+        {"attention": TransformerXL(4, head_width=8), "position": Learned(32)},
+        {
+            "attention": MultiHead(4, head_width=8),
+            "pattern": (TalkingHeads(4, head_width=8), SoftmaxOffByOne(4, head_width=8, learned=True)),
+        },
+        {"attention": Differential(2, head_width=8), "scan": False},
+    ],
+    ids=["scores", "T5", "Transformer-XL", "pattern", "differential"],
+)
+def test_initial_values_of_tables_and_vectors_are_those_of_the_base_model(fields):
+    def values(width, mup=None):
+        spec = tiny(adapters={}, width=width, depth=2, **fields).replace(mup=mup)
+        return paths(bind(spec, VOCABULARY).init(jax.random.key(0)))
+
+    wide, base = values(64, MuP({"decoder.width": 16})), values(16)
+    for name in (name for name in wide if not name.endswith("kernel")):
+        if wide[name].shape == base[name].shape:  # of the same random numbers
+            np.testing.assert_allclose(wide[name], base[name], rtol=1e-6, err_msg=name)
+        else:
+            bound = 6 * (2 * base[name].size) ** -0.5  # six standard errors
+            np.testing.assert_allclose(jnp.std(wide[name]), jnp.std(base[name]), rtol=bound, err_msg=name)
 
 
 def logits(spec: ModelSpec, params):

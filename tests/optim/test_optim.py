@@ -13,13 +13,13 @@ from polygpt.adapters.image import ImageAdapter
 from polygpt.attention.mamba2 import Mamba2
 from polygpt.errors import SpecError
 from polygpt.models.decoder import DecoderSpec
-from polygpt.models.functional import bind, paths
+from polygpt.models.functional import bind
 from polygpt.models.multimodal import ModelSpec
 from polygpt.optim.groups import Group
 from polygpt.optim.optim import Optim
 from polygpt.optim.optimizers import SGD, Adafactor, AdamW, Lion, Muon
-from polygpt.optim.paths import name_of
 from polygpt.optim.schedules import Constant, WarmupLinear
+from polygpt.parameters import name_of, paths
 
 LAYERS, IN, OUT = 3, 6, 4
 

@@ -18,11 +18,12 @@ jax.config.update("jax_num_cpu_devices", 8)
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from batches import build, example, lively, tiny  # noqa: E402
-from polygpt.models.functional import bind, paths  # noqa: E402
+from polygpt.models.functional import bind  # noqa: E402
 from polygpt.nn.experts import MixtureOfExperts  # noqa: E402
 from polygpt.nn.mlp import GatedMLP  # noqa: E402
 from polygpt.objectives.next_token import NextToken  # noqa: E402
 from polygpt.objectives.z_loss import ZLoss  # noqa: E402
+from polygpt.parameters import paths  # noqa: E402
 from polygpt.sharding import MeshSpec  # noqa: E402
 from polygpt.training import parallel  # noqa: E402
 from polygpt.training.state import State  # noqa: E402

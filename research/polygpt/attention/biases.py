@@ -113,7 +113,8 @@ class BucketBias(Score):
         return bucket + count * (relative > 0).astype(jnp.int32) if self.bidirectional else bucket
 
     def build(self, width, heads, *, rngs):
-        return _Table(jax.random.normal(rngs.params(), (self.buckets, heads)) * width**-0.5)
+        std = width**-0.5  # that of T5's own code
+        return _Table(jax.random.normal(rngs.params(), (self.buckets, heads)) * std, std)
 
 
 def _require_buckets(spec: T5Bias | BucketBias) -> None:
@@ -168,8 +169,8 @@ class LearnedBias(Score):
 
 
 class _Table(nnx.Module):
-    def __init__(self, table: jax.Array):
-        self.table = nnx.Param(table)
+    def __init__(self, table: jax.Array, std: float | None = None):
+        self.table = nnx.Param(table, std=std)
 
     def __call__(self, x_BTD: jax.Array, meta: Meta) -> Terms:
         return Terms(head={"table": self.table[...]})

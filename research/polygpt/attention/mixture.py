@@ -10,6 +10,7 @@ from polygpt import sharding
 from polygpt.attention.contract import Context, Dims
 from polygpt.attention.multi_head import MultiHead, MultiHeadModule, joined
 from polygpt.nn.linear import Linear
+from polygpt.parameters import stack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +42,7 @@ class _Mixture(MultiHeadModule):
             return one.query, one.key, one.value, one.output
 
         keys = jax.random.split(rngs.params(), self.spec.sets)
-        self.query, self.key, self.value, self.output = nnx.vmap(one_set)(keys)
+        self.query, self.key, self.value, self.output = stack(one_set, keys)
 
     def queries(self, x_BTD, context):
         return self._placed(self.heads(_by_set(self.query, x_BTD, context)), self.query_norm, context)

@@ -18,6 +18,7 @@ from polygpt.nn.losses import Losses, add
 from polygpt.nn.mlp import MLP, FeedForward
 from polygpt.nn.norms import LayerNorm, Norm
 from polygpt.nn.positions import NoPosition, Position
+from polygpt.parameters import stack
 from polygpt.spec import Spec
 
 
@@ -132,15 +133,16 @@ class Stack(nnx.Module):
             return lambda key: Block(variant, *shared, dims, nnx.Rngs(key))
 
         keys = jax.random.split(rngs.params(), max(spec.depth, 1))
+        layers = "layers" if self.pipelined else None
         if spec.depth == 0:
             self.blocks = None
         elif not spec.scan:
             self.blocks = nnx.List([block(variant)(key) for variant, key in zip(spec.variants(), keys, strict=True)])
         elif len(period) == 1:
-            self.blocks = nnx.vmap(block(period[0]))(keys)
+            self.blocks = stack(block(period[0]), keys, layers)
         else:
             p = len(period)
-            self.blocks = nnx.List([nnx.vmap(block(variant))(keys[i::p]) for i, variant in enumerate(period)])
+            self.blocks = nnx.List([stack(block(variant), keys[i::p], layers) for i, variant in enumerate(period)])
         self.norm = spec.norm.build(spec.width) if spec.norm_placement == "pre" else None
 
     def __call__(

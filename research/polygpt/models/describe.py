@@ -3,8 +3,9 @@
 import dataclasses
 from math import prod
 
-from polygpt.models.functional import bind, paths
+from polygpt.models.functional import bind
 from polygpt.models.multimodal import ModelSpec
+from polygpt.parameters import paths
 
 
 @dataclasses.dataclass(frozen=True)

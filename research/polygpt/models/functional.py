@@ -11,13 +11,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from polygpt import sharding
+from polygpt import parameters, sharding
 from polygpt.errors import SpecError
 from polygpt.models.decoder import Cache, init_cache
 from polygpt.models.multimodal import ModelSpec, MultimodalModel
 from polygpt.nn.losses import Losses
 from polygpt.optim import mup
 from polygpt.overrides import replaced
+from polygpt.parameters import paths
 from polygpt.sequence import Batch
 from polygpt.spec import to_json
 
@@ -92,7 +93,7 @@ class Model:
         """How much wider each parameter is than in the base model of muP, a tree of `Growth`; None without muP."""
         if self.spec.mup is None:
             return None
-        return mup.growth(self.abstract(), bind(self.spec.base(), self.vocabulary).abstract())
+        return mup.growth(self.traits, bind(self.spec.base(), self.vocabulary).traits)
 
     def init(self, key: jax.Array) -> Params:
         """Initial parameters."""
@@ -110,10 +111,14 @@ class Model:
         """The parameters' shapes and dtypes; allocates nothing."""
         return jax.eval_shape(lambda: _pure(nnx.state(self._build(jax.random.key(0)))))
 
+    @functools.cached_property
+    def traits(self) -> Params:
+        """What is known of every parameter without its values: a tree of `Traits`."""
+        return _pure(parameters.traits(nnx.eval_shape(lambda: self._build(jax.random.key(0)))))
+
     def axes(self) -> Params:
         """The names of every parameter's axes, by which they are split over devices: a tree of tuples."""
-        state = nnx.state(nnx.eval_shape(lambda: self._build(jax.random.key(0))))
-        return _axes(state, self.spec.decoder.scan)
+        return jax.tree.map(lambda traits: traits.axes, self.traits)
 
     def apply(self, params: Params, batch: Batch, key: jax.Array | None = None) -> Outputs:
         """All predictions of a batch. With a key it is a training step: dropout is on, capacities bind."""
@@ -170,12 +175,6 @@ def bind(spec: ModelSpec, vocabulary: int) -> Model:
     return Model(spec, vocabulary, nnx.graphdef(module))
 
 
-def paths(params: Params) -> dict[str, Any]:
-    """The parameters by readable path, `decoder/blocks/attention/query/kernel`."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
-    return {"/".join(str(entry.key) for entry in path): leaf for path, leaf in leaves}
-
-
 def _require_same(trained: Mapping[str, Any], changed: Mapping[str, Any]) -> None:
     """Raises SpecError, naming the first parameter, by path, that is not the same in both."""
     for path in trained | changed:
@@ -194,27 +193,6 @@ def _pure(state: nnx.State) -> Params:
         return {str(key): tidy(value) for key, value in tree.items()} if isinstance(tree, dict) else tree
 
     return tidy(nnx.to_pure_dict(state))
-
-
-def _axes(state: nnx.State, scanned: bool) -> Params:
-    """Of each parameter the names that it was made with; what was stacked afterwards has axes more in front.
-
-    Args:
-        state: the parameters.
-        scanned: whether the decoder's blocks are stacked.
-    """
-
-    def names(path, variable: nnx.Variable) -> tuple[str | None, ...]:
-        keys, rank = [entry.key for entry in path], len(variable.shape)
-        stacked = "blocks" in keys and (scanned or keys[0] != "decoder")
-        given = variable.get_metadata().get("axes")
-        if given is None:  # of a module that names none: a matrix is split like any other
-            given = ("width", None) if rank - stacked > 1 else ()
-        front = ["layers" if keys[0] == "decoder" else None] if stacked and rank > len(given) else []
-        return (*front, *[None] * (rank - len(front) - len(given)), *given)
-
-    named = jax.tree_util.tree_map_with_path(names, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
-    return _pure(named)
 
 
 def _state(params: Params) -> nnx.State:

@@ -7,8 +7,8 @@ import re
 import jax
 
 from polygpt.errors import SpecError
-from polygpt.optim.paths import name_of
 from polygpt.optim.schedules import Schedule
+from polygpt.parameters import name_of
 from polygpt.spec import Spec
 
 

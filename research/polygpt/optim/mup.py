@@ -33,8 +33,8 @@ from typing import Any, Literal, TypeVar
 import jax
 
 from polygpt.errors import SpecError
-from polygpt.optim.paths import name_of
 from polygpt.overrides import replaced
+from polygpt.parameters import Traits, name_of
 from polygpt.spec import Spec
 
 Model = TypeVar("Model", bound=Spec)
@@ -70,10 +70,12 @@ class Growth:
     Attributes:
         fans: fan in and fan out. Vectors, and tables of which rows are looked up, have a fan in of 1.
         base: those of the base model.
+        shrunk: how much smaller its initial values are than in the base by its own initialiser, if it should not be.
     """
 
     fans: tuple[int, int]
     base: tuple[int, int]
+    shrunk: float = 1.0
 
     @property
     def inputs(self) -> float:
@@ -95,7 +97,7 @@ class Growth:
     @property
     def initial(self) -> float:
         """Factor on initial values, beside the 1 / sqrt(fan in) of a kernel."""
-        return self.inputs**-0.5 if self.kind == "output" else 1.0
+        return self.inputs**-0.5 if self.kind == "output" else 1 / self.shrunk
 
     @property
     def entrywise(self) -> float:
@@ -116,33 +118,33 @@ class Growth:
         return math.sqrt(self.gradient * max(self.base) / max(self.fans))
 
 
-def growth(shapes: Any, base: Any) -> Any:
-    """The `Growth` of each parameter, in a tree like `shapes`.
+def growth(traits: Any, base: Any) -> Any:
+    """The `Growth` of each parameter, in a tree like `traits`. Constants do not grow.
 
     A parameter called "kernel" is [..., fan in, fan out], as everywhere; others act entry by entry, or are looked up.
 
     Args:
-        shapes: arrays or their shapes.
+        traits: `Model.traits`.
         base: those of the base model.
 
     Raises:
         SpecError: where the two differ in more than widths.
     """
-    leaves, structure = jax.tree_util.tree_flatten_with_path(shapes)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(traits)
     others, base_structure = jax.tree_util.tree_flatten_with_path(base)
     if structure != base_structure:
         own, other = ({name_of(path) for path, _ in found} for found in (leaves, others))
         raise SpecError(f"model.mup.base: {min(own ^ other)} is in one of the models alone: only widths may differ")
     return structure.unflatten(
-        [
-            _growth(name_of(path), leaf.shape, other.shape)
-            for (path, leaf), (_, other) in zip(leaves, others, strict=True)
-        ]
+        [_growth(name_of(path), own, other) for (path, own), (_, other) in zip(leaves, others, strict=True)]
     )
 
 
-def _growth(name: str, shape: tuple[int, ...], base: tuple[int, ...]) -> Growth:
-    wider = [i for i, (size, of_base) in enumerate(zip(shape, base, strict=True)) if size != of_base]
+def _growth(name: str, own: Traits, of_base: Traits) -> Growth:
+    if not own.trained:
+        return Growth((1, 1), (1, 1))
+    shape, base = own.shape, of_base.shape
+    wider = [i for i, (size, other) in enumerate(zip(shape, base, strict=True)) if size != other]
     fault = f"model.mup.base: {name} is {shape}, and {base} in the base model"
     if name.endswith("kernel"):
         if any(i < len(shape) - 2 for i in wider):
@@ -150,4 +152,5 @@ def _growth(name: str, shape: tuple[int, ...], base: tuple[int, ...]) -> Growth:
         return Growth(shape[-2:], base[-2:])
     if len(wider) > 1:
         raise SpecError(f"{fault}: muP has no rule for two axes that grow, except of a kernel [..., fan in, fan out]")
-    return Growth((1, shape[wider[0]]), (1, base[wider[0]])) if wider else Growth((1, 1), (1, 1))
+    shrunk = own.std / of_base.std if own.std else 1.0
+    return Growth(*(((1, shape[wider[0]]), (1, base[wider[0]])) if wider else ((1, 1), (1, 1))), shrunk)

@@ -7,8 +7,8 @@ import optax
 
 from polygpt.optim.groups import Group, assign, check_pattern, table
 from polygpt.optim.optimizers import AdamW, Optimizer
-from polygpt.optim.paths import name_of
 from polygpt.optim.schedules import Schedule, extended
+from polygpt.parameters import name_of
 from polygpt.spec import Spec
 
 NO_DECAY = (

@@ -9,7 +9,7 @@ import optax
 
 from polygpt.errors import SpecError
 from polygpt.optim.mup import Growth
-from polygpt.optim.paths import name_of
+from polygpt.parameters import name_of
 from polygpt.spec import Spec
 
 

@@ -9,7 +9,8 @@ import jax
 from polygpt import sharding
 from polygpt.blocks.pipeline import Schedule
 from polygpt.errors import UserError
-from polygpt.models.functional import bind, paths
+from polygpt.models.functional import bind
+from polygpt.parameters import paths
 from polygpt.scale.plan.flops import Flops, flops
 from polygpt.scale.plan.target import Target
 from polygpt.sharding import Layout, MeshSpec, mesh_axes
