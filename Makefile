@@ -3,6 +3,8 @@
 #              (make test MARKED=slow: those, every attention variant checked and trained among them)
 #              (make test MARKED=plans PYTEST=: all presets but the smallest compiled again for TPUs, an hour)
 # make coverage  the same under coverage, more slowly; fails below 90 % of lines
+# make mutation  changes sampled lines of the library, counts how many changes a test notices (tests/MUTATION.md), an hour
+#              (make mutation MUTATION="--folders optim --count 5": see python tests/mutation --help)
 # make lint    ruff
 # make clean   remove the environment, caches and runs
 #
@@ -15,8 +17,9 @@ PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
 TESTS  ?= tests
 MARKED ?= not slow and not plans
 PYTEST ?= -n 2
+MUTATION ?= --table
 
-.PHONY: demo test coverage lint clean
+.PHONY: demo test coverage mutation lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -30,11 +33,14 @@ test: $(VENV)/.installed-test
 coverage:
 	$(MAKE) test PYTEST="$(PYTEST) --cov --cov-report=term --cov-fail-under=90"
 
+mutation: $(VENV)/.installed-test
+	$(BIN)/python tests/mutation $(MUTATION)
+
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 
 clean:
-	rm -rf $(VENV) runs build dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage .coverage.* htmlcov
+	rm -rf $(VENV) runs build dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis .mutation .coverage .coverage.* htmlcov
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps make a second call quick; a change of pyproject.toml installs again.
