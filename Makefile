@@ -16,7 +16,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
 TESTS  ?= tests
 MARKED ?= not slow and not plans
-PYTEST ?= -n 2
+PYTEST ?= -n 2 --dist loadfile
 MUTATION ?= --table
 
 .PHONY: demo test coverage mutation lint clean

@@ -33,13 +33,15 @@ def pytest_configure(config):
     # inherit them.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("NUMBA_DISABLE_JIT", "1")  # librosa, a reference here, would compile for 20 s
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("jax")))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
     # Compiling takes most of a small test's time: two thirds of it go without LLVM's optimizations and without the
-    # emitters that write each fusion by way of MLIR. XLA's own passes stay. It aborts at a flag that it does not know.
+    # emitters that write each fusion by way of MLIR, and some more with one module per program. XLA's own passes stay. It
+    # aborts at a flag that it does not know.
     quick = {"xla_backend_optimization_level": "0"}
     if metadata.version("jaxlib").startswith("0.10."):
-        quick["xla_cpu_use_fusion_emitters"] = "false"
+        quick |= {"xla_cpu_use_fusion_emitters": "false", "xla_cpu_parallel_codegen_split_count": "1"}
     flags = os.environ.get("XLA_FLAGS", "")
     new = [f"--{name}={value}" for name, value in quick.items() if name not in flags]
     os.environ["XLA_FLAGS"] = " ".join([flags, *new]).strip()
