@@ -235,7 +235,7 @@ def test_the_router_is_float32_and_the_layer_keeps_its_dtype():
     spec = MixtureOfExperts(E, 2, capacity=2.0)
     graphdef, state = nnx.split(spec.build(D, rngs=nnx.Rngs(0), dtype="bfloat16", output_scale=1.0))
     half = jnp.asarray(X_BTD, jnp.bfloat16)
-    y_BTD, losses = nnx.merge(graphdef, state)(half, context())
+    y_BTD, losses = jax.jit(lambda state, x_BTD: nnx.merge(graphdef, state)(x_BTD, context()))(state, half)
     assert y_BTD.dtype == jnp.bfloat16 and all(loss.dtype == jnp.float32 for loss in losses.values())
     logits = nnx.merge(graphdef, state).router(half)
     expected = np.float64(np.float32(half)) @ np.float64(nnx.to_pure_dict(state)["router"]["kernel"])
