@@ -37,8 +37,8 @@ def pytest_configure(config):
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("jax")))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
     # Compiling takes most of a small test's time: two thirds of it go without LLVM's optimizations and without the
-    # emitters that write each fusion by way of MLIR, and some more with one module per program. XLA's own passes stay. It
-    # aborts at a flag that it does not know.
+    # emitters that write each fusion by way of MLIR, and some more with one module per program. XLA's own passes stay.
+    # It aborts at a flag that it does not know.
     quick = {"xla_backend_optimization_level": "0"}
     if metadata.version("jaxlib").startswith("0.10."):
         quick |= {"xla_cpu_use_fusion_emitters": "false", "xla_cpu_parallel_codegen_split_count": "1"}
