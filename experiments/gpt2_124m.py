@@ -32,7 +32,7 @@ def experiment() -> Experiment:
         name="gpt2_124m",
         model=ModelSpec(decoder, dtype="bfloat16"),
         tokenizer=Bytes(multiple=50_304),
-        data=DataSpec({"text": Task(Embedded("text", characters=900))}, LayoutSpec(1024), rows=32),
+        data=DataSpec({"text": Task(Embedded("text", characters=900))}, LayoutSpec(1024), batch_size=32),
         optim=Optim(WarmupCosine(6e-4, warmup=20)),
         train=TrainSpec(steps=200, parallel="auto"),
     )

@@ -63,8 +63,8 @@ def experiment() -> Experiment:
     return Experiment(
         name="quickstart",
         model=model,
-        data=DataSpec(tasks, LayoutSpec(length=128), rows=16),
-        optim=Optim(WarmupCosine(peak=2e-3, warmup=100, final=0.02), AdamW(weight_decay=0.05, beta2=0.98)),
+        data=DataSpec(tasks, LayoutSpec(seq_len=128), batch_size=16),
+        optim=Optim(WarmupCosine(peak_lr=2e-3, warmup=100, final=0.02), AdamW(weight_decay=0.05, beta2=0.98)),
         train=TrainSpec(
             steps=1300, log_every=10, evaluate_every=325, use="latest", checkpoint=CheckpointSpec(every=50)
         ),

@@ -1,4 +1,4 @@
-"""Reading the logs of examples of all feeders of a run, and what they prove."""
+"""Reading the logs of examples of all data shards of a run, and what they prove."""
 
 import json
 from collections import Counter
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def logged(workdir: Path) -> dict[int, list[tuple[str, int, int]]]:
-    """By step, the (task, position, number) of all examples that it was trained on, whichever feeder read them."""
+    """By step, the (task, position, number) of all examples that it was trained on, whichever data shard read them."""
     steps: dict[int, list] = {}
     for path in sorted(workdir.glob("examples-*.jsonl")):
         for line in path.read_text().splitlines():

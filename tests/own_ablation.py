@@ -37,10 +37,10 @@ def ablation() -> Ablation:
         question="Is a wider model better, or a deeper one?",
         base=Experiment(
             name="base",
-            data=DataSpec({"text": Task(TEXT)}, LayoutSpec(length=48), rows=2),
+            data=DataSpec({"text": Task(TEXT)}, LayoutSpec(seq_len=48), batch_size=2),
             model=ModelSpec(DecoderSpec(width=8, depth=1, attention=MultiHead(heads=2))),
             optim=Optim(WarmupCosine(1e-2)),
-            evaluation=EvaluationSpec({"text": EvalTask(TEXT, limit=8)}, rows=4),
+            evaluation=EvaluationSpec({"text": EvalTask(TEXT, limit=8)}, batch_size=4),
             train=TrainSpec(steps=4),
         ),
         variants={"base": {}, "wide": {"model.decoder.width": 16}, "deep_2": {"model.decoder.depth": 2}},

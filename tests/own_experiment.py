@@ -35,11 +35,11 @@ def experiment():
     return Experiment(
         name="own",
         model=ModelSpec(DecoderSpec(width=16, depth=1, attention=MultiHead(heads=2)), {"image": image, "audio": audio}),
-        data=DataSpec({"own": Task(data)}, LayoutSpec(length=64), rows=2),
+        data=DataSpec({"own": Task(data)}, LayoutSpec(seq_len=64), batch_size=2),
         optim=Optim(WarmupCosine(1e-2)),
         train=TrainSpec(steps=3, log_every=1),
         evaluation=EvaluationSpec(
-            {"own": EvalTask(data, generate=True)}, rows=4, sampling=Sampling(temperature=0.0, max_tokens=8)
+            {"own": EvalTask(data, generate=True)}, batch_size=4, sampling=Sampling(temperature=0.0, max_tokens=8)
         ),
     )
 '''

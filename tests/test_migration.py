@@ -1,15 +1,24 @@
 """Configurations of older versions."""
 
+import dataclasses
 import json
 
 import pytest
 
 from polygpt import spec
+from polygpt.data.layout import LayoutSpec
 from polygpt.data.sources.folder import MediaFolder
-from polygpt.errors import UserError
-from polygpt.migration import SCHEMA, migrate
+from polygpt.errors import SpecError, UserError
+from polygpt.migration import RENAMED, SCHEMA, migrate
+from polygpt.optim.schedules import Constant, WarmupCosine
+from polygpt.overrides import override
 from polygpt.runtime.checkpoint import CheckpointSpec
 from polygpt.runtime.watchdog import WatchdogSpec
+from polygpt.sharding import RULES, MeshSpec
+
+
+class Mine(Constant):
+    """A schedule of one's own: it inherits the renamed field."""
 
 
 def test_classes_that_moved_and_fields_that_were_added_are_those_of_schema_1():
@@ -33,3 +42,32 @@ def test_what_this_version_wrote_is_left_as_it_is():
 def test_the_schema_of_a_newer_version_is_an_error():
     with pytest.raises(UserError, match=rf"config.json has schema {SCHEMA + 1} .*update polygpt"):
         migrate({"schema": SCHEMA + 1}, "config.json")
+
+
+def test_fields_of_schema_2_are_known_by_their_names_then():
+    data = {"class": "polygpt.data.layout:LayoutSpec", **spec.to_json(LayoutSpec(64))}
+    old = {{"seq_len": "length"}.get(name, name): value for name, value in data.items()}
+    assert spec.from_json(migrate({"schema": 2, "layout": old}, "config.json"))["layout"] == LayoutSpec(64)
+    rules = {"batch": ("data",), **{name: axes for name, axes in RULES.items() if name != "batch"}}
+    data = json.loads(json.dumps(spec.to_json(MeshSpec(rules=rules))))
+    data["rules"] = {"rows" if axis == "batch" else axis: axes for axis, axes in data["rules"].items()}
+    assert spec.from_json(migrate({"schema": 2, **data}, "config.json")) == MeshSpec(rules=rules)
+
+
+def test_a_former_name_on_the_command_line_or_in_a_file_is_an_error_that_names_todays():
+    for cls, old, new in (
+        (LayoutSpec, "length", "seq_len"),
+        (WarmupCosine, "peak", "peak_lr"),
+        (Mine, "peak", "peak_lr"),
+    ):
+        with pytest.raises(SpecError, match=f"no field '{old}': it is called {new} now"):
+            override(cls(64) if cls is LayoutSpec else cls(1e-3), {old: "2"})
+    with pytest.raises(SpecError, match="it is called seq_len now"):
+        spec.from_json({"class": "polygpt.data.layout:LayoutSpec", "length": 4})
+
+
+@pytest.mark.parametrize("name", RENAMED)
+def test_every_class_of_the_table_exists_and_has_the_new_fields(name):
+    fields = {field.name for field in dataclasses.fields(spec.load_class(name))}
+    for old, new in RENAMED[name].items():
+        assert new in fields and old not in fields

@@ -15,7 +15,7 @@ from PIL import Image
 from polygpt.cli.main import main
 
 README = Path(__file__).parents[1] / "README.md"
-QUICK = ["--train.steps", "2", "--train.evaluate_every", "null", "--data.rows", "2", "--no-report", "--json"]
+QUICK = ["--train.steps", "2", "--train.evaluate_every", "null", "--data.batch_size", "2", "--no-report", "--json"]
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +54,8 @@ def run(monkeypatch, folder: Path, words: list[str]) -> dict:
 
 @pytest.mark.slow
 def test_a_folder_of_media_trains_evaluates_and_generates(monkeypatch, folder):
-    small = ["--data.rows", "2", "--evaluation.rows", "2", "--evaluation.sampling.max_tokens", "4"]
-    small += ["--data.layout.length", "128", "--model.decoder.depth", "1"]
+    small = ["--data.batch_size", "2", "--evaluation.batch_size", "2", "--evaluation.sampling.max_tokens", "4"]
+    small += ["--data.layout.seq_len", "128", "--model.decoder.depth", "1"]
     check, show, train, evaluate, generate, deeper = commands("mine.py")[:6]
     assert run(monkeypatch, folder, [*check, "--json"])["fault"] is None
     run(monkeypatch, folder, [*show, "--json"])
@@ -67,7 +67,16 @@ def test_a_folder_of_media_trains_evaluates_and_generates(monkeypatch, folder):
 
 @pytest.mark.slow
 def test_a_wide_model_has_a_narrow_one_as_its_base(monkeypatch, folder):
-    small = ["--data.rows", "2", "--data.layout.length", "128", "--model.decoder.depth", "1", "--train.steps", "2"]
+    small = [
+        "--data.batch_size",
+        "2",
+        "--data.layout.seq_len",
+        "128",
+        "--model.decoder.depth",
+        "1",
+        "--train.steps",
+        "2",
+    ]
     for words in [words for words in commands("mine.py") if words[-1] in ("runs/narrow", "runs/wide")]:
         run(monkeypatch, folder, [*words, *small, "--no-report", "--json"])
     models = [json.loads((folder / "runs" / name / "config.json").read_text())["model"] for name in ("narrow", "wide")]
@@ -145,7 +154,7 @@ def test_an_ablation_is_one_file(monkeypatch, folder):
     file = folder / "gates.py"
     whole = file.read_text()
     small = whole.replace("steps=300", "steps=2").replace("limit=200", "limit=4").replace("warmup=20", "warmup=0")
-    file.write_text(small.replace("rows=16", "rows=2").replace("depth=2", "depth=1"))
+    file.write_text(small.replace("batch_size=16", "batch_size=2").replace("depth=2", "depth=1"))
     words, more = commands("gates.py")
     done = run(monkeypatch, folder, [*words, "--seeds", "2", "--json"])
     assert done["made"] == 8 and [row["variant"] for row in done["rows"]] == ["gelu", "geglu"]

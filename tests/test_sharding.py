@@ -95,29 +95,29 @@ def _flat(tree, prefix=""):
 
 def test_an_axis_is_split_as_far_as_the_devices_divide_it():
     split = layout(data=2, fsdp=4, tensor=2)
-    assert split.axes(("rows", "positions", "vocabulary"), (16, 8, 30)) == PartitionSpec(
+    assert split.axes(("batch", "positions", "vocabulary"), (16, 8, 30)) == PartitionSpec(
         ("data", "fsdp"), None, "tensor"
     )
-    assert split.axes(("rows", None), (2, 8)) == PartitionSpec("data", None)
+    assert split.axes(("batch", None), (2, 8)) == PartitionSpec("data", None)
     assert split.axes(("vocabulary", "width"), (31, 16)) == PartitionSpec(None, "fsdp")
-    assert split.size("rows") == 8 and split.names("hidden") == ("tensor",) and split.size("positions") == 1
+    assert split.size("batch") == 8 and split.names("hidden") == ("tensor",) and split.size("positions") == 1
 
 
 def test_a_rule_of_the_experiment_moves_an_axis():
-    rules = RULES | {"rows": ("data",), "width": (), "hidden": ("tensor", "fsdp")}
+    rules = RULES | {"batch": ("data",), "width": (), "hidden": ("tensor", "fsdp")}
     moved = Layout(AbstractMesh((1, 1, 2, 1, 1, 2), AXES), MeshSpec(data=1, fsdp=2, tensor=2, rules=rules))
     assert moved.axes(("width", "hidden"), (16, 32)) == PartitionSpec(None, ("tensor", "fsdp"))
 
 
 def test_without_a_layout_nothing_happens_and_inside_one_it_can_be_put_aside():
     x = jnp.zeros((4, 4))
-    assert constrain(x, "rows", None) is x and not splits("rows")
+    assert constrain(x, "batch", None) is x and not splits("batch")
     with using(layout(data=4)):
-        assert splits("rows")
+        assert splits("batch")
         with using(None):
-            assert constrain(x, "rows", None) is x and not splits("rows")
+            assert constrain(x, "batch", None) is x and not splits("batch")
 
 
 def test_one_device_is_a_mesh_too():
     alone = arrange(MeshSpec(), jax.devices()[:1])
-    assert alone.about() == "data 1" and alone.size("rows") == 1
+    assert alone.about() == "data 1" and alone.size("batch") == 1

@@ -14,4 +14,4 @@ from polygpt.training.pretraining import pretraining
 
 def experiment() -> Experiment:
     """The whole run."""
-    return pretraining("10m", length=512, rows=16, steps=10_000, peak=1e-3)
+    return pretraining("10m", seq_len=512, batch_size=16, steps=10_000, peak_lr=1e-3)

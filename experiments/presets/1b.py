@@ -14,4 +14,4 @@ from polygpt.training.pretraining import pretraining
 
 def experiment() -> Experiment:
     """The whole run."""
-    return pretraining("1b", length=2048, rows=256, steps=100_000, peak=3e-4, mesh=MeshSpec(data=1, fsdp=-1))
+    return pretraining("1b", seq_len=2048, batch_size=256, steps=100_000, peak_lr=3e-4, mesh=MeshSpec(data=1, fsdp=-1))

@@ -14,4 +14,4 @@ from polygpt.training.pretraining import pretraining
 
 def experiment() -> Experiment:
     """The whole run."""
-    return pretraining("1m", length=256, rows=8, steps=2_000, peak=2e-3)
+    return pretraining("1m", seq_len=256, batch_size=8, steps=2_000, peak_lr=2e-3)

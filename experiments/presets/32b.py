@@ -15,4 +15,6 @@ from polygpt.training.pretraining import pretraining
 
 def experiment() -> Experiment:
     """The whole run."""
-    return pretraining("32b", length=2048, rows=1024, steps=200_000, peak=1.5e-4, mesh=MeshSpec(data=1, fsdp=-1))
+    return pretraining(
+        "32b", seq_len=2048, batch_size=1024, steps=200_000, peak_lr=1.5e-4, mesh=MeshSpec(data=1, fsdp=-1)
+    )

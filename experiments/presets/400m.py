@@ -14,4 +14,4 @@ from polygpt.training.pretraining import pretraining
 
 def experiment() -> Experiment:
     """The whole run."""
-    return pretraining("400m", length=1024, rows=256, steps=100_000, peak=4e-4)
+    return pretraining("400m", seq_len=1024, batch_size=256, steps=100_000, peak_lr=4e-4)

@@ -2,14 +2,15 @@
 
 Configurations carry a schema number (`SCHEMA`; those without one have number 1). `migrate` brings them up to date
 before they are read. Whoever moves a specification, or renames or adds a field, adds a line here and raises `SCHEMA`.
+The keys of ablation results are computed with the former names of fields, so that results outlive a rename.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from polygpt.errors import UserError
 
-SCHEMA = 2
+SCHEMA = 3
 """The schema that this version writes."""
 
 MOVED = {
@@ -27,6 +28,35 @@ ADDED: dict[str, dict[str, Any]] = {
     },
 }
 """By class, as it is called today: fields that schema 1 lacks, with the value that does what was done then."""
+
+RENAMED: dict[str, dict[str, str]] = {
+    "polygpt.ablation.tune:Search": {"knobs": "dimensions"},
+    "polygpt.data.layout:LayoutSpec": {"length": "seq_len"},
+    "polygpt.data.loader:DataSpec": {"rows": "batch_size"},
+    "polygpt.evaluation.spec:EvalTask": {"length": "seq_len"},
+    "polygpt.evaluation.spec:EvaluationSpec": {"rows": "batch_size"},
+    **{
+        f"polygpt.optim.schedules:{name}": {"peak": "peak_lr"}
+        for name in ("Constant", "WarmupCosine", "WarmupLinear", "WarmupExponential", "WSD", "SGDR")
+    },
+    "polygpt.optim.schedules:Schedule": {"peak": "peak_lr"},
+}
+"""By class, as it is called today: the names of fields in schema 2, and their names since. Subclasses inherit them."""
+
+BATCHES = {"feeder": "data_shard", "feeders": "data_shards", "division": "resharding"}
+"""Keys of the state of the training data in a checkpoint, as they were in schema 2, and as they are today."""
+
+
+def new_names(class_names: Iterable[str]) -> dict[str, str]:
+    """Former names of fields, and today's, of a class whose bases (the class included) are called `class_names`."""
+    return {old: new for name in class_names for old, new in RENAMED.get(name, {}).items()}
+
+
+def batches_state(data: Any) -> Any:
+    """The state of the training data in a checkpoint, under today's keys."""
+    if isinstance(data, Mapping):
+        return {BATCHES.get(name, name): batches_state(item) for name, item in data.items()}
+    return [batches_state(item) for item in data] if isinstance(data, (list, tuple)) else data
 
 
 def schema_of(data: Any, where: str) -> int:
@@ -46,16 +76,22 @@ def migrate(data: Any, where: str) -> Any:
     schema = schema_of(data, where)
     if isinstance(data, Mapping):
         data = {name: item for name, item in data.items() if name != "schema"}
-    return _second(data) if schema < 2 else data
+    return _current(data, schema) if schema < SCHEMA else data
 
 
-def _second(data: Any) -> Any:
+def _current(data: Any, schema: int) -> Any:
     if isinstance(data, list):
-        return [_second(item) for item in data]
+        return [_current(item, schema) for item in data]
     if not isinstance(data, Mapping):
         return data
-    changed = {name: _second(item) for name, item in data.items()}
-    if isinstance(name := data.get("class"), str):
-        changed["class"] = MOVED.get(name, name)
-        changed = {**ADDED.get(changed["class"], {}), **changed}
+    changed = {name: _current(item, schema) for name, item in data.items()}
+    if not isinstance(name := data.get("class"), str):
+        return changed
+    if schema < 2:
+        name = MOVED.get(name, name)
+        changed = {**ADDED.get(name, {}), **changed, "class": name}
+    names = RENAMED.get(name, {})
+    changed = {names.get(field, field): item for field, item in changed.items()}
+    if name == "polygpt.sharding:MeshSpec":  # an axis of its rules was renamed
+        changed["rules"] = {"batch" if axis == "rows" else axis: item for axis, item in changed["rules"].items()}
     return changed

@@ -14,7 +14,7 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any, Union
 
 from polygpt.errors import SpecError
-from polygpt.spec import Spec, conform, field_help, from_json, hints, load_class, nearest
+from polygpt.spec import Spec, conform, field_help, from_json, hints, load_class, nearest, nearest_field
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def _made(cls: type, kept: Mapping[str, Any], annotation: Any, inside: dict[str,
         if key not in known:
             held = {own: hints(type(value)) for own, value in kept.items() if isinstance(value, Spec)}
             deeper = [f"{own}.{field}" for own, fields_of_it in held.items() for field in fields_of_it]
-            said = nearest(key, known, deeper)
+            said = nearest_field(key, cls, deeper)
             raise SpecError(f"--{_join(name, key)}: {cls.__name__} has no field {key!r}: {said}")
         values[key] = _set(values.get(key, _default(cls, key)), known[key], own, _join(name, key))
     try:

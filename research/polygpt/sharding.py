@@ -26,7 +26,7 @@ AXES = ("stage", "data", "fsdp", "expert", "sequence", "tensor")
 """The axes of the mesh. Those that talk least come first: neighbours along the last have the fastest links."""
 
 RULES: dict[str, tuple[str, ...]] = {
-    "rows": ("data", "fsdp", "expert", "stage"),
+    "batch": ("data", "fsdp", "expert", "stage"),
     "positions": ("sequence",),
     "features": (),
     "vocabulary": ("tensor",),
@@ -42,9 +42,9 @@ RULES: dict[str, tuple[str, ...]] = {
 kv_heads (heads times their width), experts, layers (stacked). Of activations: rows, positions, features (the model's
 width), and hidden, heads, kv_heads, vocabulary, experts, stages (of the pipeline)."""
 
-RESIDUAL = ("rows", "positions", "features")
+RESIDUAL = ("batch", "positions", "features")
 """The axes of the stream that every block adds to."""
-LOGITS = ("rows", "positions", "vocabulary")
+LOGITS = ("batch", "positions", "vocabulary")
 """The axes of predictions: no device ever holds those of the whole vocabulary where it is split."""
 
 TOGETHER = (
@@ -53,12 +53,12 @@ TOGETHER = (
     ("layers", "width", "heads"),
     ("layers", "width", "kv_heads"),
     ("layers", "experts", "width", "hidden"),
-    ("rows", "positions", "vocabulary"),
+    ("batch", "positions", "vocabulary"),
     ("positions", "experts"),  # those of one device are computed for its own positions alone
-    ("rows", "positions", "features"),
-    ("rows", "positions", "hidden"),
-    ("rows", "heads", "positions"),
-    ("rows", "kv_heads", "positions"),
+    ("batch", "positions", "features"),
+    ("batch", "positions", "hidden"),
+    ("batch", "heads", "positions"),
+    ("batch", "kv_heads", "positions"),
     ("stages", "positions", "features"),
     ("stages", "positions", "hidden"),
     ("stages", "heads", "positions"),
@@ -235,7 +235,7 @@ def rows_unit(rules: Mapping[str, tuple[str, ...]], sizes: Mapping[str, int], mi
     def parts(axes: Iterable[str]) -> int:
         return math.prod(sizes[axis] for axis in axes)
 
-    return math.lcm(parts(rules["rows"]), microbatches * parts(set(rules["rows"]) - set(rules["stages"])))
+    return math.lcm(parts(rules["batch"]), microbatches * parts(set(rules["batch"]) - set(rules["stages"])))
 
 
 _active: ContextVar[Layout | None] = ContextVar("layout", default=None)

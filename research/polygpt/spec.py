@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Union
 
+from polygpt import migration
 from polygpt.errors import SpecError, UserError
 
 
@@ -262,6 +263,18 @@ def to_json(value: Any) -> Any:
     return value
 
 
+def new_names(cls: type) -> dict[str, str]:
+    """Former names of fields of a specification, and today's."""
+    return migration.new_names(class_name(base) for base in reversed(cls.__mro__) if base is not object)
+
+
+def nearest_field(name: str, cls: type, unlisted: Iterable[str] = ()) -> str:
+    """A clause about an unknown field of `cls`: its name today if it was renamed, or the nearest names."""
+    if name in (names := new_names(cls)):
+        return f"it is called {names[name]} now"
+    return nearest(name, hints(cls), unlisted)
+
+
 def from_json(data: Any, where: str = "config", load: Callable[[str], types.ModuleType] = load_module) -> Any:
     """Reads what `to_json` wrote. Strict: an unknown or missing key is a SpecError with the nearest names.
 
@@ -278,7 +291,7 @@ def from_json(data: Any, where: str = "config", load: Callable[[str], types.Modu
     known = hints(cls)
     for key in data:
         if key != "class" and key not in known:
-            raise SpecError(f"{where}.{key}: {cls.__name__} has no field {key!r}: {nearest(key, known)}")
+            raise SpecError(f"{where}.{key}: {cls.__name__} has no field {key!r}: {nearest_field(key, cls)}")
     missing = [key for key in known if key not in data]
     if missing:
         raise SpecError(f"{where}: {cls.__name__} lacks {', '.join(missing)}")

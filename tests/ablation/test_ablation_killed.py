@@ -15,7 +15,7 @@ from own_ablation import CLAIMS, write_ablation
 from polygpt.ablation import results
 
 GLU = Path(__file__).parents[2] / "experiments" / "ablations" / "glu"
-TUNED = 'tuned=grid("optim.schedule.peak", 0.01, 0.02),\n'
+TUNED = 'tuned=grid("optim.schedule.peak_lr", 0.01, 0.02),\n'
 MEASURED = r"\| [^|]+ \| \d+ \|$|[\d.]+ (s|min|h) of wall time"
 """Times, which differ from run to run: the end of a row of costs, and the whole."""
 

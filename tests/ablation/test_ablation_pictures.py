@@ -18,8 +18,8 @@ from polygpt.ablation import pictures, results
 from polygpt.ablation.charts import Chart, Panel, Series, charts, is_numeric, spans_a_decade
 from polygpt.ablation.study import load_ablation
 
-RATES = "over={'rate': grid('optim.schedule.peak', 1e-1, 1e-2, 1e-3)},\ndiverged=9.0,"
-BOTH = RATES.replace("1e-3)}", "1e-3), 'rows': grid('data.rows', 2, 4)}")
+RATES = "over={'rate': grid('optim.schedule.peak_lr', 1e-1, 1e-2, 1e-3)},\ndiverged=9.0,"
+BOTH = RATES.replace("1e-3)}", "1e-3), 'rows': grid('data.batch_size', 2, 4)}")
 READS = "reads={'length': {32: 'text/loss', 64: 'text/perplexity'}},"
 
 

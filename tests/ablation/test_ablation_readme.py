@@ -88,7 +88,7 @@ def test_tuning_is_told_and_counted(made, drawn):
     def loss(variant, at, seed):
         return 2.0 + (at["tuned"] - 0.01) ** 2 + seed % 1000 / 10
 
-    folder = made("tuned=grid('optim.schedule.peak', 1e-3, 1e-2),\ntuning_seeds=2,", loss)
+    folder = made("tuned=grid('optim.schedule.peak_lr', 1e-3, 1e-2),\ntuning_seeds=2,", loss)
     readme.write(folder)
     text = (folder / "README.md").read_text()
     assert "**Cost.** 24 runs (12 of them to tune), 36 s of wall time" in text
@@ -99,7 +99,7 @@ def test_tuning_is_told_and_counted(made, drawn):
 def test_many_rows_are_folded(made, drawn):
     rates = ", ".join(str(i / 1000) for i in range(1, 10))
     folder = made(
-        f"over={{'rate': grid('optim.schedule.peak', {rates})}},", lambda variant, at, seed: at["rate"] + seed
+        f"over={{'rate': grid('optim.schedule.peak_lr', {rates})}},", lambda variant, at, seed: at["rate"] + seed
     )
     readme.write(folder)
     assert "<details><summary>27 rows</summary>" in (folder / "README.md").read_text()

@@ -27,13 +27,13 @@ def test_costs_are_the_models_own():
 
 
 def test_steps_leave_everything_as_it_is():
-    other = experiment(data__rows=8)
+    other = experiment(data__batch_size=8)
     assert Budget().applied(other, experiment()) is other
 
 
 def test_equal_tokens_are_other_steps():
-    assert Budget("tokens").applied(experiment(data__rows=8), experiment()).train.steps == 6
-    assert Budget("tokens").applied(experiment(data__layout__length=16), experiment()).train.steps == 36
+    assert Budget("tokens").applied(experiment(data__batch_size=8), experiment()).train.steps == 6
+    assert Budget("tokens").applied(experiment(data__layout__seq_len=16), experiment()).train.steps == 36
 
 
 def test_equal_flops_are_equal_to_half_a_step():
@@ -46,8 +46,8 @@ def test_equal_flops_are_equal_to_half_a_step():
 
 def test_a_budget_that_steps_cannot_meet_is_told():
     with pytest.raises(SpecError, match="with 1 steps it has 3,072 tokens, and the base 2,304: no value was found"):
-        Budget("tokens").applied(experiment(data__rows=64, train__steps=3), experiment())
-    assert Budget("tokens", tolerance=0.34).applied(experiment(data__rows=64), experiment()).train.steps == 1
+        Budget("tokens").applied(experiment(data__batch_size=64, train__steps=3), experiment())
+    assert Budget("tokens", tolerance=0.34).applied(experiment(data__batch_size=64), experiment()).train.steps == 1
 
 
 @pytest.mark.parametrize("factor", [1.0, 20.0])
@@ -88,7 +88,7 @@ def test_equal_parameters_need_a_field():
 @pytest.mark.parametrize("by", ["steps", "parameters", "tokens", "flops"])
 def test_parameters_are_held_equal_beside_steps_tokens_or_flops(by):
     base = experiment(model__decoder__mlp=MLP(4.0), train__steps=40)
-    gated = experiment(model__decoder__mlp=GatedMLP(1.0, multiple=1), data__rows=8, train__steps=40)
+    gated = experiment(model__decoder__mlp=GatedMLP(1.0, multiple=1), data__batch_size=8, train__steps=40)
     made = Budget(by, "model.decoder.mlp.factor").applied(gated, base)
     assert parameters(made) == pytest.approx(parameters(base), rel=0.02)
     assert made.train.steps == (20 if by in ("tokens", "flops") else 40)

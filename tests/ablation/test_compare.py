@@ -156,10 +156,10 @@ def test_the_evaluation_of_the_finished_run_counts(run):
 
 def test_runs_that_were_evaluated_in_different_ways_are_different(run):
     folders = [run("a", 2.0), run("b", 2.1, 1)]
-    results = {"step": 4, "tasks": {"text": {"loss": 1.5}}, "overrides": {"evaluation.rows": "7"}}
+    results = {"step": 4, "tasks": {"text": {"loss": 1.5}}, "overrides": {"evaluation.batch_size": "7"}}
     (folders[0] / "evaluation.json").write_text(json.dumps(results))
     found = compare_runs(folders)
-    assert len(found.groups) == 2 and "evaluation.rows" in str(found)
+    assert len(found.groups) == 2 and "evaluation.batch_size" in str(found)
 
 
 def test_fields_that_differ_are_told_whole_where_their_kinds_differ():

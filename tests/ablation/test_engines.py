@@ -44,10 +44,10 @@ def found_by_workers(monkeypatch):
 def experiment(source=TEXT, width=16, steps=4):
     return Experiment(
         name="tiny",
-        data=DataSpec(tasks={"text": DataTask(source)}, layout=LayoutSpec(length=48), rows=2),
+        data=DataSpec(tasks={"text": DataTask(source)}, layout=LayoutSpec(seq_len=48), batch_size=2),
         model=ModelSpec(decoder=DecoderSpec(width=width, depth=1, attention=MultiHead(heads=2))),
         optim=Optim(Constant(1e-2)),
-        evaluation=EvaluationSpec(tasks={"text": EvalTask(TEXT, limit=4)}, rows=4),
+        evaluation=EvaluationSpec(tasks={"text": EvalTask(TEXT, limit=4)}, batch_size=4),
         train=TrainSpec(steps=steps, log_every=1),
     )
 

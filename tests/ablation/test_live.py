@@ -13,7 +13,7 @@ from polygpt.ablation.live import Live
 from polygpt.ablation.runner import Failed, Finished, Planned
 from polygpt.ablation.study import load_ablation, points
 
-RATES = "over={'rate': grid('optim.schedule.peak', 1e-3, 1e-2)},"
+RATES = "over={'rate': grid('optim.schedule.peak_lr', 1e-3, 1e-2)},"
 
 
 def ablation(tmp_path, more=""):
@@ -111,7 +111,7 @@ def test_points_are_found_by_their_tasks_names(tmp_path):
 
 def test_of_many_points_those_under_way_are_shown(tmp_path):
     rates = ", ".join(str(i / 1000) for i in range(1, 21))
-    made = ablation(tmp_path, f"over={{'rate': grid('optim.schedule.peak', {rates})}},")
+    made = ablation(tmp_path, f"over={{'rate': grid('optim.schedule.peak_lr', {rates})}},")
     live = Live(made, 1, (), Console(file=io.StringIO()))
     live(Progress("deep_2, rate 0.02", (0,), 1, 4, (1.0,)))
     text = text_of(live)

@@ -16,7 +16,7 @@ def test_the_cache_is_keys_and_values_and_what_is_known_of_positions():
     whole = experiment(model__decoder__attention=MultiHead(heads=4), model__decoder__depth=2)
     half = experiment(model__decoder__attention=MultiHead(heads=4, kv_heads=2), model__decoder__depth=2)
     assert cache_bytes(whole) - cache_bytes(half) == 2 * 2 * (48 * 16 // 2) * 4  # depth, key and value, float32
-    longer = experiment(model__decoder__attention=MultiHead(heads=4), model__decoder__depth=2, data__layout__length=96)
+    longer = experiment(model__decoder__attention=MultiHead(heads=4), model__decoder__depth=2, data__layout__seq_len=96)
     assert cache_bytes(longer) == pytest.approx(2 * cache_bytes(whole), rel=0.02)
 
 

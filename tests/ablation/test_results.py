@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from tiny_runs import experiment
 
+from polygpt import migration
 from polygpt.ablation import keys
 from polygpt.ablation.keys import key
 from polygpt.ablation.results import append, choose, frame, labelled, read
@@ -52,7 +53,7 @@ def test_a_key_changes_with_what_changes_the_results_and_with_nothing_else():
     same = experiment(name="another", train__log_every=3, data__workers=2, train__checkpoint=CheckpointSpec(every=3))
     assert key(same) == first
     others = [experiment(seed=1), experiment(train__steps=13), experiment(model__decoder__width=32)]
-    others += [experiment(train__evaluate_every=None), experiment(optim__schedule__peak=3.1e-3)]
+    others += [experiment(train__evaluate_every=None), experiment(optim__schedule__peak_lr=3.1e-3)]
     assert len({first, *map(key, others)}) == len(others) + 1
 
 
@@ -74,7 +75,7 @@ def test_keys_know_a_renamed_field_and_a_moved_class_by_their_former_names(monke
     old, new = spec("Old", "peak"), spec("New", "peak_lr")
     before = keys._given(old)
     assert before == {"class": "polygpt.somewhere:Old", "peak": 3e-3} != keys._given(new)
-    monkeypatch.setitem(keys.FORMER_FIELDS, ("New", "peak_lr"), "peak")
+    monkeypatch.setitem(migration.RENAMED, "polygpt.somewhere:New", {"peak": "peak_lr"})
     monkeypatch.setitem(keys.FORMER_CLASSES, "polygpt.somewhere:New", "polygpt.somewhere:Old")
     assert keys._given(new) == before
 
@@ -227,7 +228,7 @@ def test_a_metric_that_was_not_measured_is_named_with_those_that_were():
 def chosen(losses: dict, **settings):
     """The value that is chosen, given the losses of its runs by value."""
     settings = {
-        "tuned": grid("optim.schedule.peak", *losses),
+        "tuned": grid("optim.schedule.peak_lr", *losses),
         "tuning_seeds": len(next(iter(losses.values()))),
     } | settings
     asked = ablation(**settings)
@@ -254,11 +255,11 @@ def chosen(losses: dict, **settings):
 def test_the_best_mean_is_chosen_the_first_of_equals_and_none_that_diverged(losses, settings, best):
     found = chosen(losses, **settings)
     assert found.tuned == best
-    assert found.experiment == replaced(experiment(model__decoder__depth=2), {"optim.schedule.peak": best})
+    assert found.experiment == replaced(experiment(model__decoder__depth=2), {"optim.schedule.peak_lr": best})
 
 
 def test_nothing_is_chosen_before_all_is_there():
-    asked = ablation(tuned=grid("optim.schedule.peak", 0.1, 0.2))
+    asked = ablation(tuned=grid("optim.schedule.peak_lr", 0.1, 0.2))
     half = line(point(asked, "deep", {}, 0.1), 1000, 1.0, "tuning")
     assert choose(asked, "deep", {}, {half["key"]: half}) is None
     assert np.isnan(frame(asked, [half]).values["deep"]).all()

@@ -47,7 +47,7 @@ class MadeUp(Engine):
                     {
                         "seed": made.seed,
                         "metrics": {
-                            "text/loss": made.model.decoder.width * made.optim.schedule.peak + made.seed % 10 / 10
+                            "text/loss": made.model.decoder.width * made.optim.schedule.peak_lr + made.seed % 10 / 10
                         },
                         "diverged": False,
                     }
@@ -64,7 +64,7 @@ def ran():
 
 def ablation(**settings) -> Ablation:
     settings = {"variants": {"base": {}, "deep": {"model.decoder.depth": 2}}, "seeds": 2} | settings
-    return Ablation("Is deep better?", experiment(optim__schedule__peak=1.0), **settings)
+    return Ablation("Is deep better?", experiment(optim__schedule__peak_lr=1.0), **settings)
 
 
 def test_all_seeds_of_a_point_are_a_task_and_nothing_is_made_again(tmp_path, ran):
@@ -125,7 +125,7 @@ def test_points_that_are_one_experiment_share_their_runs(tmp_path, ran):
 
 
 def test_tuning_comes_first_with_seeds_of_its_own(tmp_path, ran):
-    tuned = ablation(tuned=grid("optim.schedule.peak", 2.0, 0.5, 1.0), tuning_seeds=2)
+    tuned = ablation(tuned=grid("optim.schedule.peak_lr", 2.0, 0.5, 1.0), tuning_seeds=2)
     events = []
     found = run_all(tuned, tmp_path, engine=MadeUp(), tell=events.append)
     assert len(ran) == 8 and {seeds for _, seeds in ran[:6]} == {(1000, 1001)}

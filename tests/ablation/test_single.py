@@ -57,7 +57,7 @@ def test_what_is_not_evaluated_on_the_way_is_evaluated_in_the_end(tmp_path):
 
 @pytest.mark.slow
 def test_patience_ends_a_run_and_its_record(tmp_path):
-    still = experiment(train__patience=1, train__evaluate_every=3, optim__schedule__peak=1e-30)
+    still = experiment(train__patience=1, train__evaluate_every=3, optim__schedule__peak_lr=1e-30)
     found = run(tmp_path, still)
     assert found["steps"] == found["evaluations"]["step"][-1] < 12
     assert "text/loss" in found["metrics"] and not found["diverged"]

@@ -26,7 +26,7 @@ def ablation(**settings) -> Ablation:
 
 
 def test_points_are_variants_at_all_values_of_all_factors():
-    widths = {"width": grid(WIDTH, 16, 32), "rate": grid("optim.schedule.peak", 0.1)}
+    widths = {"width": grid(WIDTH, 16, 32), "rate": grid("optim.schedule.peak_lr", 0.1)}
     found = points(ablation(over=widths, reads={"length": {8: "text/loss", 16: "text/perplexity"}}))
     assert [(made.variant, made.at) for made in found] == [
         ("base", {"width": 16, "rate": 0.1}),
@@ -36,14 +36,16 @@ def test_points_are_variants_at_all_values_of_all_factors():
     ]
     last = found[-1]
     assert last.name == "deep, width 32, rate 0.1"
-    assert last.experiment == experiment(model__decoder__depth=2, model__decoder__width=32, optim__schedule__peak=0.1)
+    assert last.experiment == experiment(
+        model__decoder__depth=2, model__decoder__width=32, optim__schedule__peak_lr=0.1
+    )
 
 
 def test_the_tuned_grid_is_applied_where_a_value_is_asked_for():
-    tuned = ablation(tuned=grid("optim.schedule.peak", 0.1, 0.2))
+    tuned = ablation(tuned=grid("optim.schedule.peak_lr", 0.1, 0.2))
     assert points(tuned)[0].experiment == experiment()
     made = point(tuned, "deep", {}, 0.2)
-    assert made.experiment == experiment(model__decoder__depth=2, optim__schedule__peak=0.2)
+    assert made.experiment == experiment(model__decoder__depth=2, optim__schedule__peak_lr=0.2)
     assert (made.tuned, made.name) == (0.2, "deep, tuned 0.2")
 
 
@@ -54,8 +56,10 @@ def test_a_factor_may_change_what_lies_inside_of_what_a_variant_sets():
 
 
 def test_a_budget_is_held_at_every_value_of_a_factor():
-    lengths = grid("data.layout.length", 48, 96)
-    made = ablation(variants={"base": {}, "wide": {"data.rows": 8}}, over={"length": lengths}, budget=Budget("tokens"))
+    lengths = grid("data.layout.seq_len", 48, 96)
+    made = ablation(
+        variants={"base": {}, "wide": {"data.batch_size": 8}}, over={"length": lengths}, budget=Budget("tokens")
+    )
     assert [made.experiment.train.steps for made in points(made)] == [12, 12, 6, 6]
 
 

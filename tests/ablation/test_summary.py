@@ -10,7 +10,10 @@ from own_ablation import CLAIMS
 from polygpt.ablation import results, summary, tables
 from polygpt.ablation.study import load_ablation
 
-OVER = "over={'rows': grid('data.rows', 2, 4), 'rate': grid('optim.schedule.peak', 1e-3, 1e-2, 1e-1)},\ndiverged=9.0,"
+OVER = (
+    "over={'rows': grid('data.batch_size', 2, 4), 'rate': grid('optim.schedule.peak_lr', 1e-3, 1e-2, 1e-1)},\n"
+    "diverged=9.0,"
+)
 
 
 def frame(folder):

@@ -94,7 +94,7 @@ def test_evaluation_is_compiled_once_for_all_seeds(grouped):
 
 def test_tasks_under_other_conditions_are_those_of_runs_alone(tmp_path):
     near = {"decoder.attention": SlidingWindow(heads=2, window=4)}
-    longer = EvalTask(TEXT.replace(bytes=80), limit=8, length=96)
+    longer = EvalTask(TEXT.replace(bytes=80), limit=8, seq_len=96)
     tasks = {"at_96": longer, "near": longer.replace(model=near, last=20)}
     made = experiment(
         train__steps=2, train__evaluate_every=None, optim__accumulate=1, optim__ema=None, evaluation__tasks=tasks
@@ -169,7 +169,7 @@ def test_a_seed_that_diverges_leaves_the_others_as_they_are(tmp_path):
 @pytest.mark.slow
 def test_all_that_diverge_end_at_once(tmp_path):
     told = []
-    wild = experiment(optim__schedule__peak=1e30, optim__clip=None, train__max_nonfinite=3, train__steps=40)
+    wild = experiment(optim__schedule__peak_lr=1e30, optim__clip=None, train__max_nonfinite=3, train__steps=40)
     records = run(tmp_path, wild, (0, 1), tell=lambda progress: told.append(progress.step))
     assert all(record["diverged"] for record in records) and told[-1] < 20
 
@@ -260,7 +260,7 @@ def test_killed_twice_and_begun_again_equals_never_killed_to_the_bit(tmp_path):
 @pytest.mark.slow
 def test_together_takes_less_time_than_one_after_the_other(tmp_path, capsys):
     """Measured by the processor's time, which does not count what else the machine is at."""
-    made = experiment(train__steps=200, train__evaluate_every=None, data__rows=8)
+    made = experiment(train__steps=200, train__evaluate_every=None, data__batch_size=8)
     seeds = range(5)
 
     def times(function):

@@ -37,7 +37,7 @@ from polygpt.training.experiment import Experiment, TrainSpec
 optuna = pytest.importorskip("optuna")
 
 LICENSE = os.path.join(os.path.dirname(__file__), "..", "..", "LICENSE")
-PEAK, DEPTH, HEADS = "optim.schedule.peak", "model.decoder.depth", "model.decoder.attention.heads"
+PEAK, DEPTH, HEADS = "optim.schedule.peak_lr", "model.decoder.depth", "model.decoder.attention.heads"
 KNOBS = {PEAK: Float(1e-4, 1e-1, log=True), DEPTH: Int(1, 3)}
 
 
@@ -45,21 +45,21 @@ def experiment(steps=20):
     text = TextFiles((os.path.abspath(LICENSE),), unit="chunk", bytes=40)
     return Experiment(
         name="tiny",
-        data=DataSpec({"text": Task(text)}, LayoutSpec(length=48), rows=2),
+        data=DataSpec({"text": Task(text)}, LayoutSpec(seq_len=48), batch_size=2),
         model=ModelSpec(DecoderSpec(width=16, depth=1, attention=MultiHead(heads=2))),
         optim=Optim(WarmupCosine(1e-2)),
-        evaluation=EvaluationSpec({"text": EvalTask(text, limit=4)}, rows=4),
+        evaluation=EvaluationSpec({"text": EvalTask(text, limit=4)}, batch_size=4),
         train=TrainSpec(steps=steps, log_every=5),
     )
 
 
-def search(knobs=KNOBS, **settings):
-    return Search(experiment(), knobs, **settings)
+def search(dimensions=KNOBS, **settings):
+    return Search(experiment(), dimensions, **settings)
 
 
 def loss_of(made):
     """Best at a learning rate of 0.01 and three layers."""
-    return 2 + abs(math.log10(made.optim.schedule.peak) + 2) + 0.2 * (3 - made.model.decoder.depth)
+    return 2 + abs(math.log10(made.optim.schedule.peak_lr) + 2) + 0.2 * (3 - made.model.decoder.depth)
 
 
 @pytest.fixture
@@ -67,24 +67,24 @@ def trained(monkeypatch):
     """Training of no time, in place of the real one: the loss falls by the formula. `hook` may raise at any step."""
     made = SimpleNamespace(runs=[], hook=lambda experiment, step: None)
 
-    def train(experiment, workdir, sinks):
+    def train(experiment, workdir, loggers):
         workdir.mkdir(parents=True, exist_ok=True)
         steps, every = experiment.train.steps, experiment.train.evaluate_every
         made.runs.append(experiment)
-        told = sinks(workdir, 0, steps)
+        told = loggers(workdir, 0, steps)
         try:
             for step in range(1, steps + 1):
                 made.hook(experiment, step)
                 value = loss_of(experiment) + 3 * (1 - step / steps)
-                for sink in told:
-                    sink.step(step, value)
+                for logger in told:
+                    logger.step(step, value)
                     if every and step % every == 0:
-                        sink.evaluation(step, {"metric": value, "tasks": {"text": {"loss": value, "n": 4}}})
+                        logger.evaluation(step, {"metric": value, "tasks": {"text": {"loss": value, "n": 4}}})
                     if step % experiment.train.log_every == 0:
-                        sink.metrics(step, {"loss": value})
+                        logger.metrics(step, {"loss": value})
         finally:
-            for sink in told:
-                sink.close()
+            for logger in told:
+                logger.close()
         return SimpleNamespace(finished=True)
 
     monkeypatch.setattr(trials, "train", train)
@@ -161,7 +161,9 @@ def test_what_a_dead_process_left_is_gone_on_with_and_given_up_in_the_end(tmp_pa
 def test_more_trials_go_on_and_another_search_is_refused(tmp_path, trained):
     run(search(trials=2), tmp_path)
     assert len(run(search(trials=5, pruning="median"), tmp_path).finished()) == 5 and len(trained.runs) == 5
-    with pytest.raises(UserError, match=r"holds another search: knobs.model.decoder.depth.high is 3 there, 4 here"):
+    with pytest.raises(
+        UserError, match=r"holds another search: dimensions.model.decoder.depth.high is 3 there, 4 here"
+    ):
         run(search({**KNOBS, DEPTH: Int(1, 4)}), tmp_path)
     with pytest.raises(UserError, match=r"another search: against is null there, \"flops\" here: choose another"):
         run(search(against="flops"), tmp_path)
@@ -176,16 +178,16 @@ def test_a_line_that_was_torn_does_not_lose_the_others(tmp_path, trained):
 
 def test_runs_that_diverge_or_do_not_fit_are_told_with_the_reason(tmp_path, trained):
     def hook(made, step):
-        if made.optim.schedule.peak > 0.02:
+        if made.optim.schedule.peak_lr > 0.02:
             raise Diverged("step 5: not finite")
-        if made.optim.schedule.peak < 0.0005:
+        if made.optim.schedule.peak_lr < 0.0005:
             raise MemoryError
-        if made.optim.schedule.peak < 0.002:
+        if made.optim.schedule.peak_lr < 0.002:
             raise ZeroDivisionError("by nothing")
 
     trained.hook = hook
-    knobs = {**KNOBS, HEADS: Choice((2, 3))}
-    storage = run(search(knobs, trials=16), tmp_path)
+    dimensions = {**KNOBS, HEADS: Choice((2, 3))}
+    storage = run(search(dimensions, trials=16), tmp_path)
     reasons = {t.user_attrs["reason"].partition(":")[0]: t for t in given_up(storage)}
     assert set(reasons) == {"diverged", "does not fit", "failed", "out of memory"}
     assert reasons["diverged"].params[PEAK] > 0.02 and reasons["failed"].params[PEAK] < 0.002
@@ -301,7 +303,7 @@ def test_options_may_change_several_fields():
 
 
 @pytest.mark.parametrize(
-    ("text", "knob"),
+    ("text", "dimension"),
     [
         (f"{PEAK}=log:1e-4:1e-2", Float(1e-4, 1e-2, log=True)),
         ("model.decoder.dropout=float:0:0.3", Float(0.0, 0.3)),
@@ -320,18 +322,21 @@ def test_options_may_change_several_fields():
         ),
     ],
 )
-def test_knobs_are_read_from_a_command_line(text, knob):
+def test_knobs_are_read_from_a_command_line(text, dimension):
     name, _, rest = text.partition("=")
-    assert tune.read_knob(experiment(), name, rest) == knob
+    assert tune.read_dimension(experiment(), name, rest) == dimension
 
 
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda: search({"optim.schedule.peek": Float(0, 1)}), "knob 'optim.schedule.peek'.*mean optim.schedule.peak"),
-        (lambda: search({DEPTH: Float(1, 2)}), "knob 'model.decoder.depth' is 1.0: it must be int"),
+        (
+            lambda: search({"optim.schedule.peek": Float(0, 1)}),
+            "dimension 'optim.schedule.peek'.*mean optim.schedule.peak_lr",
+        ),
+        (lambda: search({DEPTH: Float(1, 2)}), "dimension 'model.decoder.depth' is 1.0: it must be int"),
         (lambda: search({"x": Choice({"a": {}, "b": {"modle.x": 1}})}), "option 'b': no field 'modle.x'"),
-        (lambda: search({}), "Search.knobs"),
+        (lambda: search({}), "Search.dimensions"),
         (lambda: search(metric="txt/loss"), "'txt/loss' belongs to no held-out task: did you mean text"),
         (lambda: search(metric="loss"), "must be 'task/measure'"),
         (lambda: search(pruning="median", against="flops"), "Search.pruning is 'median': it must be null with two"),
@@ -340,8 +345,11 @@ def test_knobs_are_read_from_a_command_line(text, knob):
         (lambda: Int(1, 9, step=2, log=True), "Int.step is 2: it must be at least 1, and 1 where log is true"),
         (lambda: Choice((1, 1)), "Choice.options .*: it must be at least two that differ"),
         (lambda: Choice("ab"), "Choice.options is 'ab': it must be a list of plain values, or a mapping"),
-        (lambda: tune.read_knob(experiment(), PEAK, "log:a:b"), "'a:b' is no range of numbers: write float:LOW:HIGH"),
-        (lambda: tune.read_knob(experiment(), PEAK, "uniform:1:2"), "write float:LOW:HIGH, log:LOW:HIGH"),
+        (
+            lambda: tune.read_dimension(experiment(), PEAK, "log:a:b"),
+            "'a:b' is no range of numbers: write float:LOW:HIGH",
+        ),
+        (lambda: tune.read_dimension(experiment(), PEAK, "uniform:1:2"), "write float:LOW:HIGH, log:LOW:HIGH"),
     ],
 )
 def test_what_cannot_be_searched_is_said(make, text):
@@ -366,13 +374,22 @@ def file(tmp_path, monkeypatch):
 
 
 def test_the_command_line_searches_and_goes_on(file, trained, capsys):
-    words = ["tune", str(file), "--knob", f"{PEAK}=log:1e-4:1e-1", "--knob", f"{DEPTH}=int:1:3", "--train.steps", "10"]
+    words = [
+        "tune",
+        str(file),
+        "--dimension",
+        f"{PEAK}=log:1e-4:1e-1",
+        "--dimension",
+        f"{DEPTH}=int:1:3",
+        "--train.steps",
+        "10",
+    ]
     assert main([*words, "--trials", "5", "--json"]) == 0
     said = capsys.readouterr()
     data = json.loads(said.out)
     assert data["folder"] == "tuned/tiny" and len(data["trials"]) == 5 and len(data["best"]) == 1
     assert {made.train.steps for made in trained.runs} == {10}
-    assert "trial 4 (5 of 5): optim.schedule.peak" in said.err
+    assert "trial 4 (5 of 5): optim.schedule.peak_lr" in said.err
     assert main([*words, "--trials", "7"]) == 0
     said = capsys.readouterr()
     assert len(trained.runs) == 7 and "resumes after 5 trials" in said.err
@@ -392,11 +409,11 @@ def test_a_file_may_make_the_search(file, trained, capsys):
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        ([], "no function search(): write `def search() -> Search:` in it, or give --knob"),
-        (["--knob", PEAK], "write FIELD=RANGE"),
-        (["--knob", "optim.schedule.peek=log:1e-4:1e-2"], "did you mean optim.schedule.peak"),
-        (["--knob", f"{PEAK}=log:1e-4:1e-2", "--trails", "3"], "did you mean --trials"),
-        (["--knob", f"{PEAK}=log:1e-4:1e-2", "--trials", "0"], "no number from 1 on"),
+        ([], "no function search(): write `def search() -> Search:` in it, or give --dimension"),
+        (["--dimension", PEAK], "write FIELD=RANGE"),
+        (["--dimension", "optim.schedule.peek=log:1e-4:1e-2"], "did you mean optim.schedule.peak_lr"),
+        (["--dimension", f"{PEAK}=log:1e-4:1e-2", "--trails", "3"], "did you mean --trials"),
+        (["--dimension", f"{PEAK}=log:1e-4:1e-2", "--trials", "0"], "no number from 1 on"),
     ],
 )
 def test_mistakes_on_the_command_line_are_told_in_one_line(file, capsys, words, text):
@@ -409,7 +426,7 @@ def test_mistakes_on_the_command_line_are_told_in_one_line(file, capsys, words, 
 
 def test_without_optuna_the_extra_is_named(file, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
-    assert main(["tune", str(file), "--knob", f"{PEAK}=log:1e-4:1e-2"]) == 2
+    assert main(["tune", str(file), "--dimension", f"{PEAK}=log:1e-4:1e-2"]) == 2
     assert "pip install -e '.[tune]'" in capsys.readouterr().err
 
 

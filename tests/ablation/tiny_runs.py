@@ -36,10 +36,10 @@ def experiment(**changes) -> Experiment:
     """With typed changes by dotted names, "__" for the dots."""
     made = Experiment(
         name="tiny",
-        data=DataSpec(tasks={"text": Task(TEXT)}, layout=LayoutSpec(length=48), rows=4),
+        data=DataSpec(tasks={"text": Task(TEXT)}, layout=LayoutSpec(seq_len=48), batch_size=4),
         model=ModelSpec(decoder=DecoderSpec(width=16, depth=1, attention=MultiHead(heads=2), dropout=0.1)),
         optim=Optim(WarmupCosine(3e-3, warmup=5), accumulate=2, ema=0.9),
-        evaluation=EvaluationSpec(tasks={"text": EvalTask(TEXT, limit=8)}, rows=8),
+        evaluation=EvaluationSpec(tasks={"text": EvalTask(TEXT, limit=8)}, batch_size=8),
         train=TrainSpec(steps=12, evaluate_every=5),
     )
     return replaced(made, {name.replace("__", "."): value for name, value in changes.items()})

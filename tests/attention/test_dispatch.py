@@ -154,7 +154,7 @@ def test_rows_over_two_devices_change_nothing():
 @pytest.mark.parametrize("backend", ["library", "flex"])
 def test_kernels_compile_for_rows_over_several_tpus(backend):
     layout = sharding.arrange(sharding.MeshSpec(), topology.devices("v5e:2x2"))
-    rows = layout.place(("rows",), (8,))
+    rows = layout.place(("batch",), (8,))
     operands = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), shapes(1024, B=8))
 
     def loss(operands):

@@ -104,7 +104,7 @@ def test_the_bubble_is_what_is_left_of_the_iterations():
 )
 def test_what_does_not_come_out_even_is_told(schedule, message):
     with pytest.raises(SpecError, match=message):
-        schedule.check(depth=12, pattern=3 if schedule.repeats == 2 else 1, rows=8)
+        schedule.check(depth=12, pattern=3 if schedule.repeats == 2 else 1, batch_size=8)
 
 
 # --- the decoder ------------------------------------------------------------------------------------------------------

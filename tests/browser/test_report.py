@@ -10,8 +10,8 @@ import pytest
 import made_up_report
 from polygpt.report.finish import write_report
 from polygpt.report.page import render
+from polygpt.training.loggers import JsonLines
 from polygpt.training.run import open_run
-from polygpt.training.sinks import JsonLines
 
 pytestmark = [
     pytest.mark.browser,
@@ -160,10 +160,10 @@ def test_the_report_of_a_real_run(browser, trained, tmp_path):
     run = shutil.copytree(trained.run, tmp_path / "run")
     results = json.loads((run / "evaluation.json").read_text())
     (run / "evaluation.json").unlink()
-    sink = JsonLines(run, 3)
+    logger = JsonLines(run, 3)
     for step in (1, 2, 3):
-        sink.evaluation(step, {name: results[name] for name in ("tasks", "modalities", "modality_gain")})
-    sink.close()
+        logger.evaluation(step, {name: results[name] for name in ("tasks", "modalities", "modality_gain")})
+    logger.close()
     page = look(browser, write_report(open_run(run)))
     titles = page.run("[...document.querySelectorAll('.chart figcaption')].map(c => c.textContent)")
     assert any(title.startswith("Held-out loss") for title in titles)

@@ -261,9 +261,9 @@ def test_data_check_lists_what_is_wrong(polygpt, tmp_path):
     file = write_experiment(tmp_path)
     code, out, _ = polygpt("data", "check", file, "--json")
     assert code == 0 and json.loads(out)["tasks"]["own"]["records"] == 7 and json.loads(out)["fault"] is None
-    longer = json.loads(polygpt("data", "check", file, "--evaluation.tasks.own.length", "96", "--json")[1])
+    longer = json.loads(polygpt("data", "check", file, "--evaluation.tasks.own.seq_len", "96", "--json")[1])
     assert list(longer["tasks"]) == ["own", "evaluation/own"] and longer["fault"] is None
-    short = json.loads(polygpt("data", "check", file, "--evaluation.tasks.own.length", "2", "--json")[1])
+    short = json.loads(polygpt("data", "check", file, "--evaluation.tasks.own.seq_len", "2", "--json")[1])
     assert short["tasks"]["own"]["bad"] == {} and short["tasks"]["evaluation/own"]["bad"] == {"too long": 7}
     (tmp_path / "data" / "red.png").write_bytes(b"not a picture")
     (tmp_path / "data" / "400.wav").unlink()
@@ -282,7 +282,7 @@ def test_data_check_ends_with_settings_that_take_the_records(polygpt, tmp_path):
     long = json.dumps({"file_names": ["red.png"] * 3, "text": "red " * 50}) + "\n"
     metadata.write_text(metadata.read_text() * 4 + long)
     (tmp_path / "data" / "spare.png").write_bytes(b"no record names it")
-    code, out, _ = polygpt("data", "check", file, "--data.rows", "4")
+    code, out, _ = polygpt("data", "check", file, "--data.batch_size", "4")
     assert code == 2 and "image" in out and "spare.png" in out
     *_, most, everything = out.splitlines()
     assert "95%" in most and "--data.on_bad_record skip --evaluation.on_bad_record skip" in most
@@ -297,11 +297,11 @@ def test_data_check_ends_with_settings_that_take_the_records(polygpt, tmp_path):
 def test_model_show_counts_an_experiment_and_a_preset(trained, polygpt):
     code, out, _ = polygpt("model", "show", trained.file, "--json")
     counted = json.loads(out)
-    assert code == 0 and counted["vocabulary"] == 258 and counted["length"] == 64
+    assert code == 0 and counted["vocabulary"] == 258 and counted["seq_len"] == 64
     assert counted["parameters"] == sum(part["parameters"] for part in counted["parts"])
     deeper = json.loads(polygpt("model", "show", trained.file, "--model.decoder.depth", "3", "--json")[1])
     assert deeper["parameters"] > counted["parameters"]
-    code, out, _ = polygpt("model", "show", "1m", "--length", "128")
+    code, out, _ = polygpt("model", "show", "1m", "--seq-len", "128")
     assert code == 0 and "rows of 128" in out and re.search(r"all +[\d,]{7,}", out)
 
 

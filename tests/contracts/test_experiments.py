@@ -37,7 +37,7 @@ def test_an_experiment_loads_and_its_model_fits_its_rows(path):
     assert isinstance(experiment, Experiment)
     assert from_json(to_json(experiment)) == experiment
     model = bind(experiment.model, experiment.tokenizer.build().vocabulary)
-    rows, length = experiment.data.rows, experiment.data.layout.length
+    rows, length = experiment.data.batch_size, experiment.data.layout.seq_len
     row = build([[]], length, adapters=experiment.model.adapters)
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), row)
     outputs = jax.eval_shape(model.apply, model.abstract(), batch)

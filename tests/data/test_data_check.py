@@ -13,10 +13,12 @@ from polygpt.errors import BadRecord, UserError
 
 
 def test_faults_and_lengths_of_every_task(small):
-    layout = LayoutSpec(length=64)
+    layout = LayoutSpec(seq_len=64)
     tasks = {"clean": Task(small.source(9)), "dirty": Task(small.source(20, bad=4))}
     calls = []
-    found = check(DataSpec(tasks, layout, rows=2), small.tokenizer, small.adapters, lambda *call: calls.append(call))
+    found = check(
+        DataSpec(tasks, layout, batch_size=2), small.tokenizer, small.adapters, lambda *call: calls.append(call)
+    )
     assert calls == [("clean", i + 1, 9) for i in range(9)] + [("dirty", i + 1, 20) for i in range(20)]
     assert found["clean"].faults == () and found["clean"].records == 9
     assert [fault.place for fault in found["dirty"].faults] == [f"example {i}" for i in (0, 4, 8, 12, 16)]
@@ -31,10 +33,10 @@ def test_faults_and_lengths_of_every_task(small):
 
 
 def test_prompts_count_as_predicted_where_they_have_a_weight(small):
-    layout = LayoutSpec(length=64)
+    layout = LayoutSpec(seq_len=64)
     predicted = {}
     for weight in (0.0, 0.5):
-        data = DataSpec({"mine": Task(small.source(9), prompt_weight=weight)}, layout, rows=2)
+        data = DataSpec({"mine": Task(small.source(9), prompt_weight=weight)}, layout, batch_size=2)
         predicted[weight] = check(data, small.tokenizer, small.adapters)["mine"].predicted
         rows = [
             lay_out(example, layout, small.tokenizer, small.adapters, prompt_weight=weight)
@@ -57,7 +59,7 @@ def test_every_fault_of_a_folder_is_listed_with_its_line(small, tmp_path):
         {"text": "x" * 100},
     ]
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n{broken\n")
-    data = DataSpec({"mine": Task(MediaFolder(str(tmp_path)))}, LayoutSpec(length=64), rows=2)
+    data = DataSpec({"mine": Task(MediaFolder(str(tmp_path)))}, LayoutSpec(seq_len=64), batch_size=2)
     found = check(data, small.tokenizer, small.adapters)["mine"]
     reasons = ["missing file", "corrupt image", "corrupt audio", "empty text", "too long", "malformed JSON"]
     assert [fault.reason for fault in found.faults] == reasons
@@ -68,11 +70,11 @@ def test_every_fault_of_a_folder_is_listed_with_its_line(small, tmp_path):
 
 def test_a_task_of_bad_records_alone_has_no_lengths(small):
     found = check(
-        DataSpec({"bad": Task(small.source(3, bad=1))}, LayoutSpec(length=64), 2), small.tokenizer, small.adapters
+        DataSpec({"bad": Task(small.source(3, bad=1))}, LayoutSpec(seq_len=64), 2), small.tokenizer, small.adapters
     )
     assert len(found["bad"].faults) == 3 and found["bad"].summary()["positions"] == {}
 
 
 def test_an_empty_source_is_named(small):
     with pytest.raises(UserError, match="task 'nothing'"):
-        check(DataSpec({"nothing": Task(small.source(0))}, LayoutSpec(length=64), 2), small.tokenizer, small.adapters)
+        check(DataSpec({"nothing": Task(small.source(0))}, LayoutSpec(seq_len=64), 2), small.tokenizer, small.adapters)

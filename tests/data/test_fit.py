@@ -68,7 +68,7 @@ def folder(tmp_path, small):
 
 def found(source, tokenizer, adapters=ADAPTERS, **layout):
     layout = LayoutSpec(**{"length": 32, **layout})
-    return check(DataSpec({"mine": Task(source)}, layout, rows=2), tokenizer, adapters)
+    return check(DataSpec({"mine": Task(source)}, layout, batch_size=2), tokenizer, adapters)
 
 
 def test_what_each_record_needs(folder, small):
@@ -87,42 +87,42 @@ def test_what_each_record_needs(folder, small):
 @pytest.mark.parametrize("share", [0.9, 1.0])
 def test_the_settings_take_what_they_say(folder, small, share):
     source = folder({"file_name": "endless.wav", "text": "z"}, {"file_name": "gone.png", "text": "z"})
-    wanted, left_out = fitting(found(source, small.tokenizer), ADAPTERS, share, {"mine": "data.layout.length"})
+    wanted, left_out = fitting(found(source, small.tokenizer), ADAPTERS, share, {"mine": "data.layout.seq_len"})
     assert left_out == {"mine"}  # no setting takes the two last
     changed = dict(ADAPTERS)
     for field, value in wanted.items():
         if field.startswith("model.adapters."):
             name, field = field.removeprefix("model.adapters.").split(".", 1)
             changed[name] = override(changed[name], {field: str(value)})
-    after = found(source, small.tokenizer, changed, length=wanted.get("data.layout.length", 32))["mine"]
+    after = found(source, small.tokenizer, changed, seq_len=wanted.get("data.layout.seq_len", 32))["mine"]
     assert len(after.lengths) == 20 * share
     if share == 1:
         assert wanted == {
-            **{"data.layout.length": 120, "model.adapters.image.items": 3},
+            **{"data.layout.seq_len": 120, "model.adapters.image.items": 3},
             "model.adapters.audio.features.seconds": 1.32,
         }
-        assert fitting(found(folder(), small.tokenizer), ADAPTERS, 1.0, {"mine": "data.layout.length"}) == (
+        assert fitting(found(folder(), small.tokenizer), ADAPTERS, 1.0, {"mine": "data.layout.seq_len"}) == (
             wanted,
             set(),
         )
 
 
 def test_rows_are_shortened_where_they_hold_one_example_each(folder, small):
-    lengths = {"mine": "evaluation.tasks.mine.length"}
-    for packing, wanted in ((True, {}), (False, {"evaluation.tasks.mine.length": 120})):
-        findings = found(folder(), small.tokenizer, length=500, packing=packing)
+    lengths = {"mine": "evaluation.tasks.mine.seq_len"}
+    for packing, wanted in ((True, {}), (False, {"evaluation.tasks.mine.seq_len": 120})):
+        findings = found(folder(), small.tokenizer, seq_len=500, packing=packing)
         settings, _ = fitting(findings, ADAPTERS, 1.0, lengths)
         assert {name: value for name, value in settings.items() if name.endswith("length")} == wanted
 
 
 def test_each_task_keeps_its_share(folder, small):
-    data = DataSpec({"large": Task(small.source(400)), "mine": Task(folder())}, LayoutSpec(length=32), rows=2)
+    data = DataSpec({"large": Task(small.source(400)), "mine": Task(folder())}, LayoutSpec(seq_len=32), batch_size=2)
     both = check(data, small.tokenizer, {**ADAPTERS, "image": small.adapters["image"]})
-    settings, left_out = fitting(both, ADAPTERS, 1.0, dict.fromkeys(both, "data.layout.length"))
-    assert settings["data.layout.length"] == 120 and left_out == set()
+    settings, left_out = fitting(both, ADAPTERS, 1.0, dict.fromkeys(both, "data.layout.seq_len"))
+    assert settings["data.layout.seq_len"] == 120 and left_out == set()
 
 
 def test_records_that_no_setting_takes(small, tmp_path):
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "gone.png", "text": "x"}\n')
     findings = found(MediaFolder(str(tmp_path)), small.tokenizer)
-    assert fitting(findings, ADAPTERS, 1.0, {"mine": "data.layout.length"}) == ({}, {"mine"})
+    assert fitting(findings, ADAPTERS, 1.0, {"mine": "data.layout.seq_len"}) == ({}, {"mine"})

@@ -17,7 +17,7 @@ from polygpt.data.packing import collate
 from polygpt.errors import BadRecord
 from polygpt.sequence import TEXT
 
-WIDE = LayoutSpec(length=200)
+WIDE = LayoutSpec(seq_len=200)
 BOS, EOS = 256, 257
 
 

@@ -26,7 +26,7 @@ def make_data(small, **changes):
         "clean": Task(small.source(23), weight=2.0, augment=AUGMENT),
         "dirty": Task(small.source(17, bad=4), augment=AUGMENT),
     }
-    fields = {"tasks": tasks, "layout": LayoutSpec(length=64), "rows": 4, "cache": 1, "on_bad_record": "skip"}
+    fields = {"tasks": tasks, "layout": LayoutSpec(seq_len=64), "batch_size": 4, "cache": 1, "on_bad_record": "skip"}
     return DataSpec(**(fields | changes))
 
 
@@ -63,7 +63,7 @@ def answers(batches, small):
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_batches_satisfy_the_layout(small, packing):
-    data = make_data(small, layout=LayoutSpec(length=64, packing=packing, media_span="bidirectional"))
+    data = make_data(small, layout=LayoutSpec(seq_len=64, packing=packing, media_span="bidirectional"))
     batches = take(batches_of(small, data), 20)
     for batch in batches:
         assert batch.shape == (4, 64)
@@ -74,7 +74,7 @@ def test_batches_satisfy_the_layout(small, packing):
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_packing_drops_and_repeats_nothing(small, packing):
-    layout = LayoutSpec(length=64, packing=packing)
+    layout = LayoutSpec(seq_len=64, packing=packing)
     data = make_data(small, tasks={"clean": Task(small.source(40))}, layout=layout)
     iterator = batches_of(small, data)
     seen = answers(take(iterator, 60), small)
@@ -92,7 +92,7 @@ def test_packing_drops_and_repeats_nothing(small, packing):
 
 
 def test_packing_fills_rows(small):
-    data = make_data(small, layout=LayoutSpec(length=256), tasks={"clean": Task(small.source(40))}, rows=2)
+    data = make_data(small, layout=LayoutSpec(seq_len=256), tasks={"clean": Task(small.source(40))}, batch_size=2)
     data = dataclasses.replace(data)
     adapters = {name: dataclasses.replace(a, items=16) for name, a in small.adapters.items()}
     filled = [
@@ -110,14 +110,14 @@ def test_the_stream_repeats_itself_and_the_seed_changes_it(small):
 
 
 def test_an_augmentation_of_a_modality_that_the_model_lacks_is_refused(small):
-    data = DataSpec({"clean": Task(small.source(5), augment=AUGMENT)}, LayoutSpec(length=64), rows=2)
+    data = DataSpec({"clean": Task(small.source(5), augment=AUGMENT)}, LayoutSpec(seq_len=64), batch_size=2)
     with pytest.raises(UserError, match="task 'clean': Noise needs an adapter for audio: its adapters are image"):
         train_batches(data, small.tokenizer, {"image": small.adapters["image"]}, seed=0)
 
 
 def test_augmentation_differs_between_epochs_and_cache_and_position_do_not_matter(small):
     tasks = {"clean": Task(small.source(5), augment=AUGMENT)}
-    data = make_data(small, tasks=tasks, layout=LayoutSpec(length=64, packing=False), rows=5)
+    data = make_data(small, tasks=tasks, layout=LayoutSpec(seq_len=64, packing=False), batch_size=5)
     cached, plain = batches_of(small, data), batches_of(small, data.replace(cache=0))
     epochs = take(cached, 3)
     for a, b in zip(epochs, take(plain, 3), strict=True):
@@ -129,13 +129,13 @@ def test_augmentation_differs_between_epochs_and_cache_and_position_do_not_matte
 
 def test_feeders_have_disjoint_rows_of_the_batch(small):
     tasks = {"clean": Task(small.source(40))}
-    data = make_data(small, tasks=tasks, layout=LayoutSpec(length=64, packing=False))
-    parts = [batches_of(small, data, feeder=p, feeders=2) for p in range(2)]
-    epoch = [answers(take(part, 10), small) for part in parts]  # 2 rows a feeder, 40 examples
+    data = make_data(small, tasks=tasks, layout=LayoutSpec(seq_len=64, packing=False))
+    parts = [batches_of(small, data, data_shard=p, data_shards=2) for p in range(2)]
+    epoch = [answers(take(part, 10), small) for part in parts]  # 2 rows a data shard, 40 examples
     assert not set(epoch[0]) & set(epoch[1])
     assert sorted(epoch[0] + epoch[1]) == sorted(answers(take(batches_of(small, data), 10), small))
-    with pytest.raises(UserError, match="data.rows is 4: it must be a multiple of the 3 feeders"):
-        batches_of(small, data, feeder=0, feeders=3)
+    with pytest.raises(UserError, match="data.batch_size is 4: it must be a multiple of the 3 data shards"):
+        batches_of(small, data, data_shard=0, data_shards=3)
 
 
 # --- resumption -------------------------------------------------------------------------------------------------------
@@ -242,7 +242,9 @@ def test_bad_records_are_raised_by_default(small):
 
 def test_skipped_records_are_counted_and_logged_by_reason(small, caplog):
     tasks = {"dirty": Task(small.source(20, bad=4))}
-    iterator = batches_of(small, make_data(small, tasks=tasks, layout=LayoutSpec(length=64, packing=False), rows=15))
+    iterator = batches_of(
+        small, make_data(small, tasks=tasks, layout=LayoutSpec(seq_len=64, packing=False), batch_size=15)
+    )
     with caplog.at_level(logging.WARNING, logger="polygpt.data.loader"):
         batch = next(iterator)  # 15 good ones of 20
         assert sum(iterator.skipped.values()) <= 5
@@ -271,8 +273,8 @@ def test_an_empty_source_is_named(small):
 
 def test_evaluation_has_every_example_once_in_order(small):
     examples = small.source(7).open()
-    layout = LayoutSpec(length=64)
-    batches = list(example_batches(examples, layout, small.tokenizer, small.adapters, rows=3))
+    layout = LayoutSpec(seq_len=64)
+    batches = list(example_batches(examples, layout, small.tokenizer, small.adapters, batch_size=3))
     assert [len(some) for _, some in batches] == [3, 3, 1]
     assert [example for _, some in batches for example in some] == list(examples)
     for batch, some in batches:
@@ -285,7 +287,7 @@ def test_evaluation_has_every_example_once_in_order(small):
 def test_specs_round_trip_and_check_their_fields(small):
     data = make_data(small)
     assert dataclasses.asdict(from_json(to_json(data.layout))) == dataclasses.asdict(data.layout)
-    for fields in ({"rows": 0}, {"workers": -1}, {"cache": -1}, {"tasks": {}}):
+    for fields in ({"batch_size": 0}, {"workers": -1}, {"cache": -1}, {"tasks": {}}):
         with pytest.raises(SpecError, match=f"DataSpec.{next(iter(fields))} is"):
             make_data(small, **fields)
     with pytest.raises(SpecError, match="Task.weight is 0"):
@@ -297,7 +299,7 @@ def test_specs_round_trip_and_check_their_fields(small):
 
 def test_prompts_of_a_task_count_in_training_as_it_says(small):
     """Each position that is followed by a text counts: those of prompts with the task's weight, answers with theirs."""
-    layout = LayoutSpec(length=64, packing=False)
+    layout = LayoutSpec(seq_len=64, packing=False)
     plain = make_data(small, tasks={"clean": Task(small.source(23))}, layout=layout)
     weighted = plain.replace(tasks={"clean": Task(small.source(23), prompt_weight=0.25)})
     for before, after in zip(take(batches_of(small, plain), 5), take(batches_of(small, weighted), 5), strict=True):

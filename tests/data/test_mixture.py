@@ -1,4 +1,4 @@
-"""The mixture: the order of examples, shares of tasks and feeders."""
+"""The mixture: the order of examples, shares of tasks and data shards."""
 
 from collections import Counter
 
@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from polygpt.data import mixture
-from polygpt.data.division import Division
 from polygpt.data.mixture import TABLE, Order, Shuffled
+from polygpt.data.resharding import Resharding
 
 
 @given(st.dictionaries(st.text(), st.tuples(st.integers(1, 40), st.floats(0.05, 20)), min_size=1, max_size=4))
@@ -44,17 +44,17 @@ def test_a_task_of_tiny_weight_is_drawn_seldom_and_not_never(names):
 
 
 @pytest.mark.parametrize("size", [1, 5, 1000, TABLE + 7])
-@pytest.mark.parametrize("feeders", [2, 3])
-def test_the_feeders_share_an_epoch(size, feeders):
+@pytest.mark.parametrize("data_shards", [2, 3])
+def test_the_feeders_share_an_epoch(size, data_shards):
     tasks = {"a": (size, 1.0), "b": (3, 1.0)}
     whole = Order(tasks, seed=1)
     count = min(size, 2000)
     expected = {whole[index] for index in range(2 * count)}
-    parts = [whole.shard(i, Division(feeders)) for i in range(feeders)]
-    drawn = [parts[i % feeders][i // feeders] for i in range(2 * count)]
+    parts = [whole.shard(i, Resharding(data_shards)) for i in range(data_shards)]
+    drawn = [parts[i % data_shards][i // data_shards] for i in range(2 * count)]
     a = [(position, number) for name, position, number in drawn if name == "a"]
     assert len(set(a)) == len(a)
-    common = min(count, len(a)) - 2 * feeders
+    common = min(count, len(a)) - 2 * data_shards
     assert {pair for pair in a if pair[0] < common} == {(p, n) for name, p, n in expected if name == "a" and p < common}
 
 

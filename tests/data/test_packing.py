@@ -11,7 +11,7 @@ from polygpt.data.layout import LayoutSpec, lay_out
 from polygpt.data.packing import POSITION_ARRAYS, Packer, collate, pack
 from polygpt.sequence import PADDING
 
-LAYOUT = LayoutSpec(length=64, media_span="bidirectional")
+LAYOUT = LayoutSpec(seq_len=64, media_span="bidirectional")
 
 
 def rows_of(small, seeds):
@@ -79,7 +79,7 @@ def test_a_row_without_media_has_zero_items(small):
 
 @given(seeds=st.lists(st.integers(0, 500), min_size=1, max_size=40), packing=st.booleans())
 def test_a_packer_keeps_the_bounds_and_loses_nothing(small, seeds, packing):
-    packer = Packer(4, LAYOUT.length, small.adapters, packing)
+    packer = Packer(4, LAYOUT.seq_len, small.adapters, packing)
     rows = rows_of(small, seeds)
     taken = [row for row in rows if packer.add(row)]
     batch = packer.batch()

@@ -61,7 +61,7 @@ def test_classes_of_a_users_file_travel_to_a_process_that_has_not_loaded_it(mine
 @pytest.mark.slow
 def test_workers_read_a_source_of_a_users_file(small, mine):
     source = load_class(f"{mine.__name__}:Mine")()
-    data = DataSpec({"mine": Task(source)}, LayoutSpec(length=64), rows=4)
+    data = DataSpec({"mine": Task(source)}, LayoutSpec(seq_len=64), batch_size=4)
     here = train_batches(data, small.tokenizer, {}, seed=0)
     workers = train_batches(data.replace(workers=1), small.tokenizer, {}, seed=0)
     for _ in range(3):

@@ -16,7 +16,7 @@ from polygpt.data.show import draw, runs, table, token_text
 @pytest.fixture
 def batch(small):
     """A row of two packed examples, and a row of padding alone."""
-    layout = LayoutSpec(length=48, media_span="bidirectional")
+    layout = LayoutSpec(seq_len=48, media_span="bidirectional")
     parts = [
         (Text("see ", 0.0), Medium("image", small.png(1)), Medium("image", small.png(2)), Text("[red]\n$5é", 1.0)),
         (Medium("audio", small.flac(1)), Text("yes", 1.0)),

@@ -30,7 +30,7 @@ from polygpt.nn.rotary import YaRN
 from polygpt.spec import from_json, to_json
 
 TOKENIZER = ByteTokenizer()
-LAYOUT = LayoutSpec(length=16)
+LAYOUT = LayoutSpec(seq_len=16)
 SPEC = ModelSpec(DecoderSpec(width=16, depth=2, attention=MultiHead(heads=2), position=Rope()))
 NEAR = {"decoder.attention": SlidingWindow(heads=2, window=4)}
 FAR = {"decoder.position": Rope(scaling=YaRN(factor=2.0, original_length=16))}
@@ -70,7 +70,7 @@ def params(model):
 
 
 def measured(model, params, tasks, layout=LAYOUT, **options):
-    spec = EvaluationSpec(tasks, rows=2, sampling=GREEDY.replace(max_tokens=4), **options)
+    spec = EvaluationSpec(tasks, batch_size=2, sampling=GREEDY.replace(max_tokens=4), **options)
     return evaluate(model, params, TOKENIZER, model.spec.adapters, layout, spec)
 
 
@@ -86,7 +86,7 @@ def by_hand(model, params, source, length, last=None):
 
 
 def test_longer_rows_give_the_loss_of_the_functional_core(model, params):
-    found = measured(model, params, {"short": EvalTask(SHORT), "long": EvalTask(LONG, length=48)})
+    found = measured(model, params, {"short": EvalTask(SHORT), "long": EvalTask(LONG, seq_len=48)})
     assert found["tasks"]["short"]["loss"] == pytest.approx(by_hand(model, params, SHORT, 16), rel=1e-5)
     assert found["tasks"]["long"]["loss"] == pytest.approx(by_hand(model, params, LONG, 48), rel=1e-5)
     assert found["modalities"]["text"]["n"] == 3, "what is not as it was trained is not pooled with what is"
@@ -96,7 +96,7 @@ def test_longer_rows_give_the_loss_of_the_functional_core(model, params):
 
 @pytest.mark.parametrize("changes", [NEAR, FAR, {**FAR, "decoder.attention": SinksAndWindow(heads=2, window=3)}])
 def test_a_changed_model_is_that_model_with_the_same_parameters(model, params, changes):
-    own = EvalTask(LONG, length=48)
+    own = EvalTask(LONG, seq_len=48)
     found = measured(model, params, {"own": own, "other": own.replace(model=changes)})
     fields = {name.removeprefix("decoder."): value for name, value in changes.items()}
     other = bind(SPEC.replace(decoder=SPEC.decoder.replace(**fields)), TOKENIZER.vocabulary)
@@ -118,7 +118,7 @@ def test_each_of_them_is_compiled_once_for_all_batches_and_calls(model, params):
         "short": EvalTask(SHORT),
         "near": EvalTask(SHORT, model=NEAR),
         "near again": EvalTask(SHORT, model=dict(NEAR), last=3),
-        "long": EvalTask(LONG, length=48, model=NEAR),
+        "long": EvalTask(LONG, seq_len=48, model=NEAR),
     }
     token_scores.clear_cache()
     first = measured(model, params, tasks)
@@ -157,15 +157,15 @@ def test_other_parameters_are_refused(model, params, changes, fault):
 
 def test_positions_that_a_model_does_not_know_are_refused():
     spec = SPEC.replace(decoder=SPEC.decoder.replace(position=Learned(20)))
-    conditions.check("fits", EvalTask(LONG, length=20), spec, LAYOUT)
+    conditions.check("fits", EvalTask(LONG, seq_len=20), spec, LAYOUT)
     with pytest.raises(SpecError, match="'far' has rows of 48 positions, and its decoder.position knows 20"):
-        conditions.check("far", EvalTask(LONG, length=48), spec, LAYOUT)
+        conditions.check("far", EvalTask(LONG, seq_len=48), spec, LAYOUT)
     with pytest.raises(SpecError, match="'less' has rows of 16 positions, and its decoder.position knows 8"):
         conditions.check("less", EvalTask(SHORT, model={"decoder.position": Learned(8)}), spec, LAYOUT)
 
 
 def test_conditions_travel_as_json_and_their_bounds_are_checked():
-    task = EvalTask(SHORT, length=48, model={**NEAR, **FAR, "dtype": "bfloat16"}, last=4)
+    task = EvalTask(SHORT, seq_len=48, model={**NEAR, **FAR, "dtype": "bfloat16"}, last=4)
     assert from_json(to_json(task)) == task and not task.as_trained and EvalTask(SHORT, limit=1).as_trained
     for field in ("length", "last"):
         with pytest.raises(SpecError, match=f"EvalTask.{field} is 0"):

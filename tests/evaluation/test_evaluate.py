@@ -40,7 +40,7 @@ TOKENIZER = ByteTokenizer()
 V, EOS = TOKENIZER.vocabulary, TOKENIZER.eos
 LETTERS = "abcd"
 GREY = [20, 90, 160, 230]
-LAYOUT = LayoutSpec(length=24)
+LAYOUT = LayoutSpec(seq_len=24)
 ADAPTERS = {
     "image": ImageAdapter(features=ImageFeatures(height=8, width=8, channels=1), patch=4, items=3),
     "audio": AudioAdapter(features=LogMel(rate=8000, mels=8, window=200, hop=80, seconds=0.1), fold=2, items=3),
@@ -129,7 +129,7 @@ SPEC = EvaluationSpec(
         "both": EvalTask(Listed(both(21)), generate=True, metrics=(Transcription(),)),
         "words": EvalTask(Listed([Example((Text("plain words"),), "words 0")])),
     },
-    rows=8,
+    batch_size=8,
     sampling=GREEDY.replace(max_tokens=4),
 )
 MODEL = Looks()
@@ -193,7 +193,7 @@ def test_results_are_plain(results):
 
 @pytest.mark.parametrize("rows, length, packing", [(1, 24, True), (5, 60, True), (40, 24, False)])
 def test_figures_depend_neither_on_the_batch_size_nor_on_packing(results, rows, length, packing):
-    layout, spec = LayoutSpec(length=length, packing=packing), SPEC.replace(rows=rows)
+    layout, spec = LayoutSpec(seq_len=length, packing=packing), SPEC.replace(batch_size=rows)
     again = evaluate(MODEL, jnp.float32(SCALE), TOKENIZER, ADAPTERS, layout, spec)
     assert jax.tree.structure(again) == jax.tree.structure(results)
     assert jax.tree.leaves(again) == pytest.approx(jax.tree.leaves(results), rel=1e-6, abs=1e-9)
@@ -295,7 +295,7 @@ def test_shuffled_media_that_no_longer_fit_are_left_out():
     # Beside its own short recording the first text just fits; beside either long one it does not.
     lengths = [ADAPTERS["audio"].length(samples // 80) for samples in (160, 800)]
     assert lengths[0] < lengths[1]
-    examples = [Example((recording(0, 160), Text("a" * (LAYOUT.length - 2 - lengths[0]))), "full")]
+    examples = [Example((recording(0, 160), Text("a" * (LAYOUT.seq_len - 2 - lengths[0]))), "full")]
     examples += [Example((picture("a"), recording(i, 800), Text("a")), f"long {i}") for i in range(2)]
     results = run(SPEC.replace(tasks={"heard": EvalTask(Listed(examples))}))
     assert results["tasks"]["heard"]["n"] == 3
@@ -318,7 +318,7 @@ def test_the_real_model_is_evaluated_and_a_model_without_eyes_gains_nothing():
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), model.abstract())
     params["adapters"]["image"] = jax.tree.map(np.zeros_like, params["adapters"]["image"])
-    spec = SPEC.replace(tasks={"both": EvalTask(Listed(both(9)), generate=True)}, rows=4)
+    spec = SPEC.replace(tasks={"both": EvalTask(Listed(both(9)), generate=True)}, batch_size=4)
     results = evaluate(model, params, TOKENIZER, ADAPTERS, LAYOUT, spec)
     figures, gain = results["tasks"]["both"], results["modality_gain"]
     assert figures["n"] == 9 and np.isfinite(figures["loss"]) and 0 <= figures["accuracy"] <= 1

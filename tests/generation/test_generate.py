@@ -24,7 +24,7 @@ from polygpt.sequence import PADDING
 
 TOKENIZER = ByteTokenizer()
 EOS = TOKENIZER.eos
-LAYOUT = LayoutSpec(length=128)
+LAYOUT = LayoutSpec(seq_len=128)
 
 
 class Script:
@@ -197,7 +197,7 @@ def test_nothing_is_compiled_twice():
         prompts=[PROMPT, [Text("other")], PROMPT, PROMPT],
     )
     assert model.traced == traced
-    write(model, sampling, prompts=[PROMPT] * 11, rows=4)
+    write(model, sampling, prompts=[PROMPT] * 11, batch_size=4)
     assert model.traced == traced
 
 
@@ -205,8 +205,8 @@ def test_many_prompts_are_read_some_at_a_time():
     model = Script(tuple(b"0123456789ABCDEF") + (EOS,) * 80)
     prompts = [[Text("p" * n)] for n in range(1, 12)]
     expected = ["0123456789ABCDEF"[n:] for n in range(1, 12)]
-    assert [w.text for w in write(model, prompts=prompts, rows=4)] == expected
-    assert [w.text for w in write(model, prompts=prompts, rows=32)] == expected
+    assert [w.text for w in write(model, prompts=prompts, batch_size=4)] == expected
+    assert [w.text for w in write(model, prompts=prompts, batch_size=32)] == expected
 
 
 def test_no_prompts_give_no_texts():

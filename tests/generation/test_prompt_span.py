@@ -17,7 +17,7 @@ from polygpt.models.functional import bind
 from polygpt.models.multimodal import ModelSpec
 
 TOKENIZER = ByteTokenizer()
-BOTH_WAYS = LayoutSpec(length=64, prompt_span="bidirectional")
+BOTH_WAYS = LayoutSpec(seq_len=64, prompt_span="bidirectional")
 PROMPT = (picture(0), Text("+", 0.0), recording(1, 900), Text("is", 0.0))
 
 

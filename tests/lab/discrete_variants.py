@@ -9,7 +9,7 @@ from flax import nnx
 from polygpt.api import MultiHead
 from polygpt.attention.kernels import reference
 from polygpt.attention.multi_head import MultiHeadModule
-from polygpt.nn.rotary import frequencies, turn
+from polygpt.nn.rotary import apply_rope, frequencies
 
 # --- right ------------------------------------------------------------------------------------------------------------
 
@@ -226,4 +226,4 @@ class RotaryByIndexModule(MultiHeadModule):
     def _placed(self, x_BHTd, norm, context):
         pairs = x_BHTd.shape[-1] // 2
         angle_BTf = context.query.index[..., None].astype(jnp.float32) * frequencies(100.0, pairs)[None, None]
-        return turn(x_BHTd, angle_BTf, 1.0)
+        return apply_rope(x_BHTd, angle_BTf, 1.0)

@@ -11,7 +11,7 @@ from polygpt.cli.main import main
 from polygpt.lab import catalogue
 
 QUICKSTART = Path(__file__).parents[2] / "experiments" / "quickstart.py"
-SMALL = ["--train.steps", "2", "--train.log_every", "1", "--train.evaluate_every", "null", "--data.rows", "2"]
+SMALL = ["--train.steps", "2", "--train.log_every", "1", "--train.evaluate_every", "null", "--data.batch_size", "2"]
 SMALL += ["--model.decoder.depth", "1", "--model.adapters.image.tower.depth", "0", "--no-report", "--json"]
 SMALL += ["--model.adapters.audio.tower.depth", "0"]
 

@@ -88,7 +88,7 @@ def test_schedules_compile_and_stay_finite_beyond_the_end(schedule):
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: WarmupCosine(-1.0), "peak is -1.0"),
+        (lambda: WarmupCosine(-1.0), "peak_lr is -1.0"),
         (lambda: WarmupCosine(1.0, final=2.0), "final is 2.0"),
         (lambda: WarmupExponential(1.0, final=0.0), "final is 0.0"),
         (lambda: WSD(1.0, decay=0.0), "decay is 0.0"),

@@ -106,8 +106,8 @@ def compiled(context: str, length: int):
     def shape(dtype, names, *sizes):
         return jax.ShapeDtypeStruct(sizes, dtype, sharding=layout.place(names, sizes))
 
-    arrays = [shape(jnp.float32, ("rows", "heads", "positions", None), 1, 2, length, 64)] * 3
-    meta = Meta(*[shape(jnp.int32, ("rows", "positions"), 1, length)] * 5)
+    arrays = [shape(jnp.float32, ("batch", "heads", "positions", None), 1, 2, length, 64)] * 3
+    meta = Meta(*[shape(jnp.int32, ("batch", "positions"), 1, length)] * 5)
 
     def loss(operands):
         with sharding.using(layout):

@@ -24,9 +24,9 @@ from tiny_experiment import experiment  # noqa: E402
 
 from polygpt.overrides import override  # noqa: E402
 from polygpt.runtime.checkpoint import Checkpoints, CheckpointSpec  # noqa: E402
+from polygpt.training.loggers import JsonLines, Silent  # noqa: E402
 from polygpt.training.loop import train  # noqa: E402
 from polygpt.training.program import assemble  # noqa: E402
-from polygpt.training.sinks import JsonLines, Silent  # noqa: E402
 from polygpt.training.spikes import SpikeSpec  # noqa: E402
 
 LAYOUTS = {
@@ -46,7 +46,7 @@ LAYOUTS = {
 
 
 def program(settings):
-    changes = {"data.rows": "16", "model.decoder.depth": "2"} | {f"train.{k}": v for k, v in settings.items()}
+    changes = {"data.batch_size": "16", "model.decoder.depth": "2"} | {f"train.{k}": v for k, v in settings.items()}
     chosen = override(experiment(), changes)
     return assemble(chosen.replace(train=chosen.train.replace(spikes=SpikeSpec(window=4))), vocabulary=256)
 
@@ -104,7 +104,7 @@ class Stop(Silent):
 
 
 def go(workdir, until, settings):
-    changes = {"train.steps": "18", "train.evaluate_every": "null", "train.log_every": "1", "data.rows": "16"}
+    changes = {"train.steps": "18", "train.evaluate_every": "null", "train.log_every": "1", "data.batch_size": "16"}
     changes |= {"model.decoder.dropout": "0"} | dict(setting.split("=") for setting in settings)
     chosen = override(experiment(), changes)
     outcome = train(chosen, workdir, lambda *where: [JsonLines(*where[:2]), Stop(until)])

@@ -71,7 +71,7 @@ def run(form: str, meshes: list[str]) -> dict:
     for name in meshes:
         layout = arrange(MESHES[name], jax.devices())
         places = tree(layout, params, model.axes())
-        rows = jax.tree.map(lambda x: layout.place(("rows",) + (None,) * (x.ndim - 1), x.shape), batch)  # noqa: B023
+        rows = jax.tree.map(lambda x: layout.place(("batch",) + (None,) * (x.ndim - 1), x.shape), batch)  # noqa: B023
 
         def split(params, batch):
             with using(layout):  # noqa: B023

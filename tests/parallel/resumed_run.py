@@ -17,9 +17,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 from tiny_experiment import experiment  # noqa: E402
 
 from polygpt.overrides import override  # noqa: E402
+from polygpt.training.loggers import JsonLines, Silent  # noqa: E402
 from polygpt.training.loop import train  # noqa: E402
 from polygpt.training.run import open_run  # noqa: E402
-from polygpt.training.sinks import JsonLines, Silent  # noqa: E402
 
 
 class Interrupt(Silent):
@@ -34,7 +34,7 @@ def run(mode: str, workdir: Path) -> dict:
         "train.evaluate_every": "6",
         "train.log_every": "1",
         "train.parallel": mode,
-        "data.rows": "8",
+        "data.batch_size": "8",
         "model.decoder.dropout": "0",  # pmap's devices draw their own
         "model.decoder.depth": "0",  # compiles sooner: the modes' blocks are compared elsewhere
     }

@@ -70,7 +70,7 @@ if __name__ == "__main__":
         here = (
             jax.device_put(params, places),
             jax.tree.map(
-                lambda x, layout=layout: jax.device_put(x, layout.place(("rows", *[None] * (x.ndim - 1)), x.shape)),
+                lambda x, layout=layout: jax.device_put(x, layout.place(("batch", *[None] * (x.ndim - 1)), x.shape)),
                 batch,
             ),
         )

@@ -66,9 +66,9 @@ def shapes(layout, T: int) -> Operands:
     def shape(dtype, names, *sizes):
         return jax.ShapeDtypeStruct(sizes, dtype, sharding=layout.place(names, sizes))
 
-    meta = Meta(*[shape(jnp.int32, ("rows", "positions"), 1, T)] * 5)
+    meta = Meta(*[shape(jnp.int32, ("batch", "positions"), 1, T)] * 5)
     heads = [(8, "heads"), (2, "kv_heads"), (2, "kv_heads")]
-    arrays = [shape(jnp.bfloat16, ("rows", name, "positions", None), 1, count, T, 128) for count, name in heads]
+    arrays = [shape(jnp.bfloat16, ("batch", name, "positions", None), 1, count, T, 128) for count, name in heads]
     return Operands(*arrays, meta, meta)
 
 

@@ -16,7 +16,7 @@ CHANGES = {
     "model.decoder.depth": "0",
     "optim.accumulate": "1",
     "optim.ema": "null",
-    "data.rows": "12",
+    "data.batch_size": "12",
     "data.log_examples": "true",
 }
 

@@ -49,10 +49,10 @@ def test_one_device_with_a_bad_row_makes_all_of_them_skip(runs, mode):
 
 def test_rows_that_cannot_be_split_are_refused():
     parallel = build("single", {})
-    parallel.check(rows=8, length=8, accumulate=4)
-    message = r"data.rows is 9: it must be a multiple of 2 \(split over 1 device, 2 microbatches\)"
+    parallel.check(batch_size=8, seq_len=8, accumulate=4)
+    message = r"data.batch_size is 9: it must be a multiple of 2 \(split over 1 device, 2 microbatches\)"
     with pytest.raises(UserError, match=message):
-        parallel.check(rows=9, length=8, accumulate=2)
+        parallel.check(batch_size=9, seq_len=8, accumulate=2)
 
 
 @pytest.mark.slow

@@ -79,7 +79,7 @@ def test_stages_compile_for_tpus_with_their_kernels(mesh):
         with sharding.using(layout):
             return jax.grad(loss)(params, batch)
 
-    rows = jax.tree.map(lambda x: place(x, layout.place(("rows", *[None] * (x.ndim - 1)), x.shape)), batch)
+    rows = jax.tree.map(lambda x: place(x, layout.place(("batch", *[None] * (x.ndim - 1)), x.shape)), batch)
     with dispatch.compiling_for("tpu"):
         lowered = jax.jit(gradients, out_shardings=places).lower(jax.tree.map(place, shapes, places), rows)
         text = topology.compiled(lowered).as_text()

@@ -10,7 +10,7 @@ import pytest
 import made_up_report
 from polygpt.files import plain
 from polygpt.report import finish, gather
-from polygpt.training.sinks import JsonLines
+from polygpt.training.loggers import JsonLines
 
 
 def held_out(loss):
@@ -25,16 +25,16 @@ def held_out(loss):
 
 @pytest.fixture
 def folder(tmp_path):
-    """What training's own sink writes, and a kill in the middle of a line."""
-    sink = JsonLines(tmp_path, 0)
+    """What training's own logger writes, and a kill in the middle of a line."""
+    logger = JsonLines(tmp_path, 0)
     for step in (10, 20, 30):
         loss = math.nan if step == 20 else 1 / step
-        sink.metrics(step, {"loss": loss, "loss/a": 1.0, "loss/b": 2.0, "skipped": 3.0})
-        sink.timing(step, {"tokens_per_second": 1000.0 + step, "input_wait": 0.01})
+        logger.metrics(step, {"loss": loss, "loss/a": 1.0, "loss/b": 2.0, "skipped": 3.0})
+        logger.timing(step, {"tokens_per_second": 1000.0 + step, "input_wait": 0.01})
         if step > 10:
-            sink.evaluation(step, held_out(10 / step) | {"metric": 0.5})
-    sink.timing(20, {"tokens_per_second": 1020.0, "input_wait": 0.01})
-    sink.close()
+            logger.evaluation(step, held_out(10 / step) | {"metric": 0.5})
+    logger.timing(20, {"tokens_per_second": 1020.0, "input_wait": 0.01})
+    logger.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 40, "lo')
     with (tmp_path / "timing.jsonl").open("a") as file:

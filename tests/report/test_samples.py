@@ -103,7 +103,7 @@ def run():
         sampling=Sampling(temperature=0.0, max_tokens=8),
     )
     experiment = SimpleNamespace(
-        evaluation=evaluation, data=SimpleNamespace(layout=LayoutSpec(length=160)), train=SimpleNamespace(steps=1)
+        evaluation=evaluation, data=SimpleNamespace(layout=LayoutSpec(seq_len=160)), train=SimpleNamespace(steps=1)
     )
     params = model.init(jax.random.key(0))
     return SimpleNamespace(experiment=experiment, model=model, params=params, tokenizer=tokenizer, step=1)
@@ -143,7 +143,7 @@ def test_attention_is_the_models_own_toward_each_item(run):
     answer = "nine ab"
     adapters, layout = run.model.spec.adapters, run.experiment.data.layout
     row = lay_out(Example((*example.prompt, Text(answer)), "x"), layout, run.tokenizer, adapters)
-    batch = collate([row], layout.length, adapters)
+    batch = collate([row], layout.seq_len, adapters)
     weights = jax.jit(run.model.attention)(run.params, batch)
     weights_LTT = np.stack([weights[layer][0].mean(axis=0) for layer in range(2)])
     attend, notes = samples._attention(run)

@@ -64,8 +64,8 @@ def test_the_text_of_a_collective_is_for_the_log_and_no_wait_is_longer_than_the_
 def test_a_fault_of_the_user_is_told_without_host_and_class():
     service = Service()
     liveness = Liveness(service, "host:1", 1, ["process 0 (host a, pid 1)", "process 1 (host a, pid 2)"], bound=4.0)
-    assert liveness.fail(UserError("data.rows is 3")) is None
-    assert service.texts["polygpt/verdict/0"] == f"{FAULT}process 1: data.rows is 3"
+    assert liveness.fail(UserError("data.batch_size is 3")) is None
+    assert service.texts["polygpt/verdict/0"] == f"{FAULT}process 1: data.batch_size is 3"
     liveness.close()
 
 

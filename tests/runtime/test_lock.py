@@ -29,7 +29,7 @@ def test_a_second_run_is_told_whose_the_folder_is_until_that_one_is_killed(tmp_p
     try:
         assert other.stdout.readline() == "held\n"
         with pytest.raises(UserError) as raised:
-            train(experiment(), tmp_path, sinks=lambda *_: [])
+            train(experiment(), tmp_path, loggers=lambda *_: [])
         assert str(raised.value) == (
             f"{tmp_path} is in use by process {other.pid} (host {socket.gethostname()}): "
             "wait for it or choose another --workdir"

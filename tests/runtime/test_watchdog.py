@@ -126,7 +126,7 @@ sys.path.insert(0, {tests!r})
 from tiny_experiment import experiment
 from polygpt.overrides import override
 from polygpt.training.loop import train
-from polygpt.training.sinks import Silent
+from polygpt.training.loggers import Silent
 from polygpt.runtime.watchdog import WatchdogSpec
 
 class Hangs(Silent):
@@ -149,7 +149,7 @@ def test_a_sink_that_hangs_ends_the_process_where_that_is_asked_for(tmp_path):
     assert done.returncode == 1, done.stderr
     (place,) = stacks(tmp_path)
     text = place.read_text()
-    assert "sleep_for_ever" in text and "doing: telling sinks" in text and "last step: 3" in text
+    assert "sleep_for_ever" in text and "doing: telling loggers" in text and "last step: 3" in text
     assert "sleep_for_ever" in done.stderr
 
 

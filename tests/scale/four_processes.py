@@ -25,7 +25,7 @@ TASKS = {  # short ones, that begin anew many times
 def experiment() -> Experiment:
     return Experiment(
         name="four",
-        data=DataSpec(tasks=TASKS, layout=LayoutSpec(length=64), rows=8, log_examples=True),
+        data=DataSpec(tasks=TASKS, layout=LayoutSpec(seq_len=64), batch_size=8, log_examples=True),
         model=ModelSpec(decoder=DecoderSpec(width=16, depth=1, attention=MultiHead(heads=2))),
         optim=Optim(WarmupCosine(3e-3, warmup=5)),
         train=TrainSpec(

@@ -49,14 +49,14 @@ def log(workdir, rank):
 
 
 def examples(workdir):
-    """(step, feeder) to the examples that it was trained on: task, position in its stream, number."""
+    """(step, data shard) to the examples that it was trained on: task, position in its stream, number."""
     found = {}
     for path in sorted(workdir.glob("examples-*.jsonl")):
-        feeder = int(re.fullmatch(r"examples-(\d+)", path.stem)[1])
+        data_shard = int(re.fullmatch(r"examples-(\d+)", path.stem)[1])
         for line in path.read_text().splitlines():
             entry = json.loads(line)
-            assert (entry["step"], feeder) not in found
-            found[entry["step"], feeder] = [tuple(example) for example in entry["examples"]]
+            assert (entry["step"], data_shard) not in found
+            found[entry["step"], data_shard] = [tuple(example) for example in entry["examples"]]
     return found
 
 
@@ -88,8 +88,8 @@ def test_one_of_four_is_killed_and_two_go_on_without_losing_an_example(tmp_path)
     trained = examples(workdir)
     steps = {step for step, _ in trained}
     assert steps == set(range(1, 71))
-    assert {feeder for step, feeder in trained if step <= kept} == {0, 1, 2, 3}
-    assert {feeder for step, feeder in trained if step > kept} == {0, 1}
+    assert {data_shard for step, data_shard in trained if step <= kept} == {0, 1, 2, 3}
+    assert {data_shard for step, data_shard in trained if step > kept} == {0, 1}
     by_task = collections.defaultdict(list)
     for batch in trained.values():
         for task, position, number in batch:

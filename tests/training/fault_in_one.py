@@ -14,9 +14,9 @@ from polygpt.errors import UserError  # noqa: E402
 from polygpt.overrides import override  # noqa: E402
 from polygpt.runtime import manifest, processes, stored  # noqa: E402
 from polygpt.training import held_out  # noqa: E402
+from polygpt.training.loggers import Silent  # noqa: E402
 from polygpt.training.loop import train  # noqa: E402
 from polygpt.training.run import open_run  # noqa: E402
-from polygpt.training.sinks import Silent  # noqa: E402
 
 CHANGES = {
     "train.parallel": "sharded",
@@ -30,7 +30,7 @@ CHANGES = {
 }
 
 
-class Sink(Silent):
+class Logger(Silent):
     """Meets what the first process meets in its third step."""
 
     def step(self, step, loss):
@@ -90,7 +90,7 @@ chosen = override(experiment(), CHANGES)
 
 try:
     with processes.together(chosen.train.processes):
-        train(chosen, WORKDIR, lambda *_: [Sink()])
+        train(chosen, WORKDIR, lambda *_: [Logger()])
         if RANK == 1:
             manifest.verify = verify
         print("opened", open_run(WORKDIR, spread=True).step, flush=True)

@@ -27,9 +27,9 @@ from tiny_experiment import experiment
 from polygpt.errors import UserError
 from polygpt.overrides import override
 from polygpt.runtime.manifest import records
+from polygpt.training.loggers import JsonLines, Silent
 from polygpt.training.loop import train
 from polygpt.training.parallel import Parallel
-from polygpt.training.sinks import JsonLines, Silent
 
 EVERY, KEEP, PATIENCE = 5, 3, 3
 TOUCHES = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree"}
@@ -39,7 +39,9 @@ def chosen(steps, every=EVERY):
     changes = {"steps": steps, "log_every": 1, "evaluate_every": "null", "max_nonfinite": PATIENCE}
     changes |= {"checkpoint.every": every, "checkpoint.keep": KEEP}
     changes = {f"train.{name}": str(value) for name, value in changes.items()}
-    return override(experiment(), changes | {"model.decoder.depth": "0", "optim.accumulate": "1", "data.rows": "2"})
+    return override(
+        experiment(), changes | {"model.decoder.depth": "0", "optim.accumulate": "1", "data.batch_size": "2"}
+    )
 
 
 class Kill(Silent):
@@ -116,13 +118,13 @@ class Chain:
         self.said.clear()
         begun, message = [], ""
 
-        def sinks(workdir, step, steps_in_all):
+        def loggers(workdir, step, steps_in_all):
             begun.append(step)
             stop = {} if until is None else {until: terminate}
             return [JsonLines(workdir, step), At(stop | (steps or {}), saves or {})]
 
         try:
-            self.at = train(chosen(self.steps), self.folder, sinks).step
+            self.at = train(chosen(self.steps), self.folder, loggers).step
         except UserError as raised:
             message = str(raised)
         self.expect(bool(message) == bool(error) and (error or "") in message, f"ended with {message!r}")
@@ -320,11 +322,11 @@ def main(what, folder, steps, *rest):
     elif what == "kill":
         save, event, delay = int(rest[0]), int(rest[1]), float(rest[2])
 
-        def sinks(workdir, step, _):
+        def loggers(workdir, step, _):
             print(json.dumps({"from": step}), flush=True)
             return [JsonLines(workdir, step), Kill(workdir, save, event, delay)]
 
-        train(chosen(steps), folder, sinks)
+        train(chosen(steps), folder, loggers)
     else:
         Chain(folder, steps, int(rest[0])).run(rest[1:])
 

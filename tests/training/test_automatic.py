@@ -9,7 +9,7 @@ from polygpt.training import automatic
 from polygpt.training.automatic import choose
 
 GB = 10**9
-MODEL = {"rows": 64, "accumulate": 1, "lengths": (2048,), "heads": 32}
+MODEL = {"batch_size": 64, "accumulate": 1, "lengths": (2048,), "heads": 32}
 
 
 @pytest.mark.parametrize(
@@ -18,9 +18,9 @@ MODEL = {"rows": 64, "accumulate": 1, "lengths": (2048,), "heads": 32}
         (1 * GB, 1, {}, ("single", {})),
         (1 * GB, 8, {}, ("sharded", {"data": 8})),  # whole copies fit
         (12 * GB, 8, {}, ("sharded", {"fsdp": 8})),  # they would fill a device
-        (12 * GB, 8, {"rows": 4}, ("sharded", {"fsdp": 4, "sequence": 2})),  # fewer rows than devices
-        (1 * GB, 8, {"rows": 4, "lengths": (128,)}, ("sharded", {"data": 4, "tensor": 2})),  # rows too short to split
-        (200 * GB, 16, {"rows": 16}, ("sharded", {"fsdp": 16})),  # split as far as it goes
+        (12 * GB, 8, {"batch_size": 4}, ("sharded", {"fsdp": 4, "sequence": 2})),  # fewer rows than devices
+        (1 * GB, 8, {"batch_size": 4, "lengths": (128,)}, ("sharded", {"data": 4, "tensor": 2})),  # short
+        (200 * GB, 16, {"batch_size": 16}, ("sharded", {"fsdp": 16})),  # split as far as it goes
     ],
 )
 def test_what_is_chosen(state, devices, changes, expected):
@@ -40,7 +40,7 @@ def test_rows_of_every_choice_come_out_even():
                 gradient=GB,
                 memory=16 * GB,
                 devices=12,
-                **MODEL | {"rows": rows, "accumulate": accumulate, "heads": 24},
+                **MODEL | {"batch_size": rows, "accumulate": accumulate, "heads": 24},
             )
             sizes = choice.mesh.sizes(12)
             parts = sizes["data"] * sizes["fsdp"]
@@ -49,22 +49,24 @@ def test_rows_of_every_choice_come_out_even():
 
 def test_positions_are_split_only_where_the_rows_of_held_out_tasks_divide_too():
     def chosen(*lengths):
-        given = MODEL | {"rows": 4, "lengths": lengths}
+        given = MODEL | {"batch_size": 4, "lengths": lengths}
         return choose(state=GB, gradient=GB, memory=16 * GB, devices=8, **given).mesh
 
     assert (chosen(2048, 512).sequence, chosen(2048, 511).sequence, chosen(2048, 511).tensor) == (2, 1, 2)
 
 
 def test_work_that_does_not_divide_over_all_devices_is_refused():
-    with pytest.raises(UserError, match="data.rows 4, .* over 3 devices: make data.rows a multiple of 3"):
-        choose(state=GB, gradient=GB, memory=16 * GB, devices=3, **MODEL | {"rows": 4, "heads": 2, "lengths": (64,)})
+    with pytest.raises(UserError, match="data.batch_size 4, .* over 3 devices: make data.batch_size a multiple of 3"):
+        choose(
+            state=GB, gradient=GB, memory=16 * GB, devices=3, **MODEL | {"batch_size": 4, "heads": 2, "lengths": (64,)}
+        )
 
 
 @pytest.mark.parametrize(
     ("devices", "rows", "used", "mode"), [(3, 4, 2, "sharded"), (7, 5, 5, "sharded"), (3, 1, 1, "single")]
 )
 def test_devices_may_be_left_idle_where_that_is_allowed(devices, rows, used, mode):
-    given = MODEL | {"rows": rows, "heads": 1, "lengths": (64,)}
+    given = MODEL | {"batch_size": rows, "heads": 1, "lengths": (64,)}
     choice = choose(state=GB, gradient=GB, memory=16 * GB, devices=devices, spare=True, **given)
     assert (choice.mode, choice.devices, choice.mesh.data) == (mode, used, max(used, 1) if mode == "sharded" else -1)
     assert f"{devices - used} of {devices}" in choice.reason and f"multiple of {devices}" in choice.reason

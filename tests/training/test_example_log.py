@@ -7,8 +7,8 @@ from tiny_experiment import experiment
 
 from polygpt.overrides import override
 from polygpt.training.example_log import ExampleLog
+from polygpt.training.loggers import Silent
 from polygpt.training.loop import train
-from polygpt.training.sinks import Silent
 
 OPTIONS = {
     "train.steps": "7",
@@ -39,7 +39,7 @@ def test_each_step_names_its_examples_and_a_run_that_was_cut_off_names_the_same(
     assert path.name == "examples-0.jsonl"
     assert [line["step"] for line in lines(path)] == [1, 2, 3, 4, 5, 6, 7], "nothing of what was fetched ahead"
     seen = [(task, position) for line in lines(path) for task, position, _ in line["examples"]]
-    assert len(set(seen)) == len(seen) >= 7 * chosen.data.rows
+    assert len(set(seen)) == len(seen) >= 7 * chosen.data.batch_size
     assert {task for task, _ in seen} <= set(chosen.data.tasks)
 
     with pytest.raises(OSError, match="the machine is gone"):
@@ -58,16 +58,16 @@ def test_a_run_that_goes_on_may_begin_to_log(tmp_path):
 
 
 def test_files_of_feeders_that_are_no_more_are_cut_too(tmp_path):
-    for feeder in range(4):
-        log = ExampleLog(tmp_path, feeder, 4, 0)
+    for data_shard in range(4):
+        log = ExampleLog(tmp_path, data_shard, 4, 0)
         for step in (1, 2, 3, 4):
-            log.examples(step, (("a", 4 * step + feeder, 0),))
+            log.examples(step, (("a", 4 * step + data_shard, 0),))
         log.close()
-    for feeder in range(2):
-        log = ExampleLog(tmp_path, feeder, 2, 3)
-        log.examples(4, (("a", 50 + feeder, 0),))
+    for data_shard in range(2):
+        log = ExampleLog(tmp_path, data_shard, 2, 3)
+        log.examples(4, (("a", 50 + data_shard, 0),))
         log.rewind(3, spike=4)
-        log.examples(4, (("a", 60 + feeder, 0),))
+        log.examples(4, (("a", 60 + data_shard, 0),))
         log.close()
     found = {n: lines(tmp_path / f"examples-{n}.jsonl") for n in range(4)}
     assert {n: [line["step"] for line in some] for n, some in found.items()} == {

@@ -18,7 +18,8 @@ from polygpt.runtime.checkpoint import records
 
 QUICKSTART = Path(__file__).parents[2] / "experiments" / "quickstart.py"
 SMALL = (
-    "--data.rows 4 --model.decoder.depth 1 --train.log_every 1 --train.evaluate_every null --train.checkpoint.every 6"
+    "--data.batch_size 4 "
+    "--model.decoder.depth 1 --train.log_every 1 --train.evaluate_every null --train.checkpoint.every 6"
 )
 RUNS = {
     "tiny": (Path(__file__).with_name("tiny_experiment.py"), 90, []),

@@ -24,10 +24,10 @@ from polygpt.runtime.manifest import Record
 from polygpt.spec import to_json
 from polygpt.training import held_out, trainer
 from polygpt.training.held_out import Standing, pick
+from polygpt.training.loggers import JsonLines, Silent
 from polygpt.training.loop import train
 from polygpt.training.resuming import about
 from polygpt.training.run import open_run
-from polygpt.training.sinks import JsonLines, Silent
 from polygpt.training.trainer import Trainer
 from polygpt.training.workdir import load_experiment
 
@@ -112,7 +112,7 @@ def test_a_signal_saves_and_ends_and_the_same_call_goes_on_to_the_same_end(finis
 
 @pytest.mark.parametrize("number, step", [(2, 4), (11, 12)])
 def test_an_evaluation_that_a_signal_ends_is_made_up_for(tmp_path, monkeypatch, number, step):
-    chosen = smallest(**{"train.evaluate_every": "4", "evaluation.rows": "2"})  # four batches each
+    chosen = smallest(**{"train.evaluate_every": "4", "evaluation.batch_size": "2"})  # four batches each
     train(chosen, tmp_path / "whole", quiet)
     whole, calls = (tmp_path / "whole" / "metrics.jsonl").read_bytes(), []
     real = Trainer._proceed
@@ -134,10 +134,10 @@ def test_an_evaluation_that_a_signal_ends_is_made_up_for(tmp_path, monkeypatch, 
         raise InterruptedError
 
     for what in ["evaluation", "step"][: 2 if step < 12 else 1]:  # when it is told and not sealed; after both
-        sink = Silent()
-        setattr(sink, what, killed)
+        logger = Silent()
+        setattr(logger, what, killed)
         with pytest.raises(InterruptedError):
-            train(chosen, run, lambda *where, sink=sink: [*quiet(*where), sink])
+            train(chosen, run, lambda *where, logger=logger: [*quiet(*where), logger])
     assert train(chosen, run, quiet).finished
     assert (run / "metrics.jsonl").read_bytes() == whole
     kept = [records(folder / "checkpoints") for folder in (tmp_path / "whole", run)]
@@ -146,9 +146,10 @@ def test_an_evaluation_that_a_signal_ends_is_made_up_for(tmp_path, monkeypatch, 
 
 def test_another_configuration_in_the_same_folder_is_refused_by_its_first_difference(finished):
     before = (finished / "config.json").read_bytes()
-    with pytest.raises(UserError, match=r"optim.schedule.peak is 0.003 there, 0.1 here: choose another --workdir"):
+    with pytest.raises(UserError, match=r"optim.schedule.peak_lr is 0.003 there, 0.1 here: choose another --workdir"):
         train(
-            tiny(**{"train.evaluate_every": "4", "train.checkpoint.keep": "1", "optim.schedule.peak": "0.1"}), finished
+            tiny(**{"train.evaluate_every": "4", "train.checkpoint.keep": "1", "optim.schedule.peak_lr": "0.1"}),
+            finished,
         )
     with pytest.raises(UserError, match="train.steps is 12 there, 11 here"):
         train(tiny(**{"train.evaluate_every": "4", "train.checkpoint.keep": "1", "train.steps": "11"}), finished)
@@ -167,7 +168,7 @@ def test_steps_may_grow(tmp_path):
 def stale(tmp_path_factory):
     """A run that ended because its metric did not improve: its experiment, folder and outcome."""
     # With a learning rate of 0 every evaluation gives the same: the first is the best, and the next two are not better.
-    chosen = smallest(**{"optim.schedule.peak": "0", "train.evaluate_every": "2", "train.patience": "2"})
+    chosen = smallest(**{"optim.schedule.peak_lr": "0", "train.evaluate_every": "2", "train.patience": "2"})
     workdir = tmp_path_factory.mktemp("stale")
     return chosen, workdir, train(chosen, workdir, quiet)
 
@@ -193,7 +194,7 @@ def said(chosen, workdir, done, finished, **before):
 
 def test_a_person_is_told_what_more_steps_do_to_the_learning_rate(tmp_path):
     """A cosine at its end is at a tenth of its peak, and in the middle at 0.55 of it."""
-    chosen = override(smallest(), {"train.steps": "200", "optim.schedule.peak": "1.0", "optim.schedule.warmup": "0"})
+    chosen = override(smallest(), {"train.steps": "200", "optim.schedule.peak_lr": "1.0", "optim.schedule.warmup": "0"})
     shorter = {"train.steps": "100"}
     lines = said(chosen, tmp_path, 100, False, **shorter)
     assert len(lines) == 2 and "from 0.1 to 0.557" in lines[1]
@@ -211,7 +212,7 @@ def test_a_person_is_told_what_more_steps_do_to_the_learning_rate(tmp_path):
 
 @pytest.mark.parametrize("chosen", [{}, {"optim.rewarm": "10"}], ids=["keep", "rewarm"])
 def test_the_options_that_a_person_is_told_end_the_jump(tmp_path, chosen):
-    plain = override(smallest(), {"train.steps": "200", "optim.schedule.peak": "1.0", "optim.schedule.warmup": "0"})
+    plain = override(smallest(), {"train.steps": "200", "optim.schedule.peak_lr": "1.0", "optim.schedule.warmup": "0"})
     before = {"train.steps": "100", "optim.schedule_steps": "null", "optim.rewarm": "null"}
     extended = override(plain, {"optim.schedule_steps": "100", **chosen})
     assert len(said(extended, tmp_path, 100, False, **before)) == 1
@@ -326,7 +327,7 @@ class Exploding(Schedule):
     at: int = 9
 
     def build(self, steps):
-        return lambda t: jnp.where(t < self.at, self.peak, jnp.inf)
+        return lambda t: jnp.where(t < self.at, self.peak_lr, jnp.inf)
 
 
 def test_too_many_steps_that_are_not_finite_end_the_run_and_leave_the_checkpoint(tmp_path):
@@ -342,9 +343,9 @@ def test_too_many_steps_that_are_not_finite_end_the_run_and_leave_the_checkpoint
 def test_a_full_disk_is_one_clear_line(tmp_path):
 
     def onto_the_full_disk(workdir, step, steps):
-        sink = JsonLines.__new__(JsonLines)
-        sink._files = {name: open("/dev/full", "a") for name in ("metrics", "timing")}
-        return [sink]
+        logger = JsonLines.__new__(JsonLines)
+        logger._files = {name: open("/dev/full", "a") for name in ("metrics", "timing")}
+        return [logger]
 
     with pytest.raises(UserError, match=r"cannot write .*No space left on device: free some space") as error:
         train(smallest(), tmp_path, onto_the_full_disk)
@@ -358,8 +359,8 @@ def test_a_folder_that_cannot_be_made_is_one_clear_line(tmp_path):
 
 
 def test_rows_that_microbatches_do_not_divide_are_refused_and_leave_no_folder(tmp_path):
-    with pytest.raises(UserError, match="data.rows is 5: it must be a multiple of 2"):
-        train(tiny(**{"data.rows": "5"}), tmp_path / "run")
+    with pytest.raises(UserError, match="data.batch_size is 5: it must be a multiple of 2"):
+        train(tiny(**{"data.batch_size": "5"}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -458,11 +459,11 @@ def test_rows_longer_than_the_position_encoding_are_refused():
         decoder = chosen.model.decoder.replace(position=Learned(length))
         return chosen.replace(model=chosen.model.replace(decoder=decoder))
 
-    assert learned(64).data.layout.length == 64
-    with pytest.raises(SpecError, match=r"LayoutSpec.length is 64: it must be at most 63, .* model.decoder.position"):
+    assert learned(64).data.layout.seq_len == 64
+    with pytest.raises(SpecError, match=r"LayoutSpec.seq_len is 64: it must be at most 63, .* model.decoder.position"):
         learned(63)
     with pytest.raises(SpecError, match="evaluation task 'text' has rows of 65 positions, .*position knows 64"):
-        override(learned(64), {"evaluation.tasks.text.length": "65"})
+        override(learned(64), {"evaluation.tasks.text.seq_len": "65"})
 
 
 def test_the_metric_is_the_mean_loss_or_a_tasks_figure():

@@ -10,9 +10,9 @@ from tiny_experiment import TEXT
 from polygpt.ablation.compare import compare_runs
 from polygpt.errors import SpecError
 from polygpt.spec import load_file, to_json
+from polygpt.training.loggers import JsonLines
 from polygpt.training.loop import train
 from polygpt.training.run import open_run
-from polygpt.training.sinks import JsonLines
 from polygpt.training.workdir import load_experiment
 
 FILE = """
@@ -29,7 +29,7 @@ class Mine(NextToken):
         return super().total(outputs, batch) * {helper}.factor()
 
 def experiment(steps=6, seed=0):
-    data = pg.DataSpec({{"text": pg.Task(from_json({text!r}))}}, LayoutSpec(length=64), 2)
+    data = pg.DataSpec({{"text": pg.Task(from_json({text!r}))}}, LayoutSpec(seq_len=64), 2)
     model = pg.ModelSpec(pg.DecoderSpec(width=8, depth=0, attention=pg.MultiHead(heads=1)))
     train = pg.TrainSpec(steps, log_every=1, checkpoint=pg.CheckpointSpec(every=3))
     optim = pg.Optim(pg.Constant(1e-2), clip=None, optimizer=pg.SGD())

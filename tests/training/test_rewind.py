@@ -15,9 +15,9 @@ from tiny_experiment import experiment
 from polygpt.errors import UserError
 from polygpt.overrides import override
 from polygpt.training import prefetch, trainer
+from polygpt.training.loggers import JsonLines, Silent
 from polygpt.training.loop import train
 from polygpt.training.run import open_run
-from polygpt.training.sinks import JsonLines, Silent
 from polygpt.training.spikes import SpikeSpec
 
 STEPS, EVERY = 18, 4
@@ -28,7 +28,7 @@ BAD = {10, 11, 12}
 def chosen(**spikes):
     changes = {"model.decoder.depth": "0", "optim.accumulate": "1", "train.evaluate_every": "null"}
     changes |= {"train.steps": str(STEPS), "train.log_every": "1", "train.checkpoint.every": str(EVERY)}
-    changes |= {"optim.schedule.peak": "0.01"}
+    changes |= {"optim.schedule.peak_lr": "0.01"}
     found = override(experiment(), changes)
     return found.replace(train=found.train.replace(spikes=SpikeSpec(window=4, sigmas=8.0, **spikes)))
 

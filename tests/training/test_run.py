@@ -10,9 +10,9 @@ from tiny_experiment import experiment
 from polygpt.errors import UserError
 from polygpt.overrides import override
 from polygpt.runtime.checkpoint import listed
+from polygpt.training.loggers import Silent
 from polygpt.training.loop import train
 from polygpt.training.run import open_run
-from polygpt.training.sinks import Silent
 
 SMALL = {"model.decoder.depth": "0", "optim.accumulate": "1", "train.steps": "6", "train.evaluate_every": "null"}
 

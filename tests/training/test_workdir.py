@@ -60,7 +60,7 @@ def test_towers_may_be_computed_twice_when_a_run_goes_on(tmp_path):
     [
         ({"optim.ema": "0.5"}, "optim.ema is 0.9 there, 0.5 here"),
         ({"train.steps": "59"}, "train.steps is 60 there, 59 here"),
-        ({"data.rows": "8"}, "data.rows"),
+        ({"data.batch_size": "8"}, "data.batch_size"),
         ({"model.decoder.dropout": "0"}, "model.decoder.dropout"),
         ({"train.metric": "text/loss"}, "train.metric"),
         ({"seed": "1"}, "seed is 0 there, 1 here"),

@@ -20,9 +20,9 @@ TEXT = TextFiles((str(Path(__file__).parents[2] / "LICENSE"),), unit="chunk", by
 def experiment() -> Experiment:
     return Experiment(
         name="tiny",
-        data=DataSpec(tasks={"text": Task(TEXT)}, layout=LayoutSpec(length=64), rows=4),
+        data=DataSpec(tasks={"text": Task(TEXT)}, layout=LayoutSpec(seq_len=64), batch_size=4),
         model=ModelSpec(decoder=DecoderSpec(width=16, depth=1, attention=MultiHead(heads=2), dropout=0.1)),
         optim=Optim(WarmupCosine(3e-3, warmup=5), accumulate=2, ema=0.9),
-        evaluation=EvaluationSpec(tasks={"text": EvalTask(TEXT, limit=8)}, rows=8),
+        evaluation=EvaluationSpec(tasks={"text": EvalTask(TEXT, limit=8)}, batch_size=8),
         train=TrainSpec(steps=60, log_every=3, evaluate_every=20, checkpoint=CheckpointSpec(every=7)),
     )

@@ -17,18 +17,18 @@ from tiny_experiment import experiment  # noqa: E402
 
 from polygpt.overrides import override  # noqa: E402
 from polygpt.training import trainer  # noqa: E402
+from polygpt.training.loggers import JsonLines  # noqa: E402
 from polygpt.training.loop import train  # noqa: E402
-from polygpt.training.sinks import JsonLines  # noqa: E402
 from polygpt.training.spikes import SpikeSpec  # noqa: E402
 
 CHANGES = {
     "model.decoder.depth": "0",
     "optim.accumulate": "1",
-    "optim.schedule.peak": "0.01",
+    "optim.schedule.peak_lr": "0.01",
     "train.steps": "16",
     "train.log_every": "1",
     "train.evaluate_every": "8",
-    "evaluation.rows": "2",
+    "evaluation.batch_size": "2",
     "train.checkpoint.every": "4",
     "train.processes.initialization_timeout": "120",
     "train.processes.barrier_timeout": "60",

@@ -42,10 +42,10 @@ def task(length: int) -> str:
 
 def base() -> Experiment:
     """The experiment, with a held-out task for each length."""
-    made = text("extrapolation", length=LENGTH, held_out=READ // LENGTH)
+    made = text("extrapolation", seq_len=LENGTH, held_out=READ // LENGTH)
     tasks = {
         task(length): EvalTask(
-            Corpus("state-of-the-union", "test", characters=length - 2), limit=READ // length, length=length
+            Corpus("state-of-the-union", "test", characters=length - 2), limit=READ // length, seq_len=length
         )
         for length in LONGER
     }
@@ -84,7 +84,7 @@ def ablation() -> Ablation:
         ),
         unit="nats per byte",
         reads={"length": {length: f"{task(length)}/loss" for length in (LENGTH, *LONGER)}},
-        tuned=grid("optim.schedule.peak", 2e-3, 4e-3, 8e-3, 1.6e-2),
+        tuned=grid("optim.schedule.peak_lr", 2e-3, 4e-3, 8e-3, 1.6e-2),
         claims=(
             Claim("rise(alibi, over=length) < noise", "ALiBi gets no worse at four times the length"),
             Claim("rise(sinusoidal, over=length) > noise", "sinusoids get worse"),

@@ -47,7 +47,7 @@ def ablation() -> Ablation:
             },
         ),
         unit="nats per byte",
-        tuned=grid("optim.schedule.peak", 2e-3, 4e-3, 8e-3, 1.6e-2),
+        tuned=grid("optim.schedule.peak_lr", 2e-3, 4e-3, 8e-3, 1.6e-2),
         claims=(
             Claim("mean(glu, bilinear, reglu, swiglu, geglu) < mean(relu, gelu, swish)", "gated below ungated"),
             Claim("reglu < relu", "a gate helps ReLU"),

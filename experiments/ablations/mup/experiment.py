@@ -23,7 +23,9 @@ WIDTHS, HEAD = (32, 64, 128), 16
 def ablation() -> Ablation:
     """The question."""
     heads = [width // HEAD for width in WIDTHS]
-    base = text("mup", steps=300, length=64, rows=8, width=WIDTHS[0], depth=2, attention=MultiHead(heads=heads[0]))
+    base = text(
+        "mup", steps=300, seq_len=64, batch_size=8, width=WIDTHS[0], depth=2, attention=MultiHead(heads=heads[0])
+    )
     mup = MuP({"decoder.width": WIDTHS[0], "decoder.attention.heads": heads[0]})
     return Ablation(
         question="Does the best learning rate stay where it is, under muP, when a model grows wider?",
@@ -39,7 +41,7 @@ def ablation() -> Ablation:
         unit="nats per byte",
         over={
             "width": zipped(grid("model.decoder.width", *WIDTHS), grid("model.decoder.attention.heads", *heads)),
-            "rate": grid("optim.schedule.peak", 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 1.28e-1),
+            "rate": grid("optim.schedule.peak_lr", 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 1.28e-1),
         },
         claims=(
             Claim("constant(argmin(mup, over=rate), over=width)", "under muP the best rate is the same at all widths"),

@@ -24,7 +24,7 @@ BLOCKS = {"attention": MultiHead(heads=3), "norm": LayerNorm(), "mlp": MLP(activ
 
 def ablation() -> Ablation:
     """The question."""
-    base = text("norm_placement", steps=300, length=64, width=48, depth=8, scan=True, **BLOCKS)
+    base = text("norm_placement", steps=300, seq_len=64, width=48, depth=8, scan=True, **BLOCKS)
     post, at_once = {"model.decoder.norm_placement": "post"}, {"optim.schedule.warmup": 0}
     return Ablation(
         question="Does a post-norm transformer need a warm-up of the learning rate, and a pre-norm one none?",
@@ -38,7 +38,7 @@ def ablation() -> Ablation:
             setting="IWSLT14 German to English by Adam at 5e-4 and 1e-3, and BERT",
         ),
         unit="nats per byte",
-        over={"rate": grid("optim.schedule.peak", 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)},
+        over={"rate": grid("optim.schedule.peak_lr", 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)},
         claims=(
             Claim("best(post, over=rate) < best(post_no_warmup, over=rate)", "post-norm needs a warm-up"),
             Claim(

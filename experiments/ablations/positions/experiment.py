@@ -36,7 +36,7 @@ def ablation() -> Ablation:
     }
     return Ablation(
         question="Which position encoding gives the lowest loss at the length it was trained at?",
-        base=text("positions", length=LENGTH),
+        base=text("positions", seq_len=LENGTH),
         variants={name: {"model.decoder.position": encoding} for name, encoding in encodings.items()},
         paper=Paper(
             title="Transformer Language Models without Positional Encodings Still Learn Positional Information",
@@ -48,7 +48,7 @@ def ablation() -> Ablation:
             figures={name: round(log(perplexity), 3) for name, perplexity in PERPLEXITIES.items()},
         ),
         unit="nats per byte",
-        tuned=grid("optim.schedule.peak", 2e-3, 4e-3, 8e-3, 1.6e-2),
+        tuned=grid("optim.schedule.peak_lr", 2e-3, 4e-3, 8e-3, 1.6e-2),
         tuning_seeds=3,
         claims=(
             Claim("alibi < sinusoidal", "ALiBi below sinusoids"),

@@ -42,7 +42,7 @@ def ablation() -> Ablation:
             setting="10M to 1.2B parameters on C4",
         ),
         unit="nats per byte",
-        over={"rate": grid("optim.schedule.peak", 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)},
+        over={"rate": grid("optim.schedule.peak_lr", 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)},
         claims=(
             Claim(f"{SENSITIVITY('qk_norm')} < {SENSITIVITY('plain')}", "QK-norm lowers the sensitivity to the rate"),
             Claim("at(qk_norm, rate=0.1) < at(plain, rate=0.1)", "QK-norm helps at ten times a good rate"),

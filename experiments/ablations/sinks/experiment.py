@@ -40,7 +40,7 @@ SEEN = {
 
 def base() -> Experiment:
     """The experiment, with a held-out task for each way to read the same pieces."""
-    made = text("sinks", length=LENGTH, attention=MultiHead(heads=HEADS), peak=4e-3, steps=600)
+    made = text("sinks", seq_len=LENGTH, attention=MultiHead(heads=HEADS), peak_lr=4e-3, steps=600)
     pieces = made.evaluation.tasks["text"].replace(last=LAST)
     tasks = {seen: pieces.replace(model=changes) for seen, changes in SEEN.items()}
     return replaced(made, {"data.layout.packing": False, "evaluation.tasks": tasks})

@@ -34,11 +34,11 @@ def text(
     name: str,
     *,
     steps: int = 500,
-    length: int = 128,
-    rows: int = 8,
+    seq_len: int = 128,
+    batch_size: int = 8,
     width: int = 64,
     depth: int = 2,
-    peak: float = 4e-3,
+    peak_lr: float = 4e-3,
     held_out: int = 400,
     **decoder: Any,
 ) -> Experiment:
@@ -47,23 +47,23 @@ def text(
     Args:
         name: of the experiment.
         steps: batches.
-        length: T.
-        rows: B.
+        seq_len: T.
+        batch_size: B.
         width: D.
         depth: L.
-        peak: of the learning rate, which rises for a tenth of the steps and falls to a tenth.
+        peak_lr: of the learning rate, which rises for a tenth of the steps and falls to a tenth.
         held_out: pieces of held-out speeches that are evaluated.
         decoder: further fields of the decoder; attention has heads of 32 channels unless it says otherwise.
     """
-    corpus = {"name": "state-of-the-union", "characters": length - 2}
+    corpus = {"name": "state-of-the-union", "characters": seq_len - 2}
     return _experiment(
         name,
         ModelSpec(_decoder(width, depth, decoder)),
-        DataSpec({"text": Task(Corpus(**corpus))}, LayoutSpec(length), rows),
+        DataSpec({"text": Task(Corpus(**corpus))}, LayoutSpec(seq_len), batch_size),
         {"text": EvalTask(Corpus(split="test", **corpus), limit=held_out)},
         AdamW(weight_decay=0.1, beta2=0.98),
         steps,
-        peak,
+        peak_lr,
     )
 
 
@@ -120,15 +120,15 @@ def _with_media(
     evaluated: Mapping[str, EvalTask],
     *,
     steps: int,
-    length: int = 96,
-    rows: int = 8,
+    seq_len: int = 96,
+    batch_size: int = 8,
     depth: int = 3,
-    peak: float = 4e-3,
+    peak_lr: float = 4e-3,
     **decoder: Any,
 ) -> Experiment:
     model = ModelSpec(_decoder(width, depth, decoder), adapters)
-    data = DataSpec(tasks, LayoutSpec(length), rows)
-    return _experiment(name, model, data, evaluated, AdamW(weight_decay=0.05, beta2=0.98), steps, peak)
+    data = DataSpec(tasks, LayoutSpec(seq_len), batch_size)
+    return _experiment(name, model, data, evaluated, AdamW(weight_decay=0.05, beta2=0.98), steps, peak_lr)
 
 
 def _experiment(
@@ -138,13 +138,13 @@ def _experiment(
     tasks: Mapping[str, EvalTask],
     optimizer: AdamW,
     steps: int,
-    peak: float,
+    peak_lr: float,
 ) -> Experiment:
     return Experiment(
         name=name,
         data=data,
         model=model,
-        optim=Optim(WarmupCosine(peak, warmup=steps // 10), optimizer),
+        optim=Optim(WarmupCosine(peak_lr, warmup=steps // 10), optimizer),
         train=TrainSpec(steps),
         evaluation=EvaluationSpec(tasks, modality_gain=False),
     )

@@ -39,7 +39,7 @@ class Costs:
 def costs(experiment: Experiment) -> Costs:
     """By formula; nothing is allocated."""
     vocabulary = experiment.tokenizer.build().vocabulary
-    positions = experiment.data.rows * experiment.data.layout.length
+    positions = experiment.data.batch_size * experiment.data.layout.seq_len
     return Costs(parameters(experiment), flops(experiment, vocabulary).useful, positions)
 
 
@@ -84,7 +84,7 @@ class Budget(Spec):
         if self.by in ("steps", "parameters"):
             return experiment
         if self.by == "tokens":
-            each, of_base = (made.data.rows * made.data.layout.length for made in (experiment, base))
+            each, of_base = (made.data.batch_size * made.data.layout.seq_len for made in (experiment, base))
         else:
             each, of_base = (costs(made).flops for made in (experiment, base))
         wanted = base.train.steps * of_base

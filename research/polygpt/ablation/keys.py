@@ -18,8 +18,6 @@ from polygpt.spec import Spec
 from polygpt.training.experiment import Experiment
 from polygpt.training.workdir import drop_same_mathematics
 
-FORMER_FIELDS: dict[tuple[str, str], str] = {}
-"""By (class name, field): what a renamed field was called before, under which keys still know it."""
 FORMER_CLASSES: dict[str, str] = {}
 """By "module:Class": where a class that moved was before, under which keys still know it."""
 VERSION = "0.1.0"
@@ -33,7 +31,7 @@ def key(experiment: Experiment) -> str:
     The name is not in it, nor what changes no result (`workdir.SAME_MATHEMATICS`), nor where files of code lie. Of a
     file of code everything counts except comments, the module docstring, and the functions `ablation` and `experiment`.
     Fields at their defaults are left out, so that results outlive a field that is added: at its default it does what
-    was done without it. Results outlive a rename that FORMER_FIELDS or FORMER_CLASSES lists.
+    was done without it. Results outlive a rename that `migration.RENAMED` or FORMER_CLASSES lists.
     """
     return key_of(configured(experiment), experiment.seed)
 
@@ -58,7 +56,8 @@ def _given(value: Any) -> Any:
     if isinstance(value, Spec):
         cls = spec.class_name(type(value))
         fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if not _is_default(value, f)}
-        named = {FORMER_FIELDS.get((type(value).__name__, name), name): _given(item) for name, item in fields.items()}
+        former = {new: old for old, new in spec.new_names(type(value)).items()}
+        named = {former.get(name, name): _given(item) for name, item in fields.items()}
         return {"class": FORMER_CLASSES.get(cls, cls).rpartition(os.sep)[2], **named}
     if isinstance(value, Mapping):
         return {name: _given(item) for name, item in value.items()}

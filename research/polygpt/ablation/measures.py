@@ -59,7 +59,7 @@ def lacks(record: Mapping[str, Any], metrics: Sequence[str]) -> bool:
 def cache_bytes(experiment: Experiment) -> int:
     """Size of the decoding cache for one row of training length. Nothing is allocated."""
     model = bind(experiment.model, experiment.tokenizer.build().vocabulary)
-    shapes = jax.eval_shape(functools.partial(model.init_cache, 1, experiment.data.layout.length))
+    shapes = jax.eval_shape(functools.partial(model.init_cache, 1, experiment.data.layout.seq_len))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
 
 
@@ -71,9 +71,9 @@ def decode_seconds(experiment: Experiment) -> float:
     tokenizer, layout = experiment.tokenizer.build(), experiment.data.layout
     model = bind(experiment.model, tokenizer.vocabulary)
     params = jax.jit(model.init)(jax.random.key(experiment.seed))
-    prompt = [Text("a " * (layout.length // 4))]
+    prompt = [Text("a " * (layout.seq_len // 4))]
     batch = prompt_batch([prompt], layout, tokenizer, experiment.model.adapters, ["the prompt"])
-    size = max(1, layout.length - int((batch.segment_BT > 0).sum()))
+    size = max(1, layout.seq_len - int((batch.segment_BT > 0).sum()))
     choice, never, limit_B = GREEDY.choice(), np.int32(-1), np.full(1, size, np.int32)
     first = np.uint32(0), np.zeros(1, np.int32), limit_B
     seconds = []

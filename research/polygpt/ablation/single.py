@@ -15,8 +15,8 @@ from polygpt.errors import Diverged
 from polygpt.files import plain, write_atomically
 from polygpt.runtime import goodput
 from polygpt.training.experiment import Experiment
+from polygpt.training.loggers import Silent, truncate
 from polygpt.training.loop import train
-from polygpt.training.sinks import Silent, truncate
 
 FIGURES, RECORD = "figures.jsonl", "record.json"
 """Files in a run's folder: figures while it trains, the record at the end."""
@@ -46,12 +46,12 @@ def run_once(experiment: Experiment, workdir: Path, tell: Tell = lambda _: None,
     if experiment.evaluation.tasks and experiment.train.evaluate_every is None:
         trained = experiment.replace(train=experiment.train.replace(evaluate_every=steps))
 
-    def sinks(folder: Path, step: int, steps: int) -> list[Silent]:
+    def loggers(folder: Path, step: int, steps: int) -> list[Silent]:
         progress = Progress(name or experiment.name, (experiment.seed,), step, steps, ())
         return [_Figures(folder / FIGURES, step, lambda step, loss: tell(_at(progress, step, loss)))]
 
     try:
-        if not train(trained, workdir, sinks).finished:
+        if not train(trained, workdir, loggers).finished:
             raise KeyboardInterrupt(f"{workdir}: saved")
     except Diverged:
         stopped = True

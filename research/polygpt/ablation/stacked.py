@@ -35,12 +35,12 @@ def fitting(experiment: Experiment) -> float:
     """
     vocabulary, decoder = experiment.tokenizer.build().vocabulary, experiment.model.decoder
     program = assemble(experiment, vocabulary, jax.devices()[:1])
-    length, rows = experiment.data.layout.length, experiment.data.rows // experiment.optim.accumulate
+    seq_len, batch_size = experiment.data.layout.seq_len, experiment.data.batch_size // experiment.optim.accumulate
     heads = getattr(decoder.attention, "heads", 1)
     layer = (
-        decoder.width * (34 + 5 * heads * length / decoder.width) * (2 if experiment.model.dtype == "float32" else 1)
+        decoder.width * (34 + 5 * heads * seq_len / decoder.width) * (2 if experiment.model.dtype == "float32" else 1)
     )
-    activations = rows * length * (decoder.depth * layer + 3 * 4 * vocabulary)
+    activations = batch_size * seq_len * (decoder.depth * layer + 3 * 4 * vocabulary)
     state = automatic.bytes_of(jax.eval_shape(program.initial)) + 2 * automatic.bytes_of(program.shapes)
     return automatic.SPLIT * automatic.memory_of_all() / (state + activations)
 

@@ -4,7 +4,7 @@
         return Search(
             experiment(),
             {
-                "optim.schedule.peak": Float(1e-4, 1e-2, log=True),
+                "optim.schedule.peak_lr": Float(1e-4, 1e-2, log=True),
                 "model.decoder.depth": Int(2, 6),
                 "mlp": Choice({"gelu": {}, "swiglu": {"model.decoder.mlp": GatedMLP("silu")}}),
             },
@@ -38,8 +38,8 @@ EVALUATIONS = 10
 
 
 @dataclasses.dataclass(frozen=True)
-class Knob(Spec):
-    """Base class of search dimensions. The name of a knob is the dotted field that it sets."""
+class Dimension(Spec):
+    """Base class of search dimensions. The name of a dimension is the dotted field that it sets."""
 
     def changes(self, name: str, value: Any) -> Changes:
         """The changes that a chosen value makes."""
@@ -47,7 +47,7 @@ class Knob(Spec):
 
 
 @dataclasses.dataclass(frozen=True)
-class Float(Knob):
+class Float(Dimension):
     """A number in a closed interval."""
 
     low: float
@@ -63,7 +63,7 @@ class Float(Knob):
 
 
 @dataclasses.dataclass(frozen=True)
-class Int(Knob):
+class Int(Dimension):
     """An integer in a closed interval."""
 
     low: int
@@ -82,12 +82,12 @@ class Int(Knob):
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice(Knob):
+class Choice(Dimension):
     """One of several options without an order."""
 
     options: Any
     """A list of values of the field (numbers, texts, true, false, null); or changes of any fields by name, as in an
-    ablation's variants. The knob may then have any name."""
+    ablation's variants. The dimension may then have any name."""
 
     def validate(self):
         entries = self.options
@@ -115,7 +115,7 @@ class Search(Spec):
 
     base: Experiment
     """The experiment whose fields are set."""
-    knobs: Mapping[str, Knob]
+    dimensions: Mapping[str, Dimension]
     """The search space: a dimension per dotted field."""
     metric: str = "text/loss"
     """The objective: "task/measure" of a held-out task, or "train/loss", the mean of the last tenth of the training
@@ -139,14 +139,14 @@ class Search(Spec):
     one, three and nine tenths of it, all but the best third (asynchronous successive halving, 1810.05934)."""
 
     def validate(self):
-        self.require(bool(self.knobs), "knobs", "at least one")
+        self.require(bool(self.dimensions), "dimensions", "at least one")
         self.require(self.trials >= 1, "trials", "at least 1")
         self.require(self.seed >= 0, "seed", "at least 0")
         self.require(
             self.pruning is None or self.against is None, "pruning", "null with two objectives, which have no order"
         )
-        for name, knob in self.knobs.items():
-            _check_knob(self.base, name, knob)
+        for name, dimension in self.dimensions.items():
+            _check_dimension(self.base, name, dimension)
         if self.metric in MEASURES and self.metric != TRAINING_LOSS:
             raise SpecError(f"the metric {self.metric!r} is a cost: choose what to be good at, and set `against`")
         if (self.better or self.measure.better) is None:
@@ -163,12 +163,12 @@ class Search(Spec):
         return self.better or self.measure.better
 
     def experiment(self, values: Mapping[str, Any]) -> Experiment:
-        """The experiment for a value per knob; for an option its name.
+        """The experiment for a value per dimension; for an option its name.
 
         Raises:
             SpecError: the values do not fit together, or the budget cannot be met.
         """
-        changes = united({name: knob.changes(name, values[name]) for name, knob in self.knobs.items()})
+        changes = united({name: dimension.changes(name, values[name]) for name, dimension in self.dimensions.items()})
         made = self.budget.applied(replaced(self.base, changes), self.base)
         every, steps = made.train.evaluate_every, made.train.steps
         if made.evaluation.tasks and self.metric != TRAINING_LOSS:
@@ -193,33 +193,33 @@ def find_search(file: str | Path) -> Search | None:
     return made
 
 
-def load_search(file: str | Path, knobs: Mapping[str, str], base: Experiment, **settings: Any) -> Search:
-    """The search of a file with changes; if the file has none, a search over `knobs`.
+def load_search(file: str | Path, dimensions: Mapping[str, str], base: Experiment, **settings: Any) -> Search:
+    """The search of a file with changes; if the file has none, a search over `dimensions`.
 
     Args:
         file: the file.
-        knobs: further knobs as text, see `read_knob`; they replace those of the same name.
+        dimensions: further dimensions as text, see `read_dimension`; they replace those of the same name.
         base: the experiment to start from.
         settings: fields of `Search` that override the file's.
 
     Raises:
-        UserError: there are no knobs, or something does not fit.
+        UserError: there are no dimensions, or something does not fit.
     """
-    made, more = find_search(file), {name: read_knob(base, name, text) for name, text in knobs.items()}
+    made, more = find_search(file), {name: read_dimension(base, name, text) for name, text in dimensions.items()}
     if made is not None:
-        return made.replace(base=base, knobs={**made.knobs, **more}, **settings)
+        return made.replace(base=base, dimensions={**made.dimensions, **more}, **settings)
     if not more:
-        raise UserError(f"{file}: no function search(): write `def search() -> Search:` in it, or give --knob")
+        raise UserError(f"{file}: no function search(): write `def search() -> Search:` in it, or give --dimension")
     return Search(base, more, **settings)
 
 
-def read_knob(base: Experiment, name: str, text: str) -> Knob:
-    """Reads a knob from a command line: float:0:0.3, log:1e-4:1e-2, int:2:6, int:64:256:64, choice:2,4,8.
+def read_dimension(base: Experiment, name: str, text: str) -> Dimension:
+    """Reads a dimension from a command line: float:0:0.3, log:1e-4:1e-2, int:2:6, int:64:256:64, choice:2,4,8.
 
     `log` makes integers if the field holds one. Options after choice: are read like overrides and may name classes.
 
     Raises:
-        SpecError: naming the knob and the forms.
+        SpecError: naming the dimension and the forms.
     """
     kind, _, rest = text.partition(":")
     forms = "write float:LOW:HIGH, log:LOW:HIGH, int:LOW:HIGH[:STEP] or choice:A,B,..."
@@ -232,7 +232,7 @@ def read_knob(base: Experiment, name: str, text: str) -> Knob:
     try:
         numbers = [float(part) if kind in ("float", "log") else int(part) for part in rest.split(":")]
     except ValueError:
-        raise SpecError(f"--knob {name}={text}: {rest!r} is no range of numbers: {forms}") from None
+        raise SpecError(f"--dimension {name}={text}: {rest!r} is no range of numbers: {forms}") from None
     if kind == "log":
         whole = isinstance(_value(base, name), int) and all(number.is_integer() for number in numbers)
         make, most, settings = (Int, 2, {"log": True}) if whole else (Float, 2, {"log": True})
@@ -240,7 +240,7 @@ def read_knob(base: Experiment, name: str, text: str) -> Knob:
     else:
         make, most, settings = {"float": (Float, 2, {}), "int": (Int, 3, {})}.get(kind, (None, 0, {}))
     if make is None or not 2 <= len(numbers) <= most:
-        raise SpecError(f"--knob {name}={text}: {forms}")
+        raise SpecError(f"--dimension {name}={text}: {forms}")
     return make(*numbers, **settings)
 
 
@@ -254,17 +254,20 @@ def _value(value: Any, name: str) -> Any:
     return value
 
 
-def _check_knob(base: Experiment, name: str, knob: Knob) -> None:
-    """Raises SpecError if a knob sets an unknown field or a wrong type. Whether values fit together shows later."""
+def _check_dimension(base: Experiment, name: str, dimension: Dimension) -> None:
+    """Raises SpecError if a dimension sets an unknown field or a wrong type. Whether values fit together shows
+    later."""
     known = {field: annotation for field, annotation, _, _ in leaves(base)}
-    if isinstance(knob, Choice) and isinstance(knob.options, Mapping):
-        for option, changes in knob.options.items():
+    if isinstance(dimension, Choice) and isinstance(dimension.options, Mapping):
+        for option, changes in dimension.options.items():
             for field in changes:
                 if field.partition(".")[0] not in {leaf.partition(".")[0] for leaf in known}:
-                    raise SpecError(f"knob {name!r}, option {option!r}: no field {field!r}: {nearest(field, known)}")
+                    raise SpecError(
+                        f"dimension {name!r}, option {option!r}: no field {field!r}: {nearest(field, known)}"
+                    )
         return
     if name not in known:
-        raise SpecError(f"knob {name!r}: the experiment has no such field: {nearest(name, known)}")
-    values = map(json.loads, knob.names()) if isinstance(knob, Choice) else (knob.low, knob.high)
+        raise SpecError(f"dimension {name!r}: the experiment has no such field: {nearest(name, known)}")
+    values = map(json.loads, dimension.names()) if isinstance(dimension, Choice) else (dimension.low, dimension.high)
     for value in values:
-        conform(known[name], value, f"knob {name!r}")
+        conform(known[name], value, f"dimension {name!r}")

@@ -51,7 +51,7 @@ def _looked_up(table_VD: jax.Array, tokens_BT: jax.Array, layout: sharding.Layou
     on every device.
     """
     table = layout.axes(("vocabulary", "width"), table_VD.shape)
-    rows = layout.axes(("rows", "positions", None), (*tokens_BT.shape, 1))
+    rows = layout.axes(("batch", "positions", None), (*tokens_BT.shape, 1))
 
     def here(table_VD, tokens_BT):
         if table[1] is not None:  # rows of the table are looked up whole

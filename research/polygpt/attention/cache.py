@@ -108,7 +108,7 @@ def extend(cache: Full | Ring | None, new: Any, context) -> tuple[Any, Meta, Ful
 
 def _split(x: jax.Array) -> jax.Array:
     """[B, ., S, ...] over the devices that have its rows and heads; positions whole, since each step writes to one."""
-    return constrain(x, "rows", "kv_heads", *[None] * (x.ndim - 2))
+    return constrain(x, "batch", "kv_heads", *[None] * (x.ndim - 2))
 
 
 def _latest(cache: Ring, query: Meta) -> tuple[jax.Array, jax.Array]:

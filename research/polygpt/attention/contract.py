@@ -68,7 +68,7 @@ class Context:
     training: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
-def causal_mean(flops: Callable[[float], float], length: int) -> float:
+def causal_mean(flops: Callable[[float], float], seq_len: int) -> float:
     """The mean over a row of FLOPs, a function of the keys that a position sees: of 1, 2, ... `length` of them.
 
     It is concave, as `score_flops` is: where the middle of a stretch lies on its chord, all of it does.
@@ -81,12 +81,12 @@ def causal_mean(flops: Callable[[float], float], length: int) -> float:
             return (begin + end) / 2 * (last - first + 1)
         return total(first, middle) + total(middle + 1, last)
 
-    return total(1, length) / length
+    return total(1, seq_len) / seq_len
 
 
-def blank_context(rows: int) -> Context:
+def blank_context(batch_size: int) -> Context:
     """The context of one position a row, at the beginning of everything: for working out shapes."""
-    meta = Meta(*[jnp.zeros((rows, 1), jnp.int32)] * 5)
+    meta = Meta(*[jnp.zeros((batch_size, 1), jnp.int32)] * 5)
     return Context(meta, meta, DECODER)
 
 
@@ -117,7 +117,7 @@ class Attention(Spec):
         """
         raise NotImplementedError
 
-    def init_cache(self, dims: Dims, rows: int, size: int, ring: bool = True) -> Any:
+    def init_cache(self, dims: Dims, batch_size: int, size: int, ring: bool = True) -> Any:
         """An empty cache for `size` positions, a pytree whose arrays begin with the axis of rows.
 
         With `ring` it may be smaller than `size` positions where the variant never looks further back.
@@ -140,7 +140,7 @@ class Attention(Spec):
         """Whether positions of a bidirectional span see the later ones of it, where the mask says that they do."""
         return self.family == "softmax"
 
-    def beside(self, width: int, base: "Attention", base_width: int) -> "Attention":
+    def mup_scaled(self, width: int, base: "Attention", base_width: int) -> "Attention":
         """This variant at the model width `width` as muP has it (`optim/mup.py`) beside the `base` model's.
 
         Scores are sums over the channels of a head: they are divided by how many more there are than in the base, and

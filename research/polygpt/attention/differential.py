@@ -36,7 +36,7 @@ class Differential(MultiHead):
         self.require(d % 2 == 0, "heads", f"such that the width of a head, {d}, is even")
         return d // 2
 
-    def beside(self, width: int, base: Attention, base_width: int) -> Attention:
+    def mup_scaled(self, width: int, base: Attention, base_width: int) -> Attention:
         same = self.width_of_head(width) == base.width_of_head(base_width)
         why = "that of the base model under muP, which has no rule for lambda, a sum over the channels of a head"
         self.require(same, "head_width", why)

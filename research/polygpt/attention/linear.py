@@ -26,7 +26,7 @@ class LinearAttention(Recurrent):
     norm: Norm | None = None
     """Normalisation of what each head has read."""
 
-    def beside(self, width: int, base: Attention, base_width: int) -> Attention:
+    def mup_scaled(self, width: int, base: Attention, base_width: int) -> Attention:
         return self  # of the two sums over the channels of a head, one is divided by the other
 
     def build(self, dims: Dims, rngs: nnx.Rngs) -> nnx.Module:

@@ -108,10 +108,10 @@ class MultiHead(Attention):
     def build(self, dims: Dims, rngs: nnx.Rngs) -> nnx.Module:
         return MultiHeadModule(self, dims, rngs)
 
-    def init_cache(self, dims: Dims, rows: int, size: int, ring: bool = True) -> Any:
+    def init_cache(self, dims: Dims, batch_size: int, size: int, ring: bool = True) -> Any:
         def one_position():
             module = self.build(dims, nnx.Rngs(0))
-            return module.remembered(jnp.zeros((rows, 1, dims.width), dims.dtype), blank_context(rows))
+            return module.remembered(jnp.zeros((batch_size, 1, dims.width), dims.dtype), blank_context(batch_size))
 
         return memory.empty(nnx.eval_shape(one_position), size, self.mask(DECODER), ring)
 
@@ -120,7 +120,7 @@ class MultiHead(Attention):
         seen = keys if reach is None else min(keys, reach.first + reach.last)
         return 4 * self.heads * self.width_of_head(width) * seen
 
-    def beside(self, width: int, base: Attention, base_width: int) -> Attention:
+    def mup_scaled(self, width: int, base: Attention, base_width: int) -> Attention:
         d, of_base = self.width_of_query(width), base.width_of_query(base_width)
         if d == of_base:
             return self
@@ -213,7 +213,7 @@ class MultiHeadModule(nnx.Module):
         d = self.spec.width_of_head(self.dims.width)
         x_BHTd = x_BTE.reshape(*x_BTE.shape[:2], -1, d).transpose(0, 2, 1, 3)
         # Whole heads on a device, also where there are fewer key heads than devices: halves would have to talk.
-        return constrain(x_BHTd, "rows", "heads", "positions", None)
+        return constrain(x_BHTd, "batch", "heads", "positions", None)
 
     def _placed(self, x_BHTd, norm, context):
         x_BHTd = x_BHTd if norm is None else norm(x_BHTd)

@@ -64,7 +64,7 @@ class _Stateful(Attention):
             )
         return position
 
-    def beside(self, width: int, base: Attention, base_width: int) -> Attention:
+    def mup_scaled(self, width: int, base: Attention, base_width: int) -> Attention:
         return self  # whatever a head reads is normalised before it goes on
 
     def part(self, whole: int, name: str) -> int:
@@ -72,8 +72,8 @@ class _Stateful(Attention):
         self.require(whole % self.heads == 0, "heads", f"a divisor of {whole}, or set {name}")
         return whole // self.heads
 
-    def init_cache(self, dims: Dims, rows: int, size: int, ring: bool = True) -> Any:
-        shapes = nnx.eval_shape(lambda: self.build(dims, nnx.Rngs(0)).empty(rows))
+    def init_cache(self, dims: Dims, batch_size: int, size: int, ring: bool = True) -> Any:
+        shapes = nnx.eval_shape(lambda: self.build(dims, nnx.Rngs(0)).empty(batch_size))
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
 
@@ -92,12 +92,12 @@ class StatefulModule(nnx.Module):
         y_BTD = constrain(jnp.where(row.real_BT[..., None], y_BTD, 0), *RESIDUAL)
         return y_BTD, None if cache is None else {"state": state, "past": past, "last": row.last_B}
 
-    def empty(self, rows: int) -> Any:
+    def empty(self, batch_size: int) -> Any:
         """A cache in which nothing was read."""
-        past = self.convolve and self.convolve.empty(rows, self.dims.dtype)
-        return {"state": self.empty_state(rows), "past": past, "last": jnp.zeros(rows, jnp.int32)}
+        past = self.convolve and self.convolve.empty(batch_size, self.dims.dtype)
+        return {"state": self.empty_state(batch_size), "past": past, "last": jnp.zeros(batch_size, jnp.int32)}
 
-    def empty_state(self, rows: int) -> Any:
+    def empty_state(self, batch_size: int) -> Any:
         """The state before the first position, a pytree of float32 [B, H, ...]."""
         raise NotImplementedError
 
@@ -136,10 +136,10 @@ class Recurrent(_Stateful):
         """e at the model width `width`."""
         return self.value_width or self.part(width, "value_width")
 
-    def beside(self, width: int, base: Attention, base_width: int) -> Attention:
+    def mup_scaled(self, width: int, base: Attention, base_width: int) -> Attention:
         wider = self.width_of_head(width) != base.width_of_head(base_width)
         self.require(not wider or self.norm is not None, "norm", "given where heads are wider than in muP's base model")
-        return super().beside(width, base, base_width)
+        return super().mup_scaled(width, base, base_width)
 
     def build(self, dims: Dims, rngs: nnx.Rngs) -> nnx.Module:
         return RecurrentModule(self, dims, rngs)
@@ -197,9 +197,9 @@ class RecurrentModule(StatefulModule):
         decay = self.log_decay(x_BTD)
         return linear_recurrence(row, query_BHTd, key_BHTd, value_BHTe, decay, state, self.spec.chunk)
 
-    def empty_state(self, rows: int) -> Any:
+    def empty_state(self, batch_size: int) -> Any:
         width = self.dims.width
-        shape = (rows, self.spec.heads, self.spec.width_of_head(width), self.spec.width_of_value(width))
+        shape = (batch_size, self.spec.heads, self.spec.width_of_head(width), self.spec.width_of_value(width))
         return jnp.zeros(shape, jnp.float32)
 
     def mixed(self, y_BHTe: jax.Array, x_BTD: jax.Array) -> jax.Array:
@@ -216,12 +216,12 @@ class RecurrentModule(StatefulModule):
 
 def _with_whole_rows(x_BTD: jax.Array, context: Context) -> tuple[jax.Array, Context]:
     """The same, no positions of it split over devices."""
-    query = jax.tree.map(lambda x: constrain(x, "rows", None), context.query)
+    query = jax.tree.map(lambda x: constrain(x, "batch", None), context.query)
     coordinate_BT3 = context.coordinate_BT3
     if coordinate_BT3 is not None:
-        coordinate_BT3 = constrain(coordinate_BT3, "rows", None, None)
+        coordinate_BT3 = constrain(coordinate_BT3, "batch", None, None)
     context = dataclasses.replace(context, query=query, coordinate_BT3=coordinate_BT3)
-    return constrain(x_BTD, "rows", None, None), context
+    return constrain(x_BTD, "batch", None, None), context
 
 
 # --- the mask ---------------------------------------------------------------------------------------------------------

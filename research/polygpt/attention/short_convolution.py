@@ -18,10 +18,10 @@ class ShortConvolution(nnx.Module):
         self.kernel = nnx.Param(jax.random.normal(rngs.params(), (width, channels)) * width**-0.5)
         self.bias = nnx.Param(jnp.zeros(channels)) if bias else None
 
-    def empty(self, rows: int, dtype: str) -> tuple[jax.Array, jax.Array]:
+    def empty(self, batch_size: int, dtype: str) -> tuple[jax.Array, jax.Array]:
         """What precedes the first position: (the last W - 1 inputs [B, W-1, E], int32 their segments [B, W-1])."""
         before, channels = self.kernel.shape[0] - 1, self.kernel.shape[1]
-        return jnp.zeros((rows, before, channels), dtype), jnp.zeros((rows, before), jnp.int32)
+        return jnp.zeros((batch_size, before, channels), dtype), jnp.zeros((batch_size, before), jnp.int32)
 
     def __call__(
         self, x_BTE: jax.Array, segment_BT: jax.Array, past: tuple[jax.Array, jax.Array]

@@ -70,5 +70,5 @@ def _mixed(x_BHTS: jax.Array, mixture_HG: jax.Array) -> jax.Array:
     How the scores are split is said on either side: XLA's own choice for the gradient of the mixture, a product summed
     over three axes, is wrong where rows and positions are split (jax 0.10.2 and 0.12).
     """
-    x_BHTS = constrain(x_BHTS, "rows", None, "positions", None)
-    return constrain(jnp.einsum("bhts,hg->bgts", x_BHTS, mixture_HG), "rows", None, "positions", None)
+    x_BHTS = constrain(x_BHTS, "batch", None, "positions", None)
+    return constrain(jnp.einsum("bhts,hg->bgts", x_BHTS, mixture_HG), "batch", None, "positions", None)

@@ -169,7 +169,7 @@ def _within(layout: Layout | None) -> Layout | None:
     if layout is None:
         return None
     rules = dict(layout.spec.rules)
-    rules["rows"] = tuple(axis for axis in rules["rows"] if axis not in rules["stages"])
+    rules["batch"] = tuple(axis for axis in rules["batch"] if axis not in rules["stages"])
     return dataclasses.replace(layout, spec=layout.spec.replace(rules=rules))
 
 
@@ -185,14 +185,14 @@ def _by_stage(x, P: int, R: int):
 
 def _everywhere(x, P: int):
     """[M, b, ...] -> [P, M, b, ...], a copy for each stage: none has to ask another for its part."""
-    return _on_stages(jnp.broadcast_to(x[None], (P, *x.shape)), None, "rows")
+    return _on_stages(jnp.broadcast_to(x[None], (P, *x.shape)), None, "batch")
 
 
 def _skewed(x):
     """[P, M, ...] with microbatch m of stage p at place m + p, so that in an iteration all look at the same place."""
     P, M = x.shape[:2]
     places_PM = (jnp.arange(M)[None, :] - jnp.arange(P)[:, None]) % M
-    return _on_stages(jax.vmap(lambda x, places: x[places])(x, places_PM), None, "rows")
+    return _on_stages(jax.vmap(lambda x, places: x[places])(x, places_PM), None, "batch")
 
 
 def _at(x, place):

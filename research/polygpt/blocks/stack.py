@@ -70,11 +70,11 @@ class StackSpec(Spec):
         period = self.period()
         return tuple(period[layer % len(period)] for layer in range(self.depth))
 
-    def beside(self, base: "StackSpec") -> "StackSpec":
+    def mup_scaled(self, base: "StackSpec") -> "StackSpec":
         """The stack with its attention as muP has it beside the `base` model's: see `Attention.beside`."""
 
         def at(variant, of_base):
-            return variant and variant.beside(self.width, of_base, base.width)
+            return variant and variant.mup_scaled(self.width, of_base, base.width)
 
         pattern = tuple(at(*pair) for pair in zip(self.pattern, base.pattern, strict=True))
         return self.replace(attention=at(self.attention, base.attention), pattern=pattern)
@@ -100,15 +100,15 @@ class StackSpec(Spec):
         """Elements of the feed-forward layers' matrices that a position is not multiplied with, in all blocks."""
         return self.depth * self.mlp.idle(self.width)
 
-    def init_cache(self, rows: int, size: int, dtype: str) -> tuple:
+    def init_cache(self, batch_size: int, size: int, dtype: str) -> tuple:
         """Empty caches for `size` positions: of every block, or scanned, of every block of the pattern, stacked."""
         dims = self.dims(dtype)
         if not self.scan:
-            return tuple(variant.init_cache(dims, rows, size) for variant in self.variants())
+            return tuple(variant.init_cache(dims, batch_size, size) for variant in self.variants())
         times = self.depth // len(self.period())
 
         def stacked(variant):
-            one = variant.init_cache(dims, rows, size)
+            one = variant.init_cache(dims, batch_size, size)
             return jax.tree.map(lambda x: jnp.broadcast_to(x, (times, *x.shape)), one)
 
         return tuple(stacked(variant) for variant in self.period()) if self.depth else ()
@@ -177,9 +177,9 @@ class Stack(nnx.Module):
         if not self.spec.scan:
             reason = "a stage is a run of stacked blocks"
             raise SpecError(f"train.mesh.stage is {schedule.stages}: model.decoder.scan must be true, {reason}")
-        rows = x_BTD.shape[0]
+        batch_size = x_BTD.shape[0]
         # Those of training come out even; an evaluation may have any number, and is filled up.
-        x_BTD, context = _with_rows((x_BTD, context), -rows % schedule.microbatches)
+        x_BTD, context = _with_rows((x_BTD, context), -batch_size % schedule.microbatches)
         schedule.check(self.spec.depth, len(self.spec.period()), x_BTD.shape[0])
         graphdefs, params = self._split()
 
@@ -193,7 +193,7 @@ class Stack(nnx.Module):
 
         policy = KEPT[self.spec.remat] if schedule.repeats > 1 else None
         y_BTD, losses = pipeline(body, params, x_BTD, context, schedule, policy)
-        return y_BTD[:rows], losses
+        return y_BTD[:batch_size], losses
 
     def weights(self, x_BTD: jax.Array, context: Context, chosen_R: jax.Array | None = None) -> dict[int, jax.Array]:
         """By block, the attention weights of the chosen queries, float32 [B, H, R, T]; None means all.

@@ -14,7 +14,7 @@ examples:
   polygpt attention bench polygpt.attention.sliding:SlidingWindow --against polygpt.attention.multi_head:MultiHead
   polygpt attention bench mine.py:Mine --lengths 256,1024,4096 --model_width 512 --heads 8
   polygpt attention bench polygpt.attention.sliding:SlidingWindow --window 1024 --lengths 4096,16384
-  polygpt attention bench mine.py:Mine --window 64 --against mine.py:Mine --against.window 256
+  polygpt attention bench mine.py:Mine --heads 4 --against mine.py:Mine --against.heads 8
 
 Times are medians of interleaved runs, with the fastest and the slowest: compare within one table, not between two. Peak
 memory and moved MB are the compiled program's, without parameters in the former. FLOPs stand twice: by formula, the
@@ -35,7 +35,7 @@ def parser(prog: str, about: str) -> Parser:
     )
     words.add_argument("--lengths", default="256,512,1024,2048", metavar="T,T,...", help="(default: %(default)s)")
     words.add_argument("--model_width", type=int, default=256, metavar="D", help="(default: %(default)s)")
-    words.add_argument("--rows", type=int, default=1, metavar="B", help="(default: %(default)s)")
+    words.add_argument("--batch-size", type=int, default=1, metavar="B", help="(default: %(default)s)")
     words.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="(default: %(default)s)")
     words.add_argument(
         "--picture", metavar="F", help="the picture to draw (default: runs/<names and fields>-bench.png)"
@@ -49,8 +49,10 @@ def run(arguments: Namespace) -> dict:
         lengths = tuple(int(length) for length in arguments.lengths.split(","))
     except ValueError:
         lengths = ()
-    if not lengths or min(lengths) < 2 or min(arguments.model_width, arguments.rows) < 1:
-        raise UserError("attention bench: --lengths takes numbers above 1 like 256,1024; --model_width, --rows above 0")
+    if not lengths or min(lengths) < 2 or min(arguments.model_width, arguments.batch_size) < 1:
+        raise UserError(
+            "attention bench: --lengths takes numbers above 1 like 256,1024; --model_width, --batch-size above 0"
+        )
     specs, remarks = _specs(arguments)
 
     import jax
@@ -62,7 +64,7 @@ def run(arguments: Namespace) -> dict:
     named = variant.picture([arguments.variant, arguments.against], arguments, "bench")
     picture = writable(Path(arguments.picture or named))
     costs, rows = [], []
-    measured = bench.compare(specs, lengths, arguments.model_width, arguments.rows, arguments.dtype)
+    measured = bench.compare(specs, lengths, arguments.model_width, arguments.batch_size, arguments.dtype)
     with Progress("measuring") as progress:
         for done, found in enumerate(measured, start=1):
             costs += found
@@ -77,7 +79,8 @@ def run(arguments: Namespace) -> dict:
     columns = ["T", "pass", "variant", "ms", "fastest to slowest", "first / this", "peak MB", "moved MB"]
     columns += ["FLOPs, formula", "compiled"]
     device = jax.devices()[0].device_kind
-    title = f"width {arguments.model_width}, {arguments.rows} rows, {arguments.dtype}, {device}, jax {jax.__version__}"
+    title = f"width {arguments.model_width}, "
+    title += f"batch size {arguments.batch_size}, {arguments.dtype}, {device}, jax {jax.__version__}"
     print_table(title, columns, rows)
     remarks += bench.doubts(costs)
     print("".join(f"{remark}\n" for remark in remarks), end="")

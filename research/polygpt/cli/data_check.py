@@ -35,7 +35,7 @@ def run(arguments: Namespace) -> dict:
 
     data, tokenizer, adapters = chosen.data, chosen.tokenizer.build(), chosen.model.adapters
     known = {(data.layout, task.source): name for name, task in data.tasks.items()}
-    held_out, lengths = set(), dict.fromkeys(data.tasks, "data.layout.length")
+    held_out, lengths = set(), dict.fromkeys(data.tasks, "data.layout.seq_len")
     with Progress("checking") as progress:
         found = check(data, tokenizer, adapters, progress)
         for name, task in chosen.evaluation.tasks.items():
@@ -44,7 +44,7 @@ def run(arguments: Namespace) -> dict:
                 alone = data.replace(tasks={walked: Task(task.source)}, layout=layout)
                 found |= check(alone, tokenizer, adapters, progress)
                 known[layout, task.source] = walked
-                lengths[walked] = "data.layout.length" if task.length is None else f"evaluation.tasks.{name}.length"
+                lengths[walked] = "data.layout.seq_len" if task.seq_len is None else f"evaluation.tasks.{name}.seq_len"
             held_out.add(known[layout, task.source])
     for findings in found.values():
         for fault in findings.faults:
@@ -88,7 +88,7 @@ def _command(arguments, chosen, found, held_out, lengths, share) -> str | None:
     if not any(len(findings.needs) for findings in found.values()):
         return None
     wanted, left_out = fitting(found, chosen.model.adapters, share, lengths)
-    position, length = chosen.model.decoder.position, wanted.get("data.layout.length", 0)
+    position, length = chosen.model.decoder.position, wanted.get("data.layout.seq_len", 0)
     if position.limit() is not None and length > position.limit() == getattr(position, "length", None):
         wanted["model.decoder.position.length"] = length
     for kind, tasks in (("data", set(chosen.data.tasks)), ("evaluation", held_out)):

@@ -11,7 +11,7 @@ from polygpt.spec import nearest
 EXAMPLES = """\
 examples:
   polygpt model show 1b
-  polygpt model show 1b --decoder.depth 24 --length 4096
+  polygpt model show 1b --decoder.depth 24 --seq-len 4096
   polygpt model show experiments/quickstart.py --model.decoder.width 256 --json"""
 
 LENGTH = 2048
@@ -24,7 +24,7 @@ def parser(prog: str, about: str) -> Parser:
     words.add_argument(
         "model", metavar="FILE|PRESET", help="an experiment's file, or 1m, 10m, 150m, 400m, 1b, 3b, 7b, 32b"
     )
-    words.add_argument("--length", type=int, metavar="T", help=f"row length (default: the experiment's, or {LENGTH})")
+    words.add_argument("--seq-len", type=int, metavar="T", help=f"row length (default: the experiment's, or {LENGTH})")
     return words
 
 
@@ -38,17 +38,17 @@ def _chosen(model: str, changes, options):
     if not model.endswith(".py"):
         raise UserError(f"model show: no preset {model!r}: {nearest(model, PRESETS)}; a file ends in .py")
     loaded = experiment.load(model, changes, options)
-    return loaded, loaded.model, loaded.tokenizer.build().vocabulary, loaded.data.layout.length
+    return loaded, loaded.model, loaded.tokenizer.build().vocabulary, loaded.data.layout.seq_len
 
 
 def run(arguments: Namespace) -> dict:
     """Prints the table; returns it as data."""
     from polygpt.models.describe import describe
 
-    _, model, vocabulary, length = _chosen(arguments.model, arguments.changes, arguments.options)
-    if arguments.length is not None and arguments.length < 1:
-        raise UserError(f"model show: --length is {arguments.length}: it must be positive")
-    found = describe(model, vocabulary, arguments.length or length)
+    _, model, vocabulary, seq_len = _chosen(arguments.model, arguments.changes, arguments.options)
+    if arguments.seq_len is not None and arguments.seq_len < 1:
+        raise UserError(f"model show: --seq-len is {arguments.seq_len}: it must be positive")
+    found = describe(model, vocabulary, arguments.seq_len or seq_len)
     rows = [
         [part.name, f"{part.parameters:,}", figure(part.flops / 1e6) if part.flops else "–", part.unit]
         for part in found.parts
@@ -56,7 +56,7 @@ def run(arguments: Namespace) -> dict:
     rows.append(["all", f"{found.parameters:,}", "", ""])
     active = "" if found.active == found.parameters else f" ({found.active:,} active)"
     title = f"{arguments.model}: {found.parameters:,} parameters{active}, vocabulary {vocabulary:,}"
-    title += f", rows of {found.length:,}"
+    title += f", rows of {found.seq_len:,}"
     print_table(title, ["part", "parameters", "MFLOPs forward", "for one"], rows)
     print(f"one training step: {found.flops_per_token / 1e6:,.1f} MFLOPs a text token (forward and backward)")
     return found.to_json()

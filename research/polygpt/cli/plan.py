@@ -101,7 +101,7 @@ def nothing_found(found, budget: float) -> str:
         more = f"; {counted(late, 'compilation')} did not end in time: or give it {longer}" if late else ""
         return (
             f"of {counted(refused, 'compiled way')} to run none fits, and {len(found.ways)} were predicted: "
-            f"take a larger slice, or fewer rows (--data.rows){more}"
+            f"take a larger slice, or fewer rows (--data.batch_size){more}"
         )
     if late:
         return f"no compilation ended in time, {late} of them stopped: give it {longer}"

@@ -11,7 +11,7 @@ from polygpt.cli.evaluate import add_code
 EXAMPLES = """\
 examples:
   polygpt train experiments/quickstart.py
-  polygpt train experiments/quickstart.py --train.steps 200 --optim.schedule.peak=1e-3
+  polygpt train experiments/quickstart.py --train.steps 200 --optim.schedule.peak_lr=1e-3
   polygpt train experiments/quickstart.py --help
 
 The same command again goes on where a stopped or killed run was. One that a signal stopped exits with 1."""

@@ -12,11 +12,11 @@ from polygpt.errors import UserError
 
 EXAMPLES = """\
 examples:
-  polygpt tune experiments/quickstart.py --knob optim.schedule.peak=log:1e-4:1e-2 --knob model.decoder.depth=int:2:6
-  polygpt tune experiments/quickstart.py --knob optim.clip=log:0.1:10 --trials 40 --workers 4 --pruning median
-  polygpt tune experiments/quickstart.py --knob model.decoder.depth=int:2:6 --against flops    a front, not one best
+  polygpt tune experiments/quickstart.py --dimension optim.schedule.peak_lr=log:1e-4:1e-2
+  polygpt tune experiments/quickstart.py --dimension optim.clip=log:0.1:10 --trials 40 --workers 4 --pruning median
+  polygpt tune experiments/quickstart.py --dimension model.decoder.depth=int:2:6 --against flops    a Pareto front
 
-FILE may also have `def search() -> Search`, which names its knobs. On the command line a knob is
+FILE may also have `def search() -> Search`, which names its dimensions. On the command line a dimension is
 FIELD=float:LOW:HIGH, log:LOW:HIGH, int:LOW:HIGH[:STEP] or choice:A,B,... Any other --name value sets a field of the
 base experiment. The same command resumes a search that was stopped or killed; with a larger --trials it adds trials.
 Several commands may work on one --folder at once."""
@@ -29,7 +29,7 @@ def parser(prog: str, about: str) -> Parser:
     """The verb's arguments."""
     words = Parser(prog, about, EXAMPLES, _fields)
     words.add_argument("file", metavar="FILE", help="a Python file with `def search()`, or `def experiment()`")
-    words.add_argument("--knob", metavar="FIELD=RANGE", action="append", default=[], help="a field and its range")
+    words.add_argument("--dimension", metavar="FIELD=RANGE", action="append", default=[], help="a field and its range")
     words.add_argument("--trials", metavar="N", type=count, help="number of runs in all (default: 20)")
     words.add_argument("--workers", metavar="N", type=count, default=1, help="processes on this machine (default: 1)")
     words.add_argument("--folder", metavar="DIR", help="folder of the search (default: tuned/<experiment name>)")
@@ -79,15 +79,15 @@ def run(arguments: Namespace) -> dict:
 def _search(arguments: Namespace):
     from polygpt.ablation.tune import load_search
 
-    knobs = {}
-    for text in arguments.knob:
+    dimensions = {}
+    for text in arguments.dimension:
         name, equals, values = text.partition("=")
         if not equals:
-            raise UserError(f"--knob {text}: write FIELD=RANGE, such as optim.schedule.peak=log:1e-4:1e-2")
-        knobs[name] = values
+            raise UserError(f"--dimension {text}: write FIELD=RANGE, such as optim.schedule.peak_lr=log:1e-4:1e-2")
+        dimensions[name] = values
     base = _base(arguments.file, arguments.changes, arguments.options)
     settings = {name: value for name in SETTINGS if (value := getattr(arguments, name)) is not None}
-    return load_search(arguments.file, knobs, base, **settings)
+    return load_search(arguments.file, dimensions, base, **settings)
 
 
 def _base(file: str, changes: Mapping[str, str], options: Sequence[str]):

@@ -106,7 +106,7 @@ def fitting(
     for field in dict.fromkeys(lengths[task] for task in known):
         sharing = [task for task in known if lengths[task] == field]
         length, layout = max(bounds[task][0] for task in sharing), known[sharing[0]].layout
-        wanted |= {} if (now := fit.row_length(int(length), layout)) == layout.length else {field: now}
+        wanted |= {} if (now := fit.row_length(int(length), layout)) == layout.seq_len else {field: now}
         within = np.array([max(length, now), *common[1:]])
         left_out |= {task for task in sharing if known[task].records > (known[task].needs <= within).all(axis=1).sum()}
     return wanted, left_out

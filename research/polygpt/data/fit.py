@@ -42,7 +42,7 @@ def need_beyond(example: Example, layout: LayoutSpec, tokenizer: Tokenizer, adap
     try:
         relaxed = {name: _relaxed(name, adapter, example) for name, adapter in adapters.items()}
         watched = {name: Watched(adapter) for name, adapter in relaxed.items()}
-        row = lay_out(example, layout.replace(length=ENDLESS), tokenizer, watched)
+        row = lay_out(example, layout.replace(seq_len=ENDLESS), tokenizer, watched)
     except ValueError:  # a bad record, or an adapter whose fields do not allow it
         return None
     return need(row, {name: adapter.frames for name, adapter in watched.items()}, adapters)
@@ -85,7 +85,7 @@ def row_length(length: int, layout: LayoutSpec) -> int:
     Rows are never shortened where examples are packed, since a long row holds several.
     """
     wanted = math.ceil(length / 8) * 8
-    return wanted if length > layout.length or not layout.packing and wanted < layout.length else layout.length
+    return wanted if length > layout.seq_len or not layout.packing and wanted < layout.seq_len else layout.seq_len
 
 
 def adapter_settings(bounds: Mapping[str, float], adapters: Mapping) -> dict[str, int | float]:

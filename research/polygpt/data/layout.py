@@ -24,7 +24,7 @@ class LayoutSpec(Spec):
     the next token, if the next position is text.
     """
 
-    length: int
+    seq_len: int
     """T, number of positions per row. A longer example is a bad record."""
     fusion: Literal["interleaved", "prefix"] = "interleaved"
     """Whether media stand where the example has them, or all before the text."""
@@ -37,7 +37,7 @@ class LayoutSpec(Spec):
     """Whether several short examples share a row, with no attention between them."""
 
     def validate(self):
-        self.require(self.length >= 2, "length", "at least 2")
+        self.require(self.seq_len >= 2, "seq_len", "at least 2")
 
 
 class MediaCache:
@@ -87,11 +87,11 @@ def lay_out(
         raise BadRecord("empty text", example.place, "no text with a loss weight")
     randomness = (rng, augment if rng is not None else ())
     row = _assemble(example, layout, tokenizer, adapters, *randomness, cache, end=True, prompt_weight=prompt_weight)
-    if len(row) > layout.length:
+    if len(row) > layout.seq_len:
         raise BadRecord(
             "too long",
             example.place,
-            f"{len(row)} positions, a row of the layout has {layout.length}: raise its length",
+            f"{len(row)} positions, a row of the layout has {layout.seq_len}: raise seq_len",
         )
     return row
 
@@ -120,11 +120,11 @@ def prompt_batch(
     for i, parts in enumerate(prompts):
         example = Example(tuple(parts), places[i] if places else f"prompt {i}")
         row = _assemble(example, layout, tokenizer, adapters, None, (), None, end=False)
-        if len(row) > layout.length:
+        if len(row) > layout.seq_len:
             raise BadRecord(
                 "too long",
                 example.place,
-                f"{len(row)} positions, a row of the layout has {layout.length}: raise its length",
+                f"{len(row)} positions, a row of the layout has {layout.seq_len}: raise seq_len",
             )
         rows.append(dataclasses.replace(row, weight=np.zeros_like(row.weight)))
     return collate(rows, max((len(row) for row in rows), default=1), adapters)

@@ -1,13 +1,13 @@
 """The loader: a weighted mixture of tasks as an endless, exactly reproducible stream of batches.
 
-The order of examples (reshuffled every epoch, divided among feeders, mixed by weight) is a function of an index into
-the stream, and so is the augmentation of each example. The state of an iterator is therefore a few integers, and the
-batches do not depend on the number of workers. Grain runs the workers but does not determine the order: its chain of
-map datasets took longer to compute an index than it takes to lay out an example. Packing happens in the training
+The order of examples (reshuffled every epoch, divided among data shards, mixed by weight) is a function of an index
+into the stream, and so is the augmentation of each example. The state of an iterator is therefore a few integers, and
+the batches do not depend on the number of workers. Grain runs the workers but does not determine the order: its chain
+of map datasets took longer to compute an index than it takes to lay out an example. Packing happens in the training
 process.
 
-A feeder is a process, or a group of processes, that reads rows which no other reads: processes that share the sequence
-or the layers of a row are one feeder.
+A data shard is a process, or a group of processes, that reads rows which no other reads: processes that share the
+sequence or the layers of a row are one data shard.
 """
 
 import dataclasses
@@ -17,15 +17,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from polygpt.data.augment import Augment
-from polygpt.data.division import Division
 from polygpt.data.example import Example
 from polygpt.data.layout import LayoutSpec, lay_out
-from polygpt.data.mixture import Order, divide_anew
+from polygpt.data.mixture import Order, reshard
 from polygpt.data.packing import Packer, Row, collate
 from polygpt.data.reading import Groups, LaidOut, read_ahead
+from polygpt.data.resharding import Resharding
 from polygpt.data.sources.base import Source
 from polygpt.data.tokenizers.base import Tokenizer
 from polygpt.errors import BadRecord, SpecError, UserError
+from polygpt.migration import batches_state
 from polygpt.sequence import Batch
 from polygpt.spec import Spec
 
@@ -64,8 +65,8 @@ class DataSpec(Spec):
     """The tasks by name, mixed by weight."""
     layout: LayoutSpec
     """How examples become rows."""
-    rows: int
-    """Rows of the global batch (B), divided among the feeders."""
+    batch_size: int
+    """Rows of the global batch (B), divided among the data shards."""
     workers: int = 0
     """Number of worker processes that decode; 0 decodes in a thread of the training process."""
     cache: int = 512
@@ -78,7 +79,7 @@ class DataSpec(Spec):
 
     def validate(self):
         self.require(len(self.tasks) > 0, "tasks", "at least one task")
-        self.require(self.rows > 0, "rows", "positive")
+        self.require(self.batch_size > 0, "batch_size", "positive")
         self.require(self.workers >= 0, "workers", "0 or above")
         self.require(self.cache >= 0, "cache", "0 or above")
         for name, task in self.tasks.items() if self.layout.prompt_span == "bidirectional" else ():
@@ -95,25 +96,25 @@ def train_batches(
     adapters: Mapping,
     *,
     seed: int,
-    feeder: int = 0,
-    feeders: int = 1,
+    data_shard: int = 0,
+    data_shards: int = 1,
 ) -> "TrainBatches":
-    """An endless iterator over one feeder's rows of the batches, as NumPy arrays.
+    """An endless iterator over one data shard's rows of the batches, as NumPy arrays.
 
     Args:
         data: the training data.
         tokenizer: the tokenizer.
         adapters: the model's adapters, by modality.
         seed: determines the order of examples and their augmentations.
-        feeder, feeders: number of this feeder, and of all feeders.
+        data shard, data shards: number of this data shard, and of all data shards.
 
     Raises:
         UserError: if a source cannot be opened or is empty, the model has no adapter for what an augmentation changes,
-            or the rows cannot be divided among the feeders.
+            or the rows cannot be divided among the data shards.
     """
-    if data.rows % feeders:
+    if data.batch_size % data_shards:
         raise UserError(
-            f"data.rows is {data.rows}: it must be a multiple of the {feeders} feeders "
+            f"data.batch_size is {data.batch_size}: it must be a multiple of the {data_shards} data shards "
             "(processes, or groups of them, that read different rows)"
         )
     for name, task in data.tasks.items():
@@ -122,7 +123,7 @@ def train_batches(
                 has = f"its adapters are {', '.join(adapters)}" if adapters else "it reads text alone"
                 raise UserError(f"task {name!r}: {type(one).__name__} needs an adapter for {one.modality}: {has}")
     examples = {name: open_task(name, task) for name, task in data.tasks.items()}
-    return TrainBatches(data, examples, tokenizer, adapters, seed, feeder, feeders)
+    return TrainBatches(data, examples, tokenizer, adapters, seed, data_shard, data_shards)
 
 
 def open_task(name: str, task: Task) -> Sequence[Example]:
@@ -137,27 +138,27 @@ class TrainBatches(Iterator[Batch]):
     """See `train_batches`.
 
     Attributes:
-        skipped: number of records skipped since training began, by reason. The sum over feeders is that of the run.
+        skipped: number of records skipped since training began, by reason. The sum over data shards is that of the run.
         last_examples: the examples of the last batch, as (task, position in its stream, number of the example), if
             `data.log_examples`; otherwise empty.
     """
 
-    def __init__(self, data, examples, tokenizer, adapters, seed, feeder, feeders):
+    def __init__(self, data, examples, tokenizer, adapters, seed, data_shard, data_shards):
         self.skipped: Counter[str] = Counter()
         self.last_examples: tuple[tuple[str, int, int], ...] = ()
         self._data, self._adapters = data, dict(adapters)
-        self._rows, self._feeder, self._feeders = data.rows // feeders, feeder, feeders
+        self._rows, self._data_shard, self._data_shards = data.batch_size // data_shards, data_shard, data_shards
         self._counts = {name: len(some) for name, some in examples.items()}
         self._order = Order({name: (self._counts[name], task.weight) for name, task in data.tasks.items()}, seed)
         self._laid_out = LaidOut(data, examples, tokenizer, self._adapters, self._order)
-        self._follow(Division(feeders))
+        self._follow(Resharding(data_shards))
         self._next = 0  # index into the stream of the next example
         self._waiting: list[tuple[int, Row]] = []  # (index, row) of examples that the last batch had no room for
         self._stream: Iterator[list[Row | BadRecord]] | None = None
         self._drawn: list[Row | BadRecord] = []  # the rest of the current group, last first
 
     def __next__(self) -> Batch:
-        packer = Packer(self._rows, self._data.layout.length, self._adapters, self._data.layout.packing)
+        packer = Packer(self._rows, self._data.layout.seq_len, self._adapters, self._data.layout.packing)
         lookahead = min(LOOKAHEAD, self._rows)
         packed, waiting, failures = [], [], 0
         for index, row in self._waiting:
@@ -182,51 +183,52 @@ class TrainBatches(Iterator[Batch]):
         return packer.batch()
 
     def get_state(self) -> dict[str, Any]:
-        """The state of this feeder's stream, as JSON data; see `set_state`."""
+        """The state of this data shard's stream, as JSON data; see `set_state`."""
         return {
-            "feeder": self._feeder,
+            "data_shard": self._data_shard,
             "next": self._next,
             "waiting": [index for index, _ in self._waiting],
             "skipped": dict(self.skipped),
             "examples": dict(self._counts),
-            "division": self._order.division.to_json(),
+            "resharding": self._order.resharding.to_json(),
         }
 
     def set_state(self, states: Sequence[dict[str, Any]]) -> None:
-        """Continues where the feeders of a run stopped; bit for bit if their number is the same.
+        """Continues where the data shards of a run stopped; bit for bit if their number is the same.
 
         Otherwise everything that was in no batch yet is divided anew: an epoch still has every example once (except for
         skipped records), and the mixture continues in the same proportions.
 
         Args:
-            states: the result of `get_state` of each feeder after the same step, in any order, with or without
+            states: the result of `get_state` of each data shard after the same step, in any order, with or without
                 duplicates.
 
         Raises:
-            UserError: if the state of a feeder is missing, or the number of examples of a task has changed.
+            UserError: if the state of a data shard is missing, or the number of examples of a task has changed.
             BadRecord: if an example that waits to be packed can no longer be used, unless bad records are skipped.
         """
-        by_feeder = {state["feeder"]: state for state in states}
-        division = Division.from_json(states[0]["division"])
-        missing = sorted(set(range(division.feeders)) - set(by_feeder))
+        states = batches_state(list(states))
+        by_shard = {state["data_shard"]: state for state in states}
+        resharding = Resharding.from_json(states[0]["resharding"])
+        missing = sorted(set(range(resharding.data_shards)) - set(by_shard))
         if missing:
             raise UserError(
-                f"the checkpoint has no state of the data iterator of feeder {', '.join(map(str, missing))} of "
-                f"{division.feeders}: it is incomplete; use another one"
+                f"the checkpoint has no state of the data iterator of data shard {', '.join(map(str, missing))} of "
+                f"{resharding.data_shards}: it is incomplete; use another one"
             )
-        saved = [by_feeder[i] for i in range(division.feeders)]
+        saved = [by_shard[i] for i in range(resharding.data_shards)]
         self._require_same_data(saved[0]["examples"])
         self.close()
-        if division.feeders == self._feeders:
-            state = saved[self._feeder]
+        if resharding.data_shards == self._data_shards:
+            state = saved[self._data_shard]
             following, waiting, skipped = state["next"], state["waiting"], state["skipped"]
         else:
-            orders = [self._order.shard(i, division) for i in range(division.feeders)]
+            orders = [self._order.shard(i, resharding) for i in range(resharding.data_shards)]
             nexts, waiting = [state["next"] for state in saved], [state["waiting"] for state in saved]
-            division = divide_anew(orders, nexts, waiting, self._feeders)
-            following, waiting = division.start, []
-            skipped = sum((Counter(state["skipped"]) for state in saved if self._feeder == 0), Counter())
-        self._follow(division)
+            resharding = reshard(orders, nexts, waiting, self._data_shards)
+            following, waiting = resharding.start, []
+            skipped = sum((Counter(state["skipped"]) for state in saved if self._data_shard == 0), Counter())
+        self._follow(resharding)
         self._next, self.skipped, self._waiting = following, Counter(skipped), []
         for index in waiting:
             row = self._laid_out[index]
@@ -241,10 +243,10 @@ class TrainBatches(Iterator[Batch]):
             self._stream.close()
         self._stream, self._drawn = None, []
 
-    def _follow(self, division: Division) -> None:
-        self._order = self._order.shard(self._feeder, division)
+    def _follow(self, resharding: Resharding) -> None:
+        self._order = self._order.shard(self._data_shard, resharding)
         self._laid_out.order = self._order.shard(
-            self._feeder, division
+            self._data_shard, resharding
         )  # a copy of its own, since another thread reads it
 
     def _require_same_data(self, examples: Mapping[str, int]) -> None:
@@ -276,14 +278,14 @@ class TrainBatches(Iterator[Batch]):
 
 
 def example_batches(
-    examples: Sequence[Example], layout: LayoutSpec, tokenizer: Tokenizer, adapters: Mapping, rows: int
+    examples: Sequence[Example], layout: LayoutSpec, tokenizer: Tokenizer, adapters: Mapping, batch_size: int
 ) -> Iterator[tuple[Batch, list[Example]]]:
     """The examples in order, one per row, for evaluation. The last batch is filled with rows of padding.
 
     Raises:
         BadRecord: if an example cannot be used.
     """
-    for start in range(0, len(examples), rows):
-        some = [examples[i] for i in range(start, min(start + rows, len(examples)))]
+    for start in range(0, len(examples), batch_size):
+        some = [examples[i] for i in range(start, min(start + batch_size, len(examples)))]
         laid_out = [lay_out(example, layout, tokenizer, adapters) for example in some]
-        yield collate(laid_out + [None] * (rows - len(some)), layout.length, adapters), some
+        yield collate(laid_out + [None] * (batch_size - len(some)), layout.seq_len, adapters), some

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from polygpt.data.division import Division
+from polygpt.data.resharding import Resharding
 
 TABLE = 2**16
 """Tasks of up to this many examples are shuffled with a table."""
@@ -19,14 +19,18 @@ class Order:
     """
 
     def __init__(
-        self, tasks: Mapping[str, tuple[int, float]], seed: int, feeder: int = 0, division: Division | None = None
+        self,
+        tasks: Mapping[str, tuple[int, float]],
+        seed: int,
+        data_shard: int = 0,
+        resharding: Resharding | None = None,
     ):
-        """The whole stream, or the stream of one feeder.
+        """The whole stream, or the stream of one data shard.
 
         Args:
             tasks: number of examples and weight of each task.
             seed: seed of the shuffles.
-            feeder, division: whose stream this is. Each task is divided, so all feeders see the same mixture.
+            data shard, resharding: whose stream this is. Each task is divided, so all data shards see the same mixture.
         """
         self.tasks, self.seed = tasks, seed
         total = sum(weight for _, weight in tasks.values())
@@ -36,19 +40,19 @@ class Order:
             name: [int(word) for word in np.random.SeedSequence([seed, zlib.crc32(name.encode())]).generate_state(2)]
             for name in tasks
         }
-        self.feeder, self.division = feeder, division or Division()
-        self._before = self._turns(self.division.start)
+        self.data_shard, self.resharding = data_shard, resharding or Resharding()
+        self._before = self._turns(self.resharding.start)
         self._epochs: dict[str, tuple[int, Shuffled]] = {}  # the current epoch of each task
 
-    def shard(self, feeder: int, division: Division) -> "Order":
-        """The stream of one feeder."""
-        return Order(self.tasks, self.seed, feeder, division)
+    def shard(self, data_shard: int, resharding: Resharding) -> "Order":
+        """The stream of one data shard."""
+        return Order(self.tasks, self.seed, data_shard, resharding)
 
     def __getitem__(self, index: int) -> tuple[str, int, int]:
         """(task, position in the endless stream of the task, number of the example)."""
         name, turn = self._turn(index)
-        nth = (turn - self._before[name]) * self.division.feeders + self.feeder
-        position = self.division.position(name, nth)
+        nth = (turn - self._before[name]) * self.resharding.data_shards + self.data_shard
+        position = self.resharding.position(name, nth)
         size = self.tasks[name][0]
         epoch, i = divmod(position, size)
         at, numbers = self._epochs.get(name, (-1, None))
@@ -58,7 +62,7 @@ class Order:
         return name, position, numbers[i]
 
     def drawn(self, index: int) -> dict[str, int]:
-        """Number of examples of each task that this division has dealt out before an index."""
+        """Number of examples of each task that this resharding has dealt out before an index."""
         return {name: turn - self._before[name] for name, turn in self._turns(index).items()}
 
     def _turns(self, index: int) -> dict[str, int]:
@@ -87,33 +91,35 @@ class Order:
         return np.random.default_rng([*self.entropy[name], position])
 
 
-def divide_anew(
-    orders: Sequence[Order], following: Sequence[int], waiting: Sequence[Sequence[int]], feeders: int
-) -> Division:
-    """The division among a different number of feeders that continues an earlier one.
+def reshard(
+    orders: Sequence[Order], following: Sequence[int], waiting: Sequence[Sequence[int]], data_shards: int
+) -> Resharding:
+    """The resharding among a different number of data shards that continues an earlier one.
 
     Args:
-        orders: the orders of all feeders of the earlier division.
-        following: the index that each feeder would have drawn next.
-        waiting: the indices that each feeder has drawn but not yet put into a batch.
-        feeders: the new number of feeders.
+        orders: the orders of all data shards of the earlier resharding.
+        following: the index that each data shard would have drawn next.
+        waiting: the indices that each data shard has drawn but not yet put into a batch.
+        data_shards: the new number of data shards.
 
     Returns:
-        The new division. It depends only on the arguments, so all processes compute the same one.
+        The new resharding. It depends only on the arguments, so all processes compute the same one.
     """
-    old = orders[0].division
+    old = orders[0].resharding
     drawn = [order.drawn(index) for order, index in zip(orders, following, strict=True)]
     kept = [order[index][:2] for order, indices in zip(orders, waiting, strict=True) for index in indices]
     frontier, left = {}, {}
     for task in orders[0].tasks:
         known = len(old.left.get(task, ()))
-        lasts = ((turns[task] - 1) * old.feeders + i for i, turns in enumerate(drawn) if turns[task])
+        lasts = ((turns[task] - 1) * old.data_shards + i for i, turns in enumerate(drawn) if turns[task])
         dealt = max(known, 1 + max(lasts, default=-1))
-        undrawn = (n for i, turns in enumerate(drawn) for n in range(turns[task] * old.feeders + i, dealt, old.feeders))
+        undrawn = (
+            n for i, turns in enumerate(drawn) for n in range(turns[task] * old.data_shards + i, dealt, old.data_shards)
+        )
         positions = [old.position(task, n) for n in undrawn] + [position for name, position in kept if name == task]
         frontier[task] = old.frontier.get(task, 0) + dealt - known
         left[task] = np.array(sorted(positions), np.int64)
-    return Division(feeders, max(following), frontier, left)
+    return Resharding(data_shards, max(following), frontier, left)
 
 
 class Shuffled:

@@ -1,6 +1,6 @@
 """Rows: examples laid out, packed several to a row, and padded to a batch.
 
-A row has t positions before it is padded to T = `length`. Axis letters are those of `polygpt.sequence`.
+A row has t positions before it is padded to T = `seq_len`. Axis letters are those of `polygpt.sequence`.
 """
 
 import dataclasses
@@ -66,19 +66,19 @@ def pack(rows: Sequence[Row], adapters: Mapping) -> Row:
     return Row(**{**joined, "slot": np.concatenate(slots), "segment": np.concatenate(segments)}, media=media)
 
 
-def collate(rows: Sequence[Row], length: int, adapters: Mapping) -> Batch:
-    """Pads rows to a batch [len(rows), length]; None stands for a row of padding.
+def collate(rows: Sequence[Row], seq_len: int, adapters: Mapping) -> Batch:
+    """Pads rows to a batch [len(rows), seq_len]; None stands for a row of padding.
 
     Args:
-        rows: of at most `length` positions and at most `items` items per modality each.
-        length: T.
+        rows: of at most `seq_len` positions and at most `items` items per modality each.
+        seq_len: T.
         adapters: the model's adapters by name, in its order; `features.shape` and `items` are used.
     """
     B = len(rows)
-    arrays = {name: np.zeros((B, length), np.int32) for name in POSITION_ARRAYS}
-    arrays["modality"] = np.full((B, length), PADDING, np.int8)
-    arrays["weight"] = np.zeros((B, length), np.float32)
-    arrays["coordinate"] = np.zeros((B, length, 3), np.int32)
+    arrays = {name: np.zeros((B, seq_len), np.int32) for name in POSITION_ARRAYS}
+    arrays["modality"] = np.full((B, seq_len), PADDING, np.int8)
+    arrays["weight"] = np.zeros((B, seq_len), np.float32)
+    arrays["coordinate"] = np.zeros((B, seq_len, 3), np.int32)
     media = {
         name: Media(np.zeros((B, a.items, *a.features.shape), np.float32), np.zeros((B, a.items), np.int32))
         for name, a in adapters.items()
@@ -102,13 +102,13 @@ class Packer:
     takes `rows` examples of any lengths: at worst each gets a row of its own.
     """
 
-    def __init__(self, rows: int, length: int, adapters: Mapping, packing: bool):
+    def __init__(self, batch_size: int, seq_len: int, adapters: Mapping, packing: bool):
         """Args: packing: whether a row may hold more than one example."""
-        self.adapters, self.length, self.packing = adapters, length, packing
+        self.adapters, self.seq_len, self.packing = adapters, seq_len, packing
         self.items = {name: adapter.items for name, adapter in adapters.items()}
-        self.rows: list[list[Row]] = [[] for _ in range(rows)]
-        self.positions = [0] * rows
-        self.used = [dict.fromkeys(adapters, 0) for _ in range(rows)]
+        self.rows: list[list[Row]] = [[] for _ in range(batch_size)]
+        self.positions = [0] * batch_size
+        self.used = [dict.fromkeys(adapters, 0) for _ in range(batch_size)]
 
     @property
     def closed(self) -> bool:
@@ -118,7 +118,7 @@ class Packer:
     def add(self, row: Row) -> bool:
         """Adds an example. Returns False if no row has room."""
         for b, within in enumerate(self.rows):
-            if within and not self.packing or self.positions[b] + len(row) > self.length:
+            if within and not self.packing or self.positions[b] + len(row) > self.seq_len:
                 continue
             used = self.used[b]
             if any(used[name] + len(items) > self.items[name] for name, items in row.media.items()):
@@ -133,4 +133,4 @@ class Packer:
     def batch(self) -> Batch:
         """The rows, packed and padded."""
         packed = [pack(within, self.adapters) if within else None for within in self.rows]
-        return collate(packed, self.length, self.adapters)
+        return collate(packed, self.seq_len, self.adapters)

@@ -10,7 +10,7 @@ from polygpt.overrides import replaced
 
 def layout_of(task: EvalTask, layout: LayoutSpec) -> LayoutSpec:
     """How a task's examples become rows, given how those of training do."""
-    return layout if task.length is None else layout.replace(length=task.length)
+    return layout if task.seq_len is None else layout.replace(seq_len=task.seq_len)
 
 
 def model_of(name: str, task: EvalTask, model: Model) -> Model:
@@ -36,11 +36,11 @@ def check(name: str, task: EvalTask, spec: ModelSpec, layout: LayoutSpec) -> Non
         limit = replaced(spec, task.model).decoder.position.limit()
     except SpecError as error:
         raise _of(name, error) from None
-    length = layout_of(task, layout).length
+    length = layout_of(task, layout).seq_len
     if limit is not None and length > limit:
         raise SpecError(
             f"evaluation task {name!r} has rows of {length} positions, and its decoder.position knows {limit}: lower "
-            "its length, or let the model know as many"
+            "its seq_len, or let the model know as many"
         )
 
 

@@ -37,8 +37,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measures a model on held-out tasks. The same inputs give the same figures.
 
-    All batches have the shape [spec.rows, layout.length], so the loss is compiled once for all tasks and all calls; for
-    tasks of another length, or of a changed model, once more for each of these.
+    All batches have the shape [spec.batch_size, layout.seq_len], so the loss is compiled once for all tasks and all
+    calls; for tasks of another length, or of a changed model, once more for each of these.
 
     Args:
         model: the bound model.
@@ -67,7 +67,7 @@ def evaluate(
     """
     cache = MediaCache(512) if cache is None else cache
     progress = progress or (lambda *_: None)
-    trained = _Reader(model, params, tokenizer, adapters, layout, spec.rows, cache, progress, proceed)
+    trained = _Reader(model, params, tokenizer, adapters, layout, spec.batch_size, cache, progress, proceed)
     tasks, gains, pooled = {}, {}, {}
 
     def measure(name: str, task: EvalTask) -> None:
@@ -108,7 +108,7 @@ class _Reader:
     tokenizer: Any
     adapters: Mapping
     layout: LayoutSpec
-    rows: int
+    batch_size: int
     cache: MediaCache
     progress: Progress
     proceed: Callable[[], None]
@@ -147,7 +147,7 @@ class _Reader:
         return indices, Likelihoods.join(scores)[np.argsort(order)]
 
     def _packer(self) -> Packer:
-        return Packer(self.rows, self.layout.length, self.adapters, self.layout.packing)
+        return Packer(self.batch_size, self.layout.seq_len, self.adapters, self.layout.packing)
 
     def _score(self, packer: Packer, waiting: dict[int, int], order: list[int], scores: list[Likelihoods]) -> None:
         self.proceed()
@@ -196,7 +196,7 @@ def _judge(name: str, task: EvalTask, spec: EvaluationSpec, examples: list[Examp
     reader.progress(f"{name}: answers", 0, len(examples))
     prompts = [example.prompt for example in examples]
     given = (reader.model, reader.params, reader.tokenizer, prompts, reader.layout, spec.sampling)
-    answers = [written.text for written in generate(*given, rows=spec.rows, proceed=reader.proceed)]
+    answers = [written.text for written in generate(*given, batch_size=spec.batch_size, proceed=reader.proceed)]
     reader.progress(f"{name}: answers", len(examples), len(examples))
     truths = [example.answer for example in examples]
     return {key: value for metric in task.metrics for key, value in metric(answers, truths).items()}

@@ -25,8 +25,8 @@ class EvalTask(Spec):
     """Whether the model also writes each example's answer, which is compared with the truth by `metrics`."""
     metrics: tuple[Metric, ...] = (Classification(),)
     """What is measured of the written answers."""
-    length: int | None = None
-    """T of its rows; null for that of training, `data.layout.length`."""
+    seq_len: int | None = None
+    """T of its rows; null for that of training, `data.layout.seq_len`."""
     model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """What is changed of the trained model, by the dotted names of the model's fields: {"decoder.attention": ...}. The
     parameters stay what they are, so their names and shapes must be those of the changed model too."""
@@ -36,7 +36,7 @@ class EvalTask(Spec):
     @property
     def as_trained(self) -> bool:
         """Whether it measures the model as it was trained: rows of that length, no changes, all tokens."""
-        return self.length is None and not self.model and self.last is None
+        return self.seq_len is None and not self.model and self.last is None
 
     def measures(self) -> dict[str, Measure]:
         """What can be measured of it, by name and in the order of tables: its metrics' figures, then likelihoods."""
@@ -44,7 +44,7 @@ class EvalTask(Spec):
 
     def validate(self):
         self.require(self.limit is None or self.limit >= 1, "limit", "at least 1, or null for all examples")
-        self.require(self.length is None or self.length >= 2, "length", "at least 2, or null for that of training")
+        self.require(self.seq_len is None or self.seq_len >= 2, "seq_len", "at least 2, or null for that of training")
         self.require(self.last is None or self.last >= 1, "last", "at least 1, or null for all tokens")
         self.require(
             bool(self.metrics) or not self.generate, "metrics", "at least one metric where answers are generated"
@@ -57,7 +57,7 @@ class EvaluationSpec(Spec):
 
     tasks: Mapping[str, EvalTask] = dataclasses.field(default_factory=dict)
     """The tasks by name."""
-    rows: int = 32
+    batch_size: int = 32
     """How many examples are read at a time."""
     modality_gain: bool = True
     """Whether the modality gain of every task with media is measured: one more pass for each of its modalities."""
@@ -106,6 +106,6 @@ class EvaluationSpec(Spec):
         )
 
     def validate(self):
-        self.require(self.rows >= 1, "rows", "at least 1")
+        self.require(self.batch_size >= 1, "batch_size", "at least 1")
         self.require(self.resamples >= 2000, "resamples", "at least 2000")
         self.require(self.seed >= 0, "seed", "at least 0")

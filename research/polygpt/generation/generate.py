@@ -47,7 +47,7 @@ def generate(
     layout: LayoutSpec,
     sampling: Sampling,
     *,
-    rows: int = 32,
+    batch_size: int = 32,
     indices: Sequence[int] | None = None,
     proceed: Callable[[], None] = lambda: None,
 ) -> list[Generated]:
@@ -58,7 +58,7 @@ def generate(
         params: its parameters.
         tokenizer: the tokenizer it was trained with.
         prompts: texts and media in reading order.
-        layout: how rows were made in training; prompt and text together have at most `layout.length` positions.
+        layout: how rows were made in training; prompt and text together have at most `layout.seq_len` positions.
         sampling: how tokens are chosen and when to stop.
         rows: how many prompts are read at a time.
         indices: the prompts' numbers, by which each has its own randomness; 0, 1, ... by default.
@@ -68,7 +68,7 @@ def generate(
         UserError: for a prompt that is empty, too long, or has media that the model does not read, naming its number.
     """
     indices = range(len(prompts)) if indices is None else indices
-    rows = bucket(min(rows, len(prompts)), 1)
+    rows = bucket(min(batch_size, len(prompts)), 1)
     every = STOP_EVERY if sampling.stop else sampling.max_tokens
     results = []
     for start in range(0, len(prompts), rows):
@@ -157,4 +157,4 @@ def _settled(text: str, stops: Sequence[str]) -> str:
 def _bound(model, layout: LayoutSpec) -> int:
     """How many positions a prompt and its continuation have at most."""
     limit = model.spec.decoder.position.limit()
-    return layout.length if limit is None else min(layout.length, limit)
+    return layout.seq_len if limit is None else min(layout.seq_len, limit)

@@ -12,15 +12,15 @@ def bucket(n: int, least: int) -> int:
     return 1 << (max(n, least) - 1).bit_length()
 
 
-def pad(batch: Batch, rows: int, length: int) -> Batch:
-    """The batch with padding rows up to `rows` and padding positions up to `length`; NumPy arrays.
+def pad(batch: Batch, batch_size: int, seq_len: int) -> Batch:
+    """The batch with padding rows up to `batch_size` and padding positions up to `seq_len`; NumPy arrays.
 
     Of the media only as many items are kept as some row uses, to the next power of two: unused ones cost as much.
     """
 
     def grow(array, value=0, axes=1):
         array = np.asarray(array)
-        widths = [(0, rows - array.shape[0]), (0, length - array.shape[1])][:axes]
+        widths = [(0, batch_size - array.shape[0]), (0, seq_len - array.shape[1])][:axes]
         return np.pad(array, widths + [(0, 0)] * (array.ndim - axes), constant_values=value)
 
     arrays = {f.name: getattr(batch, f.name) for f in dataclasses.fields(Batch) if f.name != "media"}

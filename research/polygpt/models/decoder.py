@@ -60,11 +60,11 @@ def metadata(batch: Batch, cursor: jax.Array | int) -> Meta:
     return Meta(index_BT, batch.position_BT, batch.segment_BT, batch.span_BT, batch.modality_BT.astype(jnp.int32))
 
 
-def init_cache(spec: DecoderSpec, rows: int, size: int, dtype: str) -> Cache:
+def init_cache(spec: DecoderSpec, batch_size: int, size: int, dtype: str) -> Cache:
     """An empty cache of `size` positions."""
     # An array for each field: a shared one could not be donated.
-    seen = Meta(*(jnp.zeros((rows, size), jnp.int32) for _ in range(5)))
-    return Cache(spec.init_cache(rows, size, dtype), seen, jnp.zeros((), jnp.int32))
+    seen = Meta(*(jnp.zeros((batch_size, size), jnp.int32) for _ in range(5)))
+    return Cache(spec.init_cache(batch_size, size, dtype), seen, jnp.zeros((), jnp.int32))
 
 
 class Decoder(Stack):

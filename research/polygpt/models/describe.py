@@ -34,7 +34,7 @@ class Description:
 
     parts: tuple[Part, ...]
     vocabulary: int
-    length: int
+    seq_len: int
 
     @property
     def parameters(self) -> int:
@@ -58,23 +58,23 @@ class Description:
             "active": self.active,
             "flops_per_token": self.flops_per_token,
             "vocabulary": self.vocabulary,
-            "length": self.length,
+            "seq_len": self.seq_len,
             "parts": [dataclasses.asdict(part) for part in self.parts],
         }
 
 
-def describe(spec: ModelSpec, vocabulary: int, length: int) -> Description:
+def describe(spec: ModelSpec, vocabulary: int, seq_len: int) -> Description:
     """Counts a model. Nothing is allocated.
 
     FLOPs: a matrix of n parameters costs 2 n a position, that of an expert which the position did not choose nothing;
-    scores and weighted values cost 2 d each for every head and key that a position sees, which is (length + 1) / 2 keys
-    on average in the causal decoder and all of an item in a tower (Kaplan et al., 2001.08361, table 1, with the causal
-    half left out). Norms, biases, activations and table look-ups are not counted.
+    scores and weighted values cost 2 d each for every head and key that a position sees, which is (seq_len + 1) / 2
+    keys on average in the causal decoder and all of an item in a tower (Kaplan et al., 2001.08361, table 1, with the
+    causal half left out). Norms, biases, activations and table look-ups are not counted.
 
     Args:
         spec: the model.
         vocabulary: V.
-        length: T, the row length at which the decoder's attention is counted.
+        seq_len: T, the row length at which the decoder's attention is counted.
     """
     shapes = {path: leaf.shape for path, leaf in paths(bind(spec, vocabulary).abstract()).items()}
 
@@ -104,9 +104,9 @@ def describe(spec: ModelSpec, vocabulary: int, length: int) -> Description:
         parts.append(part("connector", 0, "item"))  # its FLOPs are counted with the items of each adapter
     if spec.adapters:
         parts.append(part("modality", 0, "token"))
-    scores = decoder.causal_score_flops(length)
+    scores = decoder.causal_score_flops(seq_len)
     matrices = 2 * (kernels("decoder/") - decoder.idle())
     parts.append(part("decoder", matrices + round(scores), "token", decoder.idle()))
     if not decoder.tied:
         parts.append(part("head", head, "token"))
-    return Description(tuple(parts), vocabulary, length)
+    return Description(tuple(parts), vocabulary, seq_len)

@@ -127,9 +127,9 @@ class Model:
             hidden_BTD, _, losses = module.hidden(batch, key=key)
             return Outputs(module.logits(hidden_BTD), hidden_BTD, losses)
 
-    def init_cache(self, rows: int, size: int) -> Cache:
-        """An empty cache for `rows` rows of at most `size` positions."""
-        return init_cache(self.spec.decoder, rows, size, self.spec.dtype)
+    def init_cache(self, batch_size: int, size: int) -> Cache:
+        """An empty cache for `batch_size` rows of at most `size` positions."""
+        return init_cache(self.spec.decoder, batch_size, size, self.spec.dtype)
 
     def decode(
         self, params: Params, batch: Batch, cache: Cache, last_B: jax.Array | None = None

@@ -53,7 +53,7 @@ class ModelSpec(Spec):
 def _beside(value, base):
     """`value` with all its stacks of blocks as muP has them beside those of `base`."""
     if isinstance(value, StackSpec):
-        return value.beside(base)
+        return value.mup_scaled(base)
     if isinstance(value, Mapping):
         return {name: _beside(item, base[name]) for name, item in value.items()}
     if not isinstance(value, Spec):
@@ -96,7 +96,7 @@ class MultimodalModel(nnx.Module):
             if self.connector is not None:
                 embedded_BNPD = self.connector(embedded_BNPD)
             embedded_BNPD += self.modality[name][...].astype(embedded_BNPD.dtype)[None, None, None]
-            media[name] = constrain(embedded_BNPD, "rows", None, None, "features")  # a row takes from all its media
+            media[name] = constrain(embedded_BNPD, "batch", None, None, "features")  # a row takes from all its media
         return constrain(scatter_media(self.text(batch.tokens_BT), batch, media), *RESIDUAL), losses
 
     def hidden(

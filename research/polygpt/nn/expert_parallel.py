@@ -22,12 +22,12 @@ Kernels = tuple[jax.Array, jax.Array, jax.Array]
 
 def at_rows(x_BECD: jax.Array) -> jax.Array:
     """Every device has all experts' buffers of its own rows; places are split as positions are."""
-    return _buffers(x_BECD, "rows", None, "positions", None)
+    return _buffers(x_BECD, "batch", None, "positions", None)
 
 
 def at_experts(x_BECD: jax.Array, features: str | None = None) -> jax.Array:
     """Every device has its own experts' buffers of the rows of all that share them."""
-    return _buffers(x_BECD, "rows", "experts", "positions", features)
+    return _buffers(x_BECD, "batch", "experts", "positions", features)
 
 
 def _buffers(x_BECD, *logical):
@@ -50,7 +50,7 @@ def dropless(
     layout = active()
     if layout is None:
         return _sorted(x_BTD, choice, kernels, function)
-    rows, positions, _ = layout.axes(("rows", "positions", None), x_BTD.shape)
+    rows, positions, _ = layout.axes(("batch", "positions", None), x_BTD.shape)
     at_home = PartitionSpec(rows, positions, None)
     experts, _, hidden = layout.axes(("experts", None, "hidden"), kernels[0].shape)
     inward, outward = PartitionSpec(experts, None, hidden), PartitionSpec(experts, hidden, None)

@@ -113,7 +113,7 @@ class _Mixture(nnx.Module):
         `context.training`."""
         spec, query = self.spec, context.query
         real_BT = query.segment > 0
-        logits_BTE = constrain(self.router(x_BTD), "rows", "positions", None)
+        logits_BTE = constrain(self.router(x_BTD), "batch", "positions", None)
         options = {"top_k": spec.top_k, "normalize": spec.normalize, "groups": spec.groups, "balance": spec.balance}
         choice, losses = route(logits_BTE, real_BT, query.modality, **options)
         x_BTD = x_BTD.astype(self.dtype)
@@ -137,10 +137,10 @@ class _Mixture(nnx.Module):
 
         def function(x_BECD):
             y_BECD = self._apply(kernels, at_experts(at_rows(x_BECD)), inward, outward)
-            return constrain(at_rows(y_BECD), "rows", None, None, None)
+            return constrain(at_rows(y_BECD), "batch", None, None, None)
 
         # The places of a row are counted from its beginning: its positions have to be together.
-        x_BTD, choice = jax.tree.map(lambda x: constrain(x, "rows", None, None), (x_BTD, choice))
+        x_BTD, choice = jax.tree.map(lambda x: constrain(x, "batch", None, None), (x_BTD, choice))
         places = self.spec.places(x_BTD.shape[1])
         y_BTD, dropped = through_buffers(x_BTD, choice, self.spec.experts, places, function)
         return y_BTD.astype(self.dtype), dropped

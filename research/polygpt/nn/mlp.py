@@ -15,7 +15,7 @@ Activation = Literal["gelu", "gelu_tanh", "relu", "silu", "sigmoid", "identity"]
 
 INWARD, OUTWARD = ("width", "hidden"), ("hidden", "width")
 """The axes of the kernels of a feed-forward layer."""
-HIDDEN = ("rows", "positions", "hidden")
+HIDDEN = ("batch", "positions", "hidden")
 """The axes of what lies between them."""
 
 _ACTIVATIONS: dict[str, Callable] = {

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from polygpt.errors import SpecError
-from polygpt.nn.rotary import Scaling, frequencies, turn
+from polygpt.nn.rotary import Scaling, apply_rope, frequencies
 from polygpt.sharding import constrain
 from polygpt.spec import Spec
 
@@ -117,7 +117,7 @@ class Rope(Position):
         pairs = round(self.fraction * width / 2)
         self.require(pairs >= 1, "fraction", f"large enough for two of {width} channels")
         angle_BTf = self.angles(position_BT, coordinate_BT3, pairs)
-        return turn(x_BHTd, angle_BTf, 1.0 if self.scaling is None else self.scaling.temperature())
+        return apply_rope(x_BHTd, angle_BTf, 1.0 if self.scaling is None else self.scaling.temperature())
 
     def angles(self, position_BT: jax.Array, coordinate_BT3: jax.Array | None, pairs: int) -> jax.Array:
         """By how many radians each pair of channels turns, float32 [B, T, pairs]."""

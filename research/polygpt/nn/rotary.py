@@ -17,7 +17,7 @@ def frequencies(base: float, pairs: int) -> jax.Array:
     return base ** (-jnp.arange(pairs, dtype=jnp.float32) / pairs)
 
 
-def turn(x_BHTd: jax.Array, angle_BTf: jax.Array, factor: float = 1.0) -> jax.Array:
+def apply_rope(x_BHTd: jax.Array, angle_BTf: jax.Array, factor: float = 1.0) -> jax.Array:
     """The first 2 f channels turned, channel i with i + f by `angle_BTf[..., i]`, and multiplied by `factor`.
 
     Channels beyond 2 f stay as they are.

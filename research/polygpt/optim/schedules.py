@@ -18,13 +18,13 @@ from polygpt.spec import Spec
 class Schedule(Spec):
     """Base of all schedules. A new one defines `after_warmup`."""
 
-    peak: float
+    peak_lr: float
     """The highest learning rate, reached at the end of the warm-up."""
     warmup: int = 0
     """Steps of linear warm-up; all of a run that is shorter."""
 
     def validate(self):
-        self.require(self.peak >= 0, "peak", "at least 0")
+        self.require(self.peak_lr >= 0, "peak_lr", "at least 0")
         self.require(self.warmup >= 0, "warmup", "at least 0")
 
     def after_warmup(self, steps: int) -> optax.Schedule:
@@ -36,7 +36,7 @@ class Schedule(Spec):
         after = self.after_warmup(max(steps - self.warmup, 1))
         if not self.warmup:
             return after
-        return optax.join_schedules([lambda t: self.peak * (t + 1) / self.warmup, after], [self.warmup])
+        return optax.join_schedules([lambda t: self.peak_lr * (t + 1) / self.warmup, after], [self.warmup])
 
 
 def extended(schedule: Schedule, first: int, steps: int, rewarm: int | None) -> optax.Schedule:
@@ -62,7 +62,7 @@ class Constant(Schedule):
     """peak."""
 
     def after_warmup(self, steps: int) -> optax.Schedule:
-        return optax.constant_schedule(self.peak)
+        return optax.constant_schedule(self.peak_lr)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +82,7 @@ class WarmupCosine(Decaying):
     """peak * (final + (1 - final) * (1 + cos(pi t / n)) / 2)."""
 
     def after_warmup(self, steps: int) -> optax.Schedule:
-        return optax.cosine_decay_schedule(self.peak, steps, alpha=self.final)
+        return optax.cosine_decay_schedule(self.peak_lr, steps, alpha=self.final)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +90,7 @@ class WarmupLinear(Decaying):
     """peak * (1 - (1 - final) * t / n)."""
 
     def after_warmup(self, steps: int) -> optax.Schedule:
-        return optax.linear_schedule(self.peak, self.peak * self.final, steps)
+        return optax.linear_schedule(self.peak_lr, self.peak_lr * self.final, steps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +102,7 @@ class WarmupExponential(Decaying):
         self.require(self.final > 0, "final", "above 0")
 
     def after_warmup(self, steps: int) -> optax.Schedule:
-        return optax.exponential_decay(self.peak, steps, self.final, end_value=self.peak * self.final)
+        return optax.exponential_decay(self.peak_lr, steps, self.final, end_value=self.peak_lr * self.final)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,12 +125,12 @@ class WSD(Decaying):
     def build(self, steps: int) -> optax.Schedule:
         start = max(steps - max(round(self.decay * steps), 1), self.warmup)
         fall = max(steps - start, 1)
-        stable = Constant(self.peak, self.warmup).build(steps)
+        stable = Constant(self.peak_lr, self.warmup).build(steps)
 
         def down(t):
             x = jnp.clip(t / fall, 0.0, 1.0)
             share = 1 - (jnp.sqrt(x) if self.shape == "sqrt" else x)
-            return self.peak * (self.final + (1 - self.final) * share)
+            return self.peak_lr * (self.final + (1 - self.final) * share)
 
         return optax.join_schedules([stable, down], [start])
 
@@ -168,7 +168,7 @@ class SGDR(Schedule):
             t = jnp.minimum(t, starts[-1] - 1)
             cycle = jnp.searchsorted(starts, t, side="right") - 1
             begin, end = jnp.asarray(starts)[cycle], jnp.asarray(starts)[cycle + 1]
-            low, high = self.peak * self.final, self.peak * self.shrink**cycle
+            low, high = self.peak_lr * self.final, self.peak_lr * self.shrink**cycle
             return low + (high - low) * (1 + jnp.cos(jnp.pi * (t - begin) / (end - begin))) / 2
 
         return rate

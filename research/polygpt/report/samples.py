@@ -150,12 +150,12 @@ def _attention(run):
             row = lay_out(written, layout, run.tokenizer, adapters)
         except BadRecord:  # the answer fills the row to its end
             return {}
-        batch = collate([row], layout.length, adapters)
+        batch = collate([row], layout.seq_len, adapters)
         predicted = predictions(batch)
         chosen_R = np.zeros(_rounded(len(predicted)), np.int32)
         chosen_R[: len(predicted)] = predicted
         found = heads_averaged(run.params, batch, chosen_R)
-        nothing_RT = np.full((len(chosen_R), layout.length), np.nan, np.float32)
+        nothing_RT = np.full((len(chosen_R), layout.seq_len), np.nan, np.float32)
         weights_LRT = np.stack([found.get(layer, nothing_RT) for layer in range(run.model.spec.decoder.depth)])
         return maps(weights_LRT, batch, answer, run.tokenizer, {n: a.positions for n, a in adapters.items()})
 
@@ -164,7 +164,7 @@ def _attention(run):
 
     if not adapters:
         return without()
-    empty = collate([None], layout.length, adapters)
+    empty = collate([None], layout.seq_len, adapters)
     most = _rounded(run.experiment.evaluation.sampling.max_tokens + 1)
     shapes = jax.eval_shape(run.model.attention, run.model.abstract(), empty, np.zeros(most, np.int32))
     if not shapes:

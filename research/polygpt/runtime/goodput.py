@@ -29,7 +29,7 @@ CATEGORIES = {
     "restart": "starting up again",
     "down": "not running",
     "lost": "going back",
-    "other": "telling sinks",
+    "other": "telling loggers",
 }
 """What time is counted as, and what the loop is doing meanwhile."""
 LOST = ("productive", "input_wait", "checkpoint", "evaluation", "other")

@@ -50,7 +50,7 @@ def choose(
     gradient: int,
     memory: int,
     devices: int,
-    rows: int,
+    batch_size: int,
     accumulate: int,
     lengths: Sequence[int],
     heads: int,
@@ -63,7 +63,7 @@ def choose(
         gradient: bytes of a gradient.
         memory: bytes per device.
         devices: number of devices.
-        rows: global batch size.
+        batch_size: global batch size.
         accumulate: number of microbatches.
         lengths: positions per row: of training, then of held-out tasks that have their own.
         heads: what tensor parallelism has to divide.
@@ -76,18 +76,21 @@ def choose(
         return Choice("single", MeshSpec(), None)
     need = state + gradient
     for used in range(devices, 0 if spare else devices - 1, -1):
-        if (split := _split(used, rows, accumulate, lengths, heads)) is not None:
+        if (split := _split(used, batch_size, accumulate, lengths, heads)) is not None:
             break
     else:
         raise UserError(
-            f"train.parallel auto: data.rows {rows}, rows of {lengths[0]} positions and {heads} heads do not divide "
-            f"over {devices} devices: make data.rows a multiple of {devices * accumulate}, or set train.mesh"
+            f"train.parallel auto: data.batch_size {batch_size}, rows of {lengths[0]} positions "
+            f"and {heads} heads do not divide "
+            f"over {devices} devices: make data.batch_size a multiple of {devices * accumulate}, or set train.mesh"
         )
     sizes, parts, why = split
     idle = devices - used
     if idle:
         verb = "is" if idle == 1 else "are"
-        why += f" ({idle} of {devices} {verb} idle: make data.rows a multiple of {devices * accumulate} to use all)"
+        why += (
+            f" ({idle} of {devices} {verb} idle: make data.batch_size a multiple of {devices * accumulate} to use all)"
+        )
     if used == 1:
         return Choice("single", MeshSpec(), why)
     takes = f"state and gradient take {_size(need)} and a device has {_size(memory)}"
@@ -102,11 +105,13 @@ def choose(
 
 
 def _split(
-    devices: int, rows: int, accumulate: int, lengths: Sequence[int], heads: int
+    devices: int, batch_size: int, accumulate: int, lengths: Sequence[int], heads: int
 ) -> tuple[dict[str, int], int, str] | None:
     """Sizes of the tensor and sequence axes, parts of the batch, and that in words; None if devices would idle."""
-    parts = max((n for n in range(1, devices + 1) if devices % n == 0 and rows % (n * accumulate) == 0), default=1)
-    rest, why = devices // parts, f"{rows} rows over {counted(parts, 'device')}"
+    parts = max(
+        (n for n in range(1, devices + 1) if devices % n == 0 and batch_size % (n * accumulate) == 0), default=1
+    )
+    rest, why = devices // parts, f"{batch_size} rows over {counted(parts, 'device')}"
     if rest == 1:
         return {"tensor": 1, "sequence": 1}, parts, why
     if all(length % rest == 0 for length in lengths) and lengths[0] >= ROW * rest:

@@ -9,36 +9,38 @@ from pathlib import Path
 import jax
 
 from polygpt.runtime import processes
+from polygpt.training.loggers import Silent, truncate
 from polygpt.training.parallel import Parallel
-from polygpt.training.sinks import Silent, truncate
 
 
 def example_log(workdir: Path, parallel: Parallel, step: int) -> "ExampleLog | None":
-    """The log of this process's feeder; None where another process of that feeder writes it. All processes call it."""
-    feeders = processes.gather("feeders", str(parallel.feeder))
-    if feeders.index(str(parallel.feeder)) != jax.process_index():
+    """The log of this process's data shard; None where another process of that data shard writes it. All processes call
+    it."""
+    data_shards = processes.gather("data_shards", str(parallel.data_shard))
+    if data_shards.index(str(parallel.data_shard)) != jax.process_index():
         return None
-    return ExampleLog(workdir, parallel.feeder, parallel.feeders, step)
+    return ExampleLog(workdir, parallel.data_shard, parallel.data_shards, step)
 
 
 class ExampleLog(Silent):
-    """`examples-<feeder>.jsonl` in the run folder, a file for each feeder: all of them together name every example.
+    """`examples-<data_shard>.jsonl` in the run folder, a file for each data shard: all of them together name every
+    example.
 
     Lines: {"step": 10, "examples": [["task", position in the task's stream, number of the example], ...]}.
 
     Args:
         workdir: the run folder.
-        feeder, feeders: which feeder this is, and of how many. One process of each writes.
-        step: the run continues after this step: what later lines an interrupted run left are removed, those of feeders
-            that are no more by feeder 0.
+        data shard, data shards: which data shard this is, and of how many. One process of each writes.
+        step: the run continues after this step: what later lines an interrupted run left are removed, those of data
+            shards that are no more by data shard 0.
     """
 
-    def __init__(self, workdir: Path, feeder: int, feeders: int, step: int):
-        self._path = workdir / f"examples-{feeder}.jsonl"
-        if feeder == 0:
+    def __init__(self, workdir: Path, data_shard: int, data_shards: int, step: int):
+        self._path = workdir / f"examples-{data_shard}.jsonl"
+        if data_shard == 0:
             for path in workdir.glob("examples-*.jsonl"):
                 number = re.fullmatch(r"examples-(\d+)\.jsonl", path.name)
-                if number and int(number[1]) >= feeders:
+                if number and int(number[1]) >= data_shards:
                     truncate(path, step)
         self._open(step)
 

@@ -122,8 +122,8 @@ class Experiment(Spec):
         self._validate_metric()
         limit = self.model.decoder.position.limit()
         self.data.layout.require(
-            limit is None or self.data.layout.length <= limit,
-            "length",
+            limit is None or self.data.layout.seq_len <= limit,
+            "seq_len",
             f"at most {limit}, the number of positions that model.decoder.position knows",
         )
         for name, task in self.evaluation.tasks.items():

@@ -16,7 +16,7 @@ from polygpt.runtime.interruption import Interruption
 from polygpt.runtime.storage import storage_faults
 from polygpt.runtime.watchdog import Watchdog
 from polygpt.training.experiment import Experiment
-from polygpt.training.sinks import JsonLines, Sink, TensorBoard, Terminal
+from polygpt.training.loggers import JsonLines, Logger, TensorBoard, Terminal
 from polygpt.training.trainer import Outcome, Trainer
 from polygpt.training.workdir import Code, local, require_same, with_code
 
@@ -24,7 +24,7 @@ from polygpt.training.workdir import Code, local, require_same, with_code
 def train(
     experiment: Experiment,
     workdir: str | Path,
-    sinks: Callable[[Path, int, int], list[Sink]] | None = None,
+    loggers: Callable[[Path, int, int], list[Logger]] | None = None,
     begun: float | None = None,
     code: Code = "run",
 ) -> Outcome:
@@ -33,8 +33,8 @@ def train(
     Args:
         experiment: what to do.
         workdir: the run folder; made if it does not exist.
-        sinks: from (workdir, step begun from, steps) to the sinks; by default terminal, JSON lines and TensorBoard. Of
-            several processes only the first has any.
+        loggers: from (workdir, step begun from, steps) to the loggers; by default terminal, JSON lines and TensorBoard.
+            Of several processes only the first has any.
         begun: when the work for this call began, in seconds since 1970, to be counted as starting up; now by default.
         code: whether a run that is resumed keeps the user's classes that it began with, from its own copies of their
             files, or takes those of the files as they are now.
@@ -56,7 +56,7 @@ def train(
             stack.enter_context(watchdog)
         require_same(workdir, experiment)
         experiment = with_code(workdir, experiment, code)
-        trainer = Trainer(experiment, workdir, sinks or default_sinks, interruption, clock, watchdog, stack)
+        trainer = Trainer(experiment, workdir, loggers or default_loggers, interruption, clock, watchdog, stack)
         try:
             outcome = trainer.run()
         except UserError:
@@ -67,6 +67,6 @@ def train(
     return outcome
 
 
-def default_sinks(workdir: Path, step: int, steps: int) -> list[Sink]:
+def default_loggers(workdir: Path, step: int, steps: int) -> list[Logger]:
     """Those of the command line."""
     return [Terminal(step, steps), JsonLines(workdir, step), TensorBoard(workdir, step)]

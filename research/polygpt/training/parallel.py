@@ -29,9 +29,9 @@ class Parallel:
         mode: its name.
         devices: those that take part.
         rows: how many parts the rows are split into.
-        feeders: how many groups of processes read rows of their own: processes whose devices hold the same rows read
-            the same.
-        feeder: which of them this process belongs to.
+        data_shards: how many groups of processes read rows of their own: processes whose devices hold the same rows
+            read the same.
+        data_shard: which of them this process belongs to.
         layout: the mesh, where the mode is "sharded".
         axes: the names of the parameters' axes, `Model.axes()`.
     """
@@ -39,8 +39,8 @@ class Parallel:
     mode: Mode
     devices: tuple[jax.Device, ...]
     rows: int
-    feeders: int
-    feeder: int
+    data_shards: int
+    data_shard: int
     layout: Layout | None
     axes: Any
 
@@ -101,12 +101,12 @@ class Parallel:
         return jax.tree.map(joined, state)
 
     def put(self, batch: Batch) -> Batch:
-        """A batch of this feeder's rows, of NumPy arrays, to where the step wants it."""
+        """A batch of this data shard's rows, of NumPy arrays, to where the step wants it."""
         if self.mode == "single":
             return jax.device_put(batch, self.devices[0])
         if self.mode == "pmap":
             # [devices, rows of each, ...]: those of this process's devices are here.
-            local = self.rows // self.feeders
+            local = self.rows // self.data_shards
             split = jax.tree.map(lambda x: x.reshape(local, -1, *x.shape[1:]), batch)
             return jax.tree.map(lambda x: jax.make_array_from_process_local_data(self._over_rows(AXIS), x), split)
         return jax.tree.map(self._put_rows, batch)
@@ -116,12 +116,12 @@ class Parallel:
         layout = self.layout
 
         def put(x):
-            place = layout.place(("rows", *[None] * (x.ndim - 1)), x.shape)
+            place = layout.place(("batch", *[None] * (x.ndim - 1)), x.shape)
             return jax.make_array_from_callback(x.shape, place, lambda index: x[index])
 
         return jax.tree.map(put, batch)
 
-    def check(self, rows: int, length: int, accumulate: int) -> None:
+    def check(self, batch_size: int, seq_len: int, accumulate: int) -> None:
         """Raises UserError unless rows, and the positions of each, can be split over the devices and microbatches."""
         parts = self.rows
         cut = f"split over {counted(parts, 'device')}, {counted(accumulate, 'microbatch', 'microbatches')}"
@@ -129,23 +129,23 @@ class Parallel:
             microbatches = self.layout.spec.microbatches or stages
             parts = rows_unit(self.layout.spec.rules, self.layout.mesh.shape, microbatches)
             cut = f"{cut}, {microbatches} of the pipeline"
-        if rows % (parts * accumulate):
-            raise UserError(f"data.rows is {rows}: it must be a multiple of {parts * accumulate} ({cut})")
-        self.check_length(length, "data.layout.length")
+        if batch_size % (parts * accumulate):
+            raise UserError(f"data.batch_size is {batch_size}: it must be a multiple of {parts * accumulate} ({cut})")
+        self.check_seq_len(seq_len, "data.layout.seq_len")
 
-    def check_length(self, length: int, field: str) -> None:
+    def check_seq_len(self, seq_len: int, field: str) -> None:
         """Raises UserError, naming the field, unless rows of so many positions can be split over the devices."""
-        if self.layout and length % (size := self.layout.size("positions")):
-            raise UserError(f"{field} is {length}: it must be a multiple of {size}, by train.mesh.sequence")
+        if self.layout and seq_len % (size := self.layout.size("positions")):
+            raise UserError(f"{field} is {seq_len}: it must be a multiple of {size}, by train.mesh.sequence")
 
     def _over_rows(self, axis) -> NamedSharding:
         spec = PartitionSpec(axis) if axis else PartitionSpec()
         return NamedSharding(Mesh(np.asarray(self.devices), (AXIS,)), spec)
 
     def _put_rows(self, x: np.ndarray) -> jax.Array:
-        shape = (x.shape[0] * self.feeders, *x.shape[1:])
-        place = self.layout.place(("rows", *[None] * (x.ndim - 1)), shape)
-        if self.feeders == 1:
+        shape = (x.shape[0] * self.data_shards, *x.shape[1:])
+        place = self.layout.place(("batch", *[None] * (x.ndim - 1)), shape)
+        if self.data_shards == 1:
             return jax.make_array_from_callback(shape, place, lambda index: x[index])
         size = shape[0] // self.rows
         mine = _blocks_by_process(self.layout)[jax.process_index()]
@@ -178,13 +178,13 @@ def build(mode: Mode, axes: Any, mesh: MeshSpec | None = None, devices: list | N
         return Parallel(mode, devices, len(devices), len(processes), jax.process_index(), None, axes)
     layout = sharding.arrange(mesh or MeshSpec(), devices)
     groups = sorted({blocks for blocks in _blocks_by_process(layout).values()})
-    if sum(map(len, groups)) != layout.size("rows"):
+    if sum(map(len, groups)) != layout.size("batch"):
         raise UserError(
             f"train.mesh ({layout.about()}) gives processes rows that overlap in part: let data and fsdp be multiples "
             "of the processes, or divide them"
         )
     here = _blocks_by_process(layout).get(jax.process_index(), groups[0])  # planned devices are of no process
-    return Parallel(mode, devices, layout.size("rows"), len(groups), groups.index(here), layout, axes)
+    return Parallel(mode, devices, layout.size("batch"), len(groups), groups.index(here), layout, axes)
 
 
 def require_many(mode: str, processes: int) -> None:
@@ -225,8 +225,8 @@ def _keys(path) -> tuple[str, ...]:
 
 def _blocks_by_process(layout: Layout) -> dict[int, tuple[int, ...]]:
     """By process, which parts of the rows its devices hold."""
-    parts = layout.size("rows")
+    parts = layout.size("batch")
     held: dict[int, set[int]] = {}
-    for device, (index,) in layout.place(("rows",), (parts,)).devices_indices_map((parts,)).items():
+    for device, (index,) in layout.place(("batch",), (parts,)).devices_indices_map((parts,)).items():
         held.setdefault(device.process_index, set()).add(index.start or 0)
     return {process: tuple(sorted(blocks)) for process, blocks in held.items()}

@@ -12,7 +12,7 @@ from polygpt.training.experiment import Experiment, TrainSpec
 
 
 def pretraining(
-    name: str, *, length: int, rows: int, steps: int, peak: float, mesh: MeshSpec | None = None
+    name: str, *, seq_len: int, batch_size: int, steps: int, peak_lr: float, mesh: MeshSpec | None = None
 ) -> Experiment:
     """An experiment with the preset called `name`.
 
@@ -21,10 +21,10 @@ def pretraining(
 
     Args:
         name: of the preset.
-        length: T, positions of a row.
-        rows: B of the global batch.
+        seq_len: T, positions of a row.
+        batch_size: B of the global batch.
         steps: batches.
-        peak: the learning rate after warm-up.
+        peak_lr: the learning rate after warm-up.
         mesh: how devices are arranged; by default that is chosen automatically.
     """
     size = preset(name)
@@ -35,7 +35,7 @@ def pretraining(
         name=name,
         model=size.model(),
         tokenizer=Bytes(multiple=1 if size.vocabulary == BYTES else size.vocabulary),
-        data=DataSpec(tasks, LayoutSpec(length), rows),
-        optim=Optim(WarmupCosine(peak, warmup=min(2000, steps // 10))),
+        data=DataSpec(tasks, LayoutSpec(seq_len), batch_size),
+        optim=Optim(WarmupCosine(peak_lr, warmup=min(2000, steps // 10))),
         train=TrainSpec(steps, "auto" if mesh is None else "sharded", mesh or MeshSpec()),
     )

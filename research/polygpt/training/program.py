@@ -123,19 +123,19 @@ def assemble(
             gradient=automatic.bytes_of(shapes),
             memory=memory or automatic.memory_of_all(),
             devices=len(devices),
-            rows=experiment.data.rows,
+            batch_size=experiment.data.batch_size,
             accumulate=optim.accumulate,
-            lengths=(layout.length, *(task.length for task in experiment.evaluation.tasks.values() if task.length)),
+            lengths=(layout.seq_len, *(task.seq_len for task in experiment.evaluation.tasks.values() if task.seq_len)),
             heads=getattr(experiment.model.decoder.attention, "heads", 1),
             spare=spare,
         )
         mode, mesh, reason = choice.mode, choice.mesh, f"train.parallel auto: {choice.mode}: {choice.reason}"
         devices = devices[: choice.devices]
     runs = parallel.build(mode, model.axes(), mesh, devices)
-    runs.check(experiment.data.rows, layout.length, optim.accumulate)
+    runs.check(experiment.data.batch_size, layout.seq_len, optim.accumulate)
     for name, task in experiment.evaluation.tasks.items():
         conditions.model_of(name, task, model)  # what cannot be evaluated is refused before it is trained
-        runs.check_length(task.length or layout.length, f"evaluation.tasks.{name}.length")
+        runs.check_seq_len(task.seq_len or layout.seq_len, f"evaluation.tasks.{name}.seq_len")
     notes = ()
     if runs.layout:
         _require_splits(runs.layout, shapes, model.axes())

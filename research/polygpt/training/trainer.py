@@ -26,15 +26,15 @@ from polygpt.runtime.checkpoint import Checkpoints
 from polygpt.runtime.goodput import INTERVAL, Goodput
 from polygpt.runtime.interruption import Interrupted, Interruption
 from polygpt.runtime.watchdog import Watchdog
-from polygpt.training import feeders, resuming
+from polygpt.training import data_shards, resuming
 from polygpt.training.example_log import example_log
 from polygpt.training.experiment import Experiment
 from polygpt.training.held_out import Standing, measure
-from polygpt.training.pace import Pace
+from polygpt.training.loggers import Logger
 from polygpt.training.prefetch import Fed, Prefetch
 from polygpt.training.program import assemble
-from polygpt.training.sinks import Sink
 from polygpt.training.spikes import Rewinds, Rewound
+from polygpt.training.throughput import Throughput
 from polygpt.training.workdir import claim
 
 
@@ -59,7 +59,7 @@ class Trainer:
     Args:
         experiment: what to do.
         workdir: the run folder.
-        sinks: see `loop.train`.
+        loggers: see `loop.train`.
         interruption: tells when to stop early.
         clock: counts where the time goes.
         watchdog: is told of every step.
@@ -70,7 +70,7 @@ class Trainer:
         self,
         experiment: Experiment,
         workdir: Path,
-        sinks: Callable[[Path, int, int], list[Sink]],
+        loggers: Callable[[Path, int, int], list[Logger]],
         interruption: Interruption,
         clock: Goodput,
         watchdog: Watchdog,
@@ -85,7 +85,7 @@ class Trainer:
             lambda params: jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(params)]))
         )
         self.batches = self._train_batches()
-        feeders.require_same_data(self.batches.get_state()["examples"], experiment.evaluation)
+        data_shards.require_same_data(self.batches.get_state()["examples"], experiment.evaluation)
         require_prompts(experiment.evaluation)
         claim(workdir, experiment, stack)  # not before: a setting or a source that is at fault leaves no folder behind
         self.goodput.open()
@@ -105,19 +105,19 @@ class Trainer:
             if data is not None and self.done:
                 given = workdir, self.done, self._finished(), data["config"]
                 print(*resuming.about(experiment, *given), sep="\n", file=sys.stderr)
-        self.sinks = sinks(workdir, self.done, self.spec.steps) if first else []
+        self.loggers = loggers(workdir, self.done, self.spec.steps) if first else []
         self.example_log = example_log(workdir, self.parallel, self.done) if experiment.data.log_examples else None
         if self.example_log:
-            self.sinks.append(self.example_log)
-        for sink in self.sinks:
-            stack.callback(sink.close)
+            self.loggers.append(self.example_log)
+        for logger in self.loggers:
+            stack.callback(logger.close)
         self.checked = False  # whether a batch was, in full
         self.feed = self._prefetch()
         stack.callback(lambda: self.feed.close())
         self.pending: tuple[int, Fed, dict[str, jax.Array]] | None = None
         self.step: Callable | None = None  # compiled, once there is a batch to compile it for
         self.begun = 0  # steps that this process has sent to its devices, and batches of evaluations
-        self.pace = Pace(self.parallel.feeders)
+        self.throughput = Throughput(self.parallel.data_shards)
 
     def run(self) -> Outcome:
         """Trains up to the last step, or until it is stopped."""
@@ -138,7 +138,7 @@ class Trainer:
             self.checkpoints.wait()
         finished = self._finished()
         self.goodput.end(self.done, finished)
-        skipped = feeders.skipped(self.place)
+        skipped = data_shards.skipped(self.place)
         if skipped and jax.process_index() == 0:
             counts = ", ".join(f"{reason} {count}" for reason, count in sorted(skipped.items()))
             print(f"records left out: {counts}", file=sys.stderr)
@@ -154,7 +154,7 @@ class Trainer:
             fed = self.feed.take(lambda: jax.process_count() == 1 and self.interruption.requested)
         if fed is None:
             return
-        self.pace.waited(fed.waited)
+        self.throughput.waited(fed.waited)
         doing = self.goodput.doing("productive") if self.step else self._compiling()
         with doing, jax.transfer_guard("disallow"):  # what the step needs is on the device: else there is a mistake
             if self.step is None:
@@ -179,25 +179,25 @@ class Trainer:
             improved = evaluating and self._evaluate()
             if saving or improved:
                 self._save()
-            self.pace.restart()
+            self.throughput.restart()
 
     def _settle(self) -> None:
-        """Fetches the metrics of the pending step and gives them to the sinks."""
+        """Fetches the metrics of the pending step and gives them to the loggers."""
         if self.pending is None:
             return
         (step, fed, metrics), self.pending = self.pending, None
         with self.goodput.doing("productive"):
             metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        self.pace.finished(fed)
+        self.throughput.finished(fed)
         self.watchdog.finished(step)
         self.rewinds.see(step, fed.state, metrics)
         if self.example_log:
             self.example_log.examples(step, fed.examples)
         if step % self.spec.log_every == 0 or step == self.spec.steps:
             self._tell("metrics", step, metrics)
-            if timing := self.pace.timing():
+            if timing := self.throughput.timing():
                 self._tell("timing", step, timing)
-            self.pace.restart()
+            self.throughput.restart()
         self._tell("step", step, metrics["loss"])
         self.goodput.record(step, least=INTERVAL)
         if metrics["skipped_in_row"] >= self.spec.max_nonfinite:
@@ -224,13 +224,13 @@ class Trainer:
             due = (step - 1) // self.spec.checkpoint.every * self.spec.checkpoint.every
             self._restore(before=due + 1)
             self.rewinds.end(int(self.state.window.spikes))
-            self.batches.set_state(feeders.everywhere(place))
+            self.batches.set_state(data_shards.everywhere(place))
             self.place, self.feed = place, self._prefetch()
         self.goodput.back(self.done)
         self._tell("rewind", self.done, step)
         if self.standing.owed:
             self._make_up()
-        self.pace.restart()
+        self.throughput.restart()
 
     def _evaluate(self) -> bool:
         """Measures the run's metric; True if it is the best so far.
@@ -268,20 +268,20 @@ class Trainer:
         self._evaluate()
         if not self.standing.owed:
             with self._doing("checkpoint"):
-                for sink in self.sinks:
-                    sink.flush()
+                for logger in self.loggers:
+                    logger.flush()
                 self.checkpoints.measured(self.done, self.metric)
 
     def _save(self) -> None:
         with self._doing("checkpoint"):
-            for sink in self.sinks:
-                sink.flush()  # before the checkpoint: what it restores must find its lines
+            for logger in self.loggers:
+                logger.flush()  # before the checkpoint: what it restores must find its lines
             self.checkpoints.save(
                 self.parallel.of_all(self.state),
                 metric=self.metric,
                 finite=bool(self.all_finite((self.state.params, self.state.ema))),
                 data={
-                    "batches": feeders.everywhere(self.place),
+                    "batches": data_shards.everywhere(self.place),
                     "standing": dataclasses.asdict(self.standing),
                     "rewound": dataclasses.asdict(self.rewinds.undone),
                     "config": spec.to_json(self.experiment),
@@ -305,8 +305,8 @@ class Trainer:
             self.tokenizer,
             self.experiment.model.adapters,
             seed=self.experiment.seed,
-            feeder=self.parallel.feeder,
-            feeders=self.parallel.feeders,
+            data_shard=self.parallel.data_shard,
+            data_shards=self.parallel.data_shards,
         )
 
     def _prefetch(self) -> Prefetch:
@@ -335,8 +335,8 @@ class Trainer:
         self._tell("compiling", self.done + 1, self.goodput.now() - begin)
 
     def _tell(self, what: str, step: int, value: Any) -> None:
-        for sink in self.sinks:
-            getattr(sink, what)(step, value)
+        for logger in self.loggers:
+            getattr(logger, what)(step, value)
 
     def _check(self, batch: sequence.Batch) -> None:
         """All of the first batch; of the others the ids, which a device would clip without a word."""

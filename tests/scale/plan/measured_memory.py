@@ -33,8 +33,10 @@ def experiment(remat: str, **mesh: int) -> Experiment:
     """A text model of some millions of parameters: large enough for the noise of the system to be small."""
     return Experiment(
         name="measured",
-        data=DataSpec({"text": Task(Embedded("text"))}, LayoutSpec(length=256), rows=64 if remat == "none" else 192),
-        optim=Optim(WarmupCosine(peak=1e-3, warmup=10)),
+        data=DataSpec(
+            {"text": Task(Embedded("text"))}, LayoutSpec(seq_len=256), batch_size=64 if remat == "none" else 192
+        ),
+        optim=Optim(WarmupCosine(peak_lr=1e-3, warmup=10)),
         train=TrainSpec(steps=10, parallel="sharded", mesh=MeshSpec(**mesh)),
         model=ModelSpec(DecoderSpec(256, 4, MultiHead(heads=4), remat=remat)),
     )

@@ -36,8 +36,8 @@ def experiment(mlp=GATED, remat="none") -> Experiment:
     """A text model of which everything can be counted by hand."""
     return Experiment(
         name="counted",
-        data=DataSpec({"text": Task(Embedded("text"))}, LayoutSpec(length=T), rows=B),
-        optim=Optim(WarmupCosine(peak=1e-3, warmup=10)),
+        data=DataSpec({"text": Task(Embedded("text"))}, LayoutSpec(seq_len=T), batch_size=B),
+        optim=Optim(WarmupCosine(peak_lr=1e-3, warmup=10)),
         train=TrainSpec(steps=10),
         model=ModelSpec(DecoderSpec(D, L, MultiHead(heads=2), mlp, remat=remat)),
     )

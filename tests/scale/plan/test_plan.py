@@ -69,7 +69,7 @@ def test_a_pipeline_is_predicted_as_well_as_a_mesh_without(hasty):
     hasty()
     here, base = target("v5e:2x4"), tiny.experiment()
     decoder = base.model.decoder.replace(depth=8, remat="dots")
-    base = base.replace(data=base.data.replace(rows=64), model=base.model.replace(decoder=decoder))
+    base = base.replace(data=base.data.replace(batch_size=64), model=base.model.replace(decoder=decoder))
     meshes = (
         MeshSpec(data=1, fsdp=8),
         MeshSpec(data=1, fsdp=2, stage=4, microbatches=8),
@@ -148,7 +148,9 @@ def test_of_a_program_that_does_not_fit_the_nearest_changes_are_ways_to_run(monk
     """However it ran: three sets of changes, the smallest first, each of which this very slice can run."""
     on, spec = target("v5e:2x4"), MeshSpec(**mesh) if parallel == "sharded" else MeshSpec()
     chosen = tiny.experiment()
-    chosen = chosen.replace(data=chosen.data.replace(rows=64), train=chosen.train.replace(parallel=parallel, mesh=spec))
+    chosen = chosen.replace(
+        data=chosen.data.replace(batch_size=64), train=chosen.train.replace(parallel=parallel, mesh=spec)
+    )
     monkeypatch.setattr(search, "plan_apart", lambda experiment, on, limit: {
         "memory": dict.fromkeys(("temporaries", "padding", "output", "program", "total"), 1e6) | {"fits": True},
         "roofline": None,

@@ -14,7 +14,7 @@ THEN = {
     "on": "v5e:2x2",
     "slices": 1,
     "file": str(TINY),
-    "changes": {"data.rows": "16"},
+    "changes": {"data.batch_size": "16"},
     "memory": {"total": 1000},
     "collective_bytes": 100,
     "kernels": {"flex_forward": {}, "flex_backward_key": {}},
@@ -37,7 +37,7 @@ def test_what_grew_and_kernels_that_are_gone_are_named(tmp_path, monkeypatch, ca
     path.write_text(json.dumps(THEN))
 
     def planned(experiment, on, limit):
-        asked.append((experiment.data.rows, on.name))
+        asked.append((experiment.data.batch_size, on.name))
         return THEN | {"compile_seconds": 1.0} | now
 
     monkeypatch.setattr(check, "plan_apart", planned)

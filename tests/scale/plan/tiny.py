@@ -19,8 +19,8 @@ def experiment() -> Experiment:
     """The whole run."""
     return Experiment(
         name="tiny",
-        data=DataSpec({"text": Task(Embedded("text"))}, LayoutSpec(length=512), rows=8),
-        optim=Optim(WarmupCosine(peak=1e-3, warmup=10)),
+        data=DataSpec({"text": Task(Embedded("text"))}, LayoutSpec(seq_len=512), batch_size=8),
+        optim=Optim(WarmupCosine(peak_lr=1e-3, warmup=10)),
         train=TrainSpec(steps=10, parallel="sharded", mesh=MeshSpec(data=1, fsdp=-1, tensor=2)),
         model=ModelSpec(DecoderSpec(256, 2, MultiHead(heads=2)), dtype="bfloat16"),
     )

@@ -1,4 +1,4 @@
-"""The pictures of a search: its history, what every knob does to the metric, how much each matters, the front."""
+"""The pictures of a search: its history, what every dimension does to the metric, how much each matters, the front."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -58,16 +58,16 @@ def history(summary: Summary, path: Path) -> None:
 
 
 def slices(summary: Summary, path: Path) -> None:
-    """The metric against each knob; later trials are darker."""
+    """The metric against each dimension; later trials are darker."""
     search = summary.search
     complete = [trial for trial in summary.trials if trial["objectives"]]
     metric = [trial["objectives"][search.metric] for trial in complete]
-    rows = math.ceil(len(search.knobs) / ACROSS)
-    across = min(ACROSS, len(search.knobs))
+    rows = math.ceil(len(search.dimensions) / ACROSS)
+    across = min(ACROSS, len(search.dimensions))
     figure = Figure(figsize=(3.2 * across, 2.8 * rows), layout="constrained")
     every = figure.subplots(rows, across, squeeze=False, sharey=True).flatten()
     best = set(summary.best)
-    for axes, (name, knob) in zip(every, search.knobs.items(), strict=False):
+    for axes, (name, dimension) in zip(every, search.dimensions.items(), strict=False):
         x = _values(search, complete, name)
         shade = [trial["number"] for trial in complete]
         axes.scatter(
@@ -75,15 +75,15 @@ def slices(summary: Summary, path: Path) -> None:
         )
         chosen = [(a, b) for a, b, trial in zip(x, metric, complete, strict=True) if trial["number"] in best]
         axes.scatter(*zip(*chosen, strict=True), s=70, facecolors="none", edgecolors=RED)
-        if isinstance(knob, Choice):
-            axes.set_xticks(range(len(knob.names())), knob.names(), rotation=30, ha="right", fontsize=7)
-        elif knob.log:
+        if isinstance(dimension, Choice):
+            axes.set_xticks(range(len(dimension.names())), dimension.names(), rotation=30, ha="right", fontsize=7)
+        elif dimension.log:
             axes.set_xscale("log")
-        elif isinstance(knob, Int):
+        elif isinstance(dimension, Int):
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel(name, fontsize=8)
         _bounded(axes, metric, search)
-    for axes in every[len(search.knobs) :]:
+    for axes in every[len(search.dimensions) :]:
         axes.set_axis_off()
     for axes in every[::across]:
         axes.set_ylabel(search.metric)
@@ -91,9 +91,9 @@ def slices(summary: Summary, path: Path) -> None:
 
 
 def importance(summary: Summary, path: Path) -> None:
-    """The share of each knob, by each evaluator."""
+    """The share of each dimension, by each evaluator."""
     first = next(iter(summary.importance.values()))
-    names = sorted(summary.search.knobs, key=lambda name: first.get(name, 0.0))
+    names = sorted(summary.search.dimensions, key=lambda name: first.get(name, 0.0))
     figure = Figure(figsize=(6, 1.2 + 0.4 * len(names)), layout="constrained")
     axes = figure.subplots()
     height = 0.8 / len(summary.importance)
@@ -101,7 +101,7 @@ def importance(summary: Summary, path: Path) -> None:
         y = np.arange(len(names)) + (0.5 - i) * height
         axes.barh(y, [shares.get(name, 0.0) for name in names], height, color=(BLUE, PALE)[i], label=evaluator)
     axes.set_yticks(range(len(names)), names, fontsize=8)
-    axes.set(xlim=(0, 1), title="importance of each knob")
+    axes.set(xlim=(0, 1), title="importance of each dimension")
     axes.legend(fontsize=7, frameon=False, loc="lower right")
     figure.savefig(path, dpi=150)
 
@@ -129,9 +129,9 @@ def front(summary: Summary, path: Path) -> None:
 
 
 def _values(search: Search, trials: Sequence[Mapping[str, Any]], name: str) -> list[Any]:
-    """Of each trial the value of a knob: a number, or the place of its option among the options."""
-    knob = search.knobs[name]
-    order = {option: i for i, option in enumerate(knob.names())} if isinstance(knob, Choice) else None
+    """Of each trial the value of a dimension: a number, or the place of its option among the options."""
+    dimension = search.dimensions[name]
+    order = {option: i for i, option in enumerate(dimension.names())} if isinstance(dimension, Choice) else None
     return [order[trial["values"][name]] if order else trial["values"][name] for trial in trials]
 
 

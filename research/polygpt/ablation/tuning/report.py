@@ -27,16 +27,16 @@ def write(summary: Summary, folder: Path) -> Path:
 
 
 def tables(summary: Summary) -> list[tuple[str, list[str], list[list[str]]]]:
-    """(title, columns, rows): the best trials, and the importance of knobs."""
-    knobs = list(summary.search.knobs)
-    columns = ["trial", *objectives(summary.search), *knobs]
-    rows = [[str(trial["number"]), *_figures(trial, knobs)] for trial in map(summary.trial, summary.best)]
+    """(title, columns, rows): the best trials, and the importance of dimensions."""
+    dimensions = list(summary.search.dimensions)
+    columns = ["trial", *objectives(summary.search), *dimensions]
+    rows = [[str(trial["number"]), *_figures(trial, dimensions)] for trial in map(summary.trial, summary.best)]
     title = "best" if summary.search.against is None else "front: no other trial is better in both"
     made = [(title, columns, rows)] if rows else []
     if summary.importance:
-        order = sorted(knobs, key=lambda name: -next(iter(summary.importance.values())).get(name, 0.0))
+        order = sorted(dimensions, key=lambda name: -next(iter(summary.importance.values())).get(name, 0.0))
         rows = [[name, *(f"{shares.get(name, 0.0):.2f}" for shares in summary.importance.values())] for name in order]
-        made.append(("importance: the share of what differs between trials", ["knob", *summary.importance], rows))
+        made.append(("importance: the share of what differs between trials", ["dimension", *summary.importance], rows))
     return made
 
 
@@ -59,17 +59,17 @@ def markdown(summary: Summary, drawn: Sequence[str]) -> str:
     if len(summary.best) == 1 and (words := summary.command(summary.trial(summary.best[0]))) is not None:
         parts += ["To train so:", f"```\npolygpt train FILE {' '.join(words)}\n```"]
     parts += [f"![{name.rpartition('.')[0]}]({name})" for name in drawn]
-    knobs = list(search.knobs)
-    rows = [[str(trial["number"]), *_figures(trial, knobs), trial["reason"] or ""] for trial in trials[-LONGEST:]]
-    parts += ["## Trials", _table(["trial", *objectives(search), *knobs, ""], rows)]
+    dimensions = list(search.dimensions)
+    rows = [[str(trial["number"]), *_figures(trial, dimensions), trial["reason"] or ""] for trial in trials[-LONGEST:]]
+    parts += ["## Trials", _table(["trial", *objectives(search), *dimensions, ""], rows)]
     return "\n\n".join(parts) + "\n"
 
 
-def _figures(trial: Mapping[str, Any], knobs: Sequence[str]) -> list[str]:
+def _figures(trial: Mapping[str, Any], dimensions: Sequence[str]) -> list[str]:
     """The objectives of a trial and its values, as a table shows them."""
     values = list((trial["objectives"] or {"": None}).values())
     shown = ["–" if value is None else figure(value) for value in values]
-    return shown + [figure(v) if isinstance(v := trial["values"][name], float) else str(v) for name in knobs]
+    return shown + [figure(v) if isinstance(v := trial["values"][name], float) else str(v) for name in dimensions]
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from polygpt import spec
-from polygpt.ablation.tune import Choice, Float, Knob, Search
+from polygpt.ablation.tune import Choice, Dimension, Float, Search
 from polygpt.errors import UserError
 from polygpt.files import write_atomically
 from polygpt.runtime.lock import hold
@@ -115,7 +115,9 @@ class Storage:
                     found = None
                 else:
                     self.study.sampler = self._sampler()
-                    distributions = {name: self._distribution(knob) for name, knob in self.search.knobs.items()}
+                    distributions = {
+                        name: self._distribution(dimension) for name, dimension in self.search.dimensions.items()
+                    }
                     trial = self.study.ask(distributions)
                     found = trial, self.place(trial)
                     found[1].mkdir(parents=True, exist_ok=True)
@@ -231,14 +233,14 @@ class Storage:
             return pruners.SuccessiveHalvingPruner(min_resource=10, reduction_factor=3)
         return pruners.NopPruner()
 
-    def _distribution(self, knob: Knob) -> Any:
+    def _distribution(self, dimension: Dimension) -> Any:
         made = self.optuna.distributions
-        if isinstance(knob, Choice):
-            return made.CategoricalDistribution(knob.names())
-        if isinstance(knob, Float):
-            return made.FloatDistribution(knob.low, knob.high, log=knob.log)
-        high = knob.high - (knob.high - knob.low) % knob.step
-        return made.IntDistribution(knob.low, high, log=knob.log, step=knob.step)
+        if isinstance(dimension, Choice):
+            return made.CategoricalDistribution(dimension.names())
+        if isinstance(dimension, Float):
+            return made.FloatDistribution(dimension.low, dimension.high, log=dimension.log)
+        high = dimension.high - (dimension.high - dimension.low) % dimension.step
+        return made.IntDistribution(dimension.low, high, log=dimension.log, step=dimension.step)
 
 
 def _mend(path: Path, lock: Any) -> None:

@@ -1,4 +1,5 @@
-"""What a search has found: the best values, or the front of two objectives; how much each knob matters; a report."""
+"""What a search has found: the best values, or the front of two objectives; how much each dimension matters; a
+report."""
 
 import dataclasses
 import json
@@ -12,7 +13,7 @@ from polygpt.files import plain
 from polygpt.spec import Spec, class_name
 
 LEAST = 4
-"""Trials that must be complete before the importance of knobs is estimated."""
+"""Trials that must be complete before the importance of dimensions is estimated."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Summary:
         trials: those that are done, as `_plainly` gives them, in order.
         best: the numbers of the best trial, or of those on the front, from the cheapest on; empty if none is complete.
         failed: those that do not count, with their "number", "values" and "reason".
-        importance: by evaluator ("fANOVA", "PED-ANOVA"), by knob, its share of the whole; {} with too few trials.
+        importance: by evaluator ("fANOVA", "PED-ANOVA"), by dimension, its share of the whole; {} with too few trials.
     """
 
     search: Search
@@ -55,8 +56,8 @@ class Summary:
     def command(self, trial: Mapping[str, Any]) -> list[str] | None:
         """The overrides of a command line that make a trial's experiment; None where no text says them."""
         words = []
-        for name, knob in self.search.knobs.items():
-            for field, value in knob.changes(name, trial["values"][name]).items():
+        for name, dimension in self.search.dimensions.items():
+            for field, value in dimension.changes(name, trial["values"][name]).items():
                 if (text := _text(value)) is None:
                     return None
                 words += [f"--{field}", text]
@@ -83,13 +84,13 @@ def objectives(search: Search) -> list[str]:
 
 
 def _plainly(search: Search, trial: Any, complete: bool) -> dict[str, Any]:
-    """A trial as data: "number", "values" of the knobs, "objectives" (null where it was given up), "reason" why it was,
-    "curve" of the metric over hundredths of the run, "parameters", "flops", "steps", "seconds"."""
+    """A trial as data: "number", "values" of the dimensions, "objectives" (null where it was given up), "reason" why it
+    was, "curve" of the metric over hundredths of the run, "parameters", "flops", "steps", "seconds"."""
     begun, ended = trial.datetime_start, trial.datetime_complete
     reason = None if complete else trial.user_attrs.get("reason", "given up")
     return {
         "number": trial.number,
-        "values": {name: trial.params.get(name) for name in search.knobs},
+        "values": {name: trial.params.get(name) for name in search.dimensions},
         "objectives": dict(zip(objectives(search), trial.values, strict=True)) if complete else None,
         "reason": reason,
         "curve": sorted(trial.intermediate_values.items()),
@@ -99,8 +100,8 @@ def _plainly(search: Search, trial: Any, complete: bool) -> dict[str, Any]:
 
 
 def _importance(storage: Storage, complete: list[Any]) -> dict[str, dict[str, float]]:
-    """fANOVA: the share of the variance that a forest of trees explains by a knob alone (Hutter et al., ICML 2014).
-    PED-ANOVA: how far the good trials' values differ from all trials' (Watanabe et al., 2304.10255)."""
+    """fANOVA: the share of the variance that a forest of trees explains by a dimension alone (Hutter et al., ICML
+    2014). PED-ANOVA: how far the good trials' values differ from all trials' (Watanabe et al., 2304.10255)."""
     module = storage.optuna.importance
     if len(complete) < LEAST or len({trial.values[0] for trial in complete}) == 1:
         return {}

@@ -28,8 +28,8 @@ from polygpt.report.gather import read_json, read_lines
 from polygpt.runtime.storage import storage_fault
 from polygpt.scale.plan.memory import exhausted
 from polygpt.training.experiment import Experiment
+from polygpt.training.loggers import JsonLines, Silent
 from polygpt.training.loop import train
-from polygpt.training.sinks import JsonLines, Silent
 
 EVERY = 1.0
 """Seconds between two notes of a trial's progress."""
@@ -118,12 +118,12 @@ class _Trial:
         return [value] + ([attributes[self.search.against]] if self.search.against else [])
 
     def _train(self, experiment: Experiment) -> None:
-        def sinks(workdir: Path, step: int, steps: int) -> list[Silent]:
+        def loggers(workdir: Path, step: int, steps: int) -> list[Silent]:
             return [JsonLines(workdir, step), _Watched(self, workdir, steps)]
 
         try:
             with _printed_to(self.folder / worker.LOG):
-                outcome = train(experiment, self.workdir, sinks)
+                outcome = train(experiment, self.workdir, loggers)
         except Diverged as error:
             raise _Pruned(f"diverged: {error}") from error
         except SpecError as error:

@@ -36,7 +36,7 @@ def attend(
         choose: gives the backend for the problem of one device; the last argument says that the keys are a part.
     """
     (B, H, T, _), S = operands.query_BHTd.shape, operands.key_BKSd.shape[2]
-    rows, heads, positions = layout.axes(("rows", "heads", "positions"), (B, H, math.gcd(T, S)))
+    rows, heads, positions = layout.axes(("batch", "heads", "positions"), (B, H, math.gcd(T, S)))
     operands = _repeated(operands, math.prod(layout.mesh.shape[axis] for axis in sharding.mesh_axes(heads)))
     of_queries, of_positions = P(rows, heads, positions), P(rows, positions)
     terms = operands.terms

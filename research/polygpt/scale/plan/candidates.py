@@ -33,7 +33,7 @@ class Candidate:
         remat: of the decoder.
         towers: of media towers; None where there are none.
         microbatches: parts of a batch that are taken one at a time.
-        rows: of the global batch.
+        batch_size: of the global batch.
     """
 
     mesh: MeshSpec
@@ -41,7 +41,7 @@ class Candidate:
     remat: str
     towers: str | None
     microbatches: int
-    rows: int
+    batch_size: int
 
     def apply(self, experiment: Experiment) -> Experiment:
         """The experiment, run so."""
@@ -54,7 +54,7 @@ class Candidate:
             model=model.replace(decoder=model.decoder.replace(remat=self.remat), adapters=adapters),
             train=experiment.train.replace(parallel="sharded", mesh=self.piped),
             optim=experiment.optim.replace(accumulate=self.microbatches),
-            data=experiment.data.replace(rows=self.rows),
+            data=experiment.data.replace(batch_size=self.batch_size),
         )
 
     @property
@@ -88,8 +88,8 @@ class Candidate:
                 found[f"model.adapters.{name}.tower.remat"] = self.towers
         if self.microbatches != experiment.optim.accumulate:
             found["optim.accumulate"] = str(self.microbatches)
-        if self.rows != experiment.data.rows:
-            found["data.rows"] = str(self.rows)
+        if self.batch_size != experiment.data.batch_size:
+            found["data.batch_size"] = str(self.batch_size)
         return found
 
     def about(self) -> str:
@@ -105,7 +105,7 @@ class Candidate:
         words.append(f"remat {self.remat}")
         words += [f"towers {self.towers}"] if self.towers else []
         words += [f"accumulate {self.microbatches}"] if self.microbatches > 1 else []
-        return " | ".join([*words, f"{self.rows} rows"])
+        return " | ".join([*words, f"{self.batch_size} rows"])
 
 
 def current(experiment: Experiment, devices: int, mesh: Mapping[str, int] | None = None) -> Candidate:
@@ -117,18 +117,18 @@ def current(experiment: Experiment, devices: int, mesh: Mapping[str, int] | None
     spec = spec.replace(**dict.fromkeys(AXES, 1) | mesh)
     least = next((remat for remat in REMAT if remat in towers), None)
     schedule = Schedule(spec.stage, spec.repeats, spec.microbatches or spec.stage) if spec.stage > 1 else None
-    return Candidate(spec, schedule, remat, least, experiment.optim.accumulate, experiment.data.rows)
+    return Candidate(spec, schedule, remat, least, experiment.optim.accumulate, experiment.data.batch_size)
 
 
 def candidates(experiment: Experiment, target: Target) -> Iterator[Candidate]:
     """All that can be: factorisations of the devices, times remat, microbatches and layouts; rows stay as they are."""
-    now, rows, length = current(experiment, target.count), experiment.data.rows, experiment.data.layout.length
+    now, rows, seq_len = current(experiment, target.count), experiment.data.batch_size, experiment.data.layout.seq_len
     decoder = experiment.model.decoder
     heads, kv_heads = (getattr(decoder.attention, name, None) for name in ("heads", "kv_heads"))
     heads = math.gcd(heads or 1, kv_heads or heads or 1)
     experts = getattr(decoder.mlp, "experts", 1)
     kinds = list(itertools.product(REMAT, ("none", "full") if now.towers else (None,)))  # towers are small
-    for mesh in _meshes(now.mesh, target.count, _stages(experiment, target.count), heads, length, experts):
+    for mesh in _meshes(now.mesh, target.count, _stages(experiment, target.count), heads, seq_len, experts):
         for schedule in _schedules(experiment, now, mesh.stage):
             each, left = divmod(rows, _unit(mesh, schedule))
             if left:
@@ -168,14 +168,14 @@ def _unit(mesh: MeshSpec, schedule: Schedule | None) -> int:
 
 
 def _meshes(
-    now: MeshSpec, devices: int, stages: Sequence[int], heads: int, length: int, experts: int
+    now: MeshSpec, devices: int, stages: Sequence[int], heads: int, seq_len: int, experts: int
 ) -> Iterator[MeshSpec]:
     for stage, tensor in itertools.product(stages, _divisors(devices)):
         if tensor > TENSOR or heads % tensor or devices % (stage * tensor):
             continue
         within = devices // stage // tensor
         for sequence in _divisors(within):
-            if length % sequence or (sequence > 1 and length // sequence < 512):
+            if seq_len % sequence or (sequence > 1 and seq_len // sequence < 512):
                 continue
             for expert in _divisors(within // sequence):
                 if experts % expert:
@@ -209,7 +209,7 @@ def smaller(now: Candidate) -> dict[tuple[str, ...], list[Candidate]]:
             if getattr(mesh, taken) % by == 0 and (given != "tensor" or mesh.tensor * by <= TENSOR):
                 sizes = {taken: getattr(mesh, taken) // by, given: getattr(mesh, given) * by}
                 meshes.append(mesh.replace(**sizes))
-    each = now.rows // (_unit(mesh, now.schedule) * now.microbatches)
+    each = now.batch_size // (_unit(mesh, now.schedule) * now.microbatches)
     halves = [by for by in (2, 4, 8, 16, 32, 64) if each % by == 0]
     found: dict[tuple[str, ...], list[Candidate]] = {}
     for chosen, remat, by in itertools.product(meshes, remats, [1, *halves]):
@@ -221,7 +221,7 @@ def smaller(now: Candidate) -> dict[tuple[str, ...], list[Candidate]]:
         }
         if kinds := tuple(kind for kind, unchanged in same.items() if not unchanged):
             found.setdefault(kinds, []).append(way)
-    found["rows",] = [dataclasses.replace(now, rows=now.rows // by) for by in halves]
+    found["batch_size",] = [dataclasses.replace(now, batch_size=now.batch_size // by) for by in halves]
     return found
 
 

@@ -165,10 +165,10 @@ def prepare(experiment: Experiment, target: Target) -> Program:
 
 def abstract_batch(experiment: Experiment, runs: Parallel) -> Batch:
     """Shapes and places of a batch as the loader would give it."""
-    B, T = experiment.data.rows, experiment.data.layout.length
+    B, T = experiment.data.batch_size, experiment.data.layout.seq_len
 
     def array(shape: tuple[int, ...], dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-        rows = ("rows", *[None] * (len(shape) - 1))
+        rows = ("batch", *[None] * (len(shape) - 1))
         place = runs.layout.place(rows, shape) if runs.layout else SingleDeviceSharding(runs.devices[0])
         return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 

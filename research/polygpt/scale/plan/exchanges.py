@@ -31,7 +31,7 @@ class Flow:
 def flow(positions: float, depth: int, layout: Layout, schedule: Schedule) -> Flow:
     """`positions` are those of a device outside of the pipeline, in which devices of all stages share rows."""
     P, R, M = schedule.stages, schedule.repeats, schedule.microbatches
-    shared = math.prod(layout.mesh.shape[axis] for axis in set(layout.names("rows")) & set(layout.names("stages")))
+    shared = math.prod(layout.mesh.shape[axis] for axis in set(layout.names("batch")) & set(layout.names("stages")))
     return Flow(depth / P, positions * shared / M, schedule.iterations * depth / (P * R))
 
 

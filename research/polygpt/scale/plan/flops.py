@@ -86,16 +86,16 @@ class Flops:
 
 def flops(experiment: Experiment, vocabulary: int) -> Flops:
     """Counts a step of an experiment. Nothing is allocated."""
-    model, length, rows = experiment.model, experiment.data.layout.length, experiment.data.rows
-    positions, lines = rows * length, []
-    for part in describe(model, vocabulary, length).parts:
+    model, seq_len, rows = experiment.model, experiment.data.layout.seq_len, experiment.data.batch_size
+    positions, lines = rows * seq_len, []
+    for part in describe(model, vocabulary, seq_len).parts:
         if not part.flops:
             continue
         if part.unit == "item":
             items = rows * model.adapters[part.name.partition("/")[2]].items
             lines.append(Line(part.name, part.flops, "item", items))
         elif part.name == "decoder":
-            scores = round(model.decoder.causal_score_flops(length))
+            scores = round(model.decoder.causal_score_flops(seq_len))
             lines.append(Line("decoder, matrices", part.flops - scores, "position", positions))
             lines.append(Line("decoder, attention", scores, "position", positions))
         else:

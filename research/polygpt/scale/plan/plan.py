@@ -42,7 +42,7 @@ class Plan:
     Attributes:
         name: of the experiment.
         target: what it is planned for.
-        settings: what a search changes: mesh, pipeline, remat, microbatches, rows, length.
+        settings: what a search changes: mesh, pipeline, remat, microbatches, batch_size, seq_len.
         memory: of a device; None where the compiler refused for want of it.
         exhausted: what it said then.
         flops: of a step.
@@ -180,7 +180,7 @@ def settings(experiment: Experiment, mesh: Mapping[str, int]) -> dict[str, Any]:
         "remat": model.decoder.remat,
         "towers": "/".join(sorted(towers)) or None,
         "microbatches": experiment.optim.accumulate,
-        "rows": experiment.data.rows,
-        "length": experiment.data.layout.length,
+        "batch_size": experiment.data.batch_size,
+        "seq_len": experiment.data.layout.seq_len,
         "dtype": model.dtype,
     }

@@ -73,8 +73,8 @@ def predict(experiment: Experiment, known: Facts, target: Target, here: Arranged
     """
     model, data, parts = experiment.model, experiment.data, experiment.optim.accumulate
     layout, schedule, own = here.layout, here.schedule, here.own
-    rows = data.rows / layout.size("rows") / parts  # of a device, at a time
-    positions = rows * data.layout.length / layout.size("positions")
+    rows = data.batch_size / layout.size("batch") / parts  # of a device, at a time
+    positions = rows * data.layout.seq_len / layout.size("positions")
     compute = 2 if model.dtype == "bfloat16" else 4
 
     state = own * 4 * (1 + known.optimizer)

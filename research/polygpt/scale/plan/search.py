@@ -190,7 +190,7 @@ def search(
     known = facts(experiment, target)
     found = Found(experiment, target, _predicted(experiment, known, target), room=room)
     if not found.ways:
-        rows = f"data.rows is {experiment.data.rows}"
+        rows = f"data.batch_size is {experiment.data.batch_size}"
         raise UserError(f"--search: {rows}, and no mesh of {target.count} devices divides that: change it")
     found.ways.sort(key=found.rank)
     fit = sum(found.memory(way) <= room * target.usable for way in found.ways)

@@ -55,7 +55,7 @@ def about(data: Mapping) -> list[str]:
     words += [f"features split over {', '.join(settings['features'])}"] if settings["features"] else []
     words += [f"sequence by {settings['context']}"] if settings["context"] else []
     parts = counted(settings["microbatches"], "microbatch", "microbatches")
-    words += [f"{settings['rows']} rows of {settings['length']} in {parts}"]
+    words += [f"{settings['batch_size']} rows of {settings['seq_len']} in {parts}"]
     versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
     lines = ["; ".join(words)]
     lines += [data["reason"]] if data["reason"] else []
@@ -77,7 +77,7 @@ def markdown(data: Mapping, found: Found | None = None, pictures: Sequence[str] 
 
 def searched(found: Found, shown: int = 12) -> Table:
     """What a search compiled, and the best that it did not and that are predicted to fit."""
-    rows, same = [], f" | {found.experiment.data.rows} rows"
+    rows, same = [], f" | {found.experiment.data.batch_size} rows"
     ceilings = [] if found.target.stood_in else ["MFU ceiling"]
     others = [way for way in found.ways if way.data is None and found.memory(way) <= found.target.usable]
     for way in [*found.compiled, *others][:shown]:

@@ -40,6 +40,6 @@ def everywhere(place: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def skipped(place: dict[str, Any]) -> dict[str, int]:
-    """Records left out by all feeders, by reason, given this process's place in the data."""
-    by_feeder = {place["feeder"]: place["skipped"] for place in everywhere(place)}
-    return dict(sum(map(collections.Counter, by_feeder.values()), collections.Counter()))
+    """Records left out by all data shards, by reason, given this process's place in the data."""
+    by_shard = {place["data_shard"]: place["skipped"] for place in everywhere(place)}
+    return dict(sum(map(collections.Counter, by_shard.values()), collections.Counter()))

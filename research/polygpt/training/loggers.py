@@ -25,7 +25,7 @@ SEEN_WITHIN = 30.0
 _files = itertools.count()
 
 
-class Sink(Protocol):
+class Logger(Protocol):
     """Takes what is known of a step; steps only grow, but for a rewind. `flush` is called before each checkpoint."""
 
     def compiling(self, step: int, seconds: float | None) -> None:
@@ -54,7 +54,7 @@ class Sink(Protocol):
 
 
 class Silent:
-    """Takes everything and does nothing: the base of the sinks below."""
+    """Takes everything and does nothing: the base of the loggers below."""
 
     def compiling(self, step, seconds):
         pass

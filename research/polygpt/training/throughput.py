@@ -5,15 +5,15 @@ import time
 from polygpt.training.prefetch import Fed
 
 
-class Pace:
+class Throughput:
     """Counts steps from one `restart` to the next.
 
     Args:
-        feeders: groups of processes that read rows of their own.
+        data_shards: groups of processes that read rows of their own.
     """
 
-    def __init__(self, feeders: int):
-        self._feeders = feeders
+    def __init__(self, data_shards: int):
+        self._data_shards = data_shards
         self._begin: float | None = None
 
     def restart(self) -> None:
@@ -31,10 +31,10 @@ class Pace:
             self.restart()
             return
         self._steps += 1
-        self._tokens += fed.tokens * self._feeders
+        self._tokens += fed.tokens * self._data_shards
 
     def timing(self) -> dict[str, float]:
-        """What sinks are told; {} before a step was counted."""
+        """What loggers are told; {} before a step was counted."""
         if self._begin is None or self._steps == 0:
             return {}
         seconds = time.perf_counter() - self._begin

@@ -1,7 +1,7 @@
-"""The division: how the positions of the tasks' endless streams are assigned to feeders.
+"""The resharding: how the positions of the tasks' endless streams are assigned to data shards.
 
-Feeders are the processes, or groups of processes, that read different rows of a batch. When their number changes, the
-positions of every task are reassigned (`divide_anew` in mixture.py): first those that the earlier feeders did not
+Data shards are the processes, or groups of processes, that read different rows of a batch. When their number changes,
+the positions of every task are reassigned (`reshard` in mixture.py): first those that the earlier data shards did not
 deliver, then all positions from the frontier on. An epoch therefore has every example once, even if a run resumes on a
 different number of machines.
 """
@@ -16,33 +16,35 @@ import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
-class Division:
-    """Assigns the positions of each task to feeders in turn, one position at a time.
+class Resharding:
+    """Assigns the positions of each task to data shards in turn, one position at a time.
 
     Attributes:
-        feeders: number of feeders.
-        start: the index into the stream of each feeder from which this division holds; the mixture continues there.
-        frontier: by task, the first position that no feeder had drawn when the division began; 0 by default.
+        data_shards: number of data shards.
+        start: the index into the stream of each data shard from which this resharding holds; the mixture continues
+        there.
+        frontier: by task, the first position that no data shard had drawn when the resharding began; 0 by default.
         left: by task, the positions before the frontier that no batch contained then; int64 [n], ascending.
     """
 
-    feeders: int = 1
+    data_shards: int = 1
     start: int = 0
     frontier: Mapping[str, int] = dataclasses.field(default_factory=dict)
     left: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def position(self, task: str, nth: int) -> int:
-        """The nth position of a task that is assigned to a feeder."""
+        """The nth position of a task that is assigned to a data shard."""
         left = self.left.get(task, ())
         return int(left[nth]) if nth < len(left) else self.frontier.get(task, 0) + nth - len(left)
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON data. `left` becomes a compressed bitmap, since leftovers of slow feeders are regularly spaced."""
+        """As JSON data. `left` becomes a compressed bitmap, since leftovers of slow data shards are regularly
+        spaced."""
         left = {task: [int(some[0]), _compressed(some - some[0])] for task, some in self.left.items() if len(some)}
-        return {"feeders": self.feeders, "start": self.start, "frontier": dict(self.frontier), "left": left}
+        return {"data_shards": self.data_shards, "start": self.start, "frontier": dict(self.frontier), "left": left}
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> "Division":
+    def from_json(cls, data: dict[str, Any]) -> "Resharding":
         """The inverse of `to_json`."""
         return cls(**{**data, "left": {task: first + _expanded(bits) for task, (first, bits) in data["left"].items()}})
 

@@ -5,7 +5,7 @@ import json
 import pytest
 from tensorboardX.proto import event_pb2
 
-from polygpt.training.sinks import JsonLines, TensorBoard, Terminal, truncate
+from polygpt.training.loggers import JsonLines, TensorBoard, Terminal, truncate
 
 RESULTS = {"tasks": {"sum": {"loss": 0.5, "accuracy": 0.9}}, "modality_gain": {}, "metric": 0.5}
 
@@ -15,17 +15,17 @@ def read(path):
 
 
 def test_json_lines_hold_metrics_apart_from_times(tmp_path):
-    sink = JsonLines(tmp_path, 0)
-    sink.metrics(10, {"loss": 1.5, "gradient_norm": float("nan")})
-    sink.timing(10, {"seconds": 0.1})
-    sink.evaluation(20, RESULTS)
-    sink.flush()
+    logger = JsonLines(tmp_path, 0)
+    logger.metrics(10, {"loss": 1.5, "gradient_norm": float("nan")})
+    logger.timing(10, {"seconds": 0.1})
+    logger.evaluation(20, RESULTS)
+    logger.flush()
     assert read(tmp_path / "metrics.jsonl") == [
         {"step": 10, "loss": 1.5, "gradient_norm": None},
         {"step": 20, "evaluation": RESULTS["tasks"], "modality_gain": {}, "metric": 0.5},
     ]
     assert read(tmp_path / "timing.jsonl") == [{"step": 10, "seconds": 0.1}]
-    sink.close()
+    logger.close()
 
 
 @pytest.mark.parametrize("torn", [b'{"step": 3, "lo', b'{"step": 1, "loss": 0}', b"\x00\x00\n", b"7\n", b""])
@@ -34,18 +34,18 @@ def test_lines_after_the_step_and_torn_lines_are_removed(tmp_path, torn):
     path.write_bytes(b'{"step": 1, "loss": 2}\n{"step": 2, "loss": 1}\n' + torn)
     truncate(path, 1)
     assert path.read_bytes() == b'{"step": 1, "loss": 2}\n'
-    sink = JsonLines(tmp_path, 1)
-    sink.metrics(2, {"loss": 1})
-    sink.close()
+    logger = JsonLines(tmp_path, 1)
+    logger.metrics(2, {"loss": 1})
+    logger.close()
     assert path.read_bytes() == b'{"step": 1, "loss": 2}\n{"step": 2, "loss": 1}\n'
 
 
 def test_tensorboard_gets_every_number_by_name(tmp_path):
-    sink = TensorBoard(tmp_path, 0)
-    sink.metrics(10, {"loss": 1.5})
-    sink.timing(10, {"seconds": 0.25})
-    sink.evaluation(20, RESULTS)
-    sink.close()
+    logger = TensorBoard(tmp_path, 0)
+    logger.metrics(10, {"loss": 1.5})
+    logger.timing(10, {"seconds": 0.25})
+    logger.evaluation(20, RESULTS)
+    logger.close()
     (file,) = (tmp_path / "tensorboard").glob("events*")
     assert scalars_in(file.read_bytes()) == {
         ("train/loss", 10): 1.5,
@@ -57,24 +57,24 @@ def test_tensorboard_gets_every_number_by_name(tmp_path):
 
 
 def test_on_a_full_disk_tensorboard_does_not_wait_forever(tmp_path):
-    sink = TensorBoard(tmp_path, 0)
-    sink._writer._py_recordio_writer._writer = open("/dev/full", "wb")
+    logger = TensorBoard(tmp_path, 0)
+    logger._writer._py_recordio_writer._writer = open("/dev/full", "wb")
     with pytest.raises(OSError, match="No space left"):
         for step in range(1000):
-            sink.metrics(step, {f"loss/{i}": 1.0 for i in range(10)})
+            logger.metrics(step, {f"loss/{i}": 1.0 for i in range(10)})
     with pytest.raises(OSError, match="No space left"):
-        sink.flush()
+        logger.flush()
 
 
 def test_a_rewind_takes_back_what_was_told_of_later_steps(tmp_path, capsys):
-    sinks = [JsonLines(tmp_path, 0), TensorBoard(tmp_path, 0), Terminal(0, 100)]
-    for sink in sinks:
+    loggers = [JsonLines(tmp_path, 0), TensorBoard(tmp_path, 0), Terminal(0, 100)]
+    for logger in loggers:
         for step in (10, 20, 30):
-            sink.metrics(step, {"loss": 1.0})
-            sink.timing(step, {"seconds": 0.1, "tokens_per_second": 1.0, "input_wait": 0.0})
-        sink.rewind(20, 33)
-        sink.metrics(30, {"loss": 2.0})
-        sink.close()
+            logger.metrics(step, {"loss": 1.0})
+            logger.timing(step, {"seconds": 0.1, "tokens_per_second": 1.0, "input_wait": 0.0})
+        logger.rewind(20, 33)
+        logger.metrics(30, {"loss": 2.0})
+        logger.close()
     assert read(tmp_path / "metrics.jsonl") == [
         {"step": 10, "loss": 1.0},
         {"step": 20, "loss": 1.0},
@@ -99,13 +99,13 @@ def scalars_in(data):
 
 
 def test_without_a_terminal_progress_is_a_line_now_and_then_on_stderr(capsys):
-    sink = Terminal(0, 100, seconds=3600)
-    sink.step(1, 2.0)
-    sink.timing(10, {"tokens_per_second": 12345.6, "input_wait": 0.031, "seconds": 0.1})
+    logger = Terminal(0, 100, seconds=3600)
+    logger.step(1, 2.0)
+    logger.timing(10, {"tokens_per_second": 12345.6, "input_wait": 0.031, "seconds": 0.1})
     for step in range(2, 101):
-        sink.step(step, 1.0)
-    sink.evaluation(100, RESULTS)
-    sink.close()
+        logger.step(step, 1.0)
+    logger.evaluation(100, RESULTS)
+    logger.close()
     out, err = capsys.readouterr()
     assert out == ""
     assert err.splitlines() == [
@@ -117,19 +117,19 @@ def test_without_a_terminal_progress_is_a_line_now_and_then_on_stderr(capsys):
 
 def test_on_a_terminal_progress_is_a_bar_on_stderr(capsys, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
-    sink = Terminal(0, 10)
-    sink.step(5, 2.0)
-    sink.step(10, 1.0)
-    sink.close()
+    logger = Terminal(0, 10)
+    logger.step(5, 2.0)
+    logger.step(10, 1.0)
+    logger.close()
     out, err = capsys.readouterr()
     assert out == "" and "10/10" in err and "loss 1.0000" in err
 
 
 def test_the_terminal_says_that_the_step_is_compiled_and_how_long_it_took(tmp_path, capsys):
-    sinks = [JsonLines(tmp_path, 0), TensorBoard(tmp_path, 0), Terminal(0, 100)]
-    for sink in sinks:
-        sink.compiling(1, None)
-        sink.compiling(1, 12.34)
-        sink.close()
+    loggers = [JsonLines(tmp_path, 0), TensorBoard(tmp_path, 0), Terminal(0, 100)]
+    for logger in loggers:
+        logger.compiling(1, None)
+        logger.compiling(1, 12.34)
+        logger.close()
     assert capsys.readouterr().err.splitlines() == ["compiling the step ...", "compiled in 12.3 s"]
     assert (tmp_path / "metrics.jsonl").read_text() == (tmp_path / "timing.jsonl").read_text() == ""

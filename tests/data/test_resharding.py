@@ -1,7 +1,9 @@
-"""The division among feeders: whatever their number from restart to restart, no example is lost or comes twice."""
+"""The resharding among data shards: whatever their number from restart to restart, no example is lost or comes
+twice."""
 
 import dataclasses
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 
@@ -10,14 +12,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from polygpt.data.division import Division
 from polygpt.data.example import Example, Text
 from polygpt.data.layout import LayoutSpec
 from polygpt.data.loader import DataSpec, Task, train_batches
-from polygpt.data.mixture import Order, divide_anew
+from polygpt.data.mixture import Order, reshard
+from polygpt.data.resharding import Resharding
 from polygpt.data.sources.base import Source
 from polygpt.data.tokenizers.bytes import Bytes
 from polygpt.errors import BadRecord, UserError
+from polygpt.migration import BATCHES
 
 ROWS = 12
 
@@ -48,41 +51,44 @@ class LinesSource(Source):
 
 TOKENIZER = Bytes().build()
 TASKS = {"many": Task(LinesSource(61), weight=3.0), "few": Task(LinesSource(13, bad=5))}
-DATA = DataSpec(TASKS, LayoutSpec(length=32), ROWS, on_bad_record="skip", log_examples=True)
+DATA = DataSpec(TASKS, LayoutSpec(seq_len=32), ROWS, on_bad_record="skip", log_examples=True)
 
 
 class Run:
-    """All feeders of a run, in one process."""
+    """All data shards of a run, in one process."""
 
-    def __init__(self, feeders: int, states: list[str] | None = None, data: DataSpec = DATA):
-        self.feeders = [train_batches(data, TOKENIZER, {}, seed=5, feeder=i, feeders=feeders) for i in range(feeders)]
-        for feeder in self.feeders if states else ():
-            feeder.set_state([json.loads(state) for state in states])
+    def __init__(self, data_shards: int, states: list[str] | None = None, data: DataSpec = DATA):
+        self.data_shards = [
+            train_batches(data, TOKENIZER, {}, seed=5, data_shard=i, data_shards=data_shards)
+            for i in range(data_shards)
+        ]
+        for data_shard in self.data_shards if states else ():
+            data_shard.set_state([json.loads(state) for state in states])
 
     def states(self) -> list[str]:
-        return [json.dumps(feeder.get_state()) for feeder in self.feeders]
+        return [json.dumps(data_shard.get_state()) for data_shard in self.data_shards]
 
     def skipped(self) -> Counter:
-        return sum((feeder.skipped for feeder in self.feeders), Counter())
+        return sum((data_shard.skipped for data_shard in self.data_shards), Counter())
 
     def take(self, counts: Sequence[int]) -> list[list[tuple]]:
-        """The examples of each of so many batches of each feeder."""
+        """The examples of each of so many batches of each data shard."""
         found = []
-        for feeder, count in zip(self.feeders, counts, strict=True):
+        for data_shard, count in zip(self.data_shards, counts, strict=True):
             for _ in range(count):
-                batch = next(feeder)
-                assert len(feeder.last_examples) == batch.segment_BT.max(axis=1).sum()
-                found.append(list(feeder.last_examples))
+                batch = next(data_shard)
+                assert len(data_shard.last_examples) == batch.segment_BT.max(axis=1).sum()
+                found.append(list(data_shard.last_examples))
         return found
 
     def close(self):
-        for feeder in self.feeders:
-            feeder.close()
+        for data_shard in self.data_shards:
+            data_shard.close()
 
 
-feeders = st.sampled_from([1, 2, 3, 4, 6])
+data_shards = st.sampled_from([1, 2, 3, 4, 6])
 phases = st.lists(
-    feeders.flatmap(lambda n: st.lists(st.integers(0, 3), min_size=n, max_size=n)), min_size=1, max_size=6
+    data_shards.flatmap(lambda n: st.lists(st.integers(0, 3), min_size=n, max_size=n)), min_size=1, max_size=6
 )
 
 
@@ -127,12 +133,12 @@ def test_as_many_feeders_go_on_to_the_bit_after_another_division():
     run = Run(3, states.states())
     run.take((2, 2, 2))
     saved = run.states()
-    again = Run(3, [saved[2], saved[0], saved[1], saved[0]])  # in any order, and of two processes of one feeder
+    again = Run(3, [saved[2], saved[0], saved[1], saved[0]])  # in any order, and of two processes of one data shard
     assert again.states() == saved
-    for feeder, other in zip(run.feeders, again.feeders, strict=True):
+    for data_shard, other in zip(run.data_shards, again.data_shards, strict=True):
         for _ in range(4):
-            np.testing.assert_array_equal(next(feeder).tokens_BT, next(other).tokens_BT)
-            assert feeder.last_examples == other.last_examples
+            np.testing.assert_array_equal(next(data_shard).tokens_BT, next(other).tokens_BT)
+            assert data_shard.last_examples == other.last_examples
 
 
 @pytest.mark.slow
@@ -151,50 +157,50 @@ def positions(order: Order, start: int, count: int) -> list[int]:
 
 def test_what_was_left_over_comes_first():
     order = Order({"a": (100, 1.0)}, seed=0)
-    orders = [order.shard(i, Division(2)) for i in range(2)]
+    orders = [order.shard(i, Resharding(2)) for i in range(2)]
     # Drawn were 0 2 4 6 8, of which 6 waits, and 1 3.
-    division = divide_anew(orders, [5, 2], [[3], []], 3)
-    assert (division.left["a"].tolist(), division.frontier["a"], division.start) == ([5, 6, 7], 9, 5)
-    orders = [order.shard(i, division) for i in range(3)]
+    resharding = reshard(orders, [5, 2], [[3], []], 3)
+    assert (resharding.left["a"].tolist(), resharding.frontier["a"], resharding.start) == ([5, 6, 7], 9, 5)
+    orders = [order.shard(i, resharding) for i in range(3)]
     assert [positions(o, 5, 3) for o in orders] == [[5, 9, 12], [6, 10, 13], [7, 11, 14]]
     # Leftovers that nobody drew remain, whoever they were dealt out to.
-    division = divide_anew(orders, [5, 6, 5], [[], [], []], 1)
-    assert positions(order.shard(0, division), 6, 4) == [5, 7, 9, 10]
-    division = divide_anew([order.shard(0, division)], [9], [[6, 8]], 2)  # 5 and 9 wait
-    assert [positions(order.shard(i, division), 9, 3) for i in range(2)] == [[5, 10, 12], [9, 11, 13]]
+    resharding = reshard(orders, [5, 6, 5], [[], [], []], 1)
+    assert positions(order.shard(0, resharding), 6, 4) == [5, 7, 9, 10]
+    resharding = reshard([order.shard(0, resharding)], [9], [[6, 8]], 2)  # 5 and 9 wait
+    assert [positions(order.shard(i, resharding), 9, 3) for i in range(2)] == [[5, 10, 12], [9, 11, 13]]
 
 
 def test_a_rare_task_keeps_its_share_however_often_the_feeders_change():
     tasks = {"common": (1000, 200.0), "rare": (7, 1.0)}
     order, counts = Order(tasks, 0), Counter()
-    division, start = Division(2), 0
+    resharding, start = Resharding(2), 0
     for restart in range(200):
         stop = start + 11
-        orders = [order.shard(i, division) for i in range(division.feeders)]
+        orders = [order.shard(i, resharding) for i in range(resharding.data_shards)]
         counts.update(o[index][0] for o in orders for index in range(start, stop))
-        division = divide_anew(orders, [stop] * division.feeders, [()] * division.feeders, 2 + restart % 2)
-        start = division.start
+        resharding = reshard(orders, [stop] * resharding.data_shards, [()] * resharding.data_shards, 2 + restart % 2)
+        start = resharding.start
     assert counts["rare"] == pytest.approx(counts.total() / 201, abs=3)
 
 
 def test_the_state_stays_small_when_one_of_many_feeders_is_far_behind():
     order = Order({"a": (10**6, 2.0), "b": (10**6, 1.0)}, 0)
-    orders = [order.shard(i, Division(64)) for i in range(64)]
+    orders = [order.shard(i, Resharding(64)) for i in range(64)]
     following = [30_000 + 37 * i * i % 1009 for i in range(64)]
-    division = divide_anew(orders, following, [()] * 64, 48)
-    assert sum(map(len, division.left.values())) > 10_000
-    text = json.dumps(division.to_json())
+    resharding = reshard(orders, following, [()] * 64, 48)
+    assert sum(map(len, resharding.left.values())) > 10_000
+    text = json.dumps(resharding.to_json())
     assert len(text) < 10_000
-    again = Division.from_json(json.loads(text))
-    assert (again.feeders, again.start, again.frontier) == (48, max(following), division.frontier)
-    for name, positions in division.left.items():
+    again = Resharding.from_json(json.loads(text))
+    assert (again.data_shards, again.start, again.frontier) == (48, max(following), resharding.frontier)
+    for name, positions in resharding.left.items():
         np.testing.assert_array_equal(again.left[name], positions)
 
 
 def test_states_that_are_missing_are_named():
     states = [json.loads(state) for state in Run(4).states()]
     fresh = train_batches(DATA, TOKENIZER, {}, seed=5)
-    with pytest.raises(UserError, match="no state of the data iterator of feeder 1, 3 of 4: it is incomplete"):
+    with pytest.raises(UserError, match="no state of the data iterator of data shard 1, 3 of 4: it is incomplete"):
         fresh.set_state([states[0], states[2]])
 
 
@@ -202,3 +208,15 @@ def test_examples_are_named_only_where_that_is_asked_for():
     iterator = train_batches(DATA.replace(log_examples=False), TOKENIZER, {}, seed=5)
     next(iterator)
     assert iterator.last_examples == ()
+
+
+def test_the_state_of_an_older_checkpoint_has_other_names_of_its_keys():
+    mine = Run(2)
+    mine.take([3, 3])
+    old = {today: before for before, today in BATCHES.items()}
+    states = [
+        re.sub("data_shards|data_shard|resharding", lambda found: old[found[0]], state) for state in mine.states()
+    ]
+    assert '"feeder": 0' in states[0] and '"feeders": 2' in states[0]
+    for shards in (2, 3):
+        assert Run(shards, states).states() == Run(shards, mine.states()).states()

@@ -1,16 +1,16 @@
-"""Pace: what is waited for counts when it is waited for."""
+"""Throughput: what is waited for counts when it is waited for."""
 
 import pytest
 
-from polygpt.training import pace
-from polygpt.training.pace import Pace
+from polygpt.training import throughput
 from polygpt.training.prefetch import Fed
+from polygpt.training.throughput import Throughput
 
 
 def test_waiting_before_a_restart_does_not_count_after_it(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(pace.time, "perf_counter", lambda: now[0])
-    fed, counted = Fed(None, {}, (), tokens=10), Pace(2)
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: now[0])
+    fed, counted = Fed(None, {}, (), tokens=10), Throughput(2)
     counted.finished(fed)  # the first step, which compiles
     now[0] += 9.0
     counted.waited(9.0)  # for the batch of the second step; then the first step's metrics are told
