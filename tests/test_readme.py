@@ -1,4 +1,4 @@
-"""The README's files and commands, run as written (with few steps where the run itself is not the point)."""
+"""The files and commands of the README and its pages, run as written, with few steps where that suffices."""
 
 import contextlib
 import io
@@ -14,7 +14,17 @@ from PIL import Image
 
 from polygpt.cli.main import main
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PACKAGE = ROOT / "research" / "polygpt"
+PAGES = (
+    README,
+    PACKAGE / "adapters" / "QUADRANTS.md",
+    PACKAGE / "attention" / "VARIANTS.md",
+    PACKAGE / "optim" / "MUP.md",
+)
+"""The pages whose files and commands belong together."""
+TEXT = "\n".join(page.read_text() for page in PAGES)
 QUICK = ["--train.steps", "2", "--train.evaluate_every", "null", "--data.batch_size", "2", "--no-report", "--json"]
 
 
@@ -22,7 +32,7 @@ QUICK = ["--train.steps", "2", "--train.evaluate_every", "null", "--data.batch_s
 def folder(tmp_path_factory):
     """A folder with every Python file that the README shows, under the name in its first line, and some media."""
     folder = tmp_path_factory.mktemp("readme")
-    for name, code in re.findall(r"```python\n# (\w+\.py)\n(.*?)```", README.read_text(), re.DOTALL):
+    for name, code in re.findall(r"```python\n# (\w+\.py)\n(.*?)```", TEXT, re.DOTALL):
         (folder / name).write_text(code)
     for split in ("train", "test"):
         media = folder / "media" / split
@@ -38,8 +48,8 @@ def folder(tmp_path_factory):
 
 
 def commands(file: str) -> list[list[str]]:
-    """The README's `polygpt` commands that name `file`, split into words."""
-    lines = re.findall(r"^polygpt (.*?)(?:  +#.*)?$", README.read_text(), re.MULTILINE)
+    """The `polygpt` commands that name `file`, split into words."""
+    lines = re.findall(r"^polygpt (.*?)(?:  +#.*)?$", TEXT, re.MULTILINE)
     return [shlex.split(line) for line in lines if file in line.split() or f"{file.removesuffix('.py')}" in line]
 
 
@@ -63,6 +73,15 @@ def test_a_folder_of_media_trains_evaluates_and_generates(monkeypatch, folder):
     assert run(monkeypatch, folder, [*evaluate, "--json"])["tasks"]["mine"]["n"] == 2
     assert "text" in run(monkeypatch, folder, [*generate, "--max_tokens", "4", "--json"])
     assert "--model.decoder.depth" in deeper
+    script = (folder / "from_python.py").read_text()
+    assert 'pg.train(experiment(), "runs/mine")' in script
+    monkeypatch.setattr(
+        "polygpt.training.loop.train", lambda experiment, workdir: None
+    )  # the run above is what it opens
+    monkeypatch.syspath_prepend(folder)
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        exec(compile(script, "from_python.py", "exec"), {})
+    assert "'n': 2" in out.getvalue()
 
 
 @pytest.mark.slow
@@ -86,7 +105,8 @@ def test_a_wide_model_has_a_narrow_one_as_its_base(monkeypatch, folder):
 
 @pytest.mark.slow
 def test_an_attention_of_ones_own_is_checked_drawn_measured_and_compared(monkeypatch, folder):
-    check, show, bench, baseline, ablation, hybrid = tutorial()
+    check, show, bench, baseline, ablation = tutorial(README, "## Your own attention")
+    (hybrid,) = tutorial(PAGES[2], "Blocks of one model")
     lines = (folder / "near_first.py").read_text().splitlines()
     prose = [line for line in lines if not line or line.lstrip().startswith(('"""', "import"))]
     assert len(lines) - len(prose) <= 20
@@ -109,9 +129,9 @@ def test_an_attention_of_ones_own_is_checked_drawn_measured_and_compared(monkeyp
     assert configs["hybrid"]["model"]["decoder"]["pattern"][1]["class"].endswith(":Mamba2")
 
 
-def tutorial() -> list[list[str]]:
-    """The commands of "Your own attention", with the quickstart's own path."""
-    section = README.read_text().split("## Your own attention")[1].split("\n## ")[0]
+def tutorial(page: Path, title: str) -> list[list[str]]:
+    """The commands of a section, with the quickstart's own path."""
+    section = page.read_text().split(title)[1].split("\n## ")[0]
     quickstart = str(README.parent / "experiments" / "quickstart.py")
     lines = re.findall(r"^polygpt (.*?)(?:  +#.*)?$", section, re.MULTILINE)
     return [
@@ -121,7 +141,7 @@ def tutorial() -> list[list[str]]:
 
 @pytest.mark.slow
 def test_the_tutorial_checks_its_variant_for_a_tpu_too(monkeypatch, folder):
-    check = tutorial()[0]
+    check = tutorial(README, "## Your own attention")[0]
     result = run(monkeypatch, folder, [*check, "--only", "compiles for TPU", "--json"])
     assert result["fault"] is None
 
@@ -131,7 +151,7 @@ def test_the_table_of_variants_is_what_the_command_prints():
 
     table = catalogue.markdown([catalogue.entry(cls) for cls in catalogue.variants()])
     print(table)
-    lines = README.read_text().splitlines()
+    lines = PAGES[2].read_text().splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("| variant |"))
     rows = table.splitlines()
     assert lines[start + len(rows)] == "", "no variant that is gone"
@@ -165,9 +185,7 @@ def test_an_ablation_is_one_file(monkeypatch, folder):
 
 
 def test_the_map_names_every_folder_and_nothing_else():
-    package = README.parent / "research" / "polygpt"
-    section = README.read_text().split("## The map")[1].split("##")[0]
-    named = {name for name in re.findall(r"^ {6,8}(\w+(?:/|\.py))", section, re.MULTILINE)}
-    real = {f"{path.name}/" for path in package.iterdir() if path.is_dir() and path.name != "__pycache__"}
-    real |= {path.name for path in package.glob("*.py") if path.name != "__init__.py"}
-    assert named - {"embedded/"} == real
+    named = set(re.findall(r"^\| [\[`]?(\w+(?:/|\.py))", (PACKAGE / "README.md").read_text(), re.MULTILINE))
+    real = {f"{path.name}/" for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    real |= {path.name for path in PACKAGE.glob("*.py") if path.name != "__init__.py"}
+    assert named == real

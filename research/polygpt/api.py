@@ -1,7 +1,12 @@
 """The names that experiment files use most, in one place: `import polygpt.api as pg`.
 
+`train`, `open_run` and `evaluate_run` are imported when they are first used, so that an experiment file does not import
+what only a running experiment needs (Orbax, scikit-learn).
+
 Nothing depends on this file; every other name is imported from where it is defined.
 """
+
+import importlib
 
 from polygpt.ablation.budget import Budget
 from polygpt.ablation.claims import Claim
@@ -57,6 +62,20 @@ from polygpt.runtime.watchdog import WatchdogSpec
 from polygpt.sharding import MeshSpec
 from polygpt.training.experiment import Experiment, TrainSpec
 from polygpt.training.spikes import SpikeSpec
+
+RUNNING = {
+    "train": "polygpt.training.loop",
+    "open_run": "polygpt.training.run",
+    "evaluate_run": "polygpt.report.finish",
+}
+"""By function, the module that has it."""
+
+
+def __getattr__(name: str):
+    if name in RUNNING:
+        return getattr(importlib.import_module(RUNNING[name]), name)
+    raise AttributeError(f"module 'polygpt.api' has no attribute {name!r}")
+
 
 __all__ = [
     "ALiBi",

@@ -10,7 +10,7 @@ from polygpt.lab import catalogue
 from polygpt.lab import check as lab
 from polygpt.spec import class_name, hints
 
-README = Path(__file__).parents[2] / "README.md"
+TABLE = Path(__file__).parents[2] / "research" / "polygpt" / "attention" / "VARIANTS.md"
 SMALL = {"window": 8, "chunk": 8, "block": 4, "stride": 4, "piece": 8, "state_width": 8, "sinks": 2}
 """Fields that count positions, so that the 24 positions of a row go beyond them; the state is as wide as a head."""
 EVERY = pytest.mark.parametrize("cls", catalogue.variants(), ids=lambda cls: cls.__name__)
@@ -32,7 +32,7 @@ def test_every_property_holds(cls):
     held = {one.name for one in findings if one.passed}
     claimed = set(cls().backends()) - {"reference", "library"}  # the library takes on a CPU less than elsewhere
     assert {f"{name} = reference" for name in claimed} <= held
-    (row,) = [line for line in README.read_text().splitlines() if line.startswith(f"| `{class_name(cls)}`")]
+    (row,) = [line for line in TABLE.read_text().splitlines() if line.startswith(f"| `{class_name(cls)}`")]
     print(row)
     assert row.endswith(f"| {len(held)} hold |"), len(held)
 

@@ -5,7 +5,8 @@ import json
 import pytest
 from tensorboardX.proto import event_pb2
 
-from polygpt.training.loggers import JsonLines, TensorBoard, Terminal, truncate
+from polygpt.training.loggers import JsonLines, Terminal, truncate
+from polygpt.training.tensorboard import TensorBoard
 
 RESULTS = {"tasks": {"sum": {"loss": 0.5, "accuracy": 0.9}}, "modality_gain": {}, "metric": 0.5}
 

@@ -63,7 +63,7 @@ def run(arguments: Namespace) -> dict:
         raise UserError("generate: --interactive and --json exclude each other: leave one out")
     prompt = [_part(kind, value) for kind, value in arguments.parts]
 
-    from polygpt.generation.generate import generate, stream
+    from polygpt.generation.generate import stream
 
     opened = open_named(arguments)
     given = (opened.model, opened.params, opened.tokenizer)
@@ -80,7 +80,7 @@ def run(arguments: Namespace) -> dict:
     if not arguments.json:
         show(prompt)
         return {}
-    (written,) = generate(*given, [prompt], layout, sampling)
+    (written,) = opened.generate([prompt], sampling)
     return {
         "step": opened.step,
         "prompt": [{kind: value} for kind, value in arguments.parts],

@@ -1,28 +1,20 @@
-"""Where a run's figures go: one protocol, a class a place.
+"""Loggers: where the metrics of a run go, one class per place. TensorBoard has a file of its own.
 
 `metrics.jsonl` holds what repeats exactly when a run is repeated, and no times; `timing.jsonl` holds the times.
 """
 
-import itertools
 import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
 
 from polygpt.files import plain
-
-SEEN_WITHIN = 30.0
-"""Seconds after which TensorBoard is shown what was written."""
-_files = itertools.count()
 
 
 class Logger(Protocol):
@@ -158,62 +150,6 @@ def _step(line: bytes) -> float:
         return json.loads(line)["step"] if line.endswith(b"\n") else math.inf
     except (ValueError, TypeError, KeyError):
         return math.inf
-
-
-class TensorBoard(Silent):
-    """Event files for TensorBoard under `tensorboard/` in the run folder.
-
-    They are written in the loop's thread. tensorboardX's `SummaryWriter` has a thread of its own, which a full disk
-    ends, and whoever then gives it a figure waits forever.
-    """
-
-    def __init__(self, workdir: Path, step: int):
-        self._folder = workdir / "tensorboard"
-        self._begin(step)
-
-    def metrics(self, step, values):
-        self._scalars("train", step, values)
-
-    def timing(self, step, values):
-        self._scalars("timing", step, values)
-
-    def evaluation(self, step, results):
-        self._scalars("evaluation", step, dict(scalars(results)))
-
-    def rewind(self, step, spike):
-        self.close()
-        self._begin(step)
-
-    def flush(self):
-        self._writer.flush()
-        self._flushed = time.monotonic()
-
-    def close(self):
-        self._writer.close()
-
-    def _begin(self, step: int) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._writer = EventsWriter(str(self._folder / "events"), f".{os.getpid()}.{next(_files)}")
-        self._write(step + 1, session_log=SessionLog(status=SessionLog.START))  # nothing later in other files holds
-        self.flush()
-
-    def _scalars(self, group: str, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self._write(step, summary=scalar(f"{group}/{name}", value))
-        if time.monotonic() - self._flushed > SEEN_WITHIN:
-            self.flush()
-
-    def _write(self, step: int, **what: Any) -> None:
-        self._writer.write_event(Event(wall_time=time.time(), step=step, **what))
-
-
-def scalars(results: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """The numbers in a nested mapping with their names, joined by "/"."""
-    for key, value in results.items():
-        if isinstance(value, Mapping):
-            yield from scalars(value, f"{prefix}{key}/")
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            yield f"{prefix}{key}", value
 
 
 class Terminal(Silent):

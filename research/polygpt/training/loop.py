@@ -16,7 +16,7 @@ from polygpt.runtime.interruption import Interruption
 from polygpt.runtime.storage import storage_faults
 from polygpt.runtime.watchdog import Watchdog
 from polygpt.training.experiment import Experiment
-from polygpt.training.loggers import JsonLines, Logger, TensorBoard, Terminal
+from polygpt.training.loggers import JsonLines, Logger, Terminal
 from polygpt.training.trainer import Outcome, Trainer
 from polygpt.training.workdir import Code, local, require_same, with_code
 
@@ -69,4 +69,6 @@ def train(
 
 def default_loggers(workdir: Path, step: int, steps: int) -> list[Logger]:
     """Those of the command line."""
+    from polygpt.training.tensorboard import TensorBoard  # imports PyTorch, which takes seconds
+
     return [Terminal(step, steps), JsonLines(workdir, step), TensorBoard(workdir, step)]

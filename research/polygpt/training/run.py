@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +12,8 @@ import jax
 from polygpt import sharding
 from polygpt.data.tokenizers.base import Tokenizer
 from polygpt.errors import UserError
+from polygpt.generation.generate import Generated, Prompt, generate
+from polygpt.generation.sampling import Sampling
 from polygpt.models.functional import Model, bind
 from polygpt.runtime import manifest
 from polygpt.runtime.checkpoint import best, first_line, listed
@@ -43,6 +46,15 @@ class Run:
     params: Any
     step: int
     workdir: Path
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling | None = None) -> list[Generated]:
+        """The continuation of each prompt; by default with the sampling of the experiment's evaluation.
+
+        Raises:
+            BadRecord: if a prompt cannot be laid out.
+        """
+        layout, chosen = self.experiment.data.layout, sampling or self.experiment.evaluation.sampling
+        return generate(self.model, self.params, self.tokenizer, prompts, layout, chosen)
 
 
 def open_run(

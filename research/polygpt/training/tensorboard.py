@@ -1,0 +1,74 @@
+"""TensorBoard event files. A module of its own, because tensorboardX imports PyTorch where it is installed."""
+
+import itertools
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
+
+from polygpt.training.loggers import Silent
+
+FLUSH_SECONDS = 30.0
+"""Seconds after which written values are flushed to the file."""
+_files = itertools.count()
+
+
+class TensorBoard(Silent):
+    """Event files for TensorBoard under `tensorboard/` in the run folder.
+
+    They are written in the thread of the training loop. The `SummaryWriter` of tensorboardX writes in a thread of its
+    own; a full disk ends that thread, and the next call then blocks forever.
+    """
+
+    def __init__(self, workdir: Path, step: int):
+        self._folder = workdir / "tensorboard"
+        self._begin(step)
+
+    def metrics(self, step, values):
+        self._scalars("train", step, values)
+
+    def timing(self, step, values):
+        self._scalars("timing", step, values)
+
+    def evaluation(self, step, results):
+        self._scalars("evaluation", step, dict(scalars(results)))
+
+    def rewind(self, step, spike):
+        self.close()
+        self._begin(step)
+
+    def flush(self):
+        self._writer.flush()
+        self._flushed = time.monotonic()
+
+    def close(self):
+        self._writer.close()
+
+    def _begin(self, step: int) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._writer = EventsWriter(str(self._folder / "events"), f".{os.getpid()}.{next(_files)}")
+        self._write(step + 1, session_log=SessionLog(status=SessionLog.START))  # hides later steps of other files
+        self.flush()
+
+    def _scalars(self, group: str, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._write(step, summary=scalar(f"{group}/{name}", value))
+        if time.monotonic() - self._flushed > FLUSH_SECONDS:
+            self.flush()
+
+    def _write(self, step: int, **what: Any) -> None:
+        self._writer.write_event(Event(wall_time=time.time(), step=step, **what))
+
+
+def scalars(results: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers in a nested mapping with their names, joined by "/"."""
+    for key, value in results.items():
+        if isinstance(value, Mapping):
+            yield from scalars(value, f"{prefix}{key}/")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            yield f"{prefix}{key}", value

@@ -1,0 +1,45 @@
+"""Every page of documentation: short READMEs, examples that run, links and files that exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "research" / "polygpt"
+FOLDERS = sorted(path.parent for path in PACKAGE.rglob("README.md") if "embedded" not in path.parts)
+PAGES = sorted(page for top in ("research", "experiments") for page in (ROOT / top).rglob("*.md"))
+PAGES += [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+
+
+def named(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def test_the_top_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 200
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=named)
+def test_a_readme_is_short_and_names_every_file_of_its_folder(folder):
+    text = (folder / "README.md").read_text()
+    assert len(text.splitlines()) <= 60
+    files = [path.name for path in folder.glob("*.py") if path.name != "__init__.py"]
+    if "one file per" not in text.lower():  # a catalogue: the table would be as long as the folder
+        assert [name for name in files if f"`{name}`" not in text] == []
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=named)
+def test_the_examples_run(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")  # put back afterwards: an example sets it
+    monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION", raising=False)
+    text = (folder / "README.md").read_text()
+    for block in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        exec(compile(block, f"{named(folder)}/README.md", "exec"), {"__name__": "readme"})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)#: ]+)(?:#[^)]*)?\)", page.read_text())
+    assert [link for link in links if not (page.parent / link).exists()] == []
