@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -296,3 +297,7 @@ def test_a_prompt_that_is_too_long_is_named(small):
         prompt_batch([[Text("a")], [Text("a" * 200)]], WIDE, small.tokenizer, small.adapters)
     with pytest.raises(BadRecord, match="^mine: too many media"):
         prompt_batch([[Medium("image", small.png(0))] * 3], WIDE, small.tokenizer, small.adapters, ["mine"])
+
+
+def test_the_path_of_a_medium_may_be_text():
+    assert Medium("image", "a/b.png") == Medium("image", Path("a/b.png"))

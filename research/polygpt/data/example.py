@@ -23,11 +23,15 @@ class Medium:
 
     Attributes:
         modality: the name of the adapter that reads it, such as "image" or "audio".
-        source: the encoded bytes (PNG, FLAC, ...), or the path of a file with them.
+        source: the encoded bytes (PNG, FLAC, ...), or the path of a file with them; text becomes a path.
     """
 
     modality: str
-    source: bytes | Path
+    source: bytes | Path | str
+
+    def __post_init__(self):
+        if isinstance(self.source, str):
+            object.__setattr__(self, "source", Path(self.source))
 
 
 @dataclasses.dataclass(frozen=True)
