@@ -53,7 +53,7 @@ def test_rope_scores_depend_on_the_distance_alone():
 
 def test_rope_keeps_the_dtype_and_refuses_odd_heads():
     assert Rope().rotate(jnp.ones((1, 1, 4, 2), jnp.bfloat16), POSITION[:1]).dtype == jnp.bfloat16
-    with pytest.raises(SpecError, match="Rope needs heads of an even width, not 3: change heads or head_width"):
+    with pytest.raises(SpecError, match="Rope needs an even head width, not 3: change heads"):
         Rope().rotate(jnp.ones((1, 1, 4, 3)), POSITION[:1])
 
 

@@ -183,11 +183,11 @@ def test_each_section_turns_by_its_axis():
 
 def test_what_does_not_fit_is_named():
     x = vectors(5, 6)
-    with pytest.raises(SpecError, match=r"MRope.sections is \(1, 1, 2\): it must be null or of the sum 3"):
+    with pytest.raises(SpecError, match=r"MRope.sections is \(1, 1, 2\): it must be null or sum to 3"):
         MRope(sections=(1, 1, 2)).rotate(x, POSITION[:1])
-    with pytest.raises(SpecError, match="a multiple of 4 channels of a head turns, not 6: change heads, head_width or"):
+    with pytest.raises(SpecError, match="a multiple of 4 channels per head, not 6: change heads, head_width or"):
         Rope2D().rotate(x, POSITION[:1])
-    with pytest.raises(SpecError, match="Rope.fraction is 0.1: it must be large enough for two of 6 channels"):
+    with pytest.raises(SpecError, match="Rope.fraction is 0.1: it must be large enough to rotate two of 6"):
         Rope(fraction=0.1).rotate(x, POSITION[:1])
     for make in (lambda: Rope(fraction=0.0), lambda: NTK(0.5), lambda: YaRN(beta_slow=40.0), lambda: YaRN(4.0, 0)):
         with pytest.raises(SpecError, match="it must be"):

@@ -10,8 +10,8 @@ from polygpt.nn.linear import Linear
 class TimeConvolution(nnx.Module):
     """A convolution over time with an odd kernel and zero padding of half its size on either side.
 
-    It is one matmul over the stacked neighbours of each frame, which is faster on a CPU than a convolution call and the
-    same elsewhere. The kernel has the shape [size * inputs, outputs], neighbours outermost.
+    Computed as one matmul over the stacked neighbours of each frame: faster than a convolution call on CPU, equally
+    fast elsewhere. The kernel has shape [size * inputs, outputs], neighbours outermost.
     """
 
     def __init__(self, inputs: int, outputs: int, *, size: int, stride: int, rngs: nnx.Rngs, dtype: str):
@@ -23,8 +23,8 @@ class TimeConvolution(nnx.Module):
         batch, frames, inputs = x.shape
         half, stride, out = self.size // 2, self.stride, -(-frames // self.stride)
         groups = out + (self.size - 1) // stride
-        # A slice with a stride in time is refused by the compiler for TPU7x (libtpu 0.0.42, "TransformWindow: Loop will
-        # not make progress"): frames lie in groups of `stride`, and neighbours are the i-th of each.
+        # The TPU7x compiler rejects strided slices in time (libtpu 0.0.42, "TransformWindow: Loop will not make
+        # progress"). Instead, split the frames into groups of `stride` and take the i-th frame of each group.
         padded = jnp.pad(x, ((0, 0), (half, half + stride), (0, 0)))[:, : groups * stride]
         grouped = padded.reshape(batch, groups, stride, inputs)
         neighbours = [grouped[:, i // stride : i // stride + out, i % stride] for i in range(self.size)]

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Zeroes elements with probability `rate` and scales the rest by 1 / (1 - rate); `key=None` leaves `x` as it is.
+    """Zeroes elements with probability `rate` and scales the rest by 1 / (1 - rate); `key=None` returns `x` unchanged.
 
-    Source: Srivastava et al., Dropout (JMLR 2014), in the inverted form.
+    Source: Srivastava et al., Dropout (JMLR 2014), in inverted form.
     """
     if key is None or rate == 0.0:
         return x

@@ -1,4 +1,4 @@
-"""Mixtures of experts: feed-forward layers of which each position goes through a few."""
+"""Mixtures of experts: each position is routed through a few of many feed-forward layers."""
 
 import dataclasses
 import math
@@ -22,14 +22,14 @@ from polygpt.sharding import RESIDUAL, constrain
 class MixtureOfExperts(FeedForward):
     """sum of p_e(x) expert_e(x) over the top_k likeliest experts, each a gated MLP. Shazeer et al. (1701.06538), eq. 1.
 
-    Without `capacity` no choice is dropped: choices are sorted by expert, as in MegaBlocks (2211.15841). With it each
-    expert has a fixed number of places in each row, capacity * top_k * T / E, as in GShard (2006.16668) and Switch
-    (2101.03961, eq. 3); a choice that finds none is dropped, and the position keeps its residual. Places are given away
-    from the first position on, padding takes none: nothing depends on what comes later, but an example does depend on
-    the examples packed before it in the row. Only training steps drop choices. Evaluation and decoding drop none,
-    whatever the capacity: a text depends neither on what it is packed with nor on how it is cut into calls.
+    Without `capacity` the layer is dropless: choices are sorted by expert, as in MegaBlocks (2211.15841). With it, each
+    expert has capacity * top_k * T / E slots per row, as in GShard (2006.16668) and Switch (2101.03961, eq. 3); a
+    choice that finds no free slot is dropped, and the residual stream passes through. Slots are filled in order of
+    position, and padding takes none: results never depend on later positions, but do depend on examples packed earlier
+    in the same row. Only training steps drop choices. Evaluation and decoding are always dropless, so their results
+    depend neither on packing nor on how the text is split into calls.
 
-    Add the objectives `LoadBalance` and `RouterZLoss`, or a few experts will take all.
+    Add the objectives `LoadBalance` and `RouterZLoss`; otherwise a few experts tend to take all positions.
     """
 
     routed: ClassVar[bool] = True
@@ -37,7 +37,7 @@ class MixtureOfExperts(FeedForward):
     experts: int = 8
     """E, the number of routed experts."""
     top_k: int = 2
-    """Experts that a position goes through."""
+    """Experts per position."""
     factor: float = 8 / 3
     """Hidden width of one expert as a multiple of the model width."""
     multiple: int = 8
@@ -45,18 +45,18 @@ class MixtureOfExperts(FeedForward):
     activation: Activation = "silu"
     """The non-linearity of the gate."""
     normalize: bool = True
-    """Whether the weights of the chosen experts are divided by their sum, as in Mixtral (2401.04088), section 2.1."""
+    """Whether to divide the weights of the chosen experts by their sum, as in Mixtral (2401.04088), section 2.1."""
     shared: int = 0
-    """Further experts that every position goes through, with the weight 1: DeepSeekMoE (2401.06066), eq. 9."""
+    """Additional experts that every position uses, with weight 1: DeepSeekMoE (2401.06066), eq. 9."""
     capacity: float | None = None
-    """Places of an expert, as a multiple of its fair share of a row's choices; null drops none. Switch uses 1.25."""
+    """Slots per expert, as a multiple of its fair share of a row's choices; null is dropless. Switch uses 1.25."""
     groups: tuple[int, ...] = ()
-    """Experts of each modality's own, text first, then the model's adapters in their order; the rest of the experts are
-    open to all. Positions choose among their modality's and the open ones: MoMa (2407.21770), section 2.2. [] is all
-    open. In a tower all positions count as the first."""
+    """Number of experts reserved for each modality: text first, then the model's adapters in order. The remaining
+    experts are open to all modalities. A position chooses among its modality's experts and the open ones: MoMa
+    (2407.21770), section 2.2. [] opens all experts to all. In a tower every position counts as the first modality."""
     balance: Literal["row", "batch"] = "row"
-    """Over which positions the load is to be balanced: those of each row, or of all rows that one program sees at once
-    (a microbatch; with pmap, of one device). The first is the same however the batch is split."""
+    """Where the load is balanced: within each row, or over all rows that one program sees at once (a microbatch; with
+    pmap, the rows of one device). "row" does not depend on how the batch is split."""
 
     def validate(self):
         self.require(self.experts >= 1, "experts", "at least 1")
@@ -65,22 +65,24 @@ class MixtureOfExperts(FeedForward):
         self.require(self.multiple >= 1, "multiple", "at least 1")
         learns = self.top_k > 1 or self.experts == 1 or not self.normalize
         self.require(
-            learns, "normalize", "false with top_k 1: the weight would be 1 always, and the router learn nothing"
+            learns, "normalize", "false with top_k 1: the weight would always be 1 and the router would not learn"
         )
         self.require(self.shared >= 0, "shared", "at least 0")
         self.require(self.capacity is None or self.capacity > 0, "capacity", "null or above 0")
-        self.require(min(self.groups, default=0) >= 0, "groups", "numbers of at least 0")
+        self.require(min(self.groups, default=0) >= 0, "groups", "non-negative numbers")
         open_to_all = self.experts - sum(self.groups)
-        self.require(open_to_all >= 0, "groups", f"at most {self.experts} experts together")
+        self.require(open_to_all >= 0, "groups", f"at most {self.experts} experts in total")
         enough = not self.groups or min(self.groups) + open_to_all >= self.top_k
         self.require(
-            enough, "groups", f"such that each modality has {self.top_k} experts to choose, {open_to_all} of them open"
+            enough,
+            "groups",
+            f"such that each modality can choose from {self.top_k} experts or more; {open_to_all} are open to all",
         )
 
     def check_modalities(self, names: Sequence[str]) -> None:
         if self.groups and len(self.groups) != len(names):
             raise SpecError(
-                f"MixtureOfExperts.groups is {self.groups!r}: it must have a number for each of {', '.join(names)}"
+                f"MixtureOfExperts.groups is {self.groups!r}: it must have one number for each of {', '.join(names)}"
             )
 
     def hidden_width(self, width: int) -> int:
@@ -89,10 +91,10 @@ class MixtureOfExperts(FeedForward):
     def idle(self, width: int) -> int:
         return (self.experts - self.top_k) * 3 * width * self.hidden_width(width)
 
-    def places(self, length: int) -> int:
-        """C, the places of an expert in a row of `length` positions."""
+    def slots(self, length: int) -> int:
+        """C, the slots per expert in a row of `length` positions."""
         share = math.ceil(self.capacity * self.top_k * length / self.experts)
-        return max(1, min(share, length))  # nobody chooses an expert twice
+        return max(1, min(share, length))  # no position chooses an expert twice
 
     def build(self, width: int, *, rngs: nnx.Rngs, dtype: str, output_scale: float) -> nnx.Module:
         return _Mixture(self, width, rngs, dtype, output_scale)
@@ -105,11 +107,11 @@ class _Mixture(nnx.Module):
         self.router = Router(width, spec.experts, rngs=rngs)
         self.experts = _Experts(spec, width, rngs, output_scale)
         options = {"activation": spec.activation, "bias": False, "rngs": rngs, "dtype": dtype}
-        shared = spec.shared * hidden  # several gated layers side by side are one wide one
+        shared = spec.shared * hidden  # a sum of gated layers is one wide gated layer
         self.shared = GatedLayer(width, shared, output_scale=output_scale, **options) if shared else None
 
     def __call__(self, x_BTD: jax.Array, context: Any) -> tuple[jax.Array, Losses]:
-        """[B, T, D] -> ([B, T, D], losses). `context.query` knows segments and modalities; choices are dropped if
+        """[B, T, D] -> ([B, T, D], losses). `context.query` holds segments and modalities; choices are dropped only if
         `context.training`."""
         spec, query = self.spec, context.query
         real_BT = query.segment > 0
@@ -139,10 +141,10 @@ class _Mixture(nnx.Module):
             y_BECD = self._apply(kernels, at_experts(at_rows(x_BECD)), inward, outward)
             return constrain(at_rows(y_BECD), "batch", None, None, None)
 
-        # The places of a row are counted from its beginning: its positions have to be together.
+        # Slots are counted from the start of a row, so each device needs whole rows.
         x_BTD, choice = jax.tree.map(lambda x: constrain(x, "batch", None, None), (x_BTD, choice))
-        places = self.spec.places(x_BTD.shape[1])
-        y_BTD, dropped = through_buffers(x_BTD, choice, self.spec.experts, places, function)
+        slots = self.spec.slots(x_BTD.shape[1])
+        y_BTD, dropped = through_buffers(x_BTD, choice, self.spec.experts, slots, function)
         return y_BTD.astype(self.dtype), dropped
 
     def _apply(self, kernels: Kernels, x: jax.Array, inward: Callable, outward: Callable) -> jax.Array:
@@ -160,12 +162,12 @@ class _Experts(nnx.Module):
         self.down = _Kernel((E, F, width), ("experts", "hidden", "width"), output_scale, rngs)
 
     def kernels(self, dtype: str) -> Kernels:
-        """gate, up and down in the dtype to compute in."""
+        """gate, up and down, cast to the compute dtype."""
         return tuple(layer.kernel[...].astype(dtype) for layer in (self.gate, self.up, self.down))
 
 
 class _Kernel(nnx.Module):
-    """Normal with standard deviation `scale / sqrt(inputs)`, as of `Linear`."""
+    """Initialised from a normal distribution with standard deviation `scale / sqrt(inputs)`, as in `Linear`."""
 
     def __init__(self, shape: tuple[int, int, int], axes: tuple[str, str, str], scale: float, rngs: nnx.Rngs):
         self.kernel = nnx.Param(jax.random.normal(rngs.params(), shape) * (scale * shape[1] ** -0.5), axes=axes)

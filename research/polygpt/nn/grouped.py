@@ -1,4 +1,4 @@
-"""Rows sorted into groups, each group times a matrix of its own.
+"""Grouped matrix multiplication: rows sorted by group, one matrix per group.
 
 Axis letters: N rows, E groups, D and F widths, n blocks of b rows.
 """
@@ -11,13 +11,13 @@ from polygpt.nn.rearrange import rearrange
 
 @jax.custom_vjp
 def grouped_matmul(x_ND: jax.Array, kernel_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    """[N, F]: the first `sizes_E[0]` rows times the first matrix, and so on; rows behind the last group give zeros.
+    """[N, F]: the first `sizes_E[0]` rows times the first matrix, and so on; rows after the last group give zeros.
 
-    `jax.lax.ragged_dot`, but on CPUs, where that multiplies every row with every matrix: there the rows are laid out in
-    blocks none of which has two groups, the scheme of MegaBlocks (Gale et al., 2211.15841), section 5.
+    Uses `jax.lax.ragged_dot` except on CPU, where that multiplies every row by every matrix. On CPU the rows are laid
+    out in blocks of one group each, the scheme of MegaBlocks (Gale et al., 2211.15841), section 5.
     """
     y_NF = jax.lax.platform_dependent(x_ND, kernel_EDF, sizes_E, cpu=_in_blocks, default=jax.lax.ragged_dot)
-    return _grouped_rows(y_NF, sizes_E)  # there the result of `ragged_dot` is undefined
+    return _grouped_rows(y_NF, sizes_E)  # `ragged_dot` leaves the rows after the last group undefined
 
 
 def _forward(x_ND, kernel_EDF, sizes_E):
@@ -41,7 +41,7 @@ def _grouped_rows(x_ND, sizes_E):
 
 
 def _outer(x_ND, y_NF, sizes_E):
-    """[E, D, F]: of each group the sum of the outer products of its rows."""
+    """[E, D, F]: for each group, the sum of the outer products of its rows."""
     contracted = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), (0,), ())
     return jax.lax.ragged_dot_general(x_ND, y_NF, sizes_E, contracted)
 
@@ -74,10 +74,13 @@ def _outer_in_blocks(x_ND, y_NF, sizes_E):
 
 
 def _blocks(rows: int, sizes_E: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(the row at each place of the blocks, the place of each row, the group of each block); none is out of range."""
+    """The row at each slot of the blocks, the slot of each row, and the group of each block.
+
+    An empty slot has row N; a row after the last group has a slot out of range.
+    """
     E = len(sizes_E)
     size = min(128, max(8, rows // E))
-    blocks = rows // size + E  # at most: each group fills its last one up
+    blocks = rows // size + E  # an upper bound: the last block of each group may be partly empty
     ends_E, padded_E = jnp.cumsum(sizes_E), jnp.cumsum(-(-sizes_E // size) * size)
     row_N = jnp.arange(rows, dtype=jnp.int32)
     group_N = jnp.searchsorted(ends_E, row_N, side="right")

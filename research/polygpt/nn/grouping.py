@@ -1,7 +1,6 @@
-"""Positions brought to their experts and back: into buffers of a fixed size, or sorted with none left out.
+"""Dispatch positions to experts and combine the results: through fixed-size buffers, or sorted and dropless.
 
-Axis letters: k choices a position, N choices of all positions, E experts, C places of an expert in a row, F hidden
-width.
+Axis letters: k choices per position, N choices of all positions, E experts, C slots per expert and row, F hidden width.
 """
 
 from collections.abc import Callable
@@ -13,14 +12,14 @@ from polygpt.nn.grouped import grouped_matmul
 from polygpt.nn.rearrange import rearrange
 from polygpt.nn.router import Choice
 
-# --- buffers of a fixed size ------------------------------------------------------------------------------------------
+# --- fixed-size buffers -----------------------------------------------------------------------------------------------
 
 
-def places(expert_BTk: jax.Array, experts: int, capacity: int) -> jax.Array:
-    """int32 [B, T, k]: each choice's place among the E C places of its row's buffers; E C where there is none left.
+def slots(expert_BTk: jax.Array, experts: int, capacity: int) -> jax.Array:
+    """int32 [B, T, k]: each choice's slot among the E C slots of its row's buffers; E C if none is left.
 
-    Places are given away in the order of the positions, all choices of one before those of the next: what comes later
-    in a row never takes a place from what comes earlier.
+    Slots are filled in order of position, all choices of one position before those of the next, so later positions
+    never displace earlier ones.
     """
     B, T, k = expert_BTk.shape
     flat_BN = expert_BTk.reshape(B, T * k)
@@ -34,36 +33,36 @@ def places(expert_BTk: jax.Array, experts: int, capacity: int) -> jax.Array:
 def through_buffers(
     x_BTD: jax.Array, choice: Choice, experts: int, capacity: int, function: Callable[[jax.Array], jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
-    """The weighted sum of what `function`, [B, E, C, D] to the same, makes of each position's places.
+    """Applies `function`, [B, E, C, D] -> [B, E, C, D], to the expert buffers and combines the results by position.
 
     Returns:
-        float32 [B, T, D], 0 where no choice found a place; and the number of choices that found none.
+        The weighted sums, float32 [B, T, D], 0 where every choice was dropped; and the number of dropped choices.
     """
     B, T, k = choice.expert_BTk.shape
-    place_BN = places(choice.expert_BTk, experts, capacity).reshape(B, T * k)
-    nowhere = experts * capacity
+    slot_BN = slots(choice.expert_BTk, experts, capacity).reshape(B, T * k)
+    no_slot = experts * capacity
 
-    def source(place_N):  # of every place the choice that has it; T k, which is none, in empty ones
-        return jnp.full(nowhere, T * k, jnp.int32).at[place_N].set(jnp.arange(T * k, dtype=jnp.int32), mode="drop")
+    def source(slot_N):  # the choice in each slot; T k, which is out of range, in empty slots
+        return jnp.full(no_slot, T * k, jnp.int32).at[slot_N].set(jnp.arange(T * k, dtype=jnp.int32), mode="drop")
 
-    source_BP = jax.vmap(source)(place_BN)
-    buffer_BPD = jax.vmap(rearrange)(jnp.repeat(x_BTD, k, axis=1), source_BP, place_BN)
-    y_BECD = function(buffer_BPD.reshape(B, experts, capacity, -1))
-    y_BND = jax.vmap(rearrange)(y_BECD.reshape(B, nowhere, -1), place_BN, source_BP)
-    dropped = jnp.sum((choice.expert_BTk < experts) & (place_BN.reshape(B, T, k) == nowhere), dtype=jnp.float32)
+    source_BS = jax.vmap(source)(slot_BN)
+    buffer_BSD = jax.vmap(rearrange)(jnp.repeat(x_BTD, k, axis=1), source_BS, slot_BN)
+    y_BECD = function(buffer_BSD.reshape(B, experts, capacity, -1))
+    y_BND = jax.vmap(rearrange)(y_BECD.reshape(B, no_slot, -1), slot_BN, source_BS)
+    dropped = jnp.sum((choice.expert_BTk < experts) & (slot_BN.reshape(B, T, k) == no_slot), dtype=jnp.float32)
     return combine(y_BND.reshape(B, T, k, -1), choice.weight_BTk), dropped
 
 
-# --- sorted, none left out --------------------------------------------------------------------------------------------
+# --- sorted, dropless -------------------------------------------------------------------------------------------------
 
 
 def through_sorted(
     x_BTD: jax.Array, choice: Choice, experts: int, function: Callable[[jax.Array, Callable], jax.Array]
 ) -> jax.Array:
-    """The weighted sum of what each position's experts make of it, float32 [B, T, D].
+    """The weighted sum of the outputs of each position's experts, float32 [B, T, D].
 
-    `function(x_ND, grouped)` gets the choices sorted by expert, and `grouped(x, kernel_EDF)` to multiply each with its
-    expert's matrix. Choices of no expert come last; they are zeros before and after.
+    `function(x_ND, grouped)` gets the inputs sorted by expert; `grouped(x, kernel_EDF)` multiplies each row by its
+    expert's matrix. Choices of no expert (index E) come last; their rows are zero before and after.
     """
     B, T, k = choice.expert_BTk.shape
     expert_N = choice.expert_BTk.reshape(-1)

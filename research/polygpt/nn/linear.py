@@ -10,16 +10,16 @@ from polygpt import sharding
 class Linear(nnx.Module):
     """`x @ kernel + bias` over the last axis.
 
-    The leading axes are flattened first: one two-dimensional matmul needs no transposing copy on any backend. Positions
-    that are split over devices stay an axis of their own: flattened with the rows they could not be.
+    The leading axes are flattened first, because a two-dimensional matmul needs no transposing copy on any backend.
+    They are not flattened when positions are split over devices: a merged axis could not be split that way.
 
     Args:
         inputs, outputs: widths.
-        rngs: gives the initial kernel, normal with standard deviation `scale / sqrt(inputs)`.
-        bias: whether there is a bias; it starts at zero.
-        dtype: the dtype to compute in; parameters are float32.
-        scale: of the initial kernel.
-        axes: the names of the two axes of the kernel, by which it is split over devices (`sharding.py`).
+        rngs: source of the initial kernel, normal with standard deviation `scale / sqrt(inputs)`.
+        bias: whether to add a bias; it is initialised to zero.
+        dtype: compute dtype; parameters are float32.
+        scale: factor on the initial kernel.
+        axes: logical names of the two kernel axes, which decide how it is split over devices (`sharding.py`).
     """
 
     def __init__(
@@ -35,12 +35,12 @@ class Linear(nnx.Module):
     ):
         kernel = jax.random.normal(rngs.params(), (inputs, outputs)) * (scale * inputs**-0.5)
         self.kernel = nnx.Param(kernel, axes=axes)
-        # A vector as long as the model is wide is not worth splitting.
+        # Model-width biases are replicated.
         self.bias = nnx.Param(jnp.zeros(outputs), axes=(None if axes[1] == "width" else axes[1],)) if bias else None
         self.dtype = dtype
 
     def __call__(self, x: jax.Array, output_dtype: str | None = None) -> jax.Array:
-        """[..., inputs] -> [..., outputs], computed in `dtype`; `output_dtype="float32"` keeps the sums unrounded."""
+        """[..., inputs] -> [..., outputs], computed in `dtype`; `output_dtype="float32"` returns the unrounded sums."""
         kernel = self.kernel[...].astype(self.dtype)
         flat = x.astype(self.dtype)
         if not sharding.splits("positions"):
@@ -50,5 +50,5 @@ class Linear(nnx.Module):
 
 
 def broadcast_to_rank(vector: jax.Array, rank: int) -> jax.Array:
-    """[D] -> [1, ..., 1, D] of `rank` axes: the broadcast is written out, so that no wrong one happens silently."""
+    """[D] -> [1, ..., 1, D] with `rank` axes. Explicit, so that no wrong broadcast happens silently."""
     return vector.reshape((1,) * (rank - 1) + vector.shape)

@@ -16,7 +16,7 @@ Activation = Literal["gelu", "gelu_tanh", "relu", "silu", "sigmoid", "identity"]
 INWARD, OUTWARD = ("width", "hidden"), ("hidden", "width")
 """The axes of the kernels of a feed-forward layer."""
 HIDDEN = ("batch", "positions", "hidden")
-"""The axes of what lies between them."""
+"""The axes of the hidden activations between them."""
 
 _ACTIVATIONS: dict[str, Callable] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -29,7 +29,7 @@ _ACTIVATIONS: dict[str, Callable] = {
 
 
 def activate(name: Activation, x: jax.Array) -> jax.Array:
-    """The activation called `name` of `x`. `gelu_tanh` is the approximation that GPT-2 uses (1606.08415, section 2)."""
+    """Applies the activation `name` to x. `gelu_tanh` is the approximation that GPT-2 uses (1606.08415, section 2)."""
     return _ACTIVATIONS[name](x)
 
 
@@ -37,12 +37,12 @@ def activate(name: Activation, x: jax.Array) -> jax.Array:
 class FeedForward(Spec):
     """A feed-forward layer. A new one derives from this class and builds a module `[B, T, D] -> [B, T, D]`.
 
-    The module of a routed one is called with the context too, and gives its losses beside its output: `(x_BTD, context)
-    -> (y_BTD, losses)`, the losses as in `nn/losses.py`.
+    A routed layer also takes the context and returns its losses (`nn/losses.py`): `(x_BTD, context) -> (y_BTD,
+    losses)`.
     """
 
     routed: ClassVar[bool] = False
-    """Whether different positions go through different parameters."""
+    """Whether different positions use different parameters."""
 
     def build(self, width: int, *, rngs: nnx.Rngs, dtype: str, output_scale: float) -> nnx.Module:
         """The module for vectors of `width`; `output_scale` scales the initial output kernel."""
@@ -53,11 +53,11 @@ class FeedForward(Spec):
         raise NotImplementedError
 
     def idle(self, width: int) -> int:
-        """Elements of the matrices that a position is not multiplied with, such as those of experts not chosen."""
+        """Number of kernel elements that a given position does not use, such as those of experts not chosen."""
         return 0
 
     def check_modalities(self, names: Sequence[str]) -> None:
-        """Raises SpecError if it does not fit a model of these modalities, text first."""
+        """Raises SpecError if the layer does not fit a model with these modalities, text first."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +85,7 @@ class MLP(FeedForward):
 class GatedMLP(FeedForward):
     """(activation(x Wg) * (x W1)) W2: SwiGLU with "silu", GEGLU "gelu", ReGLU "relu". Shazeer (2002.05202), eq. 6.
 
-    The hidden width is by default two thirds of the ungated one, so that the parameters are as many (section 3.1).
+    The default hidden width is two thirds of the ungated one, which keeps the number of parameters equal (section 3.1).
     """
 
     factor: float = 8 / 3
@@ -122,7 +122,7 @@ class _MLP(nnx.Module):
 
 
 class GatedLayer(nnx.Module):
-    """The module of `GatedMLP`, of any hidden width."""
+    """The module of `GatedMLP`, with any hidden width."""
 
     def __init__(
         self,

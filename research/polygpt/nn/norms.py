@@ -1,4 +1,4 @@
-"""Normalisations over the width. All compute in float32 and return the dtype they were given."""
+"""Normalisations over the width. All compute in float32 and return the dtype of their input."""
 
 import dataclasses
 

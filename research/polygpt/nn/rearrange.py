@@ -1,4 +1,4 @@
-"""Rows brought into another order, forward and backward by gathers."""
+"""Permutation of rows by gathers, in both the forward and the backward pass."""
 
 import jax
 import jax.numpy as jnp
@@ -6,9 +6,9 @@ import jax.numpy as jnp
 
 @jax.custom_vjp
 def rearrange(x_ND: jax.Array, index_M: jax.Array, inverse_N: jax.Array) -> jax.Array:
-    """[M, D]: rows of x by index, zeros where it is out of range. No row is taken twice.
+    """[M, D]: rows of x by index, zeros where the index is out of range. No row may be taken twice.
 
-    `inverse_N` says for each row of x where it went: so the gradient is a gather too, not a scatter.
+    `inverse_N` is the destination of each row of x, which makes the gradient a gather instead of a scatter.
     """
     return jnp.take(x_ND, index_M, axis=0, mode="fill", fill_value=0)
 

@@ -1,6 +1,6 @@
-"""Which experts a position goes through, and the losses that keep routers healthy.
+"""Routing of positions to experts, and the auxiliary losses that keep it balanced.
 
-Axis letters: E experts, k choices a position, M modalities with experts of their own.
+Axis letters: E experts, k choices per position, M modalities with reserved experts.
 """
 
 import dataclasses
@@ -16,11 +16,11 @@ from polygpt.nn.losses import Losses
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """Where positions go.
+    """The experts chosen for each position.
 
     Attributes:
-        expert_BTk: int32, the chosen experts, the likeliest first; E, which is no expert, at padding.
-        weight_BTk: float32, what each expert's output is multiplied with; 0 at padding.
+        expert_BTk: int32, the chosen experts, the likeliest first; E (out of range) at padding.
+        weight_BTk: float32, the factor on each expert's output; 0 at padding.
     """
 
     expert_BTk: jax.Array
@@ -28,7 +28,7 @@ class Choice:
 
 
 class Router(nnx.Module):
-    """A linear map to the experts and a softmax, in float32 whatever the model computes in: Switch, section 2.4."""
+    """A linear map to expert logits, in float32 whatever the model's dtype: Switch (2101.03961), section 2.4."""
 
     def __init__(self, width: int, experts: int, *, rngs: nnx.Rngs):
         kernel = jax.random.normal(rngs.params(), (width, experts)) * width**-0.5
@@ -36,12 +36,12 @@ class Router(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """Logits, float32 [B, T, E]."""
-        highest = jax.lax.Precision.HIGHEST  # a choice may hang on the bits that accelerators would round off
+        highest = jax.lax.Precision.HIGHEST  # reduced matmul precision on accelerators could change choices
         return jnp.einsum("btd,de->bte", x_BTD.astype(jnp.float32), self.kernel[...], precision=highest)
 
 
 def allowed(groups: tuple[int, ...], experts: int) -> jax.Array:
-    """bool [M, E]: each modality's own experts, one group behind the other, and at the end those open to all."""
+    """bool [M, E], the experts that each modality may choose: reserved groups in order, then those open to all."""
     expert_E, rows, start = jnp.arange(experts), [], 0
     for size in groups or (0,):
         own_E = (expert_E >= start) & (expert_E < start + size)
@@ -51,9 +51,9 @@ def allowed(groups: tuple[int, ...], experts: int) -> jax.Array:
 
 
 def likeliest(logits_BTE: jax.Array, k: int) -> jax.Array:
-    """int32 [B, T, k]: the experts of the largest logits, the largest first.
+    """int32 [B, T, k]: the experts with the largest logits, the largest first.
 
-    One after the other, because compilers do not split `top_k` over devices: it gathers the logits of all positions.
+    Uses repeated argmax because XLA does not partition `top_k`: it would all-gather the logits of all positions.
     """
     left_BTE, found = jax.lax.stop_gradient(logits_BTE), []
     for _ in range(k):
@@ -73,16 +73,16 @@ def route(
     groups: tuple[int, ...],
     balance: Literal["row", "batch"],
 ) -> tuple[Choice, Losses]:
-    """The choice of every position, and the losses `load_balance` and `router_z`.
+    """Chooses experts for every position and computes the losses `load_balance` and `router_z`.
 
-    Load balance: E sum_e f_e P_e with f_e the share of choices that fall on expert e and P_e its mean probability,
-    Fedus et al., Switch (2101.03961), eq. 4 to 6; 1 if all experts are used alike. Here f and P are taken over the
-    positions of each row, as over the groups of GShard (2006.16668, algorithm 1), or of all rows; with groups, over
-    those of each modality, E being the experts that it may choose.
+    Load balance: E sum_e f_e P_e, where f_e is the fraction of choices that fall on expert e and P_e its mean
+    probability: Fedus et al., Switch (2101.03961), eq. 4 to 6; 1 if all experts are used equally. f and P are averaged
+    over each row, like the groups of GShard (2006.16668, algorithm 1), or over all rows; with `groups`, over the
+    positions of each modality, E being the number of experts that it may choose.
 
     Router z: (logsumexp of the logits)^2, Zoph et al., ST-MoE (2202.08906), eq. 5.
 
-    Both are sums over the real positions, as losses of layers are.
+    Like all losses of layers, both are sums over the real positions.
     """
     E = logits_BTE.shape[-1]
     allowed_ME = allowed(groups, E)
