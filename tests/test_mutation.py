@@ -50,6 +50,7 @@ def test_one_change_at_a_time(source, changed):
         "import a",
         "x = f'{a + 1}'",
         "x = 'a' + b",
+        "x = zip(a, b, strict=True)",
         "log.info(a + 1)",
         "def f(a: Literal[1]) -> Literal[2]: ...",
         "@cache(maxsize=1)\ndef f(): ...",

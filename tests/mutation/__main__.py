@@ -3,7 +3,7 @@
     python tests/mutation [--folders attention,data] [--count 12] [--seed 0] [--survivors] [--table]
 
 Works in a clone of the committed tree. A mutant runs the fast tests whose files name its module, directly or through
-a helper; first those that mention the changed function or class; until one fails. A test that fails without the mutant
+a helper; first those that mention the changed function or class; until one fails. A test that fails without the mutants
 as well does not count. Needs the test environment; `.mutation/results.json` keeps what was found.
 """
 
@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[2]
 TESTS = {
     "attention": ["attention", "contracts"],
     "data": ["data", "contracts"],
-    "training": ["training"],
+    "training": ["training", "parallel"],
     "runtime": ["runtime", "training"],
     "optim": ["optim"],
     "ablation": ["ablation"],
@@ -62,12 +62,15 @@ def main():
             for folder in given.folders.split(",")
             for path, mutant in sample(copy, folder, given.count, given.seed)
         }
-        for name, (folder, path, mutant) in chosen.items():
-            if given.survivors and results.get(name, {}).get("status") in ("killed", "timeout"):
-                continue
-            results[name] = {"folder": folder, **_try(tests, folder, path, mutant, given.limit)}
-            record.write_text(json.dumps(results, indent=1))
-            print("{status:9}{seconds:5.0f} s  {name}  [{by}]".format(name=name, **results[name]), flush=True)
+        unsteady = set()
+        while pending := [name for name in chosen if _open(results.get(name), unsteady, given.survivors)]:
+            for name in pending:
+                folder, path, mutant = chosen[name]
+                results[name] = {"folder": folder, **_try(tests, folder, path, mutant, given.limit, unsteady)}
+                record.write_text(json.dumps(results, indent=1))
+                print("{status:9}{seconds:5.0f} s  {name}  [{by}]".format(name=name, **results[name]), flush=True)
+            given.survivors = None
+            unsteady |= tests.failing({results[name]["by"] for name in chosen if results[name]["status"] == "killed"})
         if given.table:
             out = ROOT / "tests" / "MUTATION.md"
             write_table(out, {name: results[name] for name in chosen}, given, _git("rev-parse", "HEAD", at=copy))
@@ -95,25 +98,27 @@ def sample(root: Path, folder: str, count: int, seed: int) -> list[tuple[str, Mu
     return found
 
 
-def _try(tests: Forked, folder: str, path: str, mutant: Mutant, limit: float) -> dict:
-    file, begun, unsteady = tests.copy / path, time.monotonic(), []
+def _open(result: dict | None, unsteady: set[str], survivors: bool | None) -> bool:
+    """Whether a mutant is to be run: first all, or the survivors; then those that an unsteady test killed."""
+    if survivors is None:
+        return result["by"] in unsteady
+    return result is None or not survivors or result["status"] == "survived"
+
+
+def _try(tests: Forked, folder: str, path: str, mutant: Mutant, limit: float, unsteady: set[str]) -> dict:
+    file, begun = tests.copy / path, time.monotonic()
     source = file.read_text()
     chosen = naming(tests.copy, folder, path)
-    while True:
-        file.write_text(mutant.apply(source))
-        try:
-            arguments = ["-m", "not slow and not plans", *(f"--deselect={test}" for test in unsteady), *chosen]
-            outcome = tests.run(arguments, symbols(source, mutant.line), limit)
-        finally:
-            file.write_text(source)
-            for made in ("runs", ".hypothesis"):
-                shutil.rmtree(tests.copy / made, ignore_errors=True)
-        if outcome.status != "failed" or tests.passes(outcome.test):
-            break
-        unsteady.append(outcome.test)
-        print(f"  fails without the mutant too, left out: {outcome.test}", flush=True)
+    arguments = ["-x", "-m", "not slow and not plans", *(f"--deselect={test}" for test in unsteady), *chosen]
+    file.write_text(mutant.apply(source))
+    try:
+        outcome = tests.run(arguments, symbols(source, mutant.line), limit)
+    finally:
+        file.write_text(source)
+        for made in ("runs", ".hypothesis"):
+            shutil.rmtree(tests.copy / made, ignore_errors=True)
     status = {"passed": "survived", "failed": "killed", "timeout": "timeout"}[outcome.status]
-    by = outcome.test or f"{len(chosen)} files, {outcome.left} tests not begun"
+    by = outcome.tests[0] if outcome.tests else f"{len(chosen)} files, {outcome.left} tests not begun"
     return {"status": status, "seconds": time.monotonic() - begun, "by": by}
 
 

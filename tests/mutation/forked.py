@@ -9,6 +9,7 @@ import contextlib
 import importlib
 import inspect
 import json
+import math
 import os
 import py_compile
 import signal
@@ -26,10 +27,10 @@ NO_TESTS = 5  # pytest's exit code
 
 @dataclass(frozen=True)
 class Outcome:
-    """How the tests ended: "passed", "failed", "timeout". `test` failed or hung; `left` tests were not begun."""
+    """How the tests ended: "passed", "failed", "timeout". `tests` failed or hung; `left` were not begun."""
 
     status: str
-    test: str = ""
+    tests: tuple[str, ...] = ()
     left: int = 0
 
 
@@ -38,7 +39,7 @@ class Order:
 
     def __init__(self, record: Path, names: list[str], limit: float):
         self.record, self.names, self.limit = record, names, limit
-        self.said = {"failed": "", "running": "", "left": 0}
+        self.said = {"failed": [], "running": "", "left": 0}
 
     def pytest_collection_modifyitems(self, items):
         items.sort(key=lambda item: not self._mentions(item))
@@ -62,8 +63,8 @@ class Order:
         self._failure(report)
 
     def _failure(self, report):
-        if report.failed and not self.said["failed"]:
-            self.said["failed"] = report.nodeid or "collection"
+        if report.failed and report.nodeid not in self.said["failed"]:
+            self.said["failed"].append(report.nodeid)
             self._write()
 
     def pytest_sessionfinish(self):
@@ -78,7 +79,7 @@ class Forked:
     """Runs the tests of a copy of the repository at `copy`. `scratch` is a folder outside it."""
 
     def __init__(self, copy: Path, scratch: Path):
-        self.copy, self.scratch, self.sound = copy, scratch, set()
+        self.copy, self.scratch = copy, scratch
         os.environ.update(
             PYTHONPATH=str(copy / "research"),
             JAX_PLATFORMS="cpu",
@@ -92,8 +93,8 @@ class Forked:
         for name in IMPORTS:
             importlib.import_module(name)
 
-    def run(self, arguments: list[str], names=(), limit: float = 600) -> Outcome:
-        """Until the first failure."""
+    def run(self, arguments: list[str], names=(), limit: float = math.inf) -> Outcome:
+        """Runs pytest with these arguments; for `names` and `limit` see `Order`."""
         record = self.scratch / "record.json"
         record.unlink(missing_ok=True)
         child = os.fork()
@@ -109,18 +110,17 @@ class Forked:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child, signal.SIGKILL)
         code = os.waitstatus_to_exitcode(status)
-        said = json.loads(record.read_text()) if record.exists() else {"failed": "", "running": "", "left": 0}
+        said = json.loads(record.read_text()) if record.exists() else {"failed": [], "running": "import", "left": 0}
         if code == -signal.SIGALRM:
-            return Outcome("timeout", said["running"])
+            return Outcome("timeout", (said["running"],))
         if code in (0, NO_TESTS):
             return Outcome("passed", left=said["left"])
-        return Outcome("failed", said["failed"] or said["running"] or "import")
+        return Outcome("failed", tuple(said["failed"] or [said["running"]]))
 
-    def passes(self, test: str) -> bool:
-        """Whether `test` passes as the tree is now. Asked once for each test."""
-        if test not in self.sound and self.run([] if test == "import" else [test]).status == "passed":
-            self.sound.add(test)
-        return test in self.sound
+    def failing(self, tests: set[str]) -> set[str]:
+        """Those that fail as the tree is now."""
+        named = sorted(test for test in tests if "::" in test)
+        return set(self.run(named).tests) if named else set()
 
     def _child(self, arguments: list[str], order: Order) -> int:
         os.setsid()
@@ -130,5 +130,5 @@ class Forked:
             os.dup2(log, stream)
         import pytest
 
-        quiet = ["-q", "-x", "-o", f"cache_dir={self.scratch / 'cache'}", "-p", "no:xdist", "-p", "no:cov"]
+        quiet = ["-q", "-o", f"cache_dir={self.scratch / 'cache'}", "-p", "no:xdist", "-p", "no:cov"]
         return pytest.main([*quiet, *arguments], plugins=[order])

@@ -75,7 +75,7 @@ def _left_alone(node: ast.AST) -> bool:
     match node:
         case ast.JoinedStr() | ast.Import() | ast.ImportFrom() | ast.Expr(ast.Constant()):
             return True
-        case ast.FunctionDef(name="__repr__" | "__str__"):
+        case ast.FunctionDef(name="__repr__" | "__str__") | ast.keyword(arg="strict"):  # zip's check of the code itself
             return True
         case ast.If(test=ast.Compare(left=ast.Name(id="__name__"))) | ast.If(test=ast.Name(id="TYPE_CHECKING")):
             return True
