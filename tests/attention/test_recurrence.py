@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from polygpt.attention.kernels.recurrence import course, delta_rule, linear_recurrence
+from polygpt.attention.kernels.recurrence import _chunks, course, delta_rule, linear_recurrence
 
 B, H, D, E = 2, 4, 4, 3
 SEGMENT = np.int32(
@@ -105,6 +105,13 @@ def test_the_chunked_form_equals_the_loop(kind, chunk):
     np.testing.assert_allclose(got_out, out, rtol=0, atol=5e-6)
     np.testing.assert_allclose(got_state, state, rtol=0, atol=5e-6)
     np.testing.assert_array_equal(last_B, [4, 1])
+
+
+@pytest.mark.parametrize(("size", "length"), [(4, 4), (16, 16), (64, 32)])
+def test_a_chunk_is_no_longer_than_asked_for_or_than_the_row_needs(size, length):
+    (x_NBKRCd,) = _chunks([np.ones((B, H, T, D))], K=2, size=size)
+    assert x_NBKRCd.shape == (-(-T // length), B, 2, H // 2, length, D)
+    assert x_NBKRCd.sum() == B * H * T * D  # zeros beyond the row
 
 
 @pytest.mark.parametrize("chunk", CHUNKS)

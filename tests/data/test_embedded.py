@@ -163,6 +163,16 @@ def test_every_task_gives_prompts_and_answers(task, split):
         examples[len(examples)]
 
 
+def test_fusion_names_its_files_in_the_order_in_which_they_come():
+    suffixes, first = {"image": ".png", "audio": ".flac"}, set()
+    for example in Embedded("fusion", examples=20).open():
+        order = [part.modality for part in example.parts if isinstance(part, Medium)]
+        files = example.place.partition(": ")[2].split(" + ")
+        assert [suffixes[modality] for modality in order] == [Path(file).suffix for file in files], example.place
+        first.add(order[0])
+    assert first == {"image", "audio"}
+
+
 def test_counts_agree_with_the_manifests():
     for task in ("digits", "pictures"):
         for split in ("train", "test"):

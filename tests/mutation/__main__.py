@@ -70,7 +70,7 @@ def main():
                 record.write_text(json.dumps(results, indent=1))
                 print("{status:9}{seconds:5.0f} s  {name}  [{by}]".format(name=name, **results[name]), flush=True)
             given.survivors = None
-            unsteady |= tests.failing({results[name]["by"] for name in chosen if results[name]["status"] == "killed"})
+            unsteady |= tests.failing({results[name]["by"] for name in chosen if results[name]["status"] != "survived"})
         if given.table:
             out = ROOT / "tests" / "MUTATION.md"
             write_table(out, {name: results[name] for name in chosen}, given, _git("rev-parse", "HEAD", at=copy))

@@ -92,9 +92,21 @@ def test_schedules_compile_and_stay_finite_beyond_the_end(schedule):
         (lambda: WarmupCosine(1.0, final=2.0), "final is 2.0"),
         (lambda: WarmupExponential(1.0, final=0.0), "final is 0.0"),
         (lambda: WSD(1.0, decay=0.0), "decay is 0.0"),
+        (lambda: WSD(1.0, final=-0.1), "final is -0.1"),
+        (lambda: SGDR(1.0, final=-0.1), "final is -0.1"),
+        (lambda: SGDR(1.0, final=1.1), "final is 1.1"),
         (lambda: SGDR(1.0, period=0), "period is 0"),
+        (lambda: SGDR(1.0, stretch=0.9), "stretch is 0.9"),
+        (lambda: SGDR(1.0, shrink=0.0), "shrink is 0.0"),
+        (lambda: SGDR(1.0, shrink=1.1), "shrink is 1.1"),
     ],
 )
 def test_values_outside_their_range_are_refused(make, message):
     with pytest.raises(SpecError, match=message):
         make()
+
+
+@pytest.mark.parametrize("final", [0, 1])
+def test_a_decay_may_end_at_zero_or_at_the_peak(final):
+    for schedule in (WarmupCosine(1.0, final=final), WSD(1.0, final=final, decay=1.0), SGDR(1.0, final=final)):
+        np.testing.assert_allclose(schedule.build(1000)(999), final, atol=3e-3)

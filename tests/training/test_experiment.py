@@ -6,6 +6,7 @@ from tiny_experiment import experiment
 from polygpt.errors import SpecError
 from polygpt.overrides import override
 from polygpt.sharding import RULES
+from polygpt.training.experiment import TrainSpec
 
 
 @pytest.mark.parametrize("parallel", ["single", "pmap", "auto"])
@@ -22,6 +23,26 @@ def test_a_mesh_that_nothing_would_read_is_refused(parallel):
 def test_a_table_that_nothing_would_read_is_refused():
     with pytest.raises(SpecError, match="train.mesh.rules is set: write --train.parallel sharded$"):
         override(experiment(), {"train.mesh.rules.features": '["tensor"]'})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "steps is 0: it must be at least 1"),
+        ({"log_every": 0}, "log_every is 0: it must be at least 1"),
+        ({"evaluate_every": 0}, "evaluate_every is 0: it must be null or at least 1"),
+        ({"evaluate_every": 1, "patience": 0}, "patience is 0: it must be null or at least 1"),
+        ({"patience": 1}, "patience is 1: it must be null without evaluate_every"),
+        ({"max_nonfinite": 0}, "max_nonfinite is 0: it must be at least 1"),
+        ({"prefetch": 0}, "prefetch is 0: it must be at least 1"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_counts_below_one_are_refused(changes, message):
+    one = {"steps": 1, "log_every": 1, "max_nonfinite": 1, "prefetch": 1, "patience": None, "evaluate_every": None}
+    assert TrainSpec(**one).prefetch == TrainSpec(**one | {"evaluate_every": 1, "patience": 1}).patience == 1
+    with pytest.raises(SpecError, match=f"TrainSpec.{message}"):
+        TrainSpec(**one | changes)
 
 
 def test_the_mesh_of_a_sharded_run_and_the_default_of_any_are_taken():

@@ -324,7 +324,7 @@ def test_the_standing_counts_evaluations_without_a_better_metric():
 class Exploding(Schedule):
     """Constant, and infinite from a step on."""
 
-    at: int = 9
+    at: int = 15
 
     def build(self, steps):
         return lambda t: jnp.where(t < self.at, self.peak_lr, jnp.inf)
@@ -333,11 +333,11 @@ class Exploding(Schedule):
 def test_too_many_steps_that_are_not_finite_end_the_run_and_leave_the_checkpoint(tmp_path):
     chosen = smallest(**{"train.steps": "40", "train.max_nonfinite": "3"})
     chosen = chosen.replace(optim=chosen.optim.replace(schedule=Exploding(1e-3)))
-    with pytest.raises(UserError, match=r"step 12: .* 3 times in a row; the checkpoint of step 7 is intact"):
+    with pytest.raises(UserError, match=r"step 18: .* 3 times in a row; the checkpoint of step 14 is intact"):
         train(chosen, tmp_path, quiet)
     run = open_run(tmp_path)
-    assert run.step == 7 and all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(run.params))
-    assert metrics(tmp_path)[-1]["step"] == 12 and metrics(tmp_path)[-1]["skipped"] == 3
+    assert run.step == 14 and all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(run.params))
+    assert metrics(tmp_path)[-1]["step"] == 18 and metrics(tmp_path)[-1]["skipped"] == 3
 
 
 def test_a_full_disk_is_one_clear_line(tmp_path):
