@@ -18,8 +18,8 @@ from polygpt.adapters.image import ImageAdapter
 from polygpt.attention.biases import ALiBi, T5Bias
 from polygpt.attention.contract import Attention
 from polygpt.attention.masks import Mask, Window
-from polygpt.attention.multi_head import MultiHead
-from polygpt.attention.scores import Score
+from polygpt.attention.multi_head import MultiHead, MultiHeadModule
+from polygpt.attention.scores import Score, Terms
 from polygpt.blocks.stack import StackSpec
 from polygpt.data.augment import Noise, RandomResizedCrop, RandomShift, SpecAugment, Speed
 from polygpt.data.example import Example, Medium, Text
@@ -43,9 +43,10 @@ from polygpt.models.decoder import DecoderSpec
 from polygpt.models.multimodal import ModelSpec
 from polygpt.models.presets import preset
 from polygpt.nn.experts import MixtureOfExperts
+from polygpt.nn.linear import Linear
 from polygpt.nn.mlp import MLP, GatedMLP
 from polygpt.nn.norms import LayerNorm, RMSNorm
-from polygpt.nn.positions import Learned, MRope, NoPosition, Rope, Rope2D, Sinusoidal
+from polygpt.nn.positions import Learned, MRope, NoPosition, Position, Rope, Rope2D, Sinusoidal
 from polygpt.objectives.base import Objective
 from polygpt.objectives.load_balance import LoadBalance
 from polygpt.objectives.next_token import NextToken
@@ -108,6 +109,7 @@ __all__ = [
     "LayerNorm",
     "LayoutSpec",
     "Learned",
+    "Linear",
     "Lion",
     "LoadBalance",
     "LogMel",
@@ -121,6 +123,7 @@ __all__ = [
     "ModelSpec",
     "MuP",
     "MultiHead",
+    "MultiHeadModule",
     "Muon",
     "NextToken",
     "NoPosition",
@@ -128,6 +131,7 @@ __all__ = [
     "Objective",
     "Optim",
     "Paper",
+    "Position",
     "ProcessesSpec",
     "RMSNorm",
     "RandomResizedCrop",
@@ -148,6 +152,7 @@ __all__ = [
     "StackSpec",
     "T5Bias",
     "Task",
+    "Terms",
     "Text",
     "TextFiles",
     "TfdsSource",

@@ -68,6 +68,14 @@ class Gates(Score):
 
 
 @dataclasses.dataclass(frozen=True)
+class Together(Score):
+    """Terms of pairs, in a product and in a sum, beside one of keys."""
+
+    def __call__(self, score, query, key, terms):
+        return score * (1 + jnp.tanh(terms.pair["both"])) + terms.pair["both"] * terms.key["gate"]
+
+
+@dataclasses.dataclass(frozen=True)
 class Case:
     """What a problem is made of; `layout` is a function giving (query, key) metadata."""
 
@@ -99,6 +107,12 @@ CASES = {
     "sigmoid_terms": Case("decode", score=Gates().then(Slopes()), normalizer="sigmoid", heads=(2, 1)),
 }
 NAMES = tuple(CASES)
+WITH_PAIRS = {
+    "pairs": Case("packed", score=Together()),
+    "pairs_decode": Case("decode", score=Together().then(Slopes()), heads=(2, 1)),
+    "pairs_sigmoid": Case("unordered", score=Scale(0.5).then(Together()), normalizer="sigmoid"),
+}
+"""Problems for the backends that take terms of pairs."""
 
 
 def _meta(index, position, segment, span) -> Meta:
@@ -156,7 +170,8 @@ def layout(name: str, rng: np.random.Generator) -> tuple[Meta, Meta]:
 def problem(name: str, seed: int = 0, dtype: str = "float32") -> tuple[Rule, Operands]:
     """One of `NAMES`."""
     rng = np.random.default_rng(seed)
-    return made(CASES[name], *layout(CASES[name].layout, rng), rng, dtype)
+    case = (CASES | WITH_PAIRS)[name]
+    return made(case, *layout(case.layout, rng), rng, dtype)
 
 
 def made(case: Case, query: Meta, key: Meta, rng, dtype: str = "float32") -> tuple[Rule, Operands]:
@@ -172,12 +187,15 @@ def made(case: Case, query: Meta, key: Meta, rng, dtype: str = "float32") -> tup
         "head": {"slope": np.abs(normal(H, scale=0.3)), "table": normal(4, H)},
         "query": {"gate": normal(B, H, T)},
         "key": {"gate": normal(B, H, S)},
+        "pair": {},
     }
     wanted = _wanted(case.score)
+    if any(kind == "pair" for kind, _, _ in wanted):  # drawn last: the other problems' numbers stay
+        terms["pair"]["both"] = normal(B, H, T, S)
     terms = Terms(
         *(
             {prefix + n: terms[kind][n] * np.float32(1.0) for k, prefix, n in wanted if k == kind}
-            for kind in ("head", "query", "key")
+            for kind in ("head", "query", "key", "pair")
         )
     )
     operands = Operands(*(jnp.asarray(x, dtype) for x in arrays), query, key, terms)
@@ -189,6 +207,7 @@ def _wanted(score: Score, prefix: str = "") -> list[tuple[str, str, str]]:
     if isinstance(score, Then):
         return _wanted(score.first, prefix + "first.") + _wanted(score.second, prefix + "second.")
     names = {Slopes: [("head", "slope")], Table: [("head", "table")], Gates: [("query", "gate"), ("key", "gate")]}
+    names[Together] = [("pair", "both"), ("key", "gate")]
     return [(kind, prefix, name) for kind, name in names.get(type(score), [])]
 
 
@@ -209,6 +228,9 @@ def modified(score: Score, s: float, q, k, term, prefix: str = "") -> float:
     if isinstance(score, Gates):
         gate = term("query", prefix + "gate")
         return s * (1 + np.tanh(gate)) + gate * term("key", prefix + "gate")
+    if isinstance(score, Together):
+        both = term("pair", prefix + "both")
+        return s * (1 + np.tanh(both)) + both * term("key", prefix + "gate")
     assert type(score) is Score, score
     return s
 
@@ -231,7 +253,7 @@ def expected(rule: Rule, operands: Operands) -> tuple[np.ndarray, np.ndarray]:
             scores = []
             for s in seen:
                 product = query[b, h, t] @ key[b, h // (H // K), s]
-                places = {"head": (..., h), "query": (b, h, t), "key": (b, h, s)}
+                places = {"head": (..., h), "query": (b, h, t), "key": (b, h, s), "pair": (b, h, t, s)}
                 term = functools.partial(_term, terms, places)
                 scores.append(modified(rule.score, product, q, ks[s], term))
             scores = np.asarray(scores)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problems import NAMES, Near, assert_agrees, floats, problem, with_floats
+from problems import NAMES, WITH_PAIRS, Near, assert_agrees, floats, problem, with_floats
 
 from polygpt.attention.kernels import chunked, reference
 from polygpt.attention.kernels.problem import Operands, Rule
@@ -21,7 +21,7 @@ def in_tiny_blocks(rule, operands):
     return chunked.in_blocks(rule, operands, 5, 4)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *WITH_PAIRS])
 def test_it_equals_float64_and_the_gradients_of_the_reference(name):
     assert_agrees(in_tiny_blocks, *problem(name))
 

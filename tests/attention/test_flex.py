@@ -100,6 +100,7 @@ def test_what_it_refuses():
         assert flex.refuses(rule, operands) is None
     half = dataclasses.replace(operands, value_BKSe=operands.value_BKSe.astype(jnp.float16))
     assert "values are float16" in flex.refuses(rule, half)
+    assert "terms of pairs (both)" in flex.refuses(*problem("pairs"))
     long = shapes(8, 1, 1, 2**17)
     assert "it can list 131072" in flex.refuses(rule, long) and "131072 queries" in flex.refuses(rule, long)
 

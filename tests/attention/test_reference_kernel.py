@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problems import NAMES, answers, assert_agrees, cotangents, expected, floats, problem, with_floats
+from problems import NAMES, WITH_PAIRS, answers, assert_agrees, cotangents, expected, floats, problem, with_floats
 
 from polygpt.attention.kernels.reference import attend, attention_weights
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *WITH_PAIRS])
 def test_it_equals_float64(name):
     assert_agrees(attend, *problem(name), gradients=False)
 
@@ -23,7 +23,7 @@ def test_it_equals_float64_where_softmax_is_saturated():
     assert_agrees(attend, rule, operands, gradients=False, tolerance=100)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "pairs"])
 def test_its_gradients_are_the_slopes_of_float64(name):
     """Along a random direction, that of each array by itself."""
     rule, operands = problem(name)

@@ -16,7 +16,16 @@ from polygpt.attention.kernels import reference
 from polygpt.attention.kernels.problem import Operands, Rule
 from polygpt.attention.masks import DECODER, Meta, SameSegment
 from polygpt.attention.multi_head import MultiHead
-from polygpt.attention.scores import KeyGate, LengthTemperature, QueryTemperature, Scale, Score, SoftCap, Terms, Then
+from polygpt.attention.scores import (
+    KeyGate,
+    LengthTemperature,
+    QueryTemperature,
+    Scale,
+    Score,
+    SoftCap,
+    Terms,
+    Then,
+)
 from polygpt.errors import SpecError
 
 B, H, T, D = 2, 3, 9, 5

@@ -18,7 +18,7 @@ from polygpt.nn.positions import Position
 from polygpt.sequence import Media
 from polygpt.spec import Spec, field_help, from_json, hints, to_json
 
-ATTENTION = specs("polygpt.attention", Attention)
+ATTENTION = [one for one in specs("polygpt.attention", Attention) if one.values[0].build is not Attention.build]
 ADAPTERS = specs("polygpt.adapters", Adapter)
 PARTS = specs("polygpt.nn", Norm) + specs("polygpt.nn", FeedForward) + specs("polygpt.nn", Position)
 PARTS += specs("polygpt.attention", Position)

@@ -93,7 +93,6 @@ def test_a_starting_file_is_called_as_its_class(tmp_path, name, file):
         ("Two words", "mask", "class name"),
         ("A²", "mask", "class name"),
         ("Decay", "mask", "a Decay of its own"),
-        ("Linear", "module", "a Linear of its own"),
         ("Recurrent", "recurrent", "a Recurrent of its own"),
     ],
 )

@@ -106,6 +106,35 @@ def extend(cache: Full | Ring | None, new: Any, context) -> tuple[Any, Meta, Ful
     return seen, meta, Ring(arrays, jax.tree.map(keep_meta, cache.meta, context.query), cache.reach)
 
 
+def last(cache: Full | Ring | None, context, name: str) -> tuple[Any, jax.Array] | None:
+    """What is remembered of the last position of each row that is no padding.
+
+    Args:
+        cache: what was read before the positions `context.query`.
+        context: a `contract.Context`.
+        name: of the part of what is remembered.
+
+    Returns:
+        (a pytree of [B, ., 1, ...], the segments of the positions, int32 [B], 0 where there is none); None where
+        nothing of that name is remembered.
+    """
+    if cache is None or not jax.tree.leaves(cache.arrays[name]):
+        return None
+    if isinstance(cache, Full):
+        segment_BS, order_BS = context.key.segment, jnp.arange(context.key.segment.shape[1], dtype=jnp.int32)[None]
+        read_BS = (segment_BS > 0) & (order_BS < context.cursor)
+    else:
+        segment_BS, order_BS = cache.meta.segment, cache.meta.index
+        read_BS = segment_BS > 0
+    place_B1 = jnp.argmax(jnp.where(read_BS, order_BS, -1), axis=1, keepdims=True)
+    last_B = jnp.where(read_BS.any(axis=1), jnp.take_along_axis(segment_BS, place_B1, axis=1)[:, 0], 0)
+
+    def taken(x):
+        return jnp.take_along_axis(x, place_B1.reshape(-1, 1, 1, *[1] * (x.ndim - 3)), axis=2)
+
+    return jax.tree.map(taken, cache.arrays[name]), last_B
+
+
 def _split(x: jax.Array) -> jax.Array:
     """[B, ., S, ...] over the devices that have its rows and heads; positions whole, since each step writes to one."""
     return constrain(x, "batch", "kv_heads", *[None] * (x.ndim - 2))

@@ -55,6 +55,8 @@ class Context:
             means the position id in all three.
         inputs_BTD: what the stack of blocks was given, for layers that look at the embeddings; None in a lone layer,
             which takes `x_BTD` for it.
+        before: of each row's last position in the cache, what the layer remembers and its segment, for running sums; a
+            layer sets it for itself (`attention/cache.py`).
         training: whether this is a training step. Layers that approximate in training, such as experts of limited
             capacity, are exact otherwise.
     """
@@ -65,6 +67,7 @@ class Context:
     cursor: jax.Array | None = None
     coordinate_BT3: jax.Array | None = None
     inputs_BTD: jax.Array | None = None
+    before: Any = None
     training: bool = dataclasses.field(default=False, metadata={"static": True})
 
 

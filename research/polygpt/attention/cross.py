@@ -36,10 +36,10 @@ class GatedCross(MultiHead):
         return False
 
     def build(self, dims: Dims, rngs: nnx.Rngs) -> nnx.Module:
-        return _GatedCross(self, dims, rngs)
+        return GatedCrossModule(self, dims, rngs)
 
 
-class _GatedCross(MultiHeadModule):
+class GatedCrossModule(MultiHeadModule):
     def __init__(self, spec: GatedCross, dims: Dims, rngs: nnx.Rngs):
         super().__init__(spec, dims, rngs)
         self.alpha = nnx.Param(jnp.asarray(spec.alpha, jnp.float32))

@@ -31,7 +31,7 @@ class DeltaNet(Recurrent):
     """What queries, keys and values go through after their projection and the convolution."""
 
     def build(self, dims: Dims, rngs: nnx.Rngs) -> nnx.Module:
-        return _DeltaNet(self, dims, rngs)
+        return DeltaNetModule(self, dims, rngs)
 
     def score_flops(self, width: int, keys: float) -> float:
         return 6 * self.heads * self.width_of_head(width) * self.width_of_value(width)
@@ -40,7 +40,7 @@ class DeltaNet(Recurrent):
         return "6 H d e"
 
 
-class _DeltaNet(RecurrentModule):
+class DeltaNetModule(RecurrentModule):
     def __init__(self, spec, dims, rngs):
         super().__init__(spec, dims, rngs)
         self.beta = Linear(dims.width, spec.heads, rngs=rngs, bias=False, dtype=dims.dtype)

@@ -43,7 +43,7 @@ class Differential(MultiHead):
         return self
 
     def build(self, dims: Dims, rngs: nnx.Rngs) -> nnx.Module:
-        return _Differential(self, dims, rngs)
+        return DifferentialModule(self, dims, rngs)
 
     def backends(self) -> tuple[str, ...]:
         return tuple(name for name in super().backends() if name != "library")  # queries are narrower than values
@@ -55,7 +55,7 @@ class Differential(MultiHead):
         return "6 H d S"
 
 
-class _Differential(MultiHeadModule):
+class DifferentialModule(MultiHeadModule):
     def __init__(self, spec: Differential, dims: Dims, rngs: nnx.Rngs):
         super().__init__(spec, dims, rngs)
         shape = (2, 2, spec.width_of_query(dims.width))

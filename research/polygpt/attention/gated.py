@@ -25,10 +25,10 @@ class GatedOutput(MultiHead):
     """Whether each channel has a gate, or each head one."""
 
     def build(self, dims: Dims, rngs: nnx.Rngs) -> nnx.Module:
-        return _GatedOutput(self, dims, rngs)
+        return GatedOutputModule(self, dims, rngs)
 
 
-class _GatedOutput(MultiHeadModule):
+class GatedOutputModule(MultiHeadModule):
     def project(self, rngs):
         super().project(rngs)
         gates = 1 if self.spec.gate == "head" else self.spec.width_of_head(self.dims.width)

@@ -44,10 +44,10 @@ class GatedLinear(Recurrent):
         return self.head_width or self.part(-(-width // 2), "head_width")
 
     def build(self, dims: Dims, rngs: nnx.Rngs) -> nnx.Module:
-        return _GatedLinear(self, dims, rngs)
+        return GatedLinearModule(self, dims, rngs)
 
 
-class _GatedLinear(RecurrentModule):
+class GatedLinearModule(RecurrentModule):
     def __init__(self, spec, dims, rngs):
         super().__init__(spec, dims, rngs)
         keys = spec.heads * spec.width_of_head(dims.width)

@@ -64,7 +64,7 @@ class MultiHeadLatent(MultiHead):
         return self.form == "absorbed" or self.form == "auto" and absorbed < expanded
 
     def build(self, dims: Dims, rngs: nnx.Rngs) -> nnx.Module:
-        return _Latent(self, dims, rngs)
+        return MultiHeadLatentModule(self, dims, rngs)
 
     def backends(self) -> tuple[str, ...]:
         return tuple(name for name in super().backends() if name != "library")  # queries are wider than values
@@ -76,7 +76,7 @@ class MultiHeadLatent(MultiHead):
         return "2 H (2 d + r) S"
 
 
-class _Latent(MultiHeadModule):
+class MultiHeadLatentModule(MultiHeadModule):
     def project(self, rngs):
         spec, D = self.spec, self.dims.width
         if isinstance(getattr(spec.encoding(self.dims), "scaling", None), YaRN):

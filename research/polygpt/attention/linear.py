@@ -30,10 +30,10 @@ class LinearAttention(Recurrent):
         return self  # of the two sums over the channels of a head, one is divided by the other
 
     def build(self, dims: Dims, rngs: nnx.Rngs) -> nnx.Module:
-        return _LinearAttention(self, dims, rngs)
+        return LinearAttentionModule(self, dims, rngs)
 
 
-class _LinearAttention(RecurrentModule):
+class LinearAttentionModule(RecurrentModule):
     def placed(self, x_BHTd, context):
         return jax.nn.elu(x_BHTd.astype(jnp.float32)) + 1
 

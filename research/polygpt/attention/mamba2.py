@@ -10,13 +10,13 @@ from flax import nnx
 from polygpt.attention.contract import OUTPUT, Dims
 from polygpt.attention.kernels.recurrence import linear_recurrence
 from polygpt.attention.multi_head import joined
-from polygpt.attention.recurrent import StatefulModule, _Stateful
+from polygpt.attention.recurrent import Stateful, StatefulModule
 from polygpt.attention.short_convolution import ShortConvolution
 from polygpt.nn.linear import Linear, broadcast_to_rank
 
 
 @dataclasses.dataclass(frozen=True)
-class Mamba2(_Stateful):
+class Mamba2(Stateful):
     """S_t = exp(A dt_t) S_{t-1} + B_t (dt_t x_t)^T, y_t = S_t^T C_t + D x_t. Dao and Gu (2405.21060).
 
     Section 6 the chunks (SSD), 7.1 and figure 6 the block: one projection to the gate z, x, B, C and dt, a short
@@ -53,7 +53,7 @@ class Mamba2(_Stateful):
         return P
 
     def build(self, dims: Dims, rngs: nnx.Rngs) -> nnx.Module:
-        return _Mamba2(self, dims, rngs)
+        return Mamba2Module(self, dims, rngs)
 
     def score_flops(self, width: int, keys: float) -> float:
         return 4 * self.heads * self.state_width * self.width_of_head(width)
@@ -62,7 +62,7 @@ class Mamba2(_Stateful):
         return "4 H N P"
 
 
-class _Mamba2(StatefulModule):
+class Mamba2Module(StatefulModule):
     def __init__(self, spec: Mamba2, dims: Dims, rngs: nnx.Rngs):
         self.spec, self.dims, self.encoding = spec, dims, spec.encoding(dims)
         H, inner, shared = spec.heads, spec.heads * spec.width_of_head(dims.width), spec.groups * spec.state_width

@@ -32,10 +32,10 @@ class MixtureOfTransformers(MultiHead):
         self.require(self.sets >= 1, "sets", "at least 1")
 
     def build(self, dims: Dims, rngs: nnx.Rngs) -> nnx.Module:
-        return _Mixture(self, dims, rngs)
+        return MixtureOfTransformersModule(self, dims, rngs)
 
 
-class _Mixture(MultiHeadModule):
+class MixtureOfTransformersModule(MultiHeadModule):
     def project(self, rngs):
         def one_set(key):
             one = MultiHeadModule(self.spec, self.dims, nnx.Rngs(key))

@@ -2,8 +2,8 @@
 grouped-query (Ainslie et al., 2305.13245) forms: as many key and value heads as query heads, one, or some.
 
 Most variants of the softmax family derive from here. What a variant changes is a method of the specification (`mask`,
-`score`, `normalizer`) or of the module (`queries`, `keys`, `values`, `mixed`; `project`, `attend` and `weigh` where it
-changes more); positions, cache, backends, packing and weights for pictures are inherited.
+`score`, `normalizer`) or of the module (`queries`, `keys`, `values`, `mixed`; `own_terms`, `pair_terms`, `project`,
+`attend` and `weigh` where it changes more); positions, cache, backends, packing and weights for pictures are inherited.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ from polygpt.attention.contract import INSIDE, KEY, OUTPUT, QUERY, Attention, Co
 from polygpt.attention.kernels import dispatch, reference
 from polygpt.attention.kernels.problem import Operands, Rule
 from polygpt.attention.masks import DECODER, Mask, Meta
+from polygpt.attention.running import accumulated
 from polygpt.attention.scores import Score, Terms
 from polygpt.errors import SpecError
 from polygpt.nn.linear import Linear
@@ -157,6 +158,7 @@ class MultiHeadModule(nnx.Module):
         self.output = Linear(spec.heads * d, dims.width, bias=spec.bias, scale=scale, axes=OUTPUT, **options)
 
     def __call__(self, x_BTD: jax.Array, context: Context, cache: Any = None) -> tuple[jax.Array, Any]:
+        context = dataclasses.replace(context, before=memory.last(cache, context, "terms"))
         seen, key, cache = memory.extend(cache, self.remembered(x_BTD, context), context)
         operands = self.operands(x_BTD, context, seen, key)
         y_BHTe, lse_BHT = self.attend(self.spec.rule(context.mask, self.dims), operands)
@@ -189,7 +191,8 @@ class MultiHeadModule(nnx.Module):
         scale = d**-0.5 if self.spec.scale is None else self.spec.scale
         # In float32: a scale rounded to bfloat16 would sharpen or flatten all of a layer's weights alike.
         scaled_BHTd = (query_BHTd.astype(jnp.float32) * scale).astype(query_BHTd.dtype)
-        terms = dataclasses.replace(self._terms(x_BTD, context), key=seen["terms"])
+        pair = self.pair_terms(x_BTD, context, seen, key)
+        terms = dataclasses.replace(self._terms(x_BTD, context), key=seen["terms"], pair=pair)
         return Operands(scaled_BHTd, seen["key"], seen["value"], context.query, key, terms)
 
     def queries(self, x_BTD: jax.Array, context: Context) -> jax.Array:
@@ -208,6 +211,14 @@ class MultiHeadModule(nnx.Module):
         """What the backend computed, as [B, T, D]."""
         return self.output(joined(y_BHTe))
 
+    def own_terms(self, x_BTD: jax.Array, context: Context) -> Terms:
+        """Terms that this module makes, for every score modification that does not make one of that name itself."""
+        return Terms()
+
+    def pair_terms(self, x_BTD: jax.Array, context: Context, seen: Any, key: Meta) -> dict[str, jax.Array]:
+        """Terms of pairs, [B, H, T, S]: queries of `x_BTD` beside everything `seen`, whose metadata is `key`."""
+        return {}
+
     def heads(self, x_BTE: jax.Array) -> jax.Array:
         """[B, T, heads * d] -> [B, heads, T, d]."""
         d = self.spec.width_of_head(self.dims.width)
@@ -220,7 +231,8 @@ class MultiHeadModule(nnx.Module):
         return self.spec.encoding(self.dims).rotate(x_BHTd, context.query.position, context.coordinate_BT3)
 
     def _terms(self, x_BTD, context) -> Terms:
-        return Terms() if self.terms is None else self.terms(x_BTD, context.query)
+        terms = Terms() if self.terms is None else self.terms(x_BTD, context.query)
+        return accumulated(terms.merged(self.own_terms(x_BTD, context)), context.query.segment, context.before)
 
 
 def joined(y_BHTe: jax.Array) -> jax.Array:

@@ -26,10 +26,10 @@ class SoftmaxOffByOne(MultiHead):
     """Whether the extra term is learned, a number a head that starts at 0."""
 
     def build(self, dims: Dims, rngs: nnx.Rngs) -> nnx.Module:
-        return _OffByOne(self, dims, rngs)
+        return SoftmaxOffByOneModule(self, dims, rngs)
 
 
-class _OffByOne(MultiHeadModule):
+class SoftmaxOffByOneModule(MultiHeadModule):
     def __init__(self, spec: SoftmaxOffByOne, dims: Dims, rngs: nnx.Rngs):
         super().__init__(spec, dims, rngs)
         self.sink = nnx.Param(jnp.zeros(spec.heads)) if spec.learned else None

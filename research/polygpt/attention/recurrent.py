@@ -3,7 +3,7 @@
 A variant derives from `Recurrent` and changes what enters the recurrence of `kernels/recurrence.py`: a method of the
 module (`placed` for queries and keys, `log_decay`, `recur`). Projections, positions, the beginnings of examples,
 padding, the cache and the chunked and step forms are inherited. One that has other projections (Mamba-2) derives from
-`_Stateful` and its module from `StatefulModule`.
+`Stateful` and its module from `StatefulModule`.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from polygpt.sharding import RESIDUAL, constrain
 
 
 @dataclasses.dataclass(frozen=True)
-class _Stateful(Attention):
+class Stateful(Attention):
     """An attention that carries a state along the row."""
 
     family: ClassVar[Literal["softmax", "linear"]] = "linear"
@@ -78,7 +78,7 @@ class _Stateful(Attention):
 
 
 class StatefulModule(nnx.Module):
-    """The module of a `_Stateful`: `empty_state` and `read` are the variant's."""
+    """The module of a `Stateful`: `empty_state` and `read` are the variant's."""
 
     convolve: ShortConvolution | None = None
 
@@ -109,7 +109,7 @@ class StatefulModule(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class Recurrent(_Stateful):
+class Recurrent(Stateful):
     """Linear attention without a normaliser, its output normalised instead. Qin et al., TransNormer (2210.10340, 4.1).
 
     S_t = S_{t-1} + k_t v_t^T, y_t = norm(S_t^T q_t): eq. 18 of Katharopoulos et al. (2006.16236) with no feature map.

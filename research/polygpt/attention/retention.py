@@ -27,10 +27,10 @@ class Retention(Recurrent):
     """Whether the output is multiplied by silu of one more projection of the input."""
 
     def build(self, dims: Dims, rngs: nnx.Rngs) -> nnx.Module:
-        return _Retention(self, dims, rngs)
+        return RetentionModule(self, dims, rngs)
 
 
-class _Retention(RecurrentModule):
+class RetentionModule(RecurrentModule):
     def log_decay(self, x_BTD):
         B, T, _ = x_BTD.shape
         log_gamma_H = jnp.log1p(-(2.0 ** (-5.0 - jnp.arange(self.spec.heads))))

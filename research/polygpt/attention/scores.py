@@ -4,6 +4,10 @@ A modification is written once, as if for one pair of query and key, and every b
 to the tile of a fused kernel, to one decode step. What it needs beside the metadata, parameters or projections of the
 layer's input, it names as `Terms`; they come broadcast against the score. Those that add a number for where query and
 key stand are in `biases.py`.
+
+Names of terms. A modification reads the terms that its own module makes by the names that it gave them, however it is
+composed: `Then` puts "first." or "second." before them while they are under way. Terms that the attention module itself
+makes (`MultiHeadModule.own_terms`, `pair_terms`) are there for every modification, except where its own have that name.
 """
 
 import dataclasses
@@ -15,8 +19,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from polygpt.attention.masks import Meta
+from polygpt.errors import SpecError
 from polygpt.nn.linear import Linear
 from polygpt.spec import Spec
+
+FIRST, SECOND = "first", "second"
+"""The names of the two parts of `Then`: of its fields, its modules, and, with a dot, what begins their terms."""
 
 
 @jax.tree_util.register_dataclass
@@ -28,11 +36,24 @@ class Terms:
         head: [..., H], a number or a table a head.
         query: [B, H, T], a number a head and query.
         key: [B, H, S], a number a head and key; the cache remembers them.
+        pair: [B, H, T, S], a number a head and pair; memory grows with T S, and `flex` refuses them.
+        sum: [B, H, T], summed along each packed example up to each position, itself included, padding left out, through
+            the cache. A modification finds the sums among the terms of `query` and of `key`, by the same name.
     """
 
     head: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
     query: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
     key: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+    pair: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+    sum: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+
+    def merged(self, own: "Terms") -> "Terms":
+        """These with those of the attention module, under names that are not taken; SpecError for a name with a dot."""
+        for name in (name for kind in vars(own).values() for name in kind if "." in name):
+            raise SpecError(
+                f"term {name!r}: a name has no dot, since {FIRST}. and {SECOND}. begin those of composed scores"
+            )
+        return Terms(*({**getattr(own, kind), **arrays} for kind, arrays in vars(self).items()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +102,8 @@ class Then(Score):
     """What acts on the result."""
 
     def __call__(self, score, query, key, terms):
-        score = self.first(score, query, key, _of("first", terms))
-        return self.second(score, query, key, _of("second", terms))
+        score = self.first(score, query, key, _of(FIRST, terms))
+        return self.second(score, query, key, _of(SECOND, terms))
 
     def build(self, width, heads, *, rngs):
         return _Then(self, width, heads, rngs)
@@ -99,23 +120,23 @@ class _Then(nnx.Module):
     def __call__(self, x_BTD: jax.Array, meta: Meta) -> Terms:
         parts = {
             name: Terms() if module is None else module(x_BTD, meta)
-            for name, module in (("first", self.first), ("second", self.second))
+            for name, module in ((FIRST, self.first), (SECOND, self.second))
         }
-        return Terms(
-            *(
-                {f"{name}.{key}": array for name, terms in parts.items() for key, array in getattr(terms, kind).items()}
-                for kind in ("head", "query", "key")
-            )
+        kinds = (
+            {f"{name}.{key}": array for name, terms in parts.items() for key, array in vars(terms)[kind].items()}
+            for kind in vars(Terms())
         )
+        return Terms(*kinds)
 
 
 def _of(name: str, terms: Terms) -> Terms:
-    """The terms of one of two modifications."""
+    """The terms of one of two modifications, and those of the attention module."""
 
     def own(arrays):
-        return {key.removeprefix(f"{name}."): a for key, a in arrays.items() if key.startswith(f"{name}.")}
+        shared = {key: a for key, a in arrays.items() if "." not in key}
+        return shared | {key.removeprefix(f"{name}."): a for key, a in arrays.items() if key.startswith(f"{name}.")}
 
-    return Terms(own(terms.head), own(terms.query), own(terms.key))
+    return Terms(*map(own, vars(terms).values()))
 
 
 def lookup(table: jax.Array, index: jax.Array) -> jax.Array:
@@ -180,8 +201,8 @@ class LengthTemperature(Score):
 class KeyGate(Score):
     """The score plus log sigmoid(w x + b) of the key's input x: a key's part of the softmax is multiplied by its gate.
 
-    A key can so take itself out, for all queries alike. It is the log forget gate of the Forgetting Transformer
-    (Lin et al., 2503.02130) without the sum over what lies between key and query.
+    A key can so take itself out, for all queries alike. It is the log forget gate of `ForgetGate` without the sum over
+    what lies between key and query.
     """
 
     adds: ClassVar[bool] = True
@@ -199,6 +220,31 @@ class _KeyGate(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, meta: Meta) -> Terms:
         return Terms(key={"gate": jax.nn.log_sigmoid(_head_numbers(self.gate, x_BTD))})
+
+
+@dataclasses.dataclass(frozen=True)
+class ForgetGate(Score):
+    """The score plus log f_{j+1} + ... + log f_i, f = sigmoid(w x + b): every position on the way fades what is before.
+
+    Lin et al., Forgetting Transformer (2503.02130), section 3, eq. 6 to 9: for query i and key j, the difference of two
+    running sums. The paper is causal; for a later key of a bidirectional span the sum runs from i to j.
+    """
+
+    adds: ClassVar[bool] = True
+
+    def __call__(self, score, query, key, terms):
+        return score - abs(terms.query["forget"] - terms.key["forget"])
+
+    def build(self, width, heads, *, rngs):
+        return _ForgetGate(width, heads, rngs)
+
+
+class _ForgetGate(nnx.Module):
+    def __init__(self, width: int, heads: int, rngs: nnx.Rngs):
+        self.gate = Linear(width, heads, rngs=rngs, bias=True, dtype="float32")
+
+    def __call__(self, x_BTD: jax.Array, meta: Meta) -> Terms:
+        return Terms(sum={"forget": jax.nn.log_sigmoid(_head_numbers(self.gate, x_BTD))})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,7 +29,7 @@ class TalkingHeads(MultiHead):
         self.require(not self.strict or self.backend in ("auto", "reference"), "backend", f"reference: {REASON}")
 
     def build(self, dims: Dims, rngs: nnx.Rngs) -> nnx.Module:
-        return _TalkingHeads(self, dims, rngs)
+        return TalkingHeadsModule(self, dims, rngs)
 
     def backends(self) -> tuple[str, ...]:
         return ("reference",)
@@ -41,7 +41,7 @@ class TalkingHeads(MultiHead):
         return "4 H d S + 4 H^2 S"
 
 
-class _TalkingHeads(MultiHeadModule):
+class TalkingHeadsModule(MultiHeadModule):
     def __init__(self, spec: TalkingHeads, dims: Dims, rngs: nnx.Rngs):
         super().__init__(spec, dims, rngs)
         self.before, self.after = (nnx.Param(jnp.eye(spec.heads)) for _ in range(2))

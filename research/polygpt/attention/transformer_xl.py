@@ -48,7 +48,7 @@ class TransformerXL(MultiHead):
         return self.replace(detach=False)
 
     def build(self, dims: Dims, rngs: nnx.Rngs) -> nnx.Module:
-        return _TransformerXL(self, dims, rngs)
+        return TransformerXLModule(self, dims, rngs)
 
     def channels(self, width: int) -> int:
         """The channels of R at the model width `width`."""
@@ -67,7 +67,7 @@ class TransformerXL(MultiHead):
         return "H (4 d + 2 D) min(S, 2 piece)"
 
 
-class _TransformerXL(MultiHeadModule):
+class TransformerXLModule(MultiHeadModule):
     def project(self, rngs):
         super().project(rngs)
         spec, H, d = self.spec, self.spec.heads, self.spec.width_of_head(self.dims.width)

@@ -46,7 +46,7 @@ def variants() -> list[type[Attention]]:
     for module in pkgutil.iter_modules(polygpt.attention.__path__, "polygpt.attention."):
         for value in vars(importlib.import_module(module.name)).values():
             own = isinstance(value, type) and issubclass(value, Attention) and value.__module__ == module.name
-            if own and not value.__name__.startswith("_") and value is not Attention:
+            if own and not value.__name__.startswith("_") and value.build is not Attention.build:
                 found[value.__name__] = value
     return sorted(found.values(), key=lambda cls: (cls.family != "softmax", class_name(cls)))
 

@@ -58,8 +58,6 @@ import jax
 from flax import nnx
 
 import polygpt.api as pg
-from polygpt.attention.multi_head import MultiHeadModule
-from polygpt.nn.linear import Linear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,12 +71,12 @@ class {name}(pg.MultiHead):
         return {name}Module(self, dims, rngs)
 
 
-class {name}Module(MultiHeadModule):
+class {name}Module(pg.MultiHeadModule):
     """Override `queries`, `keys`, `values` or `mixed`; the rest is inherited, every backend and cache included."""
 
     def __init__(self, spec, dims, rngs: nnx.Rngs):
         super().__init__(spec, dims, rngs)
-        self.gate = Linear(dims.width, dims.width, rngs=rngs, bias=spec.gate_bias, dtype=dims.dtype)
+        self.gate = pg.Linear(dims.width, dims.width, rngs=rngs, bias=spec.gate_bias, dtype=dims.dtype)
 
     def mixed(self, y_BHTe, lse_BHT, x_BTD, context):
         return super().mixed(y_BHTe, lse_BHT, x_BTD, context) * jax.nn.sigmoid(self.gate(x_BTD))

@@ -81,12 +81,12 @@ def _attend(rule, sizes, operands, visits):
     keys = _key_blocks(operands, sizes[1])
 
     def block_of_queries(block):
-        queries, count, order = block
+        queries, pairs, count, order = block
         b = sizes[0]
 
         def visit(n, state):
             top_BHt1, total_BHt1, sum_BHte = state
-            tile = _tile(queries, _block(keys, order[n]), operands.terms.head)
+            tile = _tile(queries, _block(keys, order[n]), operands.terms.head, _block(pairs, order[n]))
             score_BHts = _modified(rule, tile, _products(tile.query_BHTd, tile.key_BKSd), tile.terms)
             visible_B1ts = _visible(rule, tile)
             if rule.normalizer == "sigmoid":
@@ -107,7 +107,8 @@ def _attend(rule, sizes, operands, visits):
         y_BHte = (sum_BHte / total_BHt1).astype(operands.value_BKSe.dtype)
         return y_BHte, (top_BHt1 + jnp.log(total_BHt1))[..., 0]
 
-    y_iBHte, lse_iBHt = jax.lax.map(block_of_queries, (_query_blocks(operands, sizes[0]), *visits))
+    blocks = (_query_blocks(operands, sizes[0]), _pair_blocks(operands, sizes), *visits)
+    y_iBHte, lse_iBHt = jax.lax.map(block_of_queries, blocks)
     return _whole(y_iBHte, T), _whole(lse_iBHt, T)
 
 
@@ -136,39 +137,41 @@ def _gradients(rule, sizes, operands, visits, lse_BHT, dy_BHTe, delta_BHT) -> Op
     keys = _key_blocks(operands, sizes[1])
 
     def block_of_queries(sums, block):
-        queries, results, count, order = block
+        queries, pairs, results, count, order = block
 
         def visit(n, state):
-            of_queries, of_keys, of_heads = state
-            tile = _tile(queries, _block(keys, order[n]), operands.terms.head)
+            of_queries, of_pairs, of_keys, of_heads = state
+            tile = _tile(queries, _block(keys, order[n]), operands.terms.head, _block(pairs, order[n]))
             here = _tile_gradients(rule, tile, *results)
-            of_keys = _added(of_keys, here[1], order[n])
-            return jax.tree.map(jnp.add, of_queries, here[0]), of_keys, jax.tree.map(jnp.add, of_heads, here[2])
+            of_keys, of_pairs = _added(of_keys, here[1], order[n]), _added(of_pairs, here[3], order[n])
+            of_heads = jax.tree.map(jnp.add, of_heads, here[2])
+            return jax.tree.map(jnp.add, of_queries, here[0]), of_pairs, of_keys, of_heads
 
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (queries[0], queries[2]))
-        of_queries, of_keys, of_heads = jax.lax.fori_loop(0, count, visit, (zeros, *sums))
-        return (of_keys, of_heads), of_queries
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), ((queries[0], queries[2]), pairs))
+        of_queries, of_pairs, of_keys, of_heads = jax.lax.fori_loop(0, count, visit, (*zeros, *sums))
+        return (of_keys, of_heads), (of_queries, of_pairs)
 
     # Those of keys and values are summed turned, [.., d, s], as the products give them.
     turned = (keys[0].swapaxes(3, 4), keys[1].swapaxes(3, 4), keys[3])
     sums = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (turned, operands.terms.head))
-    blocks = (_query_blocks(operands, sizes[0]), results, *visits)
-    (of_keys, head), of_queries = jax.lax.scan(block_of_queries, sums, blocks)
+    blocks = (_query_blocks(operands, sizes[0]), _pair_blocks(operands, sizes), results, *visits)
+    (of_keys, head), (of_queries, of_pairs) = jax.lax.scan(block_of_queries, sums, blocks)
     dquery_BHTd, query = jax.tree.map(lambda x: _whole(x, T), of_queries)
     dkey_BKSd, dvalue_BKSe = (_whole(x.swapaxes(-1, -2), S) for x in of_keys[:2])
     key = jax.tree.map(lambda x: _whole(x, S), of_keys[2])
+    pair = jax.tree.map(lambda x: _whole_pairs(x, T, S), of_pairs)
     return Operands(
         dquery_BHTd.astype(operands.query_BHTd.dtype),
         dkey_BKSd.astype(operands.key_BKSd.dtype),
         dvalue_BKSe.astype(operands.value_BKSe.dtype),
         None,
         None,
-        jax.tree.map(lambda x, like: x.astype(like.dtype), Terms(head, query, key), operands.terms),
+        jax.tree.map(lambda x, like: x.astype(like.dtype), Terms(head, query, key, pair), operands.terms),
     )
 
 
 def _tile_gradients(rule, tile: Operands, dy_BHte, delta_BHt, lse_BHt):
-    """Of a tile: ((query, terms), (key turned, value turned, terms), terms of heads)."""
+    """Of a tile: ((query, terms), (key turned, value turned, terms), terms of heads, terms of pairs)."""
     score_BHts, pullback = jax.vjp(
         functools.partial(_modified, rule, tile), _products(tile.query_BHTd, tile.key_BKSd), tile.terms
     )
@@ -184,7 +187,7 @@ def _tile_gradients(rule, tile: Operands, dy_BHte, delta_BHt, lse_BHt):
     K = tile.key_BKSd.shape[1]
     of_query = _weighted(dproduct_BHts, tile.key_BKSd), terms.query
     of_key = _summed(tile.query_BHTd, dproduct_BHts, K), _summed(dy_BHte, weight_BHts, K), terms.key
-    return of_query, of_key, terms.head
+    return of_query, of_key, terms.head, terms.pair
 
 
 def _modified(rule, tile: Operands, product_BHts, terms: Terms):
@@ -231,10 +234,10 @@ def _summed(left_BHtn, weight_BHts, K: int):
     return jnp.einsum("bktn,bkts->bkns", left, weight, preferred_element_type=jnp.float32)
 
 
-def _tile(queries, keys, head) -> Operands:
+def _tile(queries, keys, head, pair) -> Operands:
     """The problem of one block of queries and one of keys."""
     (query_BHtd, query, query_terms), (key_BKsd, value_BKse, key, key_terms) = queries, keys
-    return Operands(query_BHtd, key_BKsd, value_BKse, query, key, Terms(head, query_terms, key_terms))
+    return Operands(query_BHtd, key_BKsd, value_BKse, query, key, Terms(head, query_terms, key_terms, pair))
 
 
 def _query_blocks(operands: Operands, size: int):
@@ -249,6 +252,21 @@ def _key_blocks(operands: Operands, size: int):
     key, value = (_blocks(x, 2, size) for x in (operands.key_BKSd, operands.value_BKSe))
     meta = jax.tree.map(lambda x: _blocks(x, 1, size), operands.key)
     return key, value, meta, jax.tree.map(lambda x: _blocks(x, 2, size, repeat=True), operands.terms.key)
+
+
+def _pair_blocks(operands: Operands, sizes: tuple[int, int]):
+    """Terms of pairs, each [i, j, B, H, block_q, block_k]."""
+
+    def blocks(x_BHTS):
+        return _blocks(_blocks(x_BHTS, 3, sizes[1], repeat=True), 3, sizes[0], repeat=True)
+
+    return jax.tree.map(blocks, operands.terms.pair)
+
+
+def _whole_pairs(x_ijBHts, T: int, S: int):
+    """What `_pair_blocks` made of an array, put together again."""
+    i, j, B, H, t, s = x_ijBHts.shape
+    return x_ijBHts.transpose(2, 3, 0, 4, 1, 5).reshape(B, H, i * t, j * s)[:, :, :T, :S]
 
 
 def _blocks(x, axis: int, size: int, fill: float = 0, repeat: bool = False):

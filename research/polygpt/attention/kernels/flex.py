@@ -37,6 +37,8 @@ def refuses(rule: Rule, operands: Operands) -> str | None:
     for name, x in (("queries", operands.query_BHTd), ("keys", operands.key_BKSd), ("values", operands.value_BKSe)):
         if x.dtype not in (jnp.float32, jnp.bfloat16):
             return f"{name} are {x.dtype}, and its kernel takes float32 and bfloat16"
+    if operands.terms.pair:
+        return f"terms of pairs ({', '.join(operands.terms.pair)}) are arrays of T x S, and its kernel reads none"
     B, _, T, _ = operands.query_BHTd.shape
     S = operands.key_BKSd.shape[2]
     blocks = B * -(-T // _block(T)) * -(-S // _block(S))

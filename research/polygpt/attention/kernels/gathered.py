@@ -5,6 +5,7 @@ leaves empty are skipped at once. What is kept for the backward pass is the devi
 Context parallelism as in Llama 3 (2407.21783), section 3.3.2.
 """
 
+import dataclasses
 import functools
 from types import ModuleType
 
@@ -40,7 +41,7 @@ def whole(operands: Operands, axes: str | tuple[str, ...]) -> Operands:
         gather(operands.value_BKSe, 2),
         operands.query,
         Meta(*gather(jnp.stack(jax.tree.leaves(operands.key)), 2)),
-        Terms(terms.head, terms.query, {name: gather(x, 2) for name, x in terms.key.items()}),
+        Terms(terms.head, terms.query, {name: gather(x, 2) for name, x in terms.key.items()}, terms.pair),
     )
 
 
@@ -59,7 +60,7 @@ def _backward(rule, backend, axes, kept, cotangents):
         total = jax.lax.psum_scatter(x.astype(jnp.float32), axes, scatter_dimension=2, tiled=True)
         return total.astype(x.dtype)
 
-    terms = Terms(own.terms.head, own.terms.query, {name: home(x) for name, x in own.terms.key.items()})
+    terms = dataclasses.replace(own.terms, key={name: home(x) for name, x in own.terms.key.items()})
     return (Operands(own.query_BHTd, home(own.key_BKSd), home(own.value_BKSe), None, None, terms),)
 
 

@@ -79,7 +79,11 @@ class Operands:
             self,
             query_BHTd=chosen(self.query_BHTd, 2),
             query=jax.tree.map(lambda x: chosen(x, 1), self.query),
-            terms=dataclasses.replace(self.terms, query={name: chosen(x, 2) for name, x in self.terms.query.items()}),
+            terms=dataclasses.replace(
+                self.terms,
+                query={name: chosen(x, 2) for name, x in self.terms.query.items()},
+                pair={name: chosen(x, 2) for name, x in self.terms.pair.items()},
+            ),
         )
 
     def views(self) -> tuple[Meta, Meta, Terms]:
@@ -94,4 +98,5 @@ class Operands:
             {name: x[..., None, :, None, None] for name, x in self.terms.head.items()},
             {name: x[..., None] for name, x in self.terms.query.items()},
             {name: x[:, :, None, :] for name, x in self.terms.key.items()},
+            self.terms.pair,
         )

@@ -23,6 +23,7 @@ from polygpt import sharding
 from polygpt.attention.kernels import gathered, ring
 from polygpt.attention.kernels.problem import Operands, Rule
 from polygpt.attention.scores import Terms
+from polygpt.errors import SpecError
 
 
 def attend(
@@ -37,6 +38,10 @@ def attend(
     """
     (B, H, T, _), S = operands.query_BHTd.shape, operands.key_BKSd.shape[2]
     rows, heads, positions = layout.axes(("batch", "heads", "positions"), (B, H, math.gcd(T, S)))
+    if operands.terms.pair and positions and layout.spec.context == "ring":
+        raise SpecError(
+            "terms of pairs lie with their queries, and in a ring keys travel: set train.mesh.context gather"
+        )
     operands = _repeated(operands, math.prod(layout.mesh.shape[axis] for axis in sharding.mesh_axes(heads)))
     of_queries, of_positions = P(rows, heads, positions), P(rows, positions)
     terms = operands.terms
@@ -46,7 +51,7 @@ def attend(
         of_queries,
         of_positions,
         of_positions,
-        Terms({name: P(*[None] * (x.ndim - 1), heads) for name, x in terms.head.items()}, of_queries, of_queries),
+        Terms({name: P(*[None] * (x.ndim - 1), heads) for name, x in terms.head.items()}, *[of_queries] * 4),
     )
 
     def here(operands):
