@@ -94,9 +94,9 @@ def test_decoding_through_caches_of_different_form(scanned, scan):
 
 
 def test_a_pattern_that_does_not_fit_the_depth_is_told():
-    with pytest.raises(SpecError, match="depth is 4: it must be a multiple of the pattern's 3"):
+    with pytest.raises(SpecError, match="depth is 4: it must be a multiple of the pattern"):
         StackSpec(depth=4, pattern=(None, None, WHOLE))
-    with pytest.raises(SpecError, match="depth is 2: it must be at least the pattern's 3 blocks"):
+    with pytest.raises(SpecError, match="depth is 2: it must be at least the pattern"):
         StackSpec(depth=2, pattern=(None, None, WHOLE), scan=False)
 
 

@@ -99,7 +99,7 @@ def test_the_bubble_is_what_is_left_of_the_iterations():
     [
         (Schedule(4, 2, 4), "model.decoder.depth is 12: it must be a multiple of 24 .train.mesh.stage 4, train.mesh."),
         (Schedule(2, 1, 1), "train.mesh.microbatches is 1: it must be at least train.mesh.stage, which is 2"),
-        (Schedule(2, 1, 5), "train.mesh.microbatches is 5: it must divide the rows of a step, which are 8"),
+        (Schedule(2, 1, 5), "train.mesh.microbatches is 5: it must divide the 8 rows"),
     ],
 )
 def test_what_does_not_come_out_even_is_told(schedule, message):

@@ -1,4 +1,4 @@
-"""The transformer block: attention and a feed-forward layer, each a residual branch, and where they are normalised."""
+"""The transformer block: attention and a feed-forward layer as residual branches, with pre- or post-normalisation."""
 
 from typing import Any, Literal
 
@@ -13,12 +13,14 @@ from polygpt.nn.norms import Norm
 from polygpt.sharding import RESIDUAL, constrain
 
 NormPlacement = Literal["pre", "post"]
-"""Where norms stand: before what a residual branch computes, or after it has been added."""
+"""Whether to normalise the input of a residual branch, or the sum after adding its output."""
 
 
 class Block(nnx.Module):
-    """First attention, then the feed-forward layer f: x + f(norm(x)) is the pre-norm form, norm(x + f(x)) the post-norm
-    form. Xiong et al. (2002.04745), Figure 1b and 1a; post-norm is that of Vaswani et al. (1706.03762)."""
+    """Attention, then a feed-forward layer. For each branch f, pre-norm is x + f(norm(x)), post-norm norm(x + f(x)).
+
+    Xiong et al. (2002.04745), Figures 1b and 1a; Vaswani et al. (1706.03762) use post-norm.
+    """
 
     def __init__(
         self,
@@ -39,23 +41,22 @@ class Block(nnx.Module):
     def __call__(
         self, x_BTD: jax.Array, context: Context, cache: Any = None, key: jax.Array | None = None
     ) -> tuple[jax.Array, Any, Losses]:
-        """[B, T, D] -> ([B, T, D], cache, losses of a routed layer). Without a key there is no dropout."""
+        """[B, T, D] -> ([B, T, D], cache, losses of a routed layer). `key=None` disables dropout."""
         attention_key, mlp_key = (None, None) if key is None else jax.random.split(key)
-        y_BTD, cache = self.attention(self._entering(x_BTD, self.attention_norm), context, cache)
-        x_BTD = self._added(x_BTD, y_BTD, self.attention_norm, attention_key)
-        entering_BTD = self._entering(x_BTD, self.mlp_norm)
-        y_BTD, losses = self.mlp(entering_BTD, context) if self.routed else (self.mlp(entering_BTD), {})
-        return self._added(x_BTD, y_BTD, self.mlp_norm, mlp_key), cache, losses
+        y_BTD, cache = self.attention(self._branch_input(x_BTD, self.attention_norm), context, cache)
+        x_BTD = self._add_branch(x_BTD, y_BTD, self.attention_norm, attention_key)
+        input_BTD = self._branch_input(x_BTD, self.mlp_norm)
+        y_BTD, losses = self.mlp(input_BTD, context) if self.routed else (self.mlp(input_BTD), {})
+        return self._add_branch(x_BTD, y_BTD, self.mlp_norm, mlp_key), cache, losses
 
     def weights(self, x_BTD: jax.Array, context: Context, chosen_R: jax.Array | None = None) -> jax.Array:
-        """The attention weights of the chosen queries of this block, float32 [B, H, R, T]; None means all."""
-        return self.attention.weights(self._entering(x_BTD, self.attention_norm), context, chosen_R)
+        """Attention weights of the chosen queries, float32 [B, H, R, T]; `chosen_R=None` selects all queries."""
+        return self.attention.weights(self._branch_input(x_BTD, self.attention_norm), context, chosen_R)
 
-    def _entering(self, x_BTD, norm):
-        """What a branch reads of the stream."""
+    def _branch_input(self, x_BTD, norm):
         return norm(x_BTD) if self.pre else x_BTD
 
-    def _added(self, x_BTD, y_BTD, norm, key):
-        """The stream with what a branch gives."""
+    def _add_branch(self, x_BTD, y_BTD, norm, key):
+        """Adds a branch's output to the residual stream."""
         x_BTD = x_BTD + dropout(y_BTD, self.dropout, key)
         return constrain(x_BTD if self.pre else norm(x_BTD), *RESIDUAL)

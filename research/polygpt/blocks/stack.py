@@ -1,4 +1,4 @@
-"""A stack of blocks: what the decoder and the media towers are made of."""
+"""A stack of transformer blocks, used by the decoder and the media towers."""
 
 import dataclasses
 from typing import Any, ClassVar, Literal
@@ -24,7 +24,7 @@ from polygpt.spec import Spec
 
 @dataclasses.dataclass(frozen=True)
 class StackSpec(Spec):
-    """A number of blocks, equal but for their attention, and where they are pre-norm a last normalisation."""
+    """A stack of blocks that differ at most in their attention, followed by a final norm if they are pre-norm."""
 
     width: int = 128
     """D, the model width."""
@@ -35,34 +35,37 @@ class StackSpec(Spec):
     mlp: FeedForward = MLP()
     """The feed-forward layer of every block."""
     norm: Norm = LayerNorm()
-    """The normalisation of each half of a block and, where they are pre-norm, after the last block."""
+    """The normalisation of each residual branch and, with pre-norm, after the last block."""
     position: Position = NoPosition()
     """The position encoding."""
     dropout: float = 0.0
     """Probability of dropping an element of the embeddings and of each residual branch, in training."""
     scan: bool = True
-    """Compile one pattern of blocks and scan it over stacked parameters: quick to compile; on a CPU slower to run."""
+    """Compile one pattern of blocks and scan it over stacked parameters: compiles faster, but runs slower on CPU."""
     remat: Literal["none", "dots", "full"] = "none"
-    """What the backward pass computes anew: nothing, all but matrix products, or everything inside a block."""
+    """What to recompute in the backward pass: nothing, all but matrix products, or everything inside a block."""
     pattern: tuple[Attention | None, ...] = ()
-    """Variants of successive blocks, repeated to the depth; null is `attention`: [null, null, null, "FILE:CLASS"]."""
+    """Attention variants of successive blocks, repeated to the depth, such as [null, null, null, "FILE:CLASS"]; null
+    stands for `attention`."""
     norm_placement: NormPlacement = "pre"
-    """Where the halves f of a block are normalised: pre is x + f(norm(x)), post is norm(x + f(x)), which as a rule
-    trains only with a warm-up of the learning rate, and has no norm after the last block (2002.04745)."""
+    """pre is x + f(norm(x)) for each residual branch f, post is norm(x + f(x)). Post-norm stacks usually need a
+    learning-rate warm-up, and have no norm after the last block (2002.04745)."""
 
     def validate(self):
         self.require(self.width >= 1, "width", "at least 1")
         self.require(self.depth >= 0, "depth", "at least 0")
         self.require(0 <= self.dropout < 1, "dropout", "at least 0 and below 1")
         short = len(self.pattern) <= max(self.depth, 1)
-        self.require(short, "depth", f"at least the pattern's {len(self.pattern)} blocks")
+        self.require(short, "depth", f"at least the pattern's length, {len(self.pattern)}")
         whole = self.depth % len(self.period()) == 0
         self.require(
-            whole or not self.scan, "depth", f"a multiple of the pattern's {len(self.pattern)} (or scan false)"
+            whole or not self.scan,
+            "depth",
+            f"a multiple of the pattern's length, {len(self.pattern)} (or set scan to false)",
         )
 
     def period(self) -> tuple[Attention, ...]:
-        """The attention variants that repeat."""
+        """The repeating sequence of attention variants."""
         return tuple(variant or self.attention for variant in self.pattern) or (self.attention,)
 
     def variants(self) -> tuple[Attention, ...]:
@@ -71,7 +74,7 @@ class StackSpec(Spec):
         return tuple(period[layer % len(period)] for layer in range(self.depth))
 
     def mup_scaled(self, base: "StackSpec") -> "StackSpec":
-        """The stack with its attention as muP has it beside the `base` model's: see `Attention.beside`."""
+        """The stack with its attention scaled by muP relative to the `base` stack: see `Attention.mup_scaled`."""
 
         def at(variant, of_base):
             return variant and variant.mup_scaled(self.width, of_base, base.width)
@@ -80,28 +83,28 @@ class StackSpec(Spec):
         return self.replace(attention=at(self.attention, base.attention), pattern=pattern)
 
     def dims(self, dtype: str) -> Dims:
-        """What the attention variant needs to know.
+        """The dimensions that attention variants need.
 
-        Residual branches start at 1/sqrt(2 L), since the stream sums up 2 L of them: GPT-2, section 2.3. Post-norm
-        blocks normalise each sum, and theirs start as other layers do.
+        Pre-norm output kernels are initialised with a factor 1/sqrt(2 L), because the residual stream sums 2 L
+        branches: GPT-2, section 2.3. Post-norm blocks normalise each sum and need no factor.
         """
         scale = (2 * max(self.depth, 1)) ** -0.5 if self.norm_placement == "pre" else 1.0
         return Dims(self.width, dtype, self.position, output_scale=scale)
 
     def score_flops(self, keys: float) -> float:
-        """FLOPs of all blocks' attention beside its matrices, for one position that sees `keys` keys."""
+        """Attention FLOPs of all blocks, excluding projections, for one position that sees `keys` keys."""
         return sum(variant.score_flops(self.width, keys) for variant in self.variants())
 
     def causal_score_flops(self, length: int) -> float:
-        """`score_flops` on average over a row, whose t-th position sees t keys, or those that its variant leaves it."""
+        """Mean `score_flops` over the positions of a row, the t-th seeing t keys, or fewer by the variant."""
         return causal_mean(self.score_flops, length)
 
     def idle(self) -> int:
-        """Elements of the feed-forward layers' matrices that a position is not multiplied with, in all blocks."""
+        """Feed-forward kernel elements that a given position does not use, over all blocks."""
         return self.depth * self.mlp.idle(self.width)
 
     def init_cache(self, batch_size: int, size: int, dtype: str) -> tuple:
-        """Empty caches for `size` positions: of every block, or scanned, of every block of the pattern, stacked."""
+        """Empty caches for `size` positions: one per block; if scanned, one per block of the pattern, stacked."""
         dims = self.dims(dtype)
         if not self.scan:
             return tuple(variant.init_cache(dims, batch_size, size) for variant in self.variants())
@@ -117,12 +120,12 @@ class StackSpec(Spec):
 class Stack(nnx.Module):
     """The module of a `StackSpec`.
 
-    Parameters: `blocks/attention/...` [L, ...] if scanned, `blocks/0/...`, `blocks/1/...` if not; scanned with a
-    pattern of p blocks `blocks/0/...` to `blocks/<p - 1>/...`, each [L / p, ...]. Pre-norm stacks have `norm/...` too.
+    Parameters: `blocks/attention/...` [L, ...] if scanned; `blocks/0/...`, `blocks/1/...` if not. Scanned with a
+    p-block pattern: `blocks/0/...` to `blocks/<p - 1>/...`, each [L / p, ...]. Pre-norm stacks have `norm/...` too.
     """
 
     pipelined: ClassVar[bool] = False
-    """Whether the blocks are computed in stages where the layout has some (`pipeline.py`), caches excepted."""
+    """Whether to run the blocks in pipeline stages if the layout has any (`pipeline.py`); not with caches."""
 
     def __init__(self, spec: StackSpec, *, rngs: nnx.Rngs, dtype: str):
         self.spec, self.dtype = spec, dtype
@@ -148,7 +151,7 @@ class Stack(nnx.Module):
     def __call__(
         self, x_BTD: jax.Array, context: Context, cache: Any = None, key: jax.Array | None = None
     ) -> tuple[jax.Array, Any, Losses]:
-        """[B, T, D] -> ([B, T, D] normalised, cache, sums of the blocks' losses). Blocks that are post-norm do it."""
+        """[B, T, D] -> (normalised [B, T, D], cache, summed losses of the blocks)."""
         context = dataclasses.replace(context, inputs_BTD=x_BTD)
         x_BTD = x_BTD.astype(self.dtype)
 
@@ -167,18 +170,18 @@ class Stack(nnx.Module):
     def in_stages(
         self, x_BTD: jax.Array, context: Context, key: jax.Array | None, schedule: Schedule
     ) -> tuple[jax.Array, Losses]:
-        """[B, T, D] -> ([B, T, D], sums of the blocks' losses): the blocks as a pipeline, without the last norm.
+        """[B, T, D] -> ([B, T, D], summed losses of the blocks): the blocks as a pipeline, without the final norm.
 
         Dropout differs by block and microbatch.
 
         Raises:
-            SpecError: the blocks are not scanned, or the numbers do not come out even.
+            SpecError: if the blocks are not scanned, or depth or rows do not divide evenly.
         """
         if not self.spec.scan:
-            reason = "a stage is a run of stacked blocks"
+            reason = "pipeline stages need stacked blocks"
             raise SpecError(f"train.mesh.stage is {schedule.stages}: model.decoder.scan must be true, {reason}")
         batch_size = x_BTD.shape[0]
-        # Those of training come out even; an evaluation may have any number, and is filled up.
+        # Training batches divide evenly; an evaluation batch may have any number of rows and is padded.
         x_BTD, context = _with_rows((x_BTD, context), -batch_size % schedule.microbatches)
         schedule.check(self.spec.depth, len(self.spec.period()), x_BTD.shape[0])
         graphdefs, params = self._split()
@@ -196,9 +199,9 @@ class Stack(nnx.Module):
         return y_BTD[:batch_size], losses
 
     def weights(self, x_BTD: jax.Array, context: Context, chosen_R: jax.Array | None = None) -> dict[int, jax.Array]:
-        """By block, the attention weights of the chosen queries, float32 [B, H, R, T]; None means all.
+        """Attention weights of the chosen queries by block, float32 [B, H, R, T]; `chosen_R=None` selects all queries.
 
-        Blocks whose attention has no weights to look at are left out.
+        Blocks whose attention has no weights are left out.
         """
         context = dataclasses.replace(context, inputs_BTD=x_BTD)
 
@@ -209,7 +212,7 @@ class Stack(nnx.Module):
         if self.blocks is None:
             return {}
         _, outputs, _ = self._over_blocks(call, x_BTD.astype(self.dtype), None)
-        if self.spec.scan:  # of every block of the pattern, stacked
+        if self.spec.scan:  # one stacked output per block of the pattern
             outputs = [jax.tree.map(lambda leaf, i=i: leaf[i], found) for i in range(self._times) for found in outputs]
         return {layer: found for layer, found in enumerate(outputs) if found is not None}
 
@@ -218,10 +221,10 @@ class Stack(nnx.Module):
         return self.spec.depth // len(self.spec.period())
 
     def _over_blocks(self, call, x_BTD, caches):
-        """Threads x through `call(block, x, layer, cache of the layer) -> (x, output, losses)`.
+        """Threads x through `call(block, x, layer, cache of the layer) -> (x, output, losses)` for every block.
 
-        Gives x, the outputs and the sums of the losses. The outputs are a tuple as `init_cache` gives it: an output is
-        the new cache where there are caches.
+        Returns x, the outputs and the summed losses. The outputs form a tuple like that of `init_cache`; with caches,
+        they are the new caches.
         """
         if not self.spec.scan:
             outputs, losses = [], {}
@@ -232,7 +235,7 @@ class Stack(nnx.Module):
             return x_BTD, tuple(outputs), losses
         graphdefs, params = self._split()
 
-        # Caches are carried, not scanned over: the loop then updates them in place.
+        # Carry the caches instead of scanning over them, so that the loop updates them in place.
         def body(carry, inputs):
             x_BTD, caches = carry
             params, time = inputs
@@ -251,12 +254,12 @@ class Stack(nnx.Module):
         return x_BTD, outputs if caches is None else caches, losses
 
     def _split(self):
-        """Of each block of the pattern, the static part and the stacked parameters."""
+        """The static part and the stacked parameters of each block of the pattern."""
         blocks = self.blocks if len(self.spec.period()) > 1 else [self.blocks]
         return tuple(zip(*[nnx.split(block) for block in blocks], strict=True))
 
     def _over_period(self, call, graphdefs, params, x_BTD, time, caches):
-        """`_over_blocks` for the blocks of the pattern alone, for the `time`-th time."""
+        """`_over_blocks` for one repetition of the pattern, the `time`-th."""
         outputs, losses = [], {}
         for i, graphdef in enumerate(graphdefs):
             block, layer = nnx.merge(graphdef, params[i]), time * len(graphdefs) + i
@@ -280,5 +283,5 @@ class Stack(nnx.Module):
 
 
 def _with_rows(tree: Any, more: int) -> Any:
-    """Arrays [B, ...] with so many rows of zeros behind: of padding, whose segment is 0."""
+    """Arrays [B, ...] with `more` rows of zeros appended: padding, whose segment is 0."""
     return tree if more == 0 else jax.tree.map(lambda x: jnp.pad(x, ((0, more), *[(0, 0)] * (x.ndim - 1))), tree)

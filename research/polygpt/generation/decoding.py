@@ -1,10 +1,10 @@
-"""The compiled half of generation: one program reads the prompts, one loop writes the answers.
+"""Compiled generation: one program prefills the prompts, another decodes in a loop.
 
-Axis letters: B rows, T prompt positions, S generated tokens at most, V vocabulary.
+Axis letters: B rows, T prompt positions, S maximum number of generated tokens, V vocabulary.
 
-Both programs take the model as a static argument, so jax.jit keeps them by model and by shape. The cache is an explicit
-pytree: the prompts fill its first T places, right-padded, and each generated token takes the next place of every row.
-A row sees its own segment of the cache, so padding is never attended; position ids go on from the row's own length.
+The model is a static argument of both programs, so jax.jit caches them by model and shape. The KV cache is an explicit
+pytree: right-padded prompts fill its first T slots, and each generated token takes the next slot in every row. A row
+attends only to its own segment of the cache, never to padding; its position ids continue from the prompt's own length.
 """
 
 import dataclasses
@@ -21,19 +21,19 @@ from polygpt.sequence import PADDING, TEXT, Batch
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
-    """Generation under way.
+    """The state of a generation in progress.
 
     Attributes:
-        cache: the model's cache.
-        step: int32 scalar, how many tokens each unfinished row has.
-        tokens_BS: int32, the generated tokens; the end token included, 0 beyond `count_B`.
-        count_B: int32, how many of them are real.
-        limit_B: int32, how many there may be.
-        done_B: bool, the rows that are finished.
+        cache: the model's KV cache.
+        step: int32 scalar, the number of tokens that each unfinished row has.
+        tokens_BS: int32, the generated tokens, including the end token; 0 beyond `count_B`.
+        count_B: int32, the number of tokens generated in each row.
+        limit_B: int32, the maximum number of tokens per row.
+        done_B: bool, whether the row is finished.
         position_B: int32, position id of the row's first generated token.
-        coordinate_B: int32, its coordinate on all three axes: one more than any coordinate before it.
+        coordinate_B: int32, its coordinate on all three axes: one more than the largest coordinate before it.
         segment_B: int32, the row's segment.
-        seen_BV: bool, text tokens that the row holds already, for the repetition penalty; [B, 0] where there is none.
+        seen_BV: bool, text tokens that already occur in the row, for the repetition penalty; [B, 0] without a penalty.
         key_B: the row's random key.
     """
 
@@ -54,19 +54,19 @@ class State:
 def prefill(
     model, sampling: Sampling, size: int, params, batch: Batch, eos, seed, index_B, limit_B, used=None
 ) -> State:
-    """Reads the prompts and writes the first token of each row.
+    """Reads the prompts and generates the first token of each row.
 
     Args:
         model: the model, hashable.
-        sampling: what `Sampling.choice` gives.
-        size: S, room for generated tokens.
+        sampling: the result of `Sampling.choice`.
+        size: S, the capacity for generated tokens.
         params: the model's parameters.
-        batch: the prompts, one a row, right-padded.
+        batch: the prompts, one per row, right-padded.
         eos: int32 scalar, the token that ends a text.
         seed: uint32 scalar.
-        index_B: int32, each prompt's number; with the seed it gives the row's randomness.
-        limit_B: int32, how many tokens the row may have, at most S; 0 for rows that hold no prompt.
-        used: int32 scalar, only ids below it are chosen; None for all.
+        index_B: int32, the index of each prompt; together with the seed it determines the row's random key.
+        limit_B: int32, the maximum number of tokens per row, at most S; 0 for rows without a prompt.
+        used: int32 scalar, only ids below it can be chosen; None allows all.
     """
     B, T = batch.shape
     last_B = jnp.maximum((batch.segment_BT > 0).sum(axis=1) - 1, 0)
@@ -92,42 +92,42 @@ def prefill(
         seen_BV=seen_BV,
         key_B=jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(index_B),
     )
-    return _written(model, _write(state, logits_B1V[:, 0], sampling, eos, used))
+    return _replicated(model, _append(state, logits_B1V[:, 0], sampling, eos, used))
 
 
 @partial(jax.jit, static_argnames=("model", "sampling"), donate_argnames="state")
 def decode(model, sampling: Sampling, params, state: State, eos, until, used=None) -> State:
-    """Writes tokens until every row is finished or has `until` of them. The given state is used up.
+    """Generates tokens until every row is finished or has `until` tokens. Donates `state`.
 
     Args:
         model, sampling, params, eos, used: as in `prefill`.
-        state: the generation so far.
-        until: int32 scalar.
+        state: the state of the generation so far.
+        until: int32 scalar, the number of tokens to stop at.
     """
 
     def unfinished(state: State):
         return (state.step < until) & ~state.done_B.all()
 
-    def write_next(state: State) -> State:
+    def next_token(state: State) -> State:
         token_B = jax.lax.dynamic_index_in_dim(state.tokens_BS, state.step - 1, axis=1, keepdims=False)
         segment_B = jnp.where(state.done_B, 0, state.segment_B)
         nth = state.step - 1
         batch = _one_position(token_B, state.position_B + nth, state.coordinate_B + nth, segment_B)
         logits_B1V, cache = model.decode(params, batch, state.cache)
-        return _write(dataclasses.replace(state, cache=cache), logits_B1V[:, 0], sampling, eos, used)
+        return _append(dataclasses.replace(state, cache=cache), logits_B1V[:, 0], sampling, eos, used)
 
-    return _written(model, jax.lax.while_loop(unfinished, write_next, state))
+    return _replicated(model, jax.lax.while_loop(unfinished, next_token, state))
 
 
-def _written(model, state: State) -> State:
-    """With what a host reads of it to be had everywhere."""
+def _replicated(model, state: State) -> State:
+    """Replicates the fields that the host reads."""
     read = model.whole((state.tokens_BS, state.count_B, state.done_B))
     return dataclasses.replace(state, **dict(zip(("tokens_BS", "count_B", "done_B"), read, strict=True)))
 
 
-def _write(state: State, logits_BV, sampling: Sampling, eos, used) -> State:
-    """Chooses each row's next token from its logits and appends it where the row is not finished."""
-    if used is not None:  # the ids that round the vocabulary up are trained to be unlikely, and not impossible
+def _append(state: State, logits_BV, sampling: Sampling, eos, used) -> State:
+    """Chooses each row's next token from its logits and appends it to unfinished rows."""
+    if used is not None:  # training makes the ids that pad the vocabulary unlikely, but not impossible
         logits_BV = jnp.where((jnp.arange(logits_BV.shape[-1]) < used)[None], logits_BV, -jnp.inf)
     key_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(state.key_B, state.step)
     token_B = jnp.where(state.done_B, 0, choose(logits_BV, state.seen_BV, key_B, sampling))
@@ -144,7 +144,7 @@ def _write(state: State, logits_BV, sampling: Sampling, eos, used) -> State:
 
 
 def _one_position(token_B, position_B, coordinate_B, segment_B) -> Batch:
-    """One text token a row; a row of segment 0 is padding."""
+    """One text token per row; rows with segment 0 are padding."""
     zero_B1 = jnp.zeros_like(token_B)[:, None]
     return Batch(
         tokens_BT=token_B[:, None],

@@ -1,7 +1,7 @@
-"""Generation: prompts of texts and media in, texts out.
+"""Generate text from prompts of text and media.
 
-Prompts are read `rows` at a time, padded to the next power of two in rows and positions, so that few programs are
-compiled. A prompt's text depends on the prompt, the seed and the prompt's number, never on what else is in its batch.
+Prompts are processed in batches, padded to a power of two in rows and positions, so that few programs are compiled. The
+generated text depends on the prompt, the seed and the prompt's index, never on the rest of its batch.
 """
 
 import dataclasses
@@ -20,18 +20,18 @@ from polygpt.generation.sampling import Sampling
 Prompt = Sequence[Text | Medium]
 """Texts and media in reading order."""
 STOP_EVERY = 16
-"""Tokens between two looks for a stop string."""
+"""Number of tokens between checks for a stop string."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Generated:
-    """What the model wrote.
+    """A generated text.
 
     Attributes:
         text: the text, without the stop string that ended it.
-        tokens: its token ids: without the end token, with those that complete the stop string.
-        finish: "eos" the model ended the text, "stop" a stop string did, "length" there was no room for more, and
-            "unfinished" while it is still being written.
+        tokens: the generated token ids, excluding the end token but including those of the stop string.
+        finish: why the text ended: "eos" by the end token, "stop" by a stop string, "length" for lack of room;
+            "unfinished" while generation is still running.
     """
 
     text: str
@@ -51,21 +51,21 @@ def generate(
     indices: Sequence[int] | None = None,
     proceed: Callable[[], None] = lambda: None,
 ) -> list[Generated]:
-    """The model's continuation of each prompt.
+    """Generates a continuation of each prompt.
 
     Args:
         model: the bound model.
         params: its parameters.
-        tokenizer: the tokenizer it was trained with.
+        tokenizer: the tokenizer that the model was trained with.
         prompts: texts and media in reading order.
-        layout: how rows were made in training; prompt and text together have at most `layout.seq_len` positions.
-        sampling: how tokens are chosen and when to stop.
-        rows: how many prompts are read at a time.
-        indices: the prompts' numbers, by which each has its own randomness; 0, 1, ... by default.
-        proceed: called before so many prompts are read; what it raises ends it all.
+        layout: the row layout used in training; prompt and continuation share `layout.seq_len` positions.
+        sampling: how to choose tokens and when to stop.
+        batch_size: number of prompts to process at a time.
+        indices: the prompts' indices, which determine their random keys; 0, 1, ... by default.
+        proceed: called before each batch; an exception that it raises ends generation.
 
     Raises:
-        UserError: for a prompt that is empty, too long, or has media that the model does not read, naming its number.
+        UserError: for a prompt that is empty, too long, or has media that the model does not read; names its index.
     """
     indices = range(len(prompts)) if indices is None else indices
     rows = bucket(min(batch_size, len(prompts)), 1)
@@ -74,7 +74,7 @@ def generate(
     for start in range(0, len(prompts), rows):
         proceed()
         some = slice(start, start + rows)
-        *_, last = _written(model, params, tokenizer, prompts[some], layout, sampling, indices[some], rows, every)
+        *_, last = _generate(model, params, tokenizer, prompts[some], layout, sampling, indices[some], rows, every)
         results += last
     return results
 
@@ -82,30 +82,31 @@ def generate(
 def stream(
     model, params, tokenizer, prompt: Prompt, layout: LayoutSpec, sampling: Sampling, *, every: int = 4, index: int = 0
 ) -> Iterator[str]:
-    """The continuation of one prompt in pieces, `every` tokens at a time; joined they are the text of `generate`.
+    """Yields the continuation of one prompt in pieces, `every` tokens at a time; joined, they equal `generate`'s text.
 
-    A piece is given out when nothing that follows can change it: no half character, no beginning of a stop string.
+    A piece is yielded only once later tokens cannot change it: it ends neither within a character nor with the
+    beginning of a stop string.
     """
-    given = 0
-    for (written,) in _written(model, params, tokenizer, [prompt], layout, sampling, [index], 1, every):
-        text = written.text if written.finish != "unfinished" else _settled(written.text, sampling.stop)
-        if len(text) > given:
-            yield text[given:]
-            given = len(text)
+    sent = 0
+    for (partial,) in _generate(model, params, tokenizer, [prompt], layout, sampling, [index], 1, every):
+        text = partial.text if partial.finish != "unfinished" else _stable_prefix(partial.text, sampling.stop)
+        if len(text) > sent:
+            yield text[sent:]
+            sent = len(text)
 
 
-def _written(model, params, tokenizer, prompts, layout, sampling, indices, rows, every) -> Iterator[list[Generated]]:
-    """What is written of each prompt, after every `every` tokens; the last is final."""
+def _generate(model, params, tokenizer, prompts, layout, sampling, indices, rows, every) -> Iterator[list[Generated]]:
+    """Yields the texts so far of all prompts, every `every` tokens; the last ones are final."""
     places = [f"prompt {index}" for index in indices]
     for prompt, place in zip(prompts, places, strict=True):
         if not any(isinstance(part, Medium) or part.text for part in prompt):
-            raise UserError(f"{place}: is empty: give it a text or a medium")
+            raise UserError(f"{place}: empty prompt: add a text or a medium")
     batch = prompt_batch(prompts, layout, tokenizer, model.spec.adapters, places)
     bound = _bound(model, layout)
     length_B = (batch.segment_BT > 0).sum(axis=1)
     for length, place in zip(length_B, places, strict=True):
         if length >= bound:
-            raise UserError(f"{place}: fills all of the model's {bound} positions: leave room for an answer")
+            raise UserError(f"{place}: fills all {bound} positions of the model: leave room for an answer")
     size = bucket(min(sampling.max_tokens, bound), 16)
     batch = pad(batch, rows, min(bucket(int(length_B.max()), 16), bound))
     limit_B = np.zeros(rows, np.int32)
@@ -132,12 +133,12 @@ def _written(model, params, tokenizer, prompts, layout, sampling, indices, rows,
 
 
 def _read(ids, done: bool, read: int, tokenizer, sampling: Sampling) -> Generated:
-    """The text of generated ids, of which the first `read` are known to hold no stop string."""
+    """Decodes generated ids and cuts at the first stop string; the first `read` ids are known to contain none."""
     ended = len(ids) > 0 and ids[-1] == tokenizer.eos
     ids = [int(i) for i in (ids[:-1] if ended else ids)]
     text = tokenizer.decode(ids)
     if any(stop in text for stop in sampling.stop):
-        for n in range(read + 1, len(ids) + 1):  # at the first token that completes one, however many come at a time
+        for n in range(read + 1, len(ids) + 1):  # cut at the first token that completes one, independent of `every`
             text = tokenizer.decode(ids[:n])
             cuts = [text.index(stop) for stop in sampling.stop if stop in text]
             if cuts:
@@ -145,9 +146,9 @@ def _read(ids, done: bool, read: int, tokenizer, sampling: Sampling) -> Generate
     return Generated(text, tuple(ids), "eos" if ended else "length" if done else "unfinished")
 
 
-def _settled(text: str, stops: Sequence[str]) -> str:
-    """The part of a text under way that more tokens cannot change."""
-    text = text.rstrip("\ufffd")  # bytes of a character that is not complete yet
+def _stable_prefix(text: str, stops: Sequence[str]) -> str:
+    """The part of an unfinished text that further tokens cannot change."""
+    text = text.rstrip("\ufffd")  # the bytes of an incomplete character
     for n in range(min(len(text), max(map(len, stops), default=1) - 1), 0, -1):
         if any(stop.startswith(text[-n:]) for stop in stops):
             return text[:-n]
@@ -155,6 +156,6 @@ def _settled(text: str, stops: Sequence[str]) -> str:
 
 
 def _bound(model, layout: LayoutSpec) -> int:
-    """How many positions a prompt and its continuation have at most."""
+    """The maximum number of positions of a prompt and its continuation together."""
     limit = model.spec.decoder.position.limit()
     return layout.seq_len if limit is None else min(layout.seq_len, limit)

@@ -1,4 +1,4 @@
-"""Few shapes, so few programs: batches are padded to sizes that many of them share."""
+"""Pads batches to a small set of shapes, so that few programs are compiled."""
 
 import dataclasses
 
@@ -15,7 +15,8 @@ def bucket(n: int, least: int) -> int:
 def pad(batch: Batch, batch_size: int, seq_len: int) -> Batch:
     """The batch with padding rows up to `batch_size` and padding positions up to `seq_len`; NumPy arrays.
 
-    Of the media only as many items are kept as some row uses, to the next power of two: unused ones cost as much.
+    Media arrays are cut to the largest number of items that a row uses, rounded up to a power of two: encoding an
+    unused item costs as much as a used one.
     """
 
     def grow(array, value=0, axes=1):

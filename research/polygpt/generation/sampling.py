@@ -1,7 +1,7 @@
-"""How the next token is chosen from its logits: pure functions of `logits_BV`, in the order in which they are applied.
+"""Choose the next token from logits: pure functions of `logits_BV`, in the order in which they are applied.
 
-Repetition penalty, temperature, top-k, top-p and min-p, as transformers and vLLM order them. A filter keeps every token
-that ties with the last one it keeps, so that what is kept never depends on how tokens are numbered.
+Repetition penalty, temperature, top-k, top-p and min-p, in the order of transformers and vLLM. A filter also keeps each
+token that ties with the last one it keeps, so that the result never depends on how tokens are numbered.
 """
 
 import dataclasses
@@ -14,10 +14,10 @@ from polygpt.spec import Spec
 
 @dataclasses.dataclass(frozen=True)
 class Sampling(Spec):
-    """How text is generated. The defaults sample from the model's own distribution; temperature 0 is greedy."""
+    """How to generate text. The defaults sample from the model's own distribution; temperature 0 is greedy."""
 
     temperature: float = 1.0
-    """Divides the logits; below 1 sharpens, 0 takes the likeliest token always (greedy)."""
+    """Divides the logits; values below 1 sharpen the distribution, 0 always takes the likeliest token (greedy)."""
     top_k: int = 0
     """Keep the k likeliest tokens; 0 keeps all."""
     top_p: float = 1.0
@@ -25,13 +25,13 @@ class Sampling(Spec):
     min_p: float = 0.0
     """Keep tokens at least this fraction as probable as the likeliest; 0 keeps all."""
     repetition_penalty: float = 1.0
-    """Above 1 makes tokens of the prompt and of the text so far less likely; 1 leaves them alone."""
+    """Values above 1 make tokens of the prompt and of the text so far less likely; 1 has no effect."""
     max_tokens: int = 64
     """Stop after this many tokens."""
     stop: tuple[str, ...] = ()
-    """Stop before any of these texts would appear."""
+    """Stop as soon as one of these strings appears; it is not part of the text."""
     seed: int = 0
-    """The same seed gives the same text for the same prompt at the same place in the list."""
+    """The same seed gives the same text for the same prompt at the same index in the list."""
 
     def validate(self) -> None:
         self.require(self.temperature >= 0, "temperature", "at least 0")
@@ -40,11 +40,11 @@ class Sampling(Spec):
         self.require(0 <= self.min_p <= 1, "min_p", "between 0 and 1")
         self.require(self.repetition_penalty > 0, "repetition_penalty", "above 0")
         self.require(self.max_tokens >= 1, "max_tokens", "at least 1")
-        self.require(all(self.stop), "stop", "texts that are not empty")
+        self.require(all(self.stop), "stop", "non-empty strings")
         self.require(0 <= self.seed < 2**32, "seed", "between 0 and 2**32 - 1")
 
     def choice(self) -> "Sampling":
-        """Only the fields that decide how a token is chosen: what a compiled program depends on."""
+        """Only the fields that determine how a token is chosen, which compiled programs depend on."""
         return self.replace(max_tokens=1, stop=(), seed=0)
 
 
@@ -55,13 +55,13 @@ GREEDY = Sampling(temperature=0.0)
 def penalize_repetition(logits_BV, seen_BV, penalty: float):
     """Makes seen tokens less likely: divides a positive logit by `penalty`, multiplies a negative one.
 
-    Keskar et al. 2019 (CTRL), section 4.1, divides always, which makes a token of negative logit likelier; minding the
-    sign is what implementations have done since.
+    Keskar et al. 2019 (CTRL), section 4.1, always divide, which makes a token with a negative logit likelier. Later
+    implementations take the sign into account.
 
     Args:
         logits_BV: the logits.
-        seen_BV: bool, the tokens that the row holds already.
-        penalty: theta of the paper; 1 changes nothing.
+        seen_BV: bool, the tokens that already occur in the row.
+        penalty: theta in the paper; 1 has no effect.
     """
     penalized_BV = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
     return jnp.where(seen_BV, penalized_BV, logits_BV)
@@ -98,14 +98,14 @@ def adjust(logits_BV, seen_BV, sampling: Sampling):
 
     Args:
         logits_BV: float32 logits of the model.
-        seen_BV: bool, the tokens that the row holds already; not read where the repetition penalty is 1.
-        sampling: static; a temperature of 0 leaves the scale alone and needs no filter.
+        seen_BV: bool, the tokens that already occur in the row; not read if the repetition penalty is 1.
+        sampling: static; with temperature 0 neither the scale nor the filters apply.
     """
     if sampling.repetition_penalty != 1:
         logits_BV = penalize_repetition(logits_BV, seen_BV, sampling.repetition_penalty)
     if sampling.temperature == 0:
         return logits_BV
-    # The maximum is subtracted first: at a tiny temperature the others overflow to -inf and the likeliest stays 0.
+    # Subtract the maximum first: at a tiny temperature the other logits overflow to -inf and the likeliest stays 0.
     below_BV = logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)
     logits_BV = jnp.where(below_BV == 0, 0.0, below_BV / sampling.temperature)
     if sampling.top_k:
@@ -118,7 +118,7 @@ def adjust(logits_BV, seen_BV, sampling: Sampling):
 
 
 def choose(logits_BV, seen_BV, keys_B, sampling: Sampling):
-    """The next token of each row, int32 [B]. Each row has its own key, so that rows do not depend on each other."""
+    """The next token of each row, int32 [B]. Each row has its own key, which makes rows independent."""
     logits_BV = adjust(logits_BV.astype(jnp.float32), seen_BV, sampling)
     if sampling.temperature == 0:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
