@@ -1,4 +1,4 @@
-"""What an objective is: a sum and a weight, so that its mean over the global batch is exact however rows are split."""
+"""The objective contract: a sum and a weight, so that the mean over the global batch is exact however it is split."""
 
 import dataclasses
 
@@ -13,8 +13,8 @@ from polygpt.spec import Spec
 class Objective(Spec):
     """Base of all objectives. A new one is a file with a subclass that defines `total`.
 
-    The loss is `total / weight`, each summed over all microbatches and devices first. So the weight may depend on the
-    batch alone, never on the model's outputs: it must be known before the first gradient is taken.
+    The loss is `total / weight`, each first summed over all microbatches and devices. The weight must depend only on
+    the batch, never on the model's outputs, because it is needed before the first gradient is computed.
     """
 
     def total(self, outputs, batch: Batch) -> jax.Array:
@@ -22,7 +22,7 @@ class Objective(Spec):
         raise NotImplementedError(f"{type(self).__name__} defines no total")
 
     def weight(self, batch: Batch) -> jax.Array:
-        """What `total` is divided by: float32 scalar, the sum of the loss weights unless a subclass says otherwise."""
+        """The denominator of the loss: float32 scalar, by default the sum of the loss weights."""
         return jnp.sum(batch.weight_BT, dtype=jnp.float32)
 
     def __call__(self, outputs, batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -31,8 +31,8 @@ class Objective(Spec):
 
 
 def weighted_logits(outputs, batch: Batch) -> jax.Array:
-    """float32 [B, T, V]: the logits, 0 where the loss weight is 0.
+    """float32 [B, T, V]: the logits, set to 0 where the loss weight is 0.
 
-    What a position without weight holds, even NaN, then reaches neither the sum nor any gradient.
+    This keeps positions without weight, even NaN ones, out of the sum and of all gradients.
     """
     return jnp.where((batch.weight_BT != 0)[..., None], outputs.logits_BTV.astype(jnp.float32), 0.0)

@@ -1,4 +1,4 @@
-"""Shows how much a mixture of experts with a capacity leaves out."""
+"""Measures how many choices a mixture of experts with a capacity drops."""
 
 import dataclasses
 from typing import ClassVar
@@ -8,9 +8,9 @@ from polygpt.objectives.routing import RoutingObjective
 
 @dataclasses.dataclass(frozen=True)
 class Dropped(RoutingObjective):
-    """The share of choices for which an expert had no place, of each routed layer, summed. It has no gradient.
+    """The fraction of choices dropped for lack of a free slot, summed over routed layers. It has no gradient.
 
-    It is there to be looked at: give it the weight 0.
+    For monitoring only: give it weight 0.
     """
 
     loss: ClassVar[str] = "dropped"

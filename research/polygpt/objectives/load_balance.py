@@ -1,4 +1,4 @@
-"""Keeps experts equally busy."""
+"""Load balancing of experts."""
 
 import dataclasses
 from typing import ClassVar
@@ -8,9 +8,9 @@ from polygpt.objectives.routing import RoutingObjective
 
 @dataclasses.dataclass(frozen=True)
 class LoadBalance(RoutingObjective):
-    """E sum_e f_e P_e of each routed layer, summed: Fedus et al., Switch (2101.03961), eq. 4; weighted by 1e-2 there.
+    """E sum_e f_e P_e, summed over routed layers: Fedus et al., Switch (2101.03961), eq. 4; they use weight 1e-2.
 
-    A layer whose experts are used alike gives 1, one that uses a single expert E / top_k at most.
+    A layer that uses all experts equally contributes 1, a collapsed layer at most E / top_k.
     """
 
     loss: ClassVar[str] = "load_balance"

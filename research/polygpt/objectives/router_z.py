@@ -1,4 +1,4 @@
-"""Keeps the logits of routers small."""
+"""Regularisation of router logits."""
 
 import dataclasses
 from typing import ClassVar
@@ -8,6 +8,6 @@ from polygpt.objectives.routing import RoutingObjective
 
 @dataclasses.dataclass(frozen=True)
 class RouterZLoss(RoutingObjective):
-    """log² Z of each routed layer, summed: Zoph et al., ST-MoE (2202.08906), eq. 5; weighted by 1e-3 there."""
+    """log² Z of the router softmax, summed over routed layers: Zoph et al., ST-MoE (2202.08906), eq. 5, weight 1e-3."""
 
     loss: ClassVar[str] = "router_z"

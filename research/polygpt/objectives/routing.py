@@ -1,4 +1,4 @@
-"""What objectives of routed layers share: they read a loss that the model's layers have summed."""
+"""Base of the objectives of routed layers, which read a loss summed over the model's layers."""
 
 import dataclasses
 from typing import ClassVar
@@ -13,16 +13,16 @@ from polygpt.sequence import Batch
 
 @dataclasses.dataclass(frozen=True)
 class RoutingObjective(Objective):
-    """A loss of the routed layers, summed over them, a real position of the batch: padding counts nowhere."""
+    """A loss summed over the routed layers, per real position of the batch; padding is excluded."""
 
     loss: ClassVar[str]
-    """Its name among the model's losses."""
+    """The name of the loss in the model's outputs."""
 
     def total(self, outputs, batch: Batch) -> jax.Array:
         if self.loss not in outputs.losses:
             raise SpecError(
-                f"{type(self).__name__} needs {self.loss!r}, which no layer of the model gives: leave the objective "
-                "out, or choose polygpt.nn.experts:MixtureOfExperts for model.decoder.mlp"
+                f"{type(self).__name__} needs {self.loss!r}, which no layer of the model computes: remove the "
+                "objective, or set model.decoder.mlp to polygpt.nn.experts:MixtureOfExperts"
             )
         return outputs.losses[self.loss]
 

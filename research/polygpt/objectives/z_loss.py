@@ -1,4 +1,4 @@
-"""Keeps the softmax normaliser near one."""
+"""Regularisation of the softmax normaliser."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ from polygpt.sequence import Batch
 
 @dataclasses.dataclass(frozen=True)
 class ZLoss(Objective):
-    """log² Z, with Z the softmax normaliser (Chowdhery et al. 2022, PaLM, section 5; weighted by 1e-4 there)."""
+    """log² Z, where Z is the softmax normaliser (Chowdhery et al. 2022, PaLM, section 5, weight 1e-4)."""
 
     def total(self, outputs, batch: Batch) -> jax.Array:
         log_z_BT = jax.nn.logsumexp(weighted_logits(outputs, batch), axis=-1)
