@@ -124,7 +124,7 @@ def test_a_tower_turns_by_row_and_column():
 def test_a_position_table_that_is_too_short_is_an_error():
     module = built(ADAPTERS["image"].replace(tower=TOWER.replace(position=Learned(3))))
     media = Media(np.ones((1, 1, 8, 8, 1), np.float32), np.int32([[4]]))
-    with pytest.raises(SpecError, match="tower.position knows 3 positions, an item fills 4: raise its length to 4"):
+    with pytest.raises(SpecError, match="tower.position has 3 positions, but an item fills 4: raise its length to 4"):
         module(media)
 
 

@@ -93,7 +93,7 @@ def test_its_flops_are_those_of_the_media_that_go_through_it():
 
 
 def test_widths_that_do_not_fit_are_refused():
-    with pytest.raises(SpecError, match="a connector of kind 'none' is given vectors of width 8 and must give 16"):
+    with pytest.raises(SpecError, match="connector.kind is 'none', .* width 8 and the target width is 16"):
         bind(SPEC.replace(connector=None), VOCABULARY)
     with pytest.raises(SpecError, match="SharedConnector.width is 0"):
         SharedConnector(width=0)

@@ -293,10 +293,18 @@ class Unknown(Optimizer):
     ("decoder", "base", "fault"),
     [
         ({}, {"decoder.widht": 8}, "model.mup.base: decoder.widht: DecoderSpec has no field 'widht': did you mean wid"),
-        ({}, {"decoder.depth": 1}, r"model.mup.base: decoder/.*kernel is \(2, .*, and \(1, .*: only widths may differ"),
-        ({"scan": False}, {"decoder.depth": 1}, "decoder/blocks/1/.* is in one of the models alone"),
-        ({"mlp": MixtureOfExperts(4)}, {"decoder.mlp.experts": 2}, r"kernel is \(2, 4, .*only widths may differ"),
-        ({"attention": TalkingHeads(4)}, {"decoder.attention.heads": 2}, "after is .* no rule for two axes that grow"),
+        (
+            {},
+            {"decoder.depth": 1},
+            r"model.mup.base: decoder/.*kernel has shape \(2, .*, and \(1, .*: only widths may differ",
+        ),
+        ({"scan": False}, {"decoder.depth": 1}, "only one of the models has decoder/blocks/1/"),
+        (
+            {"mlp": MixtureOfExperts(4)},
+            {"decoder.mlp.experts": 2},
+            r"kernel has shape \(2, 4, .*only widths may differ",
+        ),
+        ({"attention": TalkingHeads(4)}, {"decoder.attention.heads": 2}, "after has shape .* two axes under muP"),
         (
             {"attention": Differential(2)},
             {"decoder.width": 8},
@@ -323,7 +331,7 @@ def test_variants_that_keep_their_scores_as_they_are(attention):
     ("optimizer", "fault"),
     [
         (Unknown(), "optim.optimizer: Unknown has no rule for muP: define its width_factor, or set model.mup to null"),
-        (Adafactor(relative=True), "Adafactor.relative is true: muP has no rule for that"),
+        (Adafactor(relative=True), "Adafactor.relative is true: muP has no rule for it"),
     ],
 )
 def test_an_optimizer_without_a_rule_is_refused(optimizer, fault):

@@ -1,7 +1,7 @@
 """Audio: a log-mel spectrogram, two strided convolutions, a transformer, a connector.
 
 Radford et al., Whisper (2212.04356), section 2.2. Neighbouring positions can be folded into one before the connector: a
-decoder learns speech much sooner from twelve positions per second of sound than from fifty.
+decoder learns speech much faster from twelve positions per second of audio than from fifty.
 """
 
 import dataclasses
@@ -83,8 +83,8 @@ class _AudioAdapter(nnx.Module):
         B, N, frames, M = media.features.shape
         inner = self.positions * self.fold
         length_B = media.length_BN.reshape(B * N) * self.fold
-        # Frames beyond an item's last position are zeroed, so that its embedding depends neither on what padding
-        # contains nor on the maximum duration.
+        # Zero the frames beyond an item's last position, so that its embedding depends neither on the contents of the
+        # padding nor on the maximum duration.
         mel_BFM = jnp.pad(media.features.reshape(B * N, frames, M), ((0, 0), (0, 2 * inner - frames), (0, 0)))
         real = jnp.arange(2 * inner)[None, :, None] < 2 * length_B[:, None, None]
         x_BTD, losses = self.encode(jnp.where(real, mel_BFM, 0), length_B, key)

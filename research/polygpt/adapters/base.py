@@ -16,12 +16,12 @@ from polygpt.spec import Spec
 
 @dataclasses.dataclass(frozen=True)
 class Adapter(Spec):
-    """An adapter for one modality. A new one derives from this class and is named in the model's `adapters`."""
+    """An adapter for one modality. A new one derives from this class and is listed in the model's `adapters`."""
 
     features: Features
-    """How raw media become features. Training, evaluation and generation all use this one description."""
+    """How to turn raw media into features, in training, evaluation and generation alike."""
     items: int = 1
-    """N, the maximum number of items per row. Rows with fewer need no recompilation."""
+    """N, the maximum number of items per row. Rows with fewer items need no recompilation."""
 
     @property
     def positions(self) -> int:
@@ -30,7 +30,7 @@ class Adapter(Spec):
 
     @property
     def grid(self) -> tuple[int, int, int]:
-        """(times, rows, columns) of the positions, P in all; an item that fills fewer fills the first of them."""
+        """(times, rows, columns) of the P positions; a shorter item fills the first of them."""
         return self.positions, 1, 1
 
     def length(self, frames: int) -> int:
@@ -39,12 +39,12 @@ class Adapter(Spec):
 
     @property
     def applications(self) -> Mapping[str, int]:
-        """By part of the module, to how many positions its matrices are applied for an item; P for a part not named."""
+        """Number of positions per item that each part of the module processes, by name; P for parts not listed."""
         return {}
 
     @property
     def idle(self) -> Mapping[str, int]:
-        """By part of the module, elements of its matrices that a position is not multiplied with; 0 if not named."""
+        """Kernel elements that a given position does not use, by part of the module; 0 for parts not listed."""
         return {}
 
     @property
@@ -55,43 +55,43 @@ class Adapter(Spec):
     def build(self, width: int, *, rngs: nnx.Rngs, dtype: str) -> nnx.Module:
         """A module `(media: Media, key) -> [B, N, P, D]` for a decoder of `width`, or `-> ([B, N, P, D], losses)`.
 
-        The losses, if there are any, are those of routed layers: see `nn/losses.py`.
+        The losses are those of routed layers, see `nn/losses.py`.
 
-        Output and gradient must be finite whatever the features of unused items contain.
+        Outputs and gradients must be finite whatever the features of unused items contain.
         """
         raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
 class Connector(Spec):
-    """From the width of a tower to the width of the decoder: one projection, or two with a GELU between.
+    """Maps the tower width to the decoder width: one projection, or two with a GELU between.
 
-    Liu et al., LLaVA-1.5 (2310.03744), section 3.3, find the second form a little better.
+    Liu et al., LLaVA-1.5 (2310.03744), section 3.3, find two projections slightly better.
     """
 
     kind: Literal["linear", "mlp", "none"] = "linear"
-    """One projection, two, or none: the tower is then as wide as what it is to give."""
+    """One projection, two, or none; with none, the tower must already have the target width."""
 
     def build(self, inputs: int, width: int, *, rngs: nnx.Rngs, dtype: str) -> nnx.Module:
         """A module [..., inputs] -> [..., width].
 
         Raises:
-            SpecError: if there is to be none, and the widths differ.
+            SpecError: if `kind` is "none" and the widths differ.
         """
         if self.kind == "none" and inputs != width:
             raise SpecError(
-                f"a connector of kind 'none' is given vectors of width {inputs} and must give {width}: change the "
-                "width of the adapter's tower (and fold of audio), or the kind"
+                f"connector.kind is 'none', but the tower gives width {inputs} and the target width is {width}: change "
+                "the width of the adapter's tower (and fold for audio), or the kind"
             )
         return _Connector(self, inputs, width, rngs, dtype)
 
 
 @dataclasses.dataclass(frozen=True)
 class SharedConnector(Connector):
-    """One connector for the media of all adapters, which give it vectors of one width."""
+    """One connector shared by all adapters, whose outputs have a common width."""
 
     width: int = 64
-    """Of the vectors that adapters give it."""
+    """Width of the adapters' outputs."""
 
     def validate(self):
         self.require(self.width >= 1, "width", "at least 1")

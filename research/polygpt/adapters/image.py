@@ -65,7 +65,7 @@ class ImageAdapter(Adapter):
 
 
 def patches(pixels_BHWC: jax.Array, side: int) -> jax.Array:
-    """[B, H, W, C] -> [B, H/side * W/side, side * side * C]: rows of patches, each with its pixels row by row."""
+    """[B, H, W, C] -> [B, H/side * W/side, side * side * C]: patches, and pixels within a patch, in row-major order."""
     B, H, W, C = pixels_BHWC.shape
     grid = pixels_BHWC.reshape(B, H // side, side, W // side, side, C).transpose(0, 1, 3, 2, 4, 5)
     return grid.reshape(B, (H // side) * (W // side), side * side * C)

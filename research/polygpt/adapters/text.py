@@ -9,10 +9,10 @@ from polygpt import sharding
 
 
 class TextEmbedding(nnx.Module):
-    """A table of token embeddings, used for the logits too where the head is tied (Press and Wolf, 1608.05859).
+    """A table of token embeddings, also used for the logits if the head is tied (Press and Wolf, 1608.05859).
 
-    Under muP (`optim/mup.py`) the table starts as that of the base model, which is `base_width` wide, and logits are
-    divided by how much wider it is here.
+    Under muP (`optim/mup.py`) the table is initialised like that of the base model, whose width is `base_width`, and
+    logits are multiplied by base_width / width.
     """
 
     def __init__(self, vocabulary: int, width: int, *, rngs: nnx.Rngs, dtype: str, base_width: int | None = None):
@@ -24,12 +24,12 @@ class TextEmbedding(nnx.Module):
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
         """int [B, T] -> [B, T, D]."""
-        # In float32, and rounded afterwards: so the gradient, a sum over all places of a token, is not.
+        # Look up in float32 and round afterwards, so that gradients are summed over occurrences in float32.
         layout = sharding.active()
         if layout is None or layout.size("vocabulary") * layout.size("width") == 1:
             x_BTD = jnp.take(self.table[...], tokens_BT, axis=0, mode="clip")
         else:
-            x_BTD = _looked_up(self.table[...], tokens_BT, layout)
+            x_BTD = _sharded_lookup(self.table[...], tokens_BT, layout)
         return x_BTD.astype(self.dtype)
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
@@ -44,17 +44,17 @@ class TextEmbedding(nnx.Module):
         return logits.reshape(*x_BTD.shape[:2], -1)
 
 
-def _looked_up(table_VD: jax.Array, tokens_BT: jax.Array, layout: sharding.Layout) -> jax.Array:
-    """[B, T, D]: each device looks up the tokens of its own part of the vocabulary, and the parts are summed.
+def _sharded_lookup(table_VD: jax.Array, tokens_BT: jax.Array, layout: sharding.Layout) -> jax.Array:
+    """[B, T, D]: each device looks up the tokens of its own vocabulary shard; an all-reduce sums the results.
 
-    Megatron-LM (1909.08053), section 3. The compiler by itself would gather the whole table, and sum the whole gradient
-    on every device.
+    Megatron-LM (1909.08053), section 3. Left to itself, the compiler would all-gather the whole table and all-reduce
+    the whole gradient.
     """
     table = layout.axes(("vocabulary", "width"), table_VD.shape)
     rows = layout.axes(("batch", "positions", None), (*tokens_BT.shape, 1))
 
-    def here(table_VD, tokens_BT):
-        if table[1] is not None:  # rows of the table are looked up whole
+    def per_device(table_VD, tokens_BT):
+        if table[1] is not None:  # a lookup reads whole rows of the table
             table_VD = jax.lax.all_gather(table_VD, table[1], axis=1, tiled=True)
         if table[0] is None:
             return jnp.take(table_VD, tokens_BT, axis=0, mode="clip")
@@ -64,4 +64,4 @@ def _looked_up(table_VD: jax.Array, tokens_BT: jax.Array, layout: sharding.Layou
         return jax.lax.psum(jnp.where(mine_BT[..., None], x_BTD, 0), table[0])
 
     specs = {"in_specs": (table, PartitionSpec(*rows[:2])), "out_specs": rows}
-    return jax.shard_map(here, mesh=layout.mesh, check_vma=False, **specs)(table_VD, tokens_BT)
+    return jax.shard_map(per_device, mesh=layout.mesh, check_vma=False, **specs)(table_VD, tokens_BT)

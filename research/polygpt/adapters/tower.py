@@ -1,4 +1,4 @@
-"""A media tower: a stack of blocks that sees all real positions of one item, and nothing else."""
+"""A media tower: a bidirectional stack of blocks over the real positions of one item."""
 
 import jax
 import jax.numpy as jnp
@@ -14,27 +14,27 @@ from polygpt.sequence import coordinates
 
 
 class Tower(Stack):
-    """Position embeddings, blocks without causality, and the last normalisation."""
+    """Position embeddings, bidirectional blocks, and the final norm."""
 
     def __init__(self, spec: StackSpec, *, rngs: nnx.Rngs, dtype: str, grid: tuple[int, int, int] | None = None):
-        """Args: grid: (times, rows, columns) of an item's positions; None is a sequence in time."""
+        """Args: grid: (times, rows, columns) of an item's positions; None for a sequence in time."""
         super().__init__(spec, rngs=rngs, dtype=dtype)
         self.grid = grid
         spec.mlp.check_modalities(("the tower's one modality",))
         self.position = spec.position.build(spec.width, rngs=rngs)
 
     def __call__(self, x_BTD: jax.Array, length_B: jax.Array, key: jax.Array | None = None) -> tuple[jax.Array, Losses]:
-        """Encodes B items of T positions of which the first `length_B` are real; and the losses of routed layers.
+        """Encodes B items of T positions, the first `length_B` of which are real; also returns routed layers' losses.
 
-        Positions beyond an item's length are not seen by the others.
+        No position attends to positions beyond the item's length.
 
         Raises:
-            SpecError: if the position encoding knows fewer than T positions.
+            SpecError: if the position encoding supports fewer than T positions.
         """
         B, T, _ = x_BTD.shape
         limit = self.spec.position.limit()
         if limit is not None and T > limit:
-            raise SpecError(f"tower.position knows {limit} positions, an item fills {T}: raise its length to {T}")
+            raise SpecError(f"tower.position has {limit} positions, but an item fills {T}: raise its length to {T}")
         index_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
         real_BT = (index_BT < length_B[:, None]).astype(jnp.int32)
         zeros_BT = jnp.zeros_like(index_BT)

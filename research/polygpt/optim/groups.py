@@ -1,4 +1,4 @@
-"""Groups of parameters: which rule takes which, told by regular expressions over parameter paths."""
+"""Parameter groups: assign optimisation rules to parameters by regular expressions over their paths."""
 
 import dataclasses
 import math
@@ -22,18 +22,18 @@ def check_pattern(spec: Spec, field: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Group(Spec):
-    """What holds for the parameters whose path matches, such as "decoder/.*kernel$". The first match wins."""
+    """Settings for the parameters whose path matches, such as "decoder/.*kernel$". The first match wins."""
 
     pattern: str
     """Regular expression, searched in the path."""
     learning_rate: float = 1.0
     """Factor on the schedule."""
     weight_decay: float | None = None
-    """Weight decay instead of the usual one."""
+    """Weight decay of the group; null uses the optimizer's."""
     schedule: Schedule | None = None
-    """Schedule instead of the usual one."""
+    """Schedule of the group; null uses `optim.schedule`."""
     freeze: bool = False
-    """Whether these parameters stay as they are; no gradient is computed for them."""
+    """Whether to freeze these parameters; no gradient is computed for them."""
 
     def validate(self):
         check_pattern(self, "pattern")
@@ -42,12 +42,12 @@ class Group(Spec):
 
 
 REST = Group("")
-"""Takes what no other group took."""
+"""The group of all parameters that match no other group."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """A group, and the weight decay and the factor on the learning rate that some of its parameters take."""
+    """A group, with the weight decay and the learning-rate factor of some of its parameters."""
 
     index: int
     group: Group = dataclasses.field(compare=False)
@@ -55,7 +55,7 @@ class Rule:
     width_factor: float = 1.0
 
     def widened(self, factor: float) -> "Rule":
-        """With muP's factor on the learning rate, and so much more weight decay that their product stays the same."""
+        """Multiplies the learning rate by muP's factor and divides the weight decay by it, to keep their product."""
         if self.group.freeze:
             return self
         return dataclasses.replace(self, weight_decay=self.weight_decay / factor, width_factor=factor)
@@ -65,11 +65,11 @@ def assign(params, groups: tuple[Group, ...], weight_decay: float, no_decay: str
     """The rule of each parameter, in a tree like `params` (arrays or their shapes).
 
     Args:
-        weight_decay: of parameters whose group says none.
-        no_decay: regular expression: parameters whose path matches, and whose group says none, take no weight decay.
+        weight_decay: default for parameters whose group does not set one.
+        no_decay: regular expression; matching parameters have no weight decay unless their group sets one.
 
     Raises:
-        SpecError: for a group that takes no parameter.
+        SpecError: for a group that matches no parameter, or only parameters of earlier groups.
     """
 
     leaves, structure = jax.tree_util.tree_flatten_with_path(params)
@@ -85,8 +85,8 @@ def assign(params, groups: tuple[Group, ...], weight_decay: float, no_decay: str
         return Rule(index, group, decay)
 
     rules = [rule(name) for name in names]
-    idle = set(range(len(groups))) - {rule.index for rule in rules}
-    for index in sorted(idle):
+    unused = set(range(len(groups))) - {rule.index for rule in rules}
+    for index in sorted(unused):
         pattern = groups[index].pattern
         earlier = [name for name in names if re.search(pattern, name)]
         why = f"an earlier group takes {earlier[0]}" if earlier else f"paths look like {names[0]}"
@@ -95,7 +95,7 @@ def assign(params, groups: tuple[Group, ...], weight_decay: float, no_decay: str
 
 
 def table(params, rules, growth=None) -> str:
-    """Which rule took how many parameters, one a line, in columns; with a tree of `Growth`, muP's factors too."""
+    """A table of the parameters of each rule, one rule per line; given a tree of `Growth`, with muP's factors."""
     mup = ("muP", "rate", "initial") if growth is not None else ()
     rows = [("group", "learning rate", *mup, "weight decay", "tensors", "parameters")]
     sizes = [math.prod(leaf.shape) for leaf in jax.tree.leaves(params)]

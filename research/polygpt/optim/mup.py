@@ -1,9 +1,9 @@
-"""muP, the maximal update parametrization: what is tuned on a narrow model holds for a wide one.
+"""muP, the maximal update parametrization: hyperparameters tuned on a narrow model transfer to a wide one.
 
-Yang et al., Tensor Programs V (2203.03466). Learning rate, schedule, weight decay and initial sizes are those of a base
-model; every parameter is scaled by how much wider it is here. At the base's own width all factors are 1. With m_in and
-m_out the growth of a parameter's fan in and fan out, the paper's table 3 for Adam, in which every entry of an update
-has the size of the learning rate, is:
+Yang et al., Tensor Programs V (2203.03466). Learning rate, schedule, weight decay and initial scale are those of a base
+model; factors for each parameter follow from how much wider it is than in the base. At the base width all factors are
+1. Let m_in and m_out be the growth of a parameter's fan in and fan out. Table 3 of the paper for Adam, whose updates
+have entries of the size of the learning rate, reads:
 
     kind    what grows      such as                                      initial values       learning rate
     hidden  both            queries, values, MLPs, connectors            as 1 / sqrt(fan in)  1 / m_in
@@ -11,16 +11,15 @@ has the size of the learning rate, is:
     input   the fan out     embeddings, patches, biases, norms, gates    as in the base       1
     fixed   neither                                                      as in the base       1
 
-Initial values of hidden kernels shrink with the fan in by themselves (`nn/linear.py`); those of an output fall as 1/fan
-in altogether. Two things are the model's own: scores of attention are divided by the width d of a head, and no more by
-its root, as sqrt(d of the base) / d (definition 4.1 and appendix B.1); logits of a tied head are divided by the growth
-of the model width, as in the paper's table 8, and its table of embeddings starts as the base's.
+Initial values of hidden kernels already shrink with the fan in (`nn/linear.py`); those of output kernels shrink as
+1/fan in overall. The model itself changes in two ways. Attention scores are scaled by sqrt(d_base) / d, with d the head
+width, instead of 1 / sqrt(d) (definition 4.1 and appendix B.1). Logits of a tied head are divided by the growth of the
+model width, as in the paper's table 8, and its embedding table is initialised like the base's.
 
-Weight decay, which all optimizers here multiply by the learning rate, is divided by the factor of the rate: so their
-product, and the time over which a parameter forgets, is that of the base. This is what the authors' code does
-(`MuAdam` of github.com/microsoft/mup), and what transfer needs: Wang and Aitchison (2405.13698), Kosson et al.
-(2510.19093). The bound of the gradient's norm is left as it is, and so is Adam's epsilon: it has to be small beside
-gradients, which fall as 1/m.
+Weight decay, which all optimizers here multiply by the learning rate, is divided by the learning-rate factor, so that
+their product, and hence the time scale of decay, equals the base's. The authors' code does the same (`MuAdam` of
+github.com/microsoft/mup), and transfer requires it: Wang and Aitchison (2405.13698), Kosson et al. (2510.19093).
+Gradient clipping and Adam's epsilon are unchanged; epsilon must be small relative to gradients, which shrink as 1/m.
 
 Other optimizers: see `Growth`.
 """
@@ -42,35 +41,35 @@ Model = TypeVar("Model", bound=Spec)
 
 @dataclasses.dataclass(frozen=True)
 class MuP(Spec):
-    """Maximal update parametrization beside a base model, on which learning rate and weight decay were tuned."""
+    """Maximal update parametrization relative to a base model, on which learning rate and weight decay were tuned."""
 
     base: Mapping[str, int | float]
-    """What makes the base model of this one: its widths by their names, {"decoder.width": 64}. Heads may be fewer too
-    or narrower, but depth, experts and positions are the same."""
+    """Fields that turn this model into the base model: its widths by name, such as {"decoder.width": 64}. The base may
+    also have fewer or narrower heads, but must have the same depth, experts and positions."""
 
     def base_of(self, model: Model) -> Model:
-        """The base model of `model`, itself without muP. Raises SpecError for a name that it does not have."""
+        """The base model of `model`, without muP. Raises SpecError for a field that the model does not have."""
         try:
             return replaced(model.replace(mup=None), self.base)
         except SpecError as error:
             raise SpecError(f"model.mup.base: {str(error).removeprefix('--')}") from None
 
     def about(self) -> str:
-        """A line that names the base."""
-        return "muP, beside the base model of " + ", ".join(f"{name} {value}" for name, value in self.base.items())
+        """A one-line description."""
+        return "muP, relative to a base model with " + ", ".join(f"{name} {value}" for name, value in self.base.items())
 
 
 @dataclasses.dataclass(frozen=True)
 class Growth:
-    """How much wider a parameter is than in the base model, and the factors on learning rates that follow.
+    """How much wider a parameter is than in the base model, and the resulting factors on the learning rate.
 
-    All make the same of an update: it changes what comes out by as much as in the base, neither more nor vanishingly
-    little. Its spectral norm is then as sqrt(fan out / fan in): Yang, Simon and Bernstein (2310.17813), condition 1.
+    The factors keep the effect of an update on the layer's output independent of width: the spectral norm of the update
+    scales as sqrt(fan out / fan in). Yang, Simon and Bernstein (2310.17813), condition 1.
 
     Attributes:
-        fans: fan in and fan out. Vectors, and tables of which rows are looked up, have a fan in of 1.
-        base: those of the base model.
-        shrunk: how much smaller its initial values are than in the base by its own initialiser, if it should not be.
+        fans: fan in and fan out. Vectors and lookup tables have a fan in of 1.
+        base: fan in and fan out in the base model.
+        shrunk: ratio of the initial standard deviation to the base's, to be undone for parameters that are no kernels.
     """
 
     fans: tuple[int, int]
@@ -89,31 +88,31 @@ class Growth:
 
     @property
     def kind(self) -> Literal["hidden", "output", "input", "fixed"]:
-        """Which of its sides grow."""
+        """Which of its two fans grow."""
         if self.inputs == 1:
             return "fixed" if self.outputs == 1 else "input"
         return "output" if self.outputs == 1 else "hidden"
 
     @property
     def initial(self) -> float:
-        """Factor on initial values, beside the 1 / sqrt(fan in) of a kernel."""
+        """Factor on initial values, in addition to the 1 / sqrt(fan in) of a kernel."""
         return self.inputs**-0.5 if self.kind == "output" else 1 / self.shrunk
 
     @property
     def entrywise(self) -> float:
-        """On the rate of optimizers whose updates have entries of one size: Adam, Lion, Adafactor. Table 3, "Adam"."""
+        """Learning-rate factor if updates have entries of fixed size: Adam, Lion, Adafactor. Table 3, "Adam"."""
         return 1 / self.inputs
 
     @property
     def gradient(self) -> float:
-        """On the rate of optimizers whose updates are as large as gradients are. Table 3, "SGD"."""
+        """Learning-rate factor if updates are proportional to gradients. Table 3, "SGD"."""
         return self.outputs / self.inputs
 
     @property
     def orthogonal(self) -> float:
-        """On the rate where updates are orthogonal matrices times sqrt(max(fan in, fan out)), as those of `Muon` are.
+        """Learning-rate factor if updates are orthogonal matrices times sqrt(max(fan in, fan out)), as for `Muon`.
 
-        2310.17813: that is their spectral norm, and sqrt(fan out / fan in) is wanted.
+        Their spectral norm is sqrt(max(fan in, fan out)); it should scale as sqrt(fan out / fan in) (2310.17813).
         """
         return math.sqrt(self.gradient * max(self.base) / max(self.fans))
 
@@ -121,20 +120,20 @@ class Growth:
 def growth(traits: Any, base: Any) -> Any:
     """The `Growth` of each parameter, in a tree like `traits`. Constants do not grow.
 
-    A parameter called "kernel" is [..., fan in, fan out], as everywhere; others act entry by entry, or are looked up.
+    Parameters named "kernel" are [..., fan in, fan out]; all others act elementwise or are lookup tables.
 
     Args:
         traits: `Model.traits`.
-        base: those of the base model.
+        base: `Model.traits` of the base model.
 
     Raises:
-        SpecError: where the two differ in more than widths.
+        SpecError: if the two models differ in more than widths.
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(traits)
     others, base_structure = jax.tree_util.tree_flatten_with_path(base)
     if structure != base_structure:
         own, other = ({name_of(path) for path, _ in found} for found in (leaves, others))
-        raise SpecError(f"model.mup.base: {min(own ^ other)} is in one of the models alone: only widths may differ")
+        raise SpecError(f"model.mup.base: only one of the models has {min(own ^ other)}: only widths may differ")
     return structure.unflatten(
         [_growth(name_of(path), own, other) for (path, own), (_, other) in zip(leaves, others, strict=True)]
     )
@@ -145,12 +144,12 @@ def _growth(name: str, own: Traits, of_base: Traits) -> Growth:
         return Growth((1, 1), (1, 1))
     shape, base = own.shape, of_base.shape
     wider = [i for i, (size, other) in enumerate(zip(shape, base, strict=True)) if size != other]
-    fault = f"model.mup.base: {name} is {shape}, and {base} in the base model"
+    fault = f"model.mup.base: {name} has shape {shape}, and {base} in the base model"
     if name.endswith("kernel"):
         if any(i < len(shape) - 2 for i in wider):
             raise SpecError(f"{fault}: only widths may differ")
         return Growth(shape[-2:], base[-2:])
     if len(wider) > 1:
-        raise SpecError(f"{fault}: muP has no rule for two axes that grow, except of a kernel [..., fan in, fan out]")
+        raise SpecError(f"{fault}: only a kernel [..., fan in, fan out] may grow in two axes under muP")
     shrunk = own.std / of_base.std if own.std else 1.0
     return Growth(*(((1, shape[wider[0]]), (1, base[wider[0]])) if wider else ((1, 1), (1, 1))), shrunk)

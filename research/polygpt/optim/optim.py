@@ -1,4 +1,4 @@
-"""The whole of optimisation as one specification."""
+"""The specification of optimisation: optimizer, schedule, groups, clipping, accumulation and averaging."""
 
 import dataclasses
 
@@ -13,35 +13,35 @@ from polygpt.spec import Spec
 
 NO_DECAY = (
     r"(^|/)(\w+_)?(bias|scale|table|alpha|sink|A_log|D|u|v|vectors|before|after)$"  # the parameter's own name
-    r"|norm/\w+$|(^|/)(embed|position)\w*(/\w+)?$|^modality/"  # or that of the layer right above it
+    r"|norm/\w+$|(^|/)(embed|position)\w*(/\w+)?$|^modality/"  # or the name of the layer that holds it
 )
-"""Vectors, tables and mixing matrices of heads. Names farther up, such as a user's adapter, decide nothing."""
+"""Vectors, tables and head-mixing matrices. Names further up, such as a user's adapter, do not matter."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Optim(Spec):
-    """How gradients become new parameters."""
+    """How to turn gradients into parameter updates."""
 
     schedule: Schedule
     """Learning rate by step."""
     optimizer: Optimizer = AdamW()
     """The update rule."""
     clip: float | None = 1.0
-    """Bound of the global norm of the gradient; null for none."""
+    """Maximum global gradient norm; null disables clipping."""
     accumulate: int = 1
-    """Microbatches that a batch is split into; their gradients are summed, as if the batch were whole."""
+    """Number of microbatches per batch. Gradients are accumulated exactly, as for the whole batch."""
     groups: tuple[Group, ...] = ()
-    """Rules for parts of the model; the first whose pattern is found in a parameter's path takes it."""
+    """Rules for parts of the model; a parameter takes the first group whose pattern matches its path."""
     no_decay: str = NO_DECAY
-    """Regular expression of paths without weight decay, unless a group says one: biases, norms, embeddings, gates."""
+    """Regular expression of paths without weight decay, unless a group sets one: biases, norms, embeddings, gates."""
     ema: float | None = None
-    """Decay of an exponential moving average of the parameters, with which the model is evaluated; null for none."""
+    """Decay of an exponential moving average of the parameters, which evaluation then uses; null disables it."""
     schedule_steps: int | None = None
-    """Steps that the schedule spans; null for `train.steps`. The steps after them keep its last learning rate, unless
-    `rewarm` is set: this is how a finished run is trained further without a jump."""
+    """Number of steps that the schedule spans; null for `train.steps`. Later steps keep its last learning rate, unless
+    `rewarm` is set. Use this to extend a finished run without a jump in the learning rate."""
     rewarm: int | None = None
-    """Steps after `schedule_steps` in which the learning rate goes linearly from the last one to that of the schedule
-    stretched over `train.steps`; null to keep the last one."""
+    """Number of steps after `schedule_steps` over which the learning rate moves linearly from its last value to the
+    schedule stretched over `train.steps`; null keeps the last value."""
 
     def validate(self):
         check_pattern(self, "no_decay")
@@ -55,18 +55,18 @@ class Optim(Spec):
         )
 
     def learning_rate(self, steps: int, schedule: Schedule | None = None) -> optax.Schedule:
-        """Learning rate by step in a run of `steps` steps, by a group's schedule or that of all others."""
+        """Learning rate by step in a run of `steps` steps; `schedule` overrides the default for a group."""
         schedule = schedule or self.schedule
         if self.schedule_steps is None:
             return schedule.build(steps)
         return extended(schedule, self.schedule_steps, steps, self.rewarm)
 
     def rules(self, params, growth=None):
-        """The rule of each parameter, in a tree like `params`. Raises SpecError for a group that takes none.
+        """The rule of each parameter, in a tree like `params`. Raises SpecError for a group that takes no parameter.
 
         Args:
             params: arrays or their shapes.
-            growth: `Model.growth`, a tree of `Growth` where the model has muP; None is the standard parametrization.
+            growth: `Model.growth`, a tree of `Growth` if the model uses muP; None for the standard parametrization.
         """
         rules = assign(params, self.groups, self.optimizer.weight_decay, self.no_decay)
         if growth is None:
@@ -82,13 +82,13 @@ class Optim(Spec):
         return jax.tree.map(lambda rule: not rule.group.freeze, self.rules(params))
 
     def table(self, params, growth=None) -> str:
-        """Which rule took how many parameters, one a line."""
+        """A table of the parameters of each rule, one rule per line."""
         return table(params, self.rules(params, growth), growth)
 
     def build(self, params, steps: int, growth=None) -> optax.GradientTransformation:
-        """Turns gradients into updates to be added to the parameters, in a run of `steps` steps.
+        """The transformation of gradients to additive updates, for a run of `steps` steps.
 
-        `params` and `growth` are those of `rules`. The gradients of frozen parameters must be 0.
+        `params` and `growth` are as in `rules`. The gradients of frozen parameters must be 0.
         """
         rules = self.rules(params, growth)
 
@@ -100,7 +100,7 @@ class Optim(Spec):
             return self.optimizer.build(lambda t: factor * schedule(t), rule.weight_decay)
 
         clip = optax.clip_by_global_norm(self.clip) if self.clip else optax.identity()
-        # Labels are numbers, so that the optimizer state has short names and needs no order among rules.
+        # Numeric labels keep names in the optimizer state short and need no order among rules.
         number = {rule: str(i) for i, rule in enumerate(dict.fromkeys(jax.tree.leaves(rules)))}
         labels = jax.tree.map(number.__getitem__, rules)
         return optax.chain(clip, optax.partition({number[rule]: transform(rule) for rule in number}, labels))

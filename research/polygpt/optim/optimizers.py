@@ -1,4 +1,4 @@
-"""Optimizers on Optax. Weight decay is decoupled and scaled by the learning rate in all of them."""
+"""Optimizers built on Optax. All use decoupled weight decay, scaled by the learning rate."""
 
 import dataclasses
 import re
@@ -18,20 +18,20 @@ class Optimizer(Spec):
     """Base of all optimizers. A new one defines `build`."""
 
     weight_decay: float = 0.1
-    """Decoupled weight decay, multiplied by the learning rate. A group may say otherwise."""
+    """Decoupled weight decay, multiplied by the learning rate. A group may override it."""
 
     def validate(self):
         self.require(self.weight_decay >= 0, "weight_decay", "at least 0")
 
     def build(self, learning_rate: optax.Schedule, weight_decay: float) -> optax.GradientTransformation:
-        """Turns gradients into updates to be added to the parameters."""
+        """The transformation of gradients to additive updates."""
         raise NotImplementedError(f"{type(self).__name__} defines no build")
 
     def width_factor(self, name: str, growth: Growth) -> float:
-        """Factor on the learning rate of the parameter of that path under muP (`mup.py`), one of `Growth`'s.
+        """Learning-rate factor of the parameter at path `name` under muP (`mup.py`), one of those of `Growth`.
 
         Raises:
-            SpecError: if there is none; an optimizer that derives from this class alone has to say its own.
+            SpecError: by default; a new optimizer must define its own factor to support muP.
         """
         raise SpecError(
             f"optim.optimizer: {type(self).__name__} has no rule for muP: define its width_factor, or set model.mup to "
@@ -62,7 +62,7 @@ class SGD(Optimizer):
     """Gradient descent with momentum: SGDW of Loshchilov and Hutter 2019 (1711.05101), algorithm 1."""
 
     momentum: float = 0.9
-    """Decay of the sum of gradients; 0 for none."""
+    """Decay of the sum of gradients; 0 disables momentum."""
 
     def build(self, learning_rate, weight_decay):
         return optax.chain(
@@ -79,7 +79,7 @@ class SGD(Optimizer):
 class Lion(Optimizer):
     """Chen et al. 2023, Symbolic Discovery of Optimization Algorithms (2302.06675), algorithm 2.
 
-    Takes a learning rate 3 to 10 times below AdamW's and a weight decay as many times above.
+    Use a learning rate 3 to 10 times lower than for AdamW, and a weight decay higher by the same factor.
     """
 
     beta1: float = 0.9
@@ -104,11 +104,11 @@ class Adafactor(Optimizer):
     decay: float = 0.8
     """Exponent of the second moment's decay, 1 - t ** -decay (section 7.2)."""
     clip: float = 1.0
-    """Bound of the root mean square of a block's update, d in section 6."""
+    """Maximum root mean square of a block's update, d in section 6."""
     relative: bool = False
-    """Whether a block's update is scaled by the root mean square of its parameters (section 8)."""
+    """Whether to scale a block's update by the root mean square of its parameters (section 8)."""
     min_factored: int = 128
-    """Smallest axis that is factored."""
+    """Minimum size of the axes that are factored."""
 
     def build(self, learning_rate, weight_decay):
         return optax.chain(
@@ -120,8 +120,8 @@ class Adafactor(Optimizer):
         )
 
     def width_factor(self, name, growth):
-        if self.relative:  # its updates shrink with the parameters, which grow in their own way from there
-            raise SpecError("Adafactor.relative is true: muP has no rule for that, set it to false")
+        if self.relative:  # updates scale with the parameters, for which muP has no rule
+            raise SpecError("Adafactor.relative is true: muP has no rule for it, set it to false")
         return growth.entrywise
 
 
@@ -129,24 +129,24 @@ class Adafactor(Optimizer):
 class Muon(Optimizer):
     """Momentum orthogonalised by Newton-Schulz iterations for hidden matrices, AdamW for everything else.
 
-    Jordan et al. 2024, "Muon: An optimizer for hidden layers". Updates are scaled by `0.2 * sqrt(max(in, out))` so that
-    their size is AdamW's and one learning rate serves both (Liu et al. 2025, 2502.16982, section 2.2). The last two
-    axes of a kernel are the matrix; each index of the axes before them, such as scanned layers, is a matrix of its own.
+    Jordan et al. 2024, "Muon: An optimizer for hidden layers". Updates are scaled by `0.2 * sqrt(max(in, out))`, matching
+    AdamW's, so that one learning rate serves both (Liu et al. 2025, 2502.16982, section 2.2). The last two
+    axes of a kernel form the matrix; leading axes, such as that of scanned layers, are batch axes.
     """
 
     matrices: str = r"^(?!head/)(?!.*convolve/).*kernel$"
-    """Regular expression searched in the paths of parameters with two axes or more: those that Muon takes. A depthwise
-    convolution is a filter per channel and no matrix: AdamW takes it."""
+    """Regular expression of the paths that Muon optimises, if they have at least two axes. AdamW takes the rest,
+    including depthwise convolutions, which are one filter per channel and no matrix."""
     momentum: float = 0.95
-    """Decay of Muon's momentum; the Nesterov form is used."""
+    """Decay of Muon's momentum, in Nesterov form."""
     iterations: int = 5
-    """Newton-Schulz iterations."""
+    """Number of Newton-Schulz iterations."""
     beta1: float = 0.9
-    """AdamW's."""
+    """beta1 of AdamW."""
     beta2: float = 0.95
-    """AdamW's."""
+    """beta2 of AdamW."""
     epsilon: float = 1e-8
-    """AdamW's."""
+    """epsilon of AdamW."""
 
     def width_factor(self, name, growth):
         return growth.orthogonal if re.search(self.matrices, name) else growth.entrywise

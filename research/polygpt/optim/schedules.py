@@ -1,7 +1,7 @@
 """Learning-rate schedules.
 
-All begin with a linear warm-up: the rate of step t (from 0) is `peak * (t + 1) / warmup` while t < warmup, so that no
-step is wasted at zero. The formulas below count t from the end of the warm-up, over the n steps that remain.
+All begin with a linear warm-up: the rate of step t (from 0) is `peak_lr * (t + 1) / warmup` for t < warmup, so that no
+step has rate 0. In the formulas below, t counts from the end of the warm-up and n is the number of remaining steps.
 """
 
 import dataclasses
@@ -21,14 +21,14 @@ class Schedule(Spec):
     peak_lr: float
     """The highest learning rate, reached at the end of the warm-up."""
     warmup: int = 0
-    """Steps of linear warm-up; all of a run that is shorter."""
+    """Steps of linear warm-up; a shorter run warms up to its end."""
 
     def validate(self):
         self.require(self.peak_lr >= 0, "peak_lr", "at least 0")
         self.require(self.warmup >= 0, "warmup", "at least 0")
 
     def after_warmup(self, steps: int) -> optax.Schedule:
-        """Learning rate of the t-th of the `steps` steps that follow the warm-up."""
+        """Learning rate by step, counted from the end of the warm-up, over `steps` steps."""
         raise NotImplementedError(f"{type(self).__name__} defines no after_warmup")
 
     def build(self, steps: int) -> optax.Schedule:
@@ -42,8 +42,8 @@ class Schedule(Spec):
 def extended(schedule: Schedule, first: int, steps: int, rewarm: int | None) -> optax.Schedule:
     """Learning rate by step of a schedule over `first` steps, in a run of `steps` steps.
 
-    The steps after the first ones keep the last rate, r. With `rewarm`, n, the k-th of them (from 0) has
-    `r + (s - r) * min((k + 1) / n, 1)`, where s is the rate of the schedule over all `steps` at that step.
+    Later steps keep the last rate r. With `rewarm` = n, the k-th later step (from 0) has the rate
+    `r + (s - r) * min((k + 1) / n, 1)`, where s is the rate at that step of the schedule stretched over `steps`.
     """
     before, whole = schedule.build(first), schedule.build(steps)
 
@@ -59,7 +59,7 @@ def extended(schedule: Schedule, first: int, steps: int, rewarm: int | None) -> 
 
 @dataclasses.dataclass(frozen=True)
 class Constant(Schedule):
-    """peak."""
+    """peak_lr."""
 
     def after_warmup(self, steps: int) -> optax.Schedule:
         return optax.constant_schedule(self.peak_lr)
@@ -67,10 +67,10 @@ class Constant(Schedule):
 
 @dataclasses.dataclass(frozen=True)
 class Decaying(Schedule):
-    """Base of the schedules that end at a share of the peak."""
+    """Base of the schedules that end at a fraction of the peak."""
 
     final: float = 0.1
-    """Learning rate at the end, as a share of the peak."""
+    """Learning rate at the end, as a fraction of the peak."""
 
     def validate(self):
         super().validate()
@@ -79,7 +79,7 @@ class Decaying(Schedule):
 
 @dataclasses.dataclass(frozen=True)
 class WarmupCosine(Decaying):
-    """peak * (final + (1 - final) * (1 + cos(pi t / n)) / 2)."""
+    """peak_lr * (final + (1 - final) * (1 + cos(pi t / n)) / 2)."""
 
     def after_warmup(self, steps: int) -> optax.Schedule:
         return optax.cosine_decay_schedule(self.peak_lr, steps, alpha=self.final)
@@ -87,7 +87,7 @@ class WarmupCosine(Decaying):
 
 @dataclasses.dataclass(frozen=True)
 class WarmupLinear(Decaying):
-    """peak * (1 - (1 - final) * t / n)."""
+    """peak_lr * (1 - (1 - final) * t / n)."""
 
     def after_warmup(self, steps: int) -> optax.Schedule:
         return optax.linear_schedule(self.peak_lr, self.peak_lr * self.final, steps)
@@ -95,7 +95,7 @@ class WarmupLinear(Decaying):
 
 @dataclasses.dataclass(frozen=True)
 class WarmupExponential(Decaying):
-    """peak * final ** (t / n)."""
+    """peak_lr * final ** (t / n)."""
 
     def validate(self):
         super().validate()
@@ -107,16 +107,17 @@ class WarmupExponential(Decaying):
 
 @dataclasses.dataclass(frozen=True)
 class WSD(Decaying):
-    """Warm-up, stable, decay: the peak until the last share of the run, then down to the end.
+    """Warm-up, stable, decay: constant at the peak, then a decay over the last fraction of the run.
 
     Hu et al. 2024, MiniCPM (2404.06395), section 4; the square root is from Hägele et al. 2024 (2405.18392), section 3.
-    With x from 0 to 1 over the decay: `linear` is 1 - x, `sqrt` is 1 - sqrt(x), between the peak and its final share.
+    With x from 0 to 1 over the decay, the rate moves from the peak to its final fraction as 1 - x (`linear`) or
+    1 - sqrt(x) (`sqrt`).
     """
 
     decay: float = 0.2
-    """Share of all steps that the decay takes; less where the warm-up leaves less."""
+    """Fraction of all steps that the decay takes; less if the warm-up leaves less."""
     shape: Literal["linear", "sqrt"] = "linear"
-    """How the decay falls."""
+    """Shape of the decay."""
 
     def validate(self):
         super().validate()
@@ -139,17 +140,17 @@ class WSD(Decaying):
 class SGDR(Schedule):
     """Cosine decay with warm restarts. Loshchilov and Hutter 2017 (1608.03983), eq. 5.
 
-    Cycle i lasts `period * stretch ** i` steps and falls from `peak * shrink ** i` to `peak * final`.
+    Cycle i lasts `period * stretch ** i` steps and falls from `peak_lr * shrink ** i` to `peak_lr * final`.
     """
 
     final: float = 0.0
-    """Learning rate at the end of each cycle, as a share of the peak."""
+    """Learning rate at the end of each cycle, as a fraction of the peak."""
     period: int = 1000
-    """Steps of the first cycle, T_0."""
+    """Steps in the first cycle, T_0."""
     stretch: float = 2.0
-    """How much longer each cycle is than the one before, T_mult."""
+    """Length of each cycle relative to the one before, T_mult."""
     shrink: float = 1.0
-    """The peak of each cycle as a share of the one before."""
+    """Peak of each cycle relative to the one before."""
 
     def validate(self):
         super().validate()
