@@ -80,8 +80,8 @@ class Schedule:
         """
         return (self.stages - 1) / self.iterations
 
-    def check(self, depth: int, pattern: int, rows: int) -> None:
-        """Raises SpecError unless `depth` blocks in patterns of `pattern`, and `rows` rows, divide evenly."""
+    def check(self, depth: int, pattern: int, batch_size: int) -> None:
+        """Raises SpecError unless `depth` blocks in patterns of `pattern`, and `batch_size` rows, divide evenly."""
         P, M = self.stages, self.microbatches
         parts = P * self.repeats * pattern
         if depth % parts:
@@ -89,8 +89,8 @@ class Schedule:
             raise SpecError(f"model.decoder.depth is {depth}: it must be a multiple of {parts} ({why})")
         if M < P:
             raise SpecError(f"train.mesh.microbatches is {M}: it must be at least train.mesh.stage, which is {P}")
-        if rows % M:
-            raise SpecError(f"train.mesh.microbatches is {M}: it must divide the {rows} rows of a step")
+        if batch_size % M:
+            raise SpecError(f"train.mesh.microbatches is {M}: it must divide the {batch_size} rows of a step")
 
 
 def pipeline(

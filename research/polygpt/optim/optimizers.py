@@ -129,8 +129,8 @@ class Adafactor(Optimizer):
 class Muon(Optimizer):
     """Momentum orthogonalised by Newton-Schulz iterations for hidden matrices, AdamW for everything else.
 
-    Jordan et al. 2024, "Muon: An optimizer for hidden layers". Updates are scaled by `0.2 * sqrt(max(in, out))`, matching
-    AdamW's, so that one learning rate serves both (Liu et al. 2025, 2502.16982, section 2.2). The last two
+    Jordan et al. 2024, "Muon: An optimizer for hidden layers". Updates are scaled by `0.2 * sqrt(max(in, out))` to have
+    the size of AdamW's, so that one learning rate serves both (Liu et al. 2025, 2502.16982, section 2.2). The last two
     axes of a kernel form the matrix; leading axes, such as that of scanned layers, are batch axes.
     """
 
