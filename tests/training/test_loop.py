@@ -110,6 +110,28 @@ def test_a_signal_saves_and_ends_and_the_same_call_goes_on_to_the_same_end(finis
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_checkpoints_by_the_clock_change_no_figure(finished, tmp_path):
+    chosen = tiny(
+        **{"train.evaluate_every": "4", "train.checkpoint.keep": "20", "train.checkpoint.every_minutes": "1e-9"}
+    )
+    assert train(chosen, tmp_path, quiet).finished
+    assert [record.step for record in records(tmp_path / "checkpoints")] == list(range(1, 13))
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
+
+
+def test_a_run_that_breaks_off_says_what_is_not_saved_and_again_when_it_goes_on(tmp_path, capsys):
+    class Breaks(Silent):
+        def step(self, step, loss):
+            if step == 10:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(smallest(), tmp_path, lambda *where: [*quiet(*where), Breaks()])
+    assert "3 steps (8 to 10) not saved: the same command goes on from step 7" in capsys.readouterr().err
+    train(smallest(), tmp_path, quiet)
+    assert "steps (8 to" in (err := capsys.readouterr().err) and "lost" in err
+
+
 @pytest.mark.parametrize("number, step", [(2, 4), (11, 12)])
 def test_an_evaluation_that_a_signal_ends_is_made_up_for(tmp_path, monkeypatch, number, step):
     chosen = smallest(**{"train.evaluate_every": "4", "evaluation.batch_size": "2"})  # four batches each

@@ -1,18 +1,35 @@
-"""What a person is told when a run is resumed."""
+"""What a person is told when a run is resumed, or ends with steps that are not saved."""
 
 import json
 import re
 
 import pytest
 
-from polygpt.training.resuming import lost
+from polygpt.runtime.checkpoint import CheckpointSpec
+from polygpt.training.resuming import lost, unsaved
+
+SPEC = CheckpointSpec(every=500, every_minutes=2.5)
 
 
-@pytest.mark.parametrize(("done", "words"), [(0, "steps 1 to 370 .* no checkpoint"), (300, "steps 301 to 370 .* 300")])
-def test_steps_that_were_not_saved_are_told(tmp_path, done, words):
+@pytest.mark.parametrize(
+    ("done", "words"), [(0, r"370 steps \(1 to 370\) lost.*no checkpoint"), (300, r"70 steps \(301 to 370\).* 300")]
+)
+@pytest.mark.parametrize("name", ["goodput.jsonl", "metrics.jsonl"])
+def test_steps_that_were_not_saved_are_told(tmp_path, done, words, name):
     lines = [{"from": 0, "step": 100, "seconds": {}}, {"from": 100, "step": 370, "seconds": {}}]
-    (tmp_path / "goodput.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (line,) = lost(tmp_path / "goodput.jsonl", done, 500)
-    assert re.search(words, line) and "checkpoint.every 500" in line
-    assert lost(tmp_path / "goodput.jsonl", 370, 500) == []
-    assert lost(tmp_path / "none.jsonl", 0, 500) == []
+    (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"st')
+    (line,) = lost(tmp_path, done, SPEC)
+    assert re.search(words, line) and "checkpoint.every 500, every_minutes 2.5" in line
+    assert lost(tmp_path, 370, SPEC) == []
+    assert lost(tmp_path / "none", 0, SPEC) == []
+
+
+def test_a_step_that_a_rewind_is_to_take_again_is_not_lost(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 50}\n{"step": 51, "rewound_from": 57}\n')
+    assert lost(tmp_path, 50, SPEC) == []
+
+
+def test_a_process_that_ends_says_what_it_has_not_saved():
+    assert unsaved(370, 370) == []
+    assert re.search(r"1 step \(370 to 370\) not saved.*from step 369", *unsaved(369, 370))
+    assert re.search(r"370 steps \(1 to 370\) not saved.*begins anew", *unsaved(0, 370))

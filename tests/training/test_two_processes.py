@@ -15,14 +15,14 @@ from polygpt.runtime.processes import COORDINATOR, PROCESS, PROCESSES
 SCRIPT = Path(__file__).with_name("two_processes.py")
 
 
-def run(workdir, at=(0, 0), mode="sharded"):
+def run(workdir, at=(0, 0), mode="sharded", changes=()):
     """What the two processes say of their outcomes; process i gets a SIGTERM at at[i], see the script."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         place = f"127.0.0.1:{probe.getsockname()[1]}"
     started = [
         subprocess.Popen(
-            [sys.executable, SCRIPT, workdir, str(at[rank]), mode],
+            [sys.executable, SCRIPT, workdir, str(at[rank]), mode, json.dumps(dict(changes))],
             env=os.environ | {COORDINATOR: place, PROCESSES: "2", PROCESS: str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -75,3 +75,10 @@ def test_pmap_over_two_processes_is_saved_and_goes_on(tmp_path):
     assert run(tmp_path, mode="pmap") == (16, True)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines[-2]["step"] == 16 and lines[-2]["rewinds"] == 1
+
+
+@pytest.mark.slow
+def test_the_clock_of_the_first_process_saves_in_both_at_the_same_step(tmp_path):
+    changes = {"train.checkpoint.every": "100", "train.checkpoint.every_minutes": "0.0001", "train.steps": "9"}
+    assert run(tmp_path, changes=changes | {"train.evaluate_every": "null"}) == (9, True)
+    assert [record.step for record in records(tmp_path / "checkpoints")] == [8, 9], "told after step 4"

@@ -1,9 +1,10 @@
-"""A tiny run as one of two processes. Arguments: the run folder, when a SIGTERM comes, mode.
+"""A tiny run as one of two processes. Arguments: the run folder, when a SIGTERM comes, mode, changes as JSON.
 
 It comes after so many steps; or, "evaluating 1", before the first batch of an evaluation.
 """
 
 import dataclasses
+import json
 import os
 import signal
 import sys
@@ -69,7 +70,7 @@ def numbered(batches):
     return Numbered()
 
 
-def main(workdir, at, mode):
+def main(workdir, at, mode, changes):
     made = trainer.train_batches
     trainer.train_batches = lambda *given, **named: numbered(made(*given, **named))
     what, _, number = at.rpartition(" ")
@@ -86,7 +87,7 @@ def main(workdir, at, mode):
             os.kill(os.getpid(), signal.SIGTERM)
 
     setattr(trainer.Trainer, name, stop_at)
-    chosen = override(experiment(), CHANGES | {"train.parallel": mode})
+    chosen = override(experiment(), CHANGES | {"train.parallel": mode} | json.loads(changes))
     spikes = SpikeSpec(window=4, sigmas=8.0, action="rewind", patience=2)
     chosen = chosen.replace(train=chosen.train.replace(spikes=spikes))
     outcome = train(chosen, workdir, lambda workdir, step, steps: [JsonLines(workdir, step)])

@@ -39,6 +39,8 @@ class CheckpointSpec(Spec):
 
     every: int = 500
     """Steps between checkpoints."""
+    every_minutes: float | None = 5.0
+    """Minutes after which one is written at the latest, however slow the steps are; null for by steps alone."""
     keep: int = 2
     """How many of the latest are kept."""
     keep_every: int | None = None
@@ -46,6 +48,7 @@ class CheckpointSpec(Spec):
 
     def validate(self):
         self.require(self.every >= 1, "every", "at least 1")
+        self.require(self.every_minutes is None or self.every_minutes > 0, "every_minutes", "null or above 0")
         self.require(self.keep >= 1, "keep", "at least 1")
         self.require(self.keep_every is None or self.keep_every >= 1, "keep_every", "null or at least 1")
 
@@ -60,8 +63,8 @@ def best(found: Sequence[Record], better: Literal["lower", "higher"]) -> Record 
 def kept(found: Sequence[Record], spec: CheckpointSpec, better: Literal["lower", "higher"]) -> set[int]:
     """The steps that rotation keeps: the latest, every n-th, the best, and the last finite one come what may.
 
-    So is the last finite one that was due by `every`: the one that a rewind goes back to, however many signals left
-    theirs since.
+    So is the last finite one that was due by `every`: the one that a rewind goes back to, however many signals and
+    minutes left theirs since.
     """
     steps = {record.step for record in found[-spec.keep :]}
     if spec.keep_every:

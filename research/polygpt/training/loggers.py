@@ -3,6 +3,7 @@
 `metrics.jsonl` holds what repeats exactly when a run is repeated, and no times; `timing.jsonl` holds the times.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -143,6 +144,16 @@ def truncate(path: Path, step: int) -> bytes:
     fresh.write_bytes(b"".join(whole))
     os.replace(fresh, path)
     return whole[-1] if whole else b""
+
+
+def last_step(path: Path) -> int:
+    """The last step that was taken by what a file of JSON lines says; 0 without a file."""
+    last = 0
+    with path.open("rb") if path.exists() else contextlib.nullcontext(()) as file:
+        for line in file:
+            if math.isfinite(step := _step(line)):
+                last = int(step) - (b'"rewound_from"' in line)  # that step is still to be taken
+    return last
 
 
 def _step(line: bytes) -> float:

@@ -15,6 +15,7 @@ from polygpt.runtime.goodput import Goodput
 from polygpt.runtime.interruption import Interruption
 from polygpt.runtime.storage import storage_faults
 from polygpt.runtime.watchdog import Watchdog
+from polygpt.training import resuming
 from polygpt.training.experiment import Experiment
 from polygpt.training.loggers import JsonLines, Logger, Terminal
 from polygpt.training.trainer import Outcome, Trainer
@@ -62,6 +63,9 @@ def train(
         except UserError:
             refused = new and trainer.done == 0 and jax.process_index() == 0  # there is nothing to resume
             raise
+        finally:
+            for line in resuming.unsaved(trainer.saved, trainer.done) if jax.process_index() == 0 else ():
+                print(line, file=sys.stderr)
     if seconds := goodput.summary(goodput.read(clock.path)):
         print(goodput.table(seconds), file=sys.stderr)
     return outcome

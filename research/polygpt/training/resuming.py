@@ -6,22 +6,38 @@ from typing import Any
 
 from polygpt.optim.optim import Optim
 from polygpt.runtime import goodput
+from polygpt.runtime.checkpoint import CheckpointSpec
+from polygpt.spec import counted
 from polygpt.training.experiment import Experiment
+from polygpt.training.loggers import last_step
 
 
-def lost(record: Path, done: int, every: int) -> list[str]:
+def lost(workdir: Path, done: int, spec: CheckpointSpec) -> list[str]:
     """A line for a person if the process before had come further than what was saved.
 
     Args:
-        record: the run's goodput.jsonl.
+        workdir: the run folder; its goodput.jsonl and metrics.jsonl tell how far that was.
         done: steps that the checkpoint has taken; 0 without one.
-        every: steps between checkpoints.
+        spec: when checkpoints are written.
     """
-    reached = max((line["step"] for line in goodput.read(record)[-1:]), default=0)
+    reached = max((line["step"] for line in goodput.read(workdir / "goodput.jsonl")[-1:]), default=0)
+    reached = max(reached, last_step(workdir / "metrics.jsonl"))
     if reached <= done:
         return []
     saved = f"the last checkpoint is of step {done}" if done else "there was no checkpoint yet"
-    return [f"steps {done + 1} to {reached} were lost and are taken again: {saved} (train.checkpoint.every {every})"]
+    rhythm = f"train.checkpoint.every {spec.every}"
+    if spec.every_minutes is not None:
+        rhythm += f", every_minutes {spec.every_minutes:g}"
+    steps = f"{counted(reached - done, 'step')} ({done + 1} to {reached})"
+    return [f"{steps} lost, to be taken again: {saved} ({rhythm})"]
+
+
+def unsaved(saved: int, done: int) -> list[str]:
+    """A line for a person when a process ends with steps that are not saved."""
+    if done <= saved:
+        return []
+    kept = f"goes on from step {saved}" if saved else "begins anew"
+    return [f"{counted(done - saved, 'step')} ({saved + 1} to {done}) not saved: the same command {kept}"]
 
 
 def about(experiment: Experiment, workdir: Path, done: int, finished: bool, config: Mapping[str, Any]) -> list[str]:

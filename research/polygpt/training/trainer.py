@@ -25,6 +25,7 @@ from polygpt.runtime import processes
 from polygpt.runtime.checkpoint import Checkpoints
 from polygpt.runtime.goodput import INTERVAL, Goodput
 from polygpt.runtime.interruption import Interrupted, Interruption
+from polygpt.runtime.periodic import Periodic
 from polygpt.runtime.watchdog import Watchdog
 from polygpt.training import data_shards, resuming
 from polygpt.training.example_log import example_log
@@ -100,7 +101,7 @@ class Trainer:
         first = jax.process_index() == 0
         if first:
             print(self.program.about(), file=sys.stderr)
-            for line in resuming.lost(workdir / "goodput.jsonl", self.done, self.spec.checkpoint.every):
+            for line in resuming.lost(workdir, self.done, self.spec.checkpoint):
                 print(line, file=sys.stderr)
             if data is not None and self.done:
                 given = workdir, self.done, self._finished(), data["config"]
@@ -116,6 +117,7 @@ class Trainer:
         stack.callback(lambda: self.feed.close())
         self.pending: tuple[int, Fed, dict[str, jax.Array]] | None = None
         self.step: Callable | None = None  # compiled, once there is a batch to compile it for
+        self.periodic = Periodic(self.spec.checkpoint.every_minutes)
         self.begun = 0  # steps that this process has sent to its devices, and batches of evaluations
         self.throughput = Throughput(self.parallel.data_shards)
 
@@ -171,7 +173,7 @@ class Trainer:
         last = self.done == self.spec.steps
         evaluating = bool(self.spec.evaluate_every) and (last or self.done % self.spec.evaluate_every == 0)
         self.standing.owed = evaluating
-        saving = self.done % self.spec.checkpoint.every == 0
+        saving = self.done % self.spec.checkpoint.every == 0 or self.periodic.due(self.begun)
         if evaluating or saving or last:
             self._settle()
             if self.rewinds.due:
@@ -212,7 +214,8 @@ class Trainer:
     def _rewind(self) -> None:
         """Back to the last checkpoint, and on with the data after the last spike.
 
-        Only to one that was due by `checkpoint.every`: one that a signal left is not there in a run without the signal.
+        Only to one that was due by `checkpoint.every`: one that a signal or the clock left may not be there in another
+        run of the same experiment.
         """
         step, place = self.rewinds.begin()
         self.pending = None
@@ -288,6 +291,7 @@ class Trainer:
                 },
             )
         self.saved = self.done
+        self.periodic.restart()
         self.goodput.record(self.done)
 
     def _restore(self, before: int | None = None) -> dict[str, Any] | None:
@@ -332,6 +336,7 @@ class Trainer:
         self._tell("compiling", self.done + 1, None)
         with self._doing("compile"):
             yield
+        self.periodic.restart()  # there is nothing to lose yet
         self._tell("compiling", self.done + 1, self.goodput.now() - begin)
 
     def _tell(self, what: str, step: int, value: Any) -> None:
