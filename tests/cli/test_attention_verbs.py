@@ -1,5 +1,6 @@
 """`polygpt attention show` and `bench`: whose fields are set, what the figures mean, what a picture leaves out."""
 
+import dataclasses
 import json
 
 import pytest
@@ -80,6 +81,17 @@ def test_what_is_selected_from_data_is_told(own, capsys):
     assert "depends on data" in found["remark"] and "upper bound" in found["remark"]
     found, _ = run(capsys, "show", "own.py:Best", "--layout", "4")
     assert found["remark"] is None, "all keys of so short a row are taken"
+
+
+def test_a_declared_upper_bound_is_told_for_any_row():
+    @dataclasses.dataclass(frozen=True)
+    class Declared(MultiHead):
+        """Says of itself that inputs decide."""
+
+        mask_is_bound = True
+
+    spec = Declared()
+    assert "an upper bound (mask_is_bound)" in probe.remark(spec, seen_by(spec), drawing.read_row("4"))
 
 
 @pytest.mark.parametrize("spec", [MultiHead(), BlockSparse(block=4)])

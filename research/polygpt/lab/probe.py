@@ -23,6 +23,8 @@ def remark(spec: Attention, mask: Mask, row: Row) -> str | None:
     name = type(spec).__name__
     if mask_of(spec) is None:
         return f"{name} has no mask: drawn is what is before a position in its example, which its state may carry"
+    if spec.mask_is_bound:
+        return f"what is seen depends on data: drawn is the mask of {name}, an upper bound (mask_is_bound)"
     if row.length > DENSE:
         return f"rows beyond {DENSE:,} positions are not probed: what {name} selects from data would not show"
     try:
@@ -32,7 +34,7 @@ def remark(spec: Attention, mask: Mask, row: Row) -> str | None:
     if share <= SILENT:
         return None
     seen = f"with random inputs {share:.0%} of the pairs shown have no influence"
-    return f"what is seen depends on data: {seen}; drawn is the mask of {name}, an upper bound"
+    return f"what is seen depends on data: {seen}; drawn is the mask of {name}, an upper bound: say so by mask_is_bound"
 
 
 def silent(spec: Attention, mask: Mask, row: Row) -> float:
