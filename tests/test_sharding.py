@@ -49,10 +49,10 @@ def test_a_mesh_that_does_not_come_out_even_is_refused(make, message):
         ({"rules": RULES | {"width": ("tensor",)}}, "splits 'vocabulary' and 'width' both over 'tensor'"),
         ({"rules": RULES | {"hidden": ("fsdp",)}}, "splits 'width' and 'hidden' both over 'fsdp'"),
         ({"rules": RULES | {"experts": ("sequence",)}}, "splits 'positions' and 'experts' both over 'sequence'"),
-        ({"rules": RULES | {"positions": ("data",)}}, "splits 'rows' and 'positions' both over 'data'"),
+        ({"rules": RULES | {"positions": ("data",)}}, "splits 'batch' and 'positions' both over 'data'"),
         ({"rules": RULES | {"hidden": ("tenser",)}}, r"rules\['hidden'\] names 'tenser': did you mean tensor"),
         ({"rules": RULES | {"hiden": ()}}, "no axis 'hiden': did you mean hidden"),
-        ({"rules": {}}, "MeshSpec.rules lacks 'rows'"),
+        ({"rules": {}}, "MeshSpec.rules lacks 'batch'"),
         ({"rules": RULES | {"width": ("fsdp", "fsdp")}}, "names an axis twice"),
     ],
 )

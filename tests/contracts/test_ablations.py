@@ -22,7 +22,7 @@ from polygpt.training.program import assemble
 FILES = sorted((Path(__file__).parents[2] / "experiments" / "ablations").glob(f"*/{FILE}"))
 
 
-NAMES = "extrapolation fusion glu mup norm_placement positions prefix qk_norm loggers".split()
+NAMES = "extrapolation fusion glu mup norm_placement positions prefix qk_norm sinks".split()
 
 
 def test_there_are_ablations_and_most_claims_of_papers_are_decided():

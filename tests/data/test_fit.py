@@ -67,7 +67,7 @@ def folder(tmp_path, small):
 
 
 def found(source, tokenizer, adapters=ADAPTERS, **layout):
-    layout = LayoutSpec(**{"length": 32, **layout})
+    layout = LayoutSpec(**{"seq_len": 32, **layout})
     return check(DataSpec({"mine": Task(source)}, layout, batch_size=2), tokenizer, adapters)
 
 
@@ -112,7 +112,7 @@ def test_rows_are_shortened_where_they_hold_one_example_each(folder, small):
     for packing, wanted in ((True, {}), (False, {"evaluation.tasks.mine.seq_len": 120})):
         findings = found(folder(), small.tokenizer, seq_len=500, packing=packing)
         settings, _ = fitting(findings, ADAPTERS, 1.0, lengths)
-        assert {name: value for name, value in settings.items() if name.endswith("length")} == wanted
+        assert {name: value for name, value in settings.items() if name.endswith("seq_len")} == wanted
 
 
 def test_each_task_keeps_its_share(folder, small):

@@ -167,6 +167,6 @@ def test_positions_that_a_model_does_not_know_are_refused():
 def test_conditions_travel_as_json_and_their_bounds_are_checked():
     task = EvalTask(SHORT, seq_len=48, model={**NEAR, **FAR, "dtype": "bfloat16"}, last=4)
     assert from_json(to_json(task)) == task and not task.as_trained and EvalTask(SHORT, limit=1).as_trained
-    for field in ("length", "last"):
+    for field in ("seq_len", "last"):
         with pytest.raises(SpecError, match=f"EvalTask.{field} is 0"):
             EvalTask(SHORT, **{field: 0})
