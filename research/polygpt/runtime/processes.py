@@ -3,15 +3,12 @@
 JAX starts the processes and its coordination service, which process 0 hosts, carries everything here. A process has its
 place from `polygpt launch` (the three POLYGPT_ variables), from SLURM (`srun` with several tasks) or from the metadata
 of a TPU pod; a process that has none is alone, and for it every function here does nothing.
-
-Only this file touches the private parts of JAX that the coordination service needs; `liveness.py` gets its client.
 """
 
 import atexit
 import collections
 import contextlib
 import dataclasses
-import functools
 import logging
 import math
 import os
@@ -23,9 +20,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-from jax._src import clusters, distributed
 
 from polygpt.errors import UserError
+from polygpt.runtime import private
 from polygpt.runtime.liveness import AT_FAULT, Liveness, hear_launcher, leave
 from polygpt.runtime.waiting import Bound, log_to_stderr, saying
 from polygpt.spec import Spec
@@ -76,7 +73,7 @@ class _Group:
 
     @property
     def client(self):
-        return distributed.global_state.client
+        return private.service().client
 
 
 _group: _Group | None = None
@@ -92,13 +89,13 @@ def initialize(spec: ProcessesSpec = ProcessesSpec()) -> None:
     if _group is not None:
         _group.spec = spec
         return
-    if distributed.global_state.client is None:
+    if private.service().client is None:
         where = _place()
         if where is None:
             return
         hear_launcher(_died)
         _start(spec, **where)
-    state = distributed.global_state
+    state = private.service()
     if state.num_processes == 1:
         return
     names = [f"process {rank}" for rank in range(state.num_processes)]
@@ -236,9 +233,8 @@ def _place() -> dict | None:
         return place | {"cluster_detection_method": "deactivate"} if int(count) > 1 else None
     if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # SLURM_NTASKS is there in a batch script's own shell too
         return {"cluster_detection_method": "slurm"}
-    pods = [env for env in clusters.ClusterEnv._cluster_types if env.name in ("gcetpu", "gketpu")]
-    found = next((env for env in pods if env.is_env_present()), None)
-    return {"cluster_detection_method": found.name} if found and found.get_process_count() > 1 else None
+    pod = private.pod()
+    return {"cluster_detection_method": pod} if pod else None
 
 
 def _died(rank: int, code: int, how: str) -> None:
@@ -259,7 +255,7 @@ def _start(spec: ProcessesSpec, **where) -> None:
         jax.config.update(f"jax_cpu_get_{whose}_topology_timeout_minutes", math.ceil(seconds / 60))
     log.info("start-up: waiting for the other processes, %d s at most: %s", seconds, where)
     try:
-        with _register_timeout(seconds), saying("start-up: still waiting for other processes"):
+        with private.register_timeout(seconds), saying("start-up: still waiting for other processes"):
             jax.distributed.initialize(
                 **where,
                 initialization_timeout=seconds + 30,  # the service, which knows who is missing, gives up first
@@ -269,17 +265,6 @@ def _start(spec: ProcessesSpec, **where) -> None:
     except RuntimeError as error:
         raise UserError(f"the processes could not be joined ({str(error).splitlines()[0]}): {where}") from error
     log.info("start-up: all processes are here after %.1f s", time.monotonic() - begun)
-
-
-@contextlib.contextmanager
-def _register_timeout(seconds: int) -> Iterator[None]:
-    """Gives the service a bound that jax.distributed.initialize does not pass on; its message lists the missing."""
-    module, make = distributed._jax, distributed._jax.get_distributed_runtime_service
-    module.get_distributed_runtime_service = functools.partial(make, cluster_register_timeout=seconds)
-    try:
-        yield
-    finally:
-        module.get_distributed_runtime_service = make
 
 
 def _meet(group: _Group, name: str, bound: str = "barrier_timeout") -> None:

@@ -10,9 +10,8 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
-from orbax.checkpoint._src.multihost import multihost
 
-from polygpt.runtime import processes
+from polygpt.runtime import private, processes
 
 # Orbax logs the traceback of an error that it raises too: whoever catches it says it in one line.
 logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
@@ -79,10 +78,7 @@ def read_parameters(folder: Path, step: int, target: Any, averaged: bool) -> Any
 
 
 def _meet_at_our_barriers() -> None:
-    """Where processes read and write together, they wait for each other with names, in the log, and for so long.
-
-    Orbax takes a function for some of its barriers alone, and bounds the others as it likes or not at all.
-    """
+    """Where processes read and write together, they wait for each other with names, in the log, and for so long."""
 
     def meet(key: str) -> None:
         # Whoever reads meets the others when it has, to hear whether all could.
@@ -90,8 +86,7 @@ def _meet_at_our_barriers() -> None:
             processes.barrier(f"checkpoint: {key.strip('_')}")
 
     if processes.last_barrier() is not None:  # this process is one of a run's
-        multihost.sync_global_processes = lambda name, **_: meet(name)
-        multihost.get_barrier_sync_fn = lambda **_: lambda *, key, timeout_ms: meet(key)
+        private.orbax_meets_at(meet)
 
 
 def _items(state: Any) -> dict[str, Any]:
