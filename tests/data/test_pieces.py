@@ -118,7 +118,7 @@ def test_a_file_that_changes_between_processes_is_an_error(tmp_path):
     assert len(found) == 1
     copy = pickle.loads(pickle.dumps(found))
     file.write_text("one\ntwo\n")
-    with pytest.raises(UserError, match="changed while it was in use"):
+    with pytest.raises(UserError, match="changed while in use"):
         len(copy)
 
 

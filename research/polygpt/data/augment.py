@@ -16,13 +16,13 @@ class Augment(Spec):
     """A random change of one item, applied after decoding ("raw") or after feature extraction ("features")."""
 
     modality: ClassVar[str]
-    """The modality that it changes."""
+    """The modality of its input."""
     stage: ClassVar[Literal["raw", "features"]]
-    """What it is given: raw samples (uint8 [h, w, 3] or float32 [samples]), or features without their padding (see
+    """Its input: raw samples (uint8 [h, w, 3] or float32 [samples]), or features without padding (see
     `Features.real`)."""
 
     def __call__(self, array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Returns a new, changed array; `array` may be shared and must stay as it is. Features keep their shape."""
+        """Returns a new array; `array` may be shared and must not be modified. Features keep their shape."""
         raise NotImplementedError
 
 
@@ -37,7 +37,7 @@ class RandomResizedCrop(Augment):
     stage = "raw"
 
     area: tuple[float, float] = (0.08, 1.0)
-    """Bounds of the rectangle's area, as a share of the image's."""
+    """Bounds of the rectangle's area, as a fraction of the image's."""
     aspect: tuple[float, float] = (3 / 4, 4 / 3)
     """Bounds of the rectangle's width / height, relative to the image's."""
 
@@ -66,7 +66,7 @@ class RandomShift(Augment):
     stage = "features"
 
     share: float = 0.125
-    """Largest shift in each direction, as a share of height and width."""
+    """Largest shift in each direction, as a fraction of height and width."""
 
     def validate(self):
         self.require(0 <= self.share < 1, "share", "in 0..1, below 1")
@@ -96,7 +96,7 @@ class Speed(Augment):
         self.require(0.1 <= self.factor[0] <= self.factor[1] <= 10, "factor", "rising, in 0.1..10")
 
     def __call__(self, array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        # Rounded to hundredths: the resampler plans each ratio anew, and a finer one makes no audible difference.
+        # Round to hundredths: the resampler plans each ratio from scratch, and finer steps are inaudible.
         factor = round(rng.uniform(*self.factor), 2)
         return soxr.resample(array, factor, 1.0, quality="MQ")
 
@@ -124,7 +124,7 @@ class Noise(Augment):
 class SpecAugment(Augment):
     """Masks bands of mel bins and spans of time with the mean. Park et al. (1904.08779), section 2, without warping.
 
-    The defaults are the paper's policy LibriSpeech double, whose widths are for 80 mel bins and a hop of 10 ms.
+    The defaults are the paper's "LibriSpeech double" policy, whose widths assume 80 mel bins and a hop of 10 ms.
     """
 
     modality = "audio"
@@ -139,7 +139,7 @@ class SpecAugment(Augment):
     time_width: int = 100
     """Largest width of a span in frames (T); each width is drawn from 0..T."""
     time_share: float = 1.0
-    """Largest share of a clip that one span masks (p)."""
+    """Largest fraction of a clip that one span masks (p)."""
 
     def validate(self):
         for field in ("frequency_masks", "frequency_width", "time_masks", "time_width"):
@@ -159,7 +159,7 @@ class SpecAugment(Augment):
 
 
 def _span(size: int, most: int, rng: np.random.Generator) -> tuple[int, int]:
-    """A random span (start, stop) within `size` places; its width is drawn from 0..most."""
+    """A random span (start, stop) within 0..size; its width is drawn from 0..most."""
     width = int(rng.integers(min(most, size) + 1))
     start = int(rng.integers(size - width + 1))
     return start, start + width

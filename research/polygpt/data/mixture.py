@@ -14,7 +14,7 @@ TABLE = 2**16
 class Order:
     """Random access to an endless stream of examples.
 
-    Each task is reshuffled every epoch, and an epoch has each of its examples exactly once. Tasks are interleaved
+    Each task is reshuffled every epoch, and an epoch contains each of its examples exactly once. Tasks are interleaved
     evenly: after any number of examples each task has had its share, up to one example per task listed before it.
     """
 
@@ -30,7 +30,8 @@ class Order:
         Args:
             tasks: number of examples and weight of each task.
             seed: seed of the shuffles.
-            data shard, resharding: whose stream this is. Each task is divided, so all data shards see the same mixture.
+            data_shard, resharding: the data shard of this stream. Each task is divided among all data shards, so all
+                see the same mixture.
         """
         self.tasks, self.seed = tasks, seed
         total = sum(weight for _, weight in tasks.values())
@@ -49,7 +50,7 @@ class Order:
         return Order(self.tasks, self.seed, data_shard, resharding)
 
     def __getitem__(self, index: int) -> tuple[str, int, int]:
-        """(task, position in the endless stream of the task, number of the example)."""
+        """(task, position in the endless stream of the task, index of the example)."""
         name, turn = self._turn(index)
         nth = (turn - self._before[name]) * self.resharding.data_shards + self.data_shard
         position = self.resharding.position(name, nth)
@@ -62,7 +63,7 @@ class Order:
         return name, position, numbers[i]
 
     def drawn(self, index: int) -> dict[str, int]:
-        """Number of examples of each task that this resharding has dealt out before an index."""
+        """Number of examples of each task drawn in this resharding before an index."""
         return {name: turn - self._before[name] for name, turn in self._turns(index).items()}
 
     def _turns(self, index: int) -> dict[str, int]:
@@ -74,7 +75,7 @@ class Order:
         return turns
 
     def _turn(self, index: int) -> tuple[str, int]:
-        """The task that is drawn at an index, and how often it was drawn before.
+        """The task drawn at an index, and how often it was drawn before.
 
         The first task takes its share of the indices, evenly spaced; the second its share of the rest; and so on.
         """
@@ -94,7 +95,7 @@ class Order:
 def reshard(
     orders: Sequence[Order], following: Sequence[int], waiting: Sequence[Sequence[int]], data_shards: int
 ) -> Resharding:
-    """The resharding among a different number of data shards that continues an earlier one.
+    """The resharding that continues an earlier one on a different number of data shards.
 
     Args:
         orders: the orders of all data shards of the earlier resharding.
@@ -123,7 +124,7 @@ def reshard(
 
 
 class Shuffled:
-    """Random access to a permutation of 0, ..., size - 1 that is determined by seed and epoch.
+    """Random access to a permutation of 0, ..., size - 1, determined by seed and epoch.
 
     Small tasks use a table. Large ones use a Feistel network of four rounds over the next power of four, iterated until
     the result is below `size` (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", sections 3 and 4), which

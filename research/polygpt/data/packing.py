@@ -1,4 +1,4 @@
-"""Rows: examples laid out, packed several to a row, and padded to a batch.
+"""Rows of positions: packing several examples into a row, and padding rows to a batch.
 
 A row has t positions before it is padded to T = `seq_len`. Axis letters are those of `polygpt.sequence`.
 """
@@ -42,12 +42,11 @@ class Row:
 
 
 def pack(rows: Sequence[Row], adapters: Mapping) -> Row:
-    """Packs rows into one: renumbers segments, and moves slots to the new places of their items.
+    """Packs rows into one: renumbers segments, and shifts slots to the new indices of their items.
 
     Args:
         rows: at least one.
-        adapters: the model's adapters by name, in its order; `positions`, the largest number of positions per item, is
-            used.
+        adapters: the model's adapters by name, in order; uses `positions`, the largest number of positions per item.
     """
     if len(rows) == 1:
         return rows[0]
@@ -70,9 +69,9 @@ def collate(rows: Sequence[Row], seq_len: int, adapters: Mapping) -> Batch:
     """Pads rows to a batch [len(rows), seq_len]; None stands for a row of padding.
 
     Args:
-        rows: of at most `seq_len` positions and at most `items` items per modality each.
+        rows: rows with at most `seq_len` positions and `items` items per modality.
         seq_len: T.
-        adapters: the model's adapters by name, in its order; `features.shape` and `items` are used.
+        adapters: the model's adapters by name, in order; uses `features.shape` and `items`.
     """
     B = len(rows)
     arrays = {name: np.zeros((B, seq_len), np.int32) for name in POSITION_ARRAYS}
@@ -99,11 +98,11 @@ class Packer:
     """Fills the rows of a batch: each example goes into the first row that has room for it (first fit).
 
     A row has room if neither its positions nor its items of any modality would exceed their bounds. A new Packer always
-    takes `rows` examples of any lengths: at worst each gets a row of its own.
+    accepts at least `batch_size` examples: in the worst case, each gets its own row.
     """
 
     def __init__(self, batch_size: int, seq_len: int, adapters: Mapping, packing: bool):
-        """Args: packing: whether a row may hold more than one example."""
+        """Args: packing: whether a row may contain more than one example."""
         self.adapters, self.seq_len, self.packing = adapters, seq_len, packing
         self.items = {name: adapter.items for name, adapter in adapters.items()}
         self.rows: list[list[Row]] = [[] for _ in range(batch_size)]

@@ -19,7 +19,7 @@ def dumps(value: Any) -> bytes:
 
 
 class _Pickler(cloudpickle.Pickler):
-    """Stores what `load_file` has loaded, and its classes and functions, by file: it cannot be imported by name."""
+    """Stores modules that `load_file` loaded, and their classes and functions, by file instead of by name."""
 
     def reducer_override(self, obj):
         if isinstance(obj, types.ModuleType) and os.path.isabs(obj.__name__):

@@ -2,7 +2,7 @@
 
 The table is built by reading the file in blocks, so memory does not grow with the file. For a large file it is stored
 in the cache folder, keyed by the file's path, size and modification time, and memory-mapped: 8 bytes per line or chunk,
-8 more per line if the file has blank lines.
+plus 8 per line if the file has blank lines.
 """
 
 import functools
@@ -23,31 +23,31 @@ BLOCK = 4 << 20
 SMALL = 8 << 20
 """Tables of files up to this many bytes are rebuilt at every start and kept in memory."""
 LARGEST = 1 << 30
-"""Most bytes of one piece: a document beyond that is meant to be read in lines or chunks."""
+"""Maximum number of bytes of one piece: larger documents should be read as lines or chunks."""
 FORMAT = 1
-"""Counts the changes of the stored tables' format."""
+"""Format version of the stored tables."""
 
 BOM = b"\xef\xbb\xbf"
 MARKS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 """Byte-order marks of other encodings; the longer ones first."""
 INVISIBLE = re.compile(r"[\s\u00ad\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff]*")
-"""Text that shows nothing: white space of Unicode, and the format characters that occur alone in practice."""
+"""Invisible text: Unicode white space, and the format characters that occur alone in practice."""
 KIND = np.full(256, 2, np.uint8)
-"""By value of a byte: 0 is ASCII white space, 1 may belong to an invisible character, 2 makes its line visible."""
+"""By byte value: 0 is ASCII white space, 1 may belong to an invisible character, 2 makes its line visible."""
 KIND[[byte for byte in range(128) if chr(byte).isspace()]] = 0
 KIND[0x80:0xC0] = 1  # continuation bytes
-KIND[[0xC2, 0xE1, 0xE2, 0xE3, 0xEF]] = 1  # the first bytes of what INVISIBLE lists
+KIND[[0xC2, 0xE1, 0xE2, 0xE3, 0xEF]] = 1  # first bytes of the characters in INVISIBLE
 
 log = logging.getLogger(__name__)
 
 
 def is_blank(text: str) -> bool:
-    """Whether a text shows nothing at all."""
+    """Whether a text is empty or invisible."""
     return INVISIBLE.fullmatch(text) is not None
 
 
 def foreign_encoding(head: bytes) -> str | None:
-    """The encoding of a file that is not UTF-8, by its first bytes: a byte-order mark, or zeros in every other byte."""
+    """The encoding of a file that is not UTF-8, from its first bytes: a byte-order mark, or every other byte zero."""
     for mark, name in MARKS.items():
         if head.startswith(mark):
             return name
@@ -56,11 +56,11 @@ def foreign_encoding(head: bytes) -> str | None:
 
 
 class Pieces:
-    """The pieces of a UTF-8 file, without its byte-order mark. Lines that show nothing are left out; the others keep
-    their numbers. Light to pickle: each process opens or rebuilds the table on first use."""
+    """The pieces of a UTF-8 file, without its byte-order mark. Blank lines are left out; the others keep their numbers.
+    Cheap to pickle: each process opens or rebuilds the table on first use."""
 
     def __init__(self, file: Path, unit: int | Literal["line"] | None):
-        """Args: unit: "line", the most bytes of a chunk, or None for the whole file."""
+        """Args: unit: "line", the maximum number of bytes per chunk, or None for the whole file."""
         self.file, self.unit = file, unit
         self._seen: tuple[int, int] | None = None  # size and modification time of the file when it was indexed
 
@@ -69,11 +69,11 @@ class Pieces:
 
     @functools.cached_property
     def table(self) -> tuple[np.ndarray, np.ndarray | None]:
-        """int64 [pieces + 1]: the byte offsets at which pieces begin and end, blank lines too; int64 [len(self)]: which
-        pieces are not blank, None for all.
+        """Byte offsets where pieces begin and end, including blank lines, int64 [pieces + 1]; and the indices of the
+        pieces that are not blank, int64 [len(self)], or None for all.
 
         Raises:
-            UserError: if the file cannot be read, is not UTF-8, or changes meanwhile; or the cache cannot be written.
+            UserError: if the file cannot be read, is not UTF-8, or changes meanwhile; or if the cache is not writable.
         """
         try:
             seen = self._stat()
@@ -87,7 +87,7 @@ class Pieces:
         except OSError as error:
             raise UserError(f"{self.file}: cannot be read: {error.strerror or error}") from error
         if changed:
-            raise UserError(f"{self.file}: changed while it was in use: start again when it is complete")
+            raise UserError(f"{self.file}: changed while in use: start again once it is complete")
         self._seen = seen
         return table
 
@@ -122,7 +122,7 @@ class Pieces:
         return _mapped(place / "edges"), _mapped(place / "kept") if (place / "kept").exists() else None
 
     def _scan(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """By blocks: int64 edges of pieces, and int64 numbers of the pieces that are not blank."""
+        """Yields, block by block, int64 edges of pieces, and int64 indices of the pieces that are not blank."""
         with self.file.open("rb") as file:
             start = len(BOM) if file.read(len(BOM)) == BOM else 0
             yield np.array([start]), np.zeros(0, np.int64)
@@ -137,16 +137,16 @@ class Pieces:
         return i if kept is None else int(kept[i])
 
     def place(self, i: int) -> str:
-        """The piece as a person would look it up."""
+        """The location of a piece, for messages."""
         if self.unit is None:
             return str(self.file)
         return f"{self.file}, {'line' if self.unit == 'line' else 'chunk'} {self._number(i) + 1}"
 
     def text(self, i: int) -> str:
-        """A piece; a line without its end.
+        """A piece; lines come without their line ending.
 
         Raises:
-            BadRecord: if it is empty, too large or not UTF-8, or the file is gone or no longer the one indexed.
+            BadRecord: if it is empty, too large or not UTF-8, or the file is gone or has changed since it was indexed.
         """
         edges, number = self.table[0], self._number(i)
         start, end = int(edges[number]), int(edges[number + 1])
@@ -163,7 +163,9 @@ class Pieces:
             raise BadRecord("unreadable file", self.place(i), error.strerror) from error
         newline = data.find(b"\n") if self.unit == "line" else len(data) - 1
         if len(data) < end - start or newline != len(data) - 1 and (newline >= 0 or number + 2 < len(edges)):
-            raise BadRecord("changed file", self.place(i), "it is not as it was indexed; `touch` it and start again")
+            raise BadRecord(
+                "changed file", self.place(i), "it changed since it was indexed; `touch` it and start again"
+            )
         try:
             text = data.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -188,10 +190,10 @@ def _mapped(file: Path) -> np.ndarray:
 
 
 def _lines(file: BinaryIO, start: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Edges of the lines from `start` on, and the numbers of those that are not blank."""
+    """Edges of the lines from `start` on, and the indices of those that are not blank."""
     file.seek(start)
-    at = begin = start  # where the block begins, and the line under way
-    kind, number = 0, 0  # of the line under way
+    at = begin = start  # start of the block, and of the current line
+    kind, number = 0, 0  # of the current line
     while block := file.read(BLOCK):
         data = np.frombuffer(block, np.uint8)
         ends = np.flatnonzero(data == ord("\n")) + 1
@@ -207,7 +209,7 @@ def _lines(file: BinaryIO, start: int) -> Iterator[tuple[np.ndarray, np.ndarray]
         yield ends, number + np.flatnonzero(kinds)
         number += len(ends)
         begin = int(ends[-1]) if len(ends) else begin
-    if begin < at:  # a last line without an end
+    if begin < at:  # a last line without a line ending
         kept = kind == 2 or kind == 1 and _visible(file, begin, at)
         yield np.array([at]), np.array([number] if kept else [], np.int64)
 
@@ -218,7 +220,7 @@ def _visible(file: BinaryIO, start: int, end: int) -> bool:
 
 
 def _chunks(file: BinaryIO, start: int, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Edges of chunks of at most `size` bytes, which end before a character that would cross their end."""
+    """Edges of chunks of at most `size` bytes; chunks never split a character."""
     number = 0
     while True:
         file.seek(start)
@@ -226,7 +228,7 @@ def _chunks(file: BinaryIO, start: int, size: int) -> Iterator[tuple[np.ndarray,
         edges, at = [], 0
         while at + size < len(block):
             cut = at + size
-            # A character of UTF-8 has at most three continuation bytes; more of them are not UTF-8.
+            # A UTF-8 character has at most three continuation bytes.
             at = next((end for end in range(cut, cut - 4, -1) if block[end] & 0xC0 != 0x80), cut)
             edges.append(start + at)
         ended = len(block) < max(BLOCK, size + 1)

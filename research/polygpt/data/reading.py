@@ -1,4 +1,4 @@
-"""Prefetching: a stream of examples, laid out in Grain's thread or in its worker processes."""
+"""Prefetching: lays out a stream of examples in Grain's thread or its worker processes."""
 
 import pickle
 import sys
@@ -12,11 +12,11 @@ from polygpt.data.tokenizers.base import Tokenizer
 from polygpt.errors import BadRecord
 
 GROUP = 16
-"""Examples that a worker sends together: each transfer costs as much as laying out a short example."""
+"""Number of examples that a worker sends at once: each transfer costs as much as laying out a short example."""
 
 
 class LaidOut:
-    """Random access to the stream, laid out: rows, and BadRecords for unusable records. Pickled to the workers."""
+    """Random access to the rows of the stream, with BadRecords for unusable records. Pickled to the workers."""
 
     def __init__(self, data, examples: dict, tokenizer: Tokenizer, adapters: dict, order: Order):
         self.data, self.examples, self.tokenizer, self.adapters, self.order = data, examples, tokenizer, adapters, order
@@ -56,13 +56,13 @@ class Groups:
 
 def read_ahead(groups: Groups, workers: int) -> Iterable[list[Row | BadRecord]]:
     """The groups in order, prefetched in a thread (0 workers) or in that many processes."""
-    import grain  # here: it brings Orbax with it, and a command that trains nothing need not wait for them
+    import grain  # imported here, because it imports Orbax, which commands that do not train should not wait for
     from absl import flags
 
     read = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
     dataset = grain.MapDataset.source(groups).to_iter_dataset(read)
     if workers == 0:
         return dataset
-    if not flags.FLAGS.is_parsed():  # Grain reads its own flags when it starts workers, which fails in other programs
+    if not flags.FLAGS.is_parsed():  # Grain reads absl flags when it starts workers, which fails if they are unparsed
         flags.FLAGS.mark_as_parsed()
     return dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))

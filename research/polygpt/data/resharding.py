@@ -1,9 +1,9 @@
-"""The resharding: how the positions of the tasks' endless streams are assigned to data shards.
+"""Resharding: assigns the positions of the tasks' endless streams to data shards.
 
 Data shards are the processes, or groups of processes, that read different rows of a batch. When their number changes,
 the positions of every task are reassigned (`reshard` in mixture.py): first those that the earlier data shards did not
-deliver, then all positions from the frontier on. An epoch therefore has every example once, even if a run resumes on a
-different number of machines.
+deliver, then all positions from the frontier on. An epoch therefore contains every example once, even if a run resumes
+on a different number of machines.
 """
 
 import base64
@@ -21,10 +21,10 @@ class Resharding:
 
     Attributes:
         data_shards: number of data shards.
-        start: the index into the stream of each data shard from which this resharding holds; the mixture continues
-        there.
+        start: the index into the stream of each data shard from which this resharding applies; the mixture continues
+            there.
         frontier: by task, the first position that no data shard had drawn when the resharding began; 0 by default.
-        left: by task, the positions before the frontier that no batch contained then; int64 [n], ascending.
+        left: by task, the positions before the frontier that no batch contained at that time; int64 [n], ascending.
     """
 
     data_shards: int = 1
@@ -38,8 +38,7 @@ class Resharding:
         return int(left[nth]) if nth < len(left) else self.frontier.get(task, 0) + nth - len(left)
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON data. `left` becomes a compressed bitmap, since leftovers of slow data shards are regularly
-        spaced."""
+        """JSON data. `left` becomes a compressed bitmap, because leftovers of slow data shards are evenly spaced."""
         left = {task: [int(some[0]), _compressed(some - some[0])] for task, some in self.left.items() if len(some)}
         return {"data_shards": self.data_shards, "start": self.start, "frontier": dict(self.frontier), "left": left}
 
@@ -50,7 +49,7 @@ class Resharding:
 
 
 def _compressed(numbers: np.ndarray) -> str:
-    """Ascending numbers that begin with 0, as a string."""
+    """Ascending numbers that begin with 0, encoded as a string."""
     bits = np.zeros(numbers[-1] + 1, bool)
     bits[numbers] = True
     return base64.b64encode(zlib.compress(np.packbits(bits).tobytes())).decode()

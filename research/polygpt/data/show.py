@@ -1,4 +1,4 @@
-"""Rows as the model sees them: a table of all positions, and an image of the layout, the media and the text."""
+"""Shows rows as the model sees them: a table of all positions, and an image of the layout, the media and the text."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -57,7 +57,7 @@ def table(batch: Batch, row: int, tokenizer: Tokenizer) -> Table:
             token_text(tokenizer, int(batch.target_BT[row, t])) if predicts else "",
             f"{weight:g}" if weight else "",
         ]
-        # Text objects, since rich would read a string such as "[red]" as markup.
+        # Text objects, because rich would interpret a string such as "[red]" as markup.
         styles = [COLOURS[modality % len(COLOURS)]] * 7 + ["bold" if weight else "dim"] * 2
         result.add_row(
             *(Text(str(cell), style) for cell, style in zip(cells, styles, strict=True)), end_section=bool(ends)
@@ -111,14 +111,14 @@ def _draw_strip(axes, batch: Batch, row: int, tokenizer: Tokenizer) -> None:
     for start in np.flatnonzero(np.diff(batch.segment_BT[row])) + 1:
         axes.axvline(start, color="red", linewidth=1.2)
     axes.set(xlim=(0, batch.shape[1]), ylim=(0, 1), yticks=[])
-    axes.set_title(f"row {row}   black: what follows is predicted   red: end of an example", fontsize=8, loc="left")
+    axes.set_title(f"row {row}   black: next token is predicted   red: end of an example", fontsize=8, loc="left")
     axes.tick_params(labelsize=7, top=True, labeltop=True, bottom=False, labelbottom=False)
     axes.spines[:].set_visible(False)
 
 
 def _draw_item(axes, adapter, media, row: int, n: int, title: str) -> None:
     features = media.features[row, n]
-    # Padding frames are zero. A real last frame of zeros is cut off too, and shows nothing.
+    # Padding frames are zero. A real last frame of zeros is cut off too, but would be blank anyway.
     used = np.flatnonzero(features.reshape(len(features), -1).any(axis=1))
     picture = adapter.features.picture(features, int(used[-1]) + 1 if len(used) else 1)
     axes.imshow(picture, aspect="equal" if picture.ndim == 3 else "auto", interpolation="nearest")

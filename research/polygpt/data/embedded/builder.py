@@ -1,4 +1,4 @@
-"""The embedded data as a TFDS dataset, built in the cache folder from the archives beside this file on first use.
+"""The embedded data as a TFDS dataset, built in the cache folder from the archives in this folder on first use.
 
 Five configs, each with the splits train and test. The images, voices and texts of the test split are held out.
 
@@ -42,7 +42,7 @@ FIELDS = {
 
 
 class PolygptEmbedded(tfds.core.GeneratorBasedBuilder):
-    """Written and spoken digits, captioned images, transcribed utterances and plain text."""
+    """Handwritten and spoken digits, captioned images, transcribed utterances and plain text."""
 
     VERSION = tfds.core.Version("1.0.0")
     BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=name) for name in FIELDS]
@@ -74,7 +74,7 @@ def archive_records(config: str):
 
 @functools.cache
 def fingerprint(config: str) -> str:
-    """Twelve hex digits of the archive's SHA-256, so that each release of the data has a folder of its own."""
+    """Twelve hex digits of the archive's SHA-256, which give each release of the data its own folder."""
     return hashlib.sha256((ARCHIVES / f"{config}.zip").read_bytes()).hexdigest()[:12]
 
 
@@ -113,7 +113,7 @@ def _build(config: str, work: Path) -> None:
 
 @functools.cache
 def records(config: str, split: str) -> tuple[dict[str, Any], ...]:
-    """All records of a split in the order of their file names. They are kept in memory: the dataset is small."""
+    """All records of a split in order of file name, kept in memory because the dataset is small."""
     source = tfds.data_source(
         f"polygpt_embedded/{config}:1.0.0", split=split, data_dir=data_dir(config), download=False
     )

@@ -32,7 +32,7 @@ class LogMel(Features):
     """
 
     seconds: float = 30.0
-    """Maximum duration of a clip. It sets the number of frames; longer recordings are refused."""
+    """Maximum duration of a clip. It sets the number of frames; longer recordings are rejected."""
     rate: int = 16_000
     """Sample rate of the raw samples, in Hz."""
     mels: int = 80
@@ -78,7 +78,7 @@ class LogMel(Features):
         self._check_header(rate, recording.channels, recording.samples, place)
         samples = recording.decode()
         if rate != self.rate and len(samples):
-            # A clip up to half a sample too long passes the check above, and the resampler rounds its length up.
+            # A clip that is too long by up to half a sample passes the check above, and the resampler rounds up.
             samples = soxr.resample(samples, rate, self.rate)[: self.samples]
         if not len(samples):
             raise BadRecord("empty audio", place)
@@ -99,7 +99,7 @@ class LogMel(Features):
             raise BadRecord("too long", place, detail + "model.adapters.NAME.features.seconds")
 
     def extract(self, raw: np.ndarray) -> tuple[np.ndarray, int]:
-        """See the class. A clip that an augmentation made too long is cut; one that it made too short is padded."""
+        """See the class. Clips that augmentation made too long are cut, those made too short are padded."""
         raw = raw[: self.samples]
         if len(raw) < self.shortest:
             raw = np.pad(raw, (0, self.shortest - len(raw)))

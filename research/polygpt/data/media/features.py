@@ -11,7 +11,7 @@ from polygpt.spec import Spec
 
 @dataclasses.dataclass(frozen=True)
 class Features(Spec):
-    """How encoded media of one modality become arrays of one static shape. One subclass per file."""
+    """How to turn encoded media of one modality into arrays of a static shape. One subclass per file."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -31,7 +31,7 @@ class Features(Spec):
         raise NotImplementedError
 
     def extract(self, raw: np.ndarray) -> tuple[np.ndarray, int]:
-        """(features, float32 of `shape`; how many of their leading frames are real). An image is one frame."""
+        """(features, float32 of `shape`; the number of real leading frames). An image is one frame."""
         raise NotImplementedError
 
     def real(self, features: np.ndarray, frames: int) -> np.ndarray:
@@ -39,9 +39,9 @@ class Features(Spec):
         return features
 
     def picture(self, features: np.ndarray, frames: int) -> np.ndarray:
-        """The features as an image for reports: [height, width, 3] in 0..1, or [height, width] of any range.
+        """The features as an image for reports: [height, width, 3] in 0..1, or [height, width] with any range.
 
-        Row 0 is at the top. By default, the numbers themselves.
+        Row 0 is at the top. The default shows the numbers themselves.
         """
         return features.reshape(features.shape[0], -1)
 

@@ -23,7 +23,7 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""By EXIF orientation, what turns the stored pixels upright (CIPA DC-008, section 4.6.2)."""
+"""The transposition that turns the stored pixels upright, by EXIF orientation (CIPA DC-008, section 4.6.2)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +111,7 @@ class ImageFeatures(Features):
 def crop_box(width: int, height: int, aspect: float) -> tuple[float, float, float, float]:
     """The largest centred box with the given aspect ratio (width / height): (left, top, right, bottom).
 
-    It never exceeds the image, not even by a rounding error: Pillow would refuse it.
+    It never exceeds the image, not even by rounding, because Pillow would reject it.
     """
     inner_width, inner_height = min(width, height * aspect), min(height, width / aspect)
     left, top = (width - inner_width) / 2, (height - inner_height) / 2

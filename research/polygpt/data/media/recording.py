@@ -1,4 +1,4 @@
-"""Recordings as mono samples: complete or refused, whatever the container says of its length."""
+"""Recordings as mono samples: complete or rejected, whatever length the container states."""
 
 import io
 
@@ -10,10 +10,10 @@ from polygpt.data.media.containers.part import Incomplete, Part
 from polygpt.errors import BadRecord
 
 FORMATS = "WAV, W64, AIFF, AU, CAF, NIST SPHERE, FLAC, Ogg and MP3"
-"""What is read. libsndfile opens more formats, but among them truncated files cannot be told from complete ones."""
+"""Supported formats. libsndfile opens more, but in those, truncated files cannot be told from complete ones."""
 CANCELLED = 0.05
-"""Channels cancel if their mean has less than this share of their mean power. Independent channels leave 1 / channels
-of it, which is more for up to 16 channels; channels of opposite phase leave nothing."""
+"""Channels cancel if the power of their mean is below this fraction of their mean power. Independent channels leave
+1 / channels of it, which is more for up to 16 channels; channels of opposite phase leave nothing."""
 
 
 class Recording:
@@ -21,7 +21,7 @@ class Recording:
 
     Attributes:
         rate: sample rate in Hz.
-        channels: number of channels, the highest if recordings with several numbers were joined.
+        channels: number of channels; the highest number, if several recordings were joined.
         samples: number of samples per channel.
     """
 
@@ -51,7 +51,7 @@ class Recording:
         return zip(self._files, self._parts, strict=True)
 
     def decode(self) -> np.ndarray:
-        """Mono float32 [samples], joined recordings one after the other.
+        """Mono float32 [samples]; joined recordings follow each other.
 
         Raises:
             BadRecord: if samples are missing or not finite.
@@ -74,7 +74,7 @@ class Recording:
 def down_mix(channels: np.ndarray) -> np.ndarray:
     """The mean of channels [samples, channels], or the channel with the highest power if they cancel each other.
 
-    Channels cancel where one is the other with the opposite sign, as a wrongly wired microphone records it.
+    Channels cancel if one is the negative of the other, as recorded by a wrongly wired microphone.
     """
     if channels.shape[1] == 1 or not len(channels):
         return channels[:, 0]
@@ -95,5 +95,5 @@ def _parts(encoded: bytes, place: str) -> list[Part]:
     except Incomplete as error:
         raise BadRecord("corrupt audio", place, str(error)) from error
     if tag:
-        raise BadRecord("corrupt audio", place, "no recording behind its ID3 tag")
+        raise BadRecord("corrupt audio", place, "no recording after its ID3 tag")
     raise BadRecord("unknown audio format", place, f"none of {FORMATS}")

@@ -15,10 +15,10 @@ class Source(Spec):
         """The examples, by random access: `len(examples)` and `examples[i]`. An index always gives the same example.
 
         The sequence is pickled to worker processes and read from several threads; it should open files on first use.
-        It may have a method `files()`, the media files of the source, with which `polygpt data check` finds files that
-        no example names.
+        It may have a method `files()` that lists the source's media files; `polygpt data check` uses it to find files
+        that no example names.
 
         Raises:
-            UserError: if the data cannot be found. `examples[i]` raises BadRecord for a record that cannot be used.
+            UserError: if the data cannot be found. `examples[i]` raises BadRecord for an unusable record.
         """
         raise NotImplementedError

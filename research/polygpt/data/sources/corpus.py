@@ -1,4 +1,4 @@
-"""A downloaded text corpus: its documents, cut into consecutive pieces at ends of sentences."""
+"""A downloaded text corpus, cut into consecutive pieces at sentence ends."""
 
 import bisect
 import dataclasses
@@ -17,7 +17,7 @@ from polygpt.data.sources.base import Source
 from polygpt.errors import UserError
 
 PAUSE = re.compile(r"""[a-z0-9)]{3}[.!?]["')]*\s""")
-"""The end of a sentence, which "Mr." and "U.S." are not."""
+"""The end of a sentence; does not match "Mr." and "U.S."."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Corpus(Source):
     characters: int = 1022
     """Largest number of characters per piece. With byte tokens a row of T positions holds T - 2 of them."""
     prompt: int = 0
-    """Number of leading characters that are a prompt, from which generation continues. Shorter pieces are left out."""
+    """Number of leading characters that form a prompt for generation. Shorter pieces are left out."""
 
     def validate(self) -> None:
         self.require(self.characters > 0, "characters", "at least 1")
@@ -98,8 +98,8 @@ def _pieces(folder: Path, characters: int, prompt: int) -> np.ndarray:
 def spans(text: str, characters: int) -> list[tuple[int, int]]:
     """(start, end) of the pieces of a document, without the spaces between them.
 
-    A piece ends after the last complete sentence if that fills at least half of it, or else after the last complete
-    word if that does, or else at `characters`.
+    A piece ends after its last complete sentence if it is then at least half full, else after its last complete word if
+    it is then at least half full, else at `characters`.
     """
     pauses = [match.end() - 1 for match in PAUSE.finditer(text)]
     found, start = [], 0

@@ -1,4 +1,4 @@
-"""The data that come with the package: digits to see, hear and add; captions, transcripts and text."""
+"""The datasets that ship with the package: written and spoken digits, sums, captions, transcripts and text."""
 
 import dataclasses
 import functools
@@ -44,13 +44,13 @@ class Embedded(Source):
     seconds: float = 3.0
     """Longer recordings are left out. English numbers last at most 0.96 s, others 1.2 s, utterances 3 s."""
     examples: int = 100_000
-    """Number of pairs in the fusion and sums tasks. Pair `i` depends on the split, the seed and `i` alone."""
+    """Number of pairs in the fusion and sums tasks. Pair `i` depends only on the split, the seed and `i`."""
     characters: int = 256
     """Number of characters per piece of text."""
     prompt: int = 0
-    """Number of leading characters of a piece that are a prompt, from which generation continues."""
+    """Number of leading characters of a piece that form a prompt for generation."""
     seed: int = 0
-    """Seed by which pairs are drawn."""
+    """Random seed of the pairs."""
 
     def validate(self) -> None:
         self.require(len(self.languages) > 0, "languages", "at least one language")
@@ -60,7 +60,7 @@ class Embedded(Source):
         self.require(0 <= self.prompt < self.characters, "prompt", f"from 0 to characters - 1 = {self.characters - 1}")
 
     def open(self) -> "EmbeddedExamples":
-        """The examples. The first use on a machine builds the dataset in the cache folder, which takes seconds.
+        """The examples. The first use on a machine builds the dataset in the cache folder, which takes a few seconds.
 
         Raises:
             UserError: if the cache folder cannot be written.
@@ -157,7 +157,7 @@ def _pieces(documents: list[dict[str, Any]], characters: int) -> list[tuple[str,
 
 
 def _drawn(spec: Embedded, i: int) -> bytes:
-    """The random bytes of pair `i`: a hash, so that any pair can be made without the others."""
+    """The random bytes of pair `i`: a hash, so that any pair can be generated without the others."""
     return hashlib.blake2b(f"{spec.seed}/{spec.split}/{i}".encode(), digest_size=17).digest()
 
 

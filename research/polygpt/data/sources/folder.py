@@ -23,7 +23,7 @@ MODALITIES = {
 FIELDS = ("file_name", "file_names", "text", "prompt")
 PLACEHOLDER = re.compile(r"(\\*)<(image|audio)>")
 NOT_LINES = re.compile(rb"\s*(\[\s*\{|\[\s*\n|\{\s*\n)")
-"""How a file begins that holds one JSON document and not one object per line."""
+"""The beginning of a file that holds a single JSON document instead of one object per line."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,34 +31,34 @@ class MediaFolder(Source):
     r"""A folder with `metadata.jsonl`: one JSON object per line, `{"file_name": "cat.png", "text": "a cat"}`. Blank
     lines are skipped.
 
-    `text` is the answer that the model learns to write; the optional `prompt` is what it reads first. `file_names`
-    lists several media in place of `file_name`; a row may also have none. The n-th `<image>` in a prompt stands for the
-    row's n-th image, the n-th `<audio>` for its n-th recording, and `\<image>` for the tag itself (`\\<image>` in
-    JSON). Media of a modality without placeholders come first; a tag of a modality that the row lacks is plain text.
+    `text` is the answer to learn; the optional `prompt` precedes it. `file_names` lists several media in place of
+    `file_name`; a row may also have none. The n-th `<image>` in a prompt stands for the row's n-th image, the n-th
+    `<audio>` for its n-th recording, and `\<image>` for the literal tag (`\\<image>` in JSON). Media of a modality
+    without placeholders come first; a tag of a modality that the row lacks is plain text.
     """
 
     path: str
     """The folder."""
     prompt: str = ""
-    """The prompt of rows that have none, placeholders included: "Transcribe: <audio>"."""
+    """The prompt of rows without one; may contain placeholders: "Transcribe: <audio>"."""
     text_placeholders: bool = False
-    """Whether placeholders stand for media in `text` too, as in interleaved documents. By default a tag in an answer is
-    text that the model learns to write."""
+    """Whether placeholders also stand for media in `text`, as in interleaved documents. By default a tag in an answer
+    is plain text."""
     follow_links: bool = False
-    """Whether symbolic links may lead out of the folder, as in the cache of a hub."""
+    """Whether to follow symbolic links out of the folder, as in hub caches."""
     ignore: tuple[str, ...] = ()
-    """Fields of the metadata that are deliberately not read. Any other unknown field makes its row a bad record."""
+    """Metadata fields to ignore. Any other unknown field makes its row a bad record."""
 
     def open(self) -> Sequence[Example]:
-        """The examples, one per line of the metadata that is not blank.
+        """The examples, one per non-blank line of the metadata.
 
         Raises:
             UserError: if the folder or its metadata does not exist, the metadata is a link out of the folder, or it is
-                not JSON lines.
+                not in JSON Lines format.
         """
         folder = Path(self.path)
         if not folder.is_dir():
-            raise UserError(f"no folder {self.path!r}: set this source's path to where {METADATA} and its media are")
+            raise UserError(f"no folder {self.path!r}: set this source's path to the folder with {METADATA}")
         metadata = folder / METADATA
         if not metadata.is_file():
             raise UserError(f"{folder}: no {METADATA}, which lists the files and their texts")
@@ -107,7 +107,7 @@ class _FolderExamples(Sequence):
         return Example(_interleave([(prompt, 0.0), (text, 1.0)], media, place), place)
 
     def _row(self, i: int, place: str) -> dict:
-        """A line of the metadata, its fields checked."""
+        """A line of the metadata, with its fields checked."""
         line = self.lines.text(i)
         try:
             row = json.loads(line)
@@ -134,12 +134,12 @@ class _FolderExamples(Sequence):
         return row
 
     def _unread(self, key: str, value) -> str:
-        """Why a field that nothing reads is refused."""
+        """The reason for rejecting an unread field."""
         names = [name for name in (value if isinstance(value, list) else [value]) if isinstance(name, str)]
         for name in names:
             if PurePath(name).suffix.lower() in MODALITIES and os.path.isfile(self.folder / name):
                 return f"{key!r} names the file {name!r}: call the field file_name, or list files in file_names"
-        return f"{key!r}: {nearest(key, FIELDS)}; a field to be left unread is listed in this source's `ignore`"
+        return f"{key!r}: {nearest(key, FIELDS)}; list fields to ignore in this source's `ignore`"
 
     def _medium(self, name: str, place: str) -> Medium:
         modality = MODALITIES.get(PurePath(name).suffix.lower())  # of the given name: a link may lead to a hash
@@ -159,7 +159,7 @@ class _FolderExamples(Sequence):
 
 
 def _spelled(folder: Path, name: str) -> Path:
-    """A path below `folder`, with accents composed or decomposed (NFC, NFD) as they are in the names on the disk."""
+    """A path below `folder`, with accents composed or decomposed (NFC, NFD) as in the file names on disk."""
     if name.isascii():
         return folder / name
     path = folder
@@ -170,7 +170,7 @@ def _spelled(folder: Path, name: str) -> Path:
 
 
 def _marked(piece: str, present: Collection[str]) -> list[str]:
-    """A text divided at its placeholders: texts at even places, between them the modalities that are present."""
+    """Splits a text at its placeholders: texts at even indices, modalities at odd ones."""
     parts, text, at = [], "", 0
     for match in PLACEHOLDER.finditer(piece):
         backslashes, modality = match.groups()
@@ -185,7 +185,7 @@ def _marked(piece: str, present: Collection[str]) -> list[str]:
 
 
 def _interleave(pieces: list[tuple[list[str], float]], media: list[Medium], place: str) -> tuple[Text | Medium, ...]:
-    """Marked texts, by weight, with media in place of their placeholders; media without placeholders in front."""
+    """Replaces the placeholders of split texts (with their weights) by media; media without placeholders come first."""
     stated = [modality for piece, _ in pieces for modality in piece[1::2]]
     parts = [medium for medium in media if medium.modality not in stated]
     waiting = {m: [medium for medium in media if medium.modality == m] for m in set(stated)}

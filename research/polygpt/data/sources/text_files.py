@@ -1,4 +1,4 @@
-"""Plain text files: an example is a document, a line or a chunk of fixed size."""
+"""Plain text files, read as documents, lines or chunks of fixed size."""
 
 import dataclasses
 import glob
@@ -22,9 +22,9 @@ class TextFiles(Source):
     paths: tuple[str, ...]
     """Files and glob patterns ("texts/**/*.txt")."""
     unit: Literal["document", "line", "chunk"] = "document"
-    """What an example is: a whole file, a line that is not blank, or one of the successive chunks of a file."""
+    """One example per file, per non-blank line, or per chunk of a file."""
     bytes: int = 1024
-    """Size of a chunk. A chunk ends before a character that would cross its end."""
+    """Maximum size of a chunk. Chunks never split a character."""
 
     def validate(self):
         self.require(len(self.paths) > 0, "paths", "at least one file or pattern")
@@ -43,7 +43,7 @@ def find_files(paths: Sequence[str]) -> list[Path]:
     """
     found = {}
     for path in paths:
-        # Accents may be composed or decomposed in the names on the disk, whichever way the path is typed.
+        # File names on disk may use composed or decomposed accents, whichever the path uses.
         forms = dict.fromkeys((path, *(unicodedata.normalize(form, path) for form in ("NFC", "NFD"))))
         found_by = ([form] if Path(form).exists() else sorted(glob.glob(form, recursive=True)) for form in forms)
         matches = next(filter(None, found_by), [])

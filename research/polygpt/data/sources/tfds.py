@@ -18,7 +18,7 @@ from polygpt.spec import Spec, nearest
 
 @dataclasses.dataclass(frozen=True)
 class Field(Spec):
-    """One part of an example, taken from a field of the record."""
+    """A part of an example, taken from a field of the record."""
 
     name: str
     """Name of the field; `a/b` is the field b inside a."""
@@ -43,13 +43,13 @@ class TfdsSource(Source):
     """A prepared TFDS dataset, and the fields that make up its examples.
 
     The dataset must be stored as ArrayRecord (`file_format="array_record"`), which allows random access. Class labels
-    become their names, numbers their decimal form; media are read as encoded bytes.
+    are replaced by their names, numbers by their decimal form; media are read as encoded bytes.
     """
 
     dataset: str
     """`name`, `name/config` or `name/config:version`; the newest version by default."""
     split: str
-    """A split of the dataset or a slice of one: `train`, `train[:90%]`."""
+    """A split of the dataset or a slice of it: `train`, `train[:90%]`."""
     parts: tuple[Field | Fixed, ...]
     """The parts of each example, in reading order."""
     data_dir: str = ""

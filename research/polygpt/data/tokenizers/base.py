@@ -1,4 +1,4 @@
-"""The tokenizer contract: text to ids and back, and two special ids that no text is encoded to."""
+"""The tokenizer contract: text to ids and back, plus two special ids that never result from text."""
 
 import dataclasses
 
@@ -49,8 +49,8 @@ class TokenizerSpec(Spec):
     """The specification of a tokenizer. Subclasses live one per file, anywhere importable."""
 
     multiple: int = dataclasses.field(default=1, kw_only=True)
-    """The vocabulary is rounded up to a multiple of this with unused ids, so that embedding tables divide evenly among
-    devices and fill whole tiles."""
+    """Pads the vocabulary with unused ids to a multiple of this, so that embedding tables divide evenly among devices
+    and fill whole tiles."""
 
     def validate(self):
         self.require(self.multiple >= 1, "multiple", "at least 1")

@@ -22,14 +22,14 @@ SPECIALS = 2
 SMALLEST = 256 + SPECIALS
 """The smallest vocabulary: every byte and the specials."""
 PIECE = 256
-"""Most characters of a stretch with or without white space that training takes as one piece. The cost of training is
-quadratic in the longest piece, and genomes, base64 and some languages have no spaces."""
+"""Maximum number of characters per training piece, a run with or without white space. The cost of training is quadratic
+in the longest piece, and genomes, base64 and some languages have no spaces."""
 LONG = re.compile(rf"(?<!\S)\S{{{PIECE + 1},}}|(?<!\s)\s{{{PIECE + 1},}}")
 LINE = 1 << 20
 """Characters read at a time from a line."""
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and all of it, in MB of text."""
+"""Called with the current activity, the amount done and the total amount, in MB of text."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,9 +90,9 @@ def train_bpe(
 
     Args:
         files: UTF-8 text files.
-        vocabulary: the most ids, the two specials included. Small files give fewer.
+        vocabulary: maximum number of ids, including the two special ids. Small files give fewer.
         out: the JSON file to write.
-        progress: called several times per second. What it raises ends the training.
+        progress: called several times per second; an exception that it raises ends training.
 
     Returns:
         The specification of the tokenizer.
@@ -101,7 +101,7 @@ def train_bpe(
         UserError: if the vocabulary is too small, or a file is missing or not UTF-8.
     """
     if vocabulary < SMALLEST:
-        raise UserError(f"a BPE vocabulary of {vocabulary} is too small: the bytes and specials alone are {SMALLEST}")
+        raise UserError(f"a BPE vocabulary of {vocabulary} is too small: bytes and special ids need {SMALLEST}")
     if not files:
         raise UserError("no text file to train the tokenizer on")
     model = tokenizers.Tokenizer(models.BPE())
@@ -121,7 +121,7 @@ def train_bpe(
 
 
 def _interruptible(train: Callable[[], None], texts: "_Texts", progress: Progress) -> None:
-    """Runs `train` in a thread: within the library's own loops the main thread would not hear of Ctrl+C."""
+    """Runs `train` in a thread, because the library's native loops do not respond to Ctrl+C."""
     failure: list[BaseException] = []
 
     def run():
@@ -152,8 +152,8 @@ class _Texts:
     """The text of files for training, in pieces.
 
     Attributes:
-        done, total: bytes read so far, and of all files.
-        ended: whether all has been read.
+        done, total: number of bytes read so far, and in all files.
+        ended: whether everything has been read.
         stopped: set from another thread to make the reading fail.
     """
 
@@ -196,7 +196,7 @@ def _unreadable(file: Path, error: OSError) -> UserError:
 
 
 def _bounded(line: str) -> Iterator[str]:
-    """A line, cut within stretches longer than PIECE and nowhere else: pieces begin and end where those of GPT-2 do."""
+    """Splits a line only inside runs longer than PIECE, so that other pieces are the same as GPT-2's."""
     start = 0
     for stretch in LONG.finditer(line) if len(line) > PIECE else ():
         for cut in range(stretch.start() + PIECE, stretch.end(), PIECE):

@@ -1,4 +1,4 @@
-"""Builds the archives of the embedded data. See README.md beside this file."""
+"""Builds the archives of the embedded data. See README.md in this folder."""
 
 import json
 import sys
@@ -14,7 +14,7 @@ import text
 HUMAN_UTTERANCES = {"en": 100, "es": 20, "fr": 20, "it": 20, "ru": 20}
 SYNTHESIZED_UTTERANCES = {"train": 2, "test": 4}
 PICTURES = 2_800
-LIMIT = 12_000_000  # bytes, all archives together
+LIMIT = 12_000_000  # total bytes of all archives
 
 
 def write(path: Path, records) -> int:
@@ -31,7 +31,7 @@ def write(path: Path, records) -> int:
 
 
 def add(archive: zipfile.ZipFile, name: str, data: bytes) -> None:
-    """Adds a file without date or owner; text is deflated, media are compressed already."""
+    """Adds a file without date or owner. Text is deflated; media are already compressed."""
     info = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
     info.create_system, info.external_attr = 3, 0o644 << 16
     packed = zipfile.ZIP_DEFLATED if name.endswith((".txt", ".jsonl")) else zipfile.ZIP_STORED

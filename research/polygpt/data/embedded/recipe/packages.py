@@ -1,4 +1,4 @@
-"""The Debian packages that the data come from: downloaded and unpacked, or installed where they are programs."""
+"""The Debian packages that provide the data: downloaded and unpacked, or installed if they are programs."""
 
 import os
 import subprocess

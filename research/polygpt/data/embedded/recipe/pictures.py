@@ -34,7 +34,7 @@ def png(picture: Image.Image) -> bytes:
 
 
 def lemmas(work: Path) -> set[str]:
-    """The single words that WordNet knows, by which English captions are told from others."""
+    """The single words in WordNet, used to recognise English captions."""
     known = set()
     for part in ("noun", "verb", "adj", "adv"):
         path = work / "wordnet-base/usr/share/wordnet" / f"index.{part}"
@@ -96,7 +96,7 @@ def clip_art(work: Path, at_most: int, same_caption: int = 3):
 
 
 def shrink(path: Path) -> Image.Image | None:
-    """The picture on a white square of SIZE x SIZE pixels, its shape kept; None for posters of over 4 megapixels."""
+    """The picture centred on a white square of SIZE x SIZE pixels, without distortion; None above 4 megapixels."""
     with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
         try:
             with Image.open(path) as opened:

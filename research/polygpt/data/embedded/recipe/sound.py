@@ -1,4 +1,4 @@
-"""From a raw recording to what is stored: mono, 8 kHz, trimmed, levelled, FLAC."""
+"""Converts a raw recording to the stored form: mono, 8 kHz, trimmed, levelled, FLAC."""
 
 import io
 
@@ -12,7 +12,7 @@ HIGH_PASS = scipy.signal.butter(4, 70, "highpass", fs=RATE, output="sos")
 
 
 def trim(samples: np.ndarray, rate: int, floor: float, before: float = 0.03, after: float = 0.05) -> np.ndarray:
-    """Cuts the silence round the speech, keeping `before` and `after` seconds of it.
+    """Trims the silence around the speech, keeping `before` and `after` seconds of it.
 
     A frame of 10 ms is speech if its RMS is within `floor` dB of the loudest and over twice the noise floor (or within
     30 dB of the loudest, where the noise floor is higher).
@@ -29,7 +29,7 @@ def trim(samples: np.ndarray, rate: int, floor: float, before: float = 0.03, aft
 
 
 def prepare(samples: np.ndarray, rate: int, floor: float = 42) -> np.ndarray:
-    """float32 [samples] at RATE, without what lies below speech, trimmed, its peak at 0.9, its ends faded over 5 ms."""
+    """float32 [samples] at RATE: high-pass filtered below speech, trimmed, peak 0.9, ends faded over 5 ms."""
     if samples.ndim == 2:
         samples = samples.mean(1)
     samples = samples.astype(np.float32)
@@ -45,7 +45,7 @@ def prepare(samples: np.ndarray, rate: int, floor: float = 42) -> np.ndarray:
 
 
 def flac(samples: np.ndarray) -> bytes:
-    """FLAC bytes. Samples keep 9 bits (noise 58 dB below the peak): FLAC drops the empty low bits, half of the size."""
+    """FLAC bytes with samples of 9 bits (noise 58 dB below the peak): FLAC omits empty low bits, half of the size."""
     step = 128
     integers = (np.round(samples * 32767 / step) * step).astype(np.int16)
     buffer = io.BytesIO()

@@ -16,19 +16,19 @@ NUMBERS = {
     "ru": "ноль один два три четыре пять шесть семь восемь девять",
 }
 LONGEST_ENGLISH_WORD = 0.96  # seconds
-LONGEST_WORD = 1.2  # of the other languages: one speaker takes her time
+LONGEST_WORD = 1.2  # in the other languages: one speaker is slow
 LONGEST_UTTERANCE = 3.0
 TAKES = {"awb": 4, "kal": 4, "ked": 4, "slt": 4}  # of an English digit, else 2: voices made from speakers are rarer
 
 
 def spoken_numbers(work: Path):
-    """Yields (manifest row, FLAC bytes). English digits in several takes by each synthesized voice, all else once."""
+    """Yields (manifest row, FLAC bytes): several takes of English digits by each synthesized voice, one of the rest."""
     for voice in voices():
         longest = LONGEST_ENGLISH_WORD if voice.language == "en" else LONGEST_WORD
         for value, word in enumerate(NUMBERS[voice.language].split()):
             several = voice.kind == "synthesized" and voice.language == "en" and value < 10
             for take in range(TAKES.get(voice.name, 2) if several else 1):
-                for floor in (42, 34, 28, 24):  # where it lasts too long, breath and noise count as silence
+                for floor in (42, 34, 28, 24):  # if it is too long, treat breath and noise as silence
                     samples = say(work, voice, word, f"digits/{value}", take, floor)
                     if len(samples) <= longest * RATE:
                         break
@@ -49,14 +49,14 @@ def spoken_numbers(work: Path):
 
 
 def say(work: Path, voice: Voice, text: str, name: str, take: int = 0, floor: float = 42):
-    """What is stored of `voice` saying `text`, which a human voice has recorded under `name`."""
+    """The stored form of `voice` saying `text`; `name` is the name of a human voice's recording."""
     if voice.kind == "synthesized":
         return prepare(*synthesize(voice, text, take), floor)
     return prepare(*recording(work / voice.speak[0].removeprefix("folder "), name), floor)
 
 
 def transcripts(work: Path, language: str) -> dict[str, str]:
-    """Recording name -> transcript, of those fit for learning: short, no stage directions, no broken letters."""
+    """Recording name -> transcript, for the usable ones: short, without stage directions and broken letters."""
     package = f"asterisk-core-sounds-{language}"
     path = work / package / "usr/share/doc" / package / f"core-sounds-{language}.txt.gz"
     found = {}
@@ -70,7 +70,7 @@ def transcripts(work: Path, language: str) -> dict[str, str]:
 
 
 def sentences(work: Path, language: str) -> tuple[list[str], list[str]]:
-    """The distinct transcripts of a language, those for training and the held-out ones (one in five)."""
+    """The distinct transcripts of a language: those for training, and those held out (one in five)."""
     distinct = sorted({text for text in transcripts(work, language).values() if len(text) <= 40})
     kept = [text for text in distinct if number(language, text) % 5]
     return kept, [text for text in distinct if text not in kept]
@@ -93,7 +93,7 @@ def utterances(work: Path, human: dict[str, int], synthesized: dict[str, int]):
             order = sorted(transcripts(work, voice.language).items(), key=lambda item: number(item[0]))
             chosen = [(name, text) for name, text in order if text not in test]
             wanted = human[voice.language]
-        else:  # the held-out human voices come without transcripts
+        else:  # the held-out human voices have no transcripts
             continue
         count, seen = 0, set()
         for name, text in chosen:

@@ -1,4 +1,4 @@
-"""Plain English text: half of it books of the King James Bible, chapter by chapter, half WordNet's definitions."""
+"""Plain English text: half chapters of the King James Bible, half WordNet definitions."""
 
 import re
 import subprocess
@@ -30,7 +30,7 @@ def documents(work: Path):
 
 
 def definitions(work: Path):
-    """Yields "word: definition" lines, plain ASCII, of lower-case words."""
+    """Yields "word: definition" lines in plain ASCII for lower-case words."""
     for part in ("noun", "verb", "adj", "adv"):
         path = work / "wordnet-base/usr/share/wordnet" / f"data.{part}"
         for line in path.read_text(encoding="latin-1").splitlines():

@@ -1,4 +1,4 @@
-"""The voices: who speaks, in which language, on which side of the split, and how to make them speak.
+"""The voices: name, language, split, and how to synthesize them.
 
 A voice is one speaker. Recordings of one speaker by two programs (flite and festival both carry the speakers kal and
 slt) count as one voice.
@@ -48,7 +48,7 @@ HUMAN = [
     ("menardi", "it", "test", "asterisk-prompt-it-menardi-wav", "it_IT_f_Menardi"),
     ("ivrvoice", "ru", "train", "asterisk-core-sounds-ru-wav", "ru_RU_f_IvrvoiceRU"),
 ]
-# Synthesized from recordings of a person: nearer to people than formant synthesis.
+# Synthesized from a person's recordings: closer to human voices than formant synthesis.
 FROM_SPEAKERS = [
     ("awb", "train", ("flite awb",)),
     ("kal", "train", ("flite kal16", "festival kal_diphone")),
@@ -76,7 +76,7 @@ def voices() -> list[Voice]:
 
 
 def number(*key) -> int:
-    """A number that depends on the key alone: the recipe's only source of chance."""
+    """A number that depends only on the key: the recipe's only source of variation."""
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big")
 
 
@@ -106,8 +106,8 @@ def synthesize(voice: Voice, text: str, take: int) -> tuple[np.ndarray, int]:
 
 
 def recording(folder: Path, name: str) -> tuple[np.ndarray, int] | None:
-    """(samples, rate) of a human voice's recording `name`, or None where the package lacks it."""
-    for suffix, skip in ((".wav", 0), (".gsm", 600)):  # the GSM recordings begin with a step of the level
+    """(samples, rate) of a human voice's recording `name`, or None if the package lacks it."""
+    for suffix, skip in ((".wav", 0), (".gsm", 600)):  # GSM recordings begin with a jump in level
         if (folder / f"{name}{suffix}").is_file():
             samples, rate = soundfile.read(folder / f"{name}{suffix}", dtype="float32")
             return samples[skip:], rate

@@ -1,4 +1,4 @@
-"""FLAC (RFC 9639): files joined to one, and files written to a pipe, whose header does not state their length."""
+"""FLAC (RFC 9639): concatenated files, and files written to a pipe, whose header does not state their length."""
 
 import functools
 import re
@@ -20,7 +20,7 @@ def parts(encoded: bytes) -> list[Part]:
     """The recordings of a file that `recognises` accepts, in order.
 
     Raises:
-        Incomplete: if the end is missing from a file that does not state its length. libsndfile notices the others.
+        Incomplete: if a file that does not state its length lacks its end. libsndfile detects the other cases.
     """
     starts = [match.start() for match in _START.finditer(encoded)] or [0]
     return [Part(_with_length(encoded[a:b])) for a, b in zip(starts, [*starts[1:], len(encoded)], strict=True)]
@@ -44,7 +44,7 @@ def _with_length(encoded: bytes) -> bytes:
 
 
 def _first_frame(encoded: bytes) -> int:
-    """Offset of the first frame, behind the metadata."""
+    """Offset of the first frame, after the metadata."""
     at, last = 4, False
     while not last and at + 4 <= len(encoded):
         last = encoded[at] >= 0x80
@@ -56,7 +56,7 @@ def _frame_stop(encoded: bytes, at: int, block: int) -> int | None:
     """The number of the sample that follows a frame, or None if no frame starts here. RFC 9639, section 9.1.
 
     Args:
-        block: samples per frame, where frames are numbered and not samples.
+        block: samples per frame, for streams that number frames instead of samples.
     """
     head = encoded[at : at + 16].ljust(16, b"\0")
     size_code, rate_code = head[2] >> 4, head[2] & 15

@@ -1,8 +1,8 @@
-"""Image files reduced to what decides their pixels, plus the orientation that the camera recorded.
+"""Reduces image files to their pixel data, plus the orientation that the camera recorded.
 
-Image decoders also parse texts, colour profiles and EXIF, and reject the whole file if one of them is damaged. Such
-metadata is dropped here before decoding, so it can never reject intact pixels. Only the orientation is kept; a damaged
-one counts as upright. Colour profiles are never applied, so dropping them changes no pixel.
+Image decoders also parse texts, colour profiles and EXIF, and reject the whole file if any of them is damaged. Dropping
+such metadata before decoding ensures that it never causes intact pixels to be rejected. Only the orientation is kept; a
+damaged one counts as upright. Colour profiles are never applied, so dropping them changes no pixel.
 """
 
 import re
@@ -20,13 +20,13 @@ WEBP_PIXELS = (b"VP8X", b"VP8 ", b"VP8L", b"ALPH", b"ANIM", b"ANMF")
 WEBP_METADATA_FLAGS = 0x20 | 0x08 | 0x04
 """Bits of a VP8X chunk that announce ICC, EXIF and XMP chunks."""
 MOST_TEXT = 1 << 20
-"""Bytes of a compressed PNG text that are decompressed at most."""
+"""Maximum number of bytes to decompress from a PNG text."""
 
 
 def without_metadata(encoded: bytes) -> tuple[bytes, int]:
     """Drops the metadata of a PNG, JPEG or WebP file; other formats are returned unchanged.
 
-    A file whose pixel data is damaged stays so: judging it is left to the decoder.
+    Damaged pixel data is left as is, for the decoder to detect.
 
     Returns:
         (file without metadata, EXIF orientation 1..8). 1 is upright.

@@ -1,8 +1,8 @@
-"""MPEG audio, "MP3" (ISO 11172-3 and 13818-3): the true length, from the frames.
+"""MPEG audio, "MP3" (ISO 11172-3 and 13818-3): determines the true length from the frames.
 
 A file is a sequence of frames and states its length only if the first frame carries a Xing, Info or VBRI tag. Without
-one, decoders estimate the length from the size of the file and of the first frame, and stop there. So the frames are
-counted, and a tag with that number is put before them.
+one, decoders estimate the length from the size of the file and of the first frame, and stop there. This module counts
+the frames and prepends a tag with their number.
 """
 
 import struct
@@ -19,7 +19,7 @@ _TWO_II = (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)
 BITRATES = {(1, 1): _ONE_I, (1, 2): _ONE_II, (1, 3): _ONE_III, (2, 1): _TWO_I, (2, 2): _TWO_II, (2, 3): _TWO_II}
 RATES = (44_100, 48_000, 32_000)
 VERSIONS = {3: (1, 1), 2: (2, 2), 0: (2, 4)}
-"""By the bits of the header: which bit rates apply, and what divides the sample rate (MPEG-1, 2, 2.5)."""
+"""By header bits: the table of bit rates, and the divisor of the sample rate (MPEG-1, 2, 2.5)."""
 
 
 class Frame(NamedTuple):
@@ -35,11 +35,11 @@ class Frame(NamedTuple):
 
 
 class Tag(NamedTuple):
-    """What a Xing, Info or VBRI tag states."""
+    """The contents of a Xing, Info or VBRI tag."""
 
     frames: int | None
     size: int | None
-    """Bytes, with the frame of the tag."""
+    """Bytes, including the frame of the tag."""
     read: bool = True
     """Whether libsndfile's decoder reads it."""
 
@@ -95,7 +95,7 @@ def _frame(encoded: bytes, at: int) -> Frame | None:
 
 
 def _side(frame: Frame) -> int:
-    """Offset of the audio data of a frame of layer III, behind the header and the side information; a tag is there."""
+    """Offset of the audio data in a layer III frame, after header and side information; tags are stored there."""
     mono = frame.form[2]
     return 4 + ((17 if mono else 32) if frame.family == 1 else (9 if mono else 17))
 
@@ -103,7 +103,7 @@ def _side(frame: Frame) -> int:
 def _tag(encoded: bytes, frame: Frame) -> Tag | None:
     """The tag that a frame carries instead of audio, if it does."""
     data = encoded[frame.at : frame.at + frame.size]
-    for at in (_side(frame), _side(frame) + 2):  # behind a checksum, if there is one
+    for at in (_side(frame), _side(frame) + 2):  # the latter if there is a checksum
         if frame.layer == 3 and data[at : at + 4] in (b"Xing", b"Info") and at + 16 <= len(data):
             flags, first, second = struct.unpack_from(">III", data, at + 4)
             values = [first, second] if flags & 1 else [None, first]
@@ -115,7 +115,7 @@ def _tag(encoded: bytes, frame: Frame) -> Tag | None:
 
 
 def _tag_size(encoded: bytes, at: int) -> int:
-    """Bytes of a tag of another kind, or of zeros, at an offset: what may stand between recordings and behind them."""
+    """Bytes of another kind of tag, or of zeros, at an offset: both may occur between and after recordings."""
     if encoded.startswith(b"ID3", at):
         return id3_size(encoded, at)
     if encoded.startswith(b"TAG", at):
@@ -139,7 +139,7 @@ def id3_size(encoded: bytes, at: int = 0) -> int:
 
 
 def _check_rest(encoded: bytes, at: int, last: Frame) -> None:
-    """Raises Incomplete if what is no frame hides more frames, or is the beginning of one."""
+    """Raises Incomplete if the rest of the file hides more frames, or is the beginning of one."""
     if len(encoded) - at < 4 and encoded[at] == 0xFF:
         raise Incomplete("truncated: its last frame has no complete header")
     search = at
@@ -166,7 +166,7 @@ def _part(encoded: bytes, run: list[Frame]) -> Part:
         return Part(data)
     header = bytearray(encoded[run[0].at : run[0].at + 4])
     header[1] |= 1  # without a checksum
-    if run[0].layer != 3:  # there is no tag; silent frames raise the estimate, and are cut off again
+    if run[0].layer != 3:  # no tag exists; appended silent frames raise the estimate, and are cut off after decoding
         silence = bytes(header).ljust(_frame(bytes(header), 0).size, b"\0")
         return Part(data + 2 * silence, sum(frame.samples for frame in frames))
     header[2] = 0xE0 | header[2] & 0x0D  # the highest bit rate, so that the tag fits

@@ -1,4 +1,4 @@
-"""Ogg (RFC 3533): chained files, and pages that are missing at the end."""
+"""Ogg (RFC 3533): chained files, and detection of missing pages at the end."""
 
 import struct
 
@@ -14,7 +14,7 @@ def recognises(encoded: bytes) -> bool:
 
 
 def parts(encoded: bytes) -> list[Part]:
-    """The links of a chain, in order. libsndfile on its own reads the first.
+    """The links of a chain, in order. libsndfile by itself reads only the first.
 
     Raises:
         Incomplete: if a page is truncated, or a stream lacks its last page.

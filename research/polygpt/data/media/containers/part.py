@@ -1,4 +1,4 @@
-"""What every audio container is reduced to: complete recordings that libsndfile reads in full."""
+"""The common result of all audio containers: complete recordings that libsndfile reads in full."""
 
 from typing import NamedTuple
 

@@ -23,7 +23,7 @@ class Chunked:
     magic: bytes
     """The first bytes of a file."""
     forms: tuple[bytes, ...]
-    """What may stand immediately before the first chunk."""
+    """Bytes that may immediately precede the first chunk."""
     first: int
     """Offset of the first chunk."""
     samples: bytes
@@ -42,7 +42,7 @@ class Chunked:
 
 
 _W64 = bytes.fromhex("f3acd3118cd100c04f8edb8a")
-"""The tail of the GUIDs that name chunks of W64, but for the outermost."""
+"""The tail of the GUIDs that name W64 chunks, except the outermost."""
 CHUNKED = (
     Chunked(b"RIFF", (b"WAVE",), 12, b"data", "little"),
     Chunked(b"RIFX", (b"WAVE",), 12, b"data", "big"),
@@ -57,16 +57,16 @@ NIST = b"NIST_1A\n"
 
 
 class Samples(NamedTuple):
-    """Where the samples of the first recording in a file are."""
+    """The location of the samples of the first recording in a file."""
 
     begin: int
     """Offset of their first byte."""
     size: int
-    """How many bytes they have, as stated."""
+    """Their number of bytes, as stated."""
     field: tuple[int, int, str] | None = None
     """Offset, bytes, and byte order of the size in the header."""
     overhead: int = 0
-    """What the size in the header includes beyond the samples, in bytes."""
+    """Bytes beyond the samples that the size in the header includes."""
 
 
 class Chunk(NamedTuple):
@@ -96,7 +96,7 @@ def parts(encoded: bytes) -> list[Part]:
 
 
 def _first(encoded: bytes) -> tuple[bytes, bytes]:
-    """(the first recording, the bytes of another that was appended)."""
+    """(the first recording, the bytes of any appended recordings)."""
     kind = next((kind for kind in CHUNKED if kind.recognises(encoded)), None)
     if kind is not None:
         samples = _chunked(encoded, kind)
@@ -112,7 +112,7 @@ def _first(encoded: bytes) -> tuple[bytes, bytes]:
     if kind is not None:
         chunks = _chunks(encoded, kind, end + -end % kind.align)
         stop = next((chunk.at for chunk in chunks if chunk.name.startswith(kind.magic)), len(encoded))
-    if kind is None or kind.counted:  # of W64, AU and NIST, libsndfile takes everything to the end for samples
+    if kind is None or kind.counted:  # in W64, AU and NIST, libsndfile reads everything up to the end as samples
         return encoded[:end], encoded[stop:] if recognises(encoded[stop:]) else b""
     return encoded[:stop], encoded[stop:] if recognises(encoded[stop:]) else b""
 
@@ -126,7 +126,7 @@ def _with_size(encoded: bytes, samples: Samples, size: int) -> bytes:
 
 
 def _chunks(encoded: bytes, kind: Chunked, at: int) -> Iterator[Chunk]:
-    """Chunks from an offset on, as long as there are names that can be one."""
+    """Chunks from an offset on, as long as their names are plausible."""
     head = len(kind.samples) + kind.width
     while at + head <= len(encoded) and encoded[at : at + 4].isascii() and encoded[at : at + 4].decode().isprintable():
         begin = at + head
@@ -138,7 +138,7 @@ def _chunks(encoded: bytes, kind: Chunked, at: int) -> Iterator[Chunk]:
 
 
 def _only_chunks(encoded: bytes, at: int, kind: Chunked) -> bool:
-    """Whether nothing but chunks follows: samples of stated size 0 are then none, and not of unknown size."""
+    """Whether only chunks follow: a stated sample size of 0 then means no samples, not an unknown size."""
     for chunk in _chunks(encoded, kind, at):
         at = chunk.stop
     return at in (len(encoded), len(encoded) + 1)
@@ -151,7 +151,7 @@ def _chunked(encoded: bytes, kind: Chunked) -> Samples:
         if chunk.name == b"ds64" and chunk.begin + 16 <= len(encoded):
             long = chunk.begin + 8
         if chunk.name == kind.samples:
-            if long is not None and chunk.size == 0xFFFFFFFF:  # RF64: the true size stands in the chunk ds64
+            if long is not None and chunk.size == 0xFFFFFFFF:  # RF64: the true size is in the ds64 chunk
                 return Samples(chunk.begin, int.from_bytes(encoded[long : long + 8], "little"), (long, 8, "little"))
             field = (chunk.begin - kind.width, kind.width, kind.order)
             return Samples(chunk.begin, chunk.size, field, overhead)
@@ -173,6 +173,6 @@ def _nist(encoded: bytes) -> Samples:
         count, channels, width = (int(fields[name]) for name in (b"sample_count", b"channel_count", b"sample_n_bytes"))
     except (IndexError, KeyError, ValueError):
         raise Incomplete("its header does not state sample_count, channel_count and sample_n_bytes") from None
-    if b"embedded" in fields.get(b"sample_coding", b""):  # compressed; libsndfile refuses it and says why
+    if b"embedded" in fields.get(b"sample_coding", b""):  # compressed; libsndfile rejects it with a reason
         return Samples(begin, max(0, len(encoded) - begin))
     return Samples(begin, max(0, count * channels * width))
