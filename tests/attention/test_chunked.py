@@ -21,12 +21,18 @@ def in_tiny_blocks(rule, operands):
     return chunked.in_blocks(rule, operands, 5, 4)
 
 
-@pytest.mark.parametrize("name", [*NAMES, *WITH_PAIRS])
+QUICK = ("spans", "decode", "far_or_first", "table", "gates", "sigmoid_terms")
+"""Between them every kind of tile and term, both normalizers, GQA and MQA, spans, padding, other numbers of keys."""
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NAMES] + [*WITH_PAIRS]
+)
 def test_it_equals_float64_and_the_gradients_of_the_reference(name):
     assert_agrees(in_tiny_blocks, *problem(name))
 
 
-@pytest.mark.parametrize("name", ["packed", "gates"])
+@pytest.mark.parametrize("name", [pytest.param("packed", marks=pytest.mark.slow), "gates"])
 def test_in_bfloat16_it_sums_in_float32(name):
     assert_agrees(in_tiny_blocks, *problem(name, dtype="bfloat16"))
 
@@ -63,7 +69,9 @@ FRAMES = {
 }
 
 
-@pytest.mark.parametrize("frame", FRAMES)
+@pytest.mark.parametrize(
+    "frame", ["remat", "vmap", *(pytest.param(name, marks=pytest.mark.slow) for name in ("scan", "pmap", "no jit"))]
+)
 def test_it_works_inside(frame):
     rule, operands = problem("gates")
     f = functools.partial(gradients, rule)

@@ -141,6 +141,7 @@ def test_on_a_tpu_the_library_is_said_to_refuse_decoders_and_does():
 # --- several devices --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_rows_over_two_devices_change_nothing():
     """Values as in float64, gradients as on one device; those of terms a head, which both devices add to, too."""
     script = Path(__file__).with_name("rows_on_two_devices.py")

@@ -204,7 +204,8 @@ def test_no_class_inherits_that_it_adds(score):
     x_BTD = jnp.asarray(np.random.default_rng(0).normal(size=(B, T, 8)), jnp.float32)
 
     def y_BTD(spec):
-        return spec.build(Dims(8), nnx.Rngs(0))(x_BTD, Context(everything, everything, DECODER))[0]
+        context = Context(everything, everything, DECODER)
+        return jax.jit(lambda: spec.build(Dims(8), nnx.Rngs(0))(x_BTD, context)[0])()
 
     if score in MULTIPLY:
         with pytest.raises(SpecError, match="cannot be written as a bias"):

@@ -132,8 +132,8 @@ def programs() -> dict:
 
 
 QUICK = [
-    ("sequence 4, tensor 2", "ring", "reference", ("spans", "nothing seen", "prefix", "sinks", "sigmoid", "one query")),
-    ("data 2, sequence 2, tensor 2", "gather", "reference", ("spans", "gates", "odd lengths", "pairs")),
+    ("sequence 4, tensor 2", "ring", "reference", ("spans", "nothing seen", "sigmoid", "one query")),
+    ("data 2, sequence 2, tensor 2", "gather", "reference", ("table", "gates", "odd lengths", "pairs")),
     ("tensor 8", "gather", "reference", ("one key head",)),
 ]
 SOME = ("spans", "one key head", "three key heads", "nothing seen", "table", "sigmoid", "odd lengths")
