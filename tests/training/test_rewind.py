@@ -151,10 +151,11 @@ def test_a_run_with_a_rewind_that_is_cut_repeats_itself_to_the_bit(tmp_path, num
 class Hanging(Numbered):
     """Batches of which one that is fetched ahead of the rewind hangs until it is released, after the rewind."""
 
-    release = threading.Event()
+    hangs, release = threading.Event(), threading.Event()
 
     def __next__(self):
         if self.number == 13 and not self.release.is_set():
+            self.hangs.set()
             assert self.release.wait(60)
         return super().__next__()
 
@@ -165,9 +166,11 @@ class Releasing(Silent):
 
 
 def test_what_a_source_that_hung_gives_after_a_rewind_is_nobodys(tmp_path, monkeypatch, caplog, whole):
-    made = trainer.train_batches
+    made, close = trainer.train_batches, prefetch.Prefetch.close
     monkeypatch.setattr(prefetch, "GRACE", 0.2)
     monkeypatch.setattr(trainer, "train_batches", lambda *given, **named: Hanging(made(*given, **named), ()))
+    # Two batches are ready when the run goes back, and the thread is at the next, however slow the machine is.
+    monkeypatch.setattr(prefetch.Prefetch, "close", lambda self: Hanging.hangs.wait(60) and close(self))
     assert train(chosen(**REWINDING), tmp_path, lambda *where: [*quiet(*where), Releasing()]).finished
     assert "have not given their next batch" in caplog.text
     assert (tmp_path / "metrics.jsonl").read_bytes() == whole
