@@ -192,7 +192,7 @@ class Layout:
         """`axes`, with the mesh."""
         return NamedSharding(self.mesh, self.axes(logical, shape))
 
-    def whole(self) -> NamedSharding:
+    def replicated(self) -> NamedSharding:
         """A copy on every device."""
         return NamedSharding(self.mesh, PartitionSpec())
 

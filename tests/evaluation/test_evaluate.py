@@ -66,7 +66,7 @@ class Looks:
     def apply(self, params, batch, key=None):
         return types.SimpleNamespace(logits_BTV=self.decode(params, batch, None)[0])
 
-    def whole(self, tree):
+    def replicated(self, tree):
         return tree
 
     def _letter(self, batch):

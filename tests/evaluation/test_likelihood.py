@@ -18,7 +18,7 @@ class Table:
     def apply(self, params, batch, key=None):
         return types.SimpleNamespace(logits_BTV=params[batch.tokens_BT])
 
-    def whole(self, tree):
+    def replicated(self, tree):
         return tree
 
 

@@ -38,7 +38,7 @@ class Script:
     def init_cache(self, rows, size):
         return {"tokens": jnp.full((rows, size), -1), "cursor": jnp.int32(0)}
 
-    def whole(self, tree):
+    def replicated(self, tree):
         return tree
 
     def decode(self, params, batch, cache, last_B=None):

@@ -82,9 +82,9 @@ def test_each_modality_goes_to_its_own_experts():
 
 
 def test_groups_have_to_fit_the_model():
-    with pytest.raises(SpecError, match="it must have a number for each of text, image, audio"):
+    with pytest.raises(SpecError, match="it must have one number for each of text, image, audio"):
         tiny(mlp=MixtureOfExperts(8, 2, groups=(4, 4)))
-    with pytest.raises(SpecError, match="it must have a number for each of the tower's one modality"):
+    with pytest.raises(SpecError, match="it must have one number for each of the tower's one modality"):
         towers = {"image": ADAPTERS["image"].replace(tower=TOWER.replace(mlp=MixtureOfExperts(8, 2, groups=(4, 4))))}
         bind(tiny(adapters=towers), 31)
 

@@ -35,7 +35,7 @@ def token_scores(model, params, batch: Batch):
     predicted_BT = batch.weight_BT > 0
     loss_BT = jax.nn.logsumexp(logits_BTV, axis=-1) - target_BT
     correct_BT = predicted_BT & (logits_BTV.argmax(axis=-1) == batch.target_BT)
-    return model.whole((jnp.where(predicted_BT, loss_BT, 0), correct_BT))
+    return model.replicated((jnp.where(predicted_BT, loss_BT, 0), correct_BT))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -121,7 +121,7 @@ def decode(model, sampling: Sampling, params, state: State, eos, until, used=Non
 
 def _replicated(model, state: State) -> State:
     """Replicates the fields that the host reads."""
-    read = model.whole((state.tokens_BS, state.count_B, state.done_B))
+    read = model.replicated((state.tokens_BS, state.count_B, state.done_B))
     return dataclasses.replace(state, **dict(zip(("tokens_BS", "count_B", "done_B"), read, strict=True)))
 
 

@@ -1,4 +1,4 @@
-"""The decoder: a stack of causal blocks over the sequence layout, and the cache with which it generates."""
+"""The decoder: a stack of causal blocks over the sequence layout, and its cache for generation."""
 
 import dataclasses
 from typing import Any
@@ -20,27 +20,27 @@ from polygpt.sequence import Batch
 
 @dataclasses.dataclass(frozen=True)
 class DecoderSpec(StackSpec):
-    """A decoder. The defaults are today's common form: RMSNorm, SwiGLU, rotary positions."""
+    """A decoder. The defaults are the common modern form: RMSNorm, SwiGLU, rotary positions."""
 
     norm: Norm = RMSNorm()
-    """The normalisation of each half of a block and, where they are pre-norm, after the last block."""
+    """The normalisation of each residual branch and, with pre-norm, after the last block."""
     mlp: FeedForward = GatedMLP()
     """The feed-forward layer of every block."""
     position: Position = Rope()
     """The position encoding."""
     tied: bool = True
-    """Whether the logits use the table of token embeddings."""
+    """Whether the output head shares the token embedding table."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """All that a decoder remembers of the positions it has read.
+    """The state of a decoder after the positions read so far.
 
     Attributes:
-        layers: the caches of the blocks, as `StackSpec.init_cache` lays them out.
-        seen: metadata of the positions in the cache, [B, S]; segment 0 where nothing has been written.
-        cursor: int32 scalar, the number of positions written so far, padding included.
+        layers: the caches of the blocks, in the form of `StackSpec.init_cache`.
+        seen: metadata of the positions in the cache, [B, S]; segment 0 in unused slots.
+        cursor: int32 scalar, the number of positions written so far, including padding.
     """
 
     layers: Any
@@ -49,12 +49,12 @@ class Cache:
 
     @property
     def size(self) -> int:
-        """S, the number of positions that there is room for."""
+        """S, the capacity in positions."""
         return self.seen.index.shape[1]
 
 
 def metadata(batch: Batch, cursor: jax.Array | int) -> Meta:
-    """The metadata of a batch whose first position is the `cursor`-th of its rows."""
+    """The metadata of a batch whose positions start at row index `cursor`."""
     B, T = batch.shape
     index_BT = jnp.broadcast_to(cursor + jnp.arange(T, dtype=jnp.int32)[None], (B, T))
     return Meta(index_BT, batch.position_BT, batch.segment_BT, batch.span_BT, batch.modality_BT.astype(jnp.int32))
@@ -62,13 +62,13 @@ def metadata(batch: Batch, cursor: jax.Array | int) -> Meta:
 
 def init_cache(spec: DecoderSpec, batch_size: int, size: int, dtype: str) -> Cache:
     """An empty cache of `size` positions."""
-    # An array for each field: a shared one could not be donated.
+    # One array per field: a shared buffer could not be donated.
     seen = Meta(*(jnp.zeros((batch_size, size), jnp.int32) for _ in range(5)))
     return Cache(spec.init_cache(batch_size, size, dtype), seen, jnp.zeros((), jnp.int32))
 
 
 class Decoder(Stack):
-    """Embeddings `[B, T, D]` to hidden vectors `[B, T, D]`: a stack that reads the sequence layout."""
+    """A stack over the sequence layout: embeddings `[B, T, D]` to hidden vectors `[B, T, D]`."""
 
     pipelined = True
 
@@ -79,9 +79,9 @@ class Decoder(Stack):
     def __call__(
         self, x_BTD: jax.Array, batch: Batch, cache: Cache | None = None, key: jax.Array | None = None
     ) -> tuple[jax.Array, Cache | None, Losses]:
-        """Reads `batch`, after what `cache` holds: the hidden vectors, the cache with `batch` in it, and the losses."""
+        """Reads `batch` after the positions in `cache`; returns hidden vectors, the updated cache and the losses."""
         embedding_key, stack_key = (None, None) if key is None else jax.random.split(key)
-        x_BTD = dropout(self._place(x_BTD, batch), self.spec.dropout, embedding_key)
+        x_BTD = dropout(self._add_positions(x_BTD, batch), self.spec.dropout, embedding_key)
         context, seen = self._context(batch, cache)
         context = dataclasses.replace(context, training=key is not None)
         x_BTD, layers, losses = super().__call__(x_BTD, context, None if cache is None else cache.layers, stack_key)
@@ -90,10 +90,10 @@ class Decoder(Stack):
         return x_BTD, cache, losses
 
     def weights(self, x_BTD: jax.Array, batch: Batch, chosen_R: jax.Array | None = None) -> dict[int, jax.Array]:
-        """By block, the attention weights of the chosen positions, float32 [B, H, R, T]; None means all."""
-        return super().weights(self._place(x_BTD, batch), self._context(batch, None)[0], chosen_R)
+        """Attention weights of the chosen positions by block, float32 [B, H, R, T]; `chosen_R=None` selects all."""
+        return super().weights(self._add_positions(x_BTD, batch), self._context(batch, None)[0], chosen_R)
 
-    def _place(self, x_BTD, batch):
+    def _add_positions(self, x_BTD, batch):
         if self.position is None:
             return x_BTD
         return x_BTD + self.position(batch.position_BT).astype(x_BTD.dtype)

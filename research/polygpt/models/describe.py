@@ -1,4 +1,4 @@
-"""What a model is made of and what it costs: exact parameter counts by part, and FLOPs by formula."""
+"""Size and cost of a model: exact parameter counts by part, and FLOPs by formula."""
 
 import dataclasses
 from math import prod
@@ -13,12 +13,12 @@ class Part:
     """One line of the table.
 
     Attributes:
-        name: the parameters whose path begins with this.
+        name: the common path prefix of the parameters.
         parameters: exact count.
-        active: those of them that take part in what is computed of one position: less in a mixture of experts.
-        flops: of one forward pass through the part, in multiply-adds counted as two: for one text token in the decoder,
-            for one whole item in an adapter.
-        unit: what `flops` is for, "token" or "item".
+        active: number of parameters used per position; smaller than `parameters` in a mixture of experts.
+        flops: FLOPs of one forward pass (a multiply-add counts as two): per text token in the decoder, per item in an
+            adapter.
+        unit: the unit of `flops`, "token" or "item".
     """
 
     name: str
@@ -38,17 +38,17 @@ class Description:
 
     @property
     def parameters(self) -> int:
-        """Exact count of the whole model."""
+        """Exact parameter count of the whole model."""
         return sum(part.parameters for part in self.parts)
 
     @property
     def active(self) -> int:
-        """Count of the parameters that take part in what is computed of one position."""
+        """Number of parameters used per position."""
         return sum(part.active for part in self.parts)
 
     @property
     def flops_per_token(self) -> int:
-        """FLOPs of one training step a text token: forward, and twice as much backward."""
+        """Training FLOPs per text token: forward, and twice as much backward."""
         return 3 * sum(part.flops for part in self.parts if part.unit == "token")
 
     def to_json(self) -> dict:
@@ -64,17 +64,17 @@ class Description:
 
 
 def describe(spec: ModelSpec, vocabulary: int, seq_len: int) -> Description:
-    """Counts a model. Nothing is allocated.
+    """Counts the parameters and FLOPs of a model without allocating anything.
 
-    FLOPs: a matrix of n parameters costs 2 n a position, that of an expert which the position did not choose nothing;
-    scores and weighted values cost 2 d each for every head and key that a position sees, which is (seq_len + 1) / 2
-    keys on average in the causal decoder and all of an item in a tower (Kaplan et al., 2001.08361, table 1, with the
-    causal half left out). Norms, biases, activations and table look-ups are not counted.
+    A matrix of n parameters costs 2 n FLOPs per position; experts that a position did not choose cost nothing. Scores
+    and weighted values cost 2 d FLOPs each per head and visible key: (seq_len + 1) / 2 keys on average in the causal
+    decoder, all positions of an item in a tower (Kaplan et al., 2001.08361, table 1, without masked keys). Norms,
+    biases, activations and table lookups are not counted.
 
     Args:
         spec: the model.
         vocabulary: V.
-        seq_len: T, the row length at which the decoder's attention is counted.
+        seq_len: T, the row length for which to count the decoder's attention.
     """
     shapes = {path: leaf.shape for path, leaf in paths(bind(spec, vocabulary).abstract()).items()}
 
@@ -101,7 +101,7 @@ def describe(spec: ModelSpec, vocabulary: int, seq_len: int) -> Description:
         flops = matrices + shared + round(adapter.score_flops)
         parts.append(part(f"adapters/{name}", flops, "item", sum(idle.values())))
     if spec.connector:
-        parts.append(part("connector", 0, "item"))  # its FLOPs are counted with the items of each adapter
+        parts.append(part("connector", 0, "item"))  # its FLOPs are included in the items of each adapter
     if spec.adapters:
         parts.append(part("modality", 0, "token"))
     scores = decoder.causal_score_flops(seq_len)

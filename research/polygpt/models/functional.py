@@ -1,4 +1,4 @@
-"""The functional core: from here on a model is a static description, a pytree of parameters, pure functions of both."""
+"""The functional core: a model as a static description, a pytree of parameters, and pure functions of both."""
 
 import contextlib
 import dataclasses
@@ -23,18 +23,18 @@ from polygpt.sequence import Batch
 from polygpt.spec import to_json
 
 Params = dict[str, Any]
-"""Nested dicts of float32 arrays. Joined by "/" the keys read like `decoder/blocks/attention/query/kernel`."""
+"""Nested dicts of float32 arrays. Joined by "/", keys look like `decoder/blocks/attention/query/kernel`."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Outputs:
-    """What a model computes of a batch.
+    """A model's outputs for a batch.
 
     Attributes:
         logits_BTV: float32, unnormalised log-probabilities of the next token.
         hidden_BTD: the decoder's normalised output, in the compute dtype.
-        losses: of routed layers, by name, sums over their real positions: see `nn/losses.py`. Objectives read them.
+        losses: losses of routed layers by name, summed over real positions, see `nn/losses.py`. Objectives read them.
     """
 
     logits_BTV: jax.Array
@@ -44,13 +44,13 @@ class Outputs:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
-    """A model without its parameters. All methods are pure and may be compiled.
+    """A model without its parameters. All methods are pure and can be compiled.
 
     Attributes:
-        spec: what it was built from.
+        spec: its specification.
         vocabulary: V, the number of token ids.
         graphdef: the static part of the Flax NNX module.
-        layout: the mesh that it is split over by itself, see `on`; None leaves that to whoever compiles it.
+        layout: the layout that its methods apply by themselves, see `on`; None leaves sharding to the caller.
     """
 
     spec: ModelSpec
@@ -65,16 +65,16 @@ class Model:
         return self.spec.positions()
 
     def on(self, layout: sharding.Layout | None) -> "Model":
-        """This model, computing on a mesh whoever compiles it: what evaluates and generates need not know of it."""
+        """This model with its own layout, so that evaluation and generation need not handle sharding."""
         return self if layout is None else dataclasses.replace(self, layout=layout)
 
     def changed(self, changes: Mapping[str, Any]) -> "Model":
-        """The model that other values of fields make, by their dotted names in `spec`, for the same parameters.
+        """The model with some fields of `spec` changed, by dotted name, for the same parameters.
 
-        The same changes give the same object again: what is compiled for it once need not be so again.
+        The same changes return the same object, so that compiled programs are reused.
 
         Raises:
-            SpecError: a field does not exist, or does not take its value, or parameters would be others.
+            SpecError: if a field does not exist, a value is invalid, or the parameters would change.
         """
         spec = replaced(self.spec, changes)
         key = json.dumps(to_json(spec))
@@ -84,13 +84,13 @@ class Model:
             self._changed[key] = made
         return self._changed[key]
 
-    def whole(self, tree: Any) -> Any:
-        """Arrays of a program that is being traced, to be had on every device: a host may then read them."""
-        return tree if self.layout is None else jax.lax.with_sharding_constraint(tree, self.layout.whole())
+    def replicated(self, tree: Any) -> Any:
+        """Replicates traced arrays, so that the host can read them."""
+        return tree if self.layout is None else jax.lax.with_sharding_constraint(tree, self.layout.replicated())
 
     @functools.cached_property
     def growth(self) -> Any:
-        """How much wider each parameter is than in the base model of muP, a tree of `Growth`; None without muP."""
+        """Growth of each parameter relative to muP's base model, a tree of `Growth`; None without muP."""
         if self.spec.mup is None:
             return None
         return mup.growth(self.traits, bind(self.spec.base(), self.vocabulary).traits)
@@ -108,20 +108,20 @@ class Model:
         return jax.jit(initial)(key)
 
     def abstract(self) -> Params:
-        """The parameters' shapes and dtypes; allocates nothing."""
+        """Shapes and dtypes of the parameters, without allocating them."""
         return jax.eval_shape(lambda: _pure(nnx.state(self._build(jax.random.key(0)))))
 
     @functools.cached_property
     def traits(self) -> Params:
-        """What is known of every parameter without its values: a tree of `Traits`."""
+        """Static properties of every parameter, a tree of `Traits`."""
         return _pure(parameters.traits(nnx.eval_shape(lambda: self._build(jax.random.key(0)))))
 
     def axes(self) -> Params:
-        """The names of every parameter's axes, by which they are split over devices: a tree of tuples."""
+        """Logical axis names of every parameter, which decide its sharding; a tree of tuples."""
         return jax.tree.map(lambda traits: traits.axes, self.traits)
 
     def apply(self, params: Params, batch: Batch, key: jax.Array | None = None) -> Outputs:
-        """All predictions of a batch. With a key it is a training step: dropout is on, capacities bind."""
+        """All predictions for a batch. A key enables training behaviour: dropout and expert capacities."""
         with self._split():
             module = self._module(params)
             hidden_BTD, _, losses = module.hidden(batch, key=key)
@@ -134,14 +134,14 @@ class Model:
     def decode(
         self, params: Params, batch: Batch, cache: Cache, last_B: jax.Array | None = None
     ) -> tuple[jax.Array, Cache]:
-        """Appends a batch of T positions to the cache; float32 logits [B, T, V] of its positions, and the new cache.
+        """Appends a batch of T positions to the cache; returns float32 logits [B, T, V] and the new cache.
 
-        Prefill is this with a whole prompt and an empty cache. With `last_B`, int32, the logits are [B, 1, V], of that
-        one position of each row: all logits of a long prompt may not fit into memory. A bidirectional span has to lie
-        within one call: what is read before the rest of it is there has not seen that rest.
+        To prefill, pass a whole prompt and an empty cache. With `last_B`, int32, logits are [B, 1, V], for that one
+        position of each row: all logits of a long prompt may not fit into memory. A bidirectional span must lie within
+        one call, because positions of an earlier call cannot see later ones.
 
-        `batch.media` may leave out modalities that the batch does not hold. The caller must know the cache's size: what
-        does not fit is written over the last positions without an error, and the predictions are wrong from there on.
+        `batch.media` may omit modalities that do not occur in the batch. The caller must not exceed the cache's size:
+        positions beyond it overwrite the last ones without an error, and predictions are wrong from there on.
         """
         with self._split():
             module = self._module(params)
@@ -151,13 +151,13 @@ class Model:
             return module.logits(hidden_BTD), cache
 
     def attention(self, params: Params, batch: Batch, chosen_R: jax.Array | None = None) -> dict[int, jax.Array]:
-        """By block of the decoder, the attention weights of the chosen positions, float32 [B, H, R, T].
+        """Attention weights of the chosen positions by decoder block, float32 [B, H, R, T].
 
-        Exact, and beside whatever backend the model computes with; None means all positions. Blocks whose attention has
-        no weights to look at are left out.
+        Computed exactly, whatever backend the model uses; `chosen_R=None` selects all positions. Blocks whose attention
+        has no weights are left out.
         """
         with self._split():
-            return self.whole(self._module(params).weights(batch, chosen_R))
+            return self.replicated(self._module(params).weights(batch, chosen_R))
 
     def _split(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if self.layout is None else sharding.using(self.layout)
@@ -170,24 +170,24 @@ class Model:
 
 
 def bind(spec: ModelSpec, vocabulary: int) -> Model:
-    """The functional form of a model with `vocabulary` token ids. Nothing is allocated."""
+    """The functional form of a model with `vocabulary` token ids, without allocating anything."""
     module = nnx.eval_shape(lambda: MultimodalModel(spec, vocabulary, nnx.Rngs(0)))
     return Model(spec, vocabulary, nnx.graphdef(module))
 
 
 def _require_same(trained: Mapping[str, Any], changed: Mapping[str, Any]) -> None:
-    """Raises SpecError, naming the first parameter, by path, that is not the same in both."""
+    """Raises SpecError that names the first parameter whose shape differs."""
     for path in trained | changed:
         shapes = [str(list(params[path].shape)) if path in params else "missing" for params in (trained, changed)]
         if shapes[0] != shapes[1]:
             raise SpecError(
-                f"the parameter {path} is {shapes[0]} in the trained model and {shapes[1]} in the changed one: change "
-                "what leaves names and shapes of all parameters as they are"
+                f"the parameter {path} is {shapes[0]} in the trained model and {shapes[1]} in the changed one: only "
+                "change fields that keep the names and shapes of all parameters"
             )
 
 
 def _pure(state: nnx.State) -> Params:
-    """NNX state as nested dicts with text keys (NNX numbers the items of a list)."""
+    """NNX state as nested dicts with string keys (NNX uses integers for list items)."""
 
     def tidy(tree):
         return {str(key): tidy(value) for key, value in tree.items()} if isinstance(tree, dict) else tree

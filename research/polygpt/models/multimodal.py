@@ -1,4 +1,4 @@
-"""The multimodal model: adapters put media between the words, one decoder reads the row."""
+"""The multimodal model: adapters embed media among the text tokens, and one decoder reads the row."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -22,27 +22,27 @@ from polygpt.spec import Spec
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec(Spec):
-    """A decoder and the adapters of the modalities that it reads beside text."""
+    """A decoder, and adapters for the modalities that it reads besides text."""
 
     decoder: DecoderSpec = DecoderSpec()
     """The decoder."""
     adapters: Mapping[str, Adapter] = dataclasses.field(default_factory=dict)
-    """By modality ("image", "audio", ...), the adapter. Empty: a text-only model."""
+    """Adapters by modality ("image", "audio", ...); empty for a text-only model."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """The dtype to compute in. Parameters, normalisations, softmax and losses are float32 always."""
+    """Compute dtype. Parameters, normalisations, softmax and losses are always float32."""
     mup: MuP | None = None
-    """Maximal update parametrization: learning rates and initial sizes are those of a narrower base model, scaled by
-    what is wider here; null is the standard one."""
+    """Maximal update parametrization: learning rates and initial scales of a narrower base model, adjusted for width;
+    null for the standard parametrization."""
     connector: SharedConnector | None = None
-    """A connector that the media of all adapters go through; null: none beside the adapters' own. Adapters then give
-    vectors of its width, and with own connectors of kind "none" share the only projection that there is."""
+    """A connector shared by all adapters, after their own; null for none. Adapters then output vectors of its width; if
+    their own connectors have kind "none", the shared projection is the only one."""
 
     def validate(self):
         self.decoder.mlp.check_modalities(("text", *self.adapters))
         self.base()
 
     def base(self) -> "ModelSpec":
-        """The base model of `mup`; without it the model itself."""
+        """The base model of `mup`; without muP, the model itself."""
         return self if self.mup is None else self.mup.base_of(self)
 
     def positions(self) -> dict[str, int]:
@@ -50,15 +50,15 @@ class ModelSpec(Spec):
         return {name: adapter.positions for name, adapter in self.adapters.items()}
 
 
-def _beside(value, base):
-    """`value` with all its stacks of blocks as muP has them beside those of `base`."""
+def _mup_scaled(value, base):
+    """`value` with all its stacks of blocks scaled by muP relative to those of `base`."""
     if isinstance(value, StackSpec):
         return value.mup_scaled(base)
     if isinstance(value, Mapping):
-        return {name: _beside(item, base[name]) for name, item in value.items()}
+        return {name: _mup_scaled(item, base[name]) for name, item in value.items()}
     if not isinstance(value, Spec):
         return value
-    return value.replace(**{name: _beside(item, getattr(base, name)) for name, item in vars(value).items()})
+    return value.replace(**{name: _mup_scaled(item, getattr(base, name)) for name, item in vars(value).items()})
 
 
 class MultimodalModel(nnx.Module):
@@ -68,7 +68,7 @@ class MultimodalModel(nnx.Module):
     def __init__(self, spec: ModelSpec, vocabulary: int, rngs: nnx.Rngs):
         width, options = spec.decoder.width, {"rngs": rngs, "dtype": spec.dtype}
         base = spec.base()
-        spec = spec if spec.mup is None else _beside(spec.replace(mup=None), base)
+        spec = spec if spec.mup is None else _mup_scaled(spec.replace(mup=None), base)
         self.names = tuple(spec.adapters)
         self.text = TextEmbedding(vocabulary, width, base_width=base.decoder.width, **options)
         given = spec.connector.width if spec.connector else width
@@ -80,12 +80,12 @@ class MultimodalModel(nnx.Module):
         self.head = None if spec.decoder.tied else Linear(width, vocabulary, **head, **options)
 
     def embed(self, batch: Batch, key: jax.Array | None = None) -> tuple[jax.Array, Losses]:
-        """The row as the decoder reads it, [B, T, D], and the losses of the adapters.
+        """The decoder's input [B, T, D], and the losses of the adapters.
 
-        Media come only from the adapters that `batch.media` names.
+        Only the adapters named in `batch.media` are used.
         """
         losses = {}
-        media = dict.fromkeys(self.names)  # numbered as in the specification: jit sorts the keys of batch.media
+        media = dict.fromkeys(self.names)  # in the order of the specification: jit sorts the keys of batch.media
         for number, name in enumerate(self.names, start=1):
             if name not in batch.media:
                 continue
@@ -96,13 +96,13 @@ class MultimodalModel(nnx.Module):
             if self.connector is not None:
                 embedded_BNPD = self.connector(embedded_BNPD)
             embedded_BNPD += self.modality[name][...].astype(embedded_BNPD.dtype)[None, None, None]
-            media[name] = constrain(embedded_BNPD, "batch", None, None, "features")  # a row takes from all its media
+            media[name] = constrain(embedded_BNPD, "batch", None, None, "features")  # each row needs all its media
         return constrain(scatter_media(self.text(batch.tokens_BT), batch, media), *RESIDUAL), losses
 
     def hidden(
         self, batch: Batch, cache: Cache | None = None, key: jax.Array | None = None
     ) -> tuple[jax.Array, Cache | None, Losses]:
-        """The decoder's normalised output [B, T, D], the cache with `batch` in it, and the losses of all layers."""
+        """The decoder's normalised output [B, T, D], the updated cache, and the losses of all layers."""
         media_key, decoder_key = (None, None) if key is None else jax.random.split(key)
         x_BTD, own = self.embed(batch, media_key)
         hidden_BTD, cache, losses = self.decoder(x_BTD, batch, cache, decoder_key)
@@ -115,5 +115,5 @@ class MultimodalModel(nnx.Module):
         return constrain(self.head(hidden_BTD, output_dtype="float32"), *LOGITS)
 
     def weights(self, batch: Batch, chosen_R: jax.Array | None = None) -> dict[int, jax.Array]:
-        """By block of the decoder, the attention weights of the chosen positions, float32 [B, H, R, T]."""
+        """Attention weights of the chosen positions by decoder block, float32 [B, H, R, T]."""
         return self.decoder.weights(self.embed(batch)[0], batch, chosen_R)

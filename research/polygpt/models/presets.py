@@ -1,7 +1,7 @@
-"""Presets by name, from a laptop's size to a pod's. A name rounds the size; `polygpt model show NAME` counts exactly.
+"""Presets by name, from laptop to pod size. Names round the size; `polygpt model show NAME` gives exact counts.
 
-All are today's common decoder (RMSNorm, SwiGLU, rotary positions, heads of 32 to 128 channels, grouped queries where
-large) with a vision transformer and a Whisper-like audio tower of a fitting size; the largest reads text alone.
+All use a common modern decoder (RMSNorm, SwiGLU, rotary positions, heads of 32 to 128 channels, grouped-query attention
+in the large ones) with a vision transformer and a Whisper-like audio tower of matching size; the largest is text-only.
 """
 
 import dataclasses
@@ -21,22 +21,22 @@ from polygpt.nn.positions import Learned, Sinusoidal
 from polygpt.spec import nearest
 
 BYTES = 258
-"""Vocabulary of the byte tokenizer: 256 bytes and two marks."""
+"""Vocabulary of the byte tokenizer: 256 bytes and two special ids."""
 SUBWORDS = 50_304
 """Vocabulary of GPT-2's tokenizer, rounded up to a multiple of 128."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """A size.
+    """A model size.
 
     Attributes:
         width, depth, heads, kv_heads: of the decoder.
-        tower: width, depth and heads of both media towers; None is a model of text alone.
-        pixels, patch: side of the square pictures and of their patches.
-        seconds: longest recording.
-        fold: positions of the audio tower that become one of the decoder.
-        vocabulary: the number of token ids that the size was chosen for.
+        tower: width, depth and heads of both media towers; None for a text-only model.
+        pixels, patch: side of the square images and of their patches.
+        seconds: maximum duration of recordings.
+        fold: number of audio tower positions per decoder position.
+        vocabulary: the number of token ids for which the size was chosen.
     """
 
     width: int
@@ -57,7 +57,7 @@ class Preset:
             self.width,
             self.depth,
             MultiHead(self.heads, self.kv_heads),
-            GatedMLP(multiple=256 if large else 8),  # whole tiles of a TPU's matrix unit on each of several devices
+            GatedMLP(multiple=256 if large else 8),  # whole TPU matrix unit tiles even when split over devices
             tied=self.width < 2048,
             remat="full" if large else "none",
         )
@@ -87,7 +87,7 @@ PRESETS = {
 
 
 def preset(name: str) -> Preset:
-    """The preset called `name`; SpecError with the nearest names if there is none."""
+    """The preset called `name`. Raises SpecError with the nearest names if there is none."""
     if name not in PRESETS:
         raise SpecError(f"no preset {name!r}: {nearest(name, PRESETS)}")
     return PRESETS[name]

@@ -67,7 +67,7 @@ class Parallel:
                 return step(state, batch)
 
         # One program sees the whole batch; the compiler splits it and puts in what the devices have to tell each other.
-        return jax.jit(split_step, out_shardings=(self.places(initial), self.layout.whole()), **options)
+        return jax.jit(split_step, out_shardings=(self.places(initial), self.layout.replicated()), **options)
 
     def create(self, initial: Callable) -> Any:
         """The state that `initial()` gives, made where it lies."""
@@ -208,12 +208,12 @@ def places(state: Any, axes: Any, layout: Layout) -> Any:
         keys = _keys(path)
         owner = next((keys[i:] for i in range(len(keys)) if keys[i:] in named), None)
         if owner is None:
-            return layout.whole()
+            return layout.replicated()
         names, shape = named[owner], shapes[owner]
         if leaf.shape == shape:
             return layout.place(names, shape)
         shorter = {names[:i] + names[i + 1 :] for i in range(len(shape)) if shape[:i] + shape[i + 1 :] == leaf.shape}
-        return layout.place(shorter.pop(), leaf.shape) if len(shorter) == 1 else layout.whole()
+        return layout.place(shorter.pop(), leaf.shape) if len(shorter) == 1 else layout.replicated()
 
     return jax.tree_util.tree_map_with_path(place, state)
 
