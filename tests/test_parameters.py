@@ -64,7 +64,7 @@ def test_axes_that_vmap_alone_has_added_have_no_name():
 
 def test_more_names_than_axes_are_refused():
     module = nnx.List([nnx.Param(jnp.ones(3), axes=("width", "heads"))])
-    with pytest.raises(SpecError, match="0 has 1 axes and names 2"):
+    with pytest.raises(SpecError, match="0 has 1 axes but names 2"):
         parameters.traits(module)
 
 

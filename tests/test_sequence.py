@@ -107,23 +107,23 @@ def test_check_names_the_row_the_position_and_the_fault(name, index, value, word
 
 def test_check_compares_shapes_lengths_and_adapters():
     good = batch()
-    with pytest.raises(UserError, match=r"span_BT has the shape \(2, 5\)"):
+    with pytest.raises(UserError, match=r"span_BT has shape \(2, 5\)"):
         check(good.replace(span_BT=good.span_BT[:, :5]), 6, {"image": P})
-    with pytest.raises(UserError, match=r"coordinate_BT3 has the shape \(2, 6, 2\), it must have \(2, 6, 3\)"):
+    with pytest.raises(UserError, match=r"coordinate_BT3 has shape \(2, 6, 2\), but must have \(2, 6, 3\)"):
         check(good.replace(coordinate_BT3=good.coordinate_BT3[..., :2]), 6, {"image": P})
     check(good.replace(coordinate_BT3=None), 6, {"image": P})
-    with pytest.raises(UserError, match=r"media are \['image'\], the model has the adapters \['audio'\]"):
+    with pytest.raises(UserError, match=r"media are \['image'\], but the model's adapters are \['audio'\]"):
         check(good, 6, {"audio": P})
     long = Media(good.media["image"].features, np.array([[0, P + 1], [0, 0]], np.int32))
-    with pytest.raises(UserError, match="an item of image has the length 4"):
+    with pytest.raises(UserError, match="an item of image has length 4"):
         check(good.replace(media={"image": long}), 6, {"image": P})
 
 
 @pytest.mark.parametrize(
     ("segment", "position", "words"),
     [
-        ([1, 1, 2, 2, 1, 0], [0, 1, 0, 1, 2, 0], "position 4: a segment that goes on behind another"),
-        ([1, 1, 1, 2, 2, 0], [0, 1, 3, 0, 1, 0], "position 2: a position id that does not count its example from 0"),
+        ([1, 1, 2, 2, 1, 0], [0, 1, 0, 1, 2, 0], "position 4: a segment that continues after another"),
+        ([1, 1, 1, 2, 2, 0], [0, 1, 3, 0, 1, 0], "position 2: a position id that does not count from 0"),
         ([1, 1, 1, 2, 2, 0], [0, 1, 2, 3, 4, 0], "position 3: a position id that does not"),
         ([2, 2, 2, 3, 3, 0], [1, 2, 3, 0, 1, 0], "position 0: a position id that does not"),
     ],

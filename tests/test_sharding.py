@@ -25,14 +25,14 @@ def test_what_is_left_of_the_devices_goes_to_one_axis():
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: MeshSpec(data=2, fsdp=3).sizes(8), r"asks for 6 devices \(data 2, fsdp 3\), and there are 8"),
-        (lambda: MeshSpec(data=2, fsdp=2).sizes(8), r"and there are 8: let one axis be -1"),
-        (lambda: MeshSpec(data=-1, tensor=16).sizes(8), r"asks for 16 devices \(tensor 16\), and there are 8"),
+        (lambda: MeshSpec(data=2, fsdp=3).sizes(8), r"asks for 6 devices \(data 2, fsdp 3\), but there are 8"),
+        (lambda: MeshSpec(data=2, fsdp=2).sizes(8), r"but there are 8: set one axis to -1"),
+        (lambda: MeshSpec(data=-1, tensor=16).sizes(8), r"asks for 16 devices \(tensor 16\), but there are 8"),
         (lambda: MeshSpec(tensor=8).sizes(1), r"there is 1: .*launch local -n 1 --devices 8 -- train"),
         (lambda: MeshSpec(tensor=3).sizes(4), r"train.mesh.tensor 3 does not divide the 4 devices: choose 1, 2 or 4$"),
         (
             lambda: MeshSpec(fsdp=2, tensor=3).sizes(8),
-            r"tensor 3 does not divide the 8 devices beside fsdp 2: choose 1, 2 or 4",
+            r"tensor 3 does not divide the 8 devices with fsdp 2: choose 1, 2 or 4",
         ),
     ],
 )

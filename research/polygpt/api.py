@@ -1,9 +1,9 @@
-"""The names that experiment files use most, in one place: `import polygpt.api as pg`.
+"""The names used most in experiment files: `import polygpt.api as pg`.
 
-`train`, `open_run` and `evaluate_run` are imported when they are first used, so that an experiment file does not import
-what only a running experiment needs (Orbax, scikit-learn).
+`train`, `open_run` and `evaluate_run` are imported on first use, so that experiment files do not import packages that
+only running experiments need (Orbax, scikit-learn).
 
-Nothing depends on this file; every other name is imported from where it is defined.
+Nothing imports this file; import all other names from the modules that define them.
 """
 
 import importlib
@@ -69,7 +69,7 @@ RUNNING = {
     "open_run": "polygpt.training.run",
     "evaluate_run": "polygpt.report.finish",
 }
-"""By function, the module that has it."""
+"""The module that defines each function."""
 
 
 def __getattr__(name: str):

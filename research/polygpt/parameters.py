@@ -1,10 +1,10 @@
-"""Parameters: their names, and what each says of itself by the metadata of its `nnx.Variable`.
+"""Parameters: their names, and their static properties from the metadata of each `nnx.Variable`.
 
 | metadata | meaning | default |
 |---|---|---|
-| `axes` | names of its axes, by which they are split over devices (`sharding.RULES`); None for one that is not | a matrix is split along its second to last axis, as "width" |
-| `decays` | whether it takes weight decay | true with two axes or more, and not of an `nnx.Embed` |
-| `std` | standard deviation of its initial values, where that depends on a width which is not its fan-in | |
+| `axes` | logical axes, which decide its sharding (`sharding.RULES`); None for an axis that is not split | a matrix is split along its second to last axis, as "width" |
+| `decays` | whether it takes weight decay | true for two axes or more, except in an `nnx.Embed` |
+| `std` | standard deviation of its initial values, if that depends on a width other than its fan-in | |
 
 Only an `nnx.Param` is trained. Other variables are constants: they are saved and never change.
 """  # noqa: E501
@@ -23,14 +23,14 @@ Made = TypeVar("Made")
 
 @dataclasses.dataclass(frozen=True)
 class Traits:
-    """What is known of a parameter without its values.
+    """The static properties of a parameter.
 
     Attributes:
         shape: its shape.
-        axes: a name or None for each of its axes.
-        decays: whether it takes weight decay. Vectors never do by default, stacked ones neither.
-        trained: whether it is an `nnx.Param`; anything else is a constant.
-        std: standard deviation of its initial values if it depends on a width that is not its fan-in.
+        axes: a logical name or None for each axis.
+        decays: whether it takes weight decay. By default vectors do not, even if stacked.
+        trained: whether it is an `nnx.Param`; all other variables are constants.
+        std: standard deviation of its initial values, if that depends on a width other than its fan-in.
     """
 
     shape: tuple[int, ...]
@@ -41,7 +41,7 @@ class Traits:
 
 
 def name_of(path) -> str:
-    """The name of a leaf, "decoder/blocks/attention/query/kernel", from its path as JAX gives it."""
+    """The name of a leaf, such as "decoder/blocks/attention/query/kernel", from its JAX key path."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
@@ -51,9 +51,9 @@ def paths(tree: Any) -> dict[str, Any]:
 
 
 def stack(make: Callable[[jax.Array], Made], keys: jax.Array, axis: str | None = None) -> Made:
-    """What `make(key)` gives for every key, a module or a tuple of them, as one: each variable has one more axis.
+    """Stacks the modules, or tuples of modules, that `make(key)` returns for each key.
 
-    The axis comes first and is called `axis`. Whether a parameter decays depends on what it is before it is stacked.
+    Each variable gets a new first axis with the logical name `axis`. Weight decay depends on the shape before stacking.
     """
 
     def one(key):
@@ -67,10 +67,10 @@ def stack(make: Callable[[jax.Array], Made], keys: jax.Array, axis: str | None =
 
 
 def traits(module: nnx.Module) -> Any:
-    """The traits of all variables of a module, an `nnx.State` of them. The module's metadata are completed.
+    """The traits of all variables of a module, as an `nnx.State`. Fills in missing metadata of the module.
 
     Raises:
-        SpecError: for a variable that has fewer axes than it names, or holds the state of a random stream.
+        SpecError: for a variable with fewer axes than names, or one that holds the state of a random stream.
     """
     _declare(module)
 
@@ -78,13 +78,13 @@ def traits(module: nnx.Module) -> Any:
         metadata, rank = variable.get_metadata(), len(variable.shape)
         if isinstance(variable, nnx.RngState):
             raise SpecError(
-                f"{name_of(path)} holds the state of a random stream, as nnx.Dropout(rngs=...) does: modules are "
-                "given a key per call, use polygpt.nn.dropout with it, or nnx.Dropout without rngs"
+                f"{name_of(path)} holds the state of a random stream, as nnx.Dropout(rngs=...) does: modules get a key "
+                "with each call; pass it to polygpt.nn.dropout, or use nnx.Dropout without rngs"
             )
         axes = metadata["axes"]
         if len(axes) > rank:
-            raise SpecError(f"{name_of(path)} has {rank} axes and names {len(axes)}: {axes}")
-        axes = (*[None] * (rank - len(axes)), *axes)  # stacked by nnx.vmap alone, which says nothing
+            raise SpecError(f"{name_of(path)} has {rank} axes but names {len(axes)}: {axes}")
+        axes = (*[None] * (rank - len(axes)), *axes)  # stacked by a plain nnx.vmap, which adds no names
         trained = isinstance(variable, nnx.Param)
         return Traits(variable.shape, axes, metadata["decays"] and trained, trained, metadata.get("std"))
 
@@ -96,7 +96,7 @@ def _variables(made: Any) -> list[nnx.Variable]:
 
 
 def _declare(made: Any) -> None:
-    """Writes the default metadata of every variable that does not say otherwise."""
+    """Fills in the default metadata of every variable."""
     tables = {id(node.embedding) for _, node in nnx.iter_graph(made) if isinstance(node, nnx.Embed)}
     for variable in _variables(made):
         metadata, rank = variable.get_metadata(), len(variable.shape)

@@ -1,9 +1,9 @@
-"""The sequence layout: what one training row is, whatever its modalities.
+"""The sequence layout: the arrays of a row, whatever its modalities.
 
-Axis letters: B rows, T positions, N media items a row, P positions a media item fills at most, D model width.
+Axis letters: B rows, T positions, N media items per row, P maximum positions per media item, D model width.
 
-Every row is the same small set of arrays. Adapters turn raw media into embeddings `[B, N, P, D]`; the layout says which
-of them goes where. A text-only row, a row with two images, a packed row and a padded row are the same program.
+Every row consists of the same small set of arrays. Adapters turn raw media into embeddings `[B, N, P, D]`; the layout
+says where each goes. Text-only rows, rows with two images, packed rows and padded rows all run the same program.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ import numpy as np
 from polygpt.errors import UserError
 
 TEXT = 0
-"""Modality number of text. Adapters are numbered from 1 in the order in which the model names them."""
+"""Modality number of text. Adapters are numbered from 1 in the model's order."""
 PADDING = -1
 """Modality number of a position that belongs to no example."""
 
@@ -27,8 +27,8 @@ class Media:
     """The media items of one modality, for all rows.
 
     Attributes:
-        features: [B, N, ...], what the modality's adapter consumes; an unused item may hold anything finite or not.
-        length_BN: int32, how many positions of the sequence the item fills; 0 marks an unused item.
+        features: [B, N, ...], the input of the adapter; unused items may contain anything, even NaN.
+        length_BN: int32, number of positions that the item fills; 0 marks an unused item.
     """
 
     features: jax.Array | np.ndarray
@@ -36,7 +36,7 @@ class Media:
 
     @property
     def valid_BN(self):
-        """bool: the items that are used."""
+        """bool, whether the item is used."""
         return self.length_BN > 0
 
 
@@ -46,18 +46,19 @@ class Batch:
     """Rows of the sequence layout.
 
     Attributes:
-        tokens_BT: int32, text token ids; 0 where the position is filled from media or is padding.
+        tokens_BT: int32, text token ids; 0 at media positions and padding.
         modality_BT: int8, TEXT, the number of an adapter, or PADDING.
         slot_BT: int32, at media positions the index into that row's embeddings of the modality, flattened from [N, P].
         position_BT: int32 position ids, restarted for each packed example.
         segment_BT: int32, the packed example, from 1; 0 is padding. Attention never crosses segments.
-        span_BT: int32, positions of the same non-zero span (and segment) see each other both ways; 0 is causal.
-        target_BT: int32, the token that follows.
+        span_BT: int32, positions of the same non-zero span (and segment) attend to each other bidirectionally; 0 is
+            causal.
+        target_BT: int32, the next token.
         weight_BT: float32, the weight of that prediction in the loss; 0 where nothing is predicted.
         media: by adapter name, the items that the row's media positions refer to.
-        coordinate_BT3: int32 (time, row, column), for encodings that know more than the order; restarted for each
-            packed example. Text advances in all three, the positions of a medium by its grid: see `coordinates`. None,
-            in rows made by hand, means `position_BT` in all three.
+        coordinate_BT3: int32 (time, row, column), for multidimensional position encodings; restarted for each packed
+            example. Text advances in all three, the positions of a medium along its grid: see `coordinates`. None means
+            `position_BT` in all three.
     """
 
     tokens_BT: jax.Array | np.ndarray
@@ -77,7 +78,7 @@ class Batch:
         return self.tokens_BT.shape
 
     def replace(self, **changes) -> "Batch":
-        """A copy with some arrays exchanged."""
+        """A copy with some arrays replaced."""
         return dataclasses.replace(self, **changes)
 
 
@@ -85,8 +86,8 @@ class Batch:
 def coordinates(grid: tuple[int, int, int]) -> np.ndarray:
     """The coordinates (time, row, column) of a grid's positions, from 0, int32 [time * rows * columns, 3].
 
-    Positions go column by column, then row by row, then by time. A grid of time alone, a text or a recording, advances
-    in all three, so that it is placed like text: Qwen2.5-Omni (2503.20215), section 2.2.
+    Columns vary fastest, then rows, then time. A grid with time only, such as a recording, advances in all three
+    coordinates, like text: Qwen2.5-Omni (2503.20215), section 2.2.
     """
     time, rows, columns = grid
     if rows == columns == 1:
@@ -95,10 +96,10 @@ def coordinates(grid: tuple[int, int, int]) -> np.ndarray:
 
 
 def scatter_media(x_BTD, batch: Batch, embeddings: dict[str, jax.Array | None]) -> jax.Array:
-    """Puts media embeddings where the layout wants them.
+    """Inserts media embeddings at their positions.
 
     Args:
-        x_BTD: text embeddings; what they hold at media positions does not matter.
+        x_BTD: text embeddings; their values at media positions are ignored.
         batch: the layout.
         embeddings: by adapter name in the model's order, [B, N, P, D]; None where the batch has no media of that name.
 
@@ -118,20 +119,20 @@ def scatter_media(x_BTD, batch: Batch, embeddings: dict[str, jax.Array | None]) 
 
 
 def ids_in_range(batch: Batch, vocabulary: int) -> bool:
-    """Whether all tokens and targets of a batch of NumPy arrays are in [0, vocabulary); cheap."""
+    """Whether all tokens and targets of a batch of NumPy arrays are in [0, vocabulary). Cheap."""
     return all(ids.min() >= 0 and ids.max() < vocabulary for ids in (batch.tokens_BT, batch.target_BT))
 
 
 def check(batch: Batch, vocabulary: int, positions: dict[str, int]) -> None:
-    """Checks a batch of NumPy arrays against the layout, before it is given to a device.
+    """Checks a batch of NumPy arrays against the layout, before it is sent to a device.
 
     Args:
         batch: the batch.
-        vocabulary: token ids must lie below it.
-        positions: by adapter name in the model's order, the positions P that one item fills at most.
+        vocabulary: token ids must be below this.
+        positions: by adapter name in the model's order, P, the maximum number of positions per item.
 
     Raises:
-        UserError: naming the array, the row and what is wrong with it.
+        UserError: names the array, the row and the fault.
     """
     B, T = batch.shape
     for field in dataclasses.fields(Batch):
@@ -140,9 +141,9 @@ def check(batch: Batch, vocabulary: int, positions: dict[str, int]) -> None:
             continue
         expected = (B, T, 3) if field.name == "coordinate_BT3" else (B, T)
         if array.shape != expected:
-            raise UserError(f"batch: {field.name} has the shape {array.shape}, it must have {expected}")
+            raise UserError(f"batch: {field.name} has shape {array.shape}, but must have {expected}")
     if set(batch.media) != set(positions):
-        raise UserError(f"batch: media are {list(batch.media)}, the model has the adapters {list(positions)}")
+        raise UserError(f"batch: media are {list(batch.media)}, but the model's adapters are {list(positions)}")
 
     def fail_where(bad_BT, what: str) -> None:
         bad = np.argwhere(bad_BT)
@@ -162,7 +163,7 @@ def check(batch: Batch, vocabulary: int, positions: dict[str, int]) -> None:
         N = length_BN.shape[1]
         if (length_BN > P).any():
             longest = length_BN.max()
-            raise UserError(f"batch: an item of {name} has the length {longest}, the adapter fills {P} positions")
+            raise UserError(f"batch: an item of {name} has length {longest}, but the adapter fills {P} positions")
         here = modality == number
         item = np.where(here, batch.slot_BT // P, 0)
         fail_where(here & ((batch.slot_BT < 0) | (item >= N)), f"a slot outside the {N} items of {name}")
@@ -171,11 +172,11 @@ def check(batch: Batch, vocabulary: int, positions: dict[str, int]) -> None:
 
 
 def _check_segments(segment_BT, position_BT, fail_where) -> None:
-    """Examples lie one behind the other, each with the position ids 0, 1, 2, ...: windows and caches count on it."""
+    """Examples must be contiguous, each with position ids 0, 1, 2, ...: windows and caches rely on it."""
     greatest_BT = np.maximum.accumulate(np.pad(segment_BT, ((0, 0), (1, 0))), axis=1)[:, :-1]
     real_BT, begins_BT = segment_BT > 0, segment_BT > greatest_BT
-    fail_where(real_BT & (segment_BT < greatest_BT), "a segment that goes on behind another")
-    # The number of its own example's positions before each: all real ones before it, less those before the example.
+    fail_where(real_BT & (segment_BT < greatest_BT), "a segment that continues after another one")
+    # Expected position ids: the number of real positions before each, minus those before its example.
     count_BT = np.cumsum(real_BT, axis=1) - 1
     first_BT = np.maximum.accumulate(np.where(begins_BT, count_BT, 0), axis=1)
-    fail_where(real_BT & (position_BT != count_BT - first_BT), "a position id that does not count its example from 0")
+    fail_where(real_BT & (position_BT != count_BT - first_BT), "a position id that does not count from 0 per example")

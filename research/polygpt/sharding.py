@@ -1,10 +1,10 @@
-"""Where arrays lie on many devices: one table from the names of their axes to the axes of the mesh.
+"""Sharding: a table that maps logical axis names of arrays to mesh axes.
 
-Modules name the axes of what they make, `("width", "hidden")`, and know nothing of devices. An experiment's `MeshSpec`
-says how many devices each mesh axis has and which names are split over which. A program that is traced `using` a layout
-is split by the compiler accordingly; traced without one, it is the same program for one device.
+Modules name the axes of their arrays, such as `("width", "hidden")`, and know nothing of devices. An experiment's
+`MeshSpec` sets the size of each mesh axis and which logical axes are split over which. The compiler partitions programs
+traced `using` a layout accordingly; without a layout, the same program runs on one device.
 
-The idea of the table: GSPMD (2105.04663), and the "logical axes" of T5X and Flax.
+The table follows GSPMD (2105.04663) and the "logical axes" of T5X and Flax.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from polygpt.errors import SpecError, UserError
 from polygpt.spec import Spec, counted, nearest
 
 AXES = ("stage", "data", "fsdp", "expert", "sequence", "tensor")
-"""The axes of the mesh. Those that talk least come first: neighbours along the last have the fastest links."""
+"""The mesh axes. Axes with the least communication come first: neighbours along the last have the fastest links."""
 
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp", "expert", "stage"),
@@ -38,14 +38,14 @@ RULES: dict[str, tuple[str, ...]] = {
     "layers": ("stage",),
     "stages": ("stage",),
 }
-"""The default table. Of parameters: vocabulary, width (the model's), hidden (of feed-forward layers), heads and
-kv_heads (heads times their width), experts, layers (stacked). Of activations: rows, positions, features (the model's
-width), and hidden, heads, kv_heads, vocabulary, experts, stages (of the pipeline)."""
+"""The default table. Parameter axes: vocabulary, width (of the model), hidden (of feed-forward layers), heads and
+kv_heads (number of heads times head width), experts, layers (stacked). Activation axes: batch, positions, features (the
+model width), and hidden, heads, kv_heads, vocabulary, experts, stages (of the pipeline)."""
 
 RESIDUAL = ("batch", "positions", "features")
-"""The axes of the stream that every block adds to."""
+"""The axes of the residual stream."""
 LOGITS = ("batch", "positions", "vocabulary")
-"""The axes of predictions: no device ever holds those of the whole vocabulary where it is split."""
+"""The axes of logits: if the vocabulary is split, no device ever holds all of them."""
 
 TOGETHER = (
     ("vocabulary", "width"),
@@ -54,7 +54,7 @@ TOGETHER = (
     ("layers", "width", "kv_heads"),
     ("layers", "experts", "width", "hidden"),
     ("batch", "positions", "vocabulary"),
-    ("positions", "experts"),  # those of one device are computed for its own positions alone
+    ("positions", "experts"),  # each device computes its experts only for its own positions
     ("batch", "positions", "features"),
     ("batch", "positions", "hidden"),
     ("batch", "heads", "positions"),
@@ -64,42 +64,43 @@ TOGETHER = (
     ("stages", "heads", "positions"),
     ("stages", "kv_heads", "positions"),
 )
-"""Names that meet in one array: no mesh axis can split two of them."""
+"""Logical axes that occur in one array: no mesh axis may split two of them."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshSpec(Spec):
-    """How many devices lie along each axis of the mesh, and what is split over which."""
+    """The number of devices along each mesh axis, and what is split over which axis."""
 
     data: int = -1
-    """Devices that hold whole copies of everything and share the rows; -1, on one axis at most, is what is left."""
+    """Data parallelism: devices split the rows and replicate parameters. One axis may be -1: all remaining devices."""
     fsdp: int = 1
-    """Devices that share the rows and split parameters and optimizer too: ZeRO stage 3 (1910.02054, section 5)."""
+    """Fully sharded data parallelism: devices split the rows, and parameters and optimizer state as well: ZeRO stage 3
+    (1910.02054, section 5)."""
     tensor: int = 1
-    """Devices that split heads, hidden widths and the vocabulary (Megatron-LM, 1909.08053, section 3)."""
+    """Tensor parallelism: devices split heads, hidden widths and vocabulary (Megatron-LM, 1909.08053, section 3)."""
     sequence: int = 1
-    """Devices that split the positions of each row."""
+    """Sequence parallelism: devices split the positions of each row."""
     expert: int = 1
-    """Devices that share the rows and split the experts of routed layers (GShard, 2006.16668, section 3)."""
+    """Expert parallelism: devices split the rows, and the experts of routed layers (GShard, 2006.16668, section 3)."""
     stage: int = 1
-    """Devices that split the decoder's blocks into the stages of a pipeline (GPipe, 1811.06965)."""
+    """Pipeline parallelism: devices split the decoder's blocks into stages (GPipe, 1811.06965)."""
     context: Literal["gather", "ring"] = "gather"
-    """How attention sees positions of other devices: keys and values are gathered, which is quick, or travel in a ring,
-    which needs no room for all of them (Ring Attention, 2310.01889)."""
+    """Attention across sequence-parallel devices: all-gather keys and values, which is faster, or pass them around a
+    ring, which needs less memory (Ring Attention, 2310.01889)."""
     microbatches: int | None = None
-    """Parts into which the pipeline cuts a batch; null means as many as stages. More of them idle less."""
+    """Number of pipeline microbatches per batch; null for the number of stages. More microbatches shrink the bubble."""
     repeats: int = 1
-    """How often a microbatch goes through all stages, each time through other blocks: the circular schedule
-    (Narayanan et al., 2104.04473, section 2.2). More idle less and talk more."""
+    """How often a microbatch passes through all stages, each time through different blocks: the circular schedule
+    (Narayanan et al., 2104.04473, section 2.2). More repeats shrink the bubble but add communication."""
     rules: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=lambda: dict(RULES))
-    """The table: by name of an array's axis, the mesh axes that split it."""
+    """The table: for each logical axis, the mesh axes that split it."""
 
     def validate(self):
         sizes = {axis: getattr(self, axis) for axis in AXES}
         for axis, size in sizes.items():
-            self.require(size >= 1 or size == -1, axis, "at least 1, or -1 for what is left")
+            self.require(size >= 1 or size == -1, axis, "at least 1, or -1 for all remaining devices")
         if (free := [axis for axis, size in sizes.items() if size == -1])[1:]:
-            raise SpecError(f"MeshSpec.{free[0]} and MeshSpec.{free[1]} are both -1: one alone can take what is left")
+            raise SpecError(f"MeshSpec.{free[0]} and MeshSpec.{free[1]} are both -1: only one axis may be -1")
         self.require(self.microbatches is None or self.microbatches >= 1, "microbatches", "null or at least 1")
         self.require(self.repeats >= 1, "repeats", "at least 1")
         for name in self.rules:
@@ -107,7 +108,7 @@ class MeshSpec(Spec):
                 raise SpecError(f"MeshSpec.rules has no axis {name!r}: {nearest(name, RULES)}")
         for name in RULES:
             if name not in self.rules:
-                raise SpecError(f"MeshSpec.rules lacks {name!r}: an axis that is not split has []")
+                raise SpecError(f"MeshSpec.rules lacks {name!r}: use [] for an axis that is not split")
         self._validate_collisions()
 
     def _validate_collisions(self):
@@ -122,12 +123,12 @@ class MeshSpec(Spec):
                 for other in array[:i]:
                     if both := set(self.rules[one]) & set(self.rules[other]):
                         raise SpecError(
-                            f"MeshSpec.rules splits {other!r} and {one!r} both over {both.pop()!r}, and an array has "
-                            f"the axes [{', '.join(array)}]: give one of the two another mesh axis"
+                            f"MeshSpec.rules splits {other!r} and {one!r} both over {both.pop()!r}, but there are "
+                            f"arrays with the axes [{', '.join(array)}]: choose another mesh axis for one of them"
                         )
 
     def sizes(self, devices: int) -> dict[str, int]:
-        """Devices along each axis, of `devices` in all. Raises UserError where that does not come out even."""
+        """The number of devices along each axis. Raises UserError if `devices` cannot be divided accordingly."""
         sizes = {axis: getattr(self, axis) for axis in AXES}
         fixed = math.prod(size for size in sizes.values() if size > 0)
         free = [axis for axis, size in sizes.items() if size == -1]
@@ -136,49 +137,49 @@ class MeshSpec(Spec):
         return sizes | dict.fromkeys(free, devices // fixed)
 
     def _uneven(self, fixed: int, devices: int, free: bool) -> str:
-        """What to change where the axes ask for `fixed` devices and there are others."""
+        """The message if the axes ask for `fixed` devices but `devices` are available."""
         large = {axis: getattr(self, axis) for axis in AXES if getattr(self, axis) > 1}
         wanted = ", ".join(f"{axis} {size}" for axis, size in large.items()) or "data 1"
         there = "there is 1" if devices == 1 else f"there are {devices}"
-        asked = f"train.mesh asks for {counted(fixed, 'device')} ({wanted}), and {there}"
+        asked = f"train.mesh asks for {counted(fixed, 'device')} ({wanted}), but {there}"
         if fixed > devices:
-            more = f"polygpt launch local -n 1 --devices {fixed} -- train FILE ... makes as many on a CPU"
-            return f"{asked}: make an axis smaller, or take more devices ({more})"
+            more = f"polygpt launch local -n 1 --devices {fixed} -- train FILE ... simulates them on a CPU"
+            return f"{asked}: make an axis smaller, or use more devices ({more})"
         for axis, size in large.items() if free else ():
-            room, left = divmod(devices, fixed // size)  # what the other axes leave for it
+            room, left = divmod(devices, fixed // size)  # devices that the other axes leave for this one
             if not left:
                 beside = ", ".join(f"{name} {other}" for name, other in large.items() if name != axis)
-                what = f"the {devices} devices" + (f" beside {beside}" if beside else "")
+                what = f"the {devices} devices" + (f" with {beside}" if beside else "")
                 *others, last = [str(n) for n in range(1, room + 1) if room % n == 0]
                 choices = f"{', '.join(others)} or {last}" if others else last
                 return f"train.mesh.{axis} {size} does not divide {what}: choose {choices}"
-        return f"{asked}: " + ("change one axis" if devices % fixed else "let one axis be -1, which takes what is left")
+        return f"{asked}: " + ("change an axis" if devices % fixed else "set one axis to -1 to use all devices")
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A mesh with its table: what a program for many devices is traced under.
+    """A mesh and its table, under which a program for many devices is traced.
 
     Attributes:
         mesh: the devices along `AXES`.
-        spec: what it was made from.
+        spec: the specification.
     """
 
     mesh: Mesh
     spec: MeshSpec = MeshSpec()
 
     def names(self, logical: str) -> tuple[str, ...]:
-        """The mesh axes, of more than one device, that split an axis of this name."""
+        """The mesh axes with more than one device that split this logical axis."""
         return tuple(axis for axis in self.spec.rules[logical] if self.mesh.shape[axis] > 1)
 
     def size(self, logical: str) -> int:
-        """The number of parts that an axis of this name is split into."""
+        """The number of shards of this logical axis."""
         return math.prod(self.mesh.shape[axis] for axis in self.names(logical))
 
     def axes(self, logical: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
-        """How an array is split whose axes have these names; None is an axis that lies whole.
+        """The partitioning of an array with these logical axes; None for an axis that is not split.
 
-        An axis whose size the devices do not divide is split over as many leading mesh axes as do.
+        If the devices do not divide the size of an axis, it is split over as many leading mesh axes as possible.
         """
         entries = []
         for name, size in zip(logical, shape, strict=True):
@@ -189,25 +190,25 @@ class Layout:
         return PartitionSpec(*entries)
 
     def place(self, logical: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:
-        """`axes`, with the mesh."""
+        """The sharding of an array with these logical axes."""
         return NamedSharding(self.mesh, self.axes(logical, shape))
 
     def replicated(self) -> NamedSharding:
-        """A copy on every device."""
+        """The sharding with a copy on every device."""
         return NamedSharding(self.mesh, PartitionSpec())
 
     def about(self) -> str:
-        """ "data 2, tensor 4": the axes of more than one device."""
+        """The axes with more than one device, such as "data 2, tensor 4"."""
         return ", ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items() if size > 1) or "data 1"
 
 
 def arrange(spec: MeshSpec, devices: Sequence[jax.Device]) -> Layout:
-    """The mesh of these devices: neighbours on the network become neighbours in it.
+    """The mesh of these devices, with network neighbours adjacent.
 
-    Slices of TPUs, and hosts, are joined by slower links: the outermost axis that they divide goes across them.
+    TPU slices and hosts are connected by slower links, so the outermost axis that they divide runs across them.
 
     Raises:
-        UserError: the axes do not come out even with the number of devices.
+        UserError: if the number of devices does not fit the axes.
     """
     sizes = spec.sizes(len(devices))
     shape = tuple(sizes[axis] for axis in AXES)
@@ -227,9 +228,9 @@ def arrange(spec: MeshSpec, devices: Sequence[jax.Device]) -> Layout:
 
 
 def rows_unit(rules: Mapping[str, tuple[str, ...]], sizes: Mapping[str, int], microbatches: int) -> int:
-    """What the rows of a step have to be a multiple of: by mesh axis so many devices, microbatches of the pipeline.
+    """The batch size must be a multiple of this, given the sizes of the mesh axes and the pipeline's microbatches.
 
-    In the pipeline the devices of all stages hold parts of the same microbatch.
+    In the pipeline, the devices of all stages hold parts of the same microbatch.
     """
 
     def parts(axes: Iterable[str]) -> int:
@@ -243,7 +244,7 @@ _active: ContextVar[Layout | None] = ContextVar("layout", default=None)
 
 @contextlib.contextmanager
 def using(layout: Layout | None) -> Iterator[None]:
-    """Lets what is traced meanwhile be split by this layout; None, as inside `shard_map`, lets it be for one device."""
+    """Traces under this layout; None, as inside `shard_map`, traces for a single device."""
     token = _active.set(layout)
     try:
         yield
@@ -252,18 +253,18 @@ def using(layout: Layout | None) -> Iterator[None]:
 
 
 def active() -> Layout | None:
-    """The layout that is being traced under."""
+    """The layout of the current trace, or None."""
     return _active.get()
 
 
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
-    """`x`, split by the active layout as the names of its axes say; unchanged where there is none."""
+    """Constrains the sharding of `x` by its logical axes under the active layout; does nothing without a layout."""
     layout = active()
     return x if layout is None else jax.lax.with_sharding_constraint(x, layout.place(logical, x.shape))
 
 
 def splits(logical: str) -> bool:
-    """Whether the active layout splits axes of this name."""
+    """Whether the active layout splits this logical axis."""
     layout = active()
     return layout is not None and layout.size(logical) > 1
 
@@ -274,5 +275,5 @@ def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
 
 
 def tree(layout: Layout, shapes: Any, axes: Any) -> Any:
-    """The place of every leaf: `shapes` has arrays or their shapes, `axes` a tuple of names for each."""
+    """The sharding of every leaf; `shapes` contains arrays or their shapes, `axes` a tuple of logical axes for each."""
     return jax.tree.map(lambda leaf, names: layout.place(names, leaf.shape), shapes, axes)
