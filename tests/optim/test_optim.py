@@ -90,6 +90,17 @@ def test_adafactor_factors_the_second_moment():
     assert_close(got, {"kernel": -0.1 * (gradient / np.sqrt(moment) + 0.5 * params["kernel"])}, rtol=1e-4)
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_sgd_sums_gradients_and_decays_beside_the_sum(params, gradients, momentum):
+    rate, decay, steps = 0.1, 0.3, 3
+    optim = Optim(Constant(rate), SGD(weight_decay=decay, momentum=momentum), clip=None)
+    got = updates_of(optim, params, gradients, steps)
+    summed = 1 + momentum + momentum**2  # the gradient is the same in all steps
+    kernel, gradient = params["decoder"]["blocks"]["mlp"]["kernel"], gradients["decoder"]["blocks"]["mlp"]["kernel"]
+    assert_close(got["decoder"]["blocks"]["mlp"]["kernel"], -rate * (summed * gradient + decay * kernel))
+    assert_close(got["decoder"]["embedding"], -rate * summed * gradients["decoder"]["embedding"])
+
+
 def newton_schulz(matrix):
     """Jordan et al. 2024, in float64."""
     a, b, c = 3.4445, -4.7750, 2.0315

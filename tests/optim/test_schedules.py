@@ -66,6 +66,11 @@ def test_warm_restarts_begin_each_cycle_at_its_peak():
     np.testing.assert_allclose(got, want, rtol=2e-6)
 
 
+def test_cycles_of_one_step_stay_at_their_peaks():
+    got = rates(SGDR(PEAK, period=1, stretch=1, shrink=0.5), steps=6)
+    np.testing.assert_allclose(got, PEAK * 0.5 ** np.arange(6), rtol=2e-6)
+
+
 def test_warm_restarts_of_equal_length():
     got = rates(SGDR(PEAK, WARMUP, period=4, stretch=1))
     np.testing.assert_allclose(got[WARMUP::4], PEAK, rtol=1e-6)
