@@ -1,6 +1,6 @@
 """`make mutation`: changes sampled lines of the library one at a time, and counts how many changes a test notices.
 
-    python tests/mutation [--folders attention,data] [--count 12] [--seed 0] [--survivors] [--table]
+    python tests/mutation [--folders attention,data] [--count 10] [--seed 0] [--survivors] [--table]
 
 Works in a clone of the committed tree. A mutant runs the fast tests whose files name its module, directly or through
 a helper; first those that mention the changed function or class; until one fails. A test that fails without the mutants
@@ -42,7 +42,7 @@ TESTS = {
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folders", default=",".join(TESTS))
-    parser.add_argument("--count", type=int, default=12, help="mutants per folder")
+    parser.add_argument("--count", type=int, default=10, help="mutants per folder")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=float, default=300, help="begin no test of a mutant after so many CPU seconds")
     parser.add_argument("--survivors", action="store_true", help="only the mutants that survived the last time")
@@ -57,8 +57,9 @@ def main():
         _git("clone", "--quiet", "--no-hardlinks", str(ROOT), str(copy))
         scratch.mkdir()
         tests = Forked(copy, scratch)
+        commit = _git("rev-parse", "--short=9", "HEAD", at=copy)
         chosen = {
-            f"{path}:{mutant.line} {mutant.words()}": (folder, path, mutant)
+            f"{path}: {mutant.text}: {mutant.words()}": (folder, path, mutant)
             for folder in given.folders.split(",")
             for path, mutant in sample(copy, folder, given.count, given.seed)
         }
@@ -66,14 +67,16 @@ def main():
         while pending := [name for name in chosen if _open(results.get(name), unsteady, given.survivors)]:
             for name in pending:
                 folder, path, mutant = chosen[name]
-                results[name] = {"folder": folder, **_try(tests, folder, path, mutant, given.limit, unsteady)}
+                result = _try(tests, folder, path, mutant, given.limit, unsteady)
+                results[name] = {"folder": folder, "commit": commit, **result}
                 record.write_text(json.dumps(results, indent=1))
-                print("{status:9}{seconds:5.0f} s  {name}  [{by}]".format(name=name, **results[name]), flush=True)
+                said = "{status:9}{seconds:5.0f} s  {path}:{mutant.line} {change}  [{by}]"
+                print(said.format(path=path, mutant=mutant, change=mutant.words(), **result), flush=True)
             given.survivors = None
             unsteady |= tests.failing({results[name]["by"] for name in chosen if results[name]["status"] != "survived"})
         if given.table:
-            out = ROOT / "tests" / "MUTATION.md"
-            write_table(out, {name: results[name] for name in chosen}, given, _git("rev-parse", "HEAD", at=copy))
+            found = [(path, mutant, results[name]) for name, (_, path, mutant) in chosen.items()]
+            write_table(ROOT / "tests" / "MUTATION.md", found, given.count, given.seed)
 
 
 def sample(root: Path, folder: str, count: int, seed: int) -> list[tuple[str, Mutant]]:
@@ -86,9 +89,8 @@ def sample(root: Path, folder: str, count: int, seed: int) -> list[tuple[str, Mu
         if "recipe" in file.parts:  # made the embedded data once, with programs that tests do not have
             continue
         source = file.read_text()
-        lines = source.splitlines()
         for mutant in mutants(source):
-            key = f"{seed} {file.relative_to(root)} {lines[mutant.line - 1].strip()}"
+            key = f"{seed} {file.relative_to(root)} {mutant.text}"
             by_line.setdefault((key, mutant.line), []).append((str(file.relative_to(root)), mutant))
     found = []
     for key, line in sorted(by_line, key=lambda place: (hashlib.sha256(place[0].encode()).digest(), place[1]))[:count]:

@@ -22,9 +22,10 @@ UNREAD = {"annotation", "returns", "decorator_list", "type_params", "exc", "msg"
 
 @dataclass(frozen=True)
 class Mutant:
-    """One change: the bytes `start:stop` of the file become `after`. `line` counts from 1."""
+    """One change: the bytes `start:stop` of the file become `after`. `line` counts from 1, `text` is what it says."""
 
     line: int
+    text: str
     kind: str
     start: int
     stop: int
@@ -44,7 +45,7 @@ def mutants(source: str) -> list[Mutant]:
     """Every mutant of `source`, in the order of the file."""
     data = source.encode()
     starts = [0]
-    for line in data.splitlines(keepends=True):
+    for line in (lines := data.splitlines(keepends=True)):
         starts.append(starts[-1] + len(line))
     found = []
     for node, kind, after in _changes(ast.parse(source)):
@@ -53,7 +54,7 @@ def mutants(source: str) -> list[Mutant]:
         before = data[start:stop].decode()
         alone = isinstance(node, (ast.stmt, ast.Constant, ast.Name, ast.Attribute))
         text = after if alone else f"({after})"
-        found.append(Mutant(node.lineno, kind, start, stop, before, text))
+        found.append(Mutant(node.lineno, lines[node.lineno - 1].decode().strip(), kind, start, stop, before, text))
     return sorted(found, key=lambda mutant: (mutant.start, mutant.stop, mutant.kind))
 
 

@@ -6,37 +6,40 @@ import tomllib
 from collections import Counter
 from pathlib import Path
 
+from operators import Mutant
+
 EQUIVALENT = Path(__file__).with_name("equivalent.toml")
 
 
-def write_table(out: Path, results: dict[str, dict], given, commit: str):
-    """`results` is `{"FILE:LINE `BEFORE` → `AFTER`": {folder, status, ...}}`."""
+def write_table(out: Path, found: list[tuple[str, Mutant, dict]], count: int, seed: int):
+    """Writes counts per folder, and the survivors. `found` has path, mutant and result of each."""
     reasons = tomllib.loads(EQUIVALENT.read_text())
     counts = {}
-    for result in results.values():
+    for _, _, result in found:
         counts.setdefault(result["folder"], Counter())[result["status"]] += 1
     counts["all"] = sum(counts.values(), Counter())
+    commits = ", ".join(sorted({result["commit"] for _, _, result in found}))
     lines = [
-        "# Mutants that the tests notice",
+        "# Faults that the tests notice",
         "",
-        f"    make mutation COUNT={given.count} SEED={given.seed}",
+        f"    make mutation MUTATION='--count {count} --seed {seed} --table'",
         "",
-        f"Commit {commit[:12]}, Python {platform.python_version()}, {platform.machine()}, {os.cpu_count()} cores.",
-        "A mutant is one change of one line, chosen at random; `tests/mutation/operators.py` lists the kinds. It runs",
-        "the fast tests that name its module. A test that hangs notices it too.",
+        f"Run at {commits} with Python {platform.python_version()} on {os.cpu_count()} cores of {platform.machine()}.",
+        "",
+        "A mutant is a small fault in one line, chosen at random; `tests/mutation/operators.py` lists the kinds. It",
+        "runs the fast tests that name its module. It is noticed if one fails, or hangs, that passes without it.",
         "",
         "| folder | mutants | killed | timeouts | survived | noticed |",
         "|---|---:|---:|---:|---:|---:|",
     ]
-    for folder, count in counts.items():
-        figures = [count[status] for status in ("killed", "timeout", "survived")]
-        cells = [folder, count.total(), *figures, f"{1 - count['survived'] / count.total():.0%}"]
+    for folder, all_of in counts.items():
+        figures = [all_of[status] for status in ("killed", "timeout", "survived")]
+        cells = [folder, all_of.total(), *figures, f"{1 - all_of['survived'] / all_of.total():.0%}"]
         lines.append(f"| {' | '.join(map(str, cells))} |")
-    survivors = [name for name, result in results.items() if result["status"] == "survived"]
-    lines += ["", "## Survivors", ""] if survivors else []
-    for name in survivors:
-        place, _, change = name.partition(" ")
-        path, _, number = place.rpartition(":")
-        why = reasons.get(path, {}).get(change)
-        lines.append(f"- `{path.removeprefix('research/polygpt/')}:{number}` {change}" + (f": {why}" if why else ""))
+    lines += ["", "## Survivors", ""] if counts["all"]["survived"] else []
+    for path, mutant, result in found:
+        if result["status"] == "survived":
+            why = reasons.get(path, {}).get(mutant.text, "")
+            place = f"{path.removeprefix('research/polygpt/')}:{mutant.line}"
+            lines.append(f"- `{place}` {mutant.words()}" + (f": {why}" if why else ""))
     out.write_text("\n".join(lines) + "\n")
