@@ -87,6 +87,7 @@ def inline(tmp_path_factory):
     return {name: of_any_run(records) for name, records in done.items()}
 
 
+@pytest.mark.slow
 def test_inline_gives_records_in_the_order_of_the_seeds(inline):
     assert {name: [record["seed"] for record in records] for name, records in inline.items()} == {
         "narrow": [0, 1],
@@ -97,9 +98,10 @@ def test_inline_gives_records_in_the_order_of_the_seeds(inline):
 
 
 @pytest.mark.parametrize(
-    "engine", [Inline(), Processes(workers=2), Slurm(cluster="local")], ids=lambda e: type(e).__name__
+    "engine",
+    [Inline(), *(pytest.param(e, marks=pytest.mark.slow) for e in (Processes(workers=2), Slurm(cluster="local")))],
+    ids=lambda e: type(e).__name__,
 )
-@pytest.mark.slow
 def test_what_was_done_before_is_not_done_again(tmp_path, engine):
     if isinstance(engine, Slurm):
         pytest.importorskip("submitit")
