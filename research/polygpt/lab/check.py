@@ -15,11 +15,20 @@ from polygpt.errors import SpecError
 from polygpt.lab.blame import told
 from polygpt.lab.layout import LEAST
 from polygpt.lab.measured import Measured
-from polygpt.lab.properties import agreement, compilation, construction, memory, numerics, visibility
+from polygpt.lab.properties import (
+    agreement,
+    compilation,
+    construction,
+    memory,
+    numerics,
+    slopes,
+    variations,
+    visibility,
+)
 from polygpt.lab.subject import WIDTH, Subject
 
 BUILDS, TPU = "builds and runs", "compiles for TPU"
-LIMIT = 120.0
+LIMIT = 300.0
 """Seconds that one property may take."""
 PROPERTIES: dict[str, Callable[[Subject], Measured]] = {
     BUILDS: construction.builds_and_runs,
@@ -30,15 +39,25 @@ PROPERTIES: dict[str, Callable[[Subject], Measured]] = {
     "full cache = no cache": memory.full_cache,
     "ring cache = no cache": memory.ring_cache,
     "ragged decoding = each alone": memory.ragged_decoding,
+    "row and cache of any size": memory.any_size,
     "chunked = reference": functools.partial(agreement.backend, "chunked"),
     "flex = reference": functools.partial(agreement.backend, "flex"),
     "library = reference": functools.partial(agreement.backend, "library"),
     "packed examples in any order": agreement.examples_in_any_order,
     "padding without effect": agreement.padding_without_effect,
     "half batch = full batch": agreement.rows_alone,
+    "weights are those of the output": variations.weights_of_output,
+    "grouped heads": variations.grouped_heads,
+    "ALiBi as well as Rope": variations.second_position,
+    "mask honoured in long rows": visibility.honoured_in_long_rows,
+    "packed in any order, long rows": functools.partial(variations.in_long_rows, agreement.examples_in_any_order),
+    "full cache = no cache, long rows": functools.partial(variations.in_long_rows, memory.full_cache),
+    "positions told apart": variations.positions_told_apart,
+    "every parameter learns": variations.parameters_learn,
     "finite gradients beside padding": numerics.finite_gradients,
-    "gradient = finite differences": numerics.finite_differences,
+    "gradient = finite differences": slopes.finite_differences,
     "bfloat16 near float32": numerics.bfloat16,
+    "long rows in bfloat16": numerics.long_rows,
     "jit": agreement.jit,
     "vmap": agreement.vmap,
     "scan and remat": agreement.scan_and_remat,

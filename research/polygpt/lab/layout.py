@@ -13,7 +13,7 @@ from polygpt.sequence import PADDING, TEXT
 
 LEAST = 24
 """The fewest positions that the layouts below need."""
-PREFILL, CHUNK = 12, 4
+CALLS = (12, 4)
 """How a cache is filled: so many positions at once, so many more, the others one by one. Spans lie within a call."""
 
 
@@ -73,6 +73,17 @@ class Layout:
         """The same with large vectors at padding."""
         garbage = np.float32(10 * np.random.default_rng(99).normal(size=self.x_BTD.shape))
         return dataclasses.replace(self, x_BTD=np.where(self.padding_BT[..., None], garbage, self.x_BTD))
+
+    def padded(self, more: int) -> "Layout":
+        """The same in rows that have so many more positions, all of them padding."""
+        B, T = self.seed_BT.shape
+        longer = lay_out([[]] * B, T + more, self.x_BTD.shape[2])
+
+        def joined(old, new):
+            return np.concatenate([old, new[:, T:]], axis=1)
+
+        meta = Meta(*map(joined, vars(self.meta).values(), vars(longer.meta).values()))
+        return Layout(joined(self.x_BTD, longer.x_BTD), meta, joined(self.seed_BT, longer.seed_BT))
 
     def row(self, b: int) -> "Layout":
         """One of the rows alone."""

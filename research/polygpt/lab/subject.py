@@ -12,15 +12,21 @@ from polygpt.attention.contract import Attention, Context, Dims
 from polygpt.attention.kernels.dispatch import LONG
 from polygpt.attention.masks import DECODER, Causal, Mask, Meta
 from polygpt.lab.compiled import compiled
-from polygpt.lab.layout import CHUNK, LEAST, PREFILL, Layout, layouts
+from polygpt.lab.layout import CALLS, LEAST, Layout, layouts
 from polygpt.lab.measured import EPSILON, rounding
-from polygpt.nn.positions import Rope
+from polygpt.nn.positions import Position, Rope
 from polygpt.spec import hints
 
 WIDTH = 32
 """The model width unless it is given."""
 MOST = 96
 """The most positions that are chosen by themselves."""
+MANY, CALLS_OF_MANY = 160, (100, 30)
+"""Positions of a long row, and how a cache is filled with them: what begins at the second block of 64, or at the third,
+is within."""
+TOGETHER = 32
+"""Queries whose gradients are computed at once."""
+ROPE = Rope()
 REPLACEMENTS = 2
 """How often inputs are replaced: by other vectors each time."""
 
@@ -62,7 +68,7 @@ class Form:
         self.spec, self.dims = spec, dims
         self.graphdef, self.abstract = nnx.split(nnx.eval_shape(self.build))
         self.forward, self.gradient = compiled(self.apply), compiled(self.pull_back)
-        self.influence, self.through_cache = compiled(self._influence), compiled(self._through_cache)
+        self.influence, self.through_cache = compiled(self._influence), compiled(self._through_cache, "calls")
         self.replaced = compiled(self._replaced)
 
     def build(self) -> nnx.Module:
@@ -84,18 +90,18 @@ class Form:
 
         Zero where the output does not depend on the input, and, but by an accident of probability zero, only there.
         """
-        _, back = jax.vjp(lambda x_BTD: self.apply(params, x_BTD, meta), x_BTD)
-        B, T = meta.index.shape
 
-        def of_query(t, b):
-            here = (jnp.arange(T) == t)[None, :, None] & (jnp.arange(B) == b)[:, None, None]
-            (dx_BSD,) = back(jnp.where(here, cotangent_BTD, 0))
-            return jnp.max(jnp.abs(dx_BSD[b]), axis=-1)
+        def of_row(row):  # alone: that rows do not mix is another property
+            x_TD, meta, cotangent_TD = jax.tree.map(lambda array: array[None], row)
+            _, back = jax.vjp(lambda x_1TD: self.apply(params, x_1TD, meta), x_TD)
 
-        def of_row(b):  # alone: that rows do not mix is another property
-            return jax.vmap(lambda t: of_query(t, b))(jnp.arange(T))
+            def of_query(t):
+                here = (jnp.arange(x_TD.shape[1]) == t)[None, :, None]
+                return jnp.max(jnp.abs(back(jnp.where(here, cotangent_TD, 0))[0][0]), axis=-1)
 
-        influence_TBS = jax.lax.map(of_row, jnp.arange(B)).swapaxes(0, 1)
+            return jax.lax.map(of_query, jnp.arange(x_TD.shape[1]), batch_size=TOGETHER)
+
+        influence_TBS = jax.lax.map(of_row, (x_BTD, meta, cotangent_BTD)).swapaxes(0, 1)
         return influence_TBS / jnp.max(influence_TBS)
 
     def _replaced(self, params, x_BTD, other_BTD, meta, hidden_TBS):
@@ -113,9 +119,12 @@ class Form:
 
         return jax.lax.map(of_row, (x_BTD, other_BTD, meta, hidden_TBS.swapaxes(0, 1))).swapaxes(0, 1)
 
-    def _through_cache(self, params, x_BTD, meta, cache):
-        """y_BTD: `PREFILL` positions at once, `CHUNK` more, the others one by one."""
-        B, T = meta.index.shape
+    def _through_cache(self, params, x_BTD, meta, cache, seen, calls=CALLS):
+        """y_BTD: so many positions at once as `calls` says, so many more, the others one by one.
+
+        `seen` has the metadata of an empty cache, [B, S].
+        """
+        T, (prefill, chunk) = meta.index.shape[1], calls
         module = nnx.merge(self.graphdef, params)
 
         def call(carry, x_BTD, query):
@@ -133,10 +142,10 @@ class Form:
         def one_by_one(carry, columns):
             return call(carry, *jax.tree.map(lambda array: array[:, None], columns))
 
-        carry = cache, Meta(*[jnp.zeros((B, T), jnp.int32)] * 5), jnp.zeros((), jnp.int32)
-        carry, prompt_BTD = call(carry, *positions(0, PREFILL))
-        carry, chunk_BTD = call(carry, *positions(PREFILL, PREFILL + CHUNK))
-        rest = jax.tree.map(lambda array: array.swapaxes(0, 1), positions(PREFILL + CHUNK, T))
+        carry = cache, seen, jnp.zeros((), jnp.int32)
+        carry, prompt_BTD = call(carry, *positions(0, prefill))
+        carry, chunk_BTD = call(carry, *positions(prefill, prefill + chunk))
+        rest = jax.tree.map(lambda array: array.swapaxes(0, 1), positions(prefill + chunk, T))
         _, steps_TB1D = jax.lax.scan(one_by_one, carry, rest)
         return jnp.concatenate([prompt_BTD, chunk_BTD, steps_TB1D[:, :, 0].swapaxes(0, 1)], axis=1)
 
@@ -148,6 +157,8 @@ class Subject:
         spec: the variant, as it is used.
         width: D, the width of the model that it is built into.
         length: T, positions a row; None chooses.
+        position: the position encoding of the model.
+        calls: how a cache is filled.
 
     Attributes:
         rows: `layout.Layouts`.
@@ -157,8 +168,15 @@ class Subject:
         bound: what rounding explains of a relative difference.
     """
 
-    def __init__(self, spec: Attention, width: int = WIDTH, length: int | None = None):
-        self.spec, self.width = spec, width
+    def __init__(
+        self,
+        spec: Attention,
+        width: int = WIDTH,
+        length: int | None = None,
+        position: Position = ROPE,
+        calls: tuple[int, int] = CALLS,
+    ):
+        self.spec, self.width, self.position, self.calls = spec, width, position, calls
         self.length = suitable_length(spec) if length is None else length
         self.rows = layouts(self.length, width)
         self.form = self.other(spec)
@@ -185,7 +203,28 @@ class Subject:
 
     def other(self, spec: Attention, dtype: str = "float32", scale: int = 1) -> Form:
         """A specification for a model `scale` times as wide that computes in `dtype`."""
-        return Form(spec, Dims(self.width * scale, dtype, Rope()))
+        return Form(spec, Dims(self.width * scale, dtype, self.position))
+
+    @functools.cached_property
+    def long(self) -> "Subject":
+        """The variant in rows long enough for what begins beyond some blocks."""
+        if self.length >= MANY:
+            return self
+        return Subject(self.spec, self.width, MANY, self.position, CALLS_OF_MANY)
+
+    def changed(self, position: Position | None = None, **fields) -> "Subject":
+        """The variant with other fields, or with another position encoding around it."""
+        return Subject(self.spec.replace(**fields), self.width, self.length, position or self.position, self.calls)
+
+    def cached_BTD(
+        self, layout: Layout, ring: bool = False, size: int | None = None, form: Form | None = None
+    ) -> np.ndarray:
+        """What the variant computes over a cache for `size` positions, as many as a row has unless it is given."""
+        form, (B, T) = form or self.form, layout.seed_BT.shape
+        cache = self.spec.init_cache(form.dims, B, size or T, ring)
+        seen = Meta(*[jnp.zeros((B, size or T), jnp.int32)] * 5)
+        x_BTD = layout.x_BTD.astype(form.dims.dtype)
+        return np.asarray(form.through_cache(self.params, x_BTD, layout.meta, cache, seen, calls=self.calls))
 
     def y_BTD(self, layout: Layout, form: Form | None = None) -> np.ndarray:
         """What the variant computes without a cache."""
@@ -204,6 +243,8 @@ class Subject:
         way of a comparison, a choice of the largest or a stopped gradient: this does.
         """
         rows, error_TB = self.rows.packed, np.zeros(hidden_TBS.shape[:2])
+        if not hidden_TBS.any():
+            return error_TB
 
         def outputs(seed, hidden_TBS):
             other_BTD = np.float32(3 * np.random.default_rng(70 + seed).normal(size=rows.x_BTD.shape))

@@ -2,9 +2,12 @@
 
 import jax
 
-from polygpt.lab.layout import CHUNK, PREFILL, Layout
+from polygpt.lab.layout import Layout
 from polygpt.lab.measured import Measured, absent, difference
 from polygpt.lab.subject import Subject, mask_of
+
+MORE = 8
+"""By how many positions rows and caches are longer, where their size is to change nothing."""
 
 
 def full_cache(subject: Subject) -> Measured:
@@ -36,22 +39,34 @@ def ragged_decoding(subject: Subject) -> Measured:
     return _compare(subject, subject.rows.ragged.with_garbage(), subject.rows.compact, ring=False)
 
 
-def _cache(subject, ring):
-    return subject.spec.init_cache(subject.form.dims, subject.rows.packed.x_BTD.shape[0], subject.length, ring)
+def any_size(subject: Subject) -> Measured:
+    """The same examples in longer rows, and over a cache for more positions: sizes of arrays change no result."""
+    rows = subject.rows.compact
+    expected = rows.by_example(subject.y_BTD(rows))
+    longer = rows.padded(MORE)
+    errors = {"of the row": difference(longer.by_example(subject.y_BTD(longer)), expected)}
+    errors["of the cache"] = difference(
+        rows.by_example(subject.cached_BTD(rows, size=subject.length + MORE)), rows.by_example(subject.cached_BTD(rows))
+    )
+    guilty = max(errors, key=lambda name: (not errors[name] <= subject.bound, errors[name]))
+    return Measured(errors[guilty], subject.bound, "" if errors[guilty] <= subject.bound else f"the size {guilty}")
 
 
 def _shapes(subject, ring):
-    return [x.shape for x in jax.tree.leaves(jax.eval_shape(lambda: _cache(subject, ring)))]
+    B = subject.rows.packed.x_BTD.shape[0]
+    cache = jax.eval_shape(lambda: subject.spec.init_cache(subject.form.dims, B, subject.length, ring))
+    return [x.shape for x in jax.tree.leaves(cache)]
 
 
 def _compare(subject, cached: Layout, plain: Layout, ring: bool) -> Measured:
-    got_BTD = subject.form.through_cache(subject.params, cached.x_BTD, cached.meta, _cache(subject, ring))
+    got_BTD = subject.cached_BTD(cached, ring)
     got, expected = cached.by_example(got_BTD), plain.by_example(subject.y_BTD(plain))
     error = difference(got, expected)
     note = ""
     if not error <= subject.bound and cached is plain:
         error_T = abs(got_BTD - subject.y_BTD(plain)).max((0, 2))
         position = int((~(error_T <= subject.bound)).argmax())
-        call = "prompt" if position < PREFILL else "chunk" if position < PREFILL + CHUNK else "single steps"
+        prefill, chunk = subject.calls
+        call = "prompt" if position < prefill else "chunk" if position < prefill + chunk else "single steps"
         note = f"from position {position} on, in the {call}"
     return Measured(error, subject.bound, note)

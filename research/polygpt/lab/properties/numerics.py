@@ -1,17 +1,24 @@
-"""Gradients and number formats: finite beside padding, right by finite differences, close in bfloat16."""
+"""Number formats: finite beside padding, close in bfloat16, over long rows too."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from polygpt.lab.compiled import compiled
-from polygpt.lab.measured import EPSILON, Measured
+from polygpt.lab.layout import Example, lay_out
+from polygpt.lab.measured import Measured, difference, rounding
 from polygpt.lab.subject import Subject
 
-STEPS = (2.0**-6, 2.0**-7, 2.0**-9)
-"""The steps of finite differences, of which the best counts. With the largest rounding hardly matters, as some parts of
-a variant compute in float32 whatever is asked; with the smallest it does not matter how sharply results bend: the error
-of the formula goes with the fourth power of the step."""
+BFLOAT16 = float(jnp.finfo(jnp.bfloat16).eps)
+OTHERWISE = 0.2
+"""The share of positions that may choose otherwise in bfloat16 where results jump."""
+LONG = 512
+"""Positions of a row long enough for sums in 16 bits to stand still: beyond 256 a one adds nothing."""
+BEGINNING, END = slice(8, 72), slice(-64, None)
+"""Positions of it that are compared."""
+GROWTH = 4.0
+"""How many times as large the error may be at the end of a long row as at its beginning."""
 
 
 def finite_gradients(subject: Subject) -> Measured:
@@ -22,57 +29,42 @@ def finite_gradients(subject: Subject) -> Measured:
     return Measured(float(wrong), 0.0, "numbers that are NaN or infinite" if wrong else "")
 
 
-def finite_differences(subject: Subject) -> Measured:
-    """Along a random direction for the input and for each parameter, gradients are the slope of the loss, in float64.
-
-    The slope is taken by the five-point formula. An error is relative to what a direction's slope typically is.
-    """
-    with jax.enable_x64(True):
-        form = subject.other(subject.differentiable.spec, "float64")
-        rows, rng = subject.rows.packed, np.random.default_rng(2)
-        point = jax.tree.map(lambda x: np.asarray(x, np.float64), (subject.params, rows.x_BTD))
-        weights_BTD = rng.normal(size=rows.x_BTD.shape)
-        leaves, tree = jax.tree.flatten(point)
-        directions = [rng.normal(size=x.shape) * (np.std(x) or 1.0) for x in leaves]
-
-        @compiled
-        def measure(leaves, directions, meta):
-            def loss(leaves):
-                return jnp.sum(weights_BTD * form.apply(*tree.unflatten(leaves), meta))
-
-            def stepped(which, far):
-                moved = [
-                    x + far * jnp.where(which == i, direction, 0)
-                    for i, (x, direction) in enumerate(zip(leaves, directions, strict=True))
-                ]
-                return loss(moved)
-
-            far_S4 = jnp.array(STEPS)[:, None] * jnp.array([-2.0, -1.0, 1.0, 2.0])[None]
-            along = jax.vmap(jax.vmap(jax.vmap(stepped, (None, 0)), (None, 0)), (0, None))
-            return along(jnp.arange(len(leaves)), far_S4), jax.grad(loss)(leaves)
-
-        loss_NS4, gradients = jax.tree.map(np.asarray, measure(leaves, directions, rows.meta))
-    slope_SN = (loss_NS4 @ np.array([1, -8, 8, -1])).T / (12 * np.array(STEPS)[:, None])
-    expected_N = np.array([np.sum(g * d) for g, d in zip(gradients, directions, strict=True)])
-    typical_N = np.array([np.linalg.norm(g * d) for g, d in zip(gradients, directions, strict=True)])
-    output = np.linalg.norm(weights_BTD) / 1e3  # nothing can be said of slopes far below what the loss is made of
-    error_N = np.min(np.abs(slope_SN - expected_N) / (np.abs(slope_SN) + typical_N + output), axis=0)
-    worst = int(np.argmax(error_N))
-    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(point)[0]]
-    bound = 16 * EPSILON / STEPS[0]
-    return Measured(float(error_N[worst]), bound, "" if error_N[worst] <= bound else f"worst: {paths[worst]}")
-
-
 def bfloat16(subject: Subject) -> Measured:
     """Computed in bfloat16, with a cache and without, near the float32 result, and given back in bfloat16."""
     rows, form = subject.rows.packed, subject.other(subject.spec, "bfloat16")
     x_BTD = rows.x_BTD.astype(jnp.bfloat16)
     y_BTD = form.forward(subject.params, x_BTD, rows.meta)
-    cache = subject.spec.init_cache(form.dims, *rows.meta.index.shape, True)
-    cached = form.through_cache(subject.params, x_BTD, rows.meta, cache)
+    cached = subject.cached_BTD(rows, ring=True, form=form)
     for name, dtype in {"the result": y_BTD.dtype, "the result over a cache": cached.dtype}.items():
         if dtype != jnp.bfloat16:
             return Measured(float("inf"), 0.0, f"{name} is {dtype}")
     expected_BTD = subject.y_BTD(rows)
-    errors = [np.linalg.norm(np.float32(y) - expected_BTD) / np.linalg.norm(expected_BTD) for y in (y_BTD, cached)]
-    return Measured(float(max(errors)), 8 * float(jnp.finfo(jnp.bfloat16).eps))
+    width, expected_ND = subject.width, expected_BTD.reshape(-1, subject.width)
+    errors = [
+        _share(np.float32(y).reshape(-1, width) - expected_ND, expected_ND, subject.spec.jumps) for y in (y_BTD, cached)
+    ]
+    return Measured(max(errors), 8 * BFLOAT16)
+
+
+def long_rows(subject: Subject) -> Measured:
+    """A row of 512 positions: begins as a shorter one does, and bfloat16 is no further off at its end."""
+    row = lay_out([[Example(30, LONG)]], LONG, subject.width)
+    short = lay_out([[Example(30, LONG).part(0, LONG // 4)]], LONG // 4, subject.width)
+    y_TD, begin_TD = subject.y_BTD(row)[0], subject.y_BTD(short)[0]
+    error, bound = difference(y_TD[: LONG // 4], begin_TD), rounding(LONG, subject.width)
+    if not error <= bound:
+        return Measured(error, bound, f"the first {LONG // 4} of {LONG} positions are not what they are alone")
+    low = subject.other(subject.spec, "bfloat16")
+    off_TD = np.float32(subject.y_BTD(dataclasses.replace(row, x_BTD=row.x_BTD.astype(jnp.bfloat16)), low)[0]) - y_TD
+    begin, end = (_share(off_TD[part], y_TD[part], subject.spec.jumps) for part in (BEGINNING, END))
+    bound = min(8 * BFLOAT16, max(GROWTH * begin, BFLOAT16))
+    note = "" if end <= bound else f"in bfloat16, at the end; {begin:.1e} at the beginning: sum in float32"
+    return Measured(end, bound, note)
+
+
+def _share(off_TD: np.ndarray, y_TD: np.ndarray, jumps: bool) -> float:
+    """The norm of a difference, relative to that of the result; of results that jump without the worst positions."""
+    off_T = np.linalg.norm(off_TD, axis=-1)
+    if jumps:
+        off_T = np.sort(off_T)[: max(1, int(len(off_T) * (1 - OTHERWISE)))]
+    return float(np.linalg.norm(off_T) / np.linalg.norm(y_TD))

@@ -29,13 +29,24 @@ def mask_honoured(subject: Subject) -> Measured:
     own = np.eye(subject.length, dtype=bool)[:, None, :]
     decoder, visible = _visible(subject, DECODER), _permitted(subject)
     leak = _influence(subject, decoder & ~visible & ~own)
-    if not leak.holds:
-        return leak
+    return _silence(subject) or leak if leak.holds else leak
+
+
+def honoured_in_long_rows(subject: Subject) -> Measured:
+    """In rows of at least 160 positions outputs move with what the mask shows, and with nothing else."""
+    subject = subject.long
+    leak = _influence(subject, ~_permitted(subject) & ~np.eye(subject.length, dtype=bool)[:, None, :])
+    return _silence(subject) or leak if leak.holds else leak
+
+
+def _silence(subject: Subject) -> Measured | None:
+    """What is without influence though the mask shows it, where that is too much."""
+    own, visible = np.eye(subject.length, dtype=bool)[:, None, :], _permitted(subject)
     seen, shown = (subject.influence_TBS > 0) & ~own, visible & ~own
     if subject.spec.mask_is_bound:
         shown, seen = shown.any(-1), (seen & shown).any(-1)
         blind = float((shown & ~seen).sum() / max(shown.sum(), 1))
-        return leak if blind <= UNSEEING else Measured(blind, UNSEEING, "share of positions that see no other one")
+        return None if blind <= UNSEEING else Measured(blind, UNSEEING, "share of positions that see no other one")
     if mask_of(subject.spec) is None:  # it says only that something is seen
         shown, seen = shown.any(-1), (seen & shown).any(-1)
     silent = float((shown & ~seen).sum() / max(shown.sum(), 1))
@@ -44,7 +55,7 @@ def mask_honoured(subject: Subject) -> Measured:
         if _sees_no_more(subject):  # who looks elsewhere has another fault
             note += ": where the inputs choose what is seen, set mask_is_bound"
         return Measured(silent, SILENT, note)
-    return leak
+    return None
 
 
 def spans_bidirectional(subject: Subject) -> Measured:
