@@ -65,11 +65,11 @@ def test_the_platform_is_that_of_the_innermost_context():
 
 
 def test_a_backend_that_refuses_is_replaced_with_one_line_in_the_log(caplog):
-    dispatch.say_instead.cache_clear()
+    dispatch.warn_fallback.cache_clear()
     rule, operands = Rule(DECODER, SoftCap(3.0)), shapes(32)
     line = (
         "attention: reference instead of library: SoftCap cannot be written as a bias, "
-        "all that jax.nn.dot_product_attention takes"
+        "which jax.nn.dot_product_attention requires"
     )
     with caplog.at_level(logging.INFO, dispatch.__name__):
         for _ in range(3):
@@ -91,7 +91,7 @@ def test_strict_makes_a_refusal_an_error():
     rule, operands = problem("sigmoid")
     expected = (
         "attention.backend is 'library' and strict is set, but it cannot compute this: "
-        "jax.nn.dot_product_attention knows no sigmoid normalizer"
+        "jax.nn.dot_product_attention has no sigmoid normalizer"
     )
     with pytest.raises(SpecError) as error:
         dispatch.attend(rule, operands, "library", strict=True)
@@ -130,8 +130,8 @@ def test_every_backend_is_described_and_can_be_asked_for():
 
 def test_on_a_tpu_the_library_is_said_to_refuse_decoders_and_does():
     about = dispatch.about()
-    assert "it refuses decoders, whose mask has them" in about["library"]
-    assert "flex where that refuses, as it does for decoders" in about["auto"]
+    assert "not decoders, whose mask has spans" in about["library"]
+    assert "flex if that does not apply, as for decoders" in about["auto"]
     with dispatch.compiling_for("tpu"):
         with pytest.raises(SpecError, match="'library' and strict is set, .* the mask looks at spans"):
             dispatch.choose(Rule(DECODER), shapes(2048), "library", strict=True)

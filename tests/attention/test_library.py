@@ -39,7 +39,7 @@ WHOLE, PLAIN = SameSegment() & Causal(), Score()
 def refused(name: str) -> str | None:
     """What of a problem, with values as wide as queries, is not for jax.nn.dot_product_attention."""
     if name.startswith("sigmoid"):
-        return "knows no sigmoid normalizer"
+        return "has no sigmoid normalizer"
     return {"capped": "Then cannot be", "table": "Then cannot be", "gates": "Gates cannot be"}.get(name)
 
 
@@ -258,7 +258,7 @@ class Unlike(Mask):
 @pytest.mark.parametrize(
     ("mask", "reason"),
     [
-        (Causal(), "no SameSegment"),
+        (Causal(), "needs SameSegment"),
         (DECODER, "looks at spans"),
         (WHOLE & Sinks(2), "looks at positions by themselves"),
         (WHOLE & Blockwise(8), "looks at positions by themselves"),
@@ -266,7 +266,7 @@ class Unlike(Mask):
         (WHOLE & ~KeyModality(1), "looks at modalities"),
         (SameSegment() & (Causal() | SameSegment()), "looks at segments"),
         (WHOLE & ~Window(1), "every position to see itself"),
-        (WHOLE & Earlier(), "metadata otherwise than by operators"),
+        (WHOLE & Earlier(), "metadata other than by operators"),
         (WHOLE & ByFunction(), None),
         (WHOLE & (Window(4) | Dilated(2, 4)), None),
     ],
@@ -288,8 +288,8 @@ def test_splash_attention_refuses_what_is_no_pattern_of_indices(mask, reason):
     ("change", "reason"),
     [
         (lambda rule, operands: (dataclasses.replace(rule, normalizer="sigmoid"), operands), "no sigmoid normalizer"),
-        (lambda rule, operands: (dataclasses.replace(rule, score=Scale(2.0)), operands), "SoftCap, and this is Scale"),
-        (lambda rule, operands: (rule, operands.of_queries(jnp.arange(128))), "these are 128 and 256, as with a cache"),
+        (lambda rule, operands: (dataclasses.replace(rule, score=Scale(2.0)), operands), "SoftCap, not Scale"),
+        (lambda rule, operands: (rule, operands.of_queries(jnp.arange(128))), "not 128 and 256 (as with a cache)"),
         (lambda rule, operands: long_problem(T=200), "a multiple of 128, not 200"),
         (
             lambda rule, operands: (rule, dataclasses.replace(operands, value_BKSe=jnp.zeros((2, 1, 256, 160)))),
@@ -364,7 +364,7 @@ def test_cudnn_is_what_a_gpu_is_given(monkeypatch):
         (Rule(DECODER, SoftCap(1.0)), shapes(256), "SoftCap cannot be written as a bias"),
         (Rule(DECODER), shapes(256, d=256), "a multiple of 8 up to 128, not 256"),
         (Rule(DECODER), shapes(256, d=12), "a multiple of 8 up to 128, not 12"),
-        (Rule(DECODER), shapes(255), "even lengths beside a mask, not 255 and 255"),
+        (Rule(DECODER), shapes(255), "even lengths with a mask, not 255 and 255"),
         (Rule(DECODER, normalizer="sigmoid"), shapes(256), "no sigmoid normalizer"),
     ],
     ids=["float32", "bias", "cap", "wide", "odd width", "odd length", "sigmoid"],

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from polygpt.attention.kernels.recurrence import _chunks, course, delta_rule, linear_recurrence
+from polygpt.attention.kernels.recurrence import _chunks, delta_rule, linear_recurrence, segment_starts
 
 B, H, D, E = 2, 4, 4, 3
 SEGMENT = np.int32(
@@ -70,14 +70,14 @@ def expected(segment, last, query, key, value, log_decay, state):
 
 @partial(jax.jit, static_argnames="chunk")
 def linear(segment_BT, last_B, *operands, chunk=4):
-    row = course(segment_BT, last_B)
-    return *linear_recurrence(row, *operands, chunk), row.last_B
+    starts = segment_starts(segment_BT, last_B)
+    return *linear_recurrence(starts, *operands, chunk), starts.last_B
 
 
 @partial(jax.jit, static_argnames="chunk")
 def delta(segment_BT, last_B, *operands, chunk=4):
-    row = course(segment_BT, last_B)
-    return *delta_rule(row, *operands, chunk), row.last_B
+    starts = segment_starts(segment_BT, last_B)
+    return *delta_rule(starts, *operands, chunk), starts.last_B
 
 
 def delta_arrays(length=T, seed=0):

@@ -178,7 +178,7 @@ def test_heads_that_do_not_talk_are_multi_head_attention():
 def test_talking_heads_say_that_no_other_backend_can(caplog):
     with pytest.raises(SpecError, match="TalkingHeads.backend is 'chunked': it must be reference: talking heads mix"):
         TalkingHeads(4, backend="chunked", strict=True)
-    dispatch.say_instead.cache_clear()
+    dispatch.warn_fallback.cache_clear()
     call, state, _ = made(TalkingHeads(4, backend="chunked"))
     with caplog.at_level(logging.WARNING):
         call(state, inputs(), context(row()))

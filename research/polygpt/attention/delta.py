@@ -50,8 +50,8 @@ class DeltaNetModule(RecurrentModule):
         length = jnp.sqrt(jnp.sum(x_BHTd * x_BHTd, axis=-1, keepdims=True) + 1e-6)
         return self.rotated(x_BHTd / length, context)
 
-    def recur(self, row, query_BHTd, key_BHTd, value_BHTe, x_BTD, context, state):
+    def recur(self, starts, query_BHTd, key_BHTd, value_BHTe, x_BTD, context, state):
         beta_BHT1 = self.heads(jax.nn.sigmoid(self.beta(x_BTD, "float32")))
         query_BHTd = query_BHTd * query_BHTd.shape[-1] ** -0.5
         none, chunk = self.log_decay(x_BTD), self.spec.chunk
-        return delta_rule(row, query_BHTd, key_BHTd, value_BHTe, beta_BHT1, none, state, chunk)
+        return delta_rule(starts, query_BHTd, key_BHTd, value_BHTe, beta_BHT1, none, state, chunk)

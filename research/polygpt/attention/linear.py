@@ -37,12 +37,12 @@ class LinearAttentionModule(RecurrentModule):
     def placed(self, x_BHTd, context):
         return jax.nn.elu(x_BHTd.astype(jnp.float32)) + 1
 
-    def recur(self, row, query_BHTd, key_BHTd, value_BHTe, x_BTD, context, state):
+    def recur(self, starts, query_BHTd, key_BHTd, value_BHTe, x_BTD, context, state):
         turned = self.rotated(query_BHTd, context), self.rotated(key_BHTd, context)
         ones_BHT1 = jnp.ones_like(value_BHTe[..., :1])
         none, chunk = self.log_decay(x_BTD), self.spec.chunk
-        y_BHTe, values = linear_recurrence(row, *turned, value_BHTe, none, state["values"], chunk)
-        z_BHT1, ones = linear_recurrence(row, query_BHTd, key_BHTd, ones_BHT1, none, state["ones"], chunk)
+        y_BHTe, values = linear_recurrence(starts, *turned, value_BHTe, none, state["values"], chunk)
+        z_BHT1, ones = linear_recurrence(starts, query_BHTd, key_BHTd, ones_BHT1, none, state["ones"], chunk)
         return y_BHTe / jnp.maximum(z_BHT1, 1e-6), {"values": values, "ones": ones}
 
     def empty_state(self, rows):

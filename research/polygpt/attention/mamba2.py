@@ -81,7 +81,7 @@ class Mamba2Module(StatefulModule):
         self.D = nnx.Param(jnp.ones(H))
         self.norm_scale = nnx.Param(jnp.ones(inner))
 
-    def read(self, x_BTD, context, row, state, past):
+    def read(self, x_BTD, context, starts, state, past):
         spec, inner = self.spec, self.widths[0]
         z_BTE, mixed_BTE, dt_BTH = jnp.split(self.input(x_BTD), np.cumsum(self.widths[:-1]), axis=-1)
         if self.convolve is not None:
@@ -94,7 +94,7 @@ class Mamba2Module(StatefulModule):
         dt_BTH = jax.nn.softplus(dt_BTH.astype(jnp.float32) + broadcast_to_rank(self.dt_bias[...], 3))
         dt_BHT1 = _heads(dt_BTH, spec.heads)
         log_decay = -jnp.exp(self.A_log[...])[None, :, None, None] * dt_BHT1
-        y_BHTP, state = linear_recurrence(row, C_BGTN, B_BGTN, x_BHTP * dt_BHT1, log_decay, state, spec.chunk)
+        y_BHTP, state = linear_recurrence(starts, C_BGTN, B_BGTN, x_BHTP * dt_BHT1, log_decay, state, spec.chunk)
         y_BHTP += self.D[...][None, :, None, None] * x_BHTP
         return self.output(self._normed(joined(y_BHTP), z_BTE)), state, past
 

@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from polygpt.attention.contract import INSIDE, OUTPUT, QUERY, Attention, Context, Dims
-from polygpt.attention.kernels.recurrence import Course, course, linear_recurrence
+from polygpt.attention.kernels.recurrence import SegmentStarts, linear_recurrence, segment_starts
 from polygpt.attention.masks import Mask, Meta
 from polygpt.attention.multi_head import joined
 from polygpt.attention.short_convolution import ShortConvolution
@@ -87,10 +87,10 @@ class StatefulModule(nnx.Module):
         # A recurrence along positions that are split would wait for every device in turn: each has whole rows here.
         x_BTD, context = _with_whole_rows(x_BTD, context)
         before = self.empty(x_BTD.shape[0]) if cache is None else cache
-        row = course(context.query.segment, before["last"])
-        y_BTD, state, past = self.read(x_BTD, context, row, before["state"], before["past"])
-        y_BTD = constrain(jnp.where(row.real_BT[..., None], y_BTD, 0), *RESIDUAL)
-        return y_BTD, None if cache is None else {"state": state, "past": past, "last": row.last_B}
+        starts = segment_starts(context.query.segment, before["last"])
+        y_BTD, state, past = self.read(x_BTD, context, starts, before["state"], before["past"])
+        y_BTD = constrain(jnp.where(starts.real_BT[..., None], y_BTD, 0), *RESIDUAL)
+        return y_BTD, None if cache is None else {"state": state, "past": past, "last": starts.last_B}
 
     def empty(self, batch_size: int) -> Any:
         """A cache in which nothing was read."""
@@ -102,7 +102,7 @@ class StatefulModule(nnx.Module):
         raise NotImplementedError
 
     def read(
-        self, x_BTD: jax.Array, context: Context, row: Course, state: Any, past: Any
+        self, x_BTD: jax.Array, context: Context, starts: SegmentStarts, state: Any, past: Any
     ) -> tuple[jax.Array, Any, Any]:
         """([B, T, D], the new state, what the convolution needs of these positions)."""
         raise NotImplementedError
@@ -167,14 +167,14 @@ class RecurrentModule(StatefulModule):
         if spec.convolution:
             self.convolve = ShortConvolution(spec.convolution, 2 * H * d + H * e, rngs=rngs, bias=False)
 
-    def read(self, x_BTD, context, row, state, past):
+    def read(self, x_BTD, context, starts, state, past):
         arrays = [self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)]
         if self.convolve is not None:
             x_BTE, past = self.convolve(jnp.concatenate(arrays, axis=-1), context.query.segment, past)
             arrays = jnp.split(x_BTE, [arrays[0].shape[-1], 2 * arrays[0].shape[-1]], axis=-1)
         query, key, value = (self.heads(activate(self.spec.activation, x)) for x in arrays)
         query, key = self.placed(query, context), self.placed(key, context)
-        y_BHTe, state = self.recur(row, query, key, value, x_BTD, context, state)
+        y_BHTe, state = self.recur(starts, query, key, value, x_BTD, context, state)
         return self.mixed(y_BHTe, x_BTD), state, past
 
     def placed(self, x_BHTd: jax.Array, context: Context) -> jax.Array:
@@ -192,10 +192,10 @@ class RecurrentModule(StatefulModule):
         """The logarithm of what is kept of the state at each position, float32 [B, H or 1, T, d or 1], at most 0."""
         return jnp.zeros((x_BTD.shape[0], 1, x_BTD.shape[1], 1), jnp.float32)
 
-    def recur(self, row, query_BHTd, key_BHTd, value_BHTe, x_BTD, context, state) -> tuple[jax.Array, Any]:
+    def recur(self, starts, query_BHTd, key_BHTd, value_BHTe, x_BTD, context, state) -> tuple[jax.Array, Any]:
         """(what each position reads, float32 [B, H, T, e], the new state)."""
         decay = self.log_decay(x_BTD)
-        return linear_recurrence(row, query_BHTd, key_BHTd, value_BHTe, decay, state, self.spec.chunk)
+        return linear_recurrence(starts, query_BHTd, key_BHTd, value_BHTe, decay, state, self.spec.chunk)
 
     def empty_state(self, batch_size: int) -> Any:
         width = self.dims.width

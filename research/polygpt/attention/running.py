@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from polygpt.attention.kernels.recurrence import course
+from polygpt.attention.kernels.recurrence import segment_starts
 from polygpt.attention.scores import Terms
 from polygpt.errors import SpecError
 
@@ -49,14 +49,14 @@ def running_sum(amount_BHT: jax.Array, segment_BT: jax.Array, so_far_BH1: Any = 
     """
     B, H, _ = amount_BHT.shape
     so_far_BH1 = jnp.zeros((B, H, 1)) if so_far_BH1 is None else so_far_BH1
-    row = course(segment_BT, jnp.zeros(B, jnp.int32) if last_B is None else last_B)
-    amount_BHT = jnp.where(row.real_BT[:, None], amount_BHT.astype(jnp.float32), 0)
-    fresh_B1T = jnp.pad(row.fresh_BT, ((0, 0), (1, 0)))[:, None]
+    starts = segment_starts(segment_BT, jnp.zeros(B, jnp.int32) if last_B is None else last_B)
+    amount_BHT = jnp.where(starts.real_BT[:, None], amount_BHT.astype(jnp.float32), 0)
+    start_B1T = jnp.pad(starts.start_BT, ((0, 0), (1, 0)))[:, None]
     amounts = jnp.concatenate([so_far_BH1.astype(jnp.float32), amount_BHT], axis=2)
 
     def joined(one, other):
         (fresh, before), (starts, amount) = one, other
         return fresh | starts, jnp.where(starts, amount, before + amount)
 
-    fresh = jnp.broadcast_to(fresh_B1T, amounts.shape)
+    fresh = jnp.broadcast_to(start_B1T, amounts.shape)
     return jax.lax.associative_scan(joined, (fresh, amounts), axis=2)[1][:, :, 1:]

@@ -48,7 +48,7 @@ class TalkingHeadsModule(MultiHeadModule):
 
     def attend(self, rule, operands):
         if self.spec.backend not in ("auto", "reference"):
-            dispatch.say_instead("reference", self.spec.backend, REASON)
+            dispatch.warn_fallback("reference", self.spec.backend, REASON)
         weights_BHTS, lse_BHT = self._weights(rule, operands)
         return reference.weighted_values(weights_BHTS, operands.value_BKSe), lse_BHT
 

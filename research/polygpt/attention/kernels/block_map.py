@@ -1,7 +1,7 @@
-"""The block map: which blocks of queries and keys a kernel may skip, and in which it need not ask the mask.
+"""The block map: which blocks of queries and keys a kernel can skip, and in which it need not evaluate the mask.
 
-The predicate itself is evaluated, on ranges of metadata instead of numbers (`intervals.py`): no matrix of pairs is ever
-made, and what is decided holds for all masks that can be written.
+The map evaluates the mask predicate itself, on ranges of metadata instead of numbers (`intervals.py`). It never builds
+the matrix of pairs, and works for every mask.
 """
 
 import dataclasses
@@ -16,33 +16,34 @@ from polygpt.attention.kernels.intervals import Interval, Ternary
 from polygpt.attention.masks import Mask, Meta, allowed
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
-"""No pair of a block is visible; some are, or it is not known; all are."""
+"""No pair of the block is visible; some may be; all are."""
 
 _log = logging.getLogger(__name__)
 
 
 @functools.partial(jax.jit, static_argnames=("mask", "block_q", "block_k"))
 def block_map(mask: Mask, query: Meta, key: Meta, block_q: int, block_k: int) -> jax.Array:
-    """What is known of each block, int8 [B, nq, nk], nq = ceil(T / block_q), nk = ceil(S / block_k).
+    """The kind of each block, int8 [B, nq, nk], nq = ceil(T / block_q), nk = ceil(S / block_k).
 
-    A block called EMPTY has no visible pair; padding keys are invisible, padding queries see what the mask says. In a
-    block called FULL all pairs are visible, and it has no padding, neither segment 0 nor places beyond T or S: a
-    kernel that does not ask the mask there is right. Costs O(nq nk + T + S).
+    An EMPTY block has no visible pair; padding keys are invisible, padding queries see whatever the mask says. In a
+    FULL block all pairs are visible and there is no padding, neither segment 0 nor positions beyond T or S, so a kernel
+    can ignore the mask there. Costs O(nq nk + T + S).
 
-    Each block is taken apart into few classes (padding; its first, its last and its other examples; in a span or not),
-    and the ranges of one class meet those of another: thus position ids and span numbers that restart with each
-    packed example do not blur. It equals `exact_block_map` for `DECODER` and `ENCODER`, with windows, sinks and blocks
-    beside them, in packed rows without spans. What is lost, always to PARTIAL: which numbers between the least and the
-    greatest of a class do occur (strides over the gaps that spans leave, modalities, three examples in a block and
-    more), and how two parts of a mask depend on each other (`Strided(2) & Strided(3)` where each alone is possible,
-    a block that is full because `Window(3) | Sinks(2)` shows some of its pairs by one and the rest by the other).
+    The positions of a block are divided into a few classes (padding; its first, last and other examples; inside a span
+    or not), and the mask is evaluated on the ranges of each pair of classes. Position ids and span numbers that restart
+    with each packed example therefore do not widen the ranges. The map equals `exact_block_map` for `DECODER` and
+    `ENCODER`, also combined with windows, sinks and blocks, in packed rows without spans. Otherwise it may be PARTIAL
+    where the exact map is not, because it ignores which numbers within a range occur (strides across the gaps left by
+    spans, modalities, three or more examples in a block) and how the parts of a mask depend on each other
+    (`Strided(2) & Strided(3)` where each alone is possible; a block that is full because `Window(3) | Sinks(2)` shows
+    some of its pairs by one part and the rest by the other).
 
-    A predicate that cannot be evaluated on ranges gets the exact map at the cost O(T S), and a line in the log.
+    A predicate that cannot be evaluated on ranges uses the exact map, which costs O(T S), and logs a warning.
 
     Args:
         mask: the predicate.
         query, key: metadata, [B, T] and [B, S].
-        block_q, block_k: positions of a block; T and S need not be multiples.
+        block_q, block_k: positions per block; T and S need not be multiples.
     """
     queries, keys = _Blocks(query, block_q), _Blocks(key, block_k)
     query_range, query_class = queries.ranges(padding=True, axes=(2, 4))
@@ -50,9 +51,12 @@ def block_map(mask: Mask, query: Meta, key: Meta, block_q: int, block_k: int) ->
     try:
         seen = mask(query_range, key_range)
         if not isinstance(seen, Ternary):
-            raise TypeError(f"a {type(seen).__name__} is no truth value of ranges")
-    except Exception as error:  # whatever it was: if it is a fault, the dense predicate has it too
-        _say(f"block map: {mask} asks every pair, for it has no meaning on ranges: {type(error).__name__}: {error}")
+            raise TypeError(f"the mask returned a {type(seen).__name__} on ranges")
+    except Exception as error:  # if this is a fault of the mask, the dense predicate raises it too
+        _warn_once(
+            f"block map: {mask} asks every pair, because it cannot be evaluated on ranges: {type(error).__name__}: "
+            f"{error}"
+        )
         return exact_block_map(mask, query, key, block_q, block_k)
     both = query_class & key_class
     possibly = jnp.any(both & seen.possibly, axis=(3, 4))
@@ -62,7 +66,7 @@ def block_map(mask: Mask, query: Meta, key: Meta, block_q: int, block_k: int) ->
 
 @functools.partial(jax.jit, static_argnames=("mask", "block_q", "block_k"))
 def exact_block_map(mask: Mask, query: Meta, key: Meta, block_q: int, block_k: int) -> jax.Array:
-    """The same from the dense predicate, a row of blocks at a time: nothing is lost, every pair is asked."""
+    """The exact map from the dense predicate, evaluated on every pair, one row of blocks at a time."""
     queries, keys = _Blocks(query, block_q), _Blocks(key, block_k)
 
     def row(block):
@@ -79,7 +83,7 @@ def exact_block_map(mask: Mask, query: Meta, key: Meta, block_q: int, block_k: i
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """How many blocks there are of each kind."""
+    """The number of blocks of each kind."""
 
     empty: int
     partial: int
@@ -92,7 +96,7 @@ class Counts:
 
     @property
     def skipped(self) -> float:
-        """The fraction of blocks that no kernel has to look at."""
+        """The fraction of blocks that kernels skip."""
         return self.empty / max(self.total, 1)
 
     def __str__(self):
@@ -100,7 +104,7 @@ class Counts:
 
 
 def count(blocks: jax.Array | np.ndarray) -> Counts:
-    """Counts the blocks of a map, or of several."""
+    """Counts the blocks of one or several maps."""
     blocks = np.asarray(blocks)
     return Counts(*(int((blocks == kind).sum()) for kind in (EMPTY, PARTIAL, FULL)))
 
@@ -111,8 +115,8 @@ class _Blocks:
     Attributes:
         flat: the metadata, [B, n * size], segment 0 beyond its end.
         meta: the same, [B, n, size].
-        real: bool [B, n, size], what is not beyond the end.
-        whole: bool [B, n], the blocks without padding of either kind.
+        real: bool [B, n, size], whether the position lies before the end.
+        whole: bool [B, n], whether the block has no padding of either kind.
     """
 
     def __init__(self, meta: Meta, size: int):
@@ -124,7 +128,7 @@ class _Blocks:
         self.whole = jnp.all(self.real & (self.meta.segment > 0), axis=-1)
 
     def ranges(self, padding: bool, axes: tuple[int, int]) -> tuple[Meta, jax.Array]:
-        """Metadata as intervals of the C classes, and which classes have members: [B, n, C], and `axes` of size 1."""
+        """The intervals of metadata per class, and whether the class has members: [B, n, C], plus `axes` of size 1."""
         segment, span = self.meta.segment, self.meta.span
         used = self.real & (segment > 0)
         first = used & (segment == _low(segment, used)[..., None])
@@ -142,13 +146,13 @@ class _Blocks:
 
 
 def _low(x, member, axis=-1):
-    """The least of the members along the axis; 0 where there are none, whose sums stay within int32."""
+    """The smallest member along the axis; 0 if there is none, to avoid int32 overflow in later sums."""
     found = jnp.min(jnp.where(member, x, jnp.iinfo(jnp.int32).max), axis)
     return jnp.where(jnp.any(member, axis), found, 0)
 
 
 def _high(x, member, axis=-1):
-    """The greatest of the members along the axis; 0 where there are none."""
+    """The largest member along the axis; 0 if there is none."""
     return -_low(-x, member, axis)
 
 
@@ -158,6 +162,6 @@ def _named(possibly, surely, queries: _Blocks, keys: _Blocks) -> jax.Array:
 
 
 @functools.cache
-def _say(message: str) -> None:
-    """Logs a message once."""
+def _warn_once(message: str) -> None:
+    """Logs a warning once."""
     _log.warning(message)

@@ -1,12 +1,12 @@
-"""Attention block by block, in plain XLA: no array of T x S, on any platform, for every rule.
+"""Blockwise attention in plain XLA: works on every platform and for every rule without an array of T x S.
 
-The online softmax of Milakov and Gimelshein (1805.02867) as Rabe and Staats (2112.05682) use it for attention: for one
-block of queries a loop over blocks of keys carries the greatest score so far, the sum of exponentials relative to it,
-and the sum of values weighted by them. The gradient is that of FlashAttention (2205.14135, algorithm 4; 2307.08691,
-section 3.1.2): y, lse and the inputs are kept, the scores of a tile are computed anew. Memory is linear in T and S.
+Uses online softmax (Milakov and Gimelshein, 1805.02867) as Rabe and Staats (2112.05682) do for attention: for each
+block of queries, a loop over blocks of keys carries the largest score so far, the sum of exponentials relative to it,
+and the weighted sum of values. The backward pass is FlashAttention's (2205.14135, algorithm 4; 2307.08691, section
+3.1.2): y, lse and the inputs are kept, the scores of each tile are recomputed. Memory is linear in T and S.
 
-Blocks of the map that are empty in all rows are never visited: the loop runs over a list of the others, and its length
-is decided when the program runs. So a window costs as much as its keys. A tile is an `Operands` of its own.
+Blocks that are empty in all rows are never visited: the loop runs over a list of the others, whose length is dynamic,
+so the cost of a window is proportional to its keys. Each tile is an `Operands`.
 """
 
 import dataclasses
@@ -22,27 +22,27 @@ from polygpt.attention.kernels.reference import LOWEST
 from polygpt.attention.scores import Terms
 
 SCORES = 2**18
-"""Scores of a tile, over all rows and heads, that fit the caches of a CPU: 1 MiB. By the size of a block, times as fast
-as the reference, forward and backward, causal, heads 64 wide: one head at T 4096 4.7 (128), 7.5 (256), 12 (512) and
-3.4 (1024); 24 rows times heads at T 1024 3.4 (64), 5.6 (128), 2.8 (256) and 1.9 (512)."""
+"""Scores per tile, over all rows and heads, that fit into CPU caches: 1 MiB. Speed-up over the reference, forward and
+backward, causal, head width 64, by block size: one head at T 4096 4.7 (128), 7.5 (256), 12 (512) and 3.4 (1024); 24
+rows times heads at T 1024 3.4 (64), 5.6 (128), 2.8 (256) and 1.9 (512)."""
 SMALLEST, LARGEST = 128, 512
-"""Positions of a block: smaller ones are slower by their number, larger ones by what they cannot skip."""
+"""Positions per block. Smaller blocks have more overhead, larger ones skip less."""
 MOST = 256
-"""Blocks along an axis before they grow with it, so that the block map stays small beside the arrays."""
+"""Maximum number of blocks along an axis before blocks grow, which keeps the block map small."""
 
 
 def refuses(rule: Rule, operands: Operands) -> None:
-    """It computes everything."""
+    """Never: it supports every problem."""
     return None
 
 
 def attend(rule: Rule, operands: Operands) -> tuple[jax.Array, jax.Array]:
-    """(y_BHTe, lse_BHT), as the folder's `problem.py` says. Differentiable once, in reverse."""
+    """(y_BHTe, lse_BHT), see `problem.py`. Supports first-order reverse-mode differentiation."""
     return in_blocks(rule, operands, *block_sizes(operands))
 
 
 def block_sizes(operands: Operands) -> tuple[int, int]:
-    """Queries and keys of a tile."""
+    """The numbers of queries and keys per tile."""
     B, H, T, _ = operands.query_BHTd.shape
     S = operands.key_BKSd.shape[2]
     size = LARGEST
@@ -62,13 +62,13 @@ def in_blocks(rule: Rule, operands: Operands, block_q: int, block_k: int) -> tup
 
 
 def gradients(rule: Rule, operands: Operands, lse_BHT: jax.Array, dy_BHTe: jax.Array, delta_BHT: jax.Array) -> Operands:
-    """The part of these keys in the gradients, as the folder's `problem.py` says."""
+    """The gradients' share that is due to these keys, see `problem.py`."""
     sizes = block_sizes(operands)
     return _gradients(rule, sizes, operands, _visits(rule, sizes, operands), lse_BHT, dy_BHTe, delta_BHT)
 
 
 def _visits(rule, sizes, operands):
-    """Of each block of queries: how many blocks of keys to visit, and which; the rest of the list is not looked at."""
+    """For each block of queries, the number of key blocks to visit, and their list; the rest of the list is unused."""
     blocks_Bij = block_map(rule.mask, operands.query, operands.key, *sizes)
     seen_ij = jnp.any(blocks_Bij != EMPTY, axis=0)
     return jnp.sum(seen_ij, axis=1, dtype=jnp.int32), jnp.argsort(~seen_ij, axis=1, stable=True)
@@ -103,13 +103,13 @@ def _attend(rule, sizes, operands, visits):
         top_BHt1, total_BHt1, sum_BHte = jax.lax.fori_loop(0, count, visit, start)
         if rule.normalizer == "sigmoid":
             return sum_BHte.astype(operands.value_BKSe.dtype), jnp.zeros((B, H, b))
-        total_BHt1 = jnp.where(total_BHt1 > 0, total_BHt1, 1.0)  # 0 where nothing is seen: y is 0 and lse is LOWEST
+        total_BHt1 = jnp.where(total_BHt1 > 0, total_BHt1, 1.0)  # 0 if no key is visible: y is 0 and lse is LOWEST
         y_BHte = (sum_BHte / total_BHt1).astype(operands.value_BKSe.dtype)
         return y_BHte, (top_BHt1 + jnp.log(total_BHt1))[..., 0]
 
     blocks = (_query_blocks(operands, sizes[0]), _pair_blocks(operands, sizes), *visits)
     y_iBHte, lse_iBHt = jax.lax.map(block_of_queries, blocks)
-    return _whole(y_iBHte, T), _whole(lse_iBHt, T)
+    return _merge(y_iBHte, T), _merge(lse_iBHt, T)
 
 
 def _forward(rule, sizes, operands, visits):
@@ -120,7 +120,7 @@ def _forward(rule, sizes, operands, visits):
 def _backward(rule, sizes, kept, cotangents):
     operands, visits, y_BHTe, lse_BHT = kept
     dy_BHTe, dlse_BHT = cotangents
-    # What the normalizer takes away from the cotangent of each weight: d y_t / d score_s = p_s (v_s - y_t), and
+    # The softmax subtracts this from the cotangent of each weight: d y_t / d score_s = p_s (v_s - y_t), and
     # d lse_t / d score_s = p_s.
     delta_BHT = jnp.sum(dy_BHTe.astype(jnp.float32) * y_BHTe.astype(jnp.float32), axis=-1) - dlse_BHT
     return _gradients(rule, sizes, operands, visits, lse_BHT, dy_BHTe, delta_BHT), None
@@ -131,7 +131,7 @@ _attend.defvjp(_forward, _backward)
 
 def _gradients(rule, sizes, operands, visits, lse_BHT, dy_BHTe, delta_BHT) -> Operands:
     T, S = operands.query_BHTd.shape[2], operands.key_BKSd.shape[2]
-    # No weight where there is no query: exp(score - lse) is 0.
+    # Padding queries get zero weights: exp(score - lse) is 0.
     lse_iBHt = _blocks(lse_BHT, 2, sizes[0], fill=-LOWEST)
     results = _blocks(dy_BHTe, 2, sizes[0]), _blocks(delta_BHT, 2, sizes[0]), lse_iBHt
     keys = _key_blocks(operands, sizes[1])
@@ -143,7 +143,7 @@ def _gradients(rule, sizes, operands, visits, lse_BHT, dy_BHTe, delta_BHT) -> Op
             of_queries, of_pairs, of_keys, of_heads = state
             tile = _tile(queries, _block(keys, order[n]), operands.terms.head, _block(pairs, order[n]))
             here = _tile_gradients(rule, tile, *results)
-            of_keys, of_pairs = _added(of_keys, here[1], order[n]), _added(of_pairs, here[3], order[n])
+            of_keys, of_pairs = _add_block(of_keys, here[1], order[n]), _add_block(of_pairs, here[3], order[n])
             of_heads = jax.tree.map(jnp.add, of_heads, here[2])
             return jax.tree.map(jnp.add, of_queries, here[0]), of_pairs, of_keys, of_heads
 
@@ -151,15 +151,15 @@ def _gradients(rule, sizes, operands, visits, lse_BHT, dy_BHTe, delta_BHT) -> Op
         of_queries, of_pairs, of_keys, of_heads = jax.lax.fori_loop(0, count, visit, (*zeros, *sums))
         return (of_keys, of_heads), (of_queries, of_pairs)
 
-    # Those of keys and values are summed turned, [.., d, s], as the products give them.
-    turned = (keys[0].swapaxes(3, 4), keys[1].swapaxes(3, 4), keys[3])
-    sums = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (turned, operands.terms.head))
+    # Gradients of keys and values are accumulated transposed, [.., d, s], the layout of the products.
+    transposed = (keys[0].swapaxes(3, 4), keys[1].swapaxes(3, 4), keys[3])
+    sums = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (transposed, operands.terms.head))
     blocks = (_query_blocks(operands, sizes[0]), _pair_blocks(operands, sizes), results, *visits)
     (of_keys, head), (of_queries, of_pairs) = jax.lax.scan(block_of_queries, sums, blocks)
-    dquery_BHTd, query = jax.tree.map(lambda x: _whole(x, T), of_queries)
-    dkey_BKSd, dvalue_BKSe = (_whole(x.swapaxes(-1, -2), S) for x in of_keys[:2])
-    key = jax.tree.map(lambda x: _whole(x, S), of_keys[2])
-    pair = jax.tree.map(lambda x: _whole_pairs(x, T, S), of_pairs)
+    dquery_BHTd, query = jax.tree.map(lambda x: _merge(x, T), of_queries)
+    dkey_BKSd, dvalue_BKSe = (_merge(x.swapaxes(-1, -2), S) for x in of_keys[:2])
+    key = jax.tree.map(lambda x: _merge(x, S), of_keys[2])
+    pair = jax.tree.map(lambda x: _merge_pairs(x, T, S), of_pairs)
     return Operands(
         dquery_BHTd.astype(operands.query_BHTd.dtype),
         dkey_BKSd.astype(operands.key_BKSd.dtype),
@@ -171,7 +171,7 @@ def _gradients(rule, sizes, operands, visits, lse_BHT, dy_BHTe, delta_BHT) -> Op
 
 
 def _tile_gradients(rule, tile: Operands, dy_BHte, delta_BHt, lse_BHt):
-    """Of a tile: ((query, terms), (key turned, value turned, terms), terms of heads, terms of pairs)."""
+    """Gradients of a tile: ((query, terms), (key transposed, value transposed, terms), head terms, pair terms)."""
     score_BHts, pullback = jax.vjp(
         functools.partial(_modified, rule, tile), _products(tile.query_BHTd, tile.key_BKSd), tile.terms
     )
@@ -191,7 +191,7 @@ def _tile_gradients(rule, tile: Operands, dy_BHte, delta_BHt, lse_BHt):
 
 
 def _modified(rule, tile: Operands, product_BHts, terms: Terms):
-    """Scores of the products of queries and keys."""
+    """Modified scores of the products of queries and keys."""
     query, key, terms = dataclasses.replace(tile, terms=terms).views()
     return rule.score(product_BHts, query, key, terms)
 
@@ -202,10 +202,10 @@ def _visible(rule, tile: Operands):
     return rule.visible(query, key)
 
 
-# Products as in `reference.py`: the large operand is never contracted over its first matrix axis, groups fold into t.
+# Products as in `reference.py`: the large operand is never contracted over its first matrix axis; groups fold into t.
 
 
-def _folded(x_BHtn, K: int):
+def _fold_groups(x_BHtn, K: int):
     B, H, t, n = x_BHtn.shape
     return x_BHtn.reshape(B, K, H // K * t, n)
 
@@ -214,7 +214,7 @@ def _products(left_BHtn, right_BKsn):
     """left right^T, float32 [B, H, t, s]."""
     B, H, t, _ = left_BHtn.shape
     K, s = right_BKsn.shape[1:3]
-    left = _folded(left_BHtn, K)
+    left = _fold_groups(left_BHtn, K)
     product = jnp.einsum("bktn,bkns->bkts", left, right_BKsn.swapaxes(2, 3), preferred_element_type=jnp.float32)
     return product.reshape(B, H, t, s)
 
@@ -223,14 +223,14 @@ def _weighted(weight_BHts, right_BKsn):
     """weight right, float32 [B, H, t, n]."""
     B, H, t, _ = weight_BHts.shape
     K, n = right_BKsn.shape[1], right_BKsn.shape[3]
-    weight = _folded(weight_BHts.astype(right_BKsn.dtype), K)
+    weight = _fold_groups(weight_BHts.astype(right_BKsn.dtype), K)
     product = jnp.einsum("bkts,bkns->bktn", weight, right_BKsn.swapaxes(2, 3), preferred_element_type=jnp.float32)
     return product.reshape(B, H, t, n)
 
 
 def _summed(left_BHtn, weight_BHts, K: int):
     """left^T weight over the queries of all heads of a group, float32 [B, K, n, s]."""
-    left, weight = _folded(left_BHtn, K), _folded(weight_BHts.astype(left_BHtn.dtype), K)
+    left, weight = _fold_groups(left_BHtn, K), _fold_groups(weight_BHts.astype(left_BHtn.dtype), K)
     return jnp.einsum("bktn,bkts->bkns", left, weight, preferred_element_type=jnp.float32)
 
 
@@ -248,14 +248,14 @@ def _query_blocks(operands: Operands, size: int):
 
 
 def _key_blocks(operands: Operands, size: int):
-    """(keys, values, metadata, terms), each [j, B, ..., size, ...]; what is beyond the last key is padding."""
+    """(keys, values, metadata, terms), each [j, B, ..., size, ...]; positions after the last key are padding."""
     key, value = (_blocks(x, 2, size) for x in (operands.key_BKSd, operands.value_BKSe))
     meta = jax.tree.map(lambda x: _blocks(x, 1, size), operands.key)
     return key, value, meta, jax.tree.map(lambda x: _blocks(x, 2, size, repeat=True), operands.terms.key)
 
 
 def _pair_blocks(operands: Operands, sizes: tuple[int, int]):
-    """Terms of pairs, each [i, j, B, H, block_q, block_k]."""
+    """Pair terms, each [i, j, B, H, block_q, block_k]."""
 
     def blocks(x_BHTS):
         return _blocks(_blocks(x_BHTS, 3, sizes[1], repeat=True), 3, sizes[0], repeat=True)
@@ -263,18 +263,18 @@ def _pair_blocks(operands: Operands, sizes: tuple[int, int]):
     return jax.tree.map(blocks, operands.terms.pair)
 
 
-def _whole_pairs(x_ijBHts, T: int, S: int):
-    """What `_pair_blocks` made of an array, put together again."""
+def _merge_pairs(x_ijBHts, T: int, S: int):
+    """The inverse of `_pair_blocks` for one array."""
     i, j, B, H, t, s = x_ijBHts.shape
     return x_ijBHts.transpose(2, 3, 0, 4, 1, 5).reshape(B, H, i * t, j * s)[:, :, :T, :S]
 
 
 def _blocks(x, axis: int, size: int, fill: float = 0, repeat: bool = False):
-    """The axis in blocks of `size`, filled up with `fill` or by repeating the last; the axis of blocks in front."""
+    """Splits an axis into blocks of `size`, padded with `fill` or by repeating the last entry; blocks come first."""
     length = x.shape[axis]
     count = -(-length // size)
     shape = (*x.shape[:axis], count * size - length, *x.shape[axis + 1 :])
-    if repeat:  # a term that does occur: score modifications need not be finite for others
+    if repeat:  # a term that occurs: score modifications need not be finite for other values
         more = jnp.broadcast_to(jax.lax.slice_in_dim(x, length - 1, length, axis=axis), shape)
     else:
         more = jnp.full(shape, fill, x.dtype)
@@ -283,17 +283,17 @@ def _blocks(x, axis: int, size: int, fill: float = 0, repeat: bool = False):
 
 
 def _block(blocks, index):
-    """One of the blocks of each array."""
+    """One block of each array."""
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), blocks)
 
 
-def _added(blocks, new, index):
-    """`new` added to one of the blocks; unlike `.at[index].add`, which is a scatter, in place on every platform."""
+def _add_block(blocks, new, index):
+    """Adds `new` to one block. Unlike `.at[index].add`, which is a scatter, this is in place on every platform."""
     sums = jax.tree.map(jnp.add, _block(blocks, index), new)
     return jax.tree.map(lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, index, 0), blocks, sums)
 
 
-def _whole(x, length: int):
-    """What `_blocks` made of axis 2, put together again."""
+def _merge(x, length: int):
+    """The inverse of `_blocks` on axis 2."""
     x = jnp.moveaxis(x, 0, 2)
     return x.reshape(*x.shape[:2], -1, *x.shape[4:])[:, :, :length]

@@ -1,12 +1,12 @@
-"""Any mask and any score modification in one fused kernel, which never makes the matrix of scores: for TPUs.
+"""A fused TPU kernel for any mask and score modification, which never materialises the matrix of scores.
 
-FlexAttention (Dong et al., 2412.05496) for JAX. Mask and score modification are the same Python functions that the
-other backends call; here Pallas traces them into the kernel, on tiles of metadata (`flex_tiles.py`). Blocks that the
-block map calls EMPTY are neither computed nor fetched, and in FULL ones the mask is not asked (`DECODER` is a third of
-the instructions of a tile). Forward (`flex_forward.py`) and backward (`flex_backward.py`) take memory in proportion to
-T + S. Like all kernels for TPUs it is not partitioned by the compiler: over a mesh it is called inside `jax.shard_map`.
+FlexAttention (Dong et al., 2412.05496) for JAX. Mask and score modification are the same Python functions that other
+backends call; Pallas traces them into the kernel, on tiles of metadata (`flex_tiles.py`). EMPTY blocks of the block map
+are neither computed nor fetched, and in FULL blocks the mask is not evaluated (`DECODER` takes a third of a tile's
+instructions). Forward (`flex_forward.py`) and backward (`flex_backward.py`) use memory proportional to T + S. Like all
+TPU kernels it is not partitioned by the compiler: on a mesh, call it inside `jax.shard_map`.
 
-On a CPU the kernel is interpreted: slow, for tests. There is no form for GPUs.
+On CPU the kernel is interpreted, which is slow and meant for tests. There is no GPU version.
 """
 
 import dataclasses
@@ -23,38 +23,38 @@ from polygpt.attention.kernels.flex_tiles import LOWEST, packed, unpacked
 from polygpt.attention.kernels.problem import Operands, Rule
 
 BLOCK = 512
-"""Queries and keys of a block, where there are as many."""
+"""Default number of queries and keys per block."""
 LANES = 128
-"""Blocks are multiples of this: numbers lie that many abreast on a TPU."""
+"""Block sizes are multiples of this, the number of lanes of a TPU."""
 VISITS = 2**17
-"""Blocks of a problem (rows x blocks of queries x blocks of keys) whose list fits into a TPU's scalar memory."""
+"""Maximum number of blocks (rows x query blocks x key blocks) whose list fits into a TPU's scalar memory."""
 
 
 def refuses(rule: Rule, operands: Operands) -> str | None:
-    """Why it cannot compute this: GPUs, other dtypes than float32 and bfloat16, more blocks than can be listed."""
+    """Why it cannot compute this: a GPU, a dtype other than float32 and bfloat16, pair terms, or too many blocks."""
     if dispatch.platform() == "gpu":
-        return "its kernel is built for TPUs, and no Mosaic GPU form of it exists"
+        return "its kernel is for TPUs; there is no Mosaic GPU version"
     for name, x in (("queries", operands.query_BHTd), ("keys", operands.key_BKSd), ("values", operands.value_BKSe)):
         if x.dtype not in (jnp.float32, jnp.bfloat16):
-            return f"{name} are {x.dtype}, and its kernel takes float32 and bfloat16"
+            return f"{name} are {x.dtype}, but its kernel supports only float32 and bfloat16"
     if operands.terms.pair:
-        return f"terms of pairs ({', '.join(operands.terms.pair)}) are arrays of T x S, and its kernel reads none"
+        return f"pair terms ({', '.join(operands.terms.pair)}) are arrays of T x S, which its kernel does not support"
     B, _, T, _ = operands.query_BHTd.shape
     S = operands.key_BKSd.shape[2]
     blocks = B * -(-T // _block(T)) * -(-S // _block(S))
     if blocks > VISITS:
-        return f"{B} rows of {T} queries and {S} keys are {blocks} blocks, and it can list {VISITS}"
+        return f"{B} rows of {T} queries and {S} keys are {blocks} blocks, but it supports at most {VISITS}"
     return None
 
 
 def attend(
     rule: Rule, operands: Operands, block_q: int | None = None, block_k: int | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """(y_BHTe, lse_BHT), as the folder's `problem.py` says.
+    """(y_BHTe, lse_BHT), see `problem.py`.
 
     Args:
         rule, operands: the problem.
-        block_q, block_k: sizes of the blocks of queries and of keys; on a TPU multiples of `LANES`.
+        block_q, block_k: query and key block sizes; on TPU multiples of `LANES`.
     """
     T = operands.query_BHTd.shape[2]
     y_BHTe, lse_BH1T = _attend(rule, *_prepared(rule, operands, block_q, block_k))
@@ -70,11 +70,11 @@ def gradients(
     block_q: int | None = None,
     block_k: int | None = None,
 ) -> Operands:
-    """The part of these keys in the gradients, as the folder's `problem.py` says; blocks as of `attend`."""
+    """The gradients' share that is due to these keys, see `problem.py`; blocks as in `attend`."""
     T, S = operands.query_BHTd.shape[2], operands.key_BKSd.shape[2]
     block_q, block_k, interpret, whole, kind_BQK = _prepared(rule, operands, block_q, block_k)
     more = ((0, 0), (0, 0), (0, whole.query_BHTd.shape[2] - T))
-    # No weight where there is no query: exp(score - lse) is 0.
+    # Padding queries get zero weights: exp(score - lse) is 0.
     lse_BHT = jnp.pad(lse_BHT, more, constant_values=-LOWEST)
     dy_BHTe, delta_BHT = jnp.pad(dy_BHTe, (*more, (0, 0))), jnp.pad(delta_BHT, more)
     dquery, dkey, dvalue, dterms = backward(
@@ -84,7 +84,7 @@ def gradients(
 
 
 def _prepared(rule, operands, block_q, block_k):
-    """(sizes of blocks, whether to interpret, operands as the kernels take them, the block map)."""
+    """(block sizes, whether to interpret, packed operands, the block map)."""
     T, S = operands.query_BHTd.shape[2], operands.key_BKSd.shape[2]
     block_q, block_k = block_q or _block(T), block_k or _block(S)
     whole = packed(_padded(operands, -T % block_q, -S % block_k))
@@ -93,12 +93,12 @@ def _prepared(rule, operands, block_q, block_k):
 
 
 def _block(count: int) -> int:
-    """The usual size of a block."""
+    """The default block size."""
     return dispatch.block() or min(BLOCK, -(-count // LANES) * LANES)
 
 
 def _padded(operands: Operands, queries: int, keys: int) -> Operands:
-    """With so many more positions of padding (segment 0) at the end: keys that none sees, queries that none reads."""
+    """Appends padding positions (segment 0): keys that are never visible, queries whose results are discarded."""
 
     def pad(x, axis, count, mode="constant"):
         return jnp.pad(x, [(0, count if i == axis else 0) for i in range(x.ndim)], mode=mode)
@@ -112,7 +112,7 @@ def _padded(operands: Operands, queries: int, keys: int) -> Operands:
         jax.tree.map(lambda x: pad(x, 1, keys), operands.key),
         dataclasses.replace(
             terms,
-            # A score need not be finite for terms that no position has, 0 among them: the last one is repeated.
+            # Repeat the last term: scores need not be finite for values that do not occur, such as 0.
             query={name: pad(x, 2, queries, "edge") for name, x in terms.query.items()},
             key={name: pad(x, 2, keys, "edge") for name, x in terms.key.items()},
         ),

@@ -1,12 +1,12 @@
-"""The backward kernels of `flex.py`: scores are computed again, tile by tile, from the operands and the saved lse.
+"""The backward kernels of `flex.py`: scores are recomputed tile by tile from the operands and the saved lse.
 
-FlashAttention-2 (Dao, 2307.08691), algorithm 2, in two passes, one a side: what belongs to queries and heads is summed
-over keys, what belongs to keys over queries. With p = exp(s - lse) and the gradient of the weights g = dy v^T,
+FlashAttention-2 (Dao, 2307.08691), algorithm 2, in two passes: one sums over keys for the gradients of queries and
+heads, the other over queries for those of keys. With p = exp(s - lse) and the gradient of the weights g = dy v^T,
 
     ds = p (g - delta),    delta = sum_e dy y - dlse
 
-(its section 3.1; the last term is the gradient of lse itself). For the sigmoid, p = sigmoid(s) and ds = p (1 - p) g.
-What ds means for q k^T and for the terms is what automatic differentiation makes of the score modification.
+(section 3.1; the last term is the gradient of lse itself). For the sigmoid, p = sigmoid(s) and ds = p (1 - p) g.
+Automatic differentiation of the score modification turns ds into gradients of q k^T and of the terms.
 """
 
 import functools
@@ -42,7 +42,7 @@ def backward(
 
 
 def _over_keys(rule, block_q, block_k, interpret, operands, kind_BQK, saved):
-    """Gradients of the query, of its terms and, a row each, of those of heads: the grid is (rows, heads, visits)."""
+    """Gradients of queries and their terms, and of head terms per row. The grid is (rows, heads, visits)."""
     B, H, T, d = operands.query_BHTd.shape
     visits = Visits.of(kind_BQK)
 
@@ -50,7 +50,7 @@ def _over_keys(rule, block_q, block_k, interpret, operands, kind_BQK, saved):
         visit = visits.at(words, row, step)
         return Place(row, head, visit.outer, visit.inner)
 
-    def once_a_head(x):  # stays in place for all visits of a row and head, which add to it
+    def per_head(x):  # stays in place while all visits of a row and head accumulate into it
         return pl.BlockSpec((None, None, *x.shape[1:]), lambda row, head, *_: (row, head, *(0 for _ in x.shape[1:])))
 
     inputs = specs(operands, block_q, block_k, at)
@@ -61,7 +61,7 @@ def _over_keys(rule, block_q, block_k, interpret, operands, kind_BQK, saved):
             num_scalar_prefetch=1,
             grid=(B, H, visits.steps),
             in_specs=[inputs, _saved_specs(saved, block_q, at)],
-            out_specs=[inputs.query_BHTd, inputs.terms.query, jax.tree.map(once_a_head, head)],
+            out_specs=[inputs.query_BHTd, inputs.terms.query, jax.tree.map(per_head, head)],
             scratch_shapes=[
                 pltpu.VMEM((block_q, d), jnp.float32),
                 {name: pltpu.VMEM((block_q, 1), jnp.float32) for name in query},
@@ -108,9 +108,9 @@ def _over_keys_kernel(rule, visits, words, refs, saved, dquery_ref, of_query, of
 
 
 def _over_queries(rule, block_q, block_k, interpret, operands, kind_BKQ, saved):
-    """Gradients of key, value and the terms of keys: the grid is (rows, key heads, visits, query heads of each).
+    """Gradients of keys, values and key terms. The grid is (rows, key heads, visits, query heads per key head).
 
-    Tiles are [keys, queries] here, so that no matrix is turned round before a product.
+    Tiles are [keys, queries] here, so that no matrix needs a transposition before a product.
     """
     B, K, S, d = operands.key_BKSd.shape
     e = operands.value_BKSe.shape[3]
@@ -121,7 +121,7 @@ def _over_queries(rule, block_q, block_k, interpret, operands, kind_BKQ, saved):
         visit = visits.at(words, row, step)
         return Place(row, key_head * group + member, visit.inner, visit.outer)
 
-    def of_group(x):  # the terms of all query heads of a key head, which share the visit
+    def of_group(x):  # the terms of all query heads of a key head, which share a visit
         return pl.BlockSpec((None, group, 1, block_k), lambda *at_: (at_[0], at_[1], 0, at(*at_).key))
 
     inputs = specs(operands, block_q, block_k, at)
@@ -184,7 +184,7 @@ def _gradients(tile: Tile, refs: Operands, saved, query_axis: int):
 
 
 def _saved_specs(saved, block_q, at):
-    """What the forward pass left, and what comes back: lse, dy and delta of the queries at hand."""
+    """Block specs of lse, dy and delta for the current queries."""
 
     def row(*indices):
         place = at(*indices)

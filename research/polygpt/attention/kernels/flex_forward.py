@@ -1,4 +1,4 @@
-"""The forward kernel of `flex.py`: online softmax over the blocks that the block map does not call EMPTY.
+"""The forward kernel of `flex.py`: online softmax over the non-EMPTY blocks of the block map.
 
 FlashAttention-2 (Dao, 2307.08691), algorithm 1, with FlexAttention's mask and score functions evaluated on tiles (Dong
 et al., 2412.05496).
@@ -19,9 +19,9 @@ from polygpt.attention.kernels.problem import Operands, Rule
 def forward(
     rule: Rule, block_q: int, block_k: int, interpret: bool, operands: Operands, kind_BQK: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """(y_BHTe, lse_BH1T) of packed operands, T and S being multiples of the block sizes; `kind_BQK` is the block map.
+    """(y_BHTe, lse_BH1T) of packed operands; T and S are multiples of the block sizes, `kind_BQK` is the block map.
 
-    The grid is (rows, heads, visits): a block of queries stays while its blocks of keys pass by.
+    The grid is (rows, heads, visits): each block of queries stays in place for all its blocks of keys.
     """
     B, H, T, _ = operands.query_BHTd.shape
     value = operands.value_BKSe
@@ -63,7 +63,7 @@ def forward(
 
 
 def _kernel(rule, visits, words, refs, y_ref, lse_ref, greatest_ref, sum_ref, mixed_ref):
-    """One visit. Scratch: the greatest score so far, the sum of exp(score - greatest), that of values so weighted."""
+    """One visit. Scratch: the largest score so far, the sum of exp(score - largest), and the weighted sum of values."""
     visit = visits.at(words, pl.program_id(0), pl.program_id(2))
 
     @pl.when(visit.first)
@@ -94,6 +94,6 @@ def _kernel(rule, visits, words, refs, y_ref, lse_ref, greatest_ref, sum_ref, mi
             y_ref[...] = mixed_ref[...].astype(y_ref.dtype)
             lse_ref[...] = jnp.zeros_like(lse_ref)
             return
-        total = jnp.where(sum_ref[...] == 0, 1.0, sum_ref[...])  # a query that saw nothing: y = 0, lse = UNSEEN
+        total = jnp.where(sum_ref[...] == 0, 1.0, sum_ref[...])  # if no key was visible: y = 0, lse = UNSEEN
         y_ref[...] = (mixed_ref[...] / total).astype(y_ref.dtype)
         lse_ref[...] = as_row(greatest_ref[...] + jnp.log(total))

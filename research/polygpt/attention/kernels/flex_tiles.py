@@ -1,8 +1,8 @@
-"""What the kernels of `flex.py` share: the list of blocks that they visit, and the scores of one block.
+"""Shared parts of the `flex.py` kernels: the list of blocks to visit, and the scores of one block.
 
-A tile is the part of the score matrix where a block of queries meets a block of keys. Masks and score modifications are
-functions of a pair, so they are evaluated on tiles as they are, whichever way round a tile lies: [queries, keys] for
-sums over keys, [keys, queries] for sums over queries.
+A tile is the part of the score matrix for a block of queries and a block of keys. Masks and score modifications are
+functions of a pair, so they can be evaluated on tiles in either orientation: [queries, keys] for sums over keys,
+[keys, queries] for sums over queries.
 """
 
 import dataclasses
@@ -19,15 +19,15 @@ from polygpt.attention.masks import Meta
 from polygpt.attention.scores import Terms
 
 LOWEST = float(jnp.finfo(jnp.float32).min)
-"""The score of a pair that the mask forbids."""
+"""The score of a masked pair."""
 UNSEEN = LOWEST / 2
-"""The least logarithm of a sum: exp(LOWEST - UNSEEN) is 0, also where a query has seen nothing at all."""
+"""The initial largest score: exp(LOWEST - UNSEEN) is 0, even for a query without visible keys."""
 META_ROWS = 8
-"""Metadata lies in the rows of one array, as many as a TPU moves at once; `Meta` has fewer, the rest is 0."""
+"""Metadata is stored in the rows of one array, as many as a TPU moves at once; unused rows are 0."""
 
 
 class Visit(NamedTuple):
-    """One step of a kernel: the block it works on, the block it reads, and what is to be done."""
+    """One step of a kernel: the block to accumulate into, the block to read, and what to do."""
 
     outer: jax.Array
     inner: jax.Array
@@ -38,12 +38,12 @@ class Visit(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Visits:
-    """The blocks that a kernel visits, row after row, outer block after outer block; no EMPTY block costs a step.
+    """The blocks that a kernel visits, by row and outer block; EMPTY blocks take no step.
 
     Attributes:
-        words: int32 [B * places], one `Visit` each, packed: the scalar memory of a TPU is small.
-        steps: int32 (), the visits of the row that has most; the others wait at their last block.
-        places: the number of words a row.
+        words: int32 [B * places], one packed `Visit` per word, because TPU scalar memory is small.
+        steps: int32 (), the maximum number of visits of any row; the other rows idle at their last block.
+        places: number of words per row.
     """
 
     words: jax.Array
@@ -54,7 +54,7 @@ class Visits:
     def of(cls, kind_BOI: jax.Array) -> "Visits":
         """From a block map [B, outer blocks, inner blocks].
 
-        Each outer block is visited once at least, with nothing to do if need be: its result is written.
+        Each outer block is visited at least once, because its result must be written even if it has nothing to do.
         """
         B, outers, inners = kind_BOI.shape
         places = outers * inners
@@ -73,16 +73,16 @@ class Visits:
         return cls(words.reshape(-1), jnp.max(count), places)
 
     def at(self, words: jax.Array, row: jax.Array, step: jax.Array) -> Visit:
-        """A step, of the words where the kernel has them."""
+        """A step, decoded from the prefetched words."""
         word = words[row * self.places + step]
         return Visit(word >> 18, word >> 4 & 0x3FFF, word >> 3 & 1 == 1, word >> 2 & 1 == 1, word & 3)
 
 
 def packed(operands: Operands) -> Operands:
-    """The operands as kernels read them.
+    """The operands in the layout of the kernels.
 
-    Metadata are [B, META_ROWS, T], terms of queries and keys [B, H, 1, T], those of heads [H, ..., 1, 1]. Numbers of
-    positions lie along rows: in columns each would take the room of 128 on a TPU.
+    Metadata is [B, META_ROWS, T], query and key terms are [B, H, 1, T], head terms [H, ..., 1, 1]. Values per position
+    lie along rows: as a column, each would take the space of 128 on a TPU.
     """
 
     def rows(meta):
@@ -103,7 +103,7 @@ def packed(operands: Operands) -> Operands:
 
 
 def unpacked(terms: Terms, T: int, S: int) -> Terms:
-    """Terms as they were before `packed`, of the first T queries and S keys."""
+    """The inverse of `packed` for terms, cut to the first T queries and S keys."""
     return Terms(
         {name: jnp.moveaxis(x[..., 0, 0], 0, -1) for name, x in terms.head.items()},
         {name: x[:, :, 0, :T] for name, x in terms.query.items()},
@@ -112,7 +112,7 @@ def unpacked(terms: Terms, T: int, S: int) -> Terms:
 
 
 class Place(NamedTuple):
-    """Where a step of a grid is: row, query head, block of queries, block of keys."""
+    """The coordinates of a grid step: row, query head, block of queries, block of keys."""
 
     row: jax.Array
     head: jax.Array
@@ -121,7 +121,7 @@ class Place(NamedTuple):
 
 
 def specs(operands: Operands, block_q: int, block_k: int, at: Callable[..., Place]) -> Operands:
-    """Which block of each packed operand a step reads; `at` takes the indices of the grid and the prefetched words."""
+    """The block specs of the packed operands; `at` maps grid indices and prefetched words to a `Place`."""
     group = operands.query_BHTd.shape[1] // operands.key_BKSd.shape[1]
 
     def spec(shape, place):
@@ -147,14 +147,14 @@ def specs(operands: Operands, block_q: int, block_k: int, at: Callable[..., Plac
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """One tile of the score matrix, while a kernel works on it.
+    """One tile of the score matrix inside a kernel.
 
     Attributes:
-        rule: what is computed.
-        masked: whether the mask is asked; in a FULL block it need not be.
+        rule: the rule to compute.
+        masked: whether to apply the mask; unnecessary in a FULL block.
         product: q k^T, float32.
-        query, key: metadata, int32, each array of the tile's shape.
-        terms: what the modification reads, broadcasting against the tile.
+        query, key: metadata, int32, arrays of the tile's shape.
+        terms: inputs of the score modification, broadcasting against the tile.
     """
 
     rule: Rule
@@ -166,7 +166,7 @@ class Tile:
 
     @classmethod
     def read(cls, rule: Rule, masked: bool, refs: Operands, query_axis: int) -> "Tile":
-        """The tile of the blocks at hand; the queries lie along axis 0 (the keys along 1), or the other way round."""
+        """The tile of the current blocks; queries along `query_axis`, keys along the other axis."""
         key_axis = 1 - query_axis
         query, key = refs.query_BHTd[...], refs.key_BKSd[...]
         product = dot(query, key, (1, 1)) if query_axis == 0 else dot(key, query, (1, 1))
@@ -179,25 +179,25 @@ class Tile:
         return cls(rule, masked, product, _meta(refs.query, query_axis, shape), _meta(refs.key, key_axis, shape), terms)
 
     def score(self) -> jax.Array:
-        """The modified score, LOWEST where it is forbidden."""
-        return self._forbidden(self.rule.score(self.product, self.query, self.key, self.terms))
+        """The modified score, LOWEST for masked pairs."""
+        return self._mask(self.rule.score(self.product, self.query, self.key, self.terms))
 
     def slopes(self, weight_and_slope: Callable[[jax.Array], tuple[jax.Array, jax.Array]]):
         """(weight, gradient of the product, gradients of the terms).
 
         Args:
-            weight_and_slope: of the score; the weight of each pair and the gradient of its modified score.
+            weight_and_slope: maps scores to the weight of each pair and the gradient of its modified score.
         """
 
         def modified(product, terms):
             return self.rule.score(product, self.query, self.key, terms)
 
         score, pull = jax.vjp(modified, self.product, self.terms)
-        weight, slope = weight_and_slope(self._forbidden(score))
+        weight, slope = weight_and_slope(self._mask(score))
         return weight, *pull(slope)
 
-    def _forbidden(self, score):
-        # Metadata have the shape of the tile: a TPU does not broadcast truth values.
+    def _mask(self, score):
+        # Metadata has the shape of the tile, because TPUs do not broadcast booleans.
         return jnp.where(self.rule.visible(self.query, self.key), score, LOWEST) if self.masked else score
 
 
@@ -207,12 +207,12 @@ def dot(x: jax.Array, y: jax.Array, axes: tuple[int, int]) -> jax.Array:
 
 
 def along(row_1N: jax.Array, axis: int) -> jax.Array:
-    """[1, N] as it is for axis 1, [N, 1] for axis 0."""
+    """[1, N] for axis 1, [N, 1] for axis 0."""
     return row_1N if axis == 1 else row_1N[0][:, None]
 
 
 def as_row(column_N1: jax.Array) -> jax.Array:
-    """[N, 1] as [1, N]: by a transposition, for which every TPU has an instruction."""
+    """[N, 1] -> [1, N] by a transposition, which every TPU supports in hardware."""
     return jnp.broadcast_to(column_N1, (column_N1.shape[0], META_ROWS)).T[:1, :]
 
 

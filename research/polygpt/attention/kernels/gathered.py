@@ -1,8 +1,8 @@
-"""Attention over positions that are split over devices, each of which gathers the keys of all for its own queries.
+"""Sequence-parallel attention by all-gather: each device gathers all keys for its own queries.
 
-Quicker than a ring (`ring.py`) where there is room for the keys of one layer: one transfer, and whatever blocks a mask
-leaves empty are skipped at once. What is kept for the backward pass is the device's own; keys are gathered again.
-Context parallelism as in Llama 3 (2407.21783), section 3.3.2.
+Faster than a ring (`ring.py`) if the keys of one layer fit into memory: it needs one transfer, and skips all empty
+blocks of the mask. The backward pass keeps only the device's own keys and gathers them again. Context parallelism as in
+Llama 3 (2407.21783), section 3.3.2.
 """
 
 import dataclasses
@@ -21,15 +21,16 @@ from polygpt.attention.scores import Terms
 def attend(
     rule: Rule, backend: ModuleType, axes: str | tuple[str, ...], operands: Operands
 ) -> tuple[jax.Array, jax.Array]:
-    """(y_BHTe, lse_BHT) of this device's queries over the keys of all; to be called inside `jax.shard_map`.
+    """(y_BHTe, lse_BHT) of this device's queries over all keys; call it inside `jax.shard_map`.
 
-    Arguments as of `ring.attend`. Of a backend without `gradients`, call `attend` with `whole(operands, axes)`.
+    Arguments as in `ring.attend`. For a backend without `gradients`, call its `attend` with `gather_keys(operands,
+    axes)`.
     """
-    return backend.attend(rule, whole(operands, axes))
+    return backend.attend(rule, gather_keys(operands, axes))
 
 
-def whole(operands: Operands, axes: str | tuple[str, ...]) -> Operands:
-    """This device's queries, and the keys of all."""
+def gather_keys(operands: Operands, axes: str | tuple[str, ...]) -> Operands:
+    """This device's queries with the keys of all devices."""
 
     def gather(x, axis):
         return jax.lax.all_gather(x, axes, axis=axis, tiled=True)
@@ -54,14 +55,15 @@ def _backward(rule, backend, axes, kept, cotangents):
     operands, y_BHTe, lse_BHT = kept
     dy_BHTe, dlse_BHT = cotangents
     delta_BHT = jnp.sum(dy_BHTe.astype(jnp.float32) * y_BHTe.astype(jnp.float32), axis=-1) - dlse_BHT
-    own = backend.gradients(rule, whole(operands, axes), lse_BHT, dy_BHTe, delta_BHT)
+    own = backend.gradients(rule, gather_keys(operands, axes), lse_BHT, dy_BHTe, delta_BHT)
 
-    def home(x):
+    def reduce_scatter(x):
         total = jax.lax.psum_scatter(x.astype(jnp.float32), axes, scatter_dimension=2, tiled=True)
         return total.astype(x.dtype)
 
-    terms = dataclasses.replace(own.terms, key={name: home(x) for name, x in own.terms.key.items()})
-    return (Operands(own.query_BHTd, home(own.key_BKSd), home(own.value_BKSe), None, None, terms),)
+    terms = dataclasses.replace(own.terms, key={name: reduce_scatter(x) for name, x in own.terms.key.items()})
+    key_BKSd, value_BKSe = reduce_scatter(own.key_BKSd), reduce_scatter(own.value_BKSe)
+    return (Operands(own.query_BHTd, key_BKSd, value_BKSe, None, None, terms),)
 
 
 attend.defvjp(_forward, _backward)

@@ -1,11 +1,11 @@
-"""Interval arithmetic: a mask's predicate, evaluated once for all pairs of a block of queries and a block of keys.
+"""Interval arithmetic: evaluates a mask predicate once for all pairs of a block of queries and a block of keys.
 
-Given the range of every number instead of the number, comparisons answer with three values: surely, possibly, surely
-not. Moore, Interval Analysis (1966), for integers; comparisons are those of Kleene's three-valued logic. The answers
-are sound but forget how numbers depend on each other: `x - x` of x in [0, 3] lies in [-3, 3].
+Given ranges instead of numbers, comparisons have three outcomes: surely true, possibly true, surely false. Moore,
+Interval Analysis (1966), for integers, with Kleene's three-valued logic. Results are sound but ignore dependencies
+between numbers: for x in [0, 3], `x - x` is [-3, 3].
 
-What has no meaning for a range (a `jnp` function, `if`, an attribute of arrays) raises: see `block_map.py` for what
-happens then.
+Operations that are undefined for ranges (`jnp` functions, `if`, attributes of arrays) raise; `block_map.py` handles
+this case.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Ternary:
-    """What is known of a truth value. `surely` implies `possibly`; where they differ, both values may occur."""
+    """A three-valued truth value. `surely` implies `possibly`; if they differ, both values may occur."""
 
     surely: jax.Array
     possibly: jax.Array
@@ -47,7 +47,7 @@ class Ternary:
         return self ^ other
 
     def __bool__(self):
-        raise TypeError("a truth value that is known for a whole block at most")
+        raise TypeError("the truth value of a whole block is ambiguous")
 
     __rand__, __ror__, __rxor__ = __and__, __or__, __xor__
     __hash__ = None
@@ -120,13 +120,13 @@ class Interval:
         return ~(self == other)
 
     def __bool__(self):
-        raise TypeError("a number that is known for a whole block at most")
+        raise TypeError("the truth value of a range is ambiguous")
 
     __radd__, __rmul__ = __add__, __mul__
     __hash__ = None
 
 
-# Unknown operands raise, where NotImplemented would let `==` answer False by identity.
+# Unknown operands raise, because with NotImplemented `==` would fall back to identity.
 
 
 def _interval(value) -> Interval:
@@ -134,7 +134,7 @@ def _interval(value) -> Interval:
         return value
     if isinstance(value, (numbers.Real, np.ndarray, jax.Array)):
         return Interval(value, value)
-    raise TypeError(f"a range of numbers beside a {type(value).__name__}")
+    raise TypeError(f"cannot combine a range of numbers with a {type(value).__name__}")
 
 
 def _ternary(value) -> Ternary:
@@ -143,13 +143,13 @@ def _ternary(value) -> Ternary:
     if isinstance(value, (bool, np.bool_, np.ndarray, jax.Array)) and jnp.asarray(value).dtype == bool:
         value = jnp.asarray(value)  # ~True is -2
         return Ternary(value, value)
-    raise TypeError(f"a truth value beside a {type(value).__name__}")
+    raise TypeError(f"cannot combine a truth value with a {type(value).__name__}")
 
 
 def _divisor(value) -> int:
     if isinstance(value, numbers.Integral) and value != 0:
         return value
-    raise TypeError(f"a range of numbers divided by {value!r}: only constants will do")
+    raise TypeError(f"a range of numbers divided by {value!r}: the divisor must be a constant")
 
 
 def _least(first, *others):

@@ -1,16 +1,16 @@
-"""Attention as libraries have it: cuDNN on NVIDIA GPUs and splash attention on TPUs, else jax's own in plain XLA.
+"""Attention from libraries: cuDNN on NVIDIA GPUs, splash attention on TPUs, otherwise JAX's own in plain XLA.
 
-On a TPU see `splash.py`. Elsewhere it is `jax.nn.dot_product_attention` with the mask as a dense array of [B, 1, T, S]:
-that rows are not packed and have no padding, which its faster causal form would need, is known as the program runs and
-not when it is compiled. So memory grows with B T S on a GPU, where cuDNN reads the mask as a bias of 16 bits, and with
-B H T S elsewhere, as the reference's. A score modification is a bias where it adds what does not depend on the score;
-not to cuDNN, which would round it to 16 bits and give it no gradient in batches (jax#30593).
+For TPUs see `splash.py`. Elsewhere it is `jax.nn.dot_product_attention` with a dense mask [B, 1, T, S]. Its faster
+causal form needs unpacked rows without padding, which is known only at run time. Memory therefore grows with B T S on
+GPU, where cuDNN reads the mask as a 16-bit bias, and with B H T S elsewhere, as for the reference. Additive score
+modifications become a bias, except with cuDNN, which would round it to 16 bits and give it no gradient in batches
+(jax#30593).
 
-Where those refuse and tokamax is installed, which is optional, it computes: it takes values of another width than
-queries and SoftCap too, and chooses among its kernels by itself.
+If these do not apply and tokamax is installed (optional), it is used: it also supports SoftCap and values whose width
+differs from that of queries, and chooses among its kernels by itself.
 
-lse is computed a second time by the chunked backend, since that of libraries has no gradient. A compiled program that
-does not use lse leaves that out.
+lse is computed separately by the chunked backend, because the libraries' lse has no gradient. A compiled program that
+does not use lse omits this.
 """
 
 import functools
@@ -41,11 +41,11 @@ def _tokamax_takes(rule: Rule) -> bool:
 def _jax_refuses(rule: Rule, operands: Operands) -> str | None:
     d, e = operands.query_BHTd.shape[3], operands.value_BKSe.shape[3]
     if rule.normalizer != "softmax":
-        return f"jax.nn.dot_product_attention knows no {rule.normalizer} normalizer"
+        return f"jax.nn.dot_product_attention has no {rule.normalizer} normalizer"
     if d != e:
         return f"jax.nn.dot_product_attention needs values as wide as queries, not {e} and {d}"
     if not rule.score.additive():
-        return f"{type(rule.score).__name__} cannot be written as a bias, all that jax.nn.dot_product_attention takes"
+        return f"{type(rule.score).__name__} cannot be written as a bias, which jax.nn.dot_product_attention requires"
     return _cudnn_refuses(rule, operands) if platform() == "gpu" else None
 
 
@@ -57,14 +57,14 @@ def _cudnn_refuses(rule: Rule, operands: Operands) -> str | None:
     if type(rule.score) is not Score:
         return f"cuDNN would round the bias of {type(rule.score).__name__} to 16 bits and give it no gradient"
     if d > 128 or d % 8:
-        return f"cuDNN needs heads whose width is a multiple of 8 up to 128, not {d}"
+        return f"cuDNN needs a head width that is a multiple of 8 up to 128, not {d}"
     if T % 2 or S % 2:
-        return f"cuDNN needs even lengths beside a mask, not {T} and {S}"
+        return f"cuDNN needs even lengths with a mask, not {T} and {S}"
     return None
 
 
 def attend(rule: Rule, operands: Operands) -> tuple[jax.Array, jax.Array]:
-    """(y_BHTe, lse_BHT), as the folder's `problem.py` says."""
+    """(y_BHTe, lse_BHT), see `problem.py`."""
     if platform() == "tpu":
         return _splash().attend(rule, operands)
     query, key, terms = operands.views()
@@ -83,8 +83,8 @@ def attend(rule: Rule, operands: Operands) -> tuple[jax.Array, jax.Array]:
     y_BTHe = compute(
         *(x.swapaxes(1, 2) for x in (operands.query_BHTd, operands.key_BKSd, operands.value_BKSe)),
         bias=bias_BHTS,
-        mask=visible_B1TS | ~seeing_B1T1,  # a softmax over nothing is left to no library
-        scale=1.0,  # queries are scaled already
+        mask=visible_B1TS | ~seeing_B1T1,  # libraries differ in a softmax without visible keys
+        scale=1.0,  # queries are already scaled
     )
     return jnp.where(seeing_B1T1, y_BTHe.swapaxes(1, 2), 0), chunked.attend(rule, operands)[1]
 
@@ -94,7 +94,7 @@ def _tokamax():
     from absl import flags
 
     if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # else it takes the command line of this program for its own
+        flags.FLAGS.mark_as_parsed()  # otherwise it parses this program's command line
     return tokamax
 
 

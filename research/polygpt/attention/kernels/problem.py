@@ -1,19 +1,19 @@
-"""What an attention backend is asked: a rule, known when the program is compiled, and the arrays it acts on.
+"""The input of attention backends: a rule, static at compile time, and the arrays it applies to.
 
-A backend is a file of this folder with two functions, and one more where it can take keys in parts (`ring.py`):
+A backend is a file of this folder with two functions, and a third if it can process keys in parts (`ring.py`):
 
     refuses(rule, operands) -> str | None      why it cannot compute this, or None
     attend(rule, operands) -> (y_BHTe, lse_BHT)
     gradients(rule, operands, lse_BHT, dy_BHTe, delta_BHT) -> Operands
 
-y is in the dtype of the values; lse, float32, is the logarithm of the sum of exponentiated scores, differentiable, for
-combining the results of several calls. A query that may see nothing has y = 0, a very negative finite lse, and zero
-gradients. With the sigmoid normalizer there is no sum and lse is 0.
+y has the dtype of the values. lse, float32, is the log of the sum of exponentiated scores; it is differentiable and
+serves to combine the results of several calls. A query without visible keys has y = 0, a very negative finite lse, and
+zero gradients. With the sigmoid normalizer there is no sum and lse is 0.
 
-The third gives the gradients of the operands, of their metadata None, where these keys are some of those that a query
-sees: lse is that of all its keys, dy and dlse are the cotangents of what they give together, and delta, float32, is
+`gradients` returns the gradients of the operands (None for metadata) if these keys are only a part of a query's keys:
+lse is that of all its keys, dy and dlse are the cotangents of the combined result, and delta, float32, is
 sum_e dy y - dlse. A weight is then exp(score - lse), and the gradient of its score is weight (dy v - delta): equations
-(12) to (15) in FlashAttention (2205.14135), appendix B.2. With the sigmoid normalizer neither is looked at.
+(12) to (15) in FlashAttention (2205.14135), appendix B.2. The sigmoid normalizer uses neither lse nor delta.
 
 Axis letters: B rows, H query heads, K key heads, T queries, S keys, d width of a query, e width of a value.
 """
@@ -33,9 +33,9 @@ class Rule:
     """The static half.
 
     Attributes:
-        mask: who may see whom; padding keys (segment 0) are never seen, whatever it says.
-        score: what becomes of q k^T (queries come scaled already) before the normalizer.
-        normalizer: how scores become weights.
+        mask: which keys each query may see; padding keys (segment 0) are always masked.
+        score: the modification of q k^T before the normalizer; queries are already scaled.
+        normalizer: how to turn scores into weights.
     """
 
     mask: Mask
@@ -43,7 +43,7 @@ class Rule:
     normalizer: Literal["softmax", "sigmoid"] = "softmax"
 
     def visible(self, query: Meta, key: Meta) -> jax.Array:
-        """bool, of the shape that the arrays of `query` and `key` broadcast to."""
+        """bool, of the broadcast shape of `query` and `key`."""
         shape = jnp.broadcast_shapes(query.index.shape, key.index.shape)
         return jnp.broadcast_to(self.mask(query, key) & (key.segment > 0), shape)
 
@@ -59,7 +59,7 @@ class Operands:
         value_BKSe: values.
         query: metadata of the queries, [B, T].
         key: metadata of the keys, [B, S].
-        terms: what the score modification reads.
+        terms: inputs of the score modification.
     """
 
     query_BHTd: jax.Array
@@ -70,7 +70,7 @@ class Operands:
     terms: Terms = Terms()
 
     def of_queries(self, chosen_R: jax.Array) -> "Operands":
-        """The same problem for the chosen queries alone, int32 indices into T."""
+        """The same problem for the chosen queries only, int32 indices into T."""
 
         def chosen(x, axis):
             return jnp.take(x, chosen_R, axis=axis)
@@ -87,13 +87,13 @@ class Operands:
         )
 
     def views(self) -> tuple[Meta, Meta, Terms]:
-        """Metadata and terms with the four axes of scores, [B, 1, T, 1], [B, 1, 1, S] and so on."""
+        """Metadata and terms that broadcast against scores, [B, 1, T, 1], [B, 1, 1, S] and so on."""
         query = jax.tree.map(lambda x: x[:, None, :, None], self.query)
         key = jax.tree.map(lambda x: x[:, None, None, :], self.key)
         return query, key, self.broadcast_terms()
 
     def broadcast_terms(self) -> Terms:
-        """Terms as a modification reads them beside a score [B, H, T, S]."""
+        """Terms that broadcast against scores [B, H, T, S]."""
         return Terms(
             {name: x[..., None, :, None, None] for name, x in self.terms.head.items()},
             {name: x[..., None] for name, x in self.terms.query.items()},

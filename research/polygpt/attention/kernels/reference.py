@@ -1,9 +1,8 @@
-"""Attention, materialised: plain, exact, the measure of every other backend.
+"""Materialised attention: plain and exact, the reference for all other backends.
 
-The order of the axes in the products is chosen for the CPU. XLA transposes an operand of a batched product that is
-contracted over its first matrix axis; with keys and values turned to [.., d, S] that happens, forward and backward, to
-the small arrays of heads alone and never to the [.., T, S] weights. Groups of heads are folded into T for the same
-reason.
+The axis order of the products is chosen for CPU. XLA transposes an operand of a batched product that is contracted over
+its first matrix axis. With keys and values transposed to [.., d, S], this affects only the small per-head arrays,
+forward and backward, and never the [.., T, S] weights. Groups of heads are folded into T for the same reason.
 """
 
 import dataclasses
@@ -14,16 +13,16 @@ import jax.numpy as jnp
 from polygpt.attention.kernels.problem import Operands, Rule
 
 LOWEST = float(jnp.finfo(jnp.float32).min)
-"""Stands for -inf: softmax of a row without keys stays finite, and so does its gradient."""
+"""Used instead of -inf, so that softmax of a row without visible keys, and its gradient, stay finite."""
 
 
 def refuses(rule: Rule, operands: Operands) -> None:
-    """It computes everything."""
+    """Never: it supports every problem."""
     return None
 
 
 def masked_scores(rule: Rule, operands: Operands) -> tuple[jax.Array, jax.Array]:
-    """Modified scores, float32 [B, H, T, S], and where they may be seen, bool [B, 1, T, S]; LOWEST elsewhere."""
+    """Modified scores, float32 [B, H, T, S], LOWEST where masked; and visibility, bool [B, 1, T, S]."""
     B, H, T, d = operands.query_BHTd.shape
     K, S = operands.key_BKSd.shape[1:3]
     score_BHTS = jnp.einsum(
@@ -38,7 +37,7 @@ def masked_scores(rule: Rule, operands: Operands) -> tuple[jax.Array, jax.Array]
 
 
 def normalized(rule: Rule, score_BHTS: jax.Array, visible_B1TS: jax.Array) -> jax.Array:
-    """The weights, float32 [B, H, T, S]; zeros for a query that may see nothing."""
+    """The weights, float32 [B, H, T, S]; zeros for a query without visible keys."""
     if rule.normalizer == "sigmoid":
         return jax.nn.sigmoid(score_BHTS) * visible_B1TS
     return jax.nn.softmax(score_BHTS, axis=-1) * jnp.any(visible_B1TS, axis=-1, keepdims=True)
@@ -58,7 +57,7 @@ def weighted_values(weights_BHTS: jax.Array, value_BKSe: jax.Array) -> jax.Array
 
 
 def attend(rule: Rule, operands: Operands) -> tuple[jax.Array, jax.Array]:
-    """(y_BHTe, lse_BHT), as the folder's `problem.py` says."""
+    """(y_BHTe, lse_BHT), see `problem.py`."""
     score_BHTS, visible_B1TS = masked_scores(rule, operands)
     y_BHTe = weighted_values(normalized(rule, score_BHTS, visible_B1TS), operands.value_BKSe)
     if rule.normalizer == "sigmoid":
@@ -67,7 +66,7 @@ def attend(rule: Rule, operands: Operands) -> tuple[jax.Array, jax.Array]:
 
 
 def gradients(rule: Rule, operands: Operands, lse_BHT: jax.Array, dy_BHTe: jax.Array, delta_BHT: jax.Array) -> Operands:
-    """The part of these keys in the gradients, as the folder's `problem.py` says."""
+    """The gradients' share that is due to these keys, see `problem.py`."""
 
     def scored(query_BHTd, key_BKSd, terms):
         return masked_scores(rule, dataclasses.replace(operands, query_BHTd=query_BHTd, key_BKSd=key_BKSd, terms=terms))

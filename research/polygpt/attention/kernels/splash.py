@@ -1,12 +1,12 @@
-"""Splash attention, the Pallas kernel for TPUs that comes with jax, where a mask is one of places in the row.
+"""Splash attention, JAX's Pallas kernel for TPUs, for masks that depend only on the index in the row.
 
-The kernel takes a mask of indices known when the program is compiled, and segment ids that are not. Masks of the
-language are of that form where they are `SameSegment` and beside it compare indices, or positions with each other:
-within an example of a row positions are as far apart as indices. That a row is laid out so, examples in one piece and
-positions in order, is checked as the program runs, and the result is NaN where it is not.
+The kernel takes a mask of indices that is static at compile time, and dynamic segment ids. Masks have that form if they
+are `SameSegment` combined with comparisons of indices, or of positions with each other: within an example, positions
+are as far apart as indices. The program checks at run time that rows are laid out this way, with contiguous examples
+and ascending positions; if not, the result is NaN.
 
-So it serves media towers and masks without spans. The mask of a decoder, DECODER, has spans, which only the data knows:
-splash attention refuses it, and `flex.py` computes it.
+This covers media towers and masks without spans. The mask of a decoder, DECODER, has spans, which depend on the data,
+so splash attention cannot compute it and `flex.py` does.
 """
 
 import dataclasses
@@ -25,36 +25,36 @@ from polygpt.attention.masks import And, Causal, Mask, Meta, SameSegment
 from polygpt.attention.scores import Score, SoftCap
 
 LANES = 128
-"""Numbers that a TPU's vector unit holds side by side; blocks are multiples of it."""
+"""The number of lanes of a TPU's vector unit; block sizes are multiples of it."""
 
 
 def refuses(rule: Rule, operands: Operands) -> str | None:
     """Why it cannot compute this, or None."""
     T, S, e = operands.query_BHTd.shape[2], operands.key_BKSd.shape[2], operands.value_BKSe.shape[3]
     if rule.normalizer != "softmax":
-        return f"splash attention knows no {rule.normalizer} normalizer"
+        return f"splash attention has no {rule.normalizer} normalizer"
     if type(rule.score) not in (Score, SoftCap):
-        return f"splash attention knows no score modification but SoftCap, and this is {type(rule.score).__name__}"
+        return f"splash attention supports no score modification except SoftCap, not {type(rule.score).__name__}"
     if T != S:
-        return f"splash attention is for queries that are the keys too, and these are {T} and {S}, as with a cache"
+        return f"splash attention needs as many queries as keys, not {T} and {S} (as with a cache)"
     if T % LANES:
         return f"splash attention needs a length that is a multiple of {LANES}, not {T}"
     if e > LANES and e % LANES:
         return f"splash attention needs values of at most {LANES} channels or a multiple of that, not {e}"
     parts = _conjuncts(rule.mask)
     if SameSegment() not in parts:
-        return "splash attention tells padding by segments, and the mask has no SameSegment"
+        return "splash attention needs SameSegment in the mask to exclude padding"
     try:
         itself_T = _known_at(_within_example(parts), np.arange(T), np.arange(T))
     except _Unknowable as what:
-        return f"splash attention knows the order of positions and their distances alone, and the mask looks at {what}"
+        return f"splash attention supports only the order and distance of positions, but the mask looks at {what}"
     if not itself_T.all():
         return "splash attention needs every position to see itself"
     return None
 
 
 def attend(rule: Rule, operands: Operands, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
-    """(y_BHTe, lse_BHT), as the folder's `problem.py` says; `interpret` runs the kernel on any device, slowly."""
+    """(y_BHTe, lse_BHT), see `problem.py`; `interpret` runs the kernel on any device, slowly."""
     H, T = operands.query_BHTd.shape[1:3]
     inner = _within_example(_conjuncts(rule.mask))
     kernel = splash.make_splash_mha(
@@ -68,19 +68,19 @@ def attend(rule: Rule, operands: Operands, interpret: bool = False) -> tuple[jax
     segments = splash.SegmentIds(operands.query.segment, operands.key.segment)
     y_BHTe = jax.vmap(kernel)(operands.query_BHTd, operands.key_BKSd, operands.value_BKSe, segments)
 
-    # A query that is no padding sees itself at least, where rows are laid out as they are taken to be.
+    # If rows have the required layout, every query that is not padding sees at least itself.
     y_BHTe = jnp.where(operands.query.segment[:, None, :, None] > 0, y_BHTe, 0).astype(operands.value_BKSe.dtype)
     laid_out_B = laid_out(rule.mask, operands.query, operands.key)
     y_BHTe = jnp.where(laid_out_B[:, None, None, None], y_BHTe, jnp.nan)
-    # The kernel's own lse has no gradient. Nothing of this is computed where lse is not used.
+    # The kernel's own lse has no gradient. If lse is unused, this is not computed.
     return y_BHTe, chunked.attend(rule, operands)[1]
 
 
 def laid_out(mask: Mask, query: Meta, key: Meta) -> jax.Array:
-    """Whether each row is such that what the kernel computes is what the mask says, bool [B]; padding may be anything.
+    """Whether the kernel's result matches the mask, given each row's layout, bool [B]; padding may contain anything.
 
-    Queries are to be the keys; where the mask looks at indices, they are to count from 0; where it looks at positions,
-    they are to be, within an example, indices less a constant. It takes time and memory as a sort of [B, T].
+    Queries and keys must have the same metadata. If the mask uses indices, they must count from 0; if it uses
+    positions, they must equal the indices minus a constant within each example. Costs a sort of [B, T].
     """
     inner = _within_example(_conjuncts(mask))
     index_1T, padding_BT = jnp.arange(query.index.shape[1], dtype=jnp.int32)[None], query.segment == 0
@@ -90,7 +90,7 @@ def laid_out(mask: Mask, query: Meta, key: Meta) -> jax.Array:
     if not _looks_at("position", inner):
         return jnp.all(as_key_BT, axis=1)
     as_key_BT &= padding_BT | (query.position == key.position)
-    # Sorted, the constants of an example lie side by side, wherever its pieces lie in the row.
+    # Sorting brings the constants of an example together, wherever its pieces are in the row.
     segment_BT, constant_BT = jax.lax.sort((query.segment, query.position - index_1T), dimension=1, num_keys=2)
     same_BU = (segment_BT[:, 1:] == segment_BT[:, :-1]) & (segment_BT[:, 1:] > 0)
     two_BU = same_BU & (constant_BT[:, 1:] != constant_BT[:, :-1])
@@ -98,7 +98,7 @@ def laid_out(mask: Mask, query: Meta, key: Meta) -> jax.Array:
 
 
 def _blocks(T: int) -> splash.BlockSizes:
-    """The same blocks for everything: the largest up to 512 that divide the length."""
+    """The same block size for everything: the largest up to 512 that divides the length."""
     size = next(size for size in (512, 384, 256, LANES) if T % size == 0)
     names = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
     return splash.BlockSizes(**dict.fromkeys(names, size))
@@ -116,9 +116,9 @@ def _within_example(parts: list[Mask]) -> list[Mask]:
 
 
 def _at_indices(parts: list[Mask], query_index: Any, key_index: Any, hidden: str = "") -> Any:
-    """Whether all parts hold for these indices, in one example; _Unknowable names what else they depend on.
+    """Whether all parts hold for these indices in one example. Raises _Unknowable naming any other dependency.
 
-    The field `hidden`, "index" or "position", is not known either.
+    The field `hidden`, "index" or "position", is treated as unknown too.
     """
 
     def meta(index):
@@ -127,17 +127,17 @@ def _at_indices(parts: list[Mask], query_index: Any, key_index: Any, hidden: str
         return Meta(known["index"], known["position"], *map(_Unknown, ("segments", "spans", "modalities")))
 
     query, key = meta(query_index), meta(key_index)
-    seen = (query_index >= 0) & (key_index >= 0)  # of the shape that both broadcast to
+    seen = (query_index >= 0) & (key_index >= 0)  # of the broadcast shape
     for part in parts:
         try:
             seen = seen & part(query, key)
-        except TypeError as error:  # a function instead of an operator
-            raise _Unknowable(f"metadata otherwise than by operators: {error}") from error
+        except TypeError as error:  # it called a function instead of using an operator
+            raise _Unknowable(f"metadata other than by operators: {error}") from error
     return seen
 
 
 def _looks_at(field: str, parts: list[Mask]) -> bool:
-    """Whether what the parts say depends on "index" or on "position"."""
+    """Whether the parts depend on the field "index" or "position"."""
     try:
         with jax.ensure_compile_time_eval():
             _at_indices(parts, np.zeros(1, np.int32), np.zeros(1, np.int32), hidden=field)
@@ -147,14 +147,14 @@ def _looks_at(field: str, parts: list[Mask]) -> bool:
 
 
 def _known_at(parts: list[Mask], query_index: np.ndarray, key_index: np.ndarray) -> np.ndarray:
-    """The same, while a program is being traced: a mask may call functions of jax on differences of positions."""
+    """`_at_indices` at compile time: a mask may call JAX functions on differences of positions."""
     with jax.ensure_compile_time_eval():
         return np.asarray(_at_indices(parts, query_index, key_index))
 
 
 def _pattern(parts: list[Mask], T: int) -> patterns.Mask:
     if parts == [Causal()]:
-        return patterns.CausalMask((T, T))  # the kernel computes it, where it loads the tiles of others
+        return patterns.CausalMask((T, T))  # computed by the kernel, which loads the tiles of other masks
     return _Pattern(parts, T)
 
 
@@ -172,20 +172,20 @@ class _Pattern(patterns.Mask):
 
 
 class _Unknowable(Exception):
-    """A mask looks at what is not known when the program is compiled."""
+    """A mask uses values that are unknown at compile time."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Unknown:
-    """Metadata that no operator may be used on."""
+    """Metadata that supports no operator."""
 
     name: str
-    __array_ufunc__ = None  # NumPy's arrays leave operators to this class
+    __array_ufunc__ = None  # NumPy arrays defer operators to this class
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Position:
-    """Positions of one example, known up to a constant: their differences and their order are those of indices."""
+    """Positions of one example, known up to a constant: their differences and order equal those of indices."""
 
     index: Any
     __array_ufunc__ = None
@@ -196,7 +196,7 @@ def _refuse(self, *others):
 
 
 def _relative(name: str):
-    """The operator of two positions; of a position and anything else, _Unknowable."""
+    """The operator on two positions; raises _Unknowable for any other operand."""
 
     def operate(self, other):
         if not isinstance(other, _Position):
