@@ -56,7 +56,7 @@ def run(arguments: Namespace) -> dict:
     rows = [[one.name, one.result, _number(one.error), _number(one.bound), one.note] for one in findings]
     length = subject and subject.length
     title = f"{arguments.variant}: {length or 'no'} positions, model width {arguments.model_width}"
-    print_table(title, ["property", "result", "error", "bound", ""], rows, prose=(4,))
+    print_table(title, ["property", "result", "error", "bound", "note"], rows, prose=(4,))
     passed, failed = ([one.name for one in findings if one.passed is holds] for holds in (True, False))
     not_run = [one for one in findings if one.passed is None and one.note.startswith("not run")]
     summary = (
