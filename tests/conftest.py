@@ -58,6 +58,15 @@ def pytest_unconfigure(config):
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@pytest.fixture(scope="module")
+def compiled_once():
+    """Equal experiments of a module's runs are one program, which is traced and compiled for the first of them."""
+    import compiled_once  # imports jax, which is to find the settings above
+
+    with compiled_once.used():
+        yield
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """The outcome of `polygpt train FILE --json`: code, out, err, and the places of the experiment and the run."""

@@ -11,6 +11,8 @@ from polygpt.ablation.study import Ablation
 from polygpt.attention.multi_head import MultiHead
 from polygpt.errors import SpecError
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 
 def test_the_cache_is_keys_and_values_and_what_is_known_of_positions():
     whole = experiment(model__decoder__attention=MultiHead(heads=4), model__decoder__depth=2)

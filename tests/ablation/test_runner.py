@@ -21,6 +21,8 @@ from polygpt.ablation.study import Ablation, load_ablation
 from polygpt.ablation.variants import grid
 from polygpt.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 
 @dataclasses.dataclass(frozen=True)
 class MadeUp(Engine):

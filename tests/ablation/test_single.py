@@ -10,6 +10,8 @@ from tiny_runs import experiment
 from polygpt.ablation.engines.base import Task
 from polygpt.ablation.engines.worker import work
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 LASTING = ("seed", "metrics", "curve", "evaluations", "steps", "diverged")
 
 

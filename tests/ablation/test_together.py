@@ -25,6 +25,8 @@ from polygpt.evaluation.spec import EvalTask
 from polygpt.training.experiment import Experiment
 from polygpt.training.spikes import SpikeSpec
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 SEEDS = (0, 3, 1000)
 VARYING = ("seconds", "how", "made")
 

@@ -10,6 +10,8 @@ from polygpt.training.example_log import ExampleLog
 from polygpt.training.loggers import Silent
 from polygpt.training.loop import train
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 OPTIONS = {
     "train.steps": "7",
     "train.evaluate_every": "null",

@@ -31,6 +31,8 @@ from polygpt.training.run import open_run
 from polygpt.training.trainer import Trainer
 from polygpt.training.workdir import load_experiment
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 
 def tiny(**changes):
     return override(experiment(), {"train.steps": "12", "train.evaluate_every": "null"} | changes)

@@ -20,6 +20,7 @@ from polygpt.training.loop import train
 from polygpt.training.run import open_run
 from polygpt.training.spikes import SpikeSpec
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
 STEPS, EVERY = 18, 4
 BAD = {10, 11, 12}
 """Which batches, counted from 1, ask for bytes that no text has."""
