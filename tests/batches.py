@@ -1,6 +1,7 @@
 """Small batches and models, built without the data pipeline: what the model must do is stated by the layout alone."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from polygpt.data.media.image import ImageFeatures
 from polygpt.models.decoder import DecoderSpec
 from polygpt.models.functional import Model, Params, bind
 from polygpt.models.multimodal import ModelSpec
+from polygpt.parameters import Traits, name_of
 from polygpt.sequence import PADDING, TEXT, Batch, Media, check, coordinates
 
 VOCABULARY = 31
@@ -115,3 +117,12 @@ def tiny_model(seed: int = 0, **options) -> tuple[Model, Params]:
     """`tiny(**options)` bound, and lively parameters for it."""
     model = bind(tiny(**options), VOCABULARY)
     return model, lively(model, seed)
+
+
+def traits_of(arrays) -> Any:
+    """The traits of arrays that belong to no module: what is called a kernel decays."""
+
+    def of(path, leaf):
+        return Traits(leaf.shape, (None,) * len(leaf.shape), name_of(path).endswith("kernel"))
+
+    return jax.tree_util.tree_map_with_path(of, arrays)

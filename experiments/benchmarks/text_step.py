@@ -64,10 +64,14 @@ def polygpt_step():
         scan=False,
     )
     model = bind(ModelSpec(decoder), VOCABULARY)
-    shapes, optim = model.abstract(), Optim(Constant(1e-3), AdamW())
-    transformation = optim.build(shapes, steps=1000)
+    optim = Optim(Constant(1e-3), AdamW())
+    transformation = optim.build(model.traits, steps=1000)
     recipe = Recipe(
-        model, {"next_token": (NextToken(), 1.0)}, transformation, optim.schedule.build(1000), optim.trainable(shapes)
+        model,
+        {"next_token": (NextToken(), 1.0)},
+        transformation,
+        optim.schedule.build(1000),
+        optim.trainable(model.traits),
     )
     parallel = build("single", model.axes())
     batch = parallel.put(text_batch())

@@ -6,11 +6,12 @@
 | `decays` | whether it takes weight decay | true for two axes or more, except in an `nnx.Embed` |
 | `std` | standard deviation of its initial values, if that depends on a width other than its fan-in | |
 
-Only an `nnx.Param` is trained. Other variables are constants: they are saved and never change.
+Only an `nnx.Param` is trained. Other variables are constants: they are saved with the parameters and never change.
 """  # noqa: E501
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
@@ -89,6 +90,30 @@ def traits(module: nnx.Module) -> Any:
         return Traits(variable.shape, axes, metadata["decays"] and trained, trained, metadata.get("std"))
 
     return jax.tree_util.tree_map_with_path(of, nnx.state(module), is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+@contextlib.contextmanager
+def merged(graphdef: Any, variables: Any) -> Iterator[Any]:
+    """The module of a static part and its variables, for one forward pass.
+
+    Raises:
+        SpecError: if the pass has changed a constant, for a step would forget that.
+    """
+    module = nnx.merge(graphdef, variables)
+    before = _constants(module)
+    yield module
+    after = _constants(module)
+    for name, value in before.items():
+        if after[name] is not value:
+            raise SpecError(
+                f"the forward pass changes {name}, which is no nnx.Param, and a training step keeps only what the "
+                "optimizer changes: let it stay as it is, such as with use_running_average=True, or choose a norm of "
+                "polygpt.nn.norms"
+            )
+
+
+def _constants(module: Any) -> dict[str, jax.Array]:
+    return paths(nnx.to_pure_dict(nnx.state(module, nnx.Not(nnx.Param))))
 
 
 def _variables(made: Any) -> list[nnx.Variable]:

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import re
 import types
 from typing import Any
 
@@ -15,6 +16,7 @@ from PIL import Image
 
 from polygpt.adapters.audio import AudioAdapter
 from polygpt.adapters.image import ImageAdapter
+from polygpt.cli.results import print_results
 from polygpt.data.example import Example, Medium, Text
 from polygpt.data.layout import LayoutSpec
 from polygpt.data.media.audio import LogMel
@@ -23,7 +25,7 @@ from polygpt.data.sources.base import Source
 from polygpt.data.tokenizers.bytes import ByteTokenizer
 from polygpt.errors import BadRecord, SpecError, UserError
 from polygpt.evaluation.classification import Classification
-from polygpt.evaluation.evaluate import evaluate
+from polygpt.evaluation.evaluate import cut_answers, evaluate
 from polygpt.evaluation.likelihood import token_scores
 from polygpt.evaluation.modality_gain import shuffle
 from polygpt.evaluation.spec import EvalTask, EvaluationSpec
@@ -33,6 +35,7 @@ from polygpt.models.decoder import DecoderSpec
 from polygpt.models.functional import bind
 from polygpt.models.multimodal import ModelSpec
 from polygpt.nn.positions import NoPosition
+from polygpt.report import page
 from polygpt.runtime.interruption import Interrupted
 from polygpt.spec import from_json, to_json
 
@@ -167,6 +170,21 @@ def test_answers_are_generated_and_judged(results):
     assert results["tasks"]["seen"] | {"exact_match": 1.0, "accuracy": 1.0, "f1": 1.0} == results["tasks"]["seen"]
     wrong = sum(MEDIA[e.parts[2].source] != e.answer for e in both(21))
     assert results["tasks"]["both"]["wer"] == results["tasks"]["both"]["cer"] == pytest.approx(wrong / 21)
+
+
+def test_answers_that_are_cut_are_counted_and_told(capsys):
+    tasks = {"seen": SPEC.tasks["seen"]}
+    assert "cut" not in run(SPEC.replace(tasks=tasks, sampling=GREEDY))["tasks"]["seen"]
+    spec = SPEC.replace(tasks=tasks, sampling=GREEDY.replace(max_tokens=1))  # the letter, and no room for the end
+    results = run(spec) | {"step": 3}
+    assert results["tasks"]["seen"]["cut"] == 10
+    (line,) = cut_answers(results["tasks"])
+    assert "seen: 10 of 10 answers were cut" in line and "max_tokens" in line
+    print_results(results, spec.measures())
+    printed = capsys.readouterr().out
+    assert line in printed and re.search(r"\bcut\b", printed.splitlines()[1] + printed.splitlines()[2])
+    table = page._results(results["tasks"], spec.measures(), "task")
+    assert dict(zip(table["titles"], table["rows"][0][1], strict=True))["answers cut"]["text"] == "10"
 
 
 def test_the_modality_gain_is_exact_for_eyes_and_zero_for_deaf_ears(results):

@@ -84,6 +84,13 @@ def test_exactly_max_tokens_with_the_end_is_an_end():
     assert write(script("seven"), GREEDY.replace(max_tokens=5))[0].finish == "length"
 
 
+def test_by_default_a_text_may_be_as_long_as_the_row_has_room():
+    text = "a text of more than sixty-four characters, all of which are written by default"
+    for sampling in (GREEDY, GREEDY.replace(stop=("zzz",))):
+        (written,) = write(script(text), sampling)
+        assert (written.text, written.finish) == (text, "eos")
+
+
 def test_an_empty_answer_is_allowed():
     (written,) = write(script(""))
     assert (written.text, written.tokens, written.finish) == ("", (), "eos")

@@ -68,7 +68,7 @@ def sizes(spec: ModelSpec, optim: Optim, recorded: list, steps: int = 5, seeds: 
     """By activation, its root mean square at the start, and that of its change by `steps` steps of training."""
     model, batch, objective = bind(spec, LETTERS), build(ROWS, 28), NextToken()
     batch = batch.replace(tokens_BT=batch.tokens_BT % LETTERS, target_BT=batch.target_BT % LETTERS)
-    transformation = optim.build(model.abstract(), steps, model.growth)
+    transformation = optim.build(model.traits, steps, model.growth)
 
     def loss(params):
         recorded.clear()

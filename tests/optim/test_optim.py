@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from batches import traits_of
 from polygpt.adapters.audio import AudioAdapter
 from polygpt.adapters.image import ImageAdapter
 from polygpt.attention.mamba2 import Mamba2
@@ -19,7 +20,7 @@ from polygpt.optim.groups import Group
 from polygpt.optim.optim import Optim
 from polygpt.optim.optimizers import SGD, Adafactor, AdamW, Lion, Muon
 from polygpt.optim.schedules import Constant, WarmupLinear
-from polygpt.parameters import name_of, paths
+from polygpt.parameters import paths
 
 LAYERS, IN, OUT = 3, 6, 4
 
@@ -49,7 +50,7 @@ def gradients(params):
 
 def updates_of(optim, params, gradients, steps=1):
     """The update of the last of `steps` steps with the same parameters and gradients."""
-    transformation = optim.build(params, 10)
+    transformation = optim.build(traits_of(params), 10)
     state = transformation.init(params)
     for _ in range(steps):
         updates, state = transformation.update(gradients, state, params)
@@ -151,13 +152,13 @@ def test_groups_set_factor_decay_schedule_and_freeze_and_the_first_match_wins(pa
     assert_close(mlp["bias"], -0.001 * (jnp.sign(g["bias"]) + 0.5 * p["bias"]))
     assert_close(mlp["kernel"], -0.5 * (jnp.sign(g["kernel"]) + 0.3 * p["kernel"]))
     assert_close(got["decoder"]["embedding"], -0.01 * jnp.sign(gradients["decoder"]["embedding"]))
-    assert optim.trainable(params)["adapters"]["image"]["kernel"] is False
-    assert optim.trainable(params)["decoder"]["embedding"] is True
+    assert optim.trainable(traits_of(params))["adapters"]["image"]["kernel"] is False
+    assert optim.trainable(traits_of(params))["decoder"]["embedding"] is True
 
 
 def test_clipping_bounds_the_global_norm(params, gradients):
     def seen_norm(clip):  # Lion's momentum after one step is 0.01 times the gradient that reached it
-        transformation = Optim(Constant(1.0), Lion(), clip=clip).build(params, 10)
+        transformation = Optim(Constant(1.0), Lion(), clip=clip).build(traits_of(params), 10)
         _, state = transformation.update(gradients, transformation.init(params), params)
         return float(optax.tree.norm([leaf / 0.01 for leaf in jax.tree.leaves(state) if leaf.ndim]))
 
@@ -168,16 +169,16 @@ def test_clipping_bounds_the_global_norm(params, gradients):
 
 def test_a_group_that_takes_nothing_is_an_error(params):
     with pytest.raises(SpecError, match="'encoder/' takes no parameter: paths look like adapters/image/kernel"):
-        Optim(Constant(0.1), groups=(Group("encoder/"),)).build(params, 10)
+        Optim(Constant(0.1), groups=(Group("encoder/"),)).build(traits_of(params), 10)
     with pytest.raises(SpecError, match="an earlier group takes decoder/blocks/mlp/bias"):
-        Optim(Constant(0.1), groups=(Group("decoder"), Group("mlp"))).build(params, 10)
+        Optim(Constant(0.1), groups=(Group("decoder"), Group("mlp"))).build(traits_of(params), 10)
     with pytest.raises(SpecError, match="regular expression"):
         Group("(")
 
 
 def test_the_table_counts_what_each_rule_took(params):
     optim = Optim(Constant(0.1), groups=(Group("adapters/", freeze=True), Group("mlp", learning_rate=0.5)))
-    lines = optim.table(params).splitlines()
+    lines = optim.table(traits_of(params)).splitlines()
     assert [line.split() for line in lines[1:]] == [
         ["adapters/", "frozen", "-", "1", "36"],
         ["mlp", "0.5", "x", "schedule", "0", "1", "12"],
@@ -189,31 +190,16 @@ def test_the_table_counts_what_each_rule_took(params):
 def test_shapes_are_enough_to_build_and_to_count(params):
     shapes = jax.eval_shape(lambda: params)
     optim = Optim(Constant(0.1), Muon(), groups=(Group("adapters/", freeze=True),))
-    assert optim.table(shapes) == optim.table(params)
-    built = optim.build(shapes, 10)
+    assert optim.table(traits_of(shapes)) == optim.table(traits_of(params))
+    built = optim.build(traits_of(shapes), 10)
     assert jax.tree.structure(jax.eval_shape(built.init, shapes)) == jax.tree.structure(built.init(params))
 
 
-def test_the_default_rules_fit_the_real_model():
+def test_muon_takes_all_kernels_but_the_heads():
     adapters = {"image": ImageAdapter(), "audio": AudioAdapter()}
-    shapes = bind(ModelSpec(DecoderSpec(tied=False), adapters), 258).abstract()
-    optim = Optim(Constant(0.1), Muon())
-    leaves = jax.tree_util.tree_leaves_with_path(optim.rules(shapes))
-    decayed = {name_of(path) for path, rule in leaves if rule.weight_decay}
-    assert decayed == {name_of(path) for path, _ in leaves if name_of(path).endswith("/kernel")}
-    assert not any(name_of(path).endswith("/kernel") for path, rule in leaves if not rule.weight_decay)
-    by_muon = {name for name in decayed if re.search(Muon().matrices, name)}
-    assert decayed - by_muon == {"head/kernel"}
-
-
-@pytest.mark.parametrize("name", ["image", "normals", "embedded", "position"])
-def test_the_name_of_an_adapter_decides_no_decay(name):
-    kernels = {f"adapters/{name}/tower/blocks/mlp/up/kernel", f"adapters/{name}/connector/hidden/kernel"}
-    vectors = {f"adapters/{name}/tower/norm/scale", f"adapters/{name}/tower/position/table", "modality/image"}
-    attention = {f"decoder/blocks/attention/{n}" for n in ("u", "v", "vectors", "before", "after", "dt_bias")}
-    tree = {path: jnp.ones(2) for path in kernels | vectors | attention}
-    rules = Optim(Constant(1e-3), AdamW(weight_decay=0.1)).rules(tree)
-    assert {path for path, rule in rules.items() if rule.weight_decay} == kernels
+    model = bind(ModelSpec(DecoderSpec(tied=False), adapters), 258)
+    kernels = {name for name in paths(model.traits) if name.endswith("/kernel")}
+    assert kernels - {name for name in kernels if re.search(Muon().matrices, name)} == {"head/kernel"}
 
 
 def test_muon_leaves_depthwise_convolutions_to_adamw():
@@ -232,7 +218,7 @@ def test_groups_with_a_schedule_of_their_own_keep_their_last_rate_too(params):
     """SGD-like steps of a unit gradient: after `schedule_steps`, all updates stay as they are."""
     groups = (Group("embedding", schedule=WarmupLinear(1.0, final=0.5)),)
     optim = Optim(WarmupLinear(2.0, final=0.25), SGD(0.0, momentum=0.0), None, groups=groups, schedule_steps=4)
-    transformation = optim.build(params, steps=8)
+    transformation = optim.build(traits_of(params), steps=8)
     state, ones = transformation.init(params), jax.tree.map(jnp.ones_like, params)
     for t, (own, others) in enumerate([(1, 2), (0.875, 1.625), (0.75, 1.25), (0.625, 0.875), *[(0.625, 0.875)] * 4]):
         updates, state = transformation.update(ones, state, params)

@@ -36,10 +36,9 @@ def run(mode: str, accumulate: int) -> dict:
     decoder = DecoderSpec(width=16, depth=2, attention=MultiHead(heads=2))
     model = bind(ModelSpec(decoder, mup=MuP({"decoder.width": 8})), VOCABULARY)
     optim = Optim(Constant(3e-3), accumulate=accumulate, ema=0.9)
-    params = model.abstract()
-    transformation = optim.build(params, STEPS, model.growth)
+    transformation = optim.build(model.traits, STEPS, model.growth)
     objectives = {"next_token": (NextToken(), 1.0), "z": (ZLoss(), 1e-2)}
-    rate, trainable = optim.schedule.build(STEPS), optim.trainable(params)
+    rate, trainable = optim.schedule.build(STEPS), optim.trainable(model.traits)
     recipe = Recipe(model, objectives, transformation, rate, trainable, 0, accumulate, optim.ema)
     parallel = build(mode, model.axes())
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from bigram import Bigram, random_batch
 
+from batches import traits_of
 from polygpt.errors import Diverged, SpecError
 from polygpt.objectives.next_token import NextToken
 from polygpt.optim.optim import Optim
@@ -72,9 +73,9 @@ def test_a_level_that_has_shifted_becomes_the_new_one_where_updates_are_skipped(
 def prepare(spikes):
     model, optim = Bigram(), Optim(WarmupLinear(0.01, warmup=10), ema=0.9)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
-    made = optim.build(shapes, 100)
+    made = optim.build(traits_of(shapes), 100)
     objectives = {"next_token": (NextToken(), 1.0)}
-    rate, trainable = optim.schedule.build(100), optim.trainable(shapes)
+    rate, trainable = optim.schedule.build(100), optim.trainable(traits_of(shapes))
     recipe = Recipe(model, objectives, made, rate, trainable, ema=0.9, spikes=spikes)
     return create(model, made, 0, True, spikes), jax.jit(make_step(recipe))
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from bigram import Bigram, random_batch
 
+from batches import traits_of
 from polygpt.objectives.next_token import NextToken
 from polygpt.objectives.z_loss import ZLoss
 from polygpt.optim.groups import Group
@@ -24,13 +25,13 @@ def prepare(optim=None, model=None, objectives=OBJECTIVES, seed=0):
     """(initial state, compiled step)."""
     model, optim = model or Bigram(), optim or Optim(Constant(0.01))
     params = jax.eval_shape(model.init, jax.random.key(0))
-    transformation = optim.build(params, 100)
+    transformation = optim.build(traits_of(params), 100)
     recipe = Recipe(
         model,
         objectives,
         transformation,
         optim.schedule.build(100),
-        optim.trainable(params),
+        optim.trainable(traits_of(params)),
         seed,
         optim.accumulate,
         optim.ema,

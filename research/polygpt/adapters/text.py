@@ -18,7 +18,9 @@ class TextEmbedding(nnx.Module):
     def __init__(self, vocabulary: int, width: int, *, rngs: nnx.Rngs, dtype: str, base_width: int | None = None):
         base_width = base_width or width
         self.table = nnx.Param(
-            jax.random.normal(rngs.params(), (vocabulary, width)) * base_width**-0.5, axes=("vocabulary", "width")
+            jax.random.normal(rngs.params(), (vocabulary, width)) * base_width**-0.5,
+            axes=("vocabulary", "width"),
+            decays=False,
         )
         self.dtype, self.multiplier = dtype, base_width / width
 

@@ -170,7 +170,7 @@ class LearnedBias(Score):
 
 class _Table(nnx.Module):
     def __init__(self, table: jax.Array, std: float | None = None):
-        self.table = nnx.Param(table, std=std)
+        self.table = nnx.Param(table, std=std, decays=False)
 
     def __call__(self, x_BTD: jax.Array, meta: Meta) -> Terms:
         return Terms(head={"table": self.table[...]})

@@ -59,7 +59,7 @@ class DifferentialModule(MultiHeadModule):
     def __init__(self, spec: Differential, dims: Dims, rngs: nnx.Rngs):
         super().__init__(spec, dims, rngs)
         shape = (2, 2, spec.width_of_query(dims.width))
-        self.vectors = nnx.Param(jax.random.normal(rngs.params(), shape) * 0.1)
+        self.vectors = nnx.Param(jax.random.normal(rngs.params(), shape) * 0.1, decays=False)
         self.norm = RMSNorm(1e-5).build(spec.width_of_head(dims.width))
 
     def attend(self, rule, operands):

@@ -44,7 +44,7 @@ class TalkingHeads(MultiHead):
 class TalkingHeadsModule(MultiHeadModule):
     def __init__(self, spec: TalkingHeads, dims: Dims, rngs: nnx.Rngs):
         super().__init__(spec, dims, rngs)
-        self.before, self.after = (nnx.Param(jnp.eye(spec.heads)) for _ in range(2))
+        self.before, self.after = (nnx.Param(jnp.eye(spec.heads), decays=False) for _ in range(2))
 
     def attend(self, rule, operands):
         if self.spec.backend not in ("auto", "reference"):

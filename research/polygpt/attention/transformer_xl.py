@@ -72,7 +72,7 @@ class TransformerXLModule(MultiHeadModule):
         super().project(rngs)
         spec, H, d = self.spec, self.spec.heads, self.spec.width_of_head(self.dims.width)
         self.relative = Linear(spec.channels(self.dims.width), H * d, rngs=rngs, bias=False, dtype=self.dims.dtype)
-        self.u, self.v = (nnx.Param(jax.random.normal(rngs.params(), (H, d)) * 0.02) for _ in range(2))
+        self.u, self.v = (nnx.Param(jax.random.normal(rngs.params(), (H, d)) * 0.02, decays=False) for _ in range(2))
 
     def __call__(self, x_BTD, context, cache=None):
         if not self.spec.detach or cache is not None:

@@ -18,7 +18,7 @@ from polygpt.nn.losses import Losses, add
 from polygpt.nn.mlp import MLP, FeedForward
 from polygpt.nn.norms import LayerNorm, Norm
 from polygpt.nn.positions import NoPosition, Position
-from polygpt.parameters import stack
+from polygpt.parameters import merged, stack
 from polygpt.spec import Spec
 
 
@@ -262,8 +262,9 @@ class Stack(nnx.Module):
         """`_over_blocks` for one repetition of the pattern, the `time`-th."""
         outputs, losses = [], {}
         for i, graphdef in enumerate(graphdefs):
-            block, layer = nnx.merge(graphdef, params[i]), time * len(graphdefs) + i
-            x_BTD, output, own = self._remat(call, block)(x_BTD, layer, caches and caches[i])
+            layer = time * len(graphdefs) + i
+            with merged(graphdef, params[i]) as block:
+                x_BTD, output, own = self._remat(call, block)(x_BTD, layer, caches and caches[i])
             outputs.append(output)
             losses = add(losses, own)
         return x_BTD, tuple(outputs), losses
@@ -276,7 +277,8 @@ class Stack(nnx.Module):
         graphdef, params = nnx.split(block)
 
         def pure(params, *arguments):
-            return call(nnx.merge(graphdef, params), *arguments)
+            with merged(graphdef, params) as block:
+                return call(block, *arguments)
 
         checkpointed = jax.checkpoint(pure, policy=policy, prevent_cse=not self.spec.scan)
         return lambda x_BTD, *arguments: checkpointed(params, checkpoint_name(x_BTD, INPUT), *arguments)

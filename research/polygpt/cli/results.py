@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from polygpt.cli.output import figure, print_table
+from polygpt.evaluation.evaluate import cut_answers
 from polygpt.evaluation.likelihood import COUNTS
 from polygpt.evaluation.metric import Measure
 
@@ -33,6 +34,8 @@ def print_results(results: Mapping, measures: Mapping[str, Measure]) -> None:
         ]
         columns = ["task/modality", "gain (nats per token)", "95 % interval"]
         print_table("Modality gain: loss with media shuffled minus with the true media", columns, rows)
+    for line in cut_answers(tasks):
+        print(line)
     for task, fault in results.get("faults", {}).items():
         print(f"{task} was not measured in full: {fault}")
 

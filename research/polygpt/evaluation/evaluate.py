@@ -58,7 +58,8 @@ def evaluate(
         `{"tasks": {name: {"loss", "perplexity", "bits_per_byte", "token_accuracy", "n", and those of its metrics}},
         "modalities": {"text" | "image" | "audio" | "audio+image" ...: the first five, over the examples of all tasks
         that hold exactly these media}, "modality_gain": {"task/modality": {"gain", "low", "high", "n"}}}`.
-        A task of which records were left out has their number as "skipped". Tasks that do not measure the model as it
+        A task of which records were left out has their number as "skipped"; one whose answers had no room to end has
+        their number as "cut". Tasks that do not measure the model as it
         was trained, but longer rows, say, are not among the "modalities".
 
     Raises:
@@ -196,10 +197,22 @@ def _judge(name: str, task: EvalTask, spec: EvaluationSpec, examples: list[Examp
     reader.progress(f"{name}: answers", 0, len(examples))
     prompts = [example.prompt for example in examples]
     given = (reader.model, reader.params, reader.tokenizer, prompts, reader.layout, spec.sampling)
-    answers = [written.text for written in generate(*given, batch_size=spec.batch_size, proceed=reader.proceed)]
+    written = generate(*given, batch_size=spec.batch_size, proceed=reader.proceed)
+    answers, cut = [one.text for one in written], sum(one.finish == "length" for one in written)
     reader.progress(f"{name}: answers", len(examples), len(examples))
     truths = [example.answer for example in examples]
-    return {key: value for metric in task.metrics for key, value in metric(answers, truths).items()}
+    figures = {key: value for metric in task.metrics for key, value in metric(answers, truths).items()}
+    return figures | ({"cut": cut} if cut else {})
+
+
+def cut_answers(tasks: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A line for each task of `evaluate`'s whose answers were cut, which count as wrong: what to change."""
+    return [
+        f"{name}: {figures['cut']:,} of {figures['n']:,} answers were cut before they ended: raise "
+        "evaluation.sampling.max_tokens (null takes all the room in a row), or the length of the rows"
+        for name, figures in tasks.items()
+        if figures.get("cut")
+    ]
 
 
 def _gain(

@@ -23,8 +23,9 @@ MEASURES = (
     Measure("token_accuracy", "higher", share=True, needs="likelihood"),
 )
 """What every task is measured by, without writing answers."""
-COUNTS = ("n", "skipped")
-"""What the results of a task also hold: how many examples were used, and left out."""
+COUNTS = {"n": "examples", "skipped": "skipped", "cut": "answers cut"}
+"""What the results of a task also hold, with headings: how many examples were used and left out, and how many answers
+ended because there was no room for more. The last two are absent where they are 0."""
 
 
 @partial(jax.jit, static_argnames="model")

@@ -69,7 +69,7 @@ def generate(
     """
     indices = range(len(prompts)) if indices is None else indices
     rows = bucket(min(batch_size, len(prompts)), 1)
-    every = STOP_EVERY if sampling.stop else sampling.max_tokens
+    every = STOP_EVERY if sampling.stop else None
     results = []
     for start in range(0, len(prompts), rows):
         proceed()
@@ -96,7 +96,7 @@ def stream(
 
 
 def _generate(model, params, tokenizer, prompts, layout, sampling, indices, rows, every) -> Iterator[list[Generated]]:
-    """Yields the texts so far of all prompts, every `every` tokens; the last ones are final."""
+    """Yields the texts so far of all prompts, every `every` tokens or, if None, once; the last ones are final."""
     places = [f"prompt {index}" for index in indices]
     for prompt, place in zip(prompts, places, strict=True):
         if not any(isinstance(part, Medium) or part.text for part in prompt):
@@ -107,10 +107,11 @@ def _generate(model, params, tokenizer, prompts, layout, sampling, indices, rows
     for length, place in zip(length_B, places, strict=True):
         if length >= bound:
             raise UserError(f"{place}: fills all {bound} positions of the model: leave room for an answer")
-    size = bucket(min(sampling.max_tokens, bound), 16)
+    room_B = np.minimum(sampling.max_tokens or bound, bound - length_B)
+    size = bucket(int(room_B.max()), 16)
     batch = pad(batch, rows, min(bucket(int(length_B.max()), 16), bound))
     limit_B = np.zeros(rows, np.int32)
-    limit_B[: len(prompts)] = np.minimum(sampling.max_tokens, bound - length_B)
+    limit_B[: len(prompts)] = room_B
     index_B = np.zeros(rows, np.int32)
     index_B[: len(prompts)] = indices
 
@@ -120,7 +121,7 @@ def _generate(model, params, tokenizer, prompts, layout, sampling, indices, rows
     results = [Generated("", (), "unfinished") for _ in prompts]
     until = 0
     while any(result.finish == "unfinished" for result in results):
-        until = min(until + every, size)
+        until = min(until + (every or size), size)
         state = decoding.decode(model, choice, params, state, eos, np.int32(until), used)
         tokens_BS, count_B, done_B = map(np.asarray, (state.tokens_BS, state.count_B, state.done_B))
         for b, result in enumerate(results):

@@ -26,8 +26,8 @@ class Sampling(Spec):
     """Keep tokens at least this fraction as probable as the likeliest; 0 keeps all."""
     repetition_penalty: float = 1.0
     """Values above 1 make tokens of the prompt and of the text so far less likely; 1 has no effect."""
-    max_tokens: int = 64
-    """Stop after this many tokens."""
+    max_tokens: int | None = None
+    """Stop after this many tokens; null to stop only where the row is full."""
     stop: tuple[str, ...] = ()
     """Stop as soon as one of these strings appears; it is not part of the text."""
     seed: int = 0
@@ -39,13 +39,13 @@ class Sampling(Spec):
         self.require(0 < self.top_p <= 1, "top_p", "above 0 and at most 1")
         self.require(0 <= self.min_p <= 1, "min_p", "between 0 and 1")
         self.require(self.repetition_penalty > 0, "repetition_penalty", "above 0")
-        self.require(self.max_tokens >= 1, "max_tokens", "at least 1")
+        self.require(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "null or at least 1")
         self.require(all(self.stop), "stop", "non-empty strings")
         self.require(0 <= self.seed < 2**32, "seed", "between 0 and 2**32 - 1")
 
     def choice(self) -> "Sampling":
         """Only the fields that determine how a token is chosen, which compiled programs depend on."""
-        return self.replace(max_tokens=1, stop=(), seed=0)
+        return self.replace(max_tokens=None, stop=(), seed=0)
 
 
 GREEDY = Sampling(temperature=0.0)

@@ -76,7 +76,7 @@ def describe(spec: ModelSpec, vocabulary: int, seq_len: int) -> Description:
         vocabulary: V.
         seq_len: T, the row length for which to count the decoder's attention.
     """
-    shapes = {path: leaf.shape for path, leaf in paths(bind(spec, vocabulary).abstract()).items()}
+    shapes = {path: leaf.shape for path, leaf in paths(bind(spec, vocabulary).traits).items() if leaf.trained}
 
     def count(prefix: str) -> int:
         return sum(prod(shape) for path, shape in shapes.items() if path.startswith(prefix))

@@ -23,7 +23,8 @@ from polygpt.sequence import Batch
 from polygpt.spec import to_json
 
 Params = dict[str, Any]
-"""Nested dicts of float32 arrays. Joined by "/", keys look like `decoder/blocks/attention/query/kernel`."""
+"""Nested dicts of float32 arrays, and of constants of any dtype if a module has variables that are no `nnx.Param`.
+Joined by "/", keys look like `decoder/blocks/attention/query/kernel`."""
 
 
 @jax.tree_util.register_dataclass
@@ -50,12 +51,14 @@ class Model:
         spec: its specification.
         vocabulary: V, the number of token ids.
         graphdef: the static part of the Flax NNX module.
+        traits: static properties of every parameter, a tree of `Traits`.
         layout: the layout that its methods apply by themselves, see `on`; None leaves sharding to the caller.
     """
 
     spec: ModelSpec
     vocabulary: int
     graphdef: Any
+    traits: Params
     layout: sharding.Layout | None = None
     _changed: dict[str, "Model"] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
@@ -111,19 +114,13 @@ class Model:
         """Shapes and dtypes of the parameters, without allocating them."""
         return jax.eval_shape(lambda: _pure(nnx.state(self._build(jax.random.key(0)))))
 
-    @functools.cached_property
-    def traits(self) -> Params:
-        """Static properties of every parameter, a tree of `Traits`."""
-        return _pure(parameters.traits(nnx.eval_shape(lambda: self._build(jax.random.key(0)))))
-
     def axes(self) -> Params:
         """Logical axis names of every parameter, which decide its sharding; a tree of tuples."""
         return jax.tree.map(lambda traits: traits.axes, self.traits)
 
     def apply(self, params: Params, batch: Batch, key: jax.Array | None = None) -> Outputs:
         """All predictions for a batch. A key enables training behaviour: dropout and expert capacities."""
-        with self._split():
-            module = self._module(params)
+        with self._split(), self._merged(params) as module:
             hidden_BTD, _, losses = module.hidden(batch, key=key)
             return Outputs(module.logits(hidden_BTD), hidden_BTD, losses)
 
@@ -143,8 +140,7 @@ class Model:
         `batch.media` may omit modalities that do not occur in the batch. The caller must not exceed the cache's size:
         positions beyond it overwrite the last ones without an error, and predictions are wrong from there on.
         """
-        with self._split():
-            module = self._module(params)
+        with self._split(), self._merged(params) as module:
             hidden_BTD, cache, _ = module.hidden(batch, cache)
             if last_B is not None:
                 hidden_BTD = jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)
@@ -156,8 +152,8 @@ class Model:
         Computed exactly, whatever backend the model uses; `chosen_R=None` selects all positions. Blocks whose attention
         has no weights are left out.
         """
-        with self._split():
-            return self.replicated(self._module(params).weights(batch, chosen_R))
+        with self._split(), self._merged(params) as module:
+            return self.replicated(module.weights(batch, chosen_R))
 
     def _split(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if self.layout is None else sharding.using(self.layout)
@@ -165,14 +161,19 @@ class Model:
     def _build(self, key: jax.Array) -> MultimodalModel:
         return MultimodalModel(self.spec, self.vocabulary, nnx.Rngs(key))
 
-    def _module(self, params: Params) -> MultimodalModel:
-        return nnx.merge(self.graphdef, _state(params))
+    def _merged(self, params: Params) -> contextlib.AbstractContextManager[MultimodalModel]:
+        return parameters.merged(self.graphdef, _state(params))
 
 
 def bind(spec: ModelSpec, vocabulary: int) -> Model:
-    """The functional form of a model with `vocabulary` token ids, without allocating anything."""
+    """The functional form of a model with `vocabulary` token ids, without allocating anything.
+
+    Raises:
+        SpecError: for a module that holds the state of a random stream: see `parameters.traits`.
+    """
     module = nnx.eval_shape(lambda: MultimodalModel(spec, vocabulary, nnx.Rngs(0)))
-    return Model(spec, vocabulary, nnx.graphdef(module))
+    traits = parameters.traits(module)  # completes the metadata, which are part of the graph
+    return Model(spec, vocabulary, nnx.graphdef(module), _pure(traits))
 
 
 def _require_same(trained: Mapping[str, Any], changed: Mapping[str, Any]) -> None:
@@ -198,7 +199,7 @@ def _pure(state: nnx.State) -> Params:
 def _state(params: Params) -> nnx.State:
     def untidy(tree):
         if not isinstance(tree, dict):
-            return nnx.Param(tree)
+            return tree
         return {int(key) if key.isdigit() else key: untidy(value) for key, value in tree.items()}
 
     return nnx.State(untidy(params))

@@ -172,7 +172,9 @@ def _angles_of(position_BT, coordinate_BT3, axis_f, frequency_f) -> jax.Array:
 
 class _Learned(nnx.Module):
     def __init__(self, length: int, width: int, rngs: nnx.Rngs):
-        self.table = nnx.Param(jax.random.normal(rngs.params(), (length, width)) * 0.02, axes=(None, "width"))
+        self.table = nnx.Param(
+            jax.random.normal(rngs.params(), (length, width)) * 0.02, axes=(None, "width"), decays=False
+        )
 
     def __call__(self, position_BT: jax.Array) -> jax.Array:
         # Replicate the table: a lookup reads whole rows.

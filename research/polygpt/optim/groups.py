@@ -8,14 +8,14 @@ import jax
 
 from polygpt.errors import SpecError
 from polygpt.optim.schedules import Schedule
-from polygpt.parameters import name_of
+from polygpt.parameters import Traits, name_of
 from polygpt.spec import Spec
 
 
 def check_pattern(spec: Spec, field: str) -> None:
-    """Raises SpecError unless the field holds a regular expression."""
+    """Raises SpecError unless the field is None or holds a regular expression."""
     try:
-        re.compile(getattr(spec, field))
+        re.compile(getattr(spec, field) or "")
     except re.error as error:
         spec.require(False, field, f"a regular expression ({error})")
 
@@ -43,6 +43,8 @@ class Group(Spec):
 
 REST = Group("")
 """The group of all parameters that match no other group."""
+CONSTANTS = Group("", freeze=True)
+"""The group of all variables that are no parameters."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,30 +63,34 @@ class Rule:
         return dataclasses.replace(self, weight_decay=self.weight_decay / factor, width_factor=factor)
 
 
-def assign(params, groups: tuple[Group, ...], weight_decay: float, no_decay: str):
-    """The rule of each parameter, in a tree like `params` (arrays or their shapes).
+def assign(traits, groups: tuple[Group, ...], weight_decay: float, no_decay: str | None):
+    """The rule of each parameter, in a tree like `traits` (`Model.traits`).
 
     Args:
-        weight_decay: default for parameters whose group does not set one.
+        traits: a tree of `Traits`.
+        groups: a parameter takes the first whose pattern matches its path. Constants take none.
+        weight_decay: default for parameters that decay and whose group does not set one.
         no_decay: regular expression; matching parameters have no weight decay unless their group sets one.
 
     Raises:
         SpecError: for a group that matches no parameter, or only parameters of earlier groups.
     """
 
-    leaves, structure = jax.tree_util.tree_flatten_with_path(params)
-    names = [name_of(path) for path, _ in leaves]
+    leaves, structure = jax.tree_util.tree_flatten_with_path(traits)
+    names = [name_of(path) for path, own in leaves if own.trained]
 
-    def rule(name: str) -> Rule:
+    def rule(name: str, own: Traits) -> Rule:
+        if not own.trained:
+            return Rule(len(groups) + 1, CONSTANTS, 0.0)
         matching = (i for i, group in enumerate(groups) if re.search(group.pattern, name))
         index = next(matching, len(groups))
         group = (*groups, REST)[index]
         decay = group.weight_decay
         if decay is None:
-            decay = 0.0 if re.search(no_decay, name) else weight_decay
+            decay = 0.0 if not own.decays or (no_decay and re.search(no_decay, name)) else weight_decay
         return Rule(index, group, decay)
 
-    rules = [rule(name) for name in names]
+    rules = [rule(name_of(path), own) for path, own in leaves]
     unused = set(range(len(groups))) - {rule.index for rule in rules}
     for index in sorted(unused):
         pattern = groups[index].pattern
@@ -94,11 +100,11 @@ def assign(params, groups: tuple[Group, ...], weight_decay: float, no_decay: str
     return jax.tree.unflatten(structure, rules)
 
 
-def table(params, rules, growth=None) -> str:
+def table(traits, rules, growth=None) -> str:
     """A table of the parameters of each rule, one rule per line; given a tree of `Growth`, with muP's factors."""
     mup = ("muP", "rate", "initial") if growth is not None else ()
     rows = [("group", "learning rate", *mup, "weight decay", "tensors", "parameters")]
-    sizes = [math.prod(leaf.shape) for leaf in jax.tree.leaves(params)]
+    sizes = [math.prod(leaf.shape) for leaf in jax.tree.leaves(traits)]
     kinds = [(leaf.kind, f"x {leaf.initial:.3g}") for leaf in jax.tree.leaves(growth)] if mup else [()] * len(sizes)
     keys = list(zip(jax.tree.leaves(rules), kinds, strict=True))
     for key in dict.fromkeys(keys):
@@ -109,7 +115,8 @@ def table(params, rules, growth=None) -> str:
         decay = "-" if rule.group.freeze else f"{rule.weight_decay:g}"
         if kind:
             kind = (kind[0], "-" if rule.group.freeze else f"x {rule.width_factor:.3g}", kind[1])
-        rows.append((rule.group.pattern or "(all others)", rate, *kind, decay, f"{len(taken):,}", f"{sum(taken):,}"))
+        name = "(constants)" if rule.group is CONSTANTS else rule.group.pattern or "(all others)"
+        rows.append((name, rate, *kind, decay, f"{len(taken):,}", f"{sum(taken):,}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     texts = 3 if mup else 2
     lines = []

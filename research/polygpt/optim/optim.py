@@ -11,12 +11,6 @@ from polygpt.optim.schedules import Schedule, extended
 from polygpt.parameters import name_of
 from polygpt.spec import Spec
 
-NO_DECAY = (
-    r"(^|/)(\w+_)?(bias|scale|table|alpha|sink|A_log|D|u|v|vectors|before|after)$"  # the parameter's own name
-    r"|norm/\w+$|(^|/)(embed|position)\w*(/\w+)?$|^modality/"  # or the name of the layer that holds it
-)
-"""Vectors, tables and head-mixing matrices. Names further up, such as a user's adapter, do not matter."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Optim(Spec):
@@ -32,8 +26,9 @@ class Optim(Spec):
     """Number of microbatches per batch. Gradients are accumulated exactly, as for the whole batch."""
     groups: tuple[Group, ...] = ()
     """Rules for parts of the model; a parameter takes the first group whose pattern matches its path."""
-    no_decay: str = NO_DECAY
-    """Regular expression of paths without weight decay, unless a group sets one: biases, norms, embeddings, gates."""
+    no_decay: str | None = None
+    """Regular expression of further paths without weight decay, unless a group sets one. Vectors, embeddings and tables
+    have none by default: see `decays` in `polygpt/parameters.py`."""
     ema: float | None = None
     """Decay of an exponential moving average of the parameters, which evaluation then uses; null disables it."""
     schedule_steps: int | None = None
@@ -61,14 +56,14 @@ class Optim(Spec):
             return schedule.build(steps)
         return extended(schedule, self.schedule_steps, steps, self.rewarm)
 
-    def rules(self, params, growth=None):
-        """The rule of each parameter, in a tree like `params`. Raises SpecError for a group that takes no parameter.
+    def rules(self, traits, growth=None):
+        """The rule of each parameter, in a tree like `traits`. Raises SpecError for a group that takes no parameter.
 
         Args:
-            params: arrays or their shapes.
+            traits: `Model.traits`, a tree of `Traits`.
             growth: `Model.growth`, a tree of `Growth` if the model uses muP; None for the standard parametrization.
         """
-        rules = assign(params, self.groups, self.optimizer.weight_decay, self.no_decay)
+        rules = assign(traits, self.groups, self.optimizer.weight_decay, self.no_decay)
         if growth is None:
             return rules
 
@@ -77,20 +72,20 @@ class Optim(Spec):
 
         return jax.tree_util.tree_map_with_path(widened, rules, growth)
 
-    def trainable(self, params):
-        """A tree like `params` of bool: False for frozen parameters."""
-        return jax.tree.map(lambda rule: not rule.group.freeze, self.rules(params))
+    def trainable(self, traits):
+        """A tree like `traits` of bool: False for frozen parameters and constants."""
+        return jax.tree.map(lambda rule: not rule.group.freeze, self.rules(traits))
 
-    def table(self, params, growth=None) -> str:
+    def table(self, traits, growth=None) -> str:
         """A table of the parameters of each rule, one rule per line."""
-        return table(params, self.rules(params, growth), growth)
+        return table(traits, self.rules(traits, growth), growth)
 
-    def build(self, params, steps: int, growth=None) -> optax.GradientTransformation:
+    def build(self, traits, steps: int, growth=None) -> optax.GradientTransformation:
         """The transformation of gradients to additive updates, for a run of `steps` steps.
 
-        `params` and `growth` are as in `rules`. The gradients of frozen parameters must be 0.
+        `traits` and `growth` are as in `rules`. The gradients of frozen parameters must be 0.
         """
-        rules = self.rules(params, growth)
+        rules = self.rules(traits, growth)
 
         def transform(rule) -> optax.GradientTransformation:
             if rule.group.freeze:

@@ -13,13 +13,11 @@ from typing import Any
 import jinja2
 import numpy as np
 
+from polygpt.evaluation.likelihood import COUNTS
 from polygpt.evaluation.metric import Measure
 from polygpt.report import charts
 from polygpt.report.content import Content, Item, Sample
 from polygpt.runtime.goodput import duration
-
-COUNTS = {"n": "examples", "skipped": "skipped"}
-"""Headings of the columns that count examples; they come last."""
 
 # The browser itself refuses every request to the network.
 POLICY = "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"

@@ -153,6 +153,8 @@ def _attention(run):
         batch = collate([row], layout.seq_len, adapters)
         predicted = predictions(batch)
         chosen_R = np.zeros(_rounded(len(predicted)), np.int32)
+        if size * len(chosen_R) // QUERIES > LARGEST:
+            return {}
         chosen_R[: len(predicted)] = predicted
         found = heads_averaged(run.params, batch, chosen_R)
         nothing_RT = np.full((len(chosen_R), layout.seq_len), np.nan, np.float32)
@@ -165,13 +167,12 @@ def _attention(run):
     if not adapters:
         return without()
     empty = collate([None], layout.seq_len, adapters)
-    most = _rounded(run.experiment.evaluation.sampling.max_tokens + 1)
-    shapes = jax.eval_shape(run.model.attention, run.model.abstract(), empty, np.zeros(most, np.int32))
+    shapes = jax.eval_shape(run.model.attention, run.model.abstract(), empty, np.zeros(QUERIES, np.int32))
     if not shapes:
         return without("No attention maps: this attention has no weights to look at.")
     size = 4 * sum(math.prod(leaf.shape) for leaf in shapes.values())
     if size > LARGEST:
-        return without(f"No attention maps: the weights of one answer would take {size / 2**30:.0f} GiB.")
+        return without(f"No attention maps: the weights of {QUERIES} tokens would take {size / 2**30:.0f} GiB.")
     if len(shapes) < run.model.spec.decoder.depth:
         shown = ", ".join(str(layer + 1) for layer in sorted(shapes))
         return attend, (f"Attention maps are of the blocks {shown}: the others have no weights to look at.",)

@@ -52,7 +52,7 @@ class Program:
 
     def about(self) -> str:
         """The model's size, where it runs and why there, and how its parameters are trained."""
-        count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.shapes))
+        count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.model.traits) if leaf.trained)
         runs, layout = self.parallel, self.parallel.layout
         place = f"{len(runs.devices)} x {runs.devices[0].device_kind}, {runs.mode}"
         place += f" ({layout.about()})" if layout else ""
@@ -61,7 +61,7 @@ class Program:
             *([self.reason] if self.reason else []),
             f"{self.experiment.name}: {count:,} parameters on {place}",
             *([model.mup.about()] if model.mup else []),
-            self.experiment.optim.table(self.shapes, self.model.growth),
+            self.experiment.optim.table(self.model.traits, self.model.growth),
         ]
         unused = automatic.unused(self.experiment.train.parallel, runs.devices[0], model.dtype)
         return "\n".join([*lines, *self.notes, *unused])
@@ -111,7 +111,7 @@ def assemble(
     optim, train, layout = experiment.optim, experiment.train, experiment.data.layout
     model = bind(experiment.model, vocabulary)
     shapes = model.abstract()
-    transformation = optim.build(shapes, train.steps, model.growth)
+    transformation = optim.build(model.traits, train.steps, model.growth)
     mode, mesh, reason = train.parallel, train.mesh, None
     spare = devices is None and jax.process_count() == 1  # this machine's own devices: better some idle than an error
     devices = list(devices or jax.devices())
@@ -140,7 +140,7 @@ def assemble(
     if runs.layout:
         _require_splits(runs.layout, shapes, model.axes())
         notes = _undivided_heads(runs.layout, experiment)
-    rate, trainable = optim.learning_rate(train.steps), optim.trainable(shapes)
+    rate, trainable = optim.learning_rate(train.steps), optim.trainable(model.traits)
     seed, accumulate = experiment.seed, optim.accumulate
     recipe = Recipe(
         model, experiment.objectives, transformation, rate, trainable, seed, accumulate, optim.ema, train.spikes

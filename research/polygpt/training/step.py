@@ -66,26 +66,30 @@ def make_step(recipe: Recipe, reduce: Callable = lambda tree: tree, shard: Calla
         }
         return sum(share * means[name] for name, (_, share) in recipe.objectives.items()), means
 
+    def kept(new, old):
+        """`new`, and what is not trained as it was, to the bit."""
+        return jax.tree.map(lambda train, new, old: new if train else old, recipe.trainable, new, old)
+
     def step(state: State, batch: Batch):
         key = jax.random.fold_in(derive(recipe.seed, state.step, DROPOUT), shard())
         # Normalised by the global weight before the gradient is taken: sums over microbatches and devices are exact.
         weights = reduce({name: objective.weight(batch) for name, (objective, _) in recipe.objectives.items()})
 
         def part(batch, index):
-            (value, means), gradient = jax.value_and_grad(loss, has_aux=True)(
+            (value, means), gradient = jax.value_and_grad(loss, has_aux=True, allow_int=True)(
                 state.params, batch, jax.random.fold_in(key, index), weights
             )
-            return value, means, gradient
+            return value, means, jax.tree.map(_without_float0, gradient)
 
         value, means, gradient = reduce(sum_over_microbatches(part, batch, recipe.accumulate))
         updates, opt_state = recipe.transformation.update(gradient, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params = kept(optax.apply_updates(state.params, updates), state.params)
         applied = state.step - state.skipped
         ema = state.ema
         if recipe.ema is not None:
             # Early averages forget faster, or the initial parameters would linger (as TensorFlow's num_updates does).
             decay = jnp.minimum(recipe.ema, (1 + applied) / (10 + applied))
-            ema = jax.tree.map(lambda average, p: decay * average + (1 - decay) * p, ema, params)
+            ema = kept(jax.tree.map(lambda average, p: decay * average + (1 - decay) * p, ema, params), ema)
 
         gradient_norm, update_norm = optax.tree.norm(gradient), optax.tree.norm(updates)
         # Every quantity here is already global: all devices decide alike.
@@ -110,6 +114,11 @@ def make_step(recipe: Recipe, reduce: Callable = lambda tree: tree, shard: Calla
         return State(state.step + 1, params, opt_state, ema, skipped, in_row, window), metrics
 
     return step
+
+
+def _without_float0(gradient: jax.Array) -> jax.Array:
+    """A gradient; that of whole numbers, which have none, as zeros."""
+    return jnp.zeros(gradient.shape) if gradient.dtype == jax.dtypes.float0 else gradient
 
 
 def sum_over_microbatches(function: Callable, batch: Batch, parts: int):

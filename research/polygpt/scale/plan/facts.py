@@ -95,7 +95,7 @@ def facts(experiment: Experiment, target: Target) -> Facts:
     names = jax.tree.leaves(model.axes(), is_leaf=lambda leaf: isinstance(leaf, tuple))
     found = zip(paths(shapes).items(), names, strict=True)
     matrices = tuple(Matrix(path, own, leaf.shape) for (path, leaf), own in found)
-    transformation = experiment.optim.build(shapes, experiment.train.steps, model.growth)
+    transformation = experiment.optim.build(model.traits, experiment.train.steps, model.growth)
     size = sum(matrix.size for matrix in matrices)
     leaves = jax.tree.leaves(jax.eval_shape(transformation.init, shapes))
     state = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
