@@ -20,6 +20,7 @@ from polygpt.lab.properties import (
     compilation,
     construction,
     memory,
+    meshes,
     numerics,
     slopes,
     variations,
@@ -27,7 +28,7 @@ from polygpt.lab.properties import (
 )
 from polygpt.lab.subject import WIDTH, Subject
 
-BUILDS, TPU = "builds and runs", "compiles for TPU"
+BUILDS, MESH, TPU = "builds and runs", "two devices = one", "compiles for TPU"
 LIMIT = 300.0
 """Seconds that one property may take."""
 PROPERTIES: dict[str, Callable[[Subject], Measured]] = {
@@ -62,6 +63,7 @@ PROPERTIES: dict[str, Callable[[Subject], Measured]] = {
     "vmap": agreement.vmap,
     "scan and remat": agreement.scan_and_remat,
     "pmap": agreement.pmap,
+    MESH: meshes.two_devices,
     "JSON round trip": agreement.json_round_trip,
     TPU: compilation.tpu,
 }

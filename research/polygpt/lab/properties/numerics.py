@@ -48,8 +48,9 @@ def bfloat16(subject: Subject) -> Measured:
 
 def long_rows(subject: Subject) -> Measured:
     """A row of 512 positions: begins as a shorter one does, and bfloat16 is no further off at its end."""
-    row = lay_out([[Example(30, LONG)]], LONG, subject.width)
-    short = lay_out([[Example(30, LONG).part(0, LONG // 4)]], LONG // 4, subject.width)
+    example = Example(30, LONG, ((0, 8, 1, True), (300, 320, 2, False)))
+    row = lay_out([[example]], LONG, subject.width)
+    short = lay_out([[example.part(0, LONG // 4)]], LONG // 4, subject.width)
     y_TD, begin_TD = subject.y_BTD(row)[0], subject.y_BTD(short)[0]
     error, bound = difference(y_TD[: LONG // 4], begin_TD), rounding(LONG, subject.width)
     if not error <= bound:
@@ -67,4 +68,4 @@ def _share(off_TD: np.ndarray, y_TD: np.ndarray, jumps: bool) -> float:
     off_T = np.linalg.norm(off_TD, axis=-1)
     if jumps:
         off_T = np.sort(off_T)[: max(1, int(len(off_T) * (1 - OTHERWISE)))]
-    return float(np.linalg.norm(off_T) / np.linalg.norm(y_TD))
+    return float(np.linalg.norm(off_T) / (np.linalg.norm(y_TD) + np.finfo(np.float32).tiny))

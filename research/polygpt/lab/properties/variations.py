@@ -17,7 +17,7 @@ from polygpt.errors import SpecError
 from polygpt.lab.compiled import compiled
 from polygpt.lab.measured import Measured, absent, difference
 from polygpt.lab.properties import agreement, memory, visibility
-from polygpt.lab.subject import Subject
+from polygpt.lab.subject import Subject, embedded
 from polygpt.spec import hints
 
 EARLY, LATE = 44, 120
@@ -93,7 +93,7 @@ def weights_of_output(subject: Subject) -> Measured:
 
     @compiled
     def measure(params, x_BTD, meta, chosen):
-        context = Context(meta, meta, DECODER, inputs_BTD=x_BTD)
+        context = Context(meta, meta, DECODER, inputs_BTD=embedded(x_BTD))
         module = nnx.merge(form.graphdef, params)
         weights_BHTS = module.weights(x_BTD, context)
         attend, faults = module.attend, []

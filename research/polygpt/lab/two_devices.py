@@ -1,0 +1,34 @@
+"""The process in which a variant is run on two devices of the CPU: how many there are is set once in a process.
+
+Reads a variant as JSON from stdin, writes how far each mesh is off, as JSON, to stdout.
+"""
+
+import json
+import sys
+
+import jax
+
+
+def main() -> None:
+    """Measures each mesh; an error is written in its place."""
+    jax.config.update("jax_num_cpu_devices", 2)
+
+    from polygpt.lab.blame import told
+    from polygpt.lab.properties import meshes
+    from polygpt.lab.subject import Subject
+    from polygpt.spec import from_json
+
+    asked = json.load(sys.stdin)
+    spec = from_json(asked["spec"])
+    subject = Subject(spec, asked["width"], asked["length"])
+    found = {}
+    for name in meshes.MESHES:
+        try:
+            found[name] = {"error": meshes.off_by(subject, name)}
+        except Exception as error:
+            found[name] = {"raised": told(error, type(spec))}
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
