@@ -255,7 +255,7 @@ def test_terms_of_the_module_and_of_pairs_equal_float64(backend, position, slope
 def test_flex_refuses_terms_of_pairs():
     everything = meta()
     call, _ = lively(Meeting(heads=H, backend="flex", strict=True))
-    with pytest.raises(SpecError, match="terms of pairs .meeting. are arrays of T x S"):
+    with pytest.raises(SpecError, match="pair terms .meeting. are arrays of T x S"):
         call(vectors(), Context(everything, everything, DECODER))
 
 

@@ -311,8 +311,8 @@ class Unknown(Optimizer):
             {"decoder.width": 8},
             "Differential.head_width is None: it must be that of th",
         ),
-        ({"attention": Recurrent(norm=None)}, {"decoder.width": 8}, "Recurrent.norm is None: it must be given where h"),
-        ({"attention": Strange()}, {"decoder.width": 8}, "Strange has no rule for muP: define its method beside"),
+        ({"attention": Recurrent(norm=None)}, {"decoder.width": 8}, "Recurrent.norm is None: it must be set if h"),
+        ({"attention": Strange()}, {"decoder.width": 8}, "Strange has no rule for muP: define its method mup_scaled"),
     ],
 )
 def test_a_model_without_a_rule_is_refused(decoder, base, fault):

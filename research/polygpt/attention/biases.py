@@ -1,4 +1,4 @@
-"""Numbers added to scores for where query and key stand: linear (ALiBi), in buckets (T5), learned for each distance."""
+"""Biases added to scores by relative position: linear (ALiBi), bucketed (T5), or learned per distance."""
 
 import dataclasses
 import math
@@ -18,9 +18,9 @@ from polygpt.nn.positions import Position
 
 @dataclasses.dataclass(frozen=True)
 class ALiBi(Position):
-    """A penalty that grows with the distance, at a slope a head. Press et al., ALiBi (2108.12409), section 3.
+    """A penalty proportional to the distance, with one slope per head. Press et al., ALiBi (2108.12409), section 3.
 
-    No parameters and no bound on the length. The distance is absolute, so that it serves encoders too.
+    It has no parameters and no length limit. The distance is absolute, so it also works in encoders.
     """
 
     def score(self) -> Score:
@@ -29,7 +29,7 @@ class ALiBi(Position):
 
 @dataclasses.dataclass(frozen=True)
 class LinearBias(Score):
-    """score - slope |distance|: what `ALiBi` does to scores."""
+    """score - slope |distance|: the score modification of `ALiBi`."""
 
     adds: ClassVar[bool] = True
 
@@ -51,8 +51,8 @@ class _Slopes(nnx.Module):
 def slopes(heads: int) -> np.ndarray:
     """The slope of each head, [H]: 2^(-8/n), 2^(-16/n), ... for n heads, a power of two.
 
-    For other numbers the greatest power of two below, and then every other slope of the next: the authors' own code
-    (github.com/ofirpress/attention_with_linear_biases) and BLOOM (2211.05100).
+    Otherwise, the slopes of the largest power of two below, followed by every other slope of the next power, as in the
+    authors' code (github.com/ofirpress/attention_with_linear_biases) and BLOOM (2211.05100).
     """
     n = 2 ** math.floor(math.log2(heads))
     own = 2.0 ** (-8.0 / n * np.arange(1, n + 1))
@@ -65,19 +65,19 @@ def slopes(heads: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class T5Bias(Position):
-    """A learned number a head for each bucket of distances. Raffel et al., T5 (1910.10683), section 2.1.
+    """One learned bias per head and bucket of distances. Raffel et al., T5 (1910.10683), section 2.1.
 
-    Half of the buckets are for one distance each, the others for ranges that grow geometrically up to `max_distance`,
-    beyond which all is one. Each layer has a table of its own, where T5's layers share that of the first. T5 scales no
-    queries: that is `scale=1.0` of the attention.
+    Half of the buckets hold one distance each, the others geometrically growing ranges up to `max_distance`; all larger
+    distances share the last bucket. Each layer has its own table, whereas T5's layers share that of the first. T5 does
+    not scale queries: set `scale=1.0` in the attention for that.
     """
 
     buckets: int = 32
-    """Buckets in all; of a bidirectional encoding, half for each direction."""
+    """Total number of buckets; half for each direction if bidirectional."""
     max_distance: int = 128
-    """The distance from which on all are one bucket."""
+    """Distances from this one on share the last bucket."""
     bidirectional: bool = False
-    """Whether keys after the query have buckets too, as in an encoder; else they count as distance 0."""
+    """Whether keys after the query have buckets too, as in an encoder; otherwise they count as distance 0."""
 
     def validate(self):
         _require_buckets(self)
@@ -88,16 +88,16 @@ class T5Bias(Position):
 
 @dataclasses.dataclass(frozen=True)
 class BucketBias(Score):
-    """score + table[bucket of the distance]: what `T5Bias` does to scores."""
+    """score + table[bucket of the distance]: the score modification of `T5Bias`."""
 
     adds: ClassVar[bool] = True
 
     buckets: int = 32
-    """Buckets in all."""
+    """Total number of buckets."""
     max_distance: int = 128
-    """The distance from which on all are one bucket."""
+    """Distances from this one on share the last bucket."""
     bidirectional: bool = False
-    """Whether keys after the query have buckets of their own."""
+    """Whether keys after the query have their own buckets."""
 
     def validate(self):
         _require_buckets(self)
@@ -106,7 +106,7 @@ class BucketBias(Score):
         return score + lookup(terms.head["table"], self.bucket(key.position - query.position))
 
     def bucket(self, relative: jax.Array) -> jax.Array:
-        """The bucket of each position of a key less that of the query, int32."""
+        """The bucket of each relative position (key minus query), int32."""
         count = self.buckets // 2 if self.bidirectional else self.buckets
         distance = abs(relative) if self.bidirectional else jnp.maximum(-relative, 0)
         bucket = sum((distance >= start).astype(jnp.int32) for start in starts(count, self.max_distance)[1:])
@@ -118,17 +118,18 @@ class BucketBias(Score):
 
 
 def _require_buckets(spec: T5Bias | BucketBias) -> None:
-    """SpecError, naming the class that was written, unless the buckets can be told apart."""
+    """Raises SpecError, naming the user's class, unless all buckets are distinct."""
     spec.require(spec.buckets >= 4 and spec.buckets % 2 == 0, "buckets", "an even number of at least 4")
     one_each = spec.buckets // (4 if spec.bidirectional else 2)
     spec.require(spec.max_distance > one_each, "max_distance", f"above {one_each}, the distances with own buckets")
 
 
 def starts(buckets: int, max_distance: int) -> list[int]:
-    """The least distance of each bucket of one direction.
+    """The smallest distance of each bucket of one direction.
 
-    Distances up to buckets / 2 have one each. Bucket e + k, of e + m in all, begins at e (max_distance / e)^(k / m):
-    whole numbers are compared, since logarithms in float32 may round to either side of a start that is whole itself.
+    Distances below e = buckets / 2 have one bucket each. Bucket e + k, of e + m in total, starts at
+    e (max_distance / e)^(k / m). Integers are compared exactly, because float32 logarithms may round an integer start
+    to either side.
     """
     exact = buckets // 2
     m, first = buckets - exact, list(range(exact))
@@ -145,20 +146,20 @@ def starts(buckets: int, max_distance: int) -> list[int]:
 
 @dataclasses.dataclass(frozen=True)
 class LearnedBias(Score):
-    """A learned number a head for each distance, those beyond `distance` clipped to it.
+    """One learned bias per head and distance; distances beyond `distance` are clipped.
 
-    Clipped distances: Shaw et al. (1803.02155), section 3.2, who add vectors to keys; one number a head and distance
-    added to the score: Liu et al., Swin (2103.14030), eq. 4. The table starts at 0.
+    Clipped distances: Shaw et al. (1803.02155), section 3.2, who add vectors to keys. One bias per head and distance:
+    Liu et al., Swin (2103.14030), eq. 4. The table is initialised to 0.
     """
 
     adds: ClassVar[bool] = True
 
     distance: int = 16
-    """The largest distance, before and after the query, with a number of its own."""
+    """The largest distance, before and after the query, with its own bias."""
 
     def validate(self):
-        # `lookup` is a selection for each of 2 n + 1 distances, in every kernel and in its gradient.
-        self.require(1 <= self.distance <= 64, "distance", "from 1 to 64: use T5Bias for ranges of greater distances")
+        # `lookup` takes one select per distance, 2 n + 1 in total, in every kernel and its gradient.
+        self.require(1 <= self.distance <= 64, "distance", "from 1 to 64: use T5Bias for larger distances")
 
     def __call__(self, score, query, key, terms):
         relative = jnp.clip(key.position - query.position, -self.distance, self.distance)

@@ -1,4 +1,4 @@
-"""Blocks of positions that see their neighbours, and first blocks that all see."""
+"""Block-sparse attention: neighbouring blocks, plus global first blocks."""
 
 import dataclasses
 
@@ -8,21 +8,21 @@ from polygpt.attention.multi_head import MultiHead
 
 @dataclasses.dataclass(frozen=True)
 class BlockSparse(MultiHead):
-    """Attention within a block, to the blocks around it and to the first blocks, which in a tower see everything too.
-    Zaheer et al., BigBird (2007.14062), section 2 and appendix D, without its random blocks; with no blocks around and
-    none for all, the identity permutation of Qiu et al. (1911.02972), section 3.1.
+    """Attention within a block, to the blocks around it and to the first blocks, which in a tower also see everything.
+    Zaheer et al., BigBird (2007.14062), section 2 and appendix D, without its random blocks; without neighbouring and
+    global blocks, the identity permutation of Qiu et al. (1911.02972), section 3.1.
 
-    Blocks are counted from the beginning of each packed example. The cache is a ring.
+    Blocks are counted from the start of each packed example. The cache is a ring buffer.
     """
 
     paper = "2007.14062"
 
     block: int = 32
-    """Positions of a block."""
+    """Positions per block."""
     around: int = 1
-    """How many blocks a query sees before its own; in a tower as many after it too."""
+    """Number of blocks before its own that a query sees; in a tower, as many after it."""
     shared: int = 1
-    """How many first blocks all queries see."""
+    """Number of first blocks that all queries see."""
 
     def validate(self):
         super().validate()

@@ -1,9 +1,9 @@
-"""The memory of softmax attention while a model generates: keys, values and whatever else has a position.
+"""The cache of softmax attention for generation: keys, values and any other arrays per position.
 
-Two forms, with the same results. A full cache has a place for every position. A ring has places for what the mask can
-reach alone, the first positions of an example and its last ones, and new positions take the places of those that have
-gone out of reach: its size does not grow with the text. It is addressed by position id and row by row, so that the
-padding of a short prompt takes no place in it.
+There are two forms with the same results. A full cache has a slot for every position. A ring buffer has slots only for
+positions within the reach of the mask, the first and the last ones of an example, and new positions overwrite those out
+of reach: its size does not grow with the text. It is addressed per row by position id, so the padding of a short prompt
+takes no slots.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from polygpt.sharding import constrain
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Full:
-    """All positions, in the order in which they were read.
+    """All positions, in reading order.
 
     Attributes:
         arrays: a pytree of [B, ., S, ...].
@@ -34,9 +34,9 @@ class Ring:
     """The positions within reach.
 
     Attributes:
-        arrays: a pytree of [B, ., R, ...]: R is the sum of both halves of the reach.
-        meta: metadata of what is held, [B, R]; segment 0 where nothing is.
-        reach: how many first and last positions of an example are held.
+        arrays: a pytree of [B, ., R, ...], R = reach.first + reach.last.
+        meta: metadata of the slots, [B, R]; segment 0 in empty slots.
+        reach: the numbers of first and last positions of an example to keep.
     """
 
     arrays: Any
@@ -49,9 +49,9 @@ def empty(arrays: Any, size: int, mask: Mask, ring: bool = True) -> Full | Ring:
 
     Args:
         arrays: a pytree of the shapes and dtypes of one position, [B, ., 1, ...].
-        size: S, the positions that a row may have.
-        mask: what queries see; where its reach is less than `size` the cache is a ring.
-        ring: whether it may be one.
+        size: S, the maximum number of positions per row.
+        mask: the mask; if its reach is less than `size`, the cache is a ring buffer.
+        ring: whether to allow a ring buffer.
     """
     reach = mask.reach()
     fits = ring and reach is not None and reach.first + reach.last < size
@@ -68,15 +68,15 @@ def empty(arrays: Any, size: int, mask: Mask, ring: bool = True) -> Full | Ring:
 
 
 def extend(cache: Full | Ring | None, new: Any, context) -> tuple[Any, Meta, Full | Ring | None]:
-    """Adds positions and says what queries may look at.
+    """Adds positions to the cache and returns everything that queries may attend to.
 
     Args:
-        cache: what was read before, or None: nothing was, and nothing is to be remembered.
-        new: a pytree of [B, ., T, ...], of the positions `context.query`.
+        cache: the earlier positions, or None to use no cache.
+        new: a pytree of [B, ., T, ...] for the positions `context.query`.
         context: a `contract.Context`.
 
     Returns:
-        (a pytree of [B, ., S, ...], its metadata [B, S], the cache with the new positions in it).
+        (a pytree of [B, ., S, ...], its metadata [B, S], the updated cache).
     """
     if cache is None:
         return new, context.key, None
@@ -88,7 +88,7 @@ def extend(cache: Full | Ring | None, new: Any, context) -> tuple[Any, Meta, Ful
 
         arrays = jax.tree.map(write, cache.arrays, new)
         return arrays, context.key, Full(arrays)
-    # Old and new side by side: a query among many new ones may still see what the later of them overwrite.
+    # Attend to old and new positions together: an early query may still see slots that later positions overwrite.
     new = jax.tree.map(lambda x, old: x.astype(old.dtype), new, cache.arrays)
     seen = jax.tree.map(lambda old, x: jnp.concatenate([old, x], axis=2), cache.arrays, new)
     meta = jax.tree.map(lambda old, x: jnp.concatenate([old, x], axis=1), cache.meta, context.query)
@@ -107,16 +107,16 @@ def extend(cache: Full | Ring | None, new: Any, context) -> tuple[Any, Meta, Ful
 
 
 def last(cache: Full | Ring | None, context, name: str) -> tuple[Any, jax.Array] | None:
-    """What is remembered of the last position of each row that is no padding.
+    """The cached arrays of the last real position of each row.
 
     Args:
-        cache: what was read before the positions `context.query`.
+        cache: the positions before `context.query`.
         context: a `contract.Context`.
-        name: of the part of what is remembered.
+        name: the name of the arrays.
 
     Returns:
-        (a pytree of [B, ., 1, ...], the segments of the positions, int32 [B], 0 where there is none); None where
-        nothing of that name is remembered.
+        (a pytree of [B, ., 1, ...], the segments of the positions, int32 [B], 0 if there is none); None if nothing is
+        cached under that name.
     """
     if cache is None or not jax.tree.leaves(cache.arrays[name]):
         return None
@@ -136,20 +136,20 @@ def last(cache: Full | Ring | None, context, name: str) -> tuple[Any, jax.Array]
 
 
 def _split(x: jax.Array) -> jax.Array:
-    """[B, ., S, ...] over the devices that have its rows and heads; positions whole, since each step writes to one."""
+    """Shards [B, ., S, ...] over rows and heads, but not over positions, because each step writes to one."""
     return constrain(x, "batch", "kv_heads", *[None] * (x.ndim - 2))
 
 
 def _latest(cache: Ring, query: Meta) -> tuple[jax.Array, jax.Array]:
-    """For each place of the ring the last new position that belongs there, [B, R], and whether there is one.
+    """For each slot of the ring buffer, the latest new position that belongs there, [B, R], and whether there is one.
 
-    The first positions of an example have places of their own; the others take turns in the rest.
+    The first positions of an example have fixed slots; the others share the rest in turn.
     """
     first, last = cache.reach.first, cache.reach.last
     B, T = query.position.shape
     turn_BT = first + (query.position - first) % last if last else jnp.full_like(query.position, first)
     place_BT = jnp.where(query.position < first, query.position, turn_BT)
-    place_BT = jnp.where(query.segment > 0, place_BT, first + last)  # padding has no place
+    place_BT = jnp.where(query.segment > 0, place_BT, first + last)  # padding has no slot
     order_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
     newest_BR = jnp.full((B, first + last), -1, jnp.int32)
     newest_BR = newest_BR.at[jnp.arange(B)[:, None], place_BT].max(order_BT, mode="drop")

@@ -1,8 +1,8 @@
-"""The attention contract: what every variant is built from, called with and gives back.
+"""The attention contract: how variants are built and called, and what they return.
 
-`spec.build(dims, rngs)` gives a module; the module called with `(x_BTD, context, cache)` gives `(y_BTD, cache)`.
-Training has no cache; prefill and decoding are the same call with one. The decoder, the caches and the media towers
-know no more of attention than this file.
+`spec.build(dims, rngs)` returns a module, and calling the module with `(x_BTD, context, cache)` returns `(y_BTD,
+cache)`. Training uses no cache; prefill and decoding are the same call with one. The decoder, the caches and the media
+towers depend only on this contract.
 """
 
 import dataclasses
@@ -18,21 +18,21 @@ from polygpt.errors import SpecError
 from polygpt.nn.positions import NoPosition, Position
 from polygpt.spec import Spec
 
-INSIDE = "null or one that acts inside attention: what adds to embeddings is set on the stack"
-"""What the `position` of a layer has to be."""
+INSIDE = "null or an encoding that acts inside attention: one that adds to embeddings must be set on the stack"
+"""The condition on a layer's `position`."""
 QUERY, KEY, OUTPUT = ("width", "heads"), ("width", "kv_heads"), ("heads", "width")
-"""The axes of the kernels of queries, of keys and values, and of the output, by which they are split over devices."""
+"""The logical axes of the query kernel, of the key and value kernels, and of the output kernel."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Dims:
-    """What a variant needs to know of the model it is built into.
+    """The properties of the model that a variant is built into.
 
     Attributes:
         width: D, the model width.
-        dtype: the dtype to compute in; parameters, softmax and accumulation are float32.
+        dtype: compute dtype; parameters, softmax and accumulation are float32.
         position: the position encoding; a variant calls its `rotate` on queries and keys.
-        output_scale: scales the initial output kernel (residual branches of deep models start small).
+        output_scale: factor on the initial output kernel (residual branches of deep models start small).
     """
 
     width: int
@@ -44,21 +44,21 @@ class Dims:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What a call needs to know beside its input.
+    """The context of a call, besides its input.
 
     Attributes:
         query: metadata of the positions of `x_BTD`, [B, T].
-        key: metadata of everything that may be seen, [B, S]: `query` itself without a cache, else of the whole cache.
-        mask: the predicate that decides who sees whom; a variant narrows it with `context.mask & Window(...)`.
-        cursor: int32 scalar, where in the cache the keys of `x_BTD` are to be written; None without a cache.
-        coordinate_BT3: int32 (time, row, column) of the positions of `x_BTD`, for encodings of more than one axis; None
-            means the position id in all three.
-        inputs_BTD: what the stack of blocks was given, for layers that look at the embeddings; None in a lone layer,
-            which takes `x_BTD` for it.
-        before: of each row's last position in the cache, what the layer remembers and its segment, for running sums; a
-            layer sets it for itself (`attention/cache.py`).
-        training: whether this is a training step. Layers that approximate in training, such as experts of limited
-            capacity, are exact otherwise.
+        key: metadata of all visible positions, [B, S]: `query` itself without a cache, otherwise the whole cache.
+        mask: the predicate for visible pairs; a variant narrows it with `context.mask & Window(...)`.
+        cursor: int32 scalar, the cache index at which to write the keys of `x_BTD`; None without a cache.
+        coordinate_BT3: int32 (time, row, column) of the positions of `x_BTD`, for multidimensional encodings; None
+            means that all three equal the position id.
+        inputs_BTD: the input of the stack of blocks, for layers that attend to the embeddings; None in a single layer,
+            which uses `x_BTD` instead.
+        before: the cached arrays and the segment of each row's last position, for running sums; set by the layer itself
+            (`attention/cache.py`).
+        training: whether this is a training step. Layers that approximate in training, such as experts with a capacity,
+            are exact otherwise.
     """
 
     query: Meta
@@ -72,9 +72,10 @@ class Context:
 
 
 def causal_mean(flops: Callable[[float], float], seq_len: int) -> float:
-    """The mean over a row of FLOPs, a function of the keys that a position sees: of 1, 2, ... `length` of them.
+    """The mean of `flops`, a function of the number of visible keys, over 1, 2, ... `seq_len` keys.
 
-    It is concave, as `score_flops` is: where the middle of a stretch lies on its chord, all of it does.
+    Assumes that `flops` is concave, as `score_flops` is: if the midpoint of an interval lies on its chord, so do all
+    points.
     """
 
     def total(first: int, last: int) -> float:
@@ -88,76 +89,76 @@ def causal_mean(flops: Callable[[float], float], seq_len: int) -> float:
 
 
 def blank_context(batch_size: int) -> Context:
-    """The context of one position a row, at the beginning of everything: for working out shapes."""
+    """The context of a single first position per row, for shape inference."""
     meta = Meta(*[jnp.zeros((batch_size, 1), jnp.int32)] * 5)
     return Context(meta, meta, DECODER)
 
 
 @dataclasses.dataclass(frozen=True)
 class Attention(Spec):
-    """An attention variant. A new one derives from this class; nothing else has to be edited."""
+    """An attention variant. A new one derives from this class and needs no other edits."""
 
     family: ClassVar[Literal["softmax", "linear"]] = "softmax"
-    """Whether it weighs all keys anew for each query, or carries a state of fixed size along the row."""
+    """Whether each query weighs all keys, or the layer carries a state of fixed size along the row."""
     paper: ClassVar[str] = ""
-    """Its source, for lists: an arXiv number, or "author, year, place". Subclasses have to name their own."""
+    """Its source, for lists: an arXiv number, or "author, year, place". Subclasses must name their own."""
     mask_is_bound: ClassVar[bool] = False
-    """Whether `mask` is an upper bound: of what it shows the inputs decide what is seen (top-k selection of keys or
-    blocks, weights that are exactly zero as those of ReLU attention)."""
+    """Whether `mask` is only an upper bound on visible pairs, among which the inputs select (top-k selection of keys or
+    blocks, exactly zero weights as in ReLU attention)."""
     jumps: ClassVar[bool] = False
-    """Whether results jump where a discrete choice changes (top-k selection, rounding). Gradients are then compared
-    with slopes between two jumps alone, and in bfloat16 some positions may choose otherwise. A kink needs no such word.
-    """
+    """Whether results are discontinuous where a discrete choice changes (top-k selection, rounding). Gradients are then
+    only compared with slopes between two jumps, and in bfloat16 some positions may choose differently. Kinks do not
+    count as jumps."""
 
     def build(self, dims: Dims, rngs: nnx.Rngs) -> nnx.Module:
         """The module, called as `(x_BTD, context, cache=None) -> (y_BTD, cache)`.
 
-        It has a method `weights(x_BTD, context, chosen_R=None) -> [B, H, R, S]` too where the variant has weights to
-        look at: an exact pass over the chosen queries (int32 indices; None means all), whatever the backend.
+        If the variant has attention weights, the module also has a method `weights(x_BTD, context, chosen_R=None) ->
+        [B, H, R, S]`: an exact pass over the chosen queries (int32 indices; None for all), whatever the backend.
 
-        With a cache the result is that of the whole row at once, however it is cut into calls, as long as no
-        bidirectional span is cut.
+        With a cache, the result must not depend on how a row is split into calls, as long as no bidirectional span is
+        split.
         """
         raise NotImplementedError
 
     def init_cache(self, dims: Dims, batch_size: int, size: int, ring: bool = True) -> Any:
-        """An empty cache for `size` positions, a pytree whose arrays begin with the axis of rows.
+        """An empty cache for `size` positions, a pytree of arrays whose first axis is that of rows.
 
-        With `ring` it may be smaller than `size` positions where the variant never looks further back.
+        With `ring`, it may hold fewer positions if the variant never looks further back.
         """
         raise NotImplementedError
 
     def score_flops(self, width: int, keys: float) -> float:
-        """FLOPs beside those of the projections, for one query that sees `keys` keys at the model width `width`."""
+        """FLOPs, excluding projections, for one query that sees `keys` keys at model width `width`."""
         raise NotImplementedError
 
     def backends(self) -> tuple[str, ...]:
-        """Names of the backends in `kernels/` that can compute it; empty where it has a form of its own."""
+        """Names of the backends in `kernels/` that can compute it; empty if it has its own implementation."""
         return ()
 
     def cost(self) -> str:
-        """The formula of `score_flops` in the axis letters, as "4 H d S"."""
+        """The formula of `score_flops` in axis letters, such as "4 H d S"."""
         raise NotImplementedError
 
     def sees_ahead(self) -> bool:
-        """Whether positions of a bidirectional span see the later ones of it, where the mask says that they do."""
+        """Whether positions of a bidirectional span attend to later ones, if the mask allows it."""
         return self.family == "softmax"
 
     def mup_scaled(self, width: int, base: "Attention", base_width: int) -> "Attention":
-        """This variant at the model width `width` as muP has it (`optim/mup.py`) beside the `base` model's.
+        """This variant at model width `width`, scaled by muP (`optim/mup.py`) relative to `base` at `base_width`.
 
-        Scores are sums over the channels of a head: they are divided by how many more there are than in the base, and
-        no more by the root of that.
+        Scores are sums over the channels of a head. muP divides them by the growth of the head width, not by its square
+        root.
 
         Raises:
-            SpecError: if the variant does not say how; one that derives from this class alone has to.
+            SpecError: by default; a variant that derives directly from this class must define its own rule.
         """
         if (self, width) == (base, base_width):
             return self
         raise SpecError(
-            f"{type(self).__name__} has no rule for muP: define its method beside, or set model.mup to null"
+            f"{type(self).__name__} has no rule for muP: define its method mup_scaled, or set model.mup to null"
         )
 
     def differentiable(self) -> "Attention":
-        """The same with no gradient stopped on purpose: what a comparison with finite differences has to look at."""
+        """The variant without deliberate stop-gradients, for comparison with finite differences."""
         return self

@@ -1,4 +1,4 @@
-"""Gated cross-attention: text looks at the embeddings of the media that came before it."""
+"""Gated cross-attention: text attends to the embeddings of earlier media."""
 
 import dataclasses
 
@@ -13,21 +13,21 @@ from polygpt.sequence import TEXT
 
 @dataclasses.dataclass(frozen=True)
 class GatedCross(MultiHead):
-    """Text looks at media, through a tanh gate. Alayrac et al., Flamingo (2204.14198), section 3.1.2 and Figure 4.
+    """Text attends to media through a tanh gate. Alayrac et al., Flamingo (2204.14198), section 3.1.2 and Figure 4.
 
-    tanh(alpha) * attention(text, media). Keys and values are made of what the stack of blocks was given, the embeddings
-    themselves, whatever the layer's depth. Text positions see the media positions of their own example before them
-    (Flamingo: of the last item alone); the output is zero where there are none, and at media positions.
+    tanh(alpha) * attention(text, media). At every depth, keys and values are computed from the input of the stack, the
+    embeddings themselves. Text positions see the earlier media positions of their own example (in Flamingo: only those
+    of the last item). The output is zero if there are none, and at media positions.
     """
 
     paper = "2204.14198"
 
     alpha: float = 0.0
-    """Where alpha starts: at 0 the layer has no effect at first, as in the paper."""
+    """Initial value of alpha; at 0 the layer initially has no effect, as in the paper."""
 
     def validate(self):
         super().validate()
-        self.require(not self.bias, "bias", "false: without media before it a position is to get zeros")
+        self.require(not self.bias, "bias", "false: a position without earlier media must get zeros")
 
     def mask(self, mask: Mask) -> Mask:
         return super().mask(mask) & Causal() & QueryModality(TEXT) & ~KeyModality(TEXT)

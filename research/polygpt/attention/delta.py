@@ -1,4 +1,4 @@
-"""DeltaNet: a linear memory that replaces what it holds at a key, instead of adding to it."""
+"""DeltaNet: linear attention whose state replaces the value stored at a key instead of adding to it."""
 
 import dataclasses
 
@@ -17,18 +17,18 @@ from polygpt.nn.mlp import Activation
 class DeltaNet(Recurrent):
     """S_t = (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T, beta_t = sigmoid(x_t w). Yang et al. (2406.06484).
 
-    Section 2.2 the recurrence, 3.2 and 3.3 its chunks, 3.4 the layer: a short convolution and silu on queries, keys and
-    values, queries and keys of length 1, each head's output normalised. No encoding turns queries and keys.
+    Recurrence in section 2.2, chunkwise form in 3.2 and 3.3, layer in 3.4: a short convolution and silu on queries,
+    keys and values, queries and keys of unit length, normalised output per head. No rotary encoding.
     """
 
     paper = "2406.06484"
 
     convolution: int = 4
-    """How many positions a causal convolution over the projections looks at; 0 for none."""
+    """Kernel size of a causal convolution over the projections; 0 for none."""
     rotates: bool = False
-    """Whether the position encoding turns queries and keys."""
+    """Whether the position encoding rotates queries and keys."""
     activation: Activation = "silu"
-    """What queries, keys and values go through after their projection and the convolution."""
+    """Activation of queries, keys and values after projection and convolution."""
 
     def build(self, dims: Dims, rngs: nnx.Rngs) -> nnx.Module:
         return DeltaNetModule(self, dims, rngs)

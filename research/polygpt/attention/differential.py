@@ -1,4 +1,4 @@
-"""Differential attention: the difference of two softmax maps, in which what both attend to cancels."""
+"""Differential attention: the difference of two softmax maps, in which common attention noise cancels."""
 
 import dataclasses
 
@@ -16,16 +16,16 @@ from polygpt.nn.norms import RMSNorm
 class Differential(MultiHead):
     """The difference of two softmax maps. Ye et al., Differential Transformer (2410.05258), section 2.1, eq. 1 to 3.
 
-    (softmax(q1 k1^T) - lambda softmax(q2 k2^T)) v. A head of the width d holds two queries and two keys of d/2 each and
-    one value of d; lambda is exp(a b) - exp(a' b') + lambda_init with learned vectors that all heads share, and the
-    output of each head is normalised and multiplied by 1 - lambda_init. The paper has half as many heads as a plain
+    (softmax(q1 k1^T) - lambda softmax(q2 k2^T)) v. A head of width d has two queries and two keys of width d/2 and one
+    value of width d. lambda is exp(a b) - exp(a' b') + lambda_init, with learned vectors shared by all heads. The
+    output of each head is normalised and multiplied by 1 - lambda_init. The paper uses half as many heads as a plain
     transformer of that width.
     """
 
     paper = "2410.05258"
 
     lambda_init: float = 0.8
-    """Where lambda starts; the paper also lets it grow with the layer l = 1, 2, ..: 0.8 - 0.6 exp(-0.3 (l - 1))."""
+    """Initial value of lambda; in the paper it also grows with the layer l = 1, 2, ..: 0.8 - 0.6 exp(-0.3 (l - 1))."""
 
     def validate(self):
         super().validate()
@@ -33,7 +33,7 @@ class Differential(MultiHead):
 
     def width_of_query(self, width: int) -> int:
         d = self.width_of_head(width)
-        self.require(d % 2 == 0, "heads", f"such that the width of a head, {d}, is even")
+        self.require(d % 2 == 0, "heads", f"such that the head width, {d}, is even")
         return d // 2
 
     def mup_scaled(self, width: int, base: Attention, base_width: int) -> Attention:
@@ -79,11 +79,11 @@ class DifferentialModule(MultiHeadModule):
         return plus - minus + self.spec.lambda_init
 
     def queries(self, x_BTD, context):
-        """[B, 2 H, T, d/2]: those of the first map, then those of the second."""
+        """[B, 2 H, T, d/2]: queries of the first map, then of the second."""
         return self._placed(self._halves(self.query(x_BTD)), self.query_norm, context)
 
     def keys(self, x_BTD, context):
-        """[B, 2 K, T, d/2], likewise."""
+        """[B, 2 K, T, d/2]: keys of the first map, then of the second."""
         return self._placed(self._halves(self.key(x_BTD)), self.key_norm, context)
 
     def _halves(self, x_BTE):
@@ -91,7 +91,7 @@ class DifferentialModule(MultiHeadModule):
 
 
 def _maps(operands: Operands) -> list[Operands]:
-    """The problem of each of the two maps."""
+    """The operands of the two maps."""
     queries, keys = (jnp.split(x, 2, axis=1) for x in (operands.query_BHTd, operands.key_BKSd))
     return [
         dataclasses.replace(operands, query_BHTd=query_BHTd, key_BKSd=key_BKSd)

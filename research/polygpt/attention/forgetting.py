@@ -1,4 +1,4 @@
-"""Softmax attention that forgets: every position between key and query fades what the query sees of the key."""
+"""Forgetting attention: softmax attention with data-dependent decay between key and query."""
 
 import dataclasses
 
@@ -11,16 +11,16 @@ from polygpt.nn.positions import NoPosition, Position
 class Forgetting(MultiHead):
     """softmax(q k^T + D) v, D_ij = log f_{j+1} + ... + log f_i, f = sigmoid(x w + b) for each head.
 
-    Lin et al., Forgetting Transformer (2503.02130), section 3: FoX. D is the difference of two running sums, a number
-    for each query and each key, so every backend computes it and the cache holds one number more for each head and
-    position. Positions are in D: no encoding acts here, as in the paper. `qk_norm` is part of the paper's "Pro" block,
-    whose output norm, output gate and key shift are not here.
+    Lin et al., Forgetting Transformer (2503.02130), section 3: FoX. D is the difference of two running sums, one value
+    per query and per key, so every backend can compute it, and the cache needs one more value per head and position. D
+    encodes positions, so there is no other encoding by default, as in the paper. Of the paper's "Pro" block only
+    `qk_norm` is available, not the output norm, output gate and key shift.
     """
 
     paper = "2503.02130"
 
     position: Position | None = NoPosition()
-    """A position encoding beside the forget gates; null means that of the stack."""
+    """A position encoding in addition to the forget gates; null for that of the stack."""
 
     def score(self, score):
         return super().score(score).then(ForgetGate())

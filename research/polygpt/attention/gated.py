@@ -1,4 +1,4 @@
-"""Attention whose output passes a gate."""
+"""Attention with a gated output."""
 
 import dataclasses
 from typing import Literal
@@ -13,16 +13,16 @@ from polygpt.nn.linear import Linear
 
 @dataclasses.dataclass(frozen=True)
 class GatedOutput(MultiHead):
-    """A sigmoid gate behind attention. Qiu et al., Gated Attention for Large Language Models (2505.06708), section 2.2.
+    """A sigmoid gate after attention. Qiu et al., Gated Attention for Large Language Models (2505.06708), section 2.2.
 
-    softmax(q k^T) v * sigmoid(x W), then the output projection: position G1 there, which the authors recommend. The
-    gate is computed from the layer's (normalised) input.
+    softmax(q k^T) v * sigmoid(x W), followed by the output projection: position G1 in the paper, which the authors
+    recommend. The gate is computed from the layer's (normalised) input.
     """
 
     paper = "2505.06708"
 
     gate: Literal["element", "head"] = "element"
-    """Whether each channel has a gate, or each head one."""
+    """One gate per channel, or one per head."""
 
     def build(self, dims: Dims, rngs: nnx.Rngs) -> nnx.Module:
         return GatedOutputModule(self, dims, rngs)

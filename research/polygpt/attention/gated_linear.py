@@ -1,4 +1,4 @@
-"""Gated linear attention: each channel of a key has a decay that depends on the input."""
+"""Gated linear attention: data-dependent decay per key channel."""
 
 import dataclasses
 
@@ -16,9 +16,9 @@ from polygpt.nn.norms import LayerNorm, Norm
 class GatedLinear(Recurrent):
     """S_t = diag(alpha_t) S_{t-1} + k_t v_t^T, alpha_t = sigmoid(x_t W_1 W_2 + b)^(1/16). Yang et al. (2312.06635).
 
-    Section 4.2 the recurrence, 4.4 the layer: y_t = (swish(x_t W_r) * norm(S_t^T q_t)) W_o. The paper's second level of
-    chunks, for decays that cannot be divided by, is here the halving of `kernels/recurrence.py`, which is products of
-    matrices down to single positions. Positions are in the decay: no encoding turns queries and keys.
+    Recurrence in section 4.2, layer in 4.4: y_t = (swish(x_t W_r) * norm(S_t^T q_t)) W_o. Instead of the paper's
+    secondary chunking, which avoids dividing by small decays, `kernels/recurrence.py` halves blocks recursively with
+    matrix products. The decay encodes positions; there is no rotary encoding.
     """
 
     paper = "2312.06635"
@@ -26,13 +26,13 @@ class GatedLinear(Recurrent):
     rank: int = 16
     """The rank of the projection to the decay."""
     temperature: float = 16.0
-    """The decay is the sigmoid to the power of one over this: large ones let the state live long."""
+    """The decay is the sigmoid to the power of 1 / temperature; large values make the state decay slowly."""
     rotates: bool = False
-    """Whether the position encoding turns queries and keys."""
+    """Whether the position encoding rotates queries and keys."""
     norm: Norm | None = LayerNorm()
-    """Normalisation of what each head has read."""
+    """Normalisation of each head's output."""
     gate: bool = True
-    """Whether the output is multiplied by silu of one more projection of the input."""
+    """Whether to multiply the output by silu of another projection of the input."""
 
     def validate(self):
         super().validate()
@@ -40,7 +40,7 @@ class GatedLinear(Recurrent):
         self.require(self.temperature > 0, "temperature", "above 0")
 
     def width_of_head(self, width: int) -> int:
-        """d: null means half the model width over `heads`, as in the paper's models."""
+        """d: by default half the model width divided by `heads`, as in the paper's models."""
         return self.head_width or self.part(-(-width // 2), "head_width")
 
     def build(self, dims: Dims, rngs: nnx.Rngs) -> nnx.Module:

@@ -1,4 +1,4 @@
-"""Multi-head latent attention: keys and values of all heads are made of one small vector, and the cache holds that."""
+"""Multi-head latent attention: keys and values of all heads are computed from one small cached latent vector."""
 
 import dataclasses
 from typing import Literal
@@ -19,45 +19,45 @@ from polygpt.nn.rotary import YaRN
 
 @dataclasses.dataclass(frozen=True)
 class MultiHeadLatent(MultiHead):
-    """Low-rank keys and values beside one rotary key. DeepSeek-V2 (2405.04434), section 2.1, eq. 9 to 19.
+    """Low-rank keys and values plus one rotary key. DeepSeek-V2 (2405.04434), section 2.1, eq. 9 to 19.
 
-    A position is remembered as a latent of the width R and a key of the width r that all heads share and that alone
-    carries its place. The expanded form makes keys and values of all heads from the latents. The absorbed form, with
-    the same result, multiplies queries and outputs with those matrices and attends to the latents as one head. Biases
-    are where the authors' code has them, on the maps from and to the model width.
+    The cache stores, per position, a latent of width R and a key of width r that is shared by all heads and alone
+    encodes the position. The expanded form computes keys and values of all heads from the latents. The absorbed form,
+    with the same result, multiplies queries and outputs by those matrices and attends to the latents as one head.
+    Biases are placed as in the authors' code, on the maps from and to the model width.
     """
 
     paper = "2405.04434"
 
     kv_rank: int | None = None
-    """R, the width of the latent; null means 4 d, as in the paper."""
+    """R, the width of the latent; null for 4 d, as in the paper."""
     q_rank: int | None = None
-    """The width of a latent of queries; null means that queries are projected at once (DeepSeek-V2-Lite)."""
+    """The width of a query latent; null to project queries directly (DeepSeek-V2-Lite)."""
     rope_width: int | None = None
-    """r, the width of the shared key that carries the position; null means d/2, as in the paper."""
+    """r, the width of the shared key that encodes the position; null for d/2, as in the paper."""
     form: Literal["auto", "expanded", "absorbed"] = "auto"
-    """Which form computes; auto is the one of fewer FLOPs: expanded for whole rows, absorbed for a decode step."""
+    """Which form to use; auto is the one with fewer FLOPs: expanded for whole rows, absorbed for decode steps."""
 
     def validate(self):
         super().validate()
         for name in ("kv_heads", "qk_norm", "key_bias"):
-            self.require(getattr(self, name) is None, name, "null: keys are made of the latent, which is normalised")
+            self.require(getattr(self, name) is None, name, "null: keys are computed from the normalised latent")
         for name in ("kv_rank", "q_rank", "rope_width"):
             self.require(getattr(self, name) is None or getattr(self, name) >= 1, name, "at least 1")
 
     def rank(self, width: int) -> int:
-        """R at the model width `width`."""
+        """R at model width `width`."""
         return self.kv_rank or 4 * self.width_of_head(width)
 
     def width_of_rope(self, width: int) -> int:
-        """r at the model width `width`, even."""
+        """r at model width `width`, even."""
         return self.rope_width or max(2, self.width_of_head(width) // 4 * 2)
 
     def width_of_query(self, width: int) -> int:
         return self.width_of_head(width) + self.width_of_rope(width)
 
     def absorbs(self, width: int, queries: int, keys: int) -> bool:
-        """Whether the absorbed form computes this many queries and keys."""
+        """Whether to use the absorbed form for this many queries and keys."""
         d, r, R = self.width_of_head(width), self.width_of_rope(width), self.rank(width)
         absorbed = queries * (keys * (2 * R + r) + 2 * R * d)
         expanded = keys * (queries * (2 * d + r) + 2 * R * d)
@@ -80,7 +80,7 @@ class MultiHeadLatentModule(MultiHeadModule):
     def project(self, rngs):
         spec, D = self.spec, self.dims.width
         if isinstance(getattr(spec.encoding(self.dims), "scaling", None), YaRN):
-            raise SpecError("MultiHeadLatent: YaRN would sharpen the rotary part of a score alone: use NTK scaling")
+            raise SpecError("MultiHeadLatent: YaRN would sharpen only the rotary part of scores: use NTK scaling")
         H, d, r, R = spec.heads, spec.width_of_head(D), spec.width_of_rope(D), spec.rank(D)
         options = {"rngs": rngs, "dtype": self.dims.dtype}
         self.query_latent = spec.q_rank and Linear(D, spec.q_rank, bias=spec.bias, **options)
@@ -100,11 +100,11 @@ class MultiHeadLatentModule(MultiHeadModule):
         B, T, _ = x_BTD.shape
         query_BHTd = self.query(x_BTD).reshape(B, T, self.spec.heads, -1).transpose(0, 2, 1, 3)
         d = self.spec.width_of_head(self.dims.width)
-        turned = self._placed(query_BHTd[..., d:], None, context)
-        return jnp.concatenate([query_BHTd[..., :d], turned], axis=-1)
+        rotated = self._placed(query_BHTd[..., d:], None, context)
+        return jnp.concatenate([query_BHTd[..., :d], rotated], axis=-1)
 
     def keys(self, x_BTD, context):
-        """The shared key that carries the position, [B, 1, T, r]."""
+        """The shared key that encodes the position, [B, 1, T, r]."""
         return self._placed(self.rope_key(x_BTD)[:, None], None, context)
 
     def values(self, x_BTD, context):
@@ -129,13 +129,13 @@ class MultiHeadLatentModule(MultiHeadModule):
         return dataclasses.replace(operands, key_BKSd=key_BHSd, value_BKSe=self.heads(self.value(latent_BSR)))
 
     def _absorbed(self, operands: Operands) -> Operands:
-        """The latents as keys, beside the shared key, and as values of one head."""
+        """The latents, with the shared key, as keys and values of one head."""
         d, latent_B1SR = self.spec.width_of_head(self.dims.width), operands.value_BKSe
-        query_BHTd, turned = operands.query_BHTd[..., :d], operands.query_BHTd[..., d:]
+        query_BHTd, rotated = operands.query_BHTd[..., :d], operands.query_BHTd[..., d:]
         query_BHTR = jnp.einsum("bhtd,rhd->bhtr", query_BHTd, self._up(self.key))
         return dataclasses.replace(
             operands,
-            query_BHTd=jnp.concatenate([query_BHTR, turned], axis=-1),
+            query_BHTd=jnp.concatenate([query_BHTR, rotated], axis=-1),
             key_BKSd=jnp.concatenate([latent_B1SR, operands.key_BKSd], axis=-1),
         )
 

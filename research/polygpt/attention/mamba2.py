@@ -1,4 +1,4 @@
-"""Mamba-2: a state space model whose recurrence is linear attention with a decay a head and position."""
+"""Mamba-2: a state space model whose recurrence is linear attention with one decay per head and position."""
 
 import dataclasses
 
@@ -19,21 +19,21 @@ from polygpt.nn.linear import Linear, broadcast_to_rank
 class Mamba2(Stateful):
     """S_t = exp(A dt_t) S_{t-1} + B_t (dt_t x_t)^T, y_t = S_t^T C_t + D x_t. Dao and Gu (2405.21060).
 
-    Section 6 the chunks (SSD), 7.1 and figure 6 the block: one projection to the gate z, x, B, C and dt, a short
-    convolution and silu on x, B and C, dt = softplus(dt + bias), and norm(y silu(z)) projected back. C, B and x are
-    queries, keys and values; the G groups are key heads. Positions are in the decay: no encoding acts here.
+    Chunkwise form (SSD) in section 6, block in section 7.1 and figure 6: one projection to the gate z, x, B, C and dt,
+    a short convolution and silu on x, B and C, dt = softplus(dt + bias), and norm(y silu(z)) projected back. C, B and x
+    are queries, keys and values; the G groups are key heads. The decay encodes positions; there is no other encoding.
     """
 
     paper = "2405.21060"
 
     expand: int = 2
-    """Width of x, of all heads together, as a multiple of the model width."""
+    """Width of x over all heads, as a multiple of the model width."""
     state_width: int = 64
     """N, the width of B and C."""
     groups: int = 1
     """G, the number of B and C: a divisor of `heads`."""
     convolution: int = 4
-    """How many positions the causal convolution over x, B and C looks at; 0 for none."""
+    """Kernel size of the causal convolution over x, B and C; 0 for none."""
     convolution_bias: bool = True
     """Whether the convolution has a bias."""
     epsilon: float = 1e-5
@@ -46,7 +46,7 @@ class Mamba2(Stateful):
         self.require(self.groups >= 1 and self.heads % self.groups == 0, "groups", f"a divisor of heads ({self.heads})")
 
     def width_of_head(self, width: int) -> int:
-        """P, the width of a head of x at the model width `width`."""
+        """P, the head width of x at model width `width`."""
         whole = self.expand * width
         P = self.head_width or self.part(whole, "expand")
         self.require(P * self.heads == whole, "heads", f"{whole} (expand times model width) over head_width ({P})")
@@ -66,7 +66,7 @@ class Mamba2Module(StatefulModule):
     def __init__(self, spec: Mamba2, dims: Dims, rngs: nnx.Rngs):
         self.spec, self.dims, self.encoding = spec, dims, spec.encoding(dims)
         H, inner, shared = spec.heads, spec.heads * spec.width_of_head(dims.width), spec.groups * spec.state_width
-        self.widths = (inner, inner + 2 * shared, H)  # of z, of what is convolved, of dt
+        self.widths = (inner, inner + 2 * shared, H)  # of z, of the convolved channels, of dt
         options = {"rngs": rngs, "dtype": dims.dtype, "bias": spec.bias}
         self.input = Linear(dims.width, sum(self.widths), **options)
         self.output = Linear(inner, dims.width, scale=dims.output_scale, axes=OUTPUT, **options)
@@ -74,7 +74,7 @@ class Mamba2Module(StatefulModule):
             self.convolve = ShortConvolution(
                 spec.convolution, inner + 2 * shared, rngs=rngs, bias=spec.convolution_bias
             )
-        # As the authors' code begins: decay rates of 1 to 16, time steps of 0.001 to 0.1.
+        # Initialised as in the authors' code: decay rates from 1 to 16, time steps from 0.001 to 0.1.
         self.A_log = nnx.Param(jnp.log(jax.random.uniform(rngs.params(), (H,), minval=1, maxval=16)))
         dt_H = jnp.exp(jax.random.uniform(rngs.params(), (H,), minval=np.log(1e-3), maxval=np.log(1e-1)))
         self.dt_bias = nnx.Param(dt_H + jnp.log(-jnp.expm1(-dt_H)))  # softplus of it is dt
@@ -99,7 +99,7 @@ class Mamba2Module(StatefulModule):
         return self.output(self._normed(joined(y_BHTP), z_BTE)), state, past
 
     def _normed(self, y_BTE, z_BTE):
-        """Gated RMS normalisation, each group's channels by themselves."""
+        """Gated RMS normalisation, separately for each group of channels."""
         y_BTE = y_BTE * jax.nn.silu(z_BTE.astype(jnp.float32))
         y_BTGE = y_BTE.reshape(*y_BTE.shape[:2], self.spec.groups, -1)
         mean_square = jnp.mean(y_BTGE * y_BTGE, axis=-1, keepdims=True)

@@ -1,10 +1,10 @@
-"""The mask language: who may see whom, as a composable predicate over (query, key) metadata.
+"""The mask language: composable predicates over (query, key) metadata that define visible pairs.
 
-A predicate is written once, as `Causal() & SameSegment()`, and knows nothing of matrices. `allowed` lowers it to a
-dense boolean array for any queries and keys, a decode step over a cache included; `kernels/block_map.py` lowers it to
-the blocks that a kernel may skip.
+A predicate is written once, such as `Causal() & SameSegment()`, independently of matrices. `allowed` lowers it to a
+dense boolean array for any queries and keys, including a decode step over a cache; `kernels/block_map.py` lowers it to
+the blocks that a kernel can skip.
 
-Time is told by index, distance by position id: neither padding nor what is packed beside an example changes distances.
+Order in time is defined by index, distance by position id: neither padding nor packing changes distances.
 """
 
 import dataclasses
@@ -18,13 +18,13 @@ from polygpt.spec import Spec
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Meta:
-    """What a mask knows of positions; each array is [B, T].
+    """The metadata of positions that masks can use; each array is [B, T].
 
     Attributes:
-        index: the place in the row (or in the cache), by which order in time is decided.
+        index: the index in the row (or in the cache), which defines the order in time.
         position: position id, restarted for each packed example.
         segment: packed example, from 1; 0 is padding.
-        span: bidirectional span, 0 none.
+        span: bidirectional span; 0 for none.
         modality: as in `polygpt.sequence`.
     """
 
@@ -37,9 +37,9 @@ class Meta:
 
 @dataclasses.dataclass(frozen=True)
 class Reach:
-    """The positions of its own example up to itself that a query sees at most: the `first` ones, and the `last` ones.
+    """A bound on the earlier positions of its own example that a query sees: the `first` ones and the `last` ones.
 
-    With `last` = 1 that is the query itself beside the first ones, with 0 not even that.
+    The last ones include the query itself: `last` = 1 is the query alone, 0 excludes even that.
     """
 
     first: int
@@ -48,10 +48,10 @@ class Reach:
 
 @dataclasses.dataclass(frozen=True)
 class Mask(Spec):
-    """A predicate: True where the query may see the key. Compose with `&`, `|` and `~`.
+    """A predicate: True if the query may see the key. Compose with `&`, `|` and `~`.
 
-    Write `__call__` with the operators of Python alone (`+ - * // % abs`, comparisons, `& | ~`): it is then evaluated
-    on arrays, on tiles inside kernels and on whole ranges of positions at once, by which empty blocks are found.
+    Write `__call__` with Python operators only (`+ - * // % abs`, comparisons, `& | ~`). It can then be evaluated on
+    arrays, on tiles inside kernels, and on whole ranges of positions at once, which is how empty blocks are found.
     """
 
     def __call__(self, query: Meta, key: Meta) -> jax.Array:
@@ -59,10 +59,10 @@ class Mask(Spec):
         raise NotImplementedError
 
     def reach(self) -> Reach | None:
-        """How far back a query sees; None is without bound. A cache need not remember what lies beyond it.
+        """How far back a query sees; None is unbounded. A cache need not store positions beyond it.
 
-        It bounds what is visible among the keys of the query's own example at its position and before; of other
-        examples and of later keys it says nothing.
+        It only bounds visible keys of the query's own example up to its own position, not those of other examples or
+        later ones.
         """
         return None
 
@@ -89,7 +89,7 @@ class And(Mask):
         return self.left(query, key) & self.right(query, key)
 
     def reach(self):
-        # The smaller one, not the smaller of each half: what is first to one and last to the other is visible.
+        # The smaller reach, not the minimum per field: a key may be visible as first in one and as last in the other.
         bounds = [reach for reach in (self.left.reach(), self.right.reach()) if reach is not None]
         return min(bounds, key=lambda reach: reach.first + reach.last, default=None)
 
@@ -115,10 +115,10 @@ class Or(Mask):
 
 @dataclasses.dataclass(frozen=True)
 class Not(Mask):
-    """The inner one does not hold."""
+    """The inner mask does not hold."""
 
     inner: Mask
-    """What must not hold."""
+    """The negated mask."""
 
     def __call__(self, query, key):
         return ~self.inner(query, key)
@@ -160,11 +160,11 @@ class SameSpan(Mask):
 
 @dataclasses.dataclass(frozen=True)
 class Window(Mask):
-    """Query and key are less than `size` positions apart, to either side. Beltagy et al., Longformer (2004.05150),
-    section 3.1; beside causality the window of Mistral (2310.06825), section 2."""
+    """Query and key are less than `size` positions apart, in either direction. Beltagy et al., Longformer (2004.05150),
+    section 3.1; combined with causality, the window of Mistral (2310.06825), section 2."""
 
     size: int
-    """How many positions up to and with itself a query sees."""
+    """Number of positions that a query sees, up to and including itself."""
 
     def validate(self):
         self.require(self.size >= 1, "size", "at least 1")
@@ -178,13 +178,13 @@ class Window(Mask):
 
 @dataclasses.dataclass(frozen=True)
 class Dilated(Mask):
-    """A window with gaps: `size` keys up to and with the query, `rate` positions apart, and as many to the other side.
+    """A window with gaps: `size` keys up to and including the query, `rate` positions apart, and as many after it.
     Beltagy et al., Longformer (2004.05150), section 3.1, "dilated sliding window"."""
 
     rate: int
-    """Positions from one key to the next; 1 leaves no gaps."""
+    """Distance between successive keys; 1 leaves no gaps."""
     size: int
-    """How many keys up to and with itself a query sees."""
+    """Number of keys that a query sees, up to and including itself."""
 
     def validate(self):
         self.require(self.rate >= 1, "rate", "at least 1")
@@ -203,7 +203,7 @@ class Strided(Mask):
     """The distance is a multiple of `stride`. Child et al., sparse transformers (1904.10509), section 4.3, A(2)."""
 
     stride: int
-    """Positions from one key to the next."""
+    """Distance between successive keys."""
 
     def validate(self):
         self.require(self.stride >= 1, "stride", "at least 1")
@@ -214,13 +214,13 @@ class Strided(Mask):
 
 @dataclasses.dataclass(frozen=True)
 class Blockwise(Mask):
-    """Query and key lie in the same block of positions, or in blocks not more than `around` apart. Qiu et al.
-    (1911.02972), section 3.1; with neighbours Zaheer et al., BigBird (2007.14062), appendix D."""
+    """Query and key are in the same block of positions, or in blocks at most `around` apart. Qiu et al. (1911.02972),
+    section 3.1; with neighbours Zaheer et al., BigBird (2007.14062), appendix D."""
 
     size: int
-    """Positions of a block."""
+    """Positions per block."""
     around: int = 0
-    """How many blocks a query sees on either side of its own."""
+    """Number of blocks that a query sees on either side of its own."""
 
     def validate(self):
         self.require(self.size >= 1, "size", "at least 1")
@@ -238,7 +238,7 @@ class Sinks(Mask):
     """The key is one of the first `count` positions. Xiao et al., StreamingLLM (2309.17453), section 3.2."""
 
     count: int
-    """How many positions every query sees."""
+    """Number of first positions that every query sees."""
 
     def validate(self):
         self.require(self.count >= 1, "count", "at least 1")
@@ -252,11 +252,12 @@ class Sinks(Mask):
 
 @dataclasses.dataclass(frozen=True)
 class Global(Mask):
-    """The first `count` positions see all and are seen by all. Beltagy et al., Longformer (2004.05150), section 3.1,
-    "global attention"; Zaheer et al., BigBird (2007.14062), section 2, "internal transformer construction"."""
+    """The first `count` positions see all positions and are seen by all. Beltagy et al., Longformer (2004.05150),
+    section 3.1, "global attention"; Zaheer et al., BigBird (2007.14062), section 2, "internal transformer
+    construction"."""
 
     count: int
-    """How many positions are global."""
+    """Number of global positions."""
 
     def validate(self):
         self.require(self.count >= 1, "count", "at least 1")
@@ -265,16 +266,16 @@ class Global(Mask):
         return (query.position < self.count) | (key.position < self.count)
 
     def reach(self):
-        return Reach(self.count, 0)  # what is no later than a global query is global
+        return Reach(self.count, 0)  # keys up to a global query are global themselves
 
 
 @dataclasses.dataclass(frozen=True)
 class Prefix(Mask):
-    """Query and key both lie in the first `length` positions: `Causal() | Prefix(n)` is the prefix language model of
+    """Query and key are both among the first `length` positions: `Causal() | Prefix(n)` is the prefix language model of
     Raffel et al., T5 (1910.10683), section 3.2.1."""
 
     length: int
-    """Positions of the prefix."""
+    """Number of positions of the prefix."""
 
     def validate(self):
         self.require(self.length >= 1, "length", "at least 1")
@@ -288,7 +289,7 @@ class Prefix(Mask):
 
 @dataclasses.dataclass(frozen=True)
 class QueryModality(Mask):
-    """The query is of one modality. That audio (2) sees no images (1) is `~(QueryModality(2) & KeyModality(1))`."""
+    """The query has this modality. `~(QueryModality(2) & KeyModality(1))` hides images (1) from audio (2)."""
 
     number: int
     """The modality: 0 is text, adapters count from 1 in the model's order."""
@@ -302,7 +303,7 @@ class QueryModality(Mask):
 
 @dataclasses.dataclass(frozen=True)
 class KeyModality(Mask):
-    """The key is of one modality."""
+    """The key has this modality."""
 
     number: int
     """The modality: 0 is text, adapters count from 1 in the model's order."""
@@ -315,13 +316,13 @@ class KeyModality(Mask):
 
 
 DECODER = SameSegment() & (Causal() | SameSpan())
-"""What a decoder's positions see: their own example, up to themselves and all of their own span."""
+"""The mask of decoders: the position's own example up to itself, and all of its own span."""
 ENCODER = SameSegment()
-"""What a media tower's positions see: all of their own item."""
+"""The mask of media towers: all of the position's own item."""
 
 
 def allowed(mask: Mask, query: Meta, key: Meta) -> jax.Array:
-    """The predicate as a dense array, bool [B, Tq, Tk]. Padding keys are never allowed, whatever the predicate says."""
+    """The predicate as a dense array, bool [B, Tq, Tk]. Padding keys are always masked."""
     rows = jax.tree.map(lambda x: x[:, :, None], query)
     columns = jax.tree.map(lambda x: x[:, None, :], key)
     visible = mask(rows, columns) & (columns.segment > 0)

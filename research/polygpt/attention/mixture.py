@@ -1,4 +1,4 @@
-"""Attention with projections of its own for each modality."""
+"""Attention with separate projections per modality."""
 
 import dataclasses
 
@@ -15,17 +15,17 @@ from polygpt.parameters import stack
 
 @dataclasses.dataclass(frozen=True)
 class MixtureOfTransformers(MultiHead):
-    """Projections by modality, attention over all. Liang et al., Mixture-of-Transformers (2411.04996), section 2.2.
+    """Projections per modality, joint attention. Liang et al., Mixture-of-Transformers (2411.04996), section 2.2.
 
-    Eq. 2 and 3; their feed-forward layers and norms by modality are not a matter of attention. Parameters are
-    [sets, D, E]. Every position is multiplied with all sets, zero where a set is not its own: shapes stay static, and
-    the projections cost `sets` times the FLOPs of multi-head attention.
+    Eq. 2 and 3, without the paper's separate feed-forward layers and norms. Parameters are [sets, D, E]. Every position
+    is multiplied by all sets, with zeros for sets other than its own: this keeps shapes static, but projections cost
+    `sets` times the FLOPs of multi-head attention.
     """
 
     paper = "2411.04996"
 
     sets: int = 2
-    """How many sets of projections there are: text has the first, modality m the set min(m, sets - 1)."""
+    """Number of sets of projections: text uses the first, modality m the set min(m, sets - 1)."""
 
     def validate(self):
         super().validate()
@@ -58,15 +58,15 @@ class MixtureOfTransformersModule(MultiHeadModule):
 
 
 def _by_set(linear: Linear, x_BTD: jax.Array, context: Context) -> jax.Array:
-    """[B, T, D] -> [B, T, E], each position by the set of its modality: kernel [sets, D, E], bias [sets, E].
+    """[B, T, D] -> [B, T, E], each position with the set of its modality: kernel [sets, D, E], bias [sets, E].
 
-    One product with all sets: x in the place of its own set, zeros in those of the others.
+    A single product with all sets: x in the block of its own set, zeros in the others.
     """
     B, T, D = x_BTD.shape
     sets = linear.kernel.shape[0]
     own_BTs = jax.nn.one_hot(jnp.clip(context.query.modality, 0, sets - 1), sets, dtype=bool)
     wide_BTE = jnp.where(own_BTs[..., None], x_BTD[:, :, None, :], 0).astype(linear.dtype)
-    # Flattened as in `Linear`, and as there not where positions are split over devices.
+    # Flatten the leading axes as in `Linear`, unless positions are split over devices.
     rows = (B, T) if sharding.splits("positions") else (B * T,)
     kernel = linear.kernel[...].astype(linear.dtype).reshape(sets * D, -1)
     y_BTE = (wide_BTE.reshape(*rows, sets * D) @ kernel).reshape(B, T, -1)

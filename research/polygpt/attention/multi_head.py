@@ -1,9 +1,9 @@
-"""Multi-head attention (Vaswani et al., 1706.03762, section 3.2) with multi-query (Shazeer, 1911.02150) and
-grouped-query (Ainslie et al., 2305.13245) forms: as many key and value heads as query heads, one, or some.
+"""Multi-head attention (Vaswani et al., 1706.03762, section 3.2), including multi-query (Shazeer, 1911.02150) and
+grouped-query attention (Ainslie et al., 2305.13245).
 
-Most variants of the softmax family derive from here. What a variant changes is a method of the specification (`mask`,
-`score`, `normalizer`) or of the module (`queries`, `keys`, `values`, `mixed`; `own_terms`, `pair_terms`, `project`,
-`attend` and `weigh` where it changes more); positions, cache, backends, packing and weights for pictures are inherited.
+Most variants of the softmax family derive from these classes. They override methods of the specification (`mask`,
+`score`, `normalizer`) or of the module (`queries`, `keys`, `values`, `mixed`; for larger changes `own_terms`,
+`pair_terms`, `project`, `attend` and `weigh`), and inherit positions, cache, backends, packing and weights for plots.
 """
 
 import dataclasses
@@ -34,37 +34,37 @@ class MultiHead(Attention):
     paper = "1706.03762"
 
     normalizer: ClassVar[Literal["softmax", "sigmoid"]] = "softmax"
-    """How scores become weights."""
+    """How to turn scores into weights."""
 
     heads: int = 4
     """H, the number of query heads."""
     kv_heads: int | None = None
-    """K, the number of key and value heads: a divisor of `heads`; null means as many as `heads`, 1 is multi-query."""
+    """K, the number of key and value heads, a divisor of `heads`; null for as many as `heads`, 1 is multi-query."""
     head_width: int | None = None
-    """d, the width of a head; null means the model width over `heads`."""
+    """d, the head width; null for the model width divided by `heads`."""
     bias: bool = False
     """Whether the projections have a bias."""
     key_bias: bool | None = None
-    """Whether the key projection has a bias; null means as `bias` (softmax does not see it: Whisper leaves it out)."""
+    """Whether the key projection has a bias; null for that of `bias`. It does not affect softmax; Whisper omits it."""
     scale: float | None = None
-    """What queries are multiplied by; null means 1 / sqrt(d)."""
+    """Factor on queries; null for 1 / sqrt(d)."""
     qk_norm: Norm | None = None
     """Normalisation of each query and key before the position encoding. Dehghani et al., ViT-22B (2302.05442)."""
     scores: tuple[Score, ...] = ()
-    """Score modifications, applied in this order after that of the position encoding."""
+    """Score modifications, applied in order after that of the position encoding."""
     position: Position | None = None
-    """The position encoding of this layer; null means that of the stack."""
+    """The position encoding of this layer; null for that of the stack."""
     backend: Literal["auto", "reference", "chunked", "library", "flex"] = "auto"
-    """What computes softmax(q k^T) v: see `polygpt attention list`."""
+    """The implementation of softmax(q k^T) v: see `polygpt attention list`."""
     strict: bool = False
-    """Whether a backend that cannot compute this is an error, instead of a logged reason and another backend."""
+    """Whether it is an error if the backend cannot compute this; otherwise the reason is logged and another is used."""
 
     def __post_init__(self):
         super().__post_init__()
         for name, start, kind in (("mask", DECODER, Mask), ("score", Score(), Score)):
             given = getattr(self, name)(start)
             if not isinstance(given, kind):
-                raise SpecError(f"{type(self).__name__}.{name}() gives {given!r}: it must return a {kind.__name__}")
+                raise SpecError(f"{type(self).__name__}.{name}() returned {given!r}: it must return a {kind.__name__}")
 
     def validate(self):
         self.require(self.heads >= 1, "heads", "at least 1")
@@ -78,28 +78,28 @@ class MultiHead(Attention):
         return self.heads if self.kv_heads is None else self.kv_heads
 
     def width_of_head(self, width: int) -> int:
-        """d at the model width `width`; SpecError where the heads do not divide it."""
+        """d at model width `width`. Raises SpecError if the heads do not divide it."""
         if self.head_width is not None:
             return self.head_width
         self.require(width % self.heads == 0, "heads", f"a divisor of the model width ({width}), or set head_width")
         return width // self.heads
 
     def width_of_query(self, width: int) -> int:
-        """The width of the vectors whose products are scores, for their scale and norm: d, unless a variant differs."""
+        """The width of the query and key vectors, for scale and norm; d unless a variant overrides it."""
         return self.width_of_head(width)
 
     def mask(self, mask: Mask) -> Mask:
-        """What queries see of what the model's own `mask` lets them see. A variant narrows it: `mask & Window(64)`."""
+        """The mask, given the model's own `mask`. A variant narrows it: `mask & Window(64)`."""
         return mask
 
     def score(self, score: Score) -> Score:
-        """What becomes of scores after `score`, the position encoding's. A variant adds to it: `score.then(...)`."""
+        """The score modification, given that of the position encoding. A variant extends it: `score.then(...)`."""
         for modification in self.scores:
             score = score.then(modification)
         return score
 
     def rule(self, mask: Mask, dims: Dims) -> Rule:
-        """The static half of what a backend is asked."""
+        """The static half of the backend's input."""
         return Rule(self.mask(mask), self.score(self.encoding(dims).score() or Score()), self.normalizer)
 
     def encoding(self, dims: Dims) -> Position:
@@ -147,7 +147,7 @@ class MultiHeadModule(nnx.Module):
         self.terms = spec.rule(DECODER, dims).score.build(dims.width, spec.heads, rngs=rngs)
 
     def project(self, rngs: nnx.Rngs) -> None:
-        """Makes the projections."""
+        """Creates the projections."""
         spec, dims, d = self.spec, self.dims, self.spec.width_of_head(self.dims.width)
         key_bias = spec.bias if spec.key_bias is None else spec.key_bias
         options = {"rngs": rngs, "dtype": dims.dtype}
@@ -165,65 +165,65 @@ class MultiHeadModule(nnx.Module):
         return self.mixed(y_BHTe, lse_BHT, x_BTD, context), cache
 
     def weights(self, x_BTD: jax.Array, context: Context, chosen_R: jax.Array | None = None) -> jax.Array:
-        """The attention weights of the chosen queries, float32 [B, H, R, T]; None means all."""
+        """Attention weights of the chosen queries, float32 [B, H, R, T]; `chosen_R=None` selects all queries."""
         operands = self.operands(x_BTD, context, self.remembered(x_BTD, context), context.key)
         if chosen_R is not None:
             operands = operands.of_queries(chosen_R)
         return self.weigh(self.spec.rule(context.mask, self.dims), operands)
 
     def attend(self, rule: Rule, operands: Operands) -> tuple[jax.Array, jax.Array]:
-        """(y_BHTe, lse_BHT), by the backend."""
+        """(y_BHTe, lse_BHT), computed by the backend."""
         return dispatch.attend(rule, operands, self.spec.backend, self.spec.strict)
 
     def weigh(self, rule: Rule, operands: Operands) -> jax.Array:
-        """The weights of what `attend` computes, float32 [B, H, T, S]."""
+        """The attention weights of `attend`, float32 [B, H, T, S]."""
         return reference.attention_weights(rule, operands)
 
     def remembered(self, x_BTD: jax.Array, context: Context) -> Any:
-        """What later queries need of these positions, a pytree of [B, ., T, ...]: the cache holds it."""
+        """The arrays to cache for later queries, a pytree of [B, ., T, ...]."""
         terms = self._terms(x_BTD, context).key
         return {"key": self.keys(x_BTD, context), "value": self.values(x_BTD, context), "terms": terms}
 
     def operands(self, x_BTD: jax.Array, context: Context, seen: Any, key: Meta) -> Operands:
-        """The arrays of the problem: queries of `x_BTD` beside everything `seen`, whose metadata is `key`."""
+        """The backend's arrays: queries of `x_BTD`, and all visible positions `seen` with metadata `key`."""
         d = self.spec.width_of_query(self.dims.width)
         query_BHTd = self.queries(x_BTD, context)
         scale = d**-0.5 if self.spec.scale is None else self.spec.scale
-        # In float32: a scale rounded to bfloat16 would sharpen or flatten all of a layer's weights alike.
+        # In float32, because a scale rounded to bfloat16 would systematically sharpen or flatten a layer's weights.
         scaled_BHTd = (query_BHTd.astype(jnp.float32) * scale).astype(query_BHTd.dtype)
         pair = self.pair_terms(x_BTD, context, seen, key)
         terms = dataclasses.replace(self._terms(x_BTD, context), key=seen["terms"], pair=pair)
         return Operands(scaled_BHTd, seen["key"], seen["value"], context.query, key, terms)
 
     def queries(self, x_BTD: jax.Array, context: Context) -> jax.Array:
-        """[B, H, T, d], with their positions in them."""
+        """Queries [B, H, T, d], with positions applied."""
         return self._placed(self.heads(self.query(x_BTD)), self.query_norm, context)
 
     def keys(self, x_BTD: jax.Array, context: Context) -> jax.Array:
-        """[B, K, T, d], with their positions in them."""
+        """Keys [B, K, T, d], with positions applied."""
         return self._placed(self.heads(self.key(x_BTD)), self.key_norm, context)
 
     def values(self, x_BTD: jax.Array, context: Context) -> jax.Array:
-        """[B, K, T, e]."""
+        """Values [B, K, T, e]."""
         return self.heads(self.value(x_BTD))
 
     def mixed(self, y_BHTe: jax.Array, lse_BHT: jax.Array, x_BTD: jax.Array, context: Context) -> jax.Array:
-        """What the backend computed, as [B, T, D]."""
+        """Projects the backend's output to [B, T, D]."""
         return self.output(joined(y_BHTe))
 
     def own_terms(self, x_BTD: jax.Array, context: Context) -> Terms:
-        """Terms that this module makes, for every score modification that does not make one of that name itself."""
+        """Terms of this module, available to every score modification that has no term of the same name itself."""
         return Terms()
 
     def pair_terms(self, x_BTD: jax.Array, context: Context, seen: Any, key: Meta) -> dict[str, jax.Array]:
-        """Terms of pairs, [B, H, T, S]: queries of `x_BTD` beside everything `seen`, whose metadata is `key`."""
+        """Pair terms, [B, H, T, S]: queries of `x_BTD`, all visible positions `seen` with metadata `key`."""
         return {}
 
     def heads(self, x_BTE: jax.Array) -> jax.Array:
         """[B, T, heads * d] -> [B, heads, T, d]."""
         d = self.spec.width_of_head(self.dims.width)
         x_BHTd = x_BTE.reshape(*x_BTE.shape[:2], -1, d).transpose(0, 2, 1, 3)
-        # Whole heads on a device, also where there are fewer key heads than devices: halves would have to talk.
+        # Keep heads whole on a device, even with fewer key heads than devices: split heads would need communication.
         return constrain(x_BHTd, "batch", "heads", "positions", None)
 
     def _placed(self, x_BHTd, norm, context):

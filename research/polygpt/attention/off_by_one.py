@@ -1,4 +1,4 @@
-"""Softmax with one more term in its denominator, so that a head may attend to nothing."""
+"""Softmax with an extra term in the denominator, so that a head can attend to nothing."""
 
 import dataclasses
 
@@ -13,17 +13,17 @@ from polygpt.attention.multi_head import MultiHead, MultiHeadModule
 
 @dataclasses.dataclass(frozen=True)
 class SoftmaxOffByOne(MultiHead):
-    """Softmax with one more term in its denominator. Miller, Attention Is Off By One (evanmiller.org, 2023), softmax1.
+    """Softmax with an extra term in the denominator. Miller, Attention Is Off By One (evanmiller.org, 2023), softmax1.
 
-    exp(s_j) / (exp(b) + sum_k exp(s_k)) with b = 0; with `learned`, b is a number a head: the sinks of gpt-oss (model
-    card, 2508.10925, section on attention). The softmax of the backend is multiplied by sigmoid(lse - b), the share of
-    the sum that is not the extra term: every backend has it.
+    exp(s_j) / (exp(b) + sum_k exp(s_k)) with b = 0; with `learned`, b is one value per head: the sinks of gpt-oss
+    (model card, 2508.10925, section on attention). Computed by multiplying the backend's softmax by sigmoid(lse - b),
+    which works with every backend.
     """
 
     paper = "Miller, 2023, evanmiller.org/attention-is-off-by-one.html"
 
     learned: bool = False
-    """Whether the extra term is learned, a number a head that starts at 0."""
+    """Whether to learn the extra term, one value per head, initialised to 0."""
 
     def build(self, dims: Dims, rngs: nnx.Rngs) -> nnx.Module:
         return SoftmaxOffByOneModule(self, dims, rngs)
@@ -42,6 +42,6 @@ class SoftmaxOffByOneModule(MultiHeadModule):
         return super().weigh(rule, operands) * self._share(reference.attend(rule, operands)[1])
 
     def _share(self, lse_BHT):
-        """What the extra term leaves to the keys, [B, H, T, 1]."""
+        """The fraction of the denominator due to keys, [B, H, T, 1]."""
         sink = 0.0 if self.sink is None else self.sink[...][None, :, None]
         return jax.nn.sigmoid(lse_BHT - sink)[..., None]

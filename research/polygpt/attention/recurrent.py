@@ -1,9 +1,9 @@
-"""The family of linear attention: no scores, but a state of fixed size a head, which each position changes and reads.
+"""The linear attention family: instead of scores, a state of fixed size per head that each position updates and reads.
 
-A variant derives from `Recurrent` and changes what enters the recurrence of `kernels/recurrence.py`: a method of the
-module (`placed` for queries and keys, `log_decay`, `recur`). Projections, positions, the beginnings of examples,
-padding, the cache and the chunked and step forms are inherited. One that has other projections (Mamba-2) derives from
-`Stateful` and its module from `StatefulModule`.
+A variant derives from `Recurrent` and overrides a method of the module that prepares inputs for the recurrence of
+`kernels/recurrence.py` (`placed` for queries and keys, `log_decay`, `recur`). Projections, positions, segment starts,
+padding, the cache, and the chunked and single-step forms are inherited. A variant with other projections (Mamba-2)
+derives from `Stateful`, and its module from `StatefulModule`.
 """
 
 import dataclasses
@@ -37,15 +37,15 @@ class Stateful(Attention):
     heads: int = 4
     """H, the number of heads."""
     head_width: int | None = None
-    """The width of a head; null means that which all heads together give the width of the layer."""
+    """The head width; null to divide the layer's width among the heads."""
     bias: bool = False
     """Whether the projections have a bias."""
     position: Position | None = None
-    """The position encoding of this layer; null means that of the stack."""
+    """The position encoding of this layer; null for that of the stack."""
     convolution: int = 0
-    """How many positions a causal convolution over the projections looks at; 0 for none."""
+    """Kernel size of a causal convolution over the projections; 0 for none."""
     chunk: int = 64
-    """Positions that are computed at once, a power of two. It changes time and memory, not the result."""
+    """Positions per chunk, a power of two. It affects time and memory, not the result."""
 
     def validate(self):
         self.require(self.heads >= 1, "heads", "at least 1")
@@ -55,20 +55,20 @@ class Stateful(Attention):
         self.require(self.position is None or not self.position.adds(), "position", INSIDE)
 
     def encoding(self, dims: Dims) -> Position:
-        """The position encoding that acts in this layer; SpecError for one that acts on scores, which are not here."""
+        """The position encoding that acts in this layer. Raises SpecError if it acts on scores."""
         position = dims.position if self.position is None else self.position
         if position.score() is not None:
             raise SpecError(
-                f"{type(self).__name__}.position: {type(position).__name__} acts on scores, and linear attention has "
-                "none: set it to Rope() or NoPosition()"
+                f"{type(self).__name__}.position: {type(position).__name__} acts on scores, which linear attention does "
+                "not have: set it to Rope() or NoPosition()"
             )
         return position
 
     def mup_scaled(self, width: int, base: Attention, base_width: int) -> Attention:
-        return self  # whatever a head reads is normalised before it goes on
+        return self  # each head's output is normalised
 
     def part(self, whole: int, name: str) -> int:
-        """The width of a head where all heads together have the width `whole`."""
+        """The head width if all heads together have width `whole`."""
         self.require(whole % self.heads == 0, "heads", f"a divisor of {whole}, or set {name}")
         return whole // self.heads
 
@@ -78,13 +78,13 @@ class Stateful(Attention):
 
 
 class StatefulModule(nnx.Module):
-    """The module of a `Stateful`: `empty_state` and `read` are the variant's."""
+    """The module of a `Stateful`. A variant implements `empty_state` and `read`."""
 
     convolve: ShortConvolution | None = None
 
     def __call__(self, x_BTD: jax.Array, context: Context, cache: Any = None) -> tuple[jax.Array, Any]:
         check_mask(type(self.spec).__name__, context.mask)
-        # A recurrence along positions that are split would wait for every device in turn: each has whole rows here.
+        # A recurrence over split positions would visit the devices one after the other, so use whole rows.
         x_BTD, context = _with_whole_rows(x_BTD, context)
         before = self.empty(x_BTD.shape[0]) if cache is None else cache
         starts = segment_starts(context.query.segment, before["last"])
@@ -93,7 +93,7 @@ class StatefulModule(nnx.Module):
         return y_BTD, None if cache is None else {"state": state, "past": past, "last": starts.last_B}
 
     def empty(self, batch_size: int) -> Any:
-        """A cache in which nothing was read."""
+        """An empty cache."""
         past = self.convolve and self.convolve.empty(batch_size, self.dims.dtype)
         return {"state": self.empty_state(batch_size), "past": past, "last": jnp.zeros(batch_size, jnp.int32)}
 
@@ -104,41 +104,41 @@ class StatefulModule(nnx.Module):
     def read(
         self, x_BTD: jax.Array, context: Context, starts: SegmentStarts, state: Any, past: Any
     ) -> tuple[jax.Array, Any, Any]:
-        """([B, T, D], the new state, what the convolution needs of these positions)."""
+        """(output [B, T, D], the new state, the convolution's past inputs)."""
         raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
 class Recurrent(Stateful):
-    """Linear attention without a normaliser, its output normalised instead. Qin et al., TransNormer (2210.10340, 4.1).
+    """Linear attention with a normalised output instead of a normaliser. Qin et al., TransNormer (2210.10340, 4.1).
 
-    S_t = S_{t-1} + k_t v_t^T, y_t = norm(S_t^T q_t): eq. 18 of Katharopoulos et al. (2006.16236) with no feature map.
+    S_t = S_{t-1} + k_t v_t^T, y_t = norm(S_t^T q_t): eq. 18 of Katharopoulos et al. (2006.16236) without a feature map.
     """
 
     paper = "2210.10340"
 
     value_width: int | None = None
-    """e, the width of a head's values; null means the model width over `heads`."""
+    """e, the width of a head's values; null for the model width divided by `heads`."""
     rotates: bool = True
-    """Whether the position encoding turns queries and keys."""
+    """Whether the position encoding rotates queries and keys."""
     activation: Activation = "identity"
-    """What queries, keys and values go through after their projection and the convolution."""
+    """Activation of queries, keys and values after projection and convolution."""
     norm: Norm | None = RMSNorm()
-    """Normalisation of what each head has read."""
+    """Normalisation of each head's output."""
     gate: bool = False
-    """Whether the output is multiplied by silu of one more projection of the input."""
+    """Whether to multiply the output by silu of another projection of the input."""
 
     def width_of_head(self, width: int) -> int:
-        """d, the width of a head's queries and keys at the model width `width`."""
+        """d, the width of a head's queries and keys at model width `width`."""
         return self.head_width or self.part(width, "head_width")
 
     def width_of_value(self, width: int) -> int:
-        """e at the model width `width`."""
+        """e at model width `width`."""
         return self.value_width or self.part(width, "value_width")
 
     def mup_scaled(self, width: int, base: Attention, base_width: int) -> Attention:
         wider = self.width_of_head(width) != base.width_of_head(base_width)
-        self.require(not wider or self.norm is not None, "norm", "given where heads are wider than in muP's base model")
+        self.require(not wider or self.norm is not None, "norm", "set if heads are wider than in muP's base model")
         return super().mup_scaled(width, base, base_width)
 
     def build(self, dims: Dims, rngs: nnx.Rngs) -> nnx.Module:
@@ -152,7 +152,7 @@ class Recurrent(Stateful):
 
 
 class RecurrentModule(StatefulModule):
-    """The module of a `Recurrent`; variants override some of `placed`, `log_decay`, `recur` and `empty_state`."""
+    """The module of a `Recurrent`. Variants override some of `placed`, `log_decay`, `recur` and `empty_state`."""
 
     def __init__(self, spec: Recurrent, dims: Dims, rngs: nnx.Rngs):
         self.spec, self.dims, self.encoding = spec, dims, spec.encoding(dims)
@@ -178,22 +178,22 @@ class RecurrentModule(StatefulModule):
         return self.mixed(y_BHTe, x_BTD), state, past
 
     def placed(self, x_BHTd: jax.Array, context: Context) -> jax.Array:
-        """Queries or keys, each of the length that attention is to see, with their positions in them."""
+        """Queries or keys, scaled and with positions applied."""
         x_BHTd = x_BHTd * jnp.asarray(x_BHTd.shape[-1] ** -0.25, x_BHTd.dtype)
         return self.rotated(x_BHTd, context)
 
     def rotated(self, x_BHTd: jax.Array, context: Context) -> jax.Array:
-        """Queries or keys turned by the position encoding, where the variant wants it."""
+        """Queries or keys rotated by the position encoding, if `rotates` is set."""
         if not self.spec.rotates:
             return x_BHTd
         return self.encoding.rotate(x_BHTd, context.query.position, context.coordinate_BT3)
 
     def log_decay(self, x_BTD: jax.Array) -> jax.Array:
-        """The logarithm of what is kept of the state at each position, float32 [B, H or 1, T, d or 1], at most 0."""
+        """The log decay of the state at each position, float32 [B, H or 1, T, d or 1], at most 0."""
         return jnp.zeros((x_BTD.shape[0], 1, x_BTD.shape[1], 1), jnp.float32)
 
     def recur(self, starts, query_BHTd, key_BHTd, value_BHTe, x_BTD, context, state) -> tuple[jax.Array, Any]:
-        """(what each position reads, float32 [B, H, T, e], the new state)."""
+        """(outputs, float32 [B, H, T, e]; the new state)."""
         decay = self.log_decay(x_BTD)
         return linear_recurrence(starts, query_BHTd, key_BHTd, value_BHTe, decay, state, self.spec.chunk)
 
@@ -203,7 +203,7 @@ class RecurrentModule(StatefulModule):
         return jnp.zeros(shape, jnp.float32)
 
     def mixed(self, y_BHTe: jax.Array, x_BTD: jax.Array) -> jax.Array:
-        """What was read, normalised, gated and projected to [B, T, D]."""
+        """Normalises, gates and projects the outputs to [B, T, D]."""
         y_BTE = joined(y_BHTe if self.norm is None else self.norm(y_BHTe))
         if self.gate is not None:
             y_BTE = y_BTE * jax.nn.silu(self.gate(x_BTD).astype(jnp.float32))
@@ -215,7 +215,7 @@ class RecurrentModule(StatefulModule):
 
 
 def _with_whole_rows(x_BTD: jax.Array, context: Context) -> tuple[jax.Array, Context]:
-    """The same, no positions of it split over devices."""
+    """The same arrays, with positions not split over devices."""
     query = jax.tree.map(lambda x: constrain(x, "batch", None), context.query)
     coordinate_BT3 = context.coordinate_BT3
     if coordinate_BT3 is not None:
@@ -230,19 +230,19 @@ _PROBE = np.array([0, 1, 2, 5, 64, 1000, 1_000_000], np.int32)
 
 
 def check_mask(name: str, mask: Mask) -> None:
-    """SpecError unless `mask` is, outside bidirectional spans, what a recurrence sees: all before it in its segment."""
+    """Raises SpecError unless `mask`, outside bidirectional spans, shows exactly the earlier positions of a segment."""
     ahead, differs = _against_recurrence(mask)
     if ahead:
-        raise SpecError(f"{name} reads a row in one direction, and {mask} looks both ways: use MultiHead here")
+        raise SpecError(f"{name} reads a row in one direction, but {mask} looks both ways: use MultiHead here")
     if differs:
-        raise SpecError(f"{name} sees all that came before in the example, and {mask} hides some: use MultiHead here")
+        raise SpecError(f"{name} sees all earlier positions of the example, but {mask} hides some: use MultiHead here")
 
 
 @functools.cache
 def _against_recurrence(mask: Mask) -> tuple[bool, bool]:
-    """Whether the mask shows what comes after, and whether it shows anything else than a recurrence sees.
+    """Whether the mask shows later positions, and whether it differs from what a recurrence sees.
 
-    The predicate is asked about near and far positions of two segments and sixteen modalities, none in a span.
+    Evaluates the predicate on near and far positions of two segments and sixteen modalities, none in a span.
     """
     index, segment, modality = (x.reshape(-1) for x in np.meshgrid(_PROBE, np.int32([1, 2]), np.arange(16)))
     meta = Meta(index, index, segment, np.zeros_like(index), modality)

@@ -1,4 +1,4 @@
-"""Retention: linear attention with a fixed decay a head."""
+"""Retention: linear attention with a fixed decay per head."""
 
 import dataclasses
 
@@ -12,19 +12,19 @@ from polygpt.nn.norms import LayerNorm, Norm
 
 @dataclasses.dataclass(frozen=True)
 class Retention(Recurrent):
-    """S_t = gamma S_{t-1} + k_t v_t^T, gamma_h = 1 - 2^(-5 - h), normalised a head and gated by swish.
+    """S_t = gamma S_{t-1} + k_t v_t^T, gamma_h = 1 - 2^(-5 - h), normalised per head and gated by swish.
 
-    Sun et al., RetNet (2307.08621): eq. 5 and 6, chunks eq. 7, heads, norm and gate eq. 8. Queries and keys turn by the
-    position encoding of the stack, `Rope`, which is the paper's e^(i n theta). The group norm's affine part is shared
-    by the heads. The paper's models have a `value_width` twice the `head_width` and a smaller MLP for it.
+    Sun et al., RetNet (2307.08621): eq. 5 and 6, chunks eq. 7, heads, norm and gate eq. 8. The stack's position
+    encoding, `Rope`, rotates queries and keys; it is the paper's e^(i n theta). All heads share the affine parameters
+    of the group norm. The paper's models use a `value_width` of twice the `head_width` and a smaller MLP in return.
     """
 
     paper = "2307.08621"
 
     norm: Norm | None = LayerNorm()
-    """Normalisation of what each head has read: the paper's group norm."""
+    """Normalisation of each head's output: the paper's group norm."""
     gate: bool = True
-    """Whether the output is multiplied by silu of one more projection of the input."""
+    """Whether to multiply the output by silu of another projection of the input."""
 
     def build(self, dims: Dims, rngs: nnx.Rngs) -> nnx.Module:
         return RetentionModule(self, dims, rngs)

@@ -1,13 +1,13 @@
-"""Score modifications: pure functions of a score and of where it stands, composed in order.
+"""Score modifications: composable pure functions of a score and its query and key metadata.
 
-A modification is written once, as if for one pair of query and key, and every backend applies it: to the whole matrix,
-to the tile of a fused kernel, to one decode step. What it needs beside the metadata, parameters or projections of the
-layer's input, it names as `Terms`; they come broadcast against the score. Those that add a number for where query and
-key stand are in `biases.py`.
+A modification is written once, as if for a single pair of query and key, and every backend applies it: to the whole
+matrix, to a tile of a fused kernel, or to one decode step. Inputs other than metadata, such as parameters or
+projections of the layer's input, are passed as `Terms`, which broadcast against the score. Biases by relative position
+are in `biases.py`.
 
-Names of terms. A modification reads the terms that its own module makes by the names that it gave them, however it is
-composed: `Then` puts "first." or "second." before them while they are under way. Terms that the attention module itself
-makes (`MultiHeadModule.own_terms`, `pair_terms`) are there for every modification, except where its own have that name.
+Names of terms. A modification reads the terms of its own module by the names it gave them, however it is composed:
+internally, `Then` prefixes them with "first." or "second.". Terms of the attention module itself
+(`MultiHeadModule.own_terms`, `pair_terms`) are available to every modification that has no term of the same name.
 """
 
 import dataclasses
@@ -24,21 +24,21 @@ from polygpt.nn.linear import Linear
 from polygpt.spec import Spec
 
 FIRST, SECOND = "first", "second"
-"""The names of the two parts of `Then`: of its fields, its modules, and, with a dot, what begins their terms."""
+"""The names of the two parts of `Then`: of its fields, its modules and, with a dot, the prefixes of their terms."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Terms:
-    """Arrays that a modification reads, by name; float32 and differentiable.
+    """Inputs of a score modification by name; float32 and differentiable.
 
     Attributes:
-        head: [..., H], a number or a table a head.
-        query: [B, H, T], a number a head and query.
-        key: [B, H, S], a number a head and key; the cache remembers them.
-        pair: [B, H, T, S], a number a head and pair; memory grows with T S, and `flex` refuses them.
-        sum: [B, H, T], summed along each packed example up to each position, itself included, padding left out, through
-            the cache. A modification finds the sums among the terms of `query` and of `key`, by the same name.
+        head: [..., H], one value or table per head.
+        query: [B, H, T], one value per head and query.
+        key: [B, H, S], one value per head and key; cached.
+        pair: [B, H, T, S], one value per head and pair; memory grows with T S, and `flex` does not support them.
+        sum: [B, H, T], accumulated along each packed example up to and including each position, skipping padding, also
+            across cached calls. A modification reads the sums as `query` and `key` terms of the same name.
     """
 
     head: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
@@ -48,43 +48,43 @@ class Terms:
     sum: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
 
     def merged(self, own: "Terms") -> "Terms":
-        """These with those of the attention module, under names that are not taken; SpecError for a name with a dot."""
+        """These terms, plus the attention module's whose names are free. Raises SpecError for names with a dot."""
         for name in (name for kind in vars(own).values() for name in kind if "." in name):
             raise SpecError(
-                f"term {name!r}: a name has no dot, since {FIRST}. and {SECOND}. begin those of composed scores"
+                f"term {name!r}: a name has no dot, because {FIRST}. and {SECOND}. are prefixes of composed scores"
             )
         return Terms(*({**getattr(own, kind), **arrays} for kind, arrays in vars(self).items()))
 
 
 @dataclasses.dataclass(frozen=True)
 class Score(Spec):
-    """A modification; this base class leaves the score alone. A new one derives from it and overrides `__call__`."""
+    """A score modification; this base class does nothing. A new one derives from it and overrides `__call__`."""
 
     adds: ClassVar[bool] = True
-    """Said beside a `__call__` that adds what does not depend on the score; of another `__call__` it says nothing."""
+    """Declares that the `__call__` of the same class adds a bias that does not depend on the score."""
 
     def __call__(self, score: jax.Array, query: Meta, key: Meta, terms: Terms) -> jax.Array:
         """The new score, float32.
 
-        All arrays have the rank of `score` and broadcast against it; a term [..., H] has its leading axes before them.
-        It is called for pairs that the mask forbids too and must be finite there, and its gradient as well.
+        All arrays have the rank of `score` and broadcast against it; the leading axes of a term [..., H] come first.
+        It is also called for masked pairs, where the result and its gradient must be finite.
         """
         return score
 
     def build(self, width: int, heads: int, *, rngs: nnx.Rngs) -> nnx.Module | None:
-        """A module `(x_BTD, meta) -> Terms` for `heads` heads at the model width `width`; None where there are none."""
+        """A module `(x_BTD, meta) -> Terms` for `heads` heads at model width `width`; None if there are no terms."""
         return None
 
     def additive(self) -> bool:
-        """Whether it adds what does not depend on the score: a backend may then be given the sum as a bias.
+        """Whether it adds a bias that does not depend on the score, which can then be passed to a backend as a bias.
 
-        It goes by `adds` of the very class whose `__call__` it is: who overrides that inherits no promise about it.
+        Uses `adds` of the class that defines `__call__`: a subclass that overrides `__call__` must declare it again.
         """
         author = next(cls for cls in type(self).__mro__ if "__call__" in vars(cls))
         return vars(author).get("adds", False)
 
     def then(self, other: "Score") -> "Score":
-        """This one first, `other` on its result."""
+        """Applies this modification, then `other` to its result."""
         if type(self) is Score or type(other) is Score:
             return self if type(other) is Score else other
         return Then(self, other)
@@ -97,9 +97,9 @@ class Then(Score):
     adds: ClassVar[bool] = True
 
     first: Score
-    """What acts on the score."""
+    """Applied to the score."""
     second: Score
-    """What acts on the result."""
+    """Applied to the result."""
 
     def __call__(self, score, query, key, terms):
         score = self.first(score, query, key, _of(FIRST, terms))
@@ -130,7 +130,7 @@ class _Then(nnx.Module):
 
 
 def _of(name: str, terms: Terms) -> Terms:
-    """The terms of one of two modifications, and those of the attention module."""
+    """The terms of one of the two modifications, plus those of the attention module."""
 
     def own(arrays):
         shared = {key: a for key, a in arrays.items() if "." not in key}
@@ -142,19 +142,20 @@ def _of(name: str, terms: Terms) -> Terms:
 def lookup(table: jax.Array, index: jax.Array) -> jax.Array:
     """table[index] of a head term [n, ...]: `index` is int32 of the score's shape, in [0, n).
 
-    A sum of selections, not a gather: the one form that every kernel compiles and differentiates. Use it for small n.
+    A sum of selects instead of a gather: the only form that every kernel compiles and differentiates. Use it for small
+    n.
     """
     return sum(jnp.where(index == i, table[i], 0.0) for i in range(table.shape[0]))
 
 
 def _head_numbers(linear: nnx.Module, x_BTD: jax.Array) -> jax.Array:
-    """What a projection [D, H] makes of the layer's input, float32 [B, H, T], as terms of queries and keys are kept."""
+    """A projection [D, H] of the layer's input, float32 [B, H, T], in the layout of query and key terms."""
     return linear(x_BTD).swapaxes(1, 2)
 
 
 @dataclasses.dataclass(frozen=True)
 class Scale(Score):
-    """The score times a factor, beside the usual 1 / sqrt(d)."""
+    """The score times a factor, in addition to the usual 1 / sqrt(d)."""
 
     factor: float = 1.0
     """The factor."""
@@ -179,15 +180,15 @@ class SoftCap(Score):
 
 @dataclasses.dataclass(frozen=True)
 class LengthTemperature(Score):
-    """The score times log(n) / log(length), but at least 1, for the query that is the n-th of its example.
+    """The score times max(1, log(n) / log(length)) for the n-th query of an example.
 
-    Scores times log n, so that the weights of long texts stay as sharp as those of short ones, are of Chiang and Cholak
-    (2202.12172) and Su (2021, kexue.fm/archives/8823). With this ratio, which leaves texts of the trained length alone,
-    it is the LogN-Scaling of Qwen (2309.16609).
+    Chiang and Cholak (2202.12172) and Su (2021, kexue.fm/archives/8823) multiply scores by log n to keep the weights of
+    long texts as sharp as those of short ones. This ratio, which leaves texts up to the training length unchanged, is
+    Qwen's LogN-Scaling (2309.16609).
     """
 
     length: int = 1024
-    """The length that the model is trained at."""
+    """The training length."""
 
     def validate(self):
         self.require(self.length >= 2, "length", "at least 2")
@@ -199,10 +200,10 @@ class LengthTemperature(Score):
 
 @dataclasses.dataclass(frozen=True)
 class KeyGate(Score):
-    """The score plus log sigmoid(w x + b) of the key's input x: a key's part of the softmax is multiplied by its gate.
+    """The score plus log sigmoid(w x + b) of the key's input x: multiplies a key's share of the softmax by its gate.
 
-    A key can so take itself out, for all queries alike. It is the log forget gate of `ForgetGate` without the sum over
-    what lies between key and query.
+    A key can thus remove itself for all queries. It is the log forget gate of `ForgetGate` without the sum over the
+    positions between key and query.
     """
 
     adds: ClassVar[bool] = True
@@ -224,10 +225,10 @@ class _KeyGate(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class ForgetGate(Score):
-    """The score plus log f_{j+1} + ... + log f_i, f = sigmoid(w x + b): every position on the way fades what is before.
+    """The score plus log f_{j+1} + ... + log f_i, f = sigmoid(w x + b): every position decays the ones before it.
 
     Lin et al., Forgetting Transformer (2503.02130), section 3, eq. 6 to 9: for query i and key j, the difference of two
-    running sums. The paper is causal; for a later key of a bidirectional span the sum runs from i to j.
+    running sums. The paper is causal; for a later key of a bidirectional span, the sum runs from i to j.
     """
 
     adds: ClassVar[bool] = True
@@ -249,10 +250,10 @@ class _ForgetGate(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class QueryTemperature(Score):
-    """The score times 2 sigmoid(w x + b) of the query's input x: a query decides how sharply it looks.
+    """The score times 2 sigmoid(w x + b) of the query's input x: each query sets its own temperature.
 
-    A temperature that the query's own input gives, as in Selective Self-Attention (Zhang et al., 2411.12892), which
-    makes it of a small network and of the position. Here one map a head; a factor of 1 where it gives 0.
+    Selective Self-Attention (Zhang et al., 2411.12892) computes the temperature with a small network and from the
+    position. Here it is one linear map per head; an output of 0 gives a factor of 1.
     """
 
     def __call__(self, score, query, key, terms):

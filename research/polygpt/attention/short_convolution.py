@@ -1,4 +1,4 @@
-"""A causal convolution over a few positions, channel by channel, as layers with a state of fixed size put before it."""
+"""A short causal depthwise convolution, as used before recurrent layers."""
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +10,8 @@ from polygpt.nn.linear import broadcast_to_rank
 class ShortConvolution(nnx.Module):
     """y_t = sum_i w_i x_{t-i} over the last W positions of the same example. Dao and Gu (2405.21060, section 7).
 
-    What lies before the example counts as zeros. Padding is passed over, wherever it lies. The kernel is [W, E], the
-    oldest position first.
+    Positions before the example count as zeros. Padding is skipped, wherever it is. The kernel is [W, E], oldest
+    position first.
     """
 
     def __init__(self, width: int, channels: int, *, rngs: nnx.Rngs, bias: bool):
@@ -19,14 +19,14 @@ class ShortConvolution(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(channels)) if bias else None
 
     def empty(self, batch_size: int, dtype: str) -> tuple[jax.Array, jax.Array]:
-        """What precedes the first position: (the last W - 1 inputs [B, W-1, E], int32 their segments [B, W-1])."""
+        """The past before the first position: (the last W - 1 inputs [B, W-1, E], their segments, int32 [B, W-1])."""
         before, channels = self.kernel.shape[0] - 1, self.kernel.shape[1]
         return jnp.zeros((batch_size, before, channels), dtype), jnp.zeros((batch_size, before), jnp.int32)
 
     def __call__(
         self, x_BTE: jax.Array, segment_BT: jax.Array, past: tuple[jax.Array, jax.Array]
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """([B, T, E] in the dtype of `x_BTE`, what precedes the next position)."""
+        """([B, T, E] in the dtype of `x_BTE`, the past before the next position)."""
         B, T, _ = x_BTE.shape
         W = self.kernel.shape[0]
         real_BT = segment_BT > 0
@@ -34,7 +34,7 @@ class ShortConvolution(nnx.Module):
         x_BTE, segment_BT = _where(gaps, lambda x, s: _gathered((x, s), jnp.argsort(~real_BT)), x_BTE, segment_BT)
         x_BSE = jnp.concatenate([past[0].astype(x_BTE.dtype), x_BTE], axis=1)
         segment_BS = jnp.concatenate([past[1], segment_BT], axis=1)
-        # Examples by number, so that one is never taken for another of the same segment.
+        # Number the examples, so that two with the same segment are not confused.
         number_BS = jnp.cumsum(jnp.diff(segment_BS, axis=1, prepend=segment_BS[:, :1]) != 0, axis=1)
         y_BTE = jnp.zeros(x_BTE.shape, jnp.float32)
         for i, weight_E in enumerate(self.kernel[...]):
@@ -50,7 +50,7 @@ class ShortConvolution(nnx.Module):
 
 
 def _where(gaps, change, *arrays):
-    """`change(*arrays)` where there is padding between positions: rows hardly ever have it, and gathering is slow."""
+    """`change(*arrays)` if there is padding between positions, which is rare; the gather is slow."""
     if gaps is False:
         return arrays
     return jax.lax.cond(gaps, change, lambda *arrays: arrays, *arrays)

@@ -1,4 +1,4 @@
-"""Sigmoid attention: each weight is decided by itself, with no competition between keys."""
+"""Sigmoid attention: weights are independent, without competition between keys."""
 
 import dataclasses
 import math
@@ -10,7 +10,7 @@ from polygpt.attention.scores import Score
 
 @dataclasses.dataclass(frozen=True)
 class Shift(Score):
-    """The score plus a constant, which softmax does not see and a sigmoid does."""
+    """The score plus a constant, which affects a sigmoid but not a softmax."""
 
     adds: ClassVar[bool] = True
 
@@ -23,10 +23,10 @@ class Shift(Score):
 
 @dataclasses.dataclass(frozen=True)
 class SigmoidAttention(MultiHead):
-    """Each weight a sigmoid of its own score. Ramapuram et al., Sigmoid Self-Attention (2409.04431), section 2.
+    """Each weight is a sigmoid of its own score. Ramapuram et al., Sigmoid Self-Attention (2409.04431), section 2.
 
-    sigmoid(q k^T / sqrt(d) - log n) v. The bias -log n makes the weights of a query sum to about one at the start of
-    training, which the authors find decisive (their section 5); n is the length of the sequence.
+    sigmoid(q k^T / sqrt(d) - log n) v. The bias -log n makes a query's weights sum to about one at the start of
+    training, which the authors find essential (section 5); n is the sequence length.
     """
 
     paper = "2409.04431"

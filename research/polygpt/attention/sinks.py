@@ -1,4 +1,4 @@
-"""A sliding window, and the first positions beside it."""
+"""Attention sinks plus a sliding window."""
 
 import dataclasses
 
@@ -10,17 +10,17 @@ from polygpt.attention.multi_head import MultiHead
 class SinksAndWindow(MultiHead):
     """Attention to the first positions and to the nearest. Xiao et al., StreamingLLM (2309.17453), section 3.2.
 
-    The first positions take the weight that a softmax must give to something: texts far longer than the window stay
-    likely. Position ids are those of the text, where the paper counts within its cache; the cache is a ring of
-    `sinks + window` positions.
+    The first positions absorb the weight that softmax must assign somewhere, which keeps texts far longer than the
+    window likely. Position ids are those of the text, whereas the paper counts positions within its cache. The cache is
+    a ring buffer of `sinks + window` positions.
     """
 
     paper = "2309.17453"
 
     sinks: int = 4
-    """How many first positions every query sees."""
+    """Number of first positions that every query sees."""
     window: int = 64
-    """How many positions up to and with itself a query sees; in a tower as many to the other side too."""
+    """Number of positions that a query sees, up to and including itself; in a tower, as many after it."""
 
     def validate(self):
         super().validate()

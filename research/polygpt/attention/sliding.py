@@ -1,4 +1,4 @@
-"""A window that slides along with the query."""
+"""Sliding window attention."""
 
 import dataclasses
 
@@ -8,16 +8,17 @@ from polygpt.attention.multi_head import MultiHead
 
 @dataclasses.dataclass(frozen=True)
 class SlidingWindow(MultiHead):
-    """Attention to the nearest positions alone. Beltagy et al., Longformer (2004.05150), section 3.1; in decoders Child
+    """Attention to the nearest positions only. Beltagy et al., Longformer (2004.05150), section 3.1; in decoders Child
     et al. (1904.10509), section 4.3, and Jiang et al., Mistral (2310.06825), section 2.
 
-    Through L layers a position hears of what is up to L (window - 1) positions away. The cache is a ring of `window`.
+    Through L layers, information travels up to L (window - 1) positions. The cache is a ring buffer of `window`
+    positions.
     """
 
     paper = "2004.05150"
 
     window: int = 64
-    """How many positions up to and with itself a query sees; in a tower as many to the other side too."""
+    """Number of positions that a query sees, up to and including itself; in a tower, as many after it."""
 
     def validate(self):
         super().validate()

@@ -1,4 +1,4 @@
-"""The nearest positions, and every n-th of all others."""
+"""Local plus strided attention."""
 
 import dataclasses
 
@@ -8,19 +8,19 @@ from polygpt.attention.multi_head import MultiHead
 
 @dataclasses.dataclass(frozen=True)
 class LocalAndStrided(MultiHead):
-    """Attention to the nearest positions and, beyond, to those at a multiple of the stride. Child et al., sparse
+    """Attention to the nearest positions and, beyond those, at multiples of the stride. Child et al., sparse
     transformers (1904.10509), section 4.3, with both patterns in each head (section 5.2).
 
-    Any position is heard of by any later one after two layers, at a cost of about T sqrt(T) where the stride is near
-    sqrt(T). The positions at a stride lie in all blocks: kernels that skip empty blocks skip none of them.
+    Two layers connect any position to any later one, at a cost of about T sqrt(T) if the stride is near sqrt(T).
+    Strided keys occur in all blocks, so kernels that skip empty blocks skip none of them.
     """
 
     paper = "1904.10509"
 
     stride: int = 16
-    """Positions from one distant key to the next."""
+    """Distance between successive strided keys."""
     window: int | None = None
-    """How many positions up to and with itself a query sees without gaps; null means as many as the stride."""
+    """Number of positions that a query sees without gaps, up to and including itself; null for the stride."""
 
     def validate(self):
         super().validate()

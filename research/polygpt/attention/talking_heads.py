@@ -1,4 +1,4 @@
-"""Attention whose heads are mixed with each other before and after the softmax."""
+"""Talking-heads attention: heads are mixed before and after the softmax."""
 
 import dataclasses
 
@@ -11,15 +11,15 @@ from polygpt.attention.kernels import dispatch, reference
 from polygpt.attention.multi_head import MultiHead, MultiHeadModule
 from polygpt.sharding import constrain
 
-REASON = "talking heads mix the scores of all heads, which only the materialised matrix holds together"
+REASON = "talking heads mix the scores of all heads, which requires the materialised matrix"
 
 
 @dataclasses.dataclass(frozen=True)
 class TalkingHeads(MultiHead):
-    """Heads mixed before and after the softmax. Shazeer et al., Talking-Heads Attention (2003.02436), section 4.
+    """Heads are mixed before and after the softmax. Shazeer et al., Talking-Heads Attention (2003.02436), section 4.
 
-    softmax(q k^T P) P' v; P and P' act on the axis of heads, are square, [H, H], and start as the identity: multi-head
-    attention. Modifications act on the scores before they are mixed, the mask after.
+    softmax(q k^T P) P' v. P and P' act on the head axis, are square, [H, H], and are initialised to the identity, which
+    is multi-head attention. Score modifications apply before mixing, the mask after.
     """
 
     paper = "2003.02436"
@@ -57,7 +57,7 @@ class TalkingHeadsModule(MultiHeadModule):
 
     def _weights(self, rule, operands):
         score_BHTS, visible_B1TS = reference.masked_scores(rule, operands)
-        # Forbidden scores are a huge number, which must not reach the others through the mixture.
+        # Masked scores are huge negative numbers, which must not leak into other heads.
         score_BHTS = _mixed(jnp.where(visible_B1TS, score_BHTS, 0), self.before[...])
         score_BHTS = jnp.where(visible_B1TS, score_BHTS, reference.LOWEST)
         weights_BHTS = _mixed(reference.normalized(rule, score_BHTS, visible_B1TS), self.after[...])
@@ -65,10 +65,10 @@ class TalkingHeadsModule(MultiHeadModule):
 
 
 def _mixed(x_BHTS: jax.Array, mixture_HG: jax.Array) -> jax.Array:
-    """Heads H to mixtures of them G: [B, G, T, S].
+    """Mixes heads H into G: [B, G, T, S].
 
-    How the scores are split is said on either side: XLA's own choice for the gradient of the mixture, a product summed
-    over three axes, is wrong where rows and positions are split (jax 0.10.2 and 0.12).
+    The sharding is constrained before and after, because XLA's own choice for the gradient of the mixture, a product
+    summed over three axes, is wrong if rows and positions are split (jax 0.10.2 and 0.12).
     """
     x_BHTS = constrain(x_BHTS, "batch", None, "positions", None)
     return constrain(jnp.einsum("bhts,hg->bgts", x_BHTS, mixture_HG), "batch", None, "positions", None)

@@ -1,4 +1,4 @@
-"""Attention with a recurrence over pieces of the row and relative positions."""
+"""Transformer-XL: segment-level recurrence and relative positions."""
 
 import dataclasses
 
@@ -17,23 +17,23 @@ from polygpt.nn.positions import NoPosition, Position
 class TransformerXL(MultiHead):
     """Recurrence over pieces, and relative positions. Dai et al., Transformer-XL (1901.02860), sections 3.2 and 3.3.
 
-    An example is read in pieces: a position sees its own piece and the one before, into whose activations no gradient
-    flows. Scores are (q + u) k^T + (q + v) (W R_{i-j})^T, where R_n are sines and cosines of n. Those of a difference
-    are sums of products, so the term is, in exact arithmetic, an inner product of a longer query and a longer key:
-    every backend computes it, and nothing is shifted. Where a gradient is to stop, the two pieces are two calls of the
-    backend, joined by the sums of their softmax. A bidirectional span sees its own positions in the piece after, too.
+    An example is divided into pieces: a position sees its own piece and the previous one, without gradients into the
+    latter's activations. Scores are (q + u) k^T + (q + v) (W R_{i-j})^T, where R_n are sines and cosines of n. By the
+    angle difference identities this equals an inner product of a longer query and a longer key, so every backend
+    computes it, without shifting. With stopped gradients, the two pieces are separate backend calls, combined by their
+    softmax sums. A bidirectional span also sees its own positions in the next piece.
     """
 
     paper = "1901.02860"
 
     position: Position | None = NoPosition()
-    """A position encoding beside the relative one of this layer; null means that of the stack."""
+    """A position encoding in addition to the relative one of this layer; null for that of the stack."""
     piece: int = 32
-    """The positions of a piece."""
+    """Positions per piece."""
     detach: bool = True
-    """Whether gradients stop before the piece before, as in the paper."""
+    """Whether to stop gradients into the previous piece, as in the paper."""
     relative_width: int | None = None
-    """The channels of R, sines and cosines of half as many wavelengths; null means the model width, as in the paper."""
+    """Number of channels of R, a sine and a cosine per wavelength; null for the model width, as in the paper."""
 
     def validate(self):
         super().validate()
@@ -51,9 +51,9 @@ class TransformerXL(MultiHead):
         return TransformerXLModule(self, dims, rngs)
 
     def channels(self, width: int) -> int:
-        """The channels of R at the model width `width`."""
+        """The number of channels of R at model width `width`."""
         if self.relative_width is None:
-            self.require(width % 2 == 0, "relative_width", f"given where the model width, {width}, is odd")
+            self.require(width % 2 == 0, "relative_width", f"set if the model width, {width}, is odd")
         return self.relative_width or width
 
     def backends(self) -> tuple[str, ...]:
@@ -77,7 +77,7 @@ class TransformerXLModule(MultiHeadModule):
     def __call__(self, x_BTD, context, cache=None):
         if not self.spec.detach or cache is not None:
             return super().__call__(x_BTD, context, cache)
-        # The projections of the piece before learn, what they act on does not: SG(h) in the paper's equations.
+        # Gradients reach the projections of the previous piece but not their input: SG(h) in the paper's equations.
         own, past = self.remembered(x_BTD, context), self.remembered(jax.lax.stop_gradient(x_BTD), context)
         piece = Blockwise(self.spec.piece)
         y_BHTe, lse_BHT = self._attend_to(own, piece, x_BTD, context)
@@ -104,7 +104,7 @@ class TransformerXLModule(MultiHeadModule):
         return dataclasses.replace(operands, key_BKSd=jnp.concatenate([operands.key_BKSd, waves_BKSR], axis=-1))
 
     def _attend_to(self, seen, part, x_BTD, context):
-        """Attention to that part of what is `seen`."""
+        """Attention to the part of the `seen` positions selected by the mask `part`."""
         rule = self.spec.rule(context.mask, self.dims)
         rule = dataclasses.replace(rule, mask=rule.mask & part)
         return self.attend(rule, self.operands(x_BTD, context, seen, context.key))
