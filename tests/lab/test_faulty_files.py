@@ -16,7 +16,7 @@ class Mine(pg.MultiHead):
 
 """
 FAULTS = {
-    "    def mask(self, mask):\n        mask & pg.Window(8)\n": "Mine.mask() gives None: it must return a Mask",
+    "    def mask(self, mask):\n        mask & pg.Window(8)\n": "Mine.mask() returned None: it must return a Mask",
     "    def mask(self, mask):\n        return lambda q, k: True\n": "it must return a Mask",
     "    def score(self, score):\n        return pg.Score\n": "it must return a Score",
     "    def mask(self, mask):\n        return mask & pg.Windows(1)\n": "line 10: AttributeError: module 'polygpt.api'",

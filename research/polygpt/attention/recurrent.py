@@ -45,7 +45,7 @@ class Stateful(Attention):
     convolution: int = 0
     """Kernel size of a causal convolution over the projections; 0 for none."""
     chunk: int = 64
-    """Positions per chunk, a power of two. It affects time and memory, not the result."""
+    """Positions per chunk, a power of two. Affects time and memory, not the result."""
 
     def validate(self):
         self.require(self.heads >= 1, "heads", "at least 1")
@@ -55,7 +55,7 @@ class Stateful(Attention):
         self.require(self.position is None or not self.position.adds(), "position", INSIDE)
 
     def encoding(self, dims: Dims) -> Position:
-        """The position encoding that acts in this layer. Raises SpecError if it acts on scores."""
+        """The position encoding of this layer. Raises SpecError if it acts on scores."""
         position = dims.position if self.position is None else self.position
         if position.score() is not None:
             raise SpecError(
