@@ -59,8 +59,8 @@ class Stateful(Attention):
         position = dims.position if self.position is None else self.position
         if position.score() is not None:
             raise SpecError(
-                f"{type(self).__name__}.position: {type(position).__name__} acts on scores, which linear attention does "
-                "not have: set it to Rope() or NoPosition()"
+                f"{type(self).__name__}.position: {type(position).__name__} acts on scores, which linear attention "
+                "does not have: set it to Rope() or NoPosition()"
             )
         return position
 
