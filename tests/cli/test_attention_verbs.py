@@ -167,3 +167,9 @@ def test_a_loop_makes_the_compiled_count_a_lower_bound(own):
     spec = MultiHead(backend="chunked")
     (forward,), _, (decode,) = bench.compare({"chunked": spec}, (16,), 16, 1, "float32")
     assert not forward.whole and not decode.whole
+
+
+def test_properties_whose_names_have_commas_can_be_chosen(capsys):
+    only = "causality,packed in any order, long rows, nothing"
+    assert main(["attention", "check", "polygpt.attention.multi_head:MultiHead", "--only", only]) == 2
+    assert "--only nothing: no such property" in capsys.readouterr().err

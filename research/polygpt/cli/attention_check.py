@@ -1,6 +1,7 @@
 """polygpt attention check MODULE:SPEC: every property of a variant, measured beside its bound."""
 
 from argparse import Namespace
+from collections.abc import Collection
 
 from polygpt.cli import variant
 from polygpt.cli.arguments import Parser
@@ -43,7 +44,7 @@ def run(arguments: Namespace) -> dict:
 
     chosen = [name for name in PROPERTIES if name != TPU or not arguments.no_tpu]
     if arguments.only is not None:
-        chosen = [name.strip() for name in arguments.only.split(",")]
+        chosen = _names(arguments.only, PROPERTIES)
         for name in chosen:
             if name not in PROPERTIES:
                 raise UserError(f"--only {name}: no such property: {nearest(name, PROPERTIES)}")
@@ -73,6 +74,16 @@ def run(arguments: Namespace) -> dict:
         "findings": [one.to_json() for one in findings],
         "fault": (f"{fault}: {findings[0].note}" if broken else fault) if failed else None,
     }
+
+
+def _names(text: str, known: Collection[str]) -> list[str]:
+    """The names in a text that separates them by commas, which some known names have themselves."""
+    parts, names = [part.strip() for part in text.split(",")], []
+    while parts:
+        count = next((n for n in range(len(parts), 1, -1) if ", ".join(parts[:n]) in known), 1)
+        names.append(", ".join(parts[:count]))
+        parts = parts[count:]
+    return names
 
 
 def _number(value: float | None) -> str:
