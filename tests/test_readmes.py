@@ -7,7 +7,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "research" / "polygpt"
-FOLDERS = sorted(path.parent for path in PACKAGE.rglob("README.md") if "embedded" not in path.parts)
+FOLDERS = sorted(
+    path
+    for path in PACKAGE.rglob("*")
+    if path.is_dir() and not {"__pycache__", "embedded"} & set(path.parts) and any(path.iterdir())
+)
 PAGES = sorted(page for top in ("research", "experiments") for page in (ROOT / top).rglob("*.md"))
 PAGES += [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 
