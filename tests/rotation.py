@@ -36,14 +36,14 @@ def commit_number(folder: Path) -> int:
         return 0
 
 
-def apply_rope(group: str) -> int:
+def turn(group: str) -> int:
     """Of a group, the one of `TURNS` that names it."""
     return next(i for i, groups in enumerate(TURNS) if group in groups)
 
 
 def wait(group: str, number: int) -> int:
     """How many commits after the one of this number a group has its turn: 0, 1 or 2."""
-    return (apply_rope(group) - number) % len(TURNS)
+    return (turn(group) - number) % len(TURNS)
 
 
 def group_of(path: Path) -> str:
