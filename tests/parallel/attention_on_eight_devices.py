@@ -25,6 +25,7 @@ from polygpt.attention.kernels import dispatch  # noqa: E402
 from polygpt.attention.kernels.problem import Operands, Rule  # noqa: E402
 from polygpt.attention.masks import DECODER, ENCODER, Causal, Meta, Prefix, SameSegment, Sinks, Window  # noqa: E402
 from polygpt.attention.scores import Scale, SoftCap  # noqa: E402
+from polygpt.errors import SpecError  # noqa: E402
 
 T = 16
 CASES = {
@@ -101,6 +102,15 @@ def compared(mesh: str, context: str, backend: str, names=tuple(CASES)) -> list[
     return [f"{mesh}, {context}, {backend}: {name}" for name in names]
 
 
+def refusal() -> str:
+    """What terms of pairs are told in a ring."""
+    try:
+        split("sequence 8", "ring", "reference")(*problem("pairs"))
+    except SpecError as error:
+        return str(error)
+    return ""
+
+
 def compiled(context: str, length: int):
     """A program with gradients of rows of this length, over eight devices."""
     layout = sharding.arrange(sharding.MeshSpec(data=1, sequence=8, context=context), jax.devices())
@@ -155,4 +165,4 @@ if __name__ == "__main__":
     assert len(jax.devices()) == 8
     slow = sys.argv[1:] == ["slow"]
     done = [line for chosen in (SLOW if slow else QUICK) for line in compared(*chosen)]
-    print(json.dumps({"compared": done, "programs": None if slow else programs()}))
+    print(json.dumps({"compared": done, "refused": refusal(), "programs": None if slow else programs()}))

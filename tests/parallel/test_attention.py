@@ -39,6 +39,10 @@ def test_values_and_gradients_are_those_of_one_device(quick):
     assert len(quick["compared"]) == 9 and "sequence 4, tensor 2, ring, reference: spans" in quick["compared"]
 
 
+def test_a_ring_refuses_terms_of_pairs(quick):
+    assert "pair terms" in quick["refused"] and "train.mesh.context" in quick["refused"]
+
+
 @pytest.mark.slow
 def test_they_are_with_every_mesh_mask_and_backend():
     assert len(run("attention_on_eight_devices.py", "slow")["compared"]) == 102
