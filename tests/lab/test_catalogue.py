@@ -64,7 +64,7 @@ def test_a_starting_file_is_a_variant(tmp_path, capsys, kind):
     assert (
         issubclass(cls, Recurrent if kind == "recurrent" else MultiHead) and override(cls(), {"heads": "2"}).heads == 2
     )
-    assert main(words) == 2 and "exists already" in capsys.readouterr().err, "nothing is overwritten"
+    assert main(words) == 2 and "already exists" in capsys.readouterr().err, "nothing is overwritten"
     few = "causality, full cache = no cache, gradient = finite differences"
     assert main(["attention", "check", f"{path}:MyOwnHEADS", "--only", few, "--json"]) == 0
     assert [one["passed"] for one in json.loads(capsys.readouterr().out)["findings"]] == [True] * 3
@@ -92,8 +92,8 @@ def test_a_starting_file_is_called_as_its_class(tmp_path, name, file):
         ("None", "mask", "class name"),
         ("Two words", "mask", "class name"),
         ("A²", "mask", "class name"),
-        ("Decay", "mask", "a Decay of its own"),
-        ("Recurrent", "recurrent", "a Recurrent of its own"),
+        ("Decay", "mask", "already uses the name Decay"),
+        ("Recurrent", "recurrent", "already uses the name Recurrent"),
     ],
 )
 def test_a_name_that_makes_no_class_is_told(tmp_path, capsys, name, kind, part):

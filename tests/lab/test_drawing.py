@@ -95,9 +95,9 @@ def test_seen_pairs_are_counted_a_few_queries_at_a_time(monkeypatch):
 @pytest.mark.parametrize(
     ("picture", "expected"),
     [
-        (".", "is no picture: name a file that ends in .png"),
-        ("mask", "is no picture"),
-        ("mask.xyz", "is no picture"),
+        (".", "is not a picture file: use .png"),
+        ("mask", "is not a picture file"),
+        ("mask.xyz", "is not a picture file"),
         ("folder.png", "folder.png is a folder"),
         ("file/mask.png", "file/mask.png cannot be written: "),
     ],

@@ -58,10 +58,10 @@ class NearModule(MultiHeadModule):
 """
 BROKEN = {
     "        raise ValueError('of two\\nlines')": "near.py, line 14: ValueError: of two lines",
-    "        return y_BTD[..., 1:], cache": "the result is [3, 24, 31] where [3, 24, 32] is due",
-    "        return y_BTD.astype(int), cache": "the result is int32[3, 24, 32] where float32[3, 24, 32] is due",
-    "        return y_BTD": "a call gives float32[3, 24, 32]: it must give a pair, (y_BTD, cache)",
-    "        return y_BTD, x_BTD": "with a cache, the second result is not of the form that init_cache() gives",
+    "        return y_BTD[..., 1:], cache": "the result is [3, 24, 31], but must be [3, 24, 32]",
+    "        return y_BTD.astype(int), cache": "the result is int32[3, 24, 32], but must be float32[3, 24, 32]",
+    "        return y_BTD": "a call returns float32[3, 24, 32]: it must return a pair, (y_BTD, cache)",
+    "        return y_BTD, x_BTD": "with a cache, the second result does not have the structure of init_cache()",
 }
 
 

@@ -1,1 +1,1 @@
-"""The attention lab: what proves, measures and draws a variant, the package's own or a user's."""
+"""The attention lab: checks, benchmarks and draws attention variants, the package's own or a user's."""

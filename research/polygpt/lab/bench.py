@@ -1,4 +1,4 @@
-"""What a variant costs: time, memory and FLOPs over the length of the row, forward, backward and decoding."""
+"""Benchmarks of variants: time, memory and FLOPs by row length, for forward, backward and decoding."""
 
 import dataclasses
 import functools
@@ -17,9 +17,9 @@ from polygpt.attention.masks import DECODER, Meta
 from polygpt.nn.positions import Rope
 
 REPEATS = 7
-"""Timed runs of each program; the median counts."""
+"""Number of timed runs per program; the median is reported."""
 KINDS = ("forward", "forward and backward", "decode")
-"""What is measured. A decode step adds one position to a cache that is full up to it."""
+"""The measured programs. A decode step adds the last position to an otherwise full cache."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,17 +28,18 @@ class Cost:
 
     Attributes:
         variant: its name.
-        length: T, positions of the row, or of the cache.
+        length: T, number of positions of the row, or of the cache.
         kind: one of `KINDS`.
         seconds: median of `REPEATS` runs.
-        fastest, slowest: of these runs, in seconds.
-        megabytes: peak memory beside the parameters: temporaries, results and, in decoding, the cache.
-        moved: MB that the compiled program reads and writes, by XLA's cost analysis: here fewer key heads show.
-        gflops: by formula: 2 per parameter and position for the projections, the variant's `score_flops`, on
-            average over the positions of a causal row, and three times as much with the backward pass.
-        counted: GFLOPs of the compiled program, by XLA's cost analysis. A materialised matrix counts as a whole,
-            forbidden pairs included.
-        whole: whether that count, and `moved`, are complete: the body of a loop counts once, a fused kernel hardly.
+        fastest, slowest: the fastest and slowest of these runs, in seconds.
+        megabytes: peak memory, excluding parameters: temporaries, results and, in decoding, the cache.
+        moved: MB read and written by the compiled program, from XLA's cost analysis; shows the effect of fewer key
+            heads.
+        gflops: by formula: 2 FLOPs per parameter and position for projections, plus the variant's `score_flops`
+            averaged over a causal row; three times as much with the backward pass.
+        counted: GFLOPs of the compiled program, from XLA's cost analysis. A materialised matrix counts in full,
+            including masked pairs.
+        whole: whether `counted` and `moved` are complete: loop bodies count only once, fused kernels hardly at all.
     """
 
     variant: str
@@ -56,10 +57,10 @@ class Cost:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A compiled program; its figures as in `Cost`.
+    """A compiled program, with figures as in `Cost`.
 
     Attributes:
-        run: computes once; warm already.
+        run: runs the program once; already warmed up.
     """
 
     run: Callable[[], object]
@@ -73,14 +74,14 @@ class Program:
 def compare(
     specs: dict[str, Attention], lengths: tuple[int, ...], width: int, rows: int, dtype: str
 ) -> Iterator[list[Cost]]:
-    """Measures each variant at each length, their runs taking turns, so that a busy moment hits all of them.
+    """Measures each variant at each length. Runs of the variants alternate, so that background load affects all.
 
     Args:
         specs: the variants by name.
         lengths: T, in any order.
         width: D.
         rows: B.
-        dtype: to compute in.
+        dtype: compute dtype.
 
     Yields:
         The costs of one length and kind, in the order of `specs`.
@@ -103,13 +104,13 @@ def _cost(name: str, length: int, kind: str, seconds: list[float], one: Program)
 
 
 def doubts(costs: list[Cost]) -> list[str]:
-    """Where a variant's formula and the compiled decode step, one query that sees all keys, differ by half.
+    """Warnings where a variant's formula and its compiled decode step, one query that sees all keys, clearly differ.
 
-    Softmax and mask, which no formula counts, explain a factor of 1.4 for heads of 8 channels, less for wider ones.
+    Softmax and mask, which formulas do not count, explain a factor of 1.4 for 8-channel heads, less for wider ones.
     """
     steps = {cost.variant: cost for cost in sorted(costs, key=lambda cost: cost.length) if cost.kind == "decode"}
     return [
-        f"{name}: score_flops() gives {flops_text(one.gflops * 1e9)}FLOPs with the projections for a decode step at T "
+        f"{name}: score_flops() and projections give {flops_text(one.gflops * 1e9)}FLOPs for a decode step at T "
         f"{one.length:,}, the compiled program {flops_text(one.counted * 1e9)}FLOPs: check the formula"
         for name, one in steps.items()
         if one.whole and not 0.8 <= one.counted / one.gflops <= 1.5
@@ -117,7 +118,7 @@ def doubts(costs: list[Cost]) -> list[str]:
 
 
 def flops_text(count: float) -> str:
-    """A number to three digits with the prefix of its unit: "655 k", "1.07 G"."""
+    """A number with three significant digits and a unit prefix: "655 k", "1.07 G"."""
     for prefix, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if count >= 0.9995 * size:
             return f"{float(f'{count / size:.3g}'):g} {prefix}"
@@ -125,7 +126,7 @@ def flops_text(count: float) -> str:
 
 
 def program(spec: Attention, kind: str, T: int, width: int, rows: int, dtype: str) -> Program:
-    """The program of one kind, compiled and run once."""
+    """One program, compiled and run once."""
     dims = Dims(width, dtype, Rope())
     graphdef, params = nnx.split(jax.jit(lambda: spec.build(dims, nnx.Rngs(0)))())
     query_T = 1 if kind == "decode" else T
@@ -180,7 +181,7 @@ def program(spec: Attention, kind: str, T: int, width: int, rows: int, dtype: st
 
 
 def plot(costs: list[Cost], path, title: str) -> None:
-    """Writes a PNG: time and memory over T, a column a kind, a line a variant."""
+    """Plots time and memory over T, with one column per kind and one line per variant."""
     from matplotlib.figure import Figure
 
     from polygpt.lab import picture

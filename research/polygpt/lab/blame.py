@@ -1,4 +1,4 @@
-"""Where in a user's own code an error came from."""
+"""Locates an error in the user's own code."""
 
 import inspect
 import sysconfig
@@ -14,13 +14,13 @@ _PACKAGES = [
     *(Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")),
 ]
 LONGEST = 300
-"""Characters of an error that are told."""
+"""Maximum number of characters of an error message."""
 
 
 def told(error: Exception, cls: type) -> str:
-    """The error in one line, begun by the last line of the user's own code that it came through, if it did.
+    """The error in one line, prefixed with the last line of user code in its traceback, if any.
 
-    Own is the file of `cls`, and any file that belongs to no package.
+    User code is the file of `cls` and any file outside installed packages.
     """
     frames = traceback.extract_tb(error.__traceback__)
     text = " ".join(str(error).split())

@@ -1,4 +1,4 @@
-"""Every attention variant of the package, found by walking its folder, and what each says of itself."""
+"""The catalogue of the package's attention variants, found by walking its folder."""
 
 import dataclasses
 import importlib
@@ -14,7 +14,7 @@ from polygpt.spec import class_name
 ARXIV = re.compile(r"\d{4}\.\d{4,5}")
 """An arXiv number."""
 SENTENCE = re.compile(r"(?<!\bal)\. (?=[A-Z])")
-"""Where a sentence ends."""
+"""The end of a sentence."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,12 +23,12 @@ class Entry:
 
     Attributes:
         name: the class.
-        spec: what `--model.decoder.attention` takes.
+        spec: the value for `--model.decoder.attention`.
         family: softmax or linear.
         about: the first sentence of its docstring.
-        paper: what the class itself calls its source, an arXiv number or "author, year, place"; or "".
-        backends: those that can compute it; empty where it has a form of its own.
-        cost: FLOPs beside the projections of one query that sees S keys.
+        paper: the source named by the class itself, an arXiv number or "author, year, place"; or "".
+        backends: the backends that can compute it; empty if it has its own implementation.
+        cost: FLOPs, excluding projections, of one query that sees S keys.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Entry:
 
 
 def variants() -> list[type[Attention]]:
-    """The classes, softmax family first, each family by the name of the file."""
+    """The classes, softmax family first, sorted by file name within each family."""
     found = {}
     for module in pkgutil.iter_modules(polygpt.attention.__path__, "polygpt.attention."):
         for value in vars(importlib.import_module(module.name)).values():
@@ -52,10 +52,10 @@ def variants() -> list[type[Attention]]:
 
 
 def entry(cls: type[Attention]) -> Entry:
-    """What a variant says of itself; one without defaults for its fields cannot be listed."""
+    """The entry of a variant, whose fields must all have defaults."""
     spec = cls()
     about = SENTENCE.split(" ".join(inspect.getdoc(cls).split()))[0].rstrip(".")
-    paper = vars(cls).get("paper", "")  # not inherited: what derives from a paper's variant is not that paper's
+    paper = vars(cls).get("paper", "")  # not inherited: a derived variant has another source
     return Entry(cls.__name__, class_name(cls), spec.family, about, paper, spec.backends(), spec.cost())
 
 

@@ -1,6 +1,6 @@
-"""`polygpt attention check`: every property of a variant, measured beside its bound.
+"""`polygpt attention check`: measures every property of a variant and compares it with its bound.
 
-To add a property, write a function that takes a `Subject` and gives a `Measured`, and name it here.
+To add a property, write a function `(Subject) -> Measured` and list it in `PROPERTIES`.
 """
 
 import contextvars
@@ -30,7 +30,7 @@ from polygpt.lab.subject import WIDTH, Subject
 
 BUILDS, MESH, TPU = "builds and runs", "two devices = one", "compiles for TPU"
 LIMIT = 300.0
-"""Seconds that one property may take."""
+"""Time limit per property, in seconds."""
 PROPERTIES: dict[str, Callable[[Subject], Measured]] = {
     BUILDS: construction.builds_and_runs,
     "causality": visibility.causality,
@@ -67,20 +67,20 @@ PROPERTIES: dict[str, Callable[[Subject], Measured]] = {
     "JSON round trip": agreement.json_round_trip,
     TPU: compilation.tpu,
 }
-"""By name, in the order of the table."""
+"""The properties by name, in the order of the table."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """What one property came to.
+    """The result of one property.
 
     Attributes:
-        name: of the property.
-        passed: None where it does not apply.
-        error, bound: what was measured and may be; None where nothing was.
-        note: why it does not apply, where it fails, or the error that it died of.
-        seconds: how long it took.
-        exception: what it raised, if it did.
+        name: the name of the property.
+        passed: whether it holds; None if it does not apply.
+        error, bound: the measured error and its bound; None if nothing was measured.
+        note: why it does not apply, where it fails, or the error that it raised.
+        seconds: duration.
+        exception: the exception that it raised, if any.
     """
 
     name: str
@@ -93,11 +93,11 @@ class Finding:
 
     @property
     def result(self) -> str:
-        """As the table says it."""
+        """The result as shown in the table."""
         return {True: "pass", False: "FAIL", None: "n/a"}[self.passed]
 
     def to_json(self) -> dict:
-        """The finding as data."""
+        """The finding as JSON data."""
         return {
             field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "exception"
         }
@@ -111,23 +111,24 @@ def check(
     progress: Callable[[str, int, int], None] = lambda name, done, total: None,
     limit: float = LIMIT,
 ) -> tuple[Subject | None, list[Finding]]:
-    """Measures every property of a variant; or the first alone, chosen or not, where it fails.
+    """Measures the chosen properties of a variant. If the first property of all fails, measures only that one.
 
-    A property that is not done within its time fails, and is the last: what hangs keeps a core busy and may hold locks.
+    A property that exceeds its time limit fails and is the last: a hanging program keeps a core busy and may hold
+    locks.
 
     Args:
         spec: the variant.
-        width: of the model that it is built into.
-        length: positions a row; None chooses by the variant's own sizes.
+        width: the model width.
+        length: positions per row; None derives it from the variant's own sizes.
         chosen: names of the properties to measure.
-        progress: called when a property begins, with its name, how many are done, and of how many.
-        limit: seconds that one property may take.
+        progress: called at the start of each property with its name, the number done and the total number.
+        limit: time limit per property, in seconds.
 
     Returns:
-        (what was examined, None where it could not be built; the findings).
+        (the subject, None if it could not be built; the findings).
 
     Raises:
-        SpecError: what is asked cannot be built. What a property raises becomes a finding that failed.
+        SpecError: if the variant cannot be built. An exception raised by a property becomes a failed finding.
     """
     if length is not None and length < LEAST:
         raise SpecError(f"a check of {length} positions: it needs at least {LEAST}")
@@ -155,13 +156,13 @@ def check(
 
 
 class Hangs(Exception):
-    """A property was not done within its time."""
+    """A property exceeded its time limit."""
 
 
 def _within(limit: float, measure: Callable[[], Measured]) -> Measured:
-    """What `measure` gives or raises; raises `Hangs` when it takes longer than `limit` seconds.
+    """Runs `measure`; raises `Hangs` if it takes longer than `limit` seconds.
 
-    It runs in a thread, as nothing interrupts a compiled program that does not end.
+    It runs in a thread, because a compiled program that does not end cannot be interrupted.
     """
     outcome: list[tuple[Measured | None, Exception | None]] = []
 
@@ -175,7 +176,7 @@ def _within(limit: float, measure: Callable[[], Measured]) -> Measured:
     thread.start()
     thread.join(limit)
     if not outcome:
-        raise Hangs(f"not done after {limit:g} s: it hangs or is very slow, and what comes after it was not measured")
+        raise Hangs(f"not done after {limit:g} s: it hangs or is very slow; later properties were not measured")
     measured, error = outcome[0]
     if error is not None:
         raise error

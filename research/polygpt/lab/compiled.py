@@ -1,4 +1,4 @@
-"""How the lab compiles: quickly, and without what is known to compute wrongly."""
+"""Compilation in the lab: fast, and without optimisations known to be wrong."""
 
 import functools
 from collections.abc import Callable
@@ -11,10 +11,9 @@ from polygpt.runtime.compilation import compiler_options
 def compiled(function: Callable, *static: str) -> Callable:
     """`jax.jit(function)`, with the names of static arguments.
 
-    On a CPU it is compiled without LLVM's optimisations, as each program is run only a few times.
-
-    There the YNNPACK fusions are left out too, as in training: with them jax 0.10.2 computes wrong gradients where a
-    backward pass through a norm is vmapped, moved by inputs on which the result does not depend.
+    On CPU it is compiled without LLVM optimisations, because each program is run only a few times, and, as in training,
+    without YNNPACK fusions: with them, jax 0.10.2 computes wrong gradients in a vmapped backward pass through a norm,
+    which then depend on unrelated inputs.
     """
     return jax.jit(function, static_argnames=static, compiler_options=_options())
 

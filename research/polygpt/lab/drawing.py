@@ -1,4 +1,4 @@
-"""A mask as a picture: who sees whom in a row of a given layout, and which blocks of it a kernel skips."""
+"""Pictures of masks: the visible pairs in a row of a given layout, and the blocks that kernels skip."""
 
 import dataclasses
 import re
@@ -19,14 +19,14 @@ from polygpt.lab import picture
 COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756", "#72b7b2")
 """Text, then media in order."""
 DENSE = 1024
-"""The longest row of which every pair is drawn; of a longer one the blocks are."""
+"""Maximum row length for which every pair is drawn; for longer rows, only blocks are."""
 LINES = 64
-"""The most lines between blocks or examples that still leave something to see."""
+"""Maximum number of lines between blocks or examples; more would cover the picture."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One row: what a mask looks at, and the names of its modalities in the order of their numbers."""
+    """One row: its metadata, and the names of its modalities in numerical order."""
 
     meta: Meta
     names: tuple[str, ...]
@@ -41,12 +41,12 @@ def read_row(text: str, bidirectional: bool = True) -> Row:
     """Reads a layout such as "5 image:4 3 | 6 audio:3 2 | pad:2".
 
     Args:
-        text: packed examples, parted by "|"; a number is that many positions of text, `NAME:N` a medium of N positions,
-            `pad:N` padding.
-        bidirectional: whether the positions of a medium form a span that sees all of itself.
+        text: packed examples, separated by "|"; a number N stands for N positions of text, `NAME:N` for a medium of N
+            positions, `pad:N` for padding.
+        bidirectional: whether each medium is a bidirectional span.
 
     Raises:
-        UserError: naming the word that is neither.
+        UserError: names the invalid word.
     """
     names = ["text"]
     fields = {name: [] for name in ("position", "segment", "span", "modality")}
@@ -75,12 +75,12 @@ def read_row(text: str, bidirectional: bool = True) -> Row:
 
 
 def matrix(mask: Mask, row: Row) -> np.ndarray:
-    """Who sees whom, bool [T, T]."""
+    """The visible pairs, bool [T, T]."""
     return np.concatenate([*_queries(mask, row)])
 
 
 def seen(mask: Mask, row: Row) -> int:
-    """How many pairs are seen, without a matrix of all of them."""
+    """The number of visible pairs, without building the matrix of all pairs."""
     return sum(int(part.sum()) for part in _queries(mask, row))
 
 
@@ -92,19 +92,19 @@ def _queries(mask: Mask, row: Row) -> Iterator[np.ndarray]:
 
 
 def blocks(mask: Mask, row: Row, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The block map that kernels use and the exact one, int8 [n, n], of blocks of `size` positions."""
+    """The block map used by kernels and the exact one, int8 [n, n], for blocks of `size` positions."""
     return tuple(np.asarray(lower(mask, row.meta, row.meta, size, size))[0] for lower in (block_map, exact_block_map))
 
 
 def text_picture(mask: Mask, row: Row) -> str:
-    """The matrix in characters, a line a query: `#` sees, `.` does not."""
+    """The matrix in characters, one line per query: `#` visible, `.` masked."""
     marks = "".join("-" if m < 0 else "T" if m == 0 else row.names[m][0] for m in np.asarray(row.meta.modality)[0])
     lines = ["".join("#" if seen else "." for seen in line) for line in matrix(mask, row)]
     return "\n".join([f"  {marks}", *(f"{mark} {line}" for mark, line in zip(marks, lines, strict=True))])
 
 
 def draw(mask: Mask, row: Row, size: int, path: Path, title: str) -> None:
-    """Writes a picture: the block map, the modalities along its edges; of rows up to `DENSE` every pair beside it."""
+    """Draws the block map with modalities along its edges and, for rows up to `DENSE`, every pair next to it."""
     pairs = row.length <= DENSE
     figure = Figure(figsize=(11, 5.4) if pairs else (7, 6.4), layout="constrained")
     *left, right = figure.subplots(1, 1 + pairs, squeeze=False)[0]
@@ -144,7 +144,7 @@ def _draw_lines(axes, places: np.ndarray, colour: str) -> None:
 
 
 def _draw_edges(axes, row: Row) -> None:
-    """The modalities as a strip above and one at the left, and their names."""
+    """Draws the modalities as strips above and to the left, and a legend."""
     T, modality = row.length, np.asarray(row.meta.modality)[0]
     limits = axes.get_xlim(), axes.get_ylim()
     near, far = -0.01 * limits[0][1], -0.04 * limits[0][1]
@@ -155,6 +155,6 @@ def _draw_edges(axes, row: Row) -> None:
     axes.set(xlim=limits[0], ylim=limits[1])
     marks = [axes.plot([], [], "s", color=colours.colors[number + 1])[0] for number in range(len(row.names))]
     if (blocks_legend := axes.get_legend()) is not None:
-        axes.add_artist(blocks_legend)  # which a second one would take the place of
+        axes.add_artist(blocks_legend)  # otherwise the second legend would replace it
     axes.legend(marks, row.names, loc="lower left" if blocks_legend else "upper right", fontsize="small")
     axes.tick_params(axis="y", pad=18)

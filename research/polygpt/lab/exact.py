@@ -1,7 +1,7 @@
-"""A program evaluated in float64, whatever its operations ask for.
+"""Evaluates a program in float64, whatever dtypes it uses.
 
-Slopes by differences need more digits than float32 has, and a model keeps to float32 in many places on purpose. So the
-program is traced as it is, and what was traced is evaluated with every floating-point number in float64.
+Finite differences need more digits than float32 has, but models deliberately use float32 in many places. The program is
+therefore traced as it is, and the trace is evaluated with every floating-point number in float64.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,20 +13,20 @@ import numpy as np
 from jax.extend import core
 
 INLINED = {"jaxpr", "call_jaxpr", "fun_jaxpr"}
-"""Parameters in which operations that do nothing but call hold the program that they call."""
+"""Names of the parameters in which call operations hold the called program."""
 CALLS = {"jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call"}
-"""Operations that do nothing but call."""
+"""Operations that only call another program."""
 
 
 class Unsupported(Exception):
-    """An operation that holds a program of its own, or the bits of a number."""
+    """An operation with an inner program, or one that reads the bits of a number."""
 
 
 def widened(function: Callable, *arguments: Any) -> Callable:
-    """`function` of pytrees like the arguments, which computes in float64: to be called with `jax.enable_x64(True)`.
+    """`function`, for pytrees like the arguments, evaluated in float64; call it under `jax.enable_x64(True)`.
 
     Raises:
-        Unsupported: it contains an operation for which that cannot be done.
+        Unsupported: if it contains an operation that cannot be evaluated in float64.
     """
     traced, shape = jax.make_jaxpr(function, return_shape=True)(*arguments)
     _refuse(traced.jaxpr)

@@ -1,7 +1,7 @@
-"""The rows on which a variant is examined: packed examples, bidirectional spans, three modalities, and padding.
+"""The rows on which variants are checked: packed examples, bidirectional spans, three modalities, and padding.
 
-All layouts have the same shape, so that all questions about results are asked of one compiled program. An example is
-the same in whichever layout it lies; `Layout.by_example` brings results of two layouts into the same order.
+All layouts have the same shape, so that one compiled program serves all of them. An example is the same in every
+layout; `Layout.by_example` brings the results of two layouts into the same order.
 """
 
 import dataclasses
@@ -12,9 +12,9 @@ from polygpt.attention.masks import Meta
 from polygpt.sequence import PADDING, TEXT
 
 LEAST = 24
-"""The fewest positions that the layouts below need."""
+"""Minimum number of positions for the layouts below."""
 CALLS = (12, 4)
-"""How a cache is filled: so many positions at once, so many more, the others one by one. Spans lie within a call."""
+"""How to fill a cache: 12 positions at once, then 4, the rest one by one. Spans never cross a call."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,8 +22,8 @@ class Example:
     """A packed example.
 
     Attributes:
-        seed: what its vectors are drawn from, and its name.
-        length: how many positions it has.
+        seed: the seed of its vectors, which also identifies it.
+        length: number of positions.
         media: (start, stop, modality, whether it is a bidirectional span), in positions of the example.
     """
 
@@ -32,13 +32,13 @@ class Example:
     media: tuple[tuple[int, int, int, bool], ...] = ()
 
     def part(self, start: int, stop: int | None = None) -> "Part":
-        """Some of its positions."""
+        """A range of its positions."""
         return Part(self, start, self.length if stop is None else stop)
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Positions `start` to `stop` of an example: padding may lie between two parts."""
+    """Positions `start` to `stop` of an example; there may be padding between two parts."""
 
     example: Example
     start: int
@@ -52,7 +52,7 @@ class Layout:
     Attributes:
         x_BTD: float32 vectors; zeros at padding.
         meta: NumPy arrays [B, T].
-        seed_BT: which example is where; -1 is padding.
+        seed_BT: the seed of the example at each position; -1 is padding.
     """
 
     x_BTD: np.ndarray
@@ -61,21 +61,21 @@ class Layout:
 
     @property
     def padding_BT(self) -> np.ndarray:
-        """bool."""
+        """bool, whether the position is padding."""
         return self.seed_BT < 0
 
     def by_example(self, y_BTD) -> np.ndarray:
-        """The results of all examples in the order of their seeds, [positions, D], without padding."""
+        """The results of all examples ordered by seed, [positions, D], without padding."""
         order = np.lexsort((self.meta.position.ravel(), self.seed_BT.ravel()))
         return np.asarray(y_BTD).reshape(order.size, -1)[order[self.padding_BT.sum() :]]
 
     def with_garbage(self) -> "Layout":
-        """The same with large vectors at padding."""
+        """The same layout with large vectors at padding."""
         garbage = np.float32(10 * np.random.default_rng(99).normal(size=self.x_BTD.shape))
         return dataclasses.replace(self, x_BTD=np.where(self.padding_BT[..., None], garbage, self.x_BTD))
 
     def padded(self, more: int) -> "Layout":
-        """The same in rows that have so many more positions, all of them padding."""
+        """The same layout with `more` padding positions per row."""
         B, T = self.seed_BT.shape
         longer = lay_out([[]] * B, T + more, self.x_BTD.shape[2])
 
@@ -86,7 +86,7 @@ class Layout:
         return Layout(joined(self.x_BTD, longer.x_BTD), meta, joined(self.seed_BT, longer.seed_BT))
 
     def row(self, b: int) -> "Layout":
-        """One of the rows alone."""
+        """A single row."""
         fields = (self.x_BTD, *vars(self.meta).values(), self.seed_BT)
         x, *meta, seed = (array[b : b + 1] for array in fields)
         return Layout(x, Meta(*meta), seed)
@@ -124,13 +124,13 @@ def lay_out(rows: list[list[Example | Part | int]], length: int, width: int) -> 
 
 @dataclasses.dataclass(frozen=True)
 class Layouts:
-    """What the properties look at; T positions each.
+    """The layouts used by the properties, with T positions each.
 
     Attributes:
-        packed: one to three examples a row, no padding.
-        permuted: the same examples elsewhere.
-        compact: other examples, padding at the end alone.
-        ragged: those, as generation lays them out: prompts padded to the longest, rows that pause while others go on.
+        packed: one to three examples per row, no padding.
+        permuted: the same examples in other places.
+        compact: other examples, padding only at the end.
+        ragged: the examples of `compact` as in generation: padded prompts, and rows that pause while others continue.
         masked: a row without any example, and rows that are half padding.
     """
 
@@ -142,7 +142,7 @@ class Layouts:
 
 
 def layouts(T: int, width: int) -> Layouts:
-    """All of them, for vectors of `width` channels."""
+    """All layouts, for vectors of `width` channels."""
     short, spanned = Example(1, 5), Example(2, 10, ((1, 5, 1, True),))
     heard = Example(3, T - 15, ((2, 5, 2, False),))
     whole = Example(4, T, ((2, 6, 1, True), (14, 18, 2, False)))

@@ -1,4 +1,4 @@
-"""What a property finds out, and what rounding alone explains."""
+"""The result of measuring a property, and bounds on rounding errors."""
 
 import dataclasses
 
@@ -10,12 +10,12 @@ EPSILON = float(np.finfo(np.float32).eps)
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """An error beside its bound; or nothing, where the property does not apply.
+    """An error and its bound; or nothing, if the property does not apply.
 
     Attributes:
-        error: what was measured; None where the property does not apply.
-        bound: what it may be.
-        note: what else there is to say; why the property does not apply.
+        error: the measured error; None if the property does not apply.
+        bound: the largest error allowed.
+        note: additional information, such as why the property does not apply.
     """
 
     error: float | None
@@ -24,20 +24,20 @@ class Measured:
 
     @property
     def holds(self) -> bool | None:
-        """Whether the error is within the bound (NaN is not); None where the property does not apply."""
+        """Whether the error is within the bound (NaN is not); None if the property does not apply."""
         return None if self.error is None else bool(self.error <= self.bound)
 
 
 def absent(reason: str) -> Measured:
-    """The property does not apply."""
+    """The result of a property that does not apply."""
     return Measured(None, None, reason)
 
 
 def rounding(positions: int, width: int) -> float:
-    """How far two float32 results may lie apart that differ in the order of their sums alone.
+    """A bound on the difference of two float32 results that differ only in the order of summation.
 
-    A sum of n terms is off by n epsilon of its largest terms at worst (Higham, 2002, section 4.2). An attention layer
-    has four in a row: projection, scores or state, mixing of values, output.
+    The error of a sum of n terms is at most n epsilon relative to its largest terms (Higham, 2002, section 4.2). An
+    attention layer has four sums in sequence: projection, scores or state, mixing of values, output.
     """
     return 4 * (positions + width) * EPSILON
 

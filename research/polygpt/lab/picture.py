@@ -1,4 +1,4 @@
-"""Where a picture is written: refused before anything is computed, if it cannot be one."""
+"""Picture files: checks the path before anything is computed, and writes figures."""
 
 from pathlib import Path
 
@@ -9,18 +9,16 @@ from polygpt.errors import UserError
 
 
 def writable(path: Path) -> Path:
-    """The path itself; UserError unless its suffix is that of a kind of picture which can be written."""
+    """The path itself. Raises UserError unless its suffix is an image format that can be written."""
     if path.suffix[1:].lower() not in FigureCanvasBase.get_supported_filetypes():
-        raise UserError(
-            f"{path} is no picture: name a file that ends in .png, .svg or another kind that matplotlib writes"
-        )
+        raise UserError(f"{path} is not a picture file: use .png, .svg or another format that matplotlib writes")
     if path.is_dir():
-        raise UserError(f"{path} is a folder: name a file")
+        raise UserError(f"{path} is a folder: give a file")
     return path
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Writes the figure, and the folders that it lies in; UserError where that cannot be."""
+    """Writes the figure, creating missing folders. Raises UserError if it cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(writable(path), dpi=110)

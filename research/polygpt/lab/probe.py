@@ -1,4 +1,4 @@
-"""What no mask says: pairs that it shows, and of which the module, given random inputs, makes no use."""
+"""Probes for data-dependent masking: visible pairs that have no influence in a module with random inputs."""
 
 import jax
 import jax.numpy as jnp
@@ -13,20 +13,22 @@ from polygpt.lab.subject import mask_of
 from polygpt.nn.positions import Rope
 
 QUERIES = 32
-"""The most queries that are asked what moves them."""
+"""Maximum number of queries to probe."""
 SILENT = 0.01
-"""The share of shown pairs that may be without influence, as a weight may underflow."""
+"""Fraction of visible pairs that may be without influence, because weights can underflow."""
 
 
 def remark(spec: Attention, mask: Mask, row: Row) -> str | None:
-    """What a reader of the picture of `mask` has to know, in a sentence; None where the picture says all."""
+    """A note for readers of the picture of `mask`; None if the picture is complete."""
     name = type(spec).__name__
     if mask_of(spec) is None:
-        return f"{name} has no mask: drawn is what is before a position in its example, which its state may carry"
+        return f"{name} has no mask: the picture shows the earlier positions of each example, which its state can carry"
     if spec.mask_is_bound:
-        return f"what is seen depends on data: drawn is the mask of {name}, an upper bound (mask_is_bound)"
+        return f"visibility depends on data: the picture shows the mask of {name}, an upper bound (mask_is_bound)"
     if row.length > DENSE:
-        return f"rows beyond {DENSE:,} positions are not probed: what {name} selects from data would not show"
+        return (
+            f"rows of more than {DENSE:,} positions are not probed: data-dependent selection by {name} would not show"
+        )
     try:
         share = silent(spec, mask, row)
     except Exception as error:  # the picture of the mask needs no module
@@ -34,16 +36,18 @@ def remark(spec: Attention, mask: Mask, row: Row) -> str | None:
     if share <= SILENT:
         return None
     seen = f"with random inputs {share:.0%} of the pairs shown have no influence"
-    return f"what is seen depends on data: {seen}; drawn is the mask of {name}, an upper bound: say so by mask_is_bound"
+    return (
+        f"visibility depends on data: {seen}; the picture shows the mask of {name}, an upper bound: set mask_is_bound"
+    )
 
 
 def silent(spec: Attention, mask: Mask, row: Row) -> float:
-    """The share of shown pairs (query, an earlier or later key) whose query does not move with the key's input.
+    """The fraction of visible pairs (query, another key) whose key input does not influence the query's output.
 
     Args:
         spec: the variant, built in float32 with random parameters and rotary positions.
-        mask: what is shown.
-        row: its length T is at most `DENSE`; `QUERIES` of the queries are asked.
+        mask: the mask.
+        row: a row of at most `DENSE` positions; `QUERIES` of its queries are probed.
     """
     dims = Dims(16 * getattr(spec, "heads", 2), position=Rope())
     module = spec.build(dims, nnx.Rngs(0))

@@ -1,4 +1,4 @@
-"""Starting files for a new variant: what `polygpt attention new` writes."""
+"""Templates for new variants, written by `polygpt attention new`."""
 
 import keyword
 import re
@@ -19,10 +19,10 @@ import polygpt.api as pg
 
 @dataclasses.dataclass(frozen=True)
 class Decay(pg.Score):
-    """A score falls with the distance between query and key."""
+    """Decreases scores linearly with the distance between query and key."""
 
     rate: float = 0.1
-    """By how much a position."""
+    """Decrease per position."""
 
     def __call__(self, score, query, key, terms):
         return score - self.rate * abs(query.position - key.position)
@@ -30,16 +30,16 @@ class Decay(pg.Score):
 
 @dataclasses.dataclass(frozen=True)
 class {name}(pg.MultiHead):
-    """Multi-head attention to the last positions, the nearer the more."""
+    """Multi-head attention to the last positions that favours near ones."""
 
     window: int = 16
-    """How many positions a query sees, itself included."""
+    """Number of positions that a query sees, including itself."""
     rate: float = 0.1
-    """By how much a score falls a position."""
+    """Decrease of scores per position."""
 
     def mask(self, mask):
-        # A mask of your own is a pg.Mask with __call__(query, key); its reach() says how far back it looks at most, and
-        # makes the cache a ring.
+        # For your own mask, derive from pg.Mask and define __call__(query, key). If its reach() bounds how far back it
+        # looks, the cache becomes a ring buffer.
         return mask & pg.Window(self.window)
 
     def score(self, score):
@@ -62,7 +62,7 @@ import polygpt.api as pg
 
 @dataclasses.dataclass(frozen=True)
 class {name}(pg.MultiHead):
-    """Multi-head attention whose result is gated by its input."""
+    """Multi-head attention with an output gated by its input."""
 
     gate_bias: bool = True
     """Whether the gate has a bias."""
@@ -72,7 +72,7 @@ class {name}(pg.MultiHead):
 
 
 class {name}Module(pg.MultiHeadModule):
-    """Override `queries`, `keys`, `values` or `mixed`; the rest is inherited, every backend and cache included."""
+    """Override `queries`, `keys`, `values` or `mixed`; the rest is inherited, including all backends and caches."""
 
     def __init__(self, spec, dims, rngs: nnx.Rngs):
         super().__init__(spec, dims, rngs)
@@ -99,10 +99,10 @@ from polygpt.attention.recurrent import Recurrent, RecurrentModule
 
 @dataclasses.dataclass(frozen=True)
 class {name}(Recurrent):
-    """S_t = a S_(t-1) + k_t v_t^T, y_t = norm(S_t^T q_t), with an a of its own for each head, which is learned."""
+    """S_t = a S_(t-1) + k_t v_t^T, y_t = norm(S_t^T q_t), with one learned decay a per head."""
 
     kept: float = 0.5
-    """Where a of the first head starts: how much is left after a position. Each further head loses half as much."""
+    """Initial decay a of the first head, the fraction kept per position. Each further head loses half as much."""
 
     def validate(self):
         super().validate()
@@ -118,7 +118,7 @@ class {name}Module(RecurrentModule):
     def __init__(self, spec, dims, rngs: nnx.Rngs):
         super().__init__(spec, dims, rngs)
         lost_H = (1 - spec.kept) * 2.0 ** -jnp.arange(spec.heads, dtype=jnp.float32)
-        self.kept_H = nnx.Param(jnp.log1p(-lost_H) - jnp.log(lost_H))  # the sigmoid of this is 1 - lost
+        self.kept_H = nnx.Param(jnp.log1p(-lost_H) - jnp.log(lost_H))  # its sigmoid is 1 - lost
 
     def log_decay(self, x_BTD):
         B, T, _ = x_BTD.shape
@@ -127,24 +127,24 @@ class {name}Module(RecurrentModule):
 '''
 
 KINDS = {"mask": SOFTMAX, "module": MODULE, "recurrent": RECURRENT}
-"""A mask and a score modification; a module of its own around the inherited kernels; a state with its own decay."""
+"""A mask and a score modification; a custom module around the inherited kernels; a state with a custom decay."""
 
 
 WORDS = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z0-9])(?=[A-Z][a-z])")
-"""Where a word of a class name ends and the next begins: V2|Gate, Own|HEADS, but H2O."""
+"""Word boundaries in class names: V2|Gate, Own|HEADS, but H2O."""
 
 
 def write(name: str, kind: str, folder: Path) -> tuple[Path, str]:
-    """Writes the file of a variant `name` (a class name, as "NearFirst") and returns its path and the class.
+    """Writes the file of a variant `name` (a class name such as "NearFirst"); returns its path and the class.
 
     Raises:
-        UserError: if the name is no class name or one that the file has for something else, if the file is there
-            already, or if it cannot be written.
+        UserError: if the name is not a class name or is used otherwise in the file, or if the file exists or cannot be
+            written.
     """
     if not re.match("[A-Z]", name) or not name.isidentifier() or keyword.iskeyword(name):
-        raise UserError(f"attention new: {name!r} is no class name: begin with a capital letter, as in NearFirst")
+        raise UserError(f"attention new: {name!r} is not a class name: begin with a capital letter, as in NearFirst")
     if re.search(rf"^class {name}\(|^from .* import .*\b{name}\b", KINDS[kind], re.MULTILINE):
-        raise UserError(f"attention new: the file has a {name} of its own: choose another name")
+        raise UserError(f"attention new: the file already uses the name {name}: choose another one")
     words = WORDS.sub("_", name).lower()
     path = folder / f"{words}.py"
     text = KINDS[kind].format(title=words.replace("_", " ").capitalize(), file=path.name, name=name)
@@ -154,6 +154,6 @@ def write(name: str, kind: str, folder: Path) -> tuple[Path, str]:
             file.write(text)
     except OSError as error:
         if isinstance(error, FileExistsError) and folder.is_dir():
-            raise UserError(f"attention new: {path} exists already: choose another name, or remove it") from None
+            raise UserError(f"attention new: {path} already exists: choose another name, or remove it") from None
         raise UserError(f"attention new: {path} cannot be written: {error.strerror}") from None
     return path, name

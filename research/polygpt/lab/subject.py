@@ -1,4 +1,4 @@
-"""The variant under examination: one layer, lively parameters, and a compiled program for each kind of question."""
+"""The variant being checked: one layer with random parameters, and a compiled program per kind of question."""
 
 import functools
 from typing import Any
@@ -18,21 +18,20 @@ from polygpt.nn.positions import Position, Rope
 from polygpt.spec import hints
 
 WIDTH = 32
-"""The model width unless it is given."""
+"""Default model width."""
 MOST = 96
-"""The most positions that are chosen by themselves."""
+"""Maximum number of positions that is chosen automatically."""
 MANY, CALLS_OF_MANY = 160, (100, 30)
-"""Positions of a long row, and how a cache is filled with them: what begins at the second block of 64, or at the third,
-is within."""
+"""Positions of a long row, and how to fill a cache with them. Includes the second and third block of 64 positions."""
 TOGETHER = 32
-"""Queries whose gradients are computed at once."""
+"""Number of queries whose gradients are computed at once."""
 ROPE = Rope()
 REPLACEMENTS = 2
-"""How often inputs are replaced: by other vectors each time."""
+"""How often to replace inputs, each time by other vectors."""
 
 
 def suitable_length(spec: Attention) -> int:
-    """Positions enough to go beyond what the variant's whole-number fields and its mask's reach name, up to `MOST`."""
+    """A row length that exceeds the variant's integer fields and the reach of its mask, up to `MOST`."""
     sizes = [getattr(spec, name) for name in hints(type(spec))]
     sizes = [size for size in sizes if isinstance(size, int) and not isinstance(size, bool)]
     reach = mask_of(spec).reach() if mask_of(spec) is not None else None
@@ -41,27 +40,27 @@ def suitable_length(spec: Attention) -> int:
 
 
 def seen_by(spec: Attention) -> Mask:
-    """What queries see in a decoder: what the variant says of it, and nothing ahead where it sees nothing ahead."""
+    """The effective mask in a decoder: the variant's own, made causal if the variant never sees ahead."""
     mask = mask_of(spec) or DECODER
     return mask if spec.sees_ahead() else mask & Causal()
 
 
 def mask_of(spec: Attention) -> Mask | None:
-    """What queries see in a decoder, as the variant says; None where it says nothing."""
+    """The variant's mask in a decoder; None if it defines none."""
     return spec.mask(DECODER) if hasattr(spec, "mask") else None
 
 
 def embedded(x_BTD: jax.Array) -> jax.Array:
-    """What the stack was given, for variants that look at it: made of the same inputs, and other than they."""
+    """The input of the stack, for variants that use it: derived from the layer's input, but different from it."""
     return jnp.flip(x_BTD, axis=-1)
 
 
 class Form:
-    """A specification built in one way; its functions take the parameters, vectors [B, T, D] and metadata [B, T].
+    """A variant built for given dimensions; its functions take parameters, vectors [B, T, D] and metadata [B, T].
 
     Args:
-        spec: what to build.
-        dims: for which model.
+        spec: the variant.
+        dims: the model dimensions.
     """
 
     def __init__(self, spec: Attention, dims: Dims):
@@ -81,17 +80,17 @@ class Form:
         return nnx.merge(self.graphdef, params)(x_BTD, context, None)[0]
 
     def pull_back(self, params: Any, x_BTD: jax.Array, meta: Meta, cotangent_BTD: jax.Array) -> tuple:
-        """(y_BTD, gradient of the parameters, of x_BTD)."""
+        """(y_BTD, gradient of the parameters, gradient of x_BTD)."""
         y_BTD, back = jax.vjp(lambda params, x_BTD: self.apply(params, x_BTD, meta), params, x_BTD)
         return y_BTD, *back(cotangent_BTD)
 
     def _influence(self, params, x_BTD, meta, cotangent_BTD):
-        """[T, B, S]: how much a random projection of the output at t moves with the input at s, relative to the most.
+        """[T, B, S]: the gradient of a random projection of the output at t by the input at s, relative to the largest.
 
-        Zero where the output does not depend on the input, and, but by an accident of probability zero, only there.
+        It is zero exactly where the output does not depend on the input, with probability one.
         """
 
-        def of_row(row):  # alone: that rows do not mix is another property
+        def of_row(row):  # one row at a time: another property checks that rows do not mix
             x_TD, meta, cotangent_TD = jax.tree.map(lambda array: array[None], row)
             _, back = jax.vjp(lambda x_1TD: self.apply(params, x_1TD, meta), x_TD)
 
@@ -105,9 +104,9 @@ class Form:
         return influence_TBS / jnp.max(influence_TBS)
 
     def _replaced(self, params, x_BTD, other_BTD, meta, hidden_TBS):
-        """y_TBD, the output at each t computed with the inputs s that are hidden from it replaced by others."""
+        """y_TBD, the output at each t when the inputs hidden from it are replaced by others."""
 
-        def of_row(row):  # alone: that rows do not mix is another property
+        def of_row(row):  # one row at a time: another property checks that rows do not mix
             x_TD, other_TD, meta, hidden_TS = row
 
             def of_query(now):
@@ -120,9 +119,9 @@ class Form:
         return jax.lax.map(of_row, (x_BTD, other_BTD, meta, hidden_TBS.swapaxes(0, 1))).swapaxes(0, 1)
 
     def _through_cache(self, params, x_BTD, meta, cache, seen, calls=CALLS):
-        """y_BTD: so many positions at once as `calls` says, so many more, the others one by one.
+        """y_BTD through a cache, filled in two calls of `calls` positions and then one position at a time.
 
-        `seen` has the metadata of an empty cache, [B, S].
+        `seen` is the metadata of an empty cache, [B, S].
         """
         T, (prefill, chunk) = meta.index.shape[1], calls
         module = nnx.merge(self.graphdef, params)
@@ -151,21 +150,21 @@ class Form:
 
 
 class Subject:
-    """A variant, and the rows and programs with which its properties are measured.
+    """A variant, with the rows and programs that measure its properties.
 
     Args:
-        spec: the variant, as it is used.
-        width: D, the width of the model that it is built into.
-        length: T, positions a row; None chooses.
+        spec: the variant.
+        width: D, the model width.
+        length: T, positions per row; None chooses it automatically.
         position: the position encoding of the model.
-        calls: how a cache is filled.
+        calls: how to fill a cache.
 
     Attributes:
         rows: `layout.Layouts`.
         form: the variant in float32.
-        params: what forms are called with: initial values and as much noise as makes gates act that begin closed.
+        params: the parameters: initial values plus noise, which opens gates that are initially closed.
         cotangent_BTD: random, of the shape of a layout.
-        bound: what rounding explains of a relative difference.
+        bound: the largest relative difference that rounding explains.
     """
 
     def __init__(
@@ -182,20 +181,20 @@ class Subject:
         self.form = self.other(spec)
         rng = np.random.default_rng(0)
         leaves, tree = jax.tree.flatten(nnx.state(self.form.build()))
-        # Arrays of jax: a module may index a table by traced positions, also where its parameters are closed over.
+        # JAX arrays, because a module may index a table by traced positions even if its parameters are closed over.
         self.params = tree.unflatten([jnp.asarray(x + rng.normal(0, 0.2, x.shape), jnp.float32) for x in leaves])
         self.cotangent_BTD = np.float32(rng.normal(size=self.rows.packed.x_BTD.shape))
         self.bound = rounding(self.length, width)
 
     @functools.cached_property
     def differentiable(self) -> Form:
-        """The variant with no gradient stopped on purpose."""
+        """The variant without deliberate stop-gradients."""
         spec = self.spec.differentiable()
         return self.form if spec == self.spec else self.other(spec)
 
     @functools.cached_property
     def reference(self) -> Form:
-        """The variant with the materialised backend: what others are compared with."""
+        """The variant with the materialised backend, which other backends are compared with."""
         chosen = self.spec.backend
         return (
             self.form if chosen == "auto" and self.length < LONG else self.other(self.spec.replace(backend="reference"))
@@ -207,7 +206,7 @@ class Subject:
 
     @functools.cached_property
     def long(self) -> "Subject":
-        """The variant in rows long enough for what begins beyond some blocks."""
+        """The variant in long rows, which span several blocks."""
         if self.length >= MANY:
             return self
         return Subject(self.spec, self.width, MANY, self.position, CALLS_OF_MANY)
@@ -219,7 +218,7 @@ class Subject:
     def cached_BTD(
         self, layout: Layout, ring: bool = False, size: int | None = None, form: Form | None = None
     ) -> np.ndarray:
-        """What the variant computes over a cache for `size` positions, as many as a row has unless it is given."""
+        """The variant's output through a cache for `size` positions, by default the row length."""
         form, (B, T) = form or self.form, layout.seed_BT.shape
         cache = self.spec.init_cache(form.dims, B, size or T, ring)
         seen = Meta(*[jnp.zeros((B, size or T), jnp.int32)] * 5)
@@ -227,20 +226,20 @@ class Subject:
         return np.asarray(form.through_cache(self.params, x_BTD, layout.meta, cache, seen, calls=self.calls))
 
     def y_BTD(self, layout: Layout, form: Form | None = None) -> np.ndarray:
-        """What the variant computes without a cache."""
+        """The variant's output without a cache."""
         return np.asarray((form or self.form).forward(self.params, layout.x_BTD, layout.meta))
 
     @functools.cached_property
     def influence_TBS(self) -> np.ndarray:
-        """How much the output at t moves with the input at s, in packed rows without padding."""
+        """The influence of the input at s on the output at t, in packed rows without padding."""
         rows = self.rows.packed
         return np.asarray(self.differentiable.influence(self.params, rows.x_BTD, rows.meta, self.cotangent_BTD))
 
     def moved_TB(self, hidden_TBS: np.ndarray) -> np.ndarray:
-        """By how much the output at t changes when the inputs that `hidden_TBS` hides from it are replaced by others.
+        """The change of the output at t when the inputs hidden from it by `hidden_TBS` are replaced by others.
 
-        Relative to the largest output, in packed rows; NaN counts as infinite. A gradient does not show what goes by
-        way of a comparison, a choice of the largest or a stopped gradient: this does.
+        Relative to the largest output, in packed rows; NaN counts as infinite. Unlike gradients, this detects
+        dependencies through comparisons, argmax or stop-gradients.
         """
         rows, error_TB = self.rows.packed, np.zeros(hidden_TBS.shape[:2])
         if not hidden_TBS.any():

@@ -1,6 +1,6 @@
-"""The process in which a variant is run on two devices of the CPU: how many there are is set once in a process.
+"""Runs a variant on two CPU devices, in a separate process because the number of devices is fixed per process.
 
-Reads a variant as JSON from stdin, writes how far each mesh is off, as JSON, to stdout.
+Reads a variant as JSON from stdin and writes the error of each mesh as JSON to stdout.
 """
 
 import json

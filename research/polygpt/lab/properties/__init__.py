@@ -1,1 +1,1 @@
-"""What holds of every attention variant, a function a property."""
+"""The properties of attention variants, one function each."""

@@ -1,4 +1,4 @@
-"""What must not change the result: the backend, the company in the row and in the batch, and jax's transformations."""
+"""Invariances: to the backend, to the rest of the row and the batch, and to JAX transformations."""
 
 import dataclasses
 import functools
@@ -16,14 +16,14 @@ from polygpt.lab.subject import Form, Subject
 from polygpt.spec import from_json, hints, to_json
 
 BLOCK = 8
-"""Positions of the blocks in which backends are compared."""
+"""Block size in which backends are compared."""
 
 
 def backend(name: str, subject: Subject) -> Measured:
-    """The result and all gradients are those of the reference, with and without padding."""
+    """Result and all gradients equal the reference, with and without padding."""
     spec, fields = subject.spec, hints(type(subject.spec))
     if name not in spec.backends() or "backend" not in fields:
-        return absent("it has a form of its own" if not spec.backends() else f"backends() does not name {name}")
+        return absent("it has its own implementation" if not spec.backends() else f"backends() does not name {name}")
     strict = {"strict": True} if "strict" in fields else {}
     form = subject.other(spec.replace(backend=name, **strict))
     errors = []
@@ -31,7 +31,7 @@ def backend(name: str, subject: Subject) -> Measured:
         for rows in (subject.rows.packed, subject.rows.masked):
             expected = _gradient(subject, subject.reference, rows)
             if np.isfinite(difference(expected, expected)):
-                with dispatch.in_blocks_of(BLOCK):  # several blocks, as a long row has, empty and full ones among them
+                with dispatch.in_blocks_of(BLOCK):  # several blocks as in a long row, including empty and full ones
                     got = _gradient(subject, form, rows)
                 errors += [difference(a, b) for a, b in zip(got, expected, strict=True)]
     except SpecError as refusal:
@@ -42,47 +42,47 @@ def backend(name: str, subject: Subject) -> Measured:
 
 
 def examples_in_any_order(subject: Subject) -> Measured:
-    """Packed examples in another order and in other rows: the same results."""
+    """Packing examples in another order and in other rows does not change their results."""
     packed, permuted = subject.rows.packed, subject.rows.permuted
     error = difference(permuted.by_example(subject.y_BTD(permuted)), packed.by_example(subject.y_BTD(packed)))
     return Measured(error, subject.bound)
 
 
 def padding_without_effect(subject: Subject) -> Measured:
-    """Neither what padding positions hold, nor how many there are, nor where, changes a result."""
+    """The contents, number and place of padding positions do not change results."""
     ragged, compact = subject.rows.ragged, subject.rows.compact
     expected = compact.by_example(subject.y_BTD(compact))
     place, contents = (
         difference(rows.by_example(subject.y_BTD(rows)), expected) for rows in (ragged, ragged.with_garbage())
     )
-    if not place <= subject.bound:  # though all of it is zeros
+    if not place <= subject.bound:  # even though padding is all zeros
         note = "where padding stands, or how much: is something counted by index instead of position, or across it?"
         return Measured(place, subject.bound, note)
     return Measured(contents, subject.bound, "" if contents <= subject.bound else "vectors at padding")
 
 
 def rows_alone(subject: Subject) -> Measured:
-    """A part of a batch gives that part of the batch's results."""
+    """A part of a batch gives the same results as the whole batch."""
     rows = subject.rows.packed
     alone = [subject.y_BTD(rows.row(b)) for b in range(len(rows.x_BTD))]
     return Measured(difference(np.concatenate(alone), subject.y_BTD(rows)), subject.bound)
 
 
 def jit(subject: Subject) -> Measured:
-    """Operation by operation, the same as compiled."""
+    """Uncompiled execution equals compiled execution."""
     x_BTD, meta = jax.tree.map(jnp.asarray, (subject.rows.packed.x_BTD, subject.rows.packed.meta))
     return _same(subject, subject.form.apply(subject.params, x_BTD, meta))
 
 
 def vmap(subject: Subject) -> Measured:
-    """Mapped over rows, the same as a batch of them."""
+    """vmap over rows equals a batch of rows."""
     rows = jax.tree.map(lambda array: array[:, None], (subject.rows.packed.x_BTD, subject.rows.packed.meta))
     y_B1TD = compiled(jax.vmap(functools.partial(subject.form.apply, subject.params)))(*rows)
     return _same(subject, y_B1TD[:, 0])
 
 
 def pmap(subject: Subject) -> Measured:
-    """Mapped over devices, as many as share the rows evenly, the same as on one."""
+    """pmap over as many devices as divide the rows equals one device."""
     B, devices = len(subject.rows.packed.x_BTD), jax.local_devices()
     n = max(n for n in range(1, B + 1) if B % n == 0 and n <= len(devices))
     rows = (subject.rows.packed.x_BTD, subject.rows.packed.meta)
@@ -93,7 +93,7 @@ def pmap(subject: Subject) -> Measured:
 
 
 def scan_and_remat(subject: Subject) -> Measured:
-    """In a loop that computes its layers again on the way back: the same results and gradients."""
+    """A scan with rematerialisation gives the same results and gradients."""
     layouts, form = (subject.rows.packed, subject.rows.permuted), subject.form
 
     @compiled
@@ -113,14 +113,14 @@ def scan_and_remat(subject: Subject) -> Measured:
 
 
 def json_round_trip(subject: Subject) -> Measured:
-    """The specification written as JSON and read again is equal, and builds the same parameters."""
+    """The specification survives a JSON round trip and builds the same parameters."""
     read = from_json(json.loads(json.dumps(to_json(subject.spec))))
     shapes = [jax.tree.map(lambda x: (x.shape, x.dtype), form.abstract) for form in (subject.form, subject.other(read))]
     return Measured(float(read != subject.spec or shapes[0] != shapes[1]), 0.0)
 
 
 def _gradient(subject: Subject, form: Form, rows):
-    """(y_BTD, gradient of the parameters, of x_BTD), padding left out of the first."""
+    """(y_BTD without padding, gradient of the parameters, gradient of x_BTD)."""
     y_BTD, dparams, dx_BTD = form.gradient(subject.params, rows.x_BTD, rows.meta, subject.cotangent_BTD)
     return jnp.where(rows.padding_BT[..., None], 0, y_BTD), dparams, dx_BTD
 

@@ -1,4 +1,4 @@
-"""The variant compiles for a TPU, whether or not there is one."""
+"""The variant compiles for a TPU, even if none is present."""
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +12,11 @@ from polygpt.lab.subject import Subject
 
 SLICE = "v5e:1x1"
 SHAPE = (1, 512)
-"""Rows and positions: as many as make the automatic choice of a backend avoid the materialised matrix."""
+"""Rows and positions: enough that the automatic choice of a backend avoids the materialised matrix."""
 
 
 def tpu(subject: Subject) -> Measured:
-    """Forward and backward compile for a v5e, in bfloat16, at heads of a common size."""
+    """Forward and backward compile for a v5e, in bfloat16, with a common head width."""
     try:
         topology.devices(SLICE)
     except UserError as missing:

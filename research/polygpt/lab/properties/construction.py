@@ -1,4 +1,4 @@
-"""What every other property takes for granted: the variant is built, called, and keeps to the contract's shapes."""
+"""The basis of all other properties: the variant can be built and called, and keeps the contract's shapes."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from polygpt.lab.subject import Subject
 
 
 def builds_and_runs(subject: Subject) -> Measured:
-    """Called on rows [B, T, D] it gives (y_BTD, cache): y of the model's dtype, the cache of the form that it had."""
+    """A call on rows [B, T, D] returns (y_BTD, cache), y in the model's dtype and a cache of unchanged structure."""
     rows, form = subject.rows.packed, subject.form
 
     def called(cache: Any, cursor: jax.Array | None) -> Any:
@@ -34,21 +34,21 @@ def builds_and_runs(subject: Subject) -> Measured:
 
 
 def _of_result(result: Any, x_BTD: Any) -> str:
-    """What is wrong with the result of a call; empty where nothing is."""
+    """The fault in the result of a call; empty if there is none."""
     if not (isinstance(result, tuple) and len(result) == 2):
-        return f"a call gives {_form(result)}: it must give a pair, (y_BTD, cache)"
+        return f"a call returns {_form(result)}: it must return a pair, (y_BTD, cache)"
     got, due = _form(result[0]), _form(x_BTD)
     if got == due:
         return ""
     if getattr(result[0], "shape", None) != x_BTD.shape:
         got, due = (form.removeprefix(f"{x_BTD.dtype}") for form in (got, due))
-    return f"the result is {got} where {due} is due"
+    return f"the result is {got}, but must be {due}"
 
 
 def _of_cache(given_back: Any, cache: Any) -> str:
-    """What is wrong with the cache that a call gives back."""
+    """The fault in the cache that a call returns."""
     if jax.tree.structure(given_back) != jax.tree.structure(cache):
-        return "the second result is not of the form that init_cache() gives"
+        return "the second result does not have the structure of init_cache()"
     for (path, new), old in zip(jax.tree_util.tree_leaves_with_path(given_back), jax.tree.leaves(cache), strict=True):
         if _form(new) != _form(old):
             return f"the second result has {_form(new)} at {jax.tree_util.keystr(path)}, init_cache() {_form(old)}"

@@ -1,4 +1,4 @@
-"""Generation computes what training does: with a full cache, with a ring, and with padding in between."""
+"""Generation agrees with training: with a full cache, with a ring buffer, and with padding in between."""
 
 import jax
 
@@ -7,16 +7,16 @@ from polygpt.lab.measured import Measured, absent, difference
 from polygpt.lab.subject import Subject, mask_of
 
 MORE = 8
-"""By how many positions rows and caches are longer, where their size is to change nothing."""
+"""Number of extra positions in rows and caches, to check that their size does not matter."""
 
 
 def full_cache(subject: Subject) -> Measured:
-    """A prompt, a few positions and then one at a time, over a full cache: the same as without a cache."""
+    """A prompt, a few positions, then one at a time through a full cache give the same results as without a cache."""
     return _compare(subject, subject.rows.packed, subject.rows.packed, ring=False)
 
 
 def ring_cache(subject: Subject) -> Measured:
-    """The same over a cache that is smaller than the row."""
+    """The same with a cache that is smaller than the row."""
     if _shapes(subject, ring=True) == _shapes(subject, ring=False):
         mask = mask_of(subject.spec)
         if mask is None:
@@ -26,7 +26,7 @@ def ring_cache(subject: Subject) -> Measured:
             return absent("its mask has no reach(): the cache holds every position")
         back, T = reach.first + reach.last, subject.length
         if back < T:
-            return absent(f"reaches back {back} positions of {T}, and yet its cache is no smaller with ring=True")
+            return absent(f"reaches back {back} positions of {T}, but its cache is no smaller with ring=True")
         longer = 100 * (back // 100 + 1)
         return absent(f"reaches back {back} positions and rows have {T}: pass a smaller field, or --positions {longer}")
     packed = _compare(subject, subject.rows.packed, subject.rows.packed, ring=True)
@@ -35,12 +35,12 @@ def ring_cache(subject: Subject) -> Measured:
 
 
 def ragged_decoding(subject: Subject) -> Measured:
-    """Prompts padded to the longest, rows that pause: over a full cache, the same as each example alone."""
+    """Padded prompts and pausing rows, through a full cache, give the same results as each example alone."""
     return _compare(subject, subject.rows.ragged.with_garbage(), subject.rows.compact, ring=False)
 
 
 def any_size(subject: Subject) -> Measured:
-    """The same examples in longer rows, and over a cache for more positions: sizes of arrays change no result."""
+    """Longer rows and larger caches do not change the results of the same examples."""
     rows = subject.rows.compact
     expected = rows.by_example(subject.y_BTD(rows))
     longer = rows.padded(MORE)

@@ -1,4 +1,4 @@
-"""Split over two devices, by heads or by positions, a variant computes what it does on one."""
+"""A variant split over two devices, by heads or by positions, gives the same results as on one."""
 
 import json
 import os
@@ -20,13 +20,13 @@ MESHES = {
     "sequence": sharding.MeshSpec(data=1, sequence=2),
     "sequence, in a ring": sharding.MeshSpec(data=1, sequence=2, context="ring"),
 }
-"""What is split over two devices."""
+"""The meshes of two devices to check."""
 SECONDS = 240
-"""Within which the second process has to end."""
+"""Time limit of the second process."""
 
 
 def two_devices(subject: Subject) -> Measured:
-    """Results and gradients on two devices of the CPU are those on one, for each of `MESHES`."""
+    """Results and gradients on two CPU devices equal those on one, for each of `MESHES`."""
     name = class_name(type(subject.spec))
     if "<locals>" in name or name.startswith("__main__:"):
         return absent("not run: a second process cannot import the class; write it to a file, outside of functions")
@@ -40,7 +40,7 @@ def two_devices(subject: Subject) -> Measured:
     except subprocess.TimeoutExpired:
         return Measured(float("inf"), subject.bound, f"not done after {SECONDS} s: it hangs or is very slow")
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["without a word"])[-1]
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         return Measured(float("inf"), subject.bound, f"its process ended with {done.returncode}: {last}")
     found = json.loads(done.stdout.splitlines()[-1])
     for mesh, result in found.items():
@@ -52,7 +52,7 @@ def two_devices(subject: Subject) -> Measured:
 
 
 def off_by(subject: Subject, mesh: str) -> float:
-    """How far results and gradients on two of this process's devices are off those on one, relative to the largest."""
+    """The largest relative difference of results and gradients between two of this process's devices and one."""
     rows, form = subject.rows.packed, subject.form
     layout = sharding.arrange(MESHES[mesh], jax.devices()[:2])
 

@@ -1,4 +1,4 @@
-"""Number formats: finite beside padding, close in bfloat16, over long rows too."""
+"""Numerics: finite values next to padding, and accuracy in bfloat16, also over long rows."""
 
 import dataclasses
 
@@ -12,17 +12,17 @@ from polygpt.lab.subject import Subject
 
 BFLOAT16 = float(jnp.finfo(jnp.bfloat16).eps)
 OTHERWISE = 0.2
-"""The share of positions that may choose otherwise in bfloat16 where results jump."""
+"""Fraction of positions that may choose differently in bfloat16 if results are discontinuous."""
 LONG = 512
-"""Positions of a row long enough for sums in 16 bits to stand still: beyond 256 a one adds nothing."""
+"""Length of a row that is long enough for sums in bfloat16 to stall: from 256 on, adding 1 has no effect."""
 BEGINNING, END = slice(8, 72), slice(-64, None)
-"""Positions of it that are compared."""
+"""The positions compared."""
 GROWTH = 4.0
-"""How many times as large the error may be at the end of a long row as at its beginning."""
+"""Maximum ratio of the error at the end of a long row to that at its beginning."""
 
 
 def finite_gradients(subject: Subject) -> Measured:
-    """Results and all gradients are finite where whole rows are padding: the number that are not."""
+    """Results and all gradients are finite even if whole rows are padding; the error is the number of other values."""
     rows = subject.rows.masked.with_garbage()
     found = subject.form.gradient(subject.params, rows.x_BTD, rows.meta, subject.cotangent_BTD)
     wrong = sum(int((~np.isfinite(np.asarray(x, np.float32))).sum()) for x in jax.tree.leaves(found))
@@ -30,7 +30,7 @@ def finite_gradients(subject: Subject) -> Measured:
 
 
 def bfloat16(subject: Subject) -> Measured:
-    """Computed in bfloat16, with a cache and without, near the float32 result, and given back in bfloat16."""
+    """In bfloat16, with and without a cache, results are close to float32 and have dtype bfloat16."""
     rows, form = subject.rows.packed, subject.other(subject.spec, "bfloat16")
     x_BTD = rows.x_BTD.astype(jnp.bfloat16)
     y_BTD = form.forward(subject.params, x_BTD, rows.meta)
@@ -47,14 +47,14 @@ def bfloat16(subject: Subject) -> Measured:
 
 
 def long_rows(subject: Subject) -> Measured:
-    """A row of 512 positions: begins as a shorter one does, and bfloat16 is no further off at its end."""
+    """The start of a 512-position row equals a shorter row, and bfloat16 errors do not grow towards its end."""
     example = Example(30, LONG, ((0, 8, 1, True), (300, 320, 2, False)))
     row = lay_out([[example]], LONG, subject.width)
     short = lay_out([[example.part(0, LONG // 4)]], LONG // 4, subject.width)
     y_TD, begin_TD = subject.y_BTD(row)[0], subject.y_BTD(short)[0]
     error, bound = difference(y_TD[: LONG // 4], begin_TD), rounding(LONG, subject.width)
     if not error <= bound:
-        return Measured(error, bound, f"the first {LONG // 4} of {LONG} positions are not what they are alone")
+        return Measured(error, bound, f"the first {LONG // 4} of {LONG} positions differ from a row of their own")
     low = subject.other(subject.spec, "bfloat16")
     off_TD = np.float32(subject.y_BTD(dataclasses.replace(row, x_BTD=row.x_BTD.astype(jnp.bfloat16)), low)[0]) - y_TD
     begin, end = (_share(off_TD[part], y_TD[part], subject.spec.jumps) for part in (BEGINNING, END))
@@ -64,7 +64,7 @@ def long_rows(subject: Subject) -> Measured:
 
 
 def _share(off_TD: np.ndarray, y_TD: np.ndarray, jumps: bool) -> float:
-    """The norm of a difference, relative to that of the result; of results that jump without the worst positions."""
+    """The relative norm of a difference; for discontinuous results, without the worst positions."""
     off_T = np.linalg.norm(off_TD, axis=-1)
     if jumps:
         off_T = np.sort(off_T)[: max(1, int(len(off_T) * (1 - OTHERWISE)))]

@@ -1,4 +1,4 @@
-"""Gradients are slopes: along random directions, by differences, of the program as it is evaluated in float64."""
+"""Gradients equal finite differences along random directions, with the program evaluated in float64."""
 
 from collections.abc import Callable
 
@@ -12,24 +12,25 @@ from polygpt.lab.measured import EPSILON, Measured
 from polygpt.lab.subject import Form, Subject
 
 STEPS = (2.0**-17, 2.0**-22)
-"""The steps of differences in float64, of which the better counts: so small that hardly any kink lies within, and so
-large that rounding hardly matters."""
+"""Step sizes in float64, of which the better one counts: small enough to rarely contain a kink, large enough that
+rounding hardly matters."""
 ROUGH_STEPS = (2.0**-6, 2.0**-7, 2.0**-9)
-"""Where the program cannot be evaluated in float64, the model is built for it: parts of it may compute in float32."""
+"""Step sizes if the program cannot be evaluated in float64. The model is then built in float64, but parts of it may
+still compute in float32."""
 SECANTS = (2.0**-6, 2.0**-8)
-"""Steps over which results that jump, or are rounded, have another slope than their gradient."""
+"""Step sizes over which discontinuous or rounded results have a slope that differs from their gradient."""
 JUMP = 0.1
-"""How far such a slope may be off, as results bend within a step."""
+"""Maximum error of such a slope, due to curvature within a step."""
 MARGIN, MOST = 32, 1e-2
-"""How many times the rounding that is measured a gradient may be off, and by how much at most."""
+"""Maximum error of a gradient as a multiple of the measured rounding, and in absolute terms."""
 
 
 def finite_differences(subject: Subject) -> Measured:
-    """Along a random direction for the input and for each parameter, gradients are the slope of the loss.
+    """Along a random direction for the input and each parameter, the gradient equals the slope of the loss.
 
-    The slope is taken by the five-point formula, of the model's own program evaluated in float64. An error is relative
-    to what a direction's slope typically is; its bound is what rounding explains: that of a layer, or a multiple of how
-    much the gradient changes where the model is moved by an epsilon.
+    The slope is computed by the five-point formula from the model's own program evaluated in float64. Errors are
+    relative to the typical slope of a direction. The bound is what rounding explains: that of a layer, or a multiple of
+    the change of the gradient when the parameters are perturbed by an epsilon.
     """
     form, rows = subject.differentiable, subject.rows.packed
     rng = np.random.default_rng(2)
@@ -49,7 +50,7 @@ def finite_differences(subject: Subject) -> Measured:
     expected_N, nearby_N = (
         np.array([np.sum(g * d) for g, d in zip(found, directions, strict=True)]) for found in (expected, nearby)
     )
-    output = np.linalg.norm(weights_BTD) / 1e3  # nothing can be said of slopes far below what the loss is made of
+    output = np.linalg.norm(weights_BTD) / 1e3  # slopes far below the scale of the loss cannot be resolved
 
     def error_N(slope_SN):
         distance_SN = np.abs(slope_SN - expected_N) / (np.abs(slope_SN) + typical_N + output)
@@ -72,20 +73,20 @@ def finite_differences(subject: Subject) -> Measured:
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree.unflatten(leaves))[0]]
     worst, jumping = int(np.argmax(near_N)), int(np.argmax(far_N))
     if near_N[worst] <= bound and far_N[jumping] > JUMP and not subject.spec.jumps:
-        note = f"results jump, or are rounded, along {paths[jumping]}: where a discrete choice is meant, set jumps"
+        note = f"results jump, or are rounded, along {paths[jumping]}: if a discrete choice is intended, set jumps"
         return Measured(float(far_N[jumping]), JUMP, note)
     return Measured(float(near_N[worst]), bound, "" if near_N[worst] <= bound else f"worst: {paths[worst]}")
 
 
 def _in_float64(form: Form, subject: Subject, tree, weights_BTD) -> Callable:
-    """The loss as a function of leaves, of the model's program with all numbers in float64."""
+    """The loss as a function of leaves, from the model's program with all numbers in float64."""
     rows = subject.rows.packed
     apply = exact.widened(form.apply, subject.params, rows.x_BTD, rows.meta)
     return lambda leaves, meta: jnp.sum(weights_BTD * apply(*tree.unflatten(leaves), meta))
 
 
 def _built_for_float64(subject: Subject, tree, weights_BTD) -> Callable:
-    """The loss as a function of leaves, of the model that is built to compute in float64."""
+    """The loss as a function of leaves, from a model built with float64 as compute dtype."""
     form = subject.other(subject.differentiable.spec, "float64")
     return lambda leaves, meta: jnp.sum(weights_BTD * form.apply(*tree.unflatten(leaves), meta))
 

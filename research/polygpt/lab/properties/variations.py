@@ -1,4 +1,4 @@
-"""The same properties with other fields, in another model, and in rows longer than a block or a table."""
+"""Further properties with other fields, in another model, and in rows longer than a block or a table."""
 
 import dataclasses
 import functools
@@ -21,17 +21,17 @@ from polygpt.lab.subject import Subject, embedded
 from polygpt.spec import hints
 
 EARLY, LATE = 44, 120
-"""Positions before which a gap is made, to see whether positions are told apart there."""
+"""Positions before which a gap is inserted, to check that positions are distinguished there."""
 Property = Callable[[Subject], Measured]
 
 
 def in_long_rows(measure: Property, subject: Subject) -> Measured:
-    """Another property in rows of at least 160 positions."""
+    """Another property, measured in rows of at least 160 positions."""
     return measure(subject.long)
 
 
 def grouped_heads(subject: Subject) -> Measured:
-    """With one, and with two heads of keys and values: caches, backends and weights as before."""
+    """Caches, backends and weights agree with one and with two key and value heads."""
     spec = subject.spec
     if "kv_heads" not in hints(type(spec)):
         return absent("it has no field kv_heads")
@@ -48,9 +48,9 @@ def grouped_heads(subject: Subject) -> Measured:
 
 
 def second_position(subject: Subject) -> Measured:
-    """In a model whose positions are ALiBi, a score modification with terms, instead of Rope."""
+    """Properties hold in a model with ALiBi, a score modification with terms, instead of Rope."""
     if getattr(subject.spec, "position", None) is not None:
-        return absent("its position is set: that of the model does not act")
+        return absent("its own position is set, so that of the model has no effect")
     measures = {
         "full cache": memory.full_cache,
         "ring cache": memory.ring_cache,
@@ -63,9 +63,9 @@ def second_position(subject: Subject) -> Measured:
 
 
 def positions_told_apart(subject: Subject) -> Measured:
-    """Where a gap between two early positions changes results, so does one between late ones.
+    """If a gap between two early positions changes results, so does a gap between late ones.
 
-    If not, a table ends or an index is clamped in between.
+    Otherwise a table ends or an index is clamped in between.
     """
     subject = subject.long
     rows = subject.rows.packed
@@ -79,16 +79,18 @@ def positions_told_apart(subject: Subject) -> Measured:
     early, late = change(EARLY), change(LATE)
     lost = early > subject.bound and not late > subject.bound
     return Measured(
-        float(lost), 0.0, f"a gap before position {EARLY} tells, one before {LATE} does not" if lost else ""
+        float(lost),
+        0.0,
+        f"a gap before position {EARLY} changes results, but one before {LATE} does not" if lost else "",
     )
 
 
 def weights_of_output(subject: Subject) -> Measured:
-    """Weights that pictures show, times values, are what the backend gives; chosen queries have some of them."""
+    """`weights()` times values equals the backend's output; weights of chosen queries are a subset of all weights."""
     rows, form = subject.rows.packed, subject.form
     module = nnx.eval_shape(form.build)
     if not isinstance(module, MultiHeadModule) or getattr(module, "weights", None) is None:
-        return absent("it has no weights, or a form of its own")
+        return absent("it has no weights, or its own implementation")
     chosen = np.array([subject.length - 3, 1, 7], np.int32)
 
     @compiled
@@ -101,7 +103,7 @@ def weights_of_output(subject: Subject) -> Measured:
         def by_weights(rule, operands):
             y_BHTe, lse_BHT = attend(rule, operands)
             if weights_BHTS.shape != (*y_BHTe.shape[:3], operands.key_BKSd.shape[2]):
-                faults.append(f"weights() gives {weights_BHTS.shape} for results of {y_BHTe.shape}")
+                faults.append(f"weights() returns {weights_BHTS.shape} for results of {y_BHTe.shape}")
                 return y_BHTe, lse_BHT
             return weighted_values(weights_BHTS, operands.value_BKSe).astype(y_BHTe.dtype), lse_BHT
 
@@ -114,14 +116,14 @@ def weights_of_output(subject: Subject) -> Measured:
 
     y_BTD, expected, some = measure(subject.params, rows.x_BTD, rows.meta, chosen)
     error, of_some = difference(y_BTD, subject.y_BTD(rows)), difference(some, expected)
-    note = "" if error <= subject.bound else "weigh() does not give the weights with which attend() mixes values"
+    note = "" if error <= subject.bound else "weigh() does not return the weights that attend() uses"
     if not note and not of_some <= subject.bound:
-        note = "the weights of some chosen queries are not those of all"
+        note = "the weights of chosen queries differ from those of all queries"
     return Measured(max(error, of_some), subject.bound, note)
 
 
 def parameters_learn(subject: Subject) -> Measured:
-    """No parameter has a gradient of exactly zero: the number that have."""
+    """No parameter has a gradient of exactly zero; the error is the number of those that have."""
     rows, form = subject.rows.packed, subject.differentiable
     _, dparams, _ = form.gradient(subject.params, rows.x_BTD, rows.meta, subject.cotangent_BTD)
     learned = nnx.filter_state(dparams, nnx.Param) if isinstance(dparams, nnx.State) else dparams
@@ -134,8 +136,8 @@ def parameters_learn(subject: Subject) -> Measured:
 
 
 def _worst(subject: Subject, variations: dict[str, dict], measures: dict[str, Property]) -> Measured:
-    """The property that is worst in its bounds, of all variations that the variant allows."""
-    worst, refused = None, "it has no more than one head"
+    """The worst property relative to its bound, over all variations that the variant allows."""
+    worst, refused = None, "it has only one head"
     for name, fields in variations.items():
         try:
             changed = subject.changed(**fields)
