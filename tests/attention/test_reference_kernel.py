@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from problems import NAMES, WITH_PAIRS, answers, assert_agrees, cotangents, expected, floats, problem, with_floats
 
+from polygpt.attention.kernels import chunked, reference
 from polygpt.attention.kernels.reference import attend, attention_weights
 
 
@@ -45,6 +46,34 @@ def test_its_gradients_are_the_slopes_of_float64(name):
         # Some roundings of each term, and the differences' own error: step^2 = 1e-8 times some derivative.
         rounding = 16 * np.finfo(np.float32).eps * max(1.0, np.abs(terms).sum())
         np.testing.assert_allclose(terms.sum(), slope, rtol=0, atol=rounding)
+
+
+@pytest.mark.parametrize("backend", [reference, chunked], ids=["reference", "chunked"])
+@pytest.mark.parametrize("name", ["packed", "empty", "slopes", "gates", "sigmoid_terms"])
+def test_gradients_of_parts_of_the_keys_add_up_to_those_of_all(name, backend):
+    rule, operands = problem(name)
+    dy, dlse = cotangents(operands)
+    (y, lse), want = answers(attend, rule, operands, dy, dlse)
+    dlse = np.where(lse > reference.LOWEST / 2, dlse, 0)
+    delta = np.sum(dy * np.asarray(y), axis=-1) - dlse
+    parts = []
+    for chosen in (slice(None, 5), slice(5, None)):
+        part = dataclasses.replace(
+            operands,
+            key_BKSd=operands.key_BKSd[:, :, chosen],
+            value_BKSe=operands.value_BKSe[:, :, chosen],
+            key=jax.tree.map(lambda x: x[:, chosen], operands.key),  # noqa: B023
+            terms=dataclasses.replace(operands.terms, key={n: x[:, :, chosen] for n, x in operands.terms.key.items()}),
+        )
+        parts.append(jax.jit(backend.gradients, static_argnums=0)(rule, part, lse, dy, delta))
+    first, second = map(floats, parts)
+
+    def agree(path, want, first, second):
+        of_keys = {entry.key for entry in path} & {"key", "value"}
+        got = np.concatenate([first, second], axis=2) if of_keys else np.add(first, second)
+        np.testing.assert_allclose(got, want, rtol=0, atol=2e-6 * max(1, np.abs(want).max()), err_msg=str(path))
+
+    jax.tree_util.tree_map_with_path(agree, want, first, second)
 
 
 @pytest.mark.parametrize("name", ["empty", "sigmoid"])
