@@ -1,7 +1,10 @@
 """`train.parallel="auto"`: arithmetic on state size and device memory; what a run leaves unused is named."""
 
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import pytest
 
 from polygpt.errors import UserError
@@ -96,3 +99,12 @@ def test_what_a_run_leaves_unused_is_named_with_its_option(monkeypatch, parallel
 def test_what_does_not_fit_is_said():
     fits, not_fits = (choose(state=n * GB, gradient=n * GB, memory=16 * GB, devices=8, **MODEL) for n in (20, 200))
     assert "too much" not in fits.reason and "too much for 8 devices: use more" in not_fits.reason
+
+
+def test_a_cpu_device_has_its_share_of_the_machines_memory_and_others_what_they_say():
+    installed = re.search(r"MemTotal: +(\d+) kB", Path("/proc/meminfo").read_text())
+    share = int(installed[1]) * 1024 / jax.local_device_count()
+    assert automatic.memory_of_all() == pytest.approx(share, rel=1e-3)
+    silent = SimpleNamespace(platform="gpu", memory_stats=lambda: None)
+    assert automatic._memory_of(silent) == pytest.approx(share, rel=1e-3)
+    assert automatic._memory_of(SimpleNamespace(platform="gpu", memory_stats=lambda: {"bytes_limit": 5})) == 5
