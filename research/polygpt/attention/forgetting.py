@@ -18,6 +18,7 @@ class Forgetting(MultiHead):
     """
 
     paper = "2503.02130"
+    mask_is_bound = True  # gates that forget much leave distant keys a weight of exactly 0
 
     position: Position | None = NoPosition()
     """A position encoding in addition to the forget gates; null for that of the stack."""
