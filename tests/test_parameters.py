@@ -12,10 +12,12 @@ from batches import ADAPTERS, TOWER, build, example, tiny
 from polygpt import parameters
 from polygpt.adapters.base import Connector
 from polygpt.attention.biases import BucketBias, LearnedBias
+from polygpt.attention.contract import Dims
 from polygpt.attention.multi_head import MultiHead
 from polygpt.attention.talking_heads import TalkingHeads
 from polygpt.errors import SpecError
 from polygpt.lab.catalogue import variants
+from polygpt.lab.subject import Form
 from polygpt.models.describe import describe
 from polygpt.models.functional import bind
 from polygpt.nn.mlp import FeedForward
@@ -172,7 +174,7 @@ class Averaged(nnx.Module):
 BLOCKS = {"scanned": {}, "recomputed": {"remat": "full"}, "one by one": {"scan": False, "remat": "full"}}
 
 
-@pytest.mark.parametrize("fields", BLOCKS.values(), ids=BLOCKS)
+@pytest.mark.parametrize("fields", [{}, {"scan": False, "remat": "full"}], ids=["scanned", "one by one"])
 def test_constants_are_kept_to_the_bit_and_parameters_train(fields):
     model = bind(tiny(adapters={}, mlp=Averaging(), **fields), 31)
     optim, batch = Optim(Constant(0.01), accumulate=2, ema=0.9), build([[example(9)]] * 2, 12, adapters={})
@@ -207,6 +209,17 @@ def test_a_forward_pass_that_changes_statistics_is_refused(fields):
         jax.eval_shape(model.apply, model.abstract(), build([[example(9)]], 12, adapters={}))
 
 
-def test_random_streams_are_refused():
+class Forgetful(MultiHead):
+    """Attention with a dropout that keeps a random stream of its own."""
+
+    def build(self, dims, rngs):
+        module = super().build(dims, rngs)
+        module.dropout = nnx.Dropout(0.5, rngs=rngs)
+        return module
+
+
+def test_random_streams_are_refused_in_models_and_in_the_lab():
     with pytest.raises(SpecError, match="mlp/dropout/rngs/.* holds the state of a random stream"):
         bind(tiny(adapters={}, mlp=Averaging("stream")), 31)
+    with pytest.raises(SpecError, match="dropout/rngs/.* holds the state of a random stream"):
+        Form(Forgetful(2), Dims(8))

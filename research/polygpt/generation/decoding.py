@@ -20,7 +20,7 @@ from polygpt.sequence import PADDING, TEXT, Batch
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class State:
+class Decoding:
     """The state of a generation in progress.
 
     Attributes:
@@ -53,7 +53,7 @@ class State:
 @partial(jax.jit, static_argnames=("model", "sampling", "size"))
 def prefill(
     model, sampling: Sampling, size: int, params, batch: Batch, eos, seed, index_B, limit_B, used=None
-) -> State:
+) -> Decoding:
     """Reads the prompts and generates the first token of each row.
 
     Args:
@@ -79,7 +79,7 @@ def prefill(
     before_BT = batch.segment_BT == segment_B[:, None]
     text_BT = batch.modality_BT == TEXT
     seen_BV = jnp.zeros((B, V), bool).at[row_B[:, None], batch.tokens_BT].max(text_BT, mode="drop")
-    state = State(
+    state = Decoding(
         cache=cache,
         step=jnp.int32(0),
         tokens_BS=jnp.zeros((B, size), jnp.int32),
@@ -96,7 +96,7 @@ def prefill(
 
 
 @partial(jax.jit, static_argnames=("model", "sampling"), donate_argnames="state")
-def decode(model, sampling: Sampling, params, state: State, eos, until, used=None) -> State:
+def decode(model, sampling: Sampling, params, state: Decoding, eos, until, used=None) -> Decoding:
     """Generates tokens until every row is finished or has `until` tokens. Donates `state`.
 
     Args:
@@ -105,10 +105,10 @@ def decode(model, sampling: Sampling, params, state: State, eos, until, used=Non
         until: int32 scalar, the number of tokens to stop at.
     """
 
-    def unfinished(state: State):
+    def unfinished(state: Decoding):
         return (state.step < until) & ~state.done_B.all()
 
-    def next_token(state: State) -> State:
+    def next_token(state: Decoding) -> Decoding:
         token_B = jax.lax.dynamic_index_in_dim(state.tokens_BS, state.step - 1, axis=1, keepdims=False)
         segment_B = jnp.where(state.done_B, 0, state.segment_B)
         nth = state.step - 1
@@ -119,13 +119,13 @@ def decode(model, sampling: Sampling, params, state: State, eos, until, used=Non
     return _replicated(model, jax.lax.while_loop(unfinished, next_token, state))
 
 
-def _replicated(model, state: State) -> State:
+def _replicated(model, state: Decoding) -> Decoding:
     """Replicates the fields that the host reads."""
     read = model.replicated((state.tokens_BS, state.count_B, state.done_B))
     return dataclasses.replace(state, **dict(zip(("tokens_BS", "count_B", "done_B"), read, strict=True)))
 
 
-def _append(state: State, logits_BV, sampling: Sampling, eos, used) -> State:
+def _append(state: Decoding, logits_BV, sampling: Sampling, eos, used) -> Decoding:
     """Chooses each row's next token from its logits and appends it to unfinished rows."""
     if used is not None:  # training makes the ids that pad the vocabulary unlikely, but not impossible
         logits_BV = jnp.where((jnp.arange(logits_BV.shape[-1]) < used)[None], logits_BV, -jnp.inf)

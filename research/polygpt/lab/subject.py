@@ -15,6 +15,7 @@ from polygpt.lab.compiled import compiled
 from polygpt.lab.layout import CALLS, LEAST, Layout, layouts
 from polygpt.lab.measured import EPSILON, rounding
 from polygpt.nn.positions import Position, Rope
+from polygpt.parameters import traits
 from polygpt.spec import hints
 
 WIDTH = 32
@@ -65,7 +66,9 @@ class Form:
 
     def __init__(self, spec: Attention, dims: Dims):
         self.spec, self.dims = spec, dims
-        self.graphdef, self.abstract = nnx.split(nnx.eval_shape(self.build))
+        module = nnx.eval_shape(self.build)
+        traits(module)  # a module that no model could hold is refused
+        self.graphdef, self.abstract = nnx.split(module)
         self.forward, self.gradient = compiled(self.apply), compiled(self.pull_back)
         self.influence, self.through_cache = compiled(self._influence), compiled(self._through_cache, "calls")
         self.replaced = compiled(self._replaced)

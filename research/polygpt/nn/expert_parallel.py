@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from polygpt.nn.grouping import through_sorted
-from polygpt.nn.router import Choice
+from polygpt.nn.router import Routing
 from polygpt.sharding import active, mesh_axes, using
 
 Kernels = tuple[jax.Array, jax.Array, jax.Array]
@@ -41,7 +41,7 @@ def _buffers(x_BECD, *logical):
 
 
 def dropless(
-    x_BTD: jax.Array, choice: Choice, kernels: Kernels, function: Callable[[Kernels, jax.Array, Callable], jax.Array]
+    x_BTD: jax.Array, routing: Routing, kernels: Kernels, function: Callable[[Kernels, jax.Array, Callable], jax.Array]
 ) -> jax.Array:
     """`through_sorted`, in the dtype of x, on the devices of the active layout.
 
@@ -49,7 +49,7 @@ def dropless(
     """
     layout = active()
     if layout is None:
-        return _sorted(x_BTD, choice, kernels, function)
+        return _sorted(x_BTD, routing, kernels, function)
     rows, positions, _ = layout.axes(("batch", "positions", None), x_BTD.shape)
     local = PartitionSpec(rows, positions, None)
     experts, _, hidden = layout.axes(("experts", None, "hidden"), kernels[0].shape)
@@ -57,30 +57,32 @@ def dropless(
     gathered = tuple(axis for axis in mesh_axes(experts) if axis in mesh_axes(rows))
     summed = tuple(axis for axis in (*mesh_axes(experts), *mesh_axes(hidden)) if axis not in gathered)
 
-    def per_device(x_BTD, choice, kernels):
+    def per_device(x_BTD, routing, kernels):
         own = len(kernels[0])
         if gathered:
-            x_BTD, choice = jax.tree.map(lambda x: jax.lax.all_gather(x, gathered, axis=0, tiled=True), (x_BTD, choice))
+            x_BTD, routing = jax.tree.map(
+                lambda x: jax.lax.all_gather(x, gathered, axis=0, tiled=True), (x_BTD, routing)
+            )
         if experts is not None:
-            local_BTk = choice.expert_BTk - own * jax.lax.axis_index(experts)
+            local_BTk = routing.expert_BTk - own * jax.lax.axis_index(experts)
             mine_BTk = (local_BTk >= 0) & (local_BTk < own)
-            choice = Choice(jnp.where(mine_BTk, local_BTk, own), choice.weight_BTk)
+            routing = Routing(jnp.where(mine_BTk, local_BTk, own), routing.weight_BTk)
         with using(None):
-            y_BTD = _sorted(x_BTD, choice, kernels, function)
+            y_BTD = _sorted(x_BTD, routing, kernels, function)
         if summed:
             y_BTD = jax.lax.psum(y_BTD, summed)
         if gathered:
             y_BTD = jax.lax.psum_scatter(y_BTD, gathered, scatter_dimension=0, tiled=True)
         return y_BTD
 
-    choices = Choice(local, local)
-    specs = {"in_specs": (local, choices, (inward, inward, outward)), "out_specs": local}
+    routings = Routing(local, local)
+    specs = {"in_specs": (local, routings, (inward, inward, outward)), "out_specs": local}
     # check_vma=False: under `vmap`, `ragged_dot` and the CPU blocks disagree on which axes their results vary over.
-    return jax.shard_map(per_device, mesh=layout.mesh, check_vma=False, **specs)(x_BTD, choice, kernels)
+    return jax.shard_map(per_device, mesh=layout.mesh, check_vma=False, **specs)(x_BTD, routing, kernels)
 
 
-def _sorted(x_BTD, choice, kernels, function):
+def _sorted(x_BTD, routing, kernels, function):
     def compute(x_ND, grouped):
         return function(kernels, x_ND, grouped)
 
-    return through_sorted(x_BTD, choice, len(kernels[0]), compute).astype(x_BTD.dtype)
+    return through_sorted(x_BTD, routing, len(kernels[0]), compute).astype(x_BTD.dtype)

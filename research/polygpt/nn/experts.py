@@ -14,7 +14,7 @@ from polygpt.nn.expert_parallel import Kernels, at_experts, at_rows, dropless
 from polygpt.nn.grouping import through_buffers
 from polygpt.nn.losses import Losses
 from polygpt.nn.mlp import Activation, FeedForward, GatedLayer, activate
-from polygpt.nn.router import Choice, Router, route
+from polygpt.nn.router import Router, Routing, route
 from polygpt.sharding import RESIDUAL, constrain
 
 
@@ -117,20 +117,20 @@ class _Mixture(nnx.Module):
         real_BT = query.segment > 0
         logits_BTE = constrain(self.router(x_BTD), "batch", "positions", None)
         options = {"top_k": spec.top_k, "normalize": spec.normalize, "groups": spec.groups, "balance": spec.balance}
-        choice, losses = route(logits_BTE, real_BT, query.modality, **options)
+        routing, losses = route(logits_BTE, real_BT, query.modality, **options)
         x_BTD = x_BTD.astype(self.dtype)
         kernels = self.experts.kernels(self.dtype)
         if spec.capacity is not None:
             losses["dropped"] = jnp.zeros((), jnp.float32)
         if spec.capacity is not None and context.training:
-            y_BTD, dropped = self._in_buffers(x_BTD, choice, kernels)
+            y_BTD, dropped = self._in_buffers(x_BTD, routing, kernels)
             losses["dropped"] = dropped / spec.top_k
         else:
-            y_BTD = dropless(x_BTD, choice, kernels, lambda own, x, grouped: self._apply(own, x, grouped, grouped))
+            y_BTD = dropless(x_BTD, routing, kernels, lambda own, x, grouped: self._apply(own, x, grouped, grouped))
         y_BTD = constrain(y_BTD, *RESIDUAL)
         return y_BTD if self.shared is None else y_BTD + self.shared(x_BTD), losses
 
-    def _in_buffers(self, x_BTD: jax.Array, choice: Choice, kernels: Kernels) -> tuple[jax.Array, jax.Array]:
+    def _in_buffers(self, x_BTD: jax.Array, routing: Routing, kernels: Kernels) -> tuple[jax.Array, jax.Array]:
         def inward(x_BECD, kernel_EDF):
             return at_experts(jnp.einsum("becd,edf->becf", x_BECD, kernel_EDF), "hidden")
 
@@ -142,9 +142,9 @@ class _Mixture(nnx.Module):
             return constrain(at_rows(y_BECD), "batch", None, None, None)
 
         # Slots are counted from the start of a row, so each device needs whole rows.
-        x_BTD, choice = jax.tree.map(lambda x: constrain(x, "batch", None, None), (x_BTD, choice))
+        x_BTD, routing = jax.tree.map(lambda x: constrain(x, "batch", None, None), (x_BTD, routing))
         slots = self.spec.slots(x_BTD.shape[1])
-        y_BTD, dropped = through_buffers(x_BTD, choice, self.spec.experts, slots, function)
+        y_BTD, dropped = through_buffers(x_BTD, routing, self.spec.experts, slots, function)
         return y_BTD.astype(self.dtype), dropped
 
     def _apply(self, kernels: Kernels, x: jax.Array, inward: Callable, outward: Callable) -> jax.Array:

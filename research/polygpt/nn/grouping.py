@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from polygpt.nn.grouped import grouped_matmul
 from polygpt.nn.rearrange import rearrange
-from polygpt.nn.router import Choice
+from polygpt.nn.router import Routing
 
 # --- fixed-size buffers -----------------------------------------------------------------------------------------------
 
@@ -31,15 +31,15 @@ def slots(expert_BTk: jax.Array, experts: int, capacity: int) -> jax.Array:
 
 
 def through_buffers(
-    x_BTD: jax.Array, choice: Choice, experts: int, capacity: int, function: Callable[[jax.Array], jax.Array]
+    x_BTD: jax.Array, routing: Routing, experts: int, capacity: int, function: Callable[[jax.Array], jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
     """Applies `function`, [B, E, C, D] -> [B, E, C, D], to the expert buffers and combines the results by position.
 
     Returns:
         The weighted sums, float32 [B, T, D], 0 where every choice was dropped; and the number of dropped choices.
     """
-    B, T, k = choice.expert_BTk.shape
-    slot_BN = slots(choice.expert_BTk, experts, capacity).reshape(B, T * k)
+    B, T, k = routing.expert_BTk.shape
+    slot_BN = slots(routing.expert_BTk, experts, capacity).reshape(B, T * k)
     no_slot = experts * capacity
 
     def source(slot_N):  # the choice in each slot; T k, which is out of range, in empty slots
@@ -49,23 +49,23 @@ def through_buffers(
     buffer_BSD = jax.vmap(rearrange)(jnp.repeat(x_BTD, k, axis=1), source_BS, slot_BN)
     y_BECD = function(buffer_BSD.reshape(B, experts, capacity, -1))
     y_BND = jax.vmap(rearrange)(y_BECD.reshape(B, no_slot, -1), slot_BN, source_BS)
-    dropped = jnp.sum((choice.expert_BTk < experts) & (slot_BN.reshape(B, T, k) == no_slot), dtype=jnp.float32)
-    return combine(y_BND.reshape(B, T, k, -1), choice.weight_BTk), dropped
+    dropped = jnp.sum((routing.expert_BTk < experts) & (slot_BN.reshape(B, T, k) == no_slot), dtype=jnp.float32)
+    return combine(y_BND.reshape(B, T, k, -1), routing.weight_BTk), dropped
 
 
 # --- sorted, dropless -------------------------------------------------------------------------------------------------
 
 
 def through_sorted(
-    x_BTD: jax.Array, choice: Choice, experts: int, function: Callable[[jax.Array, Callable], jax.Array]
+    x_BTD: jax.Array, routing: Routing, experts: int, function: Callable[[jax.Array, Callable], jax.Array]
 ) -> jax.Array:
     """The weighted sum of the outputs of each position's experts, float32 [B, T, D].
 
     `function(x_ND, grouped)` gets the inputs sorted by expert; `grouped(x, kernel_EDF)` multiplies each row by its
     expert's matrix. Choices of no expert (index E) come last; their rows are zero before and after.
     """
-    B, T, k = choice.expert_BTk.shape
-    expert_N = choice.expert_BTk.reshape(-1)
+    B, T, k = routing.expert_BTk.shape
+    expert_N = routing.expert_BTk.reshape(-1)
     order_N = jnp.argsort(expert_N, stable=True).astype(jnp.int32)
     inverse_N = jnp.zeros_like(order_N).at[order_N].set(jnp.arange(B * T * k, dtype=jnp.int32), unique_indices=True)
     sizes_E = jnp.sum(expert_N[:, None] == jnp.arange(experts, dtype=jnp.int32)[None], axis=0, dtype=jnp.int32)
@@ -75,7 +75,7 @@ def through_sorted(
 
     sorted_ND = rearrange(jnp.repeat(x_BTD.reshape(B * T, -1), k, axis=0), order_N, inverse_N)
     y_ND = rearrange(function(sorted_ND, grouped), inverse_N, order_N)
-    return combine(y_ND.reshape(B, T, k, -1), choice.weight_BTk)
+    return combine(y_ND.reshape(B, T, k, -1), routing.weight_BTk)
 
 
 def combine(y_BTkD: jax.Array, weight_BTk: jax.Array) -> jax.Array:

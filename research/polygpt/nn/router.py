@@ -15,7 +15,7 @@ from polygpt.nn.losses import Losses
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Choice:
+class Routing:
     """The experts chosen for each position.
 
     Attributes:
@@ -72,7 +72,7 @@ def route(
     normalize: bool,
     groups: tuple[int, ...],
     balance: Literal["row", "batch"],
-) -> tuple[Choice, Losses]:
+) -> tuple[Routing, Losses]:
     """Chooses experts for every position and computes the losses `load_balance` and `router_z`.
 
     Load balance: E sum_e f_e P_e, where f_e is the fraction of choices that fall on expert e and P_e its mean
@@ -98,7 +98,7 @@ def route(
     if normalize:
         weight_BTk = weight_BTk / jnp.sum(weight_BTk, axis=-1, keepdims=True)
     real_BT1 = real_BT[..., None]
-    choice = Choice(jnp.where(real_BT1, expert_BTk, E), jnp.where(real_BT1, weight_BTk, 0.0))
+    routing = Routing(jnp.where(real_BT1, expert_BTk, E), jnp.where(real_BT1, weight_BTk, 0.0))
 
     chosen_BTE = jnp.sum(is_chosen_BTkE, axis=2, dtype=jnp.float32)
     member_BTM = member_BTM.astype(jnp.float32)
@@ -112,4 +112,4 @@ def route(
     # n E f P, with f = chosen / (k n) and P = probability / n.
     balance_BM = jnp.sum(chosen_BME * probability_BME, axis=-1) * experts_M[None] / jnp.maximum(top_k * positions_BM, 1)
     z_BT = jnp.square(jax.nn.logsumexp(logits_BTE, axis=-1))
-    return choice, {"load_balance": jnp.sum(balance_BM), "router_z": jnp.sum(jnp.where(real_BT, z_BT, 0.0))}
+    return routing, {"load_balance": jnp.sum(balance_BM), "router_z": jnp.sum(jnp.where(real_BT, z_BT, 0.0))}

@@ -28,7 +28,7 @@ ROW = 128
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
+class Placement:
     """What was chosen.
 
     Attributes:
@@ -55,7 +55,7 @@ def choose(
     lengths: Sequence[int],
     heads: int,
     spare: bool = False,
-) -> Choice:
+) -> Placement:
     """Chooses mode and mesh.
 
     Args:
@@ -73,7 +73,7 @@ def choose(
         UserError: if the work cannot be divided over all devices, and none may be left idle.
     """
     if devices == 1:
-        return Choice("single", MeshSpec(), None)
+        return Placement("single", MeshSpec(), None)
     need = state + gradient
     for used in range(devices, 0 if spare else devices - 1, -1):
         if (split := _split(used, batch_size, accumulate, lengths, heads)) is not None:
@@ -92,16 +92,16 @@ def choose(
             f" ({idle} of {devices} {verb} idle: make data.batch_size a multiple of {devices * accumulate} to use all)"
         )
     if used == 1:
-        return Choice("single", MeshSpec(), why)
+        return Placement("single", MeshSpec(), why)
     takes = f"state and gradient take {_size(need)} and a device has {_size(memory)}"
     tensor = sizes["tensor"]
     if need / tensor <= WHOLE * memory:
         held = "every device holds a full copy" if tensor == 1 else "the rest is replicated"
-        return Choice("sharded", MeshSpec(data=parts, **sizes), f"{why}; {held}: {takes}", used)
+        return Placement("sharded", MeshSpec(data=parts, **sizes), f"{why}; {held}: {takes}", used)
     reason = f"{why}; parameters and optimizer state are sharded: {takes}"
     if need / (parts * tensor) > SPLIT * memory:
         reason += f", too much for {counted(used, 'device')}: use more, or try polygpt plan --search"
-    return Choice("sharded", MeshSpec(data=1, fsdp=parts, **sizes), reason, used)
+    return Placement("sharded", MeshSpec(data=1, fsdp=parts, **sizes), reason, used)
 
 
 def _split(

@@ -118,7 +118,7 @@ def assemble(
     if mode == "auto" and len(devices) == 1:
         mode = "single"
     elif mode == "auto":
-        choice = automatic.choose(
+        placement = automatic.choose(
             state=automatic.bytes_of(jax.eval_shape(lambda: _create(experiment, model, transformation))),
             gradient=automatic.bytes_of(shapes),
             memory=memory or automatic.memory_of_all(),
@@ -129,8 +129,9 @@ def assemble(
             heads=getattr(experiment.model.decoder.attention, "heads", 1),
             spare=spare,
         )
-        mode, mesh, reason = choice.mode, choice.mesh, f"train.parallel auto: {choice.mode}: {choice.reason}"
-        devices = devices[: choice.devices]
+        mode, mesh = placement.mode, placement.mesh
+        reason = f"train.parallel auto: {placement.mode}: {placement.reason}"
+        devices = devices[: placement.devices]
     runs = parallel.build(mode, model.axes(), mesh, devices)
     runs.check(experiment.data.batch_size, layout.seq_len, optim.accumulate)
     for name, task in experiment.evaluation.tasks.items():

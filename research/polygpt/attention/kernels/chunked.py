@@ -17,8 +17,7 @@ import jax.numpy as jnp
 
 from polygpt.attention.kernels import dispatch
 from polygpt.attention.kernels.block_map import EMPTY, block_map
-from polygpt.attention.kernels.problem import Operands, Rule
-from polygpt.attention.kernels.reference import LOWEST
+from polygpt.attention.kernels.problem import LOWEST, Operands, Rule, padded
 from polygpt.attention.scores import Terms
 
 SCORES = 2**18
@@ -243,7 +242,7 @@ def _tile(queries, keys, head, pair) -> Operands:
 def _query_blocks(operands: Operands, size: int):
     """(queries, metadata, terms), each [i, B, ..., size, ...]."""
     query = jax.tree.map(lambda x: _blocks(x, 1, size), operands.query)
-    terms = jax.tree.map(lambda x: _blocks(x, 2, size, repeat=True), operands.terms.query)
+    terms = jax.tree.map(lambda x: _blocks(x, 2, size, None), operands.terms.query)
     return _blocks(operands.query_BHTd, 2, size), query, terms
 
 
@@ -251,14 +250,14 @@ def _key_blocks(operands: Operands, size: int):
     """(keys, values, metadata, terms), each [j, B, ..., size, ...]; positions after the last key are padding."""
     key, value = (_blocks(x, 2, size) for x in (operands.key_BKSd, operands.value_BKSe))
     meta = jax.tree.map(lambda x: _blocks(x, 1, size), operands.key)
-    return key, value, meta, jax.tree.map(lambda x: _blocks(x, 2, size, repeat=True), operands.terms.key)
+    return key, value, meta, jax.tree.map(lambda x: _blocks(x, 2, size, None), operands.terms.key)
 
 
 def _pair_blocks(operands: Operands, sizes: tuple[int, int]):
     """Pair terms, each [i, j, B, H, block_q, block_k]."""
 
     def blocks(x_BHTS):
-        return _blocks(_blocks(x_BHTS, 3, sizes[1], repeat=True), 3, sizes[0], repeat=True)
+        return _blocks(_blocks(x_BHTS, 3, sizes[1], None), 3, sizes[0], None)
 
     return jax.tree.map(blocks, operands.terms.pair)
 
@@ -269,17 +268,10 @@ def _merge_pairs(x_ijBHts, T: int, S: int):
     return x_ijBHts.transpose(2, 3, 0, 4, 1, 5).reshape(B, H, i * t, j * s)[:, :, :T, :S]
 
 
-def _blocks(x, axis: int, size: int, fill: float = 0, repeat: bool = False):
-    """Splits an axis into blocks of `size`, padded with `fill` or by repeating the last entry; blocks come first."""
-    length = x.shape[axis]
-    count = -(-length // size)
-    shape = (*x.shape[:axis], count * size - length, *x.shape[axis + 1 :])
-    if repeat:  # a term that occurs: score modifications need not be finite for other values
-        more = jnp.broadcast_to(jax.lax.slice_in_dim(x, length - 1, length, axis=axis), shape)
-    else:
-        more = jnp.full(shape, fill, x.dtype)
-    x = jnp.concatenate([x, more], axis)
-    return jnp.moveaxis(x.reshape(*x.shape[:axis], count, size, *x.shape[axis + 1 :]), axis, 0)
+def _blocks(x, axis: int, size: int, fill: float | None = 0.0):
+    """Splits an axis into blocks of `size`, filled up as by `padded`; blocks come first."""
+    x = padded(x, axis, -x.shape[axis] % size, fill)
+    return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :]), axis, 0)
 
 
 def _block(blocks, index):

@@ -9,7 +9,6 @@ TPU kernels it is not partitioned by the compiler: on a mesh, call it inside `ja
 On CPU the kernel is interpreted, which is slow and meant for tests. There is no GPU version.
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -19,8 +18,8 @@ from polygpt.attention.kernels import dispatch
 from polygpt.attention.kernels.block_map import block_map
 from polygpt.attention.kernels.flex_backward import backward
 from polygpt.attention.kernels.flex_forward import forward
-from polygpt.attention.kernels.flex_tiles import LOWEST, packed, unpacked
-from polygpt.attention.kernels.problem import Operands, Rule
+from polygpt.attention.kernels.flex_tiles import packed, unpacked
+from polygpt.attention.kernels.problem import LOWEST, Operands, Rule
 
 BLOCK = 512
 """Default number of queries and keys per block."""
@@ -87,7 +86,7 @@ def _prepared(rule, operands, block_q, block_k):
     """(block sizes, whether to interpret, packed operands, the block map)."""
     T, S = operands.query_BHTd.shape[2], operands.key_BKSd.shape[2]
     block_q, block_k = block_q or _block(T), block_k or _block(S)
-    whole = packed(_padded(operands, -T % block_q, -S % block_k))
+    whole = packed(operands.padded(-T % block_q, -S % block_k))
     kind_BQK = block_map(rule.mask, operands.query, operands.key, block_q, block_k)
     return block_q, block_k, dispatch.platform() == "cpu", whole, kind_BQK
 
@@ -95,28 +94,6 @@ def _prepared(rule, operands, block_q, block_k):
 def _block(count: int) -> int:
     """The default block size."""
     return dispatch.block() or min(BLOCK, -(-count // LANES) * LANES)
-
-
-def _padded(operands: Operands, queries: int, keys: int) -> Operands:
-    """Appends padding positions (segment 0): keys that are never visible, queries whose results are discarded."""
-
-    def pad(x, axis, count, mode="constant"):
-        return jnp.pad(x, [(0, count if i == axis else 0) for i in range(x.ndim)], mode=mode)
-
-    terms = operands.terms
-    return Operands(
-        pad(operands.query_BHTd, 2, queries),
-        pad(operands.key_BKSd, 2, keys),
-        pad(operands.value_BKSe, 2, keys),
-        jax.tree.map(lambda x: pad(x, 1, queries), operands.query),
-        jax.tree.map(lambda x: pad(x, 1, keys), operands.key),
-        dataclasses.replace(
-            terms,
-            # Repeat the last term: scores need not be finite for values that do not occur, such as 0.
-            query={name: pad(x, 2, queries, "edge") for name, x in terms.query.items()},
-            key={name: pad(x, 2, keys, "edge") for name, x in terms.key.items()},
-        ),
-    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))

@@ -14,12 +14,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from polygpt.attention.kernels.block_map import EMPTY
-from polygpt.attention.kernels.problem import Operands, Rule
+from polygpt.attention.kernels.problem import LOWEST, Operands, Rule
 from polygpt.attention.masks import Meta
 from polygpt.attention.scores import Terms
 
-LOWEST = float(jnp.finfo(jnp.float32).min)
-"""The score of a masked pair."""
 UNSEEN = LOWEST / 2
 """The initial largest score: exp(LOWEST - UNSEEN) is 0, even for a query without visible keys."""
 META_ROWS = 8

@@ -27,6 +27,9 @@ import jax.numpy as jnp
 from polygpt.attention.masks import Mask, Meta
 from polygpt.attention.scores import Score, Terms
 
+LOWEST = float(jnp.finfo(jnp.float32).min)
+"""The score of a masked pair, instead of -inf: softmax of a row without visible keys, and its gradient, stay finite."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
@@ -86,6 +89,24 @@ class Operands:
             ),
         )
 
+    def padded(self, queries: int, keys: int) -> "Operands":
+        """Appends positions of segment 0: keys that are never visible, and queries whose results are discarded."""
+        terms = self.terms
+        return Operands(
+            padded(self.query_BHTd, 2, queries),
+            padded(self.key_BKSd, 2, keys),
+            padded(self.value_BKSe, 2, keys),
+            jax.tree.map(lambda x: padded(x, 1, queries), self.query),
+            jax.tree.map(lambda x: padded(x, 1, keys), self.key),
+            dataclasses.replace(
+                terms,
+                # Repeat the last term: scores need not be finite for values that do not occur, such as 0.
+                query={name: padded(x, 2, queries, None) for name, x in terms.query.items()},
+                key={name: padded(x, 2, keys, None) for name, x in terms.key.items()},
+                pair={name: padded(padded(x, 2, queries, None), 3, keys, None) for name, x in terms.pair.items()},
+            ),
+        )
+
     def views(self) -> tuple[Meta, Meta, Terms]:
         """Metadata and terms that broadcast against scores, [B, 1, T, 1], [B, 1, 1, S] and so on."""
         query = jax.tree.map(lambda x: x[:, None, :, None], self.query)
@@ -100,3 +121,9 @@ class Operands:
             {name: x[:, :, None, :] for name, x in self.terms.key.items()},
             self.terms.pair,
         )
+
+
+def padded(x: jax.Array, axis: int, count: int, fill: float | None = 0.0) -> jax.Array:
+    """Appends `count` entries to an axis: `fill`, or the last entry repeated if `fill` is None."""
+    widths = [(0, count if i == axis else 0) for i in range(x.ndim)]
+    return jnp.pad(x, widths, mode="edge") if fill is None else jnp.pad(x, widths, constant_values=fill)

@@ -10,10 +10,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from polygpt.attention.kernels.problem import Operands, Rule
-
-LOWEST = float(jnp.finfo(jnp.float32).min)
-"""Used instead of -inf, so that softmax of a row without visible keys, and its gradient, stay finite."""
+from polygpt.attention.kernels.problem import LOWEST, Operands, Rule
 
 
 def refuses(rule: Rule, operands: Operands) -> None:

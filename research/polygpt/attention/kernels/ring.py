@@ -19,8 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from polygpt.attention.kernels.problem import Operands, Rule
-from polygpt.attention.kernels.reference import LOWEST
+from polygpt.attention.kernels.problem import LOWEST, Operands, Rule
 from polygpt.attention.masks import Meta
 from polygpt.attention.scores import Terms
 
