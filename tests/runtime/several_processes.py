@@ -24,11 +24,15 @@ if SCENARIO == "killed at start-up" and RANK == 1:
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
-import orbax.checkpoint as ocp  # noqa: E402
 from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 
 from polygpt.errors import UserError  # noqa: E402
 from polygpt.runtime import processes  # noqa: E402
+
+if SCENARIO == "unsaved":  # the others start sooner without
+    import orbax.checkpoint as ocp
+
+    from polygpt.runtime import stored
 
 SPEC = processes.ProcessesSpec(barrier_timeout=60, heartbeat_timeout=12, shutdown_timeout=60)
 
@@ -65,8 +69,6 @@ def missing():
 
 
 def unsaved():
-    from polygpt.runtime import stored
-
     if RANK == 1:
         time.sleep(30)
     place = Path(tempfile.gettempdir(), f"polygpt-unsaved-{PORT}")  # not made before all are here
