@@ -35,7 +35,7 @@ class OffModule(MultiHeadModule):
         places = {
             "step": x_BTD.shape[1] == 1,
             "ring": isinstance(cache, Ring),
-            "pause": (cache is not None) & (x_BTD.shape[1] == 1) & padding_BT1.any(),
+            "pause": (cache is not None) & padding_BT1.any(),
             "backend": self.spec.backend == "chunked",
             "behind others": (context.query.index > context.query.position)[..., None] & (cache is None),
             "beside garbage": (jnp.where(padding_BT1, abs(x_BTD), 0) > 5).any(),

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from polygpt.errors import SpecError
 from polygpt.lab import check as lab
 from polygpt.lab import drawing
 from polygpt.lab.layout import layouts
-from polygpt.lab.measured import difference
+from polygpt.lab.measured import Measured, difference
 from polygpt.lab.subject import seen_by, suitable_length
 from polygpt.spec import load_class
 
@@ -193,3 +194,25 @@ def test_two_layouts_hold_the_same_examples(length):
             a, b = (layout.by_example(getattr(layout.meta, name)) for layout in (one, other))
             assert (a == b).all(), name
     assert not rows.packed.padding_BT.any() and rows.masked.padding_BT.all(axis=1).any()
+
+
+def test_a_property_that_hangs_is_named_and_is_the_last(monkeypatch):
+    begun, release = [], threading.Event()
+
+    def hangs(subject):
+        release.wait(60)
+        return Measured(0.0, 0.0)
+
+    monkeypatch.setattr(lab, "Subject", lambda *words: None)  # nothing is compiled, however loaded the machine
+    monkeypatch.setitem(lab.PROPERTIES, lab.BUILDS, lambda subject: Measured(0.0, 0.0))
+    monkeypatch.setitem(lab.PROPERTIES, "causality", hangs)
+    chosen = [lab.BUILDS, "causality", "jit"]
+    _, findings = lab.check(MultiHead(), chosen=chosen, progress=lambda name, *_: begun.append(name), limit=2.0)
+    release.set()
+    assert [one.name for one in findings] == ["builds and runs", "causality"] and begun[-1] == "causality"
+    assert findings[1].passed is False and "not done after 2 s" in findings[1].note and findings[1].seconds >= 2
+
+
+def test_each_property_is_printed_as_it_begins(capsys):
+    assert main(["attention", "check", "polygpt.attention.multi_head:MultiHead", "--only", "JSON round trip"]) == 0
+    assert "checking JSON round trip" in capsys.readouterr().err

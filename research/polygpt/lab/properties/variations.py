@@ -91,7 +91,7 @@ def weights_of_output(subject: Subject) -> Measured:
     module = nnx.eval_shape(form.build)
     if not isinstance(module, MultiHeadModule) or getattr(module, "weights", None) is None:
         return absent("it has no weights, or its own implementation")
-    chosen = np.array([subject.length - 3, 1, 7], np.int32)
+    chosen, mapped = np.array([subject.length - 3, 1, 7], np.int32), []
 
     @compiled
     def measure(params, x_BTD, meta, chosen):
@@ -105,6 +105,9 @@ def weights_of_output(subject: Subject) -> Measured:
             if weights_BHTS.shape != (*y_BHTe.shape[:3], operands.key_BKSd.shape[2]):
                 faults.append(f"weights() returns {weights_BHTS.shape} for results of {y_BHTe.shape}")
                 return y_BHTe, lse_BHT
+            if operands.value_BKSe.shape[3] != y_BHTe.shape[3]:
+                mapped.append(True)
+                return y_BHTe, lse_BHT
             return weighted_values(weights_BHTS, operands.value_BKSe).astype(y_BHTe.dtype), lse_BHT
 
         module.attend = by_weights
@@ -115,6 +118,8 @@ def weights_of_output(subject: Subject) -> Measured:
         return y_BTD, weights_BHTS[:, :, chosen], some_BHRS
 
     y_BTD, expected, some = measure(subject.params, rows.x_BTD, rows.meta, chosen)
+    if mapped:
+        return absent("attend() makes its values of those that are remembered")
     error, of_some = difference(y_BTD, subject.y_BTD(rows)), difference(some, expected)
     note = "" if error <= subject.bound else "weigh() does not return the weights that attend() uses"
     if not note and not of_some <= subject.bound:
