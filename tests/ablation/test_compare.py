@@ -173,7 +173,7 @@ def test_fields_that_differ_are_told_whole_where_their_kinds_differ():
     [
         (lambda run: [run("a", 2.0), run("b", 2.1)], "a and .*b are the same run, seed 0: name one of them"),
         (lambda run: [run("a", 2.0), run("b", 2.1, steps=2)], "b is at step 2 of 4: finish it first"),
-        (lambda run: [run("a", 2.0), run("a2", 2.0).parent / "nowhere"], "nowhere is no run folder"),
+        (lambda run: [run("a", 2.0), run("a2", 2.0).parent / "nowhere"], "nowhere is not a run folder"),
         (lambda run: [run("a", 2.0), run("b", float("nan"), 1)], "b: text/loss is not finite"),
     ],
 )

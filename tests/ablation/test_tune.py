@@ -393,7 +393,7 @@ def test_the_command_line_searches_and_goes_on(file, trained, capsys):
     assert main([*words, "--trials", "7"]) == 0
     said = capsys.readouterr()
     assert len(trained.runs) == 7 and "resumes after 5 trials" in said.err
-    assert "to train with these values: polygpt train" in said.out
+    assert "train with these values: polygpt train" in said.out
     assert {"report.md", "history.png", "slices.png", "importance.png"} <= set(os.listdir("tuned/tiny"))
 
 
@@ -413,7 +413,7 @@ def test_a_file_may_make_the_search(file, trained, capsys):
         (["--dimension", PEAK], "write FIELD=RANGE"),
         (["--dimension", "optim.schedule.peek=log:1e-4:1e-2"], "did you mean optim.schedule.peak_lr"),
         (["--dimension", f"{PEAK}=log:1e-4:1e-2", "--trails", "3"], "did you mean --trials"),
-        (["--dimension", f"{PEAK}=log:1e-4:1e-2", "--trials", "0"], "no number from 1 on"),
+        (["--dimension", f"{PEAK}=log:1e-4:1e-2", "--trials", "0"], "not a positive integer"),
     ],
 )
 def test_mistakes_on_the_command_line_are_told_in_one_line(file, capsys, words, text):

@@ -93,7 +93,7 @@ def test_ablations_are_listed_with_question_and_verdict(polygpt, own, tmp_path, 
         (["own_width", "--seeds", "0"], "--seeds is 0: it must be at least 1"),
         (["own_width", "--engine", "proceses"], "no engine 'proceses': did you mean processes"),
         (["own_width", "--workers", "2"], "--engine inline has no workers"),
-        (["own_width", "--slurm.minutes", "9"], "--slurm.minutes is of no use with --engine inline"),
+        (["own_width", "--slurm.minutes", "9"], "--slurm.minutes has no effect with --engine inline"),
         (
             ["own_width", "--engine", "slurm", "--slurm.minuts", "9"],
             "Slurm has no field 'minuts': did you mean minutes",
@@ -159,7 +159,7 @@ def test_finished_runs_are_compared(polygpt, trained, tmp_path):
     ("words", "expected"),
     [
         (["nowhere"], "compare: nowhere alone: name at least two runs"),
-        (["nowhere", "there"], "nowhere is no run folder"),
+        (["nowhere", "there"], "nowhere is not a run folder"),
         ([], "the following arguments are required: RUN"),
     ],
 )

@@ -20,7 +20,7 @@ TINY = str(Path(__file__).parents[1] / "training" / "tiny_experiment.py")
 def test_an_experiment_for_one_device_is_refused_in_the_words_of_training(polygpt, words, processes):
     code, out, said = polygpt("launch", *words, "--", "train", TINY, "--train.parallel", "single")
     assert (code, out) == (2, "")
-    assert said == f"polygpt: train.parallel is 'single', and there are {processes} processes: choose 'sharded'\n"
+    assert said == f"polygpt: train.parallel is 'single', but there are {processes} processes: choose 'sharded'\n"
 
 
 @pytest.mark.parametrize("more", [[], ["--train.parallel", "auto"], ["--train.parallel=sharded"]])

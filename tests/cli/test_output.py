@@ -9,11 +9,11 @@ from polygpt.markup import Table
 
 def test_a_warning_is_one_line_as_all_others(capsys, caplog):
     with quiet():
-        logging.getLogger("polygpt.runtime.checkpoint").warning("checkpoint %s is\npassed over", 7)
+        logging.getLogger("polygpt.runtime.checkpoint").warning("skipping\ncheckpoint %s", 7)
         logging.getLogger("polygpt.runtime.checkpoint").info("barrier")
-    assert capsys.readouterr().err == "polygpt: checkpoint 7 is passed over\n"
+    assert capsys.readouterr().err == "polygpt: skipping checkpoint 7\n"
     logging.getLogger("polygpt.training").warning("after it")  # as a program says that uses the library
-    assert capsys.readouterr().err == "" and "after it" in caplog.text and "passed over" not in caplog.text
+    assert capsys.readouterr().err == "" and "after it" in caplog.text and "skipping" not in caplog.text
 
 
 def test_without_held_out_tasks_that_is_said_and_no_empty_table_drawn(capsys):

@@ -20,17 +20,17 @@ def found(*compiled):
 @pytest.mark.parametrize(
     ("compiled", "budget", "said", "unsaid"),
     [
-        ([LATE, LATE], 60, ["no compilation ended in time, 2 of them", "--budget 780"], "fewer rows"),
-        ([LATE, LATE], 1000, ["a larger --budget than 1000 s, such as --budget 3000"], "fewer rows"),
-        ([], 10, ["no compilation was begun in time", "--budget 780"], "fewer rows"),
-        ([TOO_BIG, TOO_BIG], 60, ["of 2 compiled ways to run none fits", "fewer rows"], "--budget"),
+        ([LATE, LATE], 60, ["no compilation finished in time (2 stopped", "--budget 780"], "smaller --data.batch_size"),
+        ([LATE, LATE], 1000, ["a larger --budget than 1000 s, such as --budget 3000"], "smaller --data.batch_size"),
+        ([], 10, ["no compilation was started in time", "--budget 780"], "smaller --data.batch_size"),
+        ([TOO_BIG, TOO_BIG], 60, ["none of 2 compiled candidates fits", "smaller --data.batch_size"], "--budget"),
         (
             [TOO_BIG, LATE],
             60,
-            ["of 1 compiled way to run none fits", "1 compilation did not end in time", "--budget 780"],
+            ["none of 1 compiled candidate fits", "1 compilation did not finish in time", "--budget 780"],
             "no program",
         ),
-        ([{"failed": "INTERNAL: a fault"}], 60, ["the compiler gave no program: INTERNAL: a fault"], "--budget"),
+        ([{"failed": "INTERNAL: a fault"}], 60, ["compilation failed: INTERNAL: a fault"], "--budget"),
     ],
 )
 def test_a_search_without_an_answer_says_what_helps(compiled, budget, said, unsaid):
@@ -48,7 +48,7 @@ def test_it_says_that_it_is_compiling_before_it_does(polygpt, capsys, monkeypatc
     monkeypatch.setattr(worker, "plan_apart", compiled)
     code, _, said = polygpt("plan", TINY, "--on", "cpu:1", "--train.mesh.tensor", "1")
     assert before == ["compiling tiny for cpu:1 ...\n"]
-    assert code == 2 and "the compiler gave no program: it is only pretended" in said
+    assert code == 2 and "compilation failed: it is only pretended" in said
 
 
 @pytest.mark.parametrize(

@@ -51,13 +51,13 @@ def test_a_finished_run_is_neither_trained_nor_evaluated_again(trained, polygpt,
     code, out, err = polygpt("train", trained.file, "--workdir", run, "--json")
     assert code == 0, err
     assert json.loads(out)["tasks"] == json.loads(trained.out)["tasks"]
-    assert "is finished, at step 3: polygpt evaluate" in err
+    assert "finished at step 3: polygpt evaluate" in err
 
 
 def test_an_interrupted_run_is_code_1_so_that_nothing_follows_it(trained, polygpt, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "train", lambda *_, **__: loop.Outcome(2, finished=False, skipped={}))
     code, out, err = polygpt("train", trained.file, "--workdir", tmp_path / "run", "--json")
-    assert (code, err) == (1, "polygpt: interrupted at step 2, saved: the same command goes on\n")
+    assert (code, err) == (1, "polygpt: interrupted at step 2, saved: the same command resumes\n")
     assert json.loads(out)["step"] == 2 and "interrupted at step 2" in json.loads(out)["interrupted"]
 
 
@@ -74,8 +74,8 @@ def test_a_signal_ends_the_last_evaluation_and_the_same_command_goes_on(trained,
     monkeypatch.setattr(evaluate, "score", score)
     words = ["train", trained.file, "--workdir", run, "--json"]
     code, out, err = polygpt(*words)
-    assert (code, len(batches)) == (1, 1) and "SIGTERM: ending after this batch of the evaluation\n" in err
-    assert err.endswith("polygpt: interrupted in the last evaluation, all steps are saved: the same command goes on\n")
+    assert (code, len(batches)) == (1, 1) and "SIGTERM: stopping after this evaluation batch\n" in err
+    assert err.endswith("polygpt: interrupted in the final evaluation, all steps are saved: the same command resumes\n")
     assert not (run / "evaluation.json").exists()
     monkeypatch.undo()
     monkeypatch.chdir(trained.file.parent)
@@ -272,7 +272,7 @@ def test_data_check_lists_what_is_wrong(polygpt, tmp_path):
     assert code == 2 and found["bad"] == {"unknown image format": 1, "missing file": 1}
     named = re.compile(r"metadata\.jsonl, line 1: \S+/red\.png: unknown image format")
     assert any(named.search(fault) for fault in found["faults"]), "record and file are named"
-    assert err.endswith("polygpt: data check: 2 of 7 records cannot be used\n")
+    assert err.endswith("polygpt: data check: 2 of 7 records are unusable\n")
     assert list(json.loads(out)["tasks"]) == ["own"], "held-out data that are the training data are walked once"
 
 

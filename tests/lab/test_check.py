@@ -134,7 +134,7 @@ def test_the_verb_writes_json_and_takes_fields(capsys):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["polygpt.attention.masks:Window"], "no attention variant"),
+        (["polygpt.attention.masks:Window"], "not an attention variant"),
         (["polygpt.attention.multi_head:MultiHead", "--heads", "5"], "a divisor of the model width (32)"),
         (["polygpt.attention.multi_head:MultiHead", "--positions", "8"], "it needs at least 24"),
         (["polygpt.attention.multi_head:MultiHead", "--only", "casuality"], "did you mean causality"),

@@ -39,7 +39,7 @@ def test_a_class_that_is_no_dataclass_or_lacks_a_default_is_told_so(tmp_path, ca
     assert main(["attention", "show", f"{tmp_path}/bare.py:Mine"]) == 2
     assert "write @dataclasses.dataclass(frozen=True) above" in capsys.readouterr().err
     assert main(["attention", "show", f"{tmp_path}/without.py:Mine"]) == 2
-    assert "give a default to window" in capsys.readouterr().err
+    assert "add defaults for window" in capsys.readouterr().err
 
 
 MODULE = """import dataclasses

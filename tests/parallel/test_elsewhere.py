@@ -48,7 +48,7 @@ def test_two_processes_pass_over_what_one_of_them_finds_damaged(tmp_path):
     both = [start(tmp_path / "run", script=script, **place, **{PROCESS: str(rank)}) for rank in range(2)]
     for came, said in map(result, both):
         assert (came["from"], came["equal"], came["steps"]) == (1, True, [1, 2])
-        assert f"run/2 is passed over: {came['harmed']} is not as it was written" in said
+        assert f"run/2: {came['harmed']} is not as it was written" in said
     assert manifest.read(tmp_path / "run" / "2").processes == 2
     assert manifest.records(tmp_path / "run")[-1].metric == 0.5
     target = jax.ShapeDtypeStruct((8, 4), np.float32, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))

@@ -51,12 +51,12 @@ def sums():
 def talk():
     print("gathered", processes.gather("names", f"{RANK}"), processes.gather("names", f"again {RANK}"))
     print("agreed", processes.agree("word", f"of {RANK}"), processes.agree("word", f"of {RANK}, again"))
-    assert processes.told("stop") is None
+    assert processes.published("stop") is None
     processes.barrier("asked")
     if RANK == 1:
-        processes.tell("stop", "3")
+        processes.publish("stop", "3")
     processes.barrier("a/b c")
-    print("told", processes.told("stop"))
+    print("told", processes.published("stop"))
     print("last", processes.last_barrier())
     if RANK == COUNT - 1:
         time.sleep(1)  # the others wait at the end

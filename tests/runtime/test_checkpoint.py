@@ -166,7 +166,7 @@ def test_what_the_run_has_passed_by_is_set_aside_until_it_has_come_so_far_again(
     again = open_folder(tmp_path, keep=1)
     restored, _ = again.restore(PARALLEL.abstract(initial))
     assert_state_is(restored, 1)
-    assert f"checkpoint {tmp_path}/3 holds values that are not finite: passed over" in caplog.text
+    assert f"skipping checkpoint {tmp_path}/3: it has non-finite values" in caplog.text
     assert aside(tmp_path) == {"unusable-3"} and steps(tmp_path) == [1]
     state = advance(restored)
     saved(again, state)
@@ -236,7 +236,7 @@ def test_a_save_that_is_not_permitted_is_logged_and_the_next_tries_again(tmp_pat
     said = storage_fault(failure.value, tmp_path)
     assert "Permission denied: choose another --workdir or change its permissions" in str(said)
     for step in (2, 3):
-        assert f"checkpoint {tmp_path}/{step} is not written: cannot write" in caplog.text
+        assert f"checkpoint {tmp_path}/{step} was not written: cannot write" in caplog.text
     assert steps(tmp_path) == [1]
     saved(checkpoints, four)
     checkpoints.wait()
@@ -294,7 +294,7 @@ def test_a_damaged_checkpoint_gives_way_to_an_older_one_and_is_written_anew(tmp_
     again = open_folder(tmp_path, keep=3)
     restored, _ = again.restore(PARALLEL.abstract(initial))
     assert_state_is(restored, 1)
-    assert re.search(rf"checkpoint {tmp_path}/2 is passed over: counts/.* has .* bytes of .* more", caplog.text)
+    assert re.search(rf"skipping checkpoint {tmp_path}/2: counts/.* has .* bytes of .* more", caplog.text)
     saved(again, advance(restored))
     again.close()
     assert_state_is(restore(tmp_path)[0], 2)

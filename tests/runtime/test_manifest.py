@@ -68,7 +68,7 @@ def test_each_bit_of_the_manifest_itself_counts(place):
 
 def test_without_a_manifest_it_is_half_written(place):
     (place / NAME).unlink()
-    with pytest.raises(HalfWritten, match="half-written, without manifest.json"):
+    with pytest.raises(HalfWritten, match="incomplete, without manifest.json"):
         read(place)
 
 

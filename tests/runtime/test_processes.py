@@ -61,9 +61,9 @@ def test_alone_nothing_waits(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     with processes.together():
         processes.barrier("b")
-        processes.tell("t", "x")
+        processes.publish("t", "x")
         assert processes.gather("g", "mine") == ["mine"] and processes.agree("a", "mine") == "mine"
-        assert processes.told("t") is None and processes.last_barrier() is None
+        assert processes.published("t") is None and processes.last_barrier() is None
 
 
 @pytest.mark.parametrize(
@@ -117,8 +117,8 @@ def test_texts_reach_all_and_all_end_together():
         assert re.search(r"last passed barrier 'a/b c', use 1, at \d\d:\d\d:\d\d\n", output)
         for name in ("start", "names", "word", "a/b c", "end"):
             assert f"barrier '{name}': begins" in output
-            assert re.search(rf"barrier '{name}': ends after \d+\.\d\d s", output)
-    assert float(re.search(r"barrier 'end': ends after (\S+) s", outputs[0])[1]) > 0.5
+            assert re.search(rf"barrier '{name}': passed after \d+\.\d\d s", output)
+    assert float(re.search(r"barrier 'end': passed after (\S+) s", outputs[0])[1]) > 0.5
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_a_first_step_that_one_process_does_not_come_to_is_not_waited_for_endles
     codes, outputs, _ = run("stuck")
     assert all(codes), outputs
     for rank in (0, 2):
-        said = "the first step, the devices' first exchange, is not done after 15 s (train.processes.initialization_"
+        said = "the first step, with the first collectives, is not done after 15 s (train.processes.initialization_"
         assert codes[rank] == 2 and said in outputs[rank], outputs[rank]
 
 
@@ -160,10 +160,10 @@ def test_at_the_start_the_absent_are_numbered():
 @pytest.mark.parametrize(
     ("scenario", "rank", "said"),
     [
-        ("killed", 2, r"process 2 \(host \S+, pid \d+\) has not been heard of for \d+ s: stopping"),
-        ("frozen", 1, r"process 1 \(host \S+, pid \d+\) has not been heard of for \d+ s: stopping"),
-        ("first killed", 0, r"process 0 \(host \S+, pid \d+\), which coordinates, is gone"),
-        ("first frozen", 0, r"process 0 \(host \S+, pid \d+\), which coordinates, has not been heard of for \d+ s"),
+        ("killed", 2, r"process 2 \(host \S+, pid \d+\) has sent no heartbeat for \d+ s: stopping"),
+        ("frozen", 1, r"process 1 \(host \S+, pid \d+\) has sent no heartbeat for \d+ s: stopping"),
+        ("first killed", 0, r"process 0 \(host \S+, pid \d+\), the coordinator, is gone"),
+        ("first frozen", 0, r"process 0 \(host \S+, pid \d+\), the coordinator, has sent no heartbeat for \d+ s"),
     ],
 )
 def test_when_one_dies_the_others_say_who_and_end_within_the_bound(scenario, rank, said):

@@ -23,12 +23,12 @@ def logger():
 def test_a_warning_has_the_voice_of_the_command_line_and_what_is_for_the_log_its_time(logger, capsys):
     log_to_stderr()
     log_to_stderr()  # nothing is said twice
-    logging.getLogger("polygpt.runtime.processes").info("barrier %r: begins", "start")
-    logging.getLogger("polygpt.runtime.checkpoint").warning("checkpoint %s is\npassed over", 7)
+    logging.getLogger("polygpt.runtime.processes").info("barrier %r: waiting", "start")
+    logging.getLogger("polygpt.runtime.checkpoint").warning("skipping\ncheckpoint %s", 7)
     aside, warning = capsys.readouterr().err.splitlines()
-    assert re.fullmatch(r"INFO \d\d:\d\d:\d\d barrier 'start': begins", aside)
+    assert re.fullmatch(r"INFO \d\d:\d\d:\d\d barrier 'start': waiting", aside)
     assert aside.encode().startswith(LOG_ONLY)
-    assert warning == "polygpt: checkpoint 7 is passed over"
+    assert warning == "polygpt: skipping checkpoint 7"
 
 
 def test_what_cannot_be_given_up_ends_with_the_process_at_its_bound():

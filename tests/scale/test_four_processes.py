@@ -83,7 +83,7 @@ def test_one_of_four_is_killed_and_two_go_on_without_losing_an_example(tmp_path)
     two = launch(2, workdir)
     said, _ = two.communicate(timeout=PATIENCE)
     assert two.returncode == 0, said
-    assert f"goes on from step {kept}" in said
+    assert f"resuming at step {kept}" in said
 
     trained = examples(workdir)
     steps = {step for step, _ in trained}

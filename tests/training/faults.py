@@ -278,7 +278,7 @@ class Chain:
         return {"injected": f"from step {kept + 1} on", "happened": message.split(";")[0], "lost": self.again(kept)}
 
     def failed(self):
-        return sum("is not written" in said for said in self.said)
+        return sum("was not written" in said for said in self.said)
 
     def until(self, holds):
         deadline = time.monotonic() + 60

@@ -12,8 +12,8 @@ from polygpt.training.experiment import TrainSpec
 @pytest.mark.parametrize("parallel", ["single", "pmap", "auto"])
 def test_a_mesh_that_nothing_would_read_is_refused(parallel):
     wanted = (
-        rf"'{parallel}', which takes no mesh, and train.mesh.tensor and train.mesh.microbatches are set: write "
-        "--train.parallel sharded, or take it back with --train.mesh.tensor 1 --train.mesh.microbatches null"
+        rf"'{parallel}', which ignores the mesh, but train.mesh.tensor and train.mesh.microbatches are set: write "
+        "--train.parallel sharded, or reset it with --train.mesh.tensor 1 --train.mesh.microbatches null"
     )
     with pytest.raises(SpecError, match=wanted):
         changes = {"train.parallel": parallel, "train.mesh.tensor": "3", "train.mesh.microbatches": "2"}

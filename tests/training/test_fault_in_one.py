@@ -90,4 +90,4 @@ def test_a_checkpoint_that_one_cannot_read_is_opened_by_none(tmp_path):
     codes, said, _ = run("checkpoint", tmp_path)
     assert codes == [0, 0], said
     for text in said:
-        assert "opened 4\n" in text and "checkpoints/6 is passed over: d/x cannot be read: Input/output error" in text
+        assert "opened 4\n" in text and "checkpoints/6: d/x cannot be read: Input/output error" in text

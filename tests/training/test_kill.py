@@ -85,5 +85,5 @@ def test_killed_twice_and_resumed_equals_never_stopped_to_the_bit(tmp_path, run)
     print(f"killed after {first} and {second} of {total} lines")
     assert (killed / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
     assert last_checkpoint(killed) == last_checkpoint(tmp_path / "whole")
-    resumed = re.search(r"goes on from step (\d+)", output)
+    resumed = re.search(r"resuming at step (\d+)", output)
     assert resumed and 0 < int(resumed[1]) < RUNS[run][1], "the run did not simply begin anew"

@@ -83,7 +83,7 @@ def test_a_rewind_takes_back_what_was_told_of_later_steps(tmp_path, capsys):
         {"step": 30, "loss": 2.0},
     ]
     assert [line["step"] for line in read(tmp_path / "timing.jsonl")] == [10, 20]
-    assert "step 33: the loss spiked; back to step 20, on with later data" in capsys.readouterr().err
+    assert "step 33: loss spike; back to step 20" in capsys.readouterr().err
     JsonLines(tmp_path, 20).close()
     assert len(read(tmp_path / "metrics.jsonl")) == 2, "a restart from step 20 comes to the rewind again"
 

@@ -438,7 +438,7 @@ def test_a_folder_without_a_checkpoint_may_take_another_configuration(tmp_path):
 
 
 def test_no_run_folder_and_no_checkpoint_are_told_apart(tmp_path):
-    with pytest.raises(UserError, match="is no run folder: it has no config.json"):
+    with pytest.raises(UserError, match="is not a run folder: it has no config.json"):
         open_run(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(to_json(tiny())))
     with pytest.raises(UserError, match="has no complete checkpoint"):
@@ -494,7 +494,7 @@ def test_the_metric_is_the_mean_loss_or_a_tasks_figure():
     tasks = {"sum": {"loss": 1.0, "accuracy": 0.75}, "text": {"loss": 2.0}}
     assert pick(tasks, "loss") == 1.5 and pick(tasks, "loss", ["sum"]) == 1.0
     assert pick(tasks, "sum/accuracy") == 0.75
-    with pytest.raises(UserError, match="train.metric is 'text/accuracy', and text has loss: choose one of these"):
+    with pytest.raises(UserError, match="train.metric is 'text/accuracy', but text has only loss: choose one of these"):
         pick(tasks, "text/accuracy")
 
 
@@ -522,5 +522,5 @@ def test_compiling_is_told_before_and_after_and_once(tmp_path):
 
 
 def test_a_folder_that_cannot_be_made_is_told():
-    with pytest.raises(UserError, match="cannot make /proc/none/run: No such file or directory: choose another --wo"):
+    with pytest.raises(UserError, match="cannot create /proc/none/run: No such file or directory: choose another --wo"):
         train(smallest(), "/proc/none/run", quiet)

@@ -53,7 +53,7 @@ def test_each_batch_comes_with_the_state_after_it_though_more_are_fetched_ahead(
 
 
 def test_errors_of_the_iterator_and_of_the_check_reach_whoever_takes_the_batch():
-    for error, message in ((ValueError("corrupt"), "corrupt"), (StopIteration(), "data came to an end")):
+    for error, message in ((ValueError("corrupt"), "corrupt"), (StopIteration(), "data ended")):
         feed = Prefetch(Counting(1, error), lambda batch: batch, lambda batch: None)
         assert feed.take().state == {"drawn": 1}
         with pytest.raises((ValueError, UserError), match=message):
@@ -91,7 +91,7 @@ def test_a_source_that_hangs_does_not_hold_up_the_end(monkeypatch, caplog):
     begin = time.monotonic()
     feed.close()
     assert time.monotonic() - begin < 10 and not batches.closed
-    assert "have not given their next batch" in caplog.text
+    assert "did not yield its next batch" in caplog.text
     release.set()
     feed._thread.join(10)
     assert not feed._thread.is_alive()

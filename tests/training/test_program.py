@@ -25,7 +25,7 @@ def require_splits(**sizes):
 def test_an_axis_of_the_mesh_that_divides_no_parameter_is_named():
     require_splits(data=3, tensor=4, fsdp=2)
     require_splits(expert=3)  # nothing is routed: its devices share the rows
-    with pytest.raises(UserError, match="train.mesh.tensor is 5, and it divides no axis of any parameter"):
+    with pytest.raises(UserError, match="train.mesh.tensor is 5, which divides no axis of any parameter"):
         require_splits(tensor=5)
     with pytest.raises(UserError, match="train.mesh.fsdp is 3"):
         require_splits(fsdp=3, tensor=2)

@@ -173,7 +173,7 @@ def test_what_a_source_that_hung_gives_after_a_rewind_is_nobodys(tmp_path, monke
     # Two batches are ready when the run goes back, and the thread is at the next, however slow the machine is.
     monkeypatch.setattr(prefetch.Prefetch, "close", lambda self: Hanging.hangs.wait(60) and close(self))
     assert train(chosen(**REWINDING), tmp_path, lambda *where: [*quiet(*where), Releasing()]).finished
-    assert "have not given their next batch" in caplog.text
+    assert "did not yield its next batch" in caplog.text
     assert (tmp_path / "metrics.jsonl").read_bytes() == whole
 
 

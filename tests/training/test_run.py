@@ -47,8 +47,8 @@ def test_a_flipped_bit_is_named_and_the_newest_good_one_is_opened(run, caplog):
     opened = open_run(run)
     assert opened.step == 2 and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(opened.params))
     step, _, name = str(path).removeprefix("checkpoints/").partition("/")
-    assert f"checkpoints/{step} is passed over: {name} is not as it was written" in caplog.text
-    assert "checkpoints/4 is passed over: it is half-written, without manifest.json" in caplog.text
+    assert f"checkpoints/{step} : {name} is not as it was written" in caplog.text
+    assert "checkpoints/4: incomplete, without manifest.json" in caplog.text
 
 
 def test_what_is_not_read_need_not_be_as_it_was_written_but_whole(run):
@@ -72,7 +72,7 @@ def test_where_none_is_good_all_are_named_in_one_line(run):
         open_run(run)
     tried = [f"{step}: {name} is not as it was written" for step, name in names.items()]
     tried += ["2: ema/_METADATA is missing"]
-    said = f"no checkpoint in {run / 'checkpoints'} can be read ({'; '.join(tried)}): train the run anew"
+    said = f"no checkpoint in {run / 'checkpoints'} can be read ({'; '.join(tried)}): train the run again"
     assert str(error.value) == f"{said}, or open another"
 
 

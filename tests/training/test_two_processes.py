@@ -40,7 +40,7 @@ def run(workdir, at=(0, 0), mode="sharded", changes=()):
         assert all(
             f"barrier 'checkpoint: {name}" in err for name in ("Checkpointer:save_start", "async_commit_complete")
         ), err
-        assert "barrier 'compiled': ends" in err
+        assert "barrier 'compiled': passed" in err
     outcomes = {out.splitlines()[-1] for out, _ in found}
     assert len(outcomes) == 1, "both end after the same step"
     _, step, finished = outcomes.pop().split()

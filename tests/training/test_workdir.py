@@ -67,7 +67,7 @@ def test_towers_may_be_computed_twice_when_a_run_goes_on(tmp_path):
     ],
 )
 def test_other_mathematics_are_another_run(workdir, changes, named):
-    with pytest.raises(UserError, match=f"is a run of another configuration: {named}"):
+    with pytest.raises(UserError, match=f"is a run with a different configuration: {named}"):
         require_same(workdir, override(experiment(), changes))
 
 

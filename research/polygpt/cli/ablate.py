@@ -1,4 +1,4 @@
-"""polygpt ablate SLUG: runs an ablation, tests its claims and writes it up; existing runs are not repeated."""
+"""polygpt ablate SLUG: run an ablation, test its claims and write its README; finished runs are not repeated."""
 
 import importlib
 import pkgutil
@@ -11,28 +11,30 @@ from polygpt.errors import UserError
 
 EXAMPLES = """\
 examples:
-  polygpt ablate --list                                 the ablations, their questions and verdicts
+    polygpt ablate --list                                 ablations with their questions and verdicts
   polygpt ablate glu
-  polygpt ablate glu --seeds 10                         five more than it asks for
+    polygpt ablate glu --seeds 10                         more seeds than the default
   polygpt ablate mine.py --engine processes --workers 4
   polygpt ablate glu --engine slurm --slurm.minutes 60
   polygpt ablate glu --only geglu --json
 
-Every finished run is written to results.jsonl beside the ablation's file at once; the same command resumes an
-interrupted ablation. --help after a name lists the fields of all engines."""
+Each finished run is appended to results.jsonl next to the ablation's file. The same command resumes an interrupted
+ablation. NAME --help lists the fields of all engines."""
 
 
 def parser(prog: str, about: str) -> Parser:
     """The verb's arguments."""
     words = Parser(prog, about, EXAMPLES, fields)
-    words.add_argument("file", metavar="SLUG|FILE", nargs="?", help="a folder of experiments/ablations, or a file")
+    words.add_argument(
+        "file", metavar="SLUG|FILE", nargs="?", help="a folder in experiments/ablations, or a Python file"
+    )
     words.add_argument("--list", action="store_true", help="list the ablations")
     words.add_argument("--seeds", type=int, metavar="N", help="runs per point (default: the ablation's)")
     words.add_argument("--only", action="append", metavar="VARIANT", help="run only this variant; may be repeated")
     words.add_argument("--engine", default="inline", metavar="NAME", help="inline, processes, slurm or ray")
-    strict = "refuse runs of different, unknown or uncommitted source of the library"
+    strict = "refuse runs made with different, unknown or uncommitted library source"
     words.add_argument("--strict-code", action="store_true", help=strict)
-    words.add_argument("--workers", type=int, metavar="N", help="number of workers, for engines that have them")
+    words.add_argument("--workers", type=int, metavar="N", help="number of workers, for engines with workers")
     return words
 
 
@@ -42,7 +44,7 @@ def fields(file: str | None, changes: Mapping[str, str], options: Sequence[str])
 
 
 def run(arguments: Namespace) -> dict:
-    """Makes missing runs, prints and writes the results; returns them."""
+    """Performs missing runs, prints and writes the results; returns them."""
     if arguments.list or not arguments.file:
         return _list()
     from polygpt.ablation import index, provenance, readme, results, runner
@@ -68,7 +70,7 @@ def run(arguments: Namespace) -> dict:
         runner.run_all(part, folder, seeds=seeds, tell=tell, **how)
     made = sum(event.runs - event.done for event in planned)
     runs = sum(event.runs for event in planned)
-    done = f"{made} runs made" if made else f"nothing to run: all {runs} runs are in {path}"
+    done = f"{made} runs finished" if made else f"nothing to run: all {runs} runs are in {path}"
     frame = results.frame(ablation, results.read(path))
     faults = provenance.faults(readme.runs_made(frame, readme.tuning(ablation, results.read(path))))
     written = readme.write(folder, frame)
@@ -131,7 +133,7 @@ def _list() -> dict:
     if found:
         print_table(f"Ablations in {PLACE}", ["ablation", "question", "verdict"], rows, prose=(1, 2))
     else:
-        print(f"no ablations in {PLACE}: run polygpt where that folder is, or polygpt ablate FILE")
+        print(f"no ablations in {PLACE}: run polygpt in the parent of that folder, or polygpt ablate FILE")
     return {"ablations": [dataclasses.asdict(one) for one in found]}
 
 
@@ -154,7 +156,7 @@ def _classes() -> dict[str, type]:
 
 
 def _engines():
-    """A specification with a field per engine, through which its fields are set: `--slurm.minutes 60`."""
+    """A specification with one field per engine, so that `--slurm.minutes 60` sets a field of that engine."""
     import dataclasses
 
     from polygpt.spec import Spec
@@ -172,10 +174,10 @@ def _engine(arguments: Namespace):
         raise UserError(f"ablate: no engine {name!r}: {nearest(name, hints(type(engines)))}")
     for field in arguments.changes:
         if field.partition(".")[0] != name:
-            raise UserError(f"ablate: --{field} is of no use with --engine {name}")
+            raise UserError(f"ablate: --{field} has no effect with --engine {name}")
     engine = getattr(engines, name)
     if arguments.workers is None:
         return engine
     if "workers" not in hints(type(engine)):
-        raise UserError(f"ablate: --engine {name} has no workers: leave out --workers")
+        raise UserError(f"ablate: --engine {name} has no workers: omit --workers")
     return engine.replace(workers=arguments.workers)

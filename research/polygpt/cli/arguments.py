@@ -1,4 +1,4 @@
-"""Reading a verb's words: argparse for its own options; any other `--name value` overrides a specification's field."""
+"""Parses a verb's arguments: argparse for its own options; any other `--name value` overrides a field of a spec."""
 
 import argparse
 import json
@@ -12,14 +12,14 @@ from polygpt.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are UserErrors of one line.
+    """An argument parser that raises one-line UserErrors.
 
     Args:
-        prog, about: the command and what it does.
+        prog, about: the command and a description.
         epilog: examples.
-        fields: takes the first word (None if there is none), the overrides and the names of options, and gives the
-            specification whose fields `--help` lists, or None where it needs a word to know. A parser with `fields`
-            reads unknown options as overrides.
+        fields: maps the first argument (None if missing), the overrides and the option names to the specification whose
+            fields `--help` lists, or to None if it needs the first argument. With `fields`, unknown options are
+            overrides.
     """
 
     def __init__(
@@ -39,11 +39,13 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
         )
         self.fields = fields
-        self.add_argument("--json", action="store_true", help="print one JSON object on stdout, all else on stderr")
-        self.add_argument("--debug", action="store_true", help="print the traceback of an error")
+        self.add_argument(
+            "--json", action="store_true", help="print one JSON object on stdout, everything else on stderr"
+        )
+        self.add_argument("--debug", action="store_true", help="print tracebacks of errors")
 
     def add_argument(self, *names, **options):
-        """As argparse's; the names are remembered."""
+        """Like argparse's; remembers the names."""
         self.options += [name for name in names if name.startswith("-")]
         return super().add_argument(*names, **options)
 
@@ -51,11 +53,11 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{self.verb}: {message}: see {self.prog} --help")
 
     def read(self, argv: list[str]) -> argparse.Namespace:
-        """The arguments; `.changes` maps dotted names to their texts, `.options` names what is no override, `.given`
-        those of them that were typed.
+        """The arguments. `.changes` maps dotted names to values as text, `.options` has the names of all options,
+        `.given` those that were passed.
 
         Raises:
-            UserError: naming the word at fault and the nearest names.
+            UserError: naming the invalid argument and the closest names.
         """
         words, changes = self._split(argv)
         if "-h" in words or "--help" in words:
@@ -71,7 +73,7 @@ class Parser(argparse.ArgumentParser):
         return arguments
 
     def _split(self, argv: list[str]) -> tuple[list[str], dict[str, str]]:
-        """The words for argparse, and the overrides among them: `--name value` or `--name=value`."""
+        """Splits off the overrides, `--name value` or `--name=value`, from the arguments for argparse."""
         words, changes, rest = [], {}, iter(argv)
         for word in rest:
             name, equals, value = word.partition("=")
@@ -84,8 +86,8 @@ class Parser(argparse.ArgumentParser):
                 value = next(rest, None)
             if value is None or not equals and value.startswith("--"):
                 near = spec.nearest(name, self.options) if "." not in name else f"write {name} VALUE"
-                raise UserError(f"{self.verb}: {name} needs a value, or is no option: {near}")
-            changes.pop(name[2:], None)  # a name given twice counts where it stands last
+                raise UserError(f"{self.verb}: {name} needs a value or is not an option: {near}")
+            changes.pop(name[2:], None)  # the last of repeated names wins, and determines the order
             changes[name[2:]] = value
         return words, changes
 
@@ -93,12 +95,12 @@ class Parser(argparse.ArgumentParser):
         shown = self.fields(words[0] if words else None, changes, self.options)
         if shown is None:
             word = self._get_positional_actions()[0].metavar
-            return f"Every field that can be set: {self.prog} {word} --help"
-        return "fields, set by --name value or --name=value:\n\n" + fields_table(shown)
+            return f"To list every field that can be set: {self.prog} {word} --help"
+        return "fields, set with --name value or --name=value:\n\n" + fields_table(shown)
 
 
 def change(value: Any, changes: Mapping[str, str], options: Sequence[str] = ()) -> Any:
-    """`value` with overrides; a name that is neither field nor option is told with the nearest of both."""
+    """`value` with overrides; the error for an unknown name suggests the closest field or option."""
     known = spec.hints(type(value))
     for name in changes:
         if name.partition(".")[0] not in known:
@@ -122,5 +124,5 @@ def fields_table(value: Any) -> str:
 
 
 def spec_text(value: Any) -> str:
-    """A value as it would be typed."""
+    """A value as one would type it."""
     return value if isinstance(value, str) else json.dumps(spec.to_json(value))

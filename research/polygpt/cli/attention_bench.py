@@ -1,4 +1,4 @@
-"""polygpt attention bench MODULE:SPEC: time, memory and FLOPs of a variant over the length of the row."""
+"""polygpt attention bench MODULE:SPEC: time, memory and FLOPs of a variant by sequence length."""
 
 import dataclasses
 from argparse import Namespace
@@ -16,14 +16,14 @@ examples:
   polygpt attention bench polygpt.attention.sliding:SlidingWindow --window 1024 --lengths 4096,16384
   polygpt attention bench mine.py:Mine --heads 4 --against mine.py:Mine --against.heads 8
 
-Times are medians of interleaved runs, with the fastest and the slowest: compare within one table, not between two. Peak
-memory and moved MB are the compiled program's, without parameters in the former. FLOPs stand twice: by formula, the
-projections and the variant's score_flops() over the positions of a causal row, and as XLA counts them in the compiled
-program, all of a materialised matrix, forbidden pairs included. A + after a count: the body of a loop counted once, or
-a fused kernel hardly at all. A decode step has neither: where the two differ by half there, a line says so."""
+Times are medians of interleaved runs, with the fastest and the slowest: compare within a table, not across tables. Peak
+memory (without parameters) and moved MB are those of the compiled program. FLOPs are given twice: by formula (the
+projections plus the variant's score_flops() for a causal sequence) and as counted by XLA in the compiled program, where
+a materialised matrix counts in full, masked pairs included. A + marks a count that is too low: XLA counts a loop body
+once and a fused kernel hardly at all. Decode steps have neither; a note says if the two counts differ by half there."""
 
 AGAINST = "against."
-"""Begins the name of a field of the other variant."""
+"""Prefix of fields of the other variant."""
 
 
 def parser(prog: str, about: str) -> Parser:
@@ -31,7 +31,7 @@ def parser(prog: str, about: str) -> Parser:
     words = Parser(prog, about, EXAMPLES, variant.fields)
     words.add_argument("variant", metavar="MODULE:SPEC", help=variant.HELP)
     words.add_argument(
-        "--against", metavar="OTHER", help="another variant to compare with; its fields are set by --against.NAME VALUE"
+        "--against", metavar="OTHER", help="another variant to compare with; --against.NAME VALUE sets its fields"
     )
     words.add_argument("--lengths", default="256,512,1024,2048", metavar="T,T,...", help="(default: %(default)s)")
     words.add_argument("--model_width", type=int, default=256, metavar="D", help="(default: %(default)s)")
@@ -44,7 +44,7 @@ def parser(prog: str, about: str) -> Parser:
 
 
 def run(arguments: Namespace) -> dict:
-    """Measures, prints a table and draws it; returns the costs as data."""
+    """Measures, prints a table and plots it; returns the costs as data."""
     try:
         lengths = tuple(int(length) for length in arguments.lengths.split(","))
     except ValueError:
@@ -91,13 +91,13 @@ def run(arguments: Namespace) -> dict:
 
 
 def _specs(arguments: Namespace) -> tuple[dict, list[str]]:
-    """The variants by the names that the table gives them, and what a reader has to know of them."""
+    """The variants by their names in the table, and notes about their differences."""
     name = arguments.variant.rpartition(":")[2]
     specs, others = {name: variant.load(arguments.variant, arguments)}, variant.fields_of(AGAINST, arguments.changes)
     if not arguments.against:
         if others:
             field = next(iter(others))
-            raise UserError(f"attention bench: --{AGAINST}{field} sets a field of --against OTHER: name it")
+            raise UserError(f"attention bench: --{AGAINST}{field} sets a field of --against OTHER, which is missing")
         return specs, []
     other = arguments.against.rpartition(":")[2]
     other = other if other != name else f"{other} (against)"

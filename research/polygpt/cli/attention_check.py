@@ -1,4 +1,4 @@
-"""polygpt attention check MODULE:SPEC: every property of a variant, measured beside its bound."""
+"""polygpt attention check MODULE:SPEC: measure every property of a variant against its bound."""
 
 from argparse import Namespace
 from collections.abc import Collection
@@ -14,21 +14,20 @@ examples:
   polygpt attention check polygpt.attention.sliding:SlidingWindow --window 8
   polygpt attention check mine.py:MyAttention --json
 
-One layer with random parameters, over rows that hold packed examples, bidirectional spans, three modalities and
-padding. An error is relative to the largest of the numbers compared; a bound is what rounding explains. Rows are long
-enough to go beyond every whole-number field of the variant up to 88. A larger window or chunk is not gone beyond, and
-so its ring cache or second chunk not exercised: give it a smaller value, --window 8, or longer rows, --positions 200.
-Exit code 2 if any property fails."""
+Tests one layer with random parameters on rows with packed examples, bidirectional spans, three modalities and padding.
+Errors are relative to the largest value compared; bounds allow for rounding. Rows are longer than every integer field
+of the variant up to 88. With a larger window or chunk, the ring cache or the second chunk is not exercised: set a
+smaller value (--window 8) or longer rows (--positions 200). Exit code 2 if any property fails."""
 
 
 def parser(prog: str, about: str) -> Parser:
     """The verb's arguments."""
     words = Parser(prog, about, EXAMPLES, variant.fields)
     words.add_argument("variant", metavar="MODULE:SPEC", help=variant.HELP)
-    words.add_argument("--positions", type=int, metavar="T", help="positions a row (default: by the variant's sizes)")
-    words.add_argument("--model_width", type=int, default=32, metavar="D", help="of the model around it (default: 32)")
-    words.add_argument("--only", metavar="NAMES", help="properties to measure, separated by commas (default: all)")
-    words.add_argument("--no-tpu", action="store_true", help="do not compile for a TPU, the longest part")
+    words.add_argument("--positions", type=int, metavar="T", help="positions per row (default: by the variant's sizes)")
+    words.add_argument("--model_width", type=int, default=32, metavar="D", help="width of the model (default: 32)")
+    words.add_argument("--only", metavar="NAMES", help="comma-separated properties to measure (default: all)")
+    words.add_argument("--no-tpu", action="store_true", help="skip compiling for a TPU, the slowest part")
     return words
 
 

@@ -1,4 +1,4 @@
-"""polygpt attention list: every variant, and what computes it."""
+"""polygpt attention list: every variant and the backends that compute it."""
 
 import dataclasses
 import textwrap
@@ -13,7 +13,7 @@ examples:
   polygpt attention list --markdown
   polygpt train experiments/quickstart.py --model.decoder.attention polygpt.attention.sliding:SlidingWindow
 
-A variant of your own is a file anywhere: polygpt attention new NAME."""
+Your own variant can be in any file: polygpt attention new NAME."""
 
 PACKAGE = "polygpt.attention."
 
@@ -21,7 +21,7 @@ PACKAGE = "polygpt.attention."
 def parser(prog: str, about: str) -> Parser:
     """The verb's arguments."""
     words = Parser(prog, about, EXAMPLES)
-    words.add_argument("--markdown", action="store_true", help="print the variants as a Markdown table alone")
+    words.add_argument("--markdown", action="store_true", help="print only the variants, as a Markdown table")
     return words
 
 
@@ -45,9 +45,9 @@ def run(arguments: Namespace) -> dict:
             ]
             for one in entries
         ]
-        columns = ["variant", "family", "paper", "backends", "FLOPs a query seeing S keys"]
-        print_table(f"{len(rows)} variants; write {PACKAGE} before a name", columns, rows)
-        print("what computes the softmax family, --model.decoder.attention.backend NAME:")
+        columns = ["variant", "family", "paper", "backends", "FLOPs per query over S keys"]
+        print_table(f"{len(rows)} variants; prefix names with {PACKAGE}", columns, rows)
+        print("backends of the softmax family, --model.decoder.attention.backend NAME:")
         for name, text in backends.items():
             print(textwrap.fill(text, 120, initial_indent=f"  {name:11}", subsequent_indent=" " * 13))
     return {"variants": [dataclasses.asdict(one) for one in entries], "backends": backends}

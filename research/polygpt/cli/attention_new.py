@@ -8,20 +8,20 @@ from polygpt.cli.arguments import Parser
 EXAMPLES = """\
 examples:
   polygpt attention new NearFirst                 near_first.py: a mask and a score modification
-  polygpt attention new Gated --kind module       gated.py: a module of its own around the inherited kernels
-  polygpt attention new Fading --kind recurrent   fading.py: a state along the row, with a decay of its own"""
+    polygpt attention new Gated --kind module       gated.py: a custom module around the inherited kernels
+    polygpt attention new Fading --kind recurrent   fading.py: a recurrent state with a custom decay"""
 
 
 KINDS = ("mask", "module", "recurrent")
-"""As in `lab/starter.py`, which help does not wait for."""
+"""Copied from `lab/starter.py`, so that --help need not import it."""
 
 
 def parser(prog: str, about: str) -> Parser:
     """The verb's arguments."""
     words = Parser(prog, about, EXAMPLES)
-    words.add_argument("name", metavar="NAME", help="the name of the class, as in NearFirst")
+    words.add_argument("name", metavar="NAME", help="name of the class, such as NearFirst")
     words.add_argument("--kind", choices=KINDS, default="mask", help="what it changes (default: mask)")
-    words.add_argument("--folder", default=".", metavar="D", help="where to write it (default: here)")
+    words.add_argument("--folder", default=".", metavar="D", help="where to write it (default: current folder)")
     return words
 
 

@@ -1,4 +1,4 @@
-"""polygpt compare RUN RUN ...: groups finished runs by configuration and compares the groups over their seeds."""
+"""polygpt compare RUN RUN ...: group finished runs by configuration and compare the groups over their seeds."""
 
 from argparse import Namespace
 
@@ -11,7 +11,7 @@ examples:
   polygpt compare runs/* --metric fusion/accuracy
   polygpt compare runs/small runs/large --json
 
-Runs whose configurations differ only in the seed form a group; every group is compared with that of the first run."""
+Runs whose configurations differ only in the seed form a group. Every group is compared with that of the first run."""
 
 
 def parser(prog: str, about: str) -> Parser:

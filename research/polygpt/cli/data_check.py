@@ -1,4 +1,4 @@
-"""polygpt data check FILE: every record of every task, what is wrong with it, and the settings that would take it."""
+"""polygpt data check FILE: check every record of every task and suggest settings that would accept them."""
 
 import shlex
 from argparse import Namespace
@@ -12,8 +12,8 @@ examples:
   polygpt data check experiments/quickstart.py
   polygpt data check my_folder.py --json
 
-Held-out tasks are checked too. At the end come two commands, with the smallest settings that take 95 % and 100 % of
-each task's records. Exit code 2 if any record cannot be used."""
+Held-out tasks are checked too. The last lines are two commands with the smallest settings that accept 95 % and 100 % of
+each task's records. Exit code 2 if any record is unusable."""
 SHARES = (0.95, 1.0)
 
 
@@ -25,7 +25,7 @@ def parser(prog: str, about: str) -> Parser:
 
 
 def run(arguments: Namespace) -> dict:
-    """Prints the faults, a table and the commands; returns them, with a `fault` if there is any."""
+    """Prints faults, a table and the commands; returns them, with a `fault` if there are any."""
     chosen = experiment.load(arguments.file, arguments.changes, arguments.options)
 
     from polygpt.cli.progress import Progress
@@ -51,9 +51,9 @@ def run(arguments: Namespace) -> dict:
             print(fault)
     _print_table(found, adapters)
     fits = {f"{share:.0%}": _command(arguments, chosen, found, held_out, lengths, share) for share in SHARES}
-    print("The smallest settings, by the share of the records of each task that they take:")
+    print("Smallest settings, by the share of each task's records that they accept:")
     for share, command in fits.items():
-        print(f"{share:>5}  {command or 'no record can be used'}")
+        print(f"{share:>5}  {command or 'no usable record'}")
     bad, records = sum(len(f.faults) for f in found.values()), sum(f.records for f in found.values())
     return {
         "tasks": {
@@ -61,7 +61,7 @@ def run(arguments: Namespace) -> dict:
             for name, findings in found.items()
         },
         "commands": fits,
-        "fault": f"data check: {bad} of {records} records cannot be used" if bad else None,
+        "fault": f"data check: {bad} of {records} records are unusable" if bad else None,
     }
 
 
@@ -72,17 +72,18 @@ def _print_table(found, adapters) -> None:
         positions = f"{figure(lengths['median'])}, at most {lengths['max']}" if lengths else "–"
         media = [f"{findings.media[modality]:,}" for modality in adapters]
         rows.append([name, f"{findings.records:,}", f"{len(findings.faults):,}", *media, positions])
-    print_table("Records", ["task", "records", "cannot be used", *adapters, "positions (median)"], rows)
+    print_table("Records", ["task", "records", "unusable", *adapters, "positions (median)"], rows)
     for name, findings in found.items():
         if files := findings.unread:
-            print(f"{name}: no record names {len(files)} media files of its folder, {files[0]} among them")
+            print(f"{name}: no record refers to {len(files)} media files in its folder, such as {files[0]}")
     for modality in adapters:
         if not any(findings.media[modality] for findings in found.values()):
-            print(f"no record has media for the adapter {modality!r}: nothing trains it")
+            print(f"no record has media for the adapter {modality!r}, so it is not trained")
 
 
 def _command(arguments, chosen, found, held_out, lengths, share) -> str | None:
-    """`polygpt train` with the overrides given, and those that take a share of the records; None if there are none."""
+    """`polygpt train` with the given overrides plus those that accept a share of the records; None if there are
+    none."""
     from polygpt.data.check import fitting
 
     if not any(len(findings.needs) for findings in found.values()):

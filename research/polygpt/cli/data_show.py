@@ -1,4 +1,4 @@
-"""polygpt data show FILE: a few rows as the model sees them."""
+"""polygpt data show FILE: print and draw a few rows as the model sees them."""
 
 from argparse import Namespace
 from pathlib import Path
@@ -20,7 +20,7 @@ def parser(prog: str, about: str) -> Parser:
     words.add_argument(
         "--rows", type=int, default=4, metavar="N", help="number of rows of the first batch (default: 4)"
     )
-    words.add_argument("--picture", metavar="F", help="the PNG to draw (default: runs/<name>-rows.png)")
+    words.add_argument("--picture", metavar="F", help="PNG file to write (default: runs/<name>-rows.png)")
     return words
 
 

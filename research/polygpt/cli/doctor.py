@@ -9,8 +9,8 @@ examples:
   polygpt doctor
   polygpt doctor --json
 
-Takes about ten seconds, two of them to measure the speed of matrix products. The exit code is 0 unless something is
-broken that training needs; what is merely missing is listed with the command that installs it."""
+Takes about ten seconds, two of which measure matrix multiplication. The exit code is 0 unless something required for
+training is broken. Missing optional parts are listed with the command that installs them."""
 
 MARKS = {"ok": "ok", "note": "--", "broken": "BROKEN"}
 
@@ -21,7 +21,7 @@ def parser(prog: str, about: str) -> Parser:
 
 
 def run(arguments: Namespace) -> dict:
-    """Prints each check as it is made; returns all of them."""
+    """Prints each check as it finishes; returns all of them."""
     from polygpt.runtime.doctor import examine
 
     checks, figures = [], {}

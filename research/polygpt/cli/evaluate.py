@@ -1,4 +1,4 @@
-"""polygpt evaluate RUN: the held-out results of a trained model."""
+"""polygpt evaluate RUN: evaluate a trained model on held-out data."""
 
 import dataclasses
 from argparse import Namespace
@@ -15,9 +15,9 @@ examples:
   polygpt evaluate runs/quickstart --evaluation.tasks.fusion.limit 50 --evaluation.modality_gain false
   polygpt evaluate runs/quickstart --help
 
-A task that cannot be measured takes no other's results away: its error is a line below them, and the exit code is 2."""
+If a task cannot be measured, its error is printed below the results of the others, and the exit code is 2."""
 MAY_CHANGE = ("data", "evaluation")
-"""Parts of a trained run's experiment that decide how it is evaluated."""
+"""Parts of the experiment that control evaluation."""
 
 
 def parser(prog: str, about: str) -> Parser:
@@ -28,7 +28,7 @@ def parser(prog: str, about: str) -> Parser:
 
 
 def _fields(run: str | None, changes: Mapping[str, str], options: Sequence[str]):
-    """For the help: those parts of the experiment of a run that may change."""
+    """For --help: the parts of a run's experiment that may change."""
     if run is None:
         return None
     from polygpt.data.loader import DataSpec
@@ -46,31 +46,33 @@ def _fields(run: str | None, changes: Mapping[str, str], options: Sequence[str])
 
 
 def changed(experiment, changes: Mapping[str, str], options: Sequence[str] = ()):
-    """A trained run's experiment with overrides. Raises UserError for one that would not have trained this model."""
+    """A trained run's experiment with overrides. Raises UserError for overrides that affect training."""
     for name in changes:
         part = name.partition(".")[0]
         if part not in MAY_CHANGE and hasattr(experiment, part):
-            raise UserError(f"evaluate: --{name} is settled, the run is trained: change --data.* or --evaluation.*")
+            raise UserError(f"evaluate: --{name} cannot change after training: only --data.* and --evaluation.* can")
     return change(experiment, changes, options)
 
 
 def add_run(words: Parser) -> None:
-    """The arguments that name a trained model."""
-    words.add_argument("run", metavar="RUN", help="a run folder, such as runs/quickstart")
-    words.add_argument("--checkpoint", choices=("best", "latest"), help="which one (default: as the run's train.use)")
-    spread = "over all devices, on the run's mesh (default: the first device alone)"
+    """Adds the arguments that select a trained model."""
+    words.add_argument("run", metavar="RUN", help="run folder, such as runs/quickstart")
+    words.add_argument(
+        "--checkpoint", choices=("best", "latest"), help="which checkpoint (default: the run's train.use)"
+    )
+    spread = "use all devices, on the run's mesh (default: only the first device)"
     words.add_argument("--spread", action="store_true", help=spread)
     add_code(words)
 
 
 def add_code(words: Parser) -> None:
-    """The argument that chooses which code the user's classes come from."""
-    about = "your own classes: as the run has kept them, or as their files are now (default: run)"
+    """Adds the argument that selects the code of user classes."""
+    about = "load your own classes from the run's copies, or from the current files (default: run)"
     words.add_argument("--code", choices=("run", "current"), default="run", help=about)
 
 
 def open_named(arguments: Namespace):
-    """The run that the arguments of `add_run` name."""
+    """Opens the run selected by the arguments of `add_run`."""
     from polygpt.training.run import open_run
 
     return open_run(arguments.run, arguments.checkpoint, arguments.spread, arguments.code)

@@ -1,4 +1,4 @@
-"""polygpt generate RUN: generate text from a prompt of texts, images, recordings and other media."""
+"""polygpt generate RUN: generate text from a prompt of text, images, audio and other media."""
 
 import argparse
 import sys
@@ -16,13 +16,13 @@ examples:
   polygpt generate runs/quadrants --medium point=point.bin
   polygpt generate runs/quickstart --interactive
 
-The parts of the prompt are read in the order in which they stand on the command line."""
+The prompt consists of these parts in the order given on the command line."""
 
-HELP = """Type a text and press Return: the model continues it. Build a longer prompt first, in any order:
+HELP = """Type text and press Return to generate a continuation. To build a longer prompt first, in any order:
   /image FILE             add an image
   /audio FILE             add a recording
-  /medium NAME=FILE       add a medium of any adapter
-  /text TEXT              add a text
+    /medium NAME=FILE       add a media file for any adapter
+    /text TEXT              add text
   /go                     generate from the prompt so far
   /clear                  discard the prompt          /quit or Ctrl-D    leave"""
 
@@ -39,10 +39,10 @@ def parser(prog: str, about: str) -> Parser:
     words = Parser(prog, about, EXAMPLES, _sampling)
     add_run(words)
     words.set_defaults(parts=[])
-    words.add_argument("--text", action=Part, metavar="TEXT", help="a text of the prompt")
-    words.add_argument("--image", action=Part, metavar="FILE", help="an image: short for --medium image=FILE")
-    words.add_argument("--audio", action=Part, metavar="FILE", help="a recording: short for --medium audio=FILE")
-    anything = "a medium of the prompt: the name of one of the model's adapters, and a file that the adapter can decode"
+    words.add_argument("--text", action=Part, metavar="TEXT", help="add text to the prompt")
+    words.add_argument("--image", action=Part, metavar="FILE", help="add an image: short for --medium image=FILE")
+    words.add_argument("--audio", action=Part, metavar="FILE", help="add a recording: short for --medium audio=FILE")
+    anything = "add a media file to the prompt: the name of an adapter of the model, and a file that it can decode"
     words.add_argument("--medium", action=Part, metavar="NAME=FILE", help=anything)
     words.add_argument("--interactive", action="store_true", help="read prompts from the terminal, one after another")
     return words
@@ -55,12 +55,12 @@ def _sampling(run, changes, options):
 
 
 def run(arguments: Namespace) -> dict:
-    """Generates; returns the text and why it ended."""
+    """Generates; returns the text and the reason why it ended."""
     sampling = _sampling(arguments.run, arguments.changes, arguments.options)
     if not arguments.interactive and not arguments.parts:
         raise UserError("generate: empty prompt: give --text, --image, --audio or --medium, or --interactive")
     if arguments.interactive and arguments.json:
-        raise UserError("generate: --interactive and --json exclude each other: leave one out")
+        raise UserError("generate: --interactive and --json cannot be combined")
     prompt = [_part(kind, value) for kind, value in arguments.parts]
 
     from polygpt.generation.generate import stream
@@ -91,7 +91,7 @@ def run(arguments: Namespace) -> dict:
 
 
 def _part(kind: str, value: str):
-    """A part of the prompt. Whether the model has such an adapter shows when the prompt is laid out."""
+    """A part of the prompt. The layout checks later whether the model has the adapter."""
     from polygpt.data.example import Medium, Text
 
     if kind == "text":
@@ -108,7 +108,7 @@ def _part(kind: str, value: str):
 
 
 def _converse(show, prompt: list) -> None:
-    """Reads lines, each a text or a command, until the end. An error is printed and the conversation goes on."""
+    """Reads lines of text or commands until end of input. Errors are printed and do not end the session."""
     print(HELP, file=sys.stderr)
     while True:
         try:

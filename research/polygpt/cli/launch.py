@@ -1,4 +1,4 @@
-"""Shared by the `launch` verbs: their own arguments end at `--`, where the command begins."""
+"""Shared by the `launch` verbs: the launcher's arguments end at `--`, where the command begins."""
 
 from argparse import ArgumentTypeError, Namespace
 from pathlib import Path
@@ -14,7 +14,7 @@ class LaunchParser(Parser):
         self.usage = f"{prog} [options] -- train FILE [--workdir W] [--name value ...]"
 
     def read(self, argv: list[str]) -> Namespace:
-        """As in Parser. Raises UserError if the command is missing or is not `train`."""
+        """Like `Parser.read`. Raises UserError if the command is missing or is not `train`."""
         cut = argv.index("--") if "--" in argv else len(argv)
         arguments = super().read(argv[:cut])
         arguments.command = argv[cut + 1 :]
@@ -33,8 +33,8 @@ def workdir(command: list[str]) -> Path:
 
 
 def require_many(command: list[str], processes: int) -> None:
-    """Refuses, before anything starts, an experiment that cannot run in so many processes. A file that exists only
-    where the processes will run is not checked.
+    """Rejects, before anything starts, an experiment that cannot run in that many processes. A file that exists only on
+    the remote machine is not checked.
 
     Raises:
         UserError: the experiment is for a single device, or is invalid.
@@ -51,5 +51,5 @@ def require_many(command: list[str], processes: int) -> None:
 def count(text: str) -> int:
     """An argparse type: a positive integer."""
     if not text.isdecimal() or int(text) < 1:
-        raise ArgumentTypeError(f"{text!r} is no number from 1 on")
+        raise ArgumentTypeError(f"{text!r} is not a positive integer")
     return int(text)

@@ -1,7 +1,7 @@
-"""`polygpt`: finds the verb, calls it, turns what happens into an exit code.
+"""`polygpt`: finds the verb, runs it, and turns exceptions into exit codes.
 
-Exit codes: 0 done; 2 the user's input is at fault, one line on stderr; 1 anything else, with `--debug` a traceback.
-Nothing heavy is imported before a verb is known, so that help is instant.
+Exit codes: 0 for success; 2 for invalid user input, with one line on stderr; 1 for anything else, with a traceback if
+`--debug`. Heavy modules are imported only once the verb is known, so that help is fast.
 """
 
 import importlib
@@ -15,41 +15,41 @@ from polygpt.errors import UserError, one_line
 VERBS = {
     "train": ("polygpt.cli.train", "train an experiment, evaluate it, write its report"),
     "evaluate": ("polygpt.cli.evaluate", "evaluate a run on held-out data"),
-    "generate": ("polygpt.cli.generate", "let a run continue text, pictures and recordings"),
-    "report": ("polygpt.cli.report", "write a run's report, one HTML file"),
-    "doctor": ("polygpt.cli.doctor", "examine the installation: versions, devices, their speed, folders, extras"),
-    "data show": ("polygpt.cli.data_show", "print and draw a few rows as the model will see them"),
-    "data check": ("polygpt.cli.data_check", "walk a whole dataset and list what is wrong with it"),
-    "data fetch": ("polygpt.cli.data_fetch", "fetch a text corpus from a public registry, or list them"),
-    "tokenizer train": ("polygpt.cli.tokenizer_train", "train a byte-pair tokenizer on text files"),
-    "model show": ("polygpt.cli.model_show", "count a model's parameters and its FLOPs a token"),
-    "attention list": ("polygpt.cli.attention_list", "list every attention variant, its paper, backends and cost"),
-    "attention check": ("polygpt.cli.attention_check", "prove a variant: every property, measured beside its bound"),
-    "attention bench": ("polygpt.cli.attention_bench", "measure a variant's time, memory and FLOPs over the length"),
-    "attention show": ("polygpt.cli.attention_show", "draw who sees whom, and the blocks that a kernel skips"),
-    "attention new": ("polygpt.cli.attention_new", "write a starting file for a variant of your own"),
-    "ablate": ("polygpt.cli.ablate", "run what an ablation lacks, judge its claims, write its README"),
-    "compare": ("polygpt.cli.compare", "compare finished runs over seeds, and say which fields differ"),
-    "tune": ("polygpt.cli.tune", "search for the best values of some fields, or loss against FLOPs"),
-    "plan": ("polygpt.cli.plan", "compile a step for devices that are not here: memory, time, collectives"),
-    "plan check": ("polygpt.cli.plan_check", "compile committed plans again: fails where memory or exchanges grew"),
+    "generate": ("polygpt.cli.generate", "generate text from a prompt of text, images and audio"),
+    "report": ("polygpt.cli.report", "write a run's report as one HTML file"),
+    "doctor": ("polygpt.cli.doctor", "check the installation: versions, devices and their speed, folders, extras"),
+    "data show": ("polygpt.cli.data_show", "print and draw a few rows as the model sees them"),
+    "data check": ("polygpt.cli.data_check", "check every record of a dataset"),
+    "data fetch": ("polygpt.cli.data_fetch", "download a text corpus, or list the corpora"),
+    "tokenizer train": ("polygpt.cli.tokenizer_train", "train a BPE tokenizer on text files"),
+    "model show": ("polygpt.cli.model_show", "count a model's parameters and its FLOPs per token"),
+    "attention list": ("polygpt.cli.attention_list", "list attention variants with their papers, backends and costs"),
+    "attention check": ("polygpt.cli.attention_check", "test a variant: measure every property against its bound"),
+    "attention bench": ("polygpt.cli.attention_bench", "measure a variant's time, memory and FLOPs by sequence length"),
+    "attention show": ("polygpt.cli.attention_show", "draw a variant's mask and the blocks that a kernel skips"),
+    "attention new": ("polygpt.cli.attention_new", "write a template for your own variant"),
+    "ablate": ("polygpt.cli.ablate", "run an ablation, test its claims and write its README"),
+    "compare": ("polygpt.cli.compare", "compare finished runs over seeds and list the fields that differ"),
+    "tune": ("polygpt.cli.tune", "tune hyperparameters, or trade loss against FLOPs"),
+    "plan": ("polygpt.cli.plan", "compile a step for devices you need not have: memory, time, collectives"),
+    "plan check": ("polygpt.cli.plan_check", "recompile committed plans; fails if memory or communication grew"),
     "launch local": ("polygpt.cli.launch_local", "run a command in several processes on this machine"),
-    "launch slurm": ("polygpt.cli.launch_slurm", "submit a command as a SLURM job of several nodes"),
+    "launch slurm": ("polygpt.cli.launch_slurm", "submit a command as a multi-node SLURM job"),
     "launch gke": ("polygpt.cli.launch_gke", "print a JobSet and an xpk command for a TPU slice on GKE"),
     "launch skypilot": ("polygpt.cli.launch_skypilot", "print a SkyPilot task for TPUs or GPUs"),
 }
-"""Each verb's file and what it does."""
+"""Module and description of each verb."""
 
 EXAMPLES = """\
 examples:
   polygpt train experiments/quickstart.py
   polygpt train experiments/quickstart.py --train.steps 200 --model.decoder.depth 2 --workdir runs/small
-  polygpt train experiments/quickstart.py --help        every field that can be set, with its value and what it means
+    polygpt train experiments/quickstart.py --help        every field that can be set, with its value and meaning
   polygpt evaluate runs/quickstart --json
   polygpt generate runs/quickstart --image digit.png --text "plus" --audio seven.wav --text "is"
   polygpt report runs/quickstart
 
-Every verb takes --help, --json (one JSON object on stdout, all else on stderr) and --debug (tracebacks)."""
+Every verb accepts --help, --json (one JSON object on stdout, everything else on stderr) and --debug (tracebacks)."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(error, str(error), 2, argv)
     except KeyboardInterrupt as error:
         return _fail(error, "interrupted", 1, argv)
-    except BrokenPipeError:  # the reader of our output has gone, as in `polygpt ... | head`
+    except BrokenPipeError:  # the reader of stdout closed it, as in `polygpt ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
@@ -76,15 +76,15 @@ def _dispatch(argv: list[str]) -> int:
         return _without_verb(argv)
     path, about = VERBS[verb]
     module = importlib.import_module(path)
-    sys.path.append(os.getcwd())  # an experiment may name the user's own modules
+    sys.path.append(os.getcwd())  # experiments may import the user's modules
     with output.quiet():
         arguments = module.parser(f"polygpt {verb}", about).read(argv[len(verb.split()) :])
         with output.json_alone(arguments.json) as write:
             result = module.run(arguments)
             write(result)
-    if result.get("fault"):  # done, and the answer is that the input is at fault
+    if result.get("fault"):  # completed, but the input is invalid
         raise UserError(result["fault"])
-    for reason in ("interrupted", "broken"):  # a result, and yet a failure: `polygpt train ... && next` must stop here
+    for reason in ("interrupted", "broken"):  # has a result but failed: `polygpt train ... && next` must stop
         if result.get(reason):
             print(one_line(result[reason]), file=sys.stderr)
             return 1
@@ -110,7 +110,7 @@ def _without_verb(argv: list[str]) -> int:
 
         typed = " ".join(words[: 2 if group else 1]) or argv[0]
         if group and len(words) == 1:
-            raise UserError(f"{typed} alone is no verb: write {', '.join(group)} (see polygpt {typed} --help)")
+            raise UserError(f"{typed} alone is not a verb: write {', '.join(group)} (see polygpt {typed} --help)")
         raise UserError(f"no verb {typed!r}: {nearest(typed, group or VERBS)}")
     return 0
 

@@ -1,4 +1,4 @@
-"""polygpt model show FILE|PRESET: exact parameter counts by part, and FLOPs a token."""
+"""polygpt model show FILE|PRESET: exact parameter counts by part, and FLOPs per token."""
 
 from argparse import Namespace
 
@@ -15,21 +15,23 @@ examples:
   polygpt model show experiments/quickstart.py --model.decoder.width 256 --json"""
 
 LENGTH = 2048
-"""Row length at which a preset's attention is counted."""
+"""Sequence length for counting a preset's attention FLOPs."""
 
 
 def parser(prog: str, about: str) -> Parser:
     """The verb's arguments."""
     words = Parser(prog, about, EXAMPLES, lambda *chosen: chosen[0] and _chosen(*chosen)[0])
     words.add_argument(
-        "model", metavar="FILE|PRESET", help="an experiment's file, or 1m, 10m, 150m, 400m, 1b, 3b, 7b, 32b"
+        "model", metavar="FILE|PRESET", help="an experiment file, or 1m, 10m, 150m, 400m, 1b, 3b, 7b, 32b"
     )
-    words.add_argument("--seq-len", type=int, metavar="T", help=f"row length (default: the experiment's, or {LENGTH})")
+    words.add_argument(
+        "--seq-len", type=int, metavar="T", help=f"sequence length (default: the experiment's, or {LENGTH})"
+    )
     return words
 
 
 def _chosen(model: str, changes, options):
-    """(what the overrides are for, its model, its vocabulary, its row length)."""
+    """(target of the overrides, model, vocabulary, sequence length)."""
     from polygpt.models.presets import PRESETS
 
     if model in PRESETS:
@@ -56,7 +58,7 @@ def run(arguments: Namespace) -> dict:
     rows.append(["all", f"{found.parameters:,}", "", ""])
     active = "" if found.active == found.parameters else f" ({found.active:,} active)"
     title = f"{arguments.model}: {found.parameters:,} parameters{active}, vocabulary {vocabulary:,}"
-    title += f", rows of {found.seq_len:,}"
+    title += f", sequence length {found.seq_len:,}"
     print_table(title, ["part", "parameters", "MFLOPs forward", "for one"], rows)
-    print(f"one training step: {found.flops_per_token / 1e6:,.1f} MFLOPs a text token (forward and backward)")
+    print(f"one training step: {found.flops_per_token / 1e6:,.1f} MFLOPs per text token (forward and backward)")
     return found.to_json()

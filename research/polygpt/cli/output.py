@@ -1,4 +1,4 @@
-"""What the command line prints: JSON alone on stdout where asked for, tables, and silence from the libraries."""
+"""Output of the command line: JSON alone on stdout on request, tables, and muted library logs."""
 
 import contextlib
 import json
@@ -17,9 +17,9 @@ from polygpt.markup import Table
 
 @contextlib.contextmanager
 def json_alone(wanted: bool) -> Iterator[Callable[[Any], None]]:
-    """Gives a function that takes a verb's result. Where JSON is wanted it is printed, and is all that stdout gets.
+    """Yields a function that takes a verb's result and, if `wanted`, prints it as the only output on stdout.
 
-    Everything else that is written to stdout meanwhile, by libraries and child processes too, goes to stderr.
+    Everything else written to stdout meanwhile, including by libraries and child processes, goes to stderr.
     """
     if not wanted:
         yield lambda result: None
@@ -38,19 +38,19 @@ def json_alone(wanted: bool) -> Iterator[Callable[[Any], None]]:
 
 
 class Warnings(logging.Handler):
-    """This package's warnings as every other line for a person."""
+    """Prints this package's warnings like its other messages."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """On stderr as it is now: a progress bar takes its place while it is drawn."""
+        """Writes to the current stderr, which a progress bar may have replaced."""
         print(one_line(record.getMessage()), file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silences the libraries' own log lines; their errors are exceptions and ours to tell, and so are our warnings."""
+    """Mutes the logs of libraries; their errors are exceptions, which we report, as we do our own warnings."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-    with contextlib.suppress(ImportError):  # `doctor` runs where packages are missing
+    with contextlib.suppress(ImportError):  # `doctor` must run even if packages are missing
         import absl.logging
 
         absl.logging.set_verbosity(absl.logging.ERROR)
@@ -58,7 +58,10 @@ def quiet() -> Iterator[None]:
         logging.getLogger(name).setLevel(logging.ERROR)
     ours, handler = logging.getLogger("polygpt"), Warnings(logging.WARNING)
     ours.addHandler(handler)
-    spread, ours.propagate = ours.propagate, False  # a library may have given the root a handler, to say it once more
+    spread, ours.propagate = (
+        ours.propagate,
+        False,
+    )  # a library may have installed a root handler, which would repeat our messages
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -69,32 +72,32 @@ def quiet() -> Iterator[None]:
 
 
 def show_table(table: Table) -> None:
-    """A table on stdout: `print_table`, which breaks its code and its sentences where they are too long."""
+    """Prints a table on stdout with `print_table`, wrapping long code and sentences."""
     print_table(table.title, table.columns, table.rows, table.prose | table.code)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], prose: Collection[int] = ()) -> None:
-    """A table on stdout; the first column is left-aligned, and so are those of prose, which may take several lines."""
+    """Prints a table on stdout. The first column and the `prose` columns are left-aligned; prose may wrap."""
     from rich import box
     from rich.console import Console
     from rich.table import Table as Drawn
 
     drawn = Drawn(box=box.SIMPLE_HEAD, pad_edge=False)
     for i, column in enumerate(columns):
-        # Where a terminal is too narrow names and prose give way, and figures stay whole.
+        # On a narrow terminal, names and prose wrap; numbers do not.
         figures = i > 0 and i not in prose
         whole = max(len(row[i]) for row in [columns, *rows]) if figures else None
         drawn.add_column(column, justify="right" if figures else "left", no_wrap=i not in prose, min_width=whole)
     for row in rows:
         drawn.add_row(*row)
-    plainly = {"highlight": False, "markup": False, "emoji": False}  # "[tpu]" and ":x:" are text
+    plainly = {"highlight": False, "markup": False, "emoji": False}  # print "[tpu]" and ":x:" literally
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 140, **plainly)
     console.print(title, style="bold")
     console.print(drawn)
 
 
 def figure(value: Any) -> str:
-    """A number as a table shows it."""
+    """Formats a number for a table."""
     if value is None or isinstance(value, float) and not math.isfinite(value):
         return "–"
     if isinstance(value, float):

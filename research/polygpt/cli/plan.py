@@ -1,4 +1,4 @@
-"""polygpt plan FILE --on SLICE: what a training step takes on devices that need not be there."""
+"""polygpt plan FILE --on SLICE: memory, time and collectives of a training step on devices you need not have."""
 
 import json
 import math
@@ -19,15 +19,15 @@ examples:
   polygpt plan experiments/presets/1b.py --on v5p:4x4x4 --slices 2 --train.mesh.fsdp 16 --train.mesh.data -1
   polygpt plan experiments/quickstart.py --on cpu:8 --train.parallel sharded
 
-The TPU compiler comes with `pip install -e '.[tpu]'` and needs no TPU. --on takes v4, v5e, v5p, v6e or tpu7x with a
-slice's shape; h100:8, h200:8, a100:8 and cpu:8 are compiled for made-up CPU devices, and what is estimated is said."""
+The TPU compiler comes with `pip install -e '.[tpu]'` and needs no TPU. --on accepts v4, v5e, v5p, v6e or tpu7x with a
+slice topology; h100:8, h200:8, a100:8 and cpu:8 are compiled for virtual CPU devices, and estimates are marked."""
 
 BUDGET = 780
-"""Seconds that a search takes at most."""
+"""Time limit of a search, in seconds."""
 LIMIT = 3600
-"""Seconds that one compilation takes at most."""
+"""Time limit of one compilation, in seconds."""
 NEAREST = 300
-"""Seconds for compiling changes that fit, where the program does not."""
+"""Seconds for compiling alternatives if the program does not fit."""
 
 
 def parser(prog: str, about: str) -> Parser:
@@ -35,16 +35,20 @@ def parser(prog: str, about: str) -> Parser:
     words = Parser(prog, about, EXAMPLES, experiment.fields)
     words.add_argument("file", metavar="FILE", help="a Python file with `def experiment() -> Experiment`")
     words.add_argument("--on", metavar="SLICE", required=True, help="v5e:16x16, v5p:4x4x4, h100:8, cpu:8, ...")
-    words.add_argument("--slices", type=int, default=1, metavar="N", help="so many slices, joined by the network")
-    words.add_argument("--search", action="store_true", help="find the fastest mesh, stages, remat, microbatches")
-    words.add_argument("--budget", type=float, default=BUDGET, metavar="S", help=f"seconds to search ({BUDGET})")
-    words.add_argument("--output", metavar="DIR", help="where to write (default: plans/<experiment>-<slice>)")
+    words.add_argument(
+        "--slices", type=int, default=1, metavar="N", help="number of slices, connected by the data-center network"
+    )
+    words.add_argument("--search", action="store_true", help="find the fastest mesh, stages, remat and microbatches")
+    words.add_argument(
+        "--budget", type=float, default=BUDGET, metavar="S", help=f"seconds to search (default: {BUDGET})"
+    )
+    words.add_argument("--output", metavar="DIR", help="output folder (default: plans/<experiment>-<slice>)")
     return words
 
 
 def run(arguments: Namespace) -> dict:
     """Plans, prints, writes; returns the plan as data."""
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing is run: an accelerator that is busy is left alone
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing runs on the accelerator, which may be busy
     from polygpt.scale.plan.target import target
 
     on = target(arguments.on, arguments.slices)
@@ -67,11 +71,11 @@ def _planned(chosen, on) -> dict:
     from polygpt.scale.plan.worker import plan_apart
 
     _tell(f"compiling {chosen.name} for {on.name}{f' x {on.slices}' if on.slices > 1 else ''} ...")
-    data = plan_apart(chosen, on, LIMIT)  # a compiler that fails, or does not end, takes its own process with it
+    data = plan_apart(chosen, on, LIMIT)  # in its own process: the compiler may crash or hang
     if "failed" in data:
-        raise UserError(f"plan: {on.name}: the compiler gave no program: {data['failed']}")
+        raise UserError(f"plan: {on.name}: compilation failed: {data['failed']}")
     if data["memory"] is None or not data["memory"]["fits"]:
-        _tell("does not fit; looking for the nearest changes that do")
+        _tell("does not fit; looking for the smallest changes that do")
         data["nearest"] = search.nearest(chosen, on, data, NEAREST, _tell)
     return data
 
@@ -87,7 +91,7 @@ def _searched(chosen, on, budget: float):
 
 
 def nothing_found(found, budget: float) -> str:
-    """Why a search of so many seconds has no answer, and what helps."""
+    """Why a search within `budget` seconds found nothing, and the remedy."""
     from polygpt.scale.plan.worker import LATE
     from polygpt.spec import counted
 
@@ -96,16 +100,16 @@ def nothing_found(found, budget: float) -> str:
     refused = len(found.compiled) - len(failures)
     longer = f"a larger --budget than {budget:g} s, such as --budget {max(BUDGET, math.ceil(3 * budget))}"
     if not found.compiled:
-        return f"no compilation was begun in time: give it {longer}"
+        return f"no compilation was started in time: use {longer}"
     if refused:
-        more = f"; {counted(late, 'compilation')} did not end in time: or give it {longer}" if late else ""
+        more = f"; {counted(late, 'compilation')} did not finish in time: or use {longer}" if late else ""
         return (
-            f"of {counted(refused, 'compiled way')} to run none fits, and {len(found.ways)} were predicted: "
-            f"take a larger slice, or fewer rows (--data.batch_size){more}"
+            f"none of {counted(refused, 'compiled candidate')} fits ({len(found.ways)} were predicted): "
+            f"use a larger slice or a smaller --data.batch_size{more}"
         )
     if late:
-        return f"no compilation ended in time, {late} of them stopped: give it {longer}"
-    return f"the compiler gave no program: {failures[0]}"
+        return f"no compilation finished in time ({late} stopped): use {longer}"
+    return f"compilation failed: {failures[0]}"
 
 
 def _print(data: dict, found) -> None:
@@ -119,7 +123,7 @@ def _print(data: dict, found) -> None:
         for note in table.notes:
             print(note + "\n")
     if data.get("best"):
-        print("to run so: " + " ".join(f"--{name} {value}" for name, value in data["best"].items()))
+        print("to train this way: " + " ".join(f"--{name} {value}" for name, value in data["best"].items()))
 
 
 def _write(data: dict, found, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""polygpt plan check FOLDER: compiles committed plans again and compares."""
+"""polygpt plan check FOLDER: recompile committed plans and compare."""
 
 import os
 from argparse import Namespace
@@ -12,26 +12,26 @@ examples:
   polygpt plan check
   polygpt plan check experiments/plans/1b
 
-Compiles every plan below a folder again, from the experiment and overrides that it names. Memory of a device, or bytes
-of collectives, that grew by more than 5 % are an error, and so is a fused kernel that is there no more. It takes
-seconds for a program that was compiled before and is as it was; else, on two cores, seconds to minutes for a plan of a
-small preset and minutes for one of a large: an hour or more for them all."""
+Recompiles every plan in a folder from the experiment and overrides stored in it. It is an error if memory per device or
+bytes of collectives grew by more than 5 %, or if a fused kernel is gone. Unchanged programs in the compilation cache
+take seconds. Otherwise, on two cores, a small preset takes seconds to minutes, a large one minutes, and all plans
+together an hour or more."""
 
 DEFAULT = "experiments/plans"
-"""Where plans are committed."""
+"""Folder of the committed plans."""
 
 
 def parser(prog: str, about: str) -> Parser:
     """The verb's arguments."""
     words = Parser(prog, about, EXAMPLES)
     words.add_argument(
-        "folder", metavar="FOLDER", nargs="?", default=DEFAULT, help=f"where the plans are (default: {DEFAULT})"
+        "folder", metavar="FOLDER", nargs="?", default=DEFAULT, help=f"folder with plans (default: {DEFAULT})"
     )
     return words
 
 
 def run(arguments: Namespace) -> dict:
-    """Compares; the result has a fault where something grew."""
+    """Compares; the result has a `fault` if something grew."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from polygpt.scale.plan.check import GROWTH, check, plans_below
     from polygpt.scale.plan.tables import gib
@@ -41,10 +41,10 @@ def run(arguments: Namespace) -> dict:
     for one in found:
         memory = f"{gib(one.memory[0])} -> {gib(one.memory[1])}"
         sent = f"{one.sent[0] / 1e9:,.2f} -> {one.sent[1] / 1e9:,.2f}"
-        rows.append([str(one.path), memory, sent, one.worse or "as it was"])
-    print_table(f"{len(rows)} plans", ["plan", "memory of a device", "GB sent per device and step", "result"], rows)
+        rows.append([str(one.path), memory, sent, one.worse or "unchanged"])
+    print_table(f"{len(rows)} plans", ["plan", "memory per device", "GB sent per device and step", "result"], rows)
     worse = [f"{one.path} {one.worse}" for one in found if one.worse]
-    fault = f"plan check: grown means by more than {GROWTH:.0%}: {'; '.join(worse)}" if worse else None
+    fault = f"plan check: grew by more than {GROWTH:.0%}: {'; '.join(worse)}" if worse else None
     plans = [
         {"path": one.path, "memory": one.memory, "sent": one.sent, "grew": one.grew, "gone": one.gone} for one in found
     ]

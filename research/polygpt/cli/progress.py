@@ -1,4 +1,4 @@
-"""How far an evaluation or a check is, on stderr."""
+"""Progress of an evaluation or a check, on stderr."""
 
 import time
 
@@ -8,10 +8,10 @@ from rich.progress import Progress as Bar
 
 
 class Progress:
-    """Called with what is measured, examples done, all of them: a bar on a terminal, elsewhere a line now and then."""
+    """Called with a description, examples done and the total: shows a bar on a terminal, otherwise occasional lines."""
 
     def __init__(self, verb: str = "evaluating", seconds: float = 10.0):
-        """Args: verb: said before each line; seconds: between two lines where there is no terminal."""
+        """Args: verb: prefix of each line; seconds: between lines without a terminal."""
         console = Console(stderr=True, highlight=False)
         columns = (TextColumn("{task.description:32}"), BarColumn(), MofNCompleteColumn())
         self._bar = Bar(*columns, console=console, transient=True) if console.is_terminal else None

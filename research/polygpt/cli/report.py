@@ -1,4 +1,4 @@
-"""polygpt report RUN: one self-contained HTML file."""
+"""polygpt report RUN: write a self-contained HTML report."""
 
 from argparse import Namespace
 
@@ -10,19 +10,19 @@ examples:
   polygpt report runs/quickstart
   polygpt report runs/quickstart --output figures/quickstart.html
 
-A run that is under way or was killed has a report too, of what is there."""
+Works for unfinished and killed runs too, with whatever they have written."""
 
 
 def parser(prog: str, about: str) -> Parser:
     """The verb's arguments."""
     words = Parser(prog, about, EXAMPLES)
     add_run(words)
-    words.add_argument("--output", metavar="FILE", help="where to write it (default: RUN/report.html)")
+    words.add_argument("--output", metavar="FILE", help="output file (default: RUN/report.html)")
     return words
 
 
 def run(arguments: Namespace) -> dict:
-    """Writes the report and returns its place."""
+    """Writes the report and returns its path."""
     from polygpt.report.finish import write_report
 
     opened = open_named(arguments)

@@ -9,13 +9,13 @@ from polygpt.evaluation.metric import Measure
 
 
 def print_results(results: Mapping, measures: Mapping[str, Measure]) -> None:
-    """Prints what `evaluate` gives: a row per task, a row per modality gain, a line per task that failed.
+    """Prints the results of `evaluate`: a row per task, a row per modality gain, a line per failed task.
 
-    A terminal is narrow: measures that are not `brief` are left to evaluation.json and the report.
+    To fit a terminal, measures that are not `brief` appear only in evaluation.json and the report.
 
     Args:
         results: what `evaluate_run` returned.
-        measures: `EvaluationSpec.measures()`; other figures follow under their own names.
+        measures: `EvaluationSpec.measures()`; other values follow under their own names.
     """
     tasks = results["tasks"]
     if not tasks:
@@ -41,6 +41,6 @@ def print_results(results: Mapping, measures: Mapping[str, Measure]) -> None:
 
 
 def failed(results: Mapping) -> dict[str, str]:
-    """What a verb adds to its result if tasks could not be measured: {"fault": one line}, else nothing."""
+    """{"fault": one line} if some tasks could not be measured, otherwise {}; a verb merges it into its result."""
     faults = results.get("faults", {})
     return {"fault": f"not measured in full: {', '.join(faults)}: see the results"} if faults else {}

@@ -1,4 +1,4 @@
-"""polygpt tokenizer train FILES --out F: a byte-level BPE."""
+"""polygpt tokenizer train FILES --out F: train a byte-level BPE tokenizer."""
 
 from argparse import Namespace
 from pathlib import Path
@@ -16,14 +16,16 @@ An experiment uses it with tokenizer=BPE("texts/bpe.json")."""
 def parser(prog: str, about: str) -> Parser:
     """The verb's arguments."""
     words = Parser(prog, about, EXAMPLES)
-    words.add_argument("files", metavar="FILE", nargs="+", help="UTF-8 text files, or patterns in quotes")
-    words.add_argument("--vocabulary", type=int, default=4096, metavar="V", help="the most token ids (default: 4096)")
-    words.add_argument("--out", required=True, metavar="F", help="the JSON file to write")
+    words.add_argument("files", metavar="FILE", nargs="+", help="UTF-8 text files, or quoted glob patterns")
+    words.add_argument(
+        "--vocabulary", type=int, default=4096, metavar="V", help="maximum vocabulary size (default: 4096)"
+    )
+    words.add_argument("--out", required=True, metavar="F", help="JSON file to write")
     return words
 
 
 def run(arguments: Namespace) -> dict:
-    """Trains and writes the tokenizer; returns its place and size."""
+    """Trains and writes the tokenizer; returns its path and size."""
     from polygpt.cli.progress import Progress
     from polygpt.data.sources.text_files import find_files
     from polygpt.data.tokenizers.bpe import train_bpe

@@ -14,7 +14,7 @@ examples:
   polygpt train experiments/quickstart.py --train.steps 200 --optim.schedule.peak_lr=1e-3
   polygpt train experiments/quickstart.py --help
 
-The same command again goes on where a stopped or killed run was. One that a signal stopped exits with 1."""
+The same command resumes a run that was stopped or killed. A run stopped by a signal exits with 1."""
 
 
 NEXT = """\
@@ -28,19 +28,21 @@ def parser(prog: str, about: str) -> Parser:
     """The verb's arguments."""
     words = Parser(prog, about, EXAMPLES, experiment.fields)
     words.add_argument("file", metavar="FILE", help="a Python file with `def experiment() -> Experiment`")
-    words.add_argument("--workdir", metavar="W", help="the run folder (default: runs/<the experiment's name>)")
-    words.add_argument("--no-report", action="store_true", help="only train: no evaluation and report at the end")
+    words.add_argument("--workdir", metavar="W", help="run folder (default: runs/<experiment name>)")
+    words.add_argument("--no-report", action="store_true", help="only train; skip the final evaluation and report")
     add_code(words)
     return words
 
 
 def run(arguments: Namespace) -> dict:
-    """Trains; returns what `evaluate` returns, and the places of the run and its report."""
+    """Trains; returns the results of `evaluate` and the paths of the run and its report."""
     chosen = experiment.load(arguments.file, arguments.changes, arguments.options)
 
     from polygpt.runtime import processes
 
-    with processes.together(chosen.train.processes):  # evaluation and report included: an error there ends them all
+    with processes.together(
+        chosen.train.processes
+    ):  # includes evaluation and report: an error there must end all processes
         return _train(chosen, arguments)
 
 
@@ -52,7 +54,7 @@ def _train(chosen, arguments: Namespace) -> dict:
     outcome = train(chosen, workdir, begun=process_begun(), code=arguments.code)
     done = {"step": outcome.step, "workdir": workdir}
     if not outcome.finished:
-        return done | {"interrupted": f"interrupted at step {outcome.step}, saved: the same command goes on"}
+        return done | {"interrupted": f"interrupted at step {outcome.step}, saved: the same command resumes"}
     if arguments.no_report:
         print(f"step {outcome.step}, {workdir}")
         return done
@@ -60,15 +62,15 @@ def _train(chosen, arguments: Namespace) -> dict:
     from polygpt.cli.results import (
         failed,
         print_results,
-    )  # not before: they import what only evaluation and pictures need
+    )  # late, because they import packages that only evaluation and pictures need
     from polygpt.report.finish import write_report
     from polygpt.training.run import open_run
 
-    trained = open_run(workdir, spread=True, code=arguments.code)  # of several processes, all take part
+    trained = open_run(workdir, spread=True, code=arguments.code)  # collective: all processes take part
     results = _known(trained) or _evaluated(trained)
     if results is None:
         return done | {
-            "interrupted": "interrupted in the last evaluation, all steps are saved: the same command goes on"
+            "interrupted": "interrupted in the final evaluation, all steps are saved: the same command resumes"
         }
     report = write_report(trained)
     print_results(results, chosen.evaluation.measures())
@@ -78,7 +80,7 @@ def _train(chosen, arguments: Namespace) -> dict:
 
 
 def _known(trained) -> dict | None:
-    """The results in the run folder, if they are of this checkpoint and of all tasks as the experiment has them."""
+    """The results in the run folder, if they are for this checkpoint and for all current tasks."""
     from polygpt.report import gather
     from polygpt.report.finish import RESULTS
 
@@ -90,17 +92,19 @@ def _known(trained) -> dict | None:
 
 
 def _evaluated(trained) -> dict | None:
-    """The results on the held-out tasks; None if a signal ended the evaluation."""
+    """The results on the held-out tasks; None if a signal interrupted the evaluation."""
     import jax
 
     from polygpt.cli.progress import Progress
     from polygpt.report.finish import evaluate_run
     from polygpt.runtime.interruption import Interrupted, Interruption
 
-    if jax.process_count() > 1 and trained.model.layout is None:  # each for itself: none knows how far the others are
+    if (
+        jax.process_count() > 1 and trained.model.layout is None
+    ):  # each process evaluates on its own, so they cannot agree on where to stop
         with Progress() as progress:
             return evaluate_run(trained, progress)
-    with Interruption("ending after this batch of the evaluation") as interruption, Progress() as progress:
+    with Interruption("stopping after this evaluation batch") as interruption, Progress() as progress:
         batches = itertools.count()
 
         def proceed():

@@ -1,4 +1,4 @@
-"""polygpt tune FILE: a search for the best values of some fields."""
+"""polygpt tune FILE: search for the best values of some fields."""
 
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
@@ -16,10 +16,10 @@ examples:
   polygpt tune experiments/quickstart.py --dimension optim.clip=log:0.1:10 --trials 40 --workers 4 --pruning median
   polygpt tune experiments/quickstart.py --dimension model.decoder.depth=int:2:6 --against flops    a Pareto front
 
-FILE may also have `def search() -> Search`, which names its dimensions. On the command line a dimension is
-FIELD=float:LOW:HIGH, log:LOW:HIGH, int:LOW:HIGH[:STEP] or choice:A,B,... Any other --name value sets a field of the
-base experiment. The same command resumes a search that was stopped or killed; with a larger --trials it adds trials.
-Several commands may work on one --folder at once."""
+FILE may define `def search() -> Search` with its dimensions. On the command line a dimension is FIELD=float:LOW:HIGH,
+log:LOW:HIGH, int:LOW:HIGH[:STEP] or choice:A,B,... Any other --name value sets a field of the base experiment. The same
+command resumes a search that was stopped or killed; a larger --trials adds trials. Several commands may share one
+--folder."""
 
 SETTINGS = ("metric", "better", "against", "trials", "sampler", "seed", "pruning")
 """Options that set fields of a search."""
@@ -30,14 +30,14 @@ def parser(prog: str, about: str) -> Parser:
     words = Parser(prog, about, EXAMPLES, _fields)
     words.add_argument("file", metavar="FILE", help="a Python file with `def search()`, or `def experiment()`")
     words.add_argument("--dimension", metavar="FIELD=RANGE", action="append", default=[], help="a field and its range")
-    words.add_argument("--trials", metavar="N", type=count, help="number of runs in all (default: 20)")
+    words.add_argument("--trials", metavar="N", type=count, help="total number of trials (default: 20)")
     words.add_argument("--workers", metavar="N", type=count, default=1, help="processes on this machine (default: 1)")
     words.add_argument("--folder", metavar="DIR", help="folder of the search (default: tuned/<experiment name>)")
     words.add_argument("--metric", metavar="M", help="task/measure, or train/loss (default: text/loss)")
     words.add_argument("--better", choices=("lower", "higher"), help="which values are better (default: declared)")
     words.add_argument("--against", choices=("flops", "parameters"), help="a second objective to minimise")
     words.add_argument("--pruning", choices=("median", "halving"), help="prune poor trials")
-    words.add_argument("--sampler", choices=("tpe", "random", "qmc", "nsga2"), help="how values are proposed")
+    words.add_argument("--sampler", choices=("tpe", "random", "qmc", "nsga2"), help="algorithm that proposes values")
     words.add_argument("--seed", metavar="N", type=int, help="seed of the sampler")
     return words
 
@@ -46,7 +46,7 @@ def run(arguments: Namespace) -> dict:
     """Searches; returns the best trials and all others."""
     from polygpt.ablation.tuning.storage import load_optuna
 
-    load_optuna()  # first: if it is missing, say so before seconds of other imports
+    load_optuna()  # first, to fail before slow imports if it is missing
     search = _search(arguments)
     folder = Path(arguments.folder or Path("tuned") / search.base.name)
 
@@ -66,12 +66,12 @@ def run(arguments: Namespace) -> dict:
     if found.importance and (complete := len(storage.complete_ones())) < report.ROUGH:
         print(report.CAVEAT.format(complete))
     if found.failed:
-        print(f"{len(found.failed)} trials do not count: the machine may be to blame, see the report")
+        print(f"{len(found.failed)} trials failed and do not count, possibly because of the machine: see the report")
     if not found.best:
         reasons = sorted({trial["reason"] for trial in found.trials})
         return {"folder": folder, "fault": f"no trial completed: {reasons[0]}: see {place}"}
     if len(found.best) == 1 and (words := found.command(found.trial(found.best[0]))) is not None:
-        print(f"to train with these values: polygpt train {arguments.file} {' '.join(words)}")
+        print(f"train with these values: polygpt train {arguments.file} {' '.join(words)}")
     print(f"report: {place}")
     return found.to_json() | {"folder": folder, "report": place}
 

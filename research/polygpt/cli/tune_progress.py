@@ -1,4 +1,4 @@
-"""How a search stands, on stderr: a line for each trial that is done, and on a terminal a bar with those that run."""
+"""Progress of a search, on stderr: a line per finished trial and, on a terminal, a bar with running trials."""
 
 import math
 import sys
@@ -14,15 +14,15 @@ from polygpt.report.charts import figure
 
 
 class Progress:
-    """Called with how a search stands.
+    """Called with the status of a search.
 
     Args:
         search: the search.
-        seconds: between two lines of trials that run, where there is no terminal.
+        seconds: between lines about running trials, without a terminal.
     """
 
     def __init__(self, search: Search, seconds: float = 10.0):
-        # This stderr, even while that of a run is sent elsewhere.
+        # Keep this stderr, even while a trial's stderr is redirected.
         self._console = Console(file=sys.stderr, highlight=False, markup=False, emoji=False)
         self._search, self._seconds = search, seconds
         self._told: set[int] | None = None
@@ -49,7 +49,7 @@ class Progress:
             if not first:
                 self._say(line)
         if first and fresh:
-            self._say(f"resumes after {len(fresh)} trials{self._so_far()}")
+            self._say(f"resuming after {len(fresh)} trials{self._so_far()}")
         now = "  ".join(f"{number}: {_at(note)}" for number, note in sorted(status.running.items()))
         if self._bar:
             self._bar.update(self._task, completed=len(status.finished), now=f"{now}{self._so_far()}")
@@ -57,13 +57,13 @@ class Progress:
             self._say(f"running {now}")
 
     def _line(self, trial) -> str:
-        """A trial that is done; it may be the best so far."""
+        """Describes a finished trial, which may be the best so far."""
         values = ", ".join(
             f"{name} {figure(value) if isinstance(value, float) else value}" for name, value in trial.params.items()
         )
         words = f"trial {trial.number} ({len(self._told)} of {self._search.trials}): {values}: "
         if not (trial.values and trial.state.name == "COMPLETE"):
-            return words + trial.user_attrs.get("reason", "given up")
+            return words + trial.user_attrs.get("reason", "pruned")
         sign = 1 if self._search.direction == "lower" else -1
         if self._best is None or sign * trial.values[0] < sign * self._best[0]:
             self._best = trial.values[0], trial.number

@@ -12,26 +12,26 @@ from polygpt.cli.arguments import change
 from polygpt.errors import UserError
 
 HELP = (
-    "the variant, package.module:Class or FILE.py:CLASS; --NAME VALUE sets a field, --spec.NAME VALUE one that has the "
-    "name of an option"
+    "the variant, package.module:Class or FILE.py:CLASS; --NAME VALUE sets a field, --spec.NAME VALUE a field whose "
+    "name is also an option"
 )
-"""Of the argument that names a variant."""
+"""Help text of the argument that names a variant."""
 OWN = "spec."
-"""Begins the name of a field of the variant, for fields that share their name with an option."""
+"""Prefix for fields of the variant whose name is also an option."""
 
 _log = logging.getLogger(__name__)
 
 
 def load(name: str, arguments: Namespace | None = None, prefix: str = ""):
-    """The specification, with the fields that the arguments set.
+    """The specification, with the fields set by the arguments.
 
     Args:
-        name: of the class.
-        arguments: what `Parser.read` gives; None leaves the defaults.
-        prefix: what the names of fields begin with; "" means those with no prefix, or with `OWN`.
+        name: name of the class.
+        arguments: from `Parser.read`; None for the defaults.
+        prefix: prefix of field names; "" means no prefix, or `OWN`.
 
     Raises:
-        UserError: the name means no attention variant, or a field cannot be set.
+        UserError: the name is not an attention variant, or a field cannot be set.
     """
     changes, options, given = (arguments.changes, arguments.options, arguments.given) if arguments else ({}, (), ())
     spec = _load(name, fields_of(prefix, changes), options)
@@ -43,19 +43,19 @@ def load(name: str, arguments: Namespace | None = None, prefix: str = ""):
 
 
 def fields(name: str | None, changes: Mapping[str, str], options: Sequence[str]):
-    """What `--help` lists: the fields of the variant that is named."""
+    """What `--help` lists: the fields of the named variant."""
     return name and _load(name, fields_of("", changes), options)
 
 
 def fields_of(prefix: str, changes: Mapping[str, str]) -> dict[str, str]:
-    """The changes whose names begin with the prefix, without it; "" means all that belong to the variant itself."""
+    """The changes with the prefix, which is removed; "" means all changes of the variant itself."""
     if prefix:
         return {name.removeprefix(prefix): text for name, text in changes.items() if name.startswith(prefix)}
     return {name.removeprefix(OWN): text for name, text in changes.items() if not name.startswith("against.")}
 
 
 def picture(names: Sequence[str | None], arguments: Namespace, kind: str) -> str:
-    """Where a picture goes by default: named after the classes, the fields that are set and the options given."""
+    """Default path of a picture, named after the classes, the changed fields and the options given."""
     words = [name.rpartition(":")[2] for name in names if name]
     words += [f"{name.removeprefix(OWN)}-{text}" for name, text in arguments.changes.items()]
     options = [name for name in sorted(arguments.given) if name not in ("--json", "--debug", "--against", "--picture")]
@@ -70,9 +70,9 @@ def _load(name: str, changes: Mapping[str, str], options: Sequence[str]):
 
     cls = load_class(name)
     if not issubclass(cls, Attention):
-        raise UserError(f"{name} is no attention variant: it must derive from polygpt.api.Attention or MultiHead")
+        raise UserError(f"{name} is not an attention variant: it must derive from polygpt.api.Attention or MultiHead")
     without = [field.name for field in dataclasses.fields(cls) if field.default is field.default_factory]  # MISSING
     if without:
-        raise UserError(f"{name} cannot be made of its defaults: give a default to {', '.join(without)}")
+        raise UserError(f"{name} has required fields: add defaults for {', '.join(without)}")
     with faults_of(inspect.getsourcefile(cls) or name):
         return change(cls(), changes, options)

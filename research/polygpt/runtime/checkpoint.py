@@ -1,13 +1,12 @@
-"""Checkpoints: written in the background, sealed, verified, rotated and restored.
+"""Checkpoints: written in the background, sealed with a manifest, verified, rotated and restored.
 
-A checkpoint is a folder named by its step, `checkpoints/1000`. It holds the parameters, their moving average, the
-optimizer's state, the counts, and JSON data: the data iterator's state, the loop's, the configuration. Orbax writes it
-under another name and renames it when it is whole; then its manifest is written, and only then are older ones removed.
-What has no manifest is half a checkpoint and is never read.
+A checkpoint is a folder named by its step, `checkpoints/1000`, with the parameters, their moving average, the optimizer
+state, counters, and JSON data: the states of the data iterator and the loop, and the configuration. Orbax writes it
+under a temporary name and renames it when complete. Then its manifest is written, and only then are older checkpoints
+removed. A checkpoint without a manifest is incomplete and never read.
 
-Where several processes train, all of them read and write arrays; the first alone seals, renames and deletes, and says
-which checkpoint is read. Nothing in a checkpoint depends on devices or processes: arrays are read into whatever
-shardings are asked for.
+With several processes, all of them read and write arrays; only process 0 seals, renames and deletes checkpoints and
+chooses which one to read. Checkpoints are independent of devices and processes: arrays are restored with any sharding.
 """
 
 import contextlib
@@ -35,16 +34,16 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointSpec(Spec):
-    """When checkpoints are written and which of them are kept. The best by the run's metric is kept always."""
+    """When checkpoints are written and which are kept. The best one by the run's metric is always kept."""
 
     every: int = 500
     """Steps between checkpoints."""
     every_minutes: float | None = 5.0
     """Minutes after which one is written at the latest, however slow the steps are; null for by steps alone."""
     keep: int = 2
-    """How many of the latest are kept."""
+    """Number of latest checkpoints to keep."""
     keep_every: int | None = None
-    """Checkpoints of steps that are multiples of this are kept for good; null for none."""
+    """Keep checkpoints at multiples of this step forever; null for none."""
 
     def validate(self):
         self.require(self.every >= 1, "every", "at least 1")
@@ -54,17 +53,17 @@ class CheckpointSpec(Spec):
 
 
 def best(found: Sequence[Record], better: Literal["lower", "higher"]) -> Record | None:
-    """The evaluated and finite checkpoint with the best metric, the earliest of equals."""
+    """The evaluated, finite checkpoint with the best metric; the earliest in a tie."""
     ranked = [record for record in found if record.finite and record.metric is not None]
     sign = 1 if better == "lower" else -1
     return min(ranked, key=lambda record: (sign * record.metric, record.step), default=None)
 
 
 def kept(found: Sequence[Record], spec: CheckpointSpec, better: Literal["lower", "higher"]) -> set[int]:
-    """The steps that rotation keeps: the latest, every n-th, the best, and the last finite one come what may.
+    """The steps that rotation keeps: the latest, every n-th, the best, and always the last finite one.
 
-    So is the last finite one that was due by `every`: the one that a rewind goes back to, however many signals and
-    minutes left theirs since.
+    Also the last finite one that was due by `every`: rewinds go back to it, regardless of later checkpoints written on
+    signals or by time.
     """
     steps = {record.step for record in found[-spec.keep :]}
     if spec.keep_every:
@@ -75,15 +74,15 @@ def kept(found: Sequence[Record], spec: CheckpointSpec, better: Literal["lower",
 
 
 class Checkpoints:
-    """The checkpoints of a run under way.
+    """The checkpoints of a running run.
 
-    All that are listed here are sealed; after `restore`, none is newer than the state that the run goes on from. So
-    the last finite one has been verified, or was written, by this very process, and rotation can rely on it.
+    All listed checkpoints are sealed. After `restore`, none is newer than the restored state, so the last finite one
+    was verified or written by this process, and rotation can rely on it.
 
     Args:
-        folder: absolute; made if it does not exist.
-        spec: when and which.
-        better: whether a lower or a higher metric is better.
+        folder: absolute path; created if missing.
+        spec: when to write and which to keep.
+        better: whether lower or higher metrics are better.
     """
 
     def __init__(self, folder: Path, spec: CheckpointSpec, better: Literal["lower", "higher"]):
@@ -96,22 +95,22 @@ class Checkpoints:
         seen = [dataclasses.astuple(record) for record in self._records.values()], list(self._damaged.items())
         seen, damaged = json.loads(agree("checkpoints", json.dumps(seen)))
         self._records, self._damaged = {step: Record(step, *rest) for step, *rest in seen}, dict(damaged)
-        from polygpt.runtime import stored  # here: Orbax takes a second to import
+        from polygpt.runtime import stored  # local import: Orbax takes a second to import
 
         self._stored, self._writer = stored, stored.writer()
         self._thread = ThreadPoolExecutor(1, "checkpoints")
         self._pending: Future | None = None
-        self._failure: Exception | None = None  # why the latest save is not there
+        self._failure: Exception | None = None  # why the latest save failed
 
     def save(self, state: Any, *, metric: float | None, finite: bool, data: dict[str, Any]) -> None:
-        """Writes a checkpoint in the background. Only the copy from the device is waited for, and the save before this.
+        """Writes a checkpoint in the background. Blocks only for the previous save and the copy from the device.
 
-        A full disk, or a folder that may not be written, is logged; the checkpoints before this one are left as they
-        are, the next `save` tries again, and `wait` raises what went wrong with the latest. Where there is none to
-        fall back upon, or other processes would have to be told, it is raised.
+        If the disk is full or the folder is not writable, logs a warning and keeps earlier checkpoints; the next `save`
+        tries again, and `wait` raises the error of the latest save. Raises immediately if there is no earlier
+        checkpoint, or if there are several processes.
 
         Args:
-            state: the state; it may be donated as soon as this returns.
+            state: the state; may be donated as soon as this returns.
             metric: the run's metric at this step, if it was evaluated.
             finite: whether all parameters are finite.
             data: JSON data.
@@ -125,7 +124,7 @@ class Checkpoints:
         place = self.folder / str(step)
         try:
             if self._primary and place.exists():
-                _set_aside(place, "a new one takes its place")
+                _set_aside(place, "replaced by a new one")
             self._writer.save(place, args=self._stored.parts(state, data))
         except Exception as error:
             self._fail(step, error)
@@ -136,29 +135,29 @@ class Checkpoints:
     def restore(
         self, target: Any, initial: Callable[[], Any] | None = None, before: int | None = None
     ) -> tuple[Any, dict[str, Any]] | None:
-        """The latest usable state with its JSON data, or None if there is no checkpoint.
+        """Restores the latest usable state with its JSON data; None if there is no checkpoint.
 
-        Every byte is read twice: to verify it, by all processes together, and to restore it. What is passed over is
-        named in the log, and is set aside once an older one is found.
+        Reads every byte twice: once to verify it, shared between all processes, and once to restore it. Skipped
+        checkpoints are logged, and set aside once an older one has been restored.
 
         Args:
-            target: shapes, dtypes and shardings of the state, whatever those were that it was saved with.
-            initial: gives the state before the first step: for counts that the checkpoint is too old to have, which
-                are zero otherwise.
-            before: only checkpoints of earlier steps, to go back in a run under way; those after are set aside.
+            target: shapes, dtypes and shardings of the state; shardings may differ from those at saving.
+            initial: returns the state before the first step, for counters that an older checkpoint lacks; default:
+                zeros.
+            before: use only checkpoints before this step, to rewind a running run; later ones are set aside.
 
         Raises:
-            UserError: if there are checkpoints that are not half-written, and none of them can be used.
+            UserError: if there are complete checkpoints, but none is usable.
         """
         self._join()
-        barrier("checkpoints to be read")  # the first process may still be sealing the latest
+        barrier("checkpoints to be read")  # process 0 may still be sealing the latest one
         faults = {}
         for step in sorted(self._records.keys() | self._damaged.keys(), reverse=True):
             if before is not None and step >= before:
                 continue
             record = self._records.get(step)
             if record and not record.finite:
-                log.warning("checkpoint %s/%d holds values that are not finite: passed over", self.folder, step)
+                log.warning("skipping checkpoint %s/%d: it has non-finite values", self.folder, step)
                 continue
             fault = manifest.verified_by_all(self.folder / str(step)) if record else self._damaged[step]
             found, fault = (None, fault) if fault else self._read(step, target, initial)
@@ -166,9 +165,9 @@ class Checkpoints:
                 self._set_aside_after(step)
                 return found
             faults[step] = fault
-            log.warning("checkpoint %s/%d is passed over: %s", self.folder, step, fault)
+            log.warning("skipping checkpoint %s/%d: %s", self.folder, step, fault)
         if faults:
-            raise UserError(f"no checkpoint can be read ({listed(faults)}): remove {self.folder} to start anew")
+            raise UserError(f"no checkpoint can be read ({listed(faults)}): remove {self.folder} to start over")
         self._set_aside_after(-1)
         return None
 
@@ -177,7 +176,7 @@ class Checkpoints:
         return self._records[step].metric if step in self._records else None
 
     def measured(self, step: int, metric: float) -> None:
-        """The run's metric at a checkpoint that was saved without, if that is there still."""
+        """Adds the run's metric to a checkpoint that was saved without it, if it still exists."""
         self._join()
         record = self._records.get(step)
         if record is None or not math.isfinite(metric):
@@ -187,26 +186,26 @@ class Checkpoints:
             try:
                 manifest.rerecord(self.folder / str(step), record)
             except (OSError, Damaged) as error:
-                log.warning("checkpoint %s/%d goes without its metric: %s", self.folder, step, first_line(error))
+                log.warning("cannot add the metric to checkpoint %s/%d: %s", self.folder, step, first_line(error))
 
     def finite_steps(self) -> list[int]:
         """The steps of the finite checkpoints on disk."""
         return [record.step for record in records(self.folder) if record.finite]
 
     def check(self) -> None:
-        """Raises what went wrong with a save that is over, if the run cannot go on without it; waits for nothing."""
+        """Raises the error of a finished save if the run cannot continue without it. Does not block."""
         if self._pending is not None and self._pending.done():
             self._join()
 
     def wait(self) -> None:
-        """Until all is written. Raises what went wrong with the latest save."""
+        """Blocks until everything is written. Raises the error of the latest save."""
         self._join()
         if self._failure is not None:
             failure, self._failure = self._failure, None
             raise failure
 
     def close(self) -> None:
-        """Waits, then ends the background threads."""
+        """Waits, then stops the background threads."""
         try:
             self._join()
         finally:
@@ -226,7 +225,7 @@ class Checkpoints:
                 self._records[step] = found
 
     def _commit(self, record: Record) -> None:
-        """In the background: seals the checkpoint that Orbax has written, then removes what rotation does not keep."""
+        """Seals the checkpoint that Orbax wrote, then applies rotation. Runs in the background."""
         try:
             self._writer.wait_until_finished()
             if self._primary:
@@ -242,20 +241,20 @@ class Checkpoints:
                 _remove(self.folder / str(step))
         if self._primary:
             for aside in self.folder.glob("unusable-*"):
-                if int(aside.name.rpartition("-")[2]) <= record.step:  # the run has passed it
+                if int(aside.name.rpartition("-")[2]) <= record.step:  # the run has got past it
                     _remove(aside)
 
     def _fail(self, step: int, error: Exception) -> None:
         self._failure = error
         said = storage_fault(error, self.folder)
-        log.warning("checkpoint %s/%d is not written: %s", self.folder, step, said or first_line(error))
+        log.warning("checkpoint %s/%d was not written: %s", self.folder, step, said or first_line(error))
         if self._primary:
-            with contextlib.suppress(OSError):  # it cannot even be listed
+            with contextlib.suppress(OSError):  # the folder may not be readable
                 for place in [self.folder / str(step), *self.folder.glob(f"{step}.orbax-checkpoint-tmp*")]:
                     _remove(place)
 
     def _join(self) -> None:
-        """Waits for the save under way. Raises its failure unless the run can go on without this checkpoint."""
+        """Waits for the save in progress. Raises its error unless the run can continue without this checkpoint."""
         if self._pending is not None:
             self._pending.result()
             self._pending = None
@@ -268,25 +267,25 @@ class Checkpoints:
             raise failure
 
     def _read(self, step: int, target: Any, initial) -> tuple[tuple[Any, dict[str, Any]] | None, str]:
-        """State and data, or what is wrong."""
+        """State and data, or a description of what is wrong."""
         try:
             found, fault = self._stored.read(self._writer, self.folder / str(step), target, initial), ""
-        except Exception as error:  # whatever Orbax raises for a file that does not fit: an older checkpoint may
+        except Exception as error:  # Orbax raises various errors for damaged files; an older checkpoint may be intact
             found, fault = None, first_line(error)
         fault = first_fault(f"read {step}", fault)
         return (None, fault) if fault else (found, "")
 
     def _set_aside_after(self, step: int) -> None:
-        """The run goes on from `step`: what lies after it is of another course of things."""
+        """The run resumes at `step`: sets aside later checkpoints, which belong to an abandoned continuation."""
         for later in [later for later in self._records.keys() | self._damaged.keys() if later > step]:
             self._records.pop(later, None)
             self._damaged.pop(later, None)
             if self._primary:
-                _set_aside(self.folder / str(later), f"the run goes on from step {max(step, 0)}")
+                _set_aside(self.folder / str(later), f"the run resumes at step {max(step, 0)}")
 
 
 def listed(faults: Mapping[int, str]) -> str:
-    """What is wrong with checkpoints, by step: "6, 4: params/d/a is missing; 2: ...", each fault once."""
+    """Faults grouped with their steps: "6, 4: params/d/a is missing; 2: ..."."""
     steps: dict[str, list[str]] = {}
     for step, fault in faults.items():
         steps.setdefault(fault, []).append(str(step))
@@ -294,20 +293,20 @@ def listed(faults: Mapping[int, str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """An error on one line that is not endless."""
+    """An error as one line of limited length."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def _set_aside(place: Path, why: str) -> None:
-    """Out of the way of saving and restoring, but not lost."""
+    """Renames a checkpoint so that it is neither overwritten nor restored, but not lost."""
     aside = place.with_name(f"unusable-{place.name}")
     _remove(aside)
     place.rename(aside)
-    log.warning("checkpoint %s is now %s: %s", place, aside.name, why)
+    log.warning("checkpoint %s was renamed to %s: %s", place, aside.name, why)
 
 
 def _remove(place: Path) -> None:
-    """At once as far as a reader can tell: what is left of it when this is interrupted has another name."""
+    """Removes atomically for readers: renames first, so that an interrupted removal leaves another name."""
     try:
         if place.exists():
             doomed = (

@@ -1,4 +1,4 @@
-"""The persistent compilation cache: a run that starts again need not compile again."""
+"""The persistent compilation cache, so that restarts need not recompile."""
 
 import functools
 
@@ -8,7 +8,7 @@ from polygpt.cache import cache_folder
 
 
 def enable_cache() -> None:
-    """Keeps compiled programs in the cache folder, unless JAX was told another place."""
+    """Stores compiled programs in the cache folder, unless JAX is configured with another one."""
     if jax.config.jax_compilation_cache_dir:
         return
     jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
@@ -17,11 +17,10 @@ def enable_cache() -> None:
 
 @functools.cache
 def compiler_options(platform: str | None = None) -> dict[str, str] | None:
-    """XLA options of the training step for a platform, the default backend's unless given; pmap takes none.
+    """XLA options of the training step for a platform (default: the default backend). pmap accepts none.
 
-    On a CPU the YNNPACK fusions are left out: a step of the quickstart takes about a tenth less time without them, and
-    small batched products, such as those of attention, half. The option is experimental: a compiler that does not know
-    it is left alone.
+    On CPUs this disables YNNPACK fusions: without them a quickstart step takes about 10 % less time, and small batched
+    matmuls, as in attention, half the time. The option is experimental and omitted for compilers that do not know it.
     """
     if (platform or jax.default_backend()) != "cpu":
         return None

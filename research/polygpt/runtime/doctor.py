@@ -1,6 +1,6 @@
-"""Checks of the installation: versions, devices, their speed, folders and extras, each with its remedy.
+"""Checks of the installation, each with a remedy: versions, devices and their speed, folders and extras.
 
-Nothing outside the standard library is imported before the check that needs it: a missing package is a finding here.
+Third-party packages are imported only in the checks that need them, because a missing package is a finding.
 """
 
 import dataclasses
@@ -17,12 +17,12 @@ from typing import Any, Literal
 from polygpt.cache import cache_folder
 
 LITTLE, NOTHING = 5e9, 1e8
-"""Bytes of free disk space below which a run may not find room for its checkpoints, and below which it cannot start."""
+"""Bytes of free disk space below which a run may run out of space for checkpoints, or cannot start."""
 ABOUT = {
     "gpu": "JAX for NVIDIA GPUs",
     "tpu": "JAX for TPUs, and polygpt plan on any machine",
-    "slurm": "polygpt launch slurm, and SLURM as an engine of ablations",
-    "ray": "a Ray cluster as an engine of ablations",
+    "slurm": "polygpt launch slurm, and the SLURM engine of ablations",
+    "ray": "the Ray engine of ablations",
     "tune": "polygpt tune",
     "tokamax": "more fused attention kernels on GPUs",
     "test": "the test suite",
@@ -37,9 +37,9 @@ class Check:
 
     Attributes:
         name: what was checked.
-        status: "ok"; "note" where something optional is missing or could be better; "broken" where training needs it.
-        found: what was found, in words.
-        remedy: what to do about it; "" if nothing.
+        status: "ok"; "note": something optional is missing or could be better; "broken": training needs it.
+        found: description of the finding.
+        remedy: how to fix it; "" if there is nothing to do.
     """
 
     name: str
@@ -49,11 +49,11 @@ class Check:
 
 
 def examine(seconds: float = 2.0, runs: str | Path = "runs") -> Iterator[tuple[Check, dict[str, Any]]]:
-    """The checks, one after another, each with its figures for a program to read.
+    """Yields each check with its machine-readable values.
 
     Args:
-        seconds: how long to multiply matrices, in all.
-        runs: the folder of run folders, whose disk is examined.
+        seconds: total time for multiplying matrices.
+        runs: parent folder of run folders, whose disk is checked.
     """
     yield _python()
     yield _packages()
@@ -77,12 +77,12 @@ def _python() -> tuple[Check, dict]:
 
 
 def _packages() -> tuple[Check, dict]:
-    """Whether everything is installed that pyproject.toml asks for, in versions that it allows."""
+    """Whether all requirements in pyproject.toml are installed in allowed versions."""
     try:
         faults = [fault for line in _required("polygpt") if (fault := _fault_of(line))]
     except metadata.PackageNotFoundError:
         faults = ["polygpt"]
-    except ModuleNotFoundError as error:  # of what reads requirements
+    except ModuleNotFoundError as error:  # of the requirement parser
         faults = [str(error.name)]
     names = ("polygpt", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
     versions = {name: version for name in names if (version := _version(name))}
@@ -98,7 +98,7 @@ def _devices() -> tuple[Check, dict]:
         import jax
 
         devices = jax.devices()
-    except Exception as error:  # JAX is missing or broken, or JAX_PLATFORMS names what is not there
+    except Exception as error:  # JAX is missing or broken, or JAX_PLATFORMS names a missing platform
         said = " ".join(str(error).split())
         remedy = "unset JAX_PLATFORMS" if os.environ.get("JAX_PLATFORMS") else "pip install -e ."
         return Check("devices", "broken", f"JAX finds none: {type(error).__name__}: {said}", remedy), {"devices": []}
@@ -115,7 +115,7 @@ def _devices() -> tuple[Check, dict]:
 
 
 def _unused_hardware() -> tuple[str, str] | None:
-    """An accelerator of this machine that JAX does not see: its kind, and the extra for it."""
+    """An accelerator that JAX does not see: its kind and the extra that enables it."""
     if os.environ.get("JAX_PLATFORMS") or os.environ.get("CUDA_VISIBLE_DEVICES") == "":  # hidden on purpose
         return None
     if Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi"):
@@ -126,7 +126,7 @@ def _unused_hardware() -> tuple[str, str] | None:
 
 
 def _speed(seconds: float) -> Iterator[tuple[Check, dict]]:
-    """Products of square matrices on the first device, by dtype."""
+    """Measures matrix multiplication on the first device, by dtype."""
     import jax
 
     dtypes = ("float32", "bfloat16")
@@ -135,15 +135,15 @@ def _speed(seconds: float) -> Iterator[tuple[Check, dict]]:
         rate, right = _rate(dtype, width, seconds / len(dtypes))
         figures = {f"gflops_{dtype}": rate}
         if right:
-            said = f"{rate:,.0f} GFLOP/s, products of {width} x {width} matrices"
+            said = f"{rate:,.0f} GFLOP/s, matmul of {width} x {width} matrices"
             yield Check(f"matmul {dtype}", "ok", said), figures
         else:
             remedy = "update the device's driver, or try another version of jax"
-            yield Check(f"matmul {dtype}", "broken", "the device computes wrong products", remedy), figures
+            yield Check(f"matmul {dtype}", "broken", "the device computes wrong results", remedy), figures
 
 
 def _rate(dtype: str, width: int, seconds: float) -> tuple[float, bool]:
-    """GFLOP/s of a product of [width, width] matrices, and whether the product is right."""
+    """GFLOP/s of multiplying [width, width] matrices, and whether the result is right."""
     import jax
     import jax.numpy as jnp
 
@@ -160,7 +160,7 @@ def _rate(dtype: str, width: int, seconds: float) -> tuple[float, bool]:
 
 
 def _media() -> tuple[Check, dict]:
-    """Whether the libraries that decode media work here: both wrap shared libraries."""
+    """Whether the media decoders work; both wrap shared libraries."""
     try:
         import soundfile
         from PIL import features
@@ -182,7 +182,7 @@ def _writable(folder: Path) -> tuple[Check, dict]:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"polygpt")
     except OSError as error:
-        remedy = "set POLYGPT_CACHE to a folder that can be written"
+        remedy = "set POLYGPT_CACHE to a writable folder"
         return Check("cache folder", "broken", f"{folder}: {error.strerror}", remedy), figures
     return Check("cache folder", "ok", f"{folder}, {_free(folder) / 1e9:,.0f} GB free"), figures
 
@@ -191,9 +191,9 @@ def _disk(runs: Path) -> tuple[Check, dict]:
     folder = next(place for place in (runs.absolute(), *runs.absolute().parents) if place.is_dir())
     free = _free(folder)
     status = "broken" if free < NOTHING else "note" if free < LITTLE else "ok"
-    remedy = "" if status == "ok" else "make room, or train with --workdir on another disk"
+    remedy = "" if status == "ok" else "free some space, or train with --workdir on another disk"
     if not os.access(folder, os.W_OK):
-        status, remedy = "broken", "go to a folder that can be written, or train with --workdir"
+        status, remedy = "broken", "change to a writable folder, or train with --workdir"
     return Check("run folders", status, f"{runs}, {free / 1e9:,.1f} GB free", remedy), {"free_bytes": free}
 
 
@@ -214,10 +214,10 @@ def _extra(extra: str, about: str) -> tuple[Check, dict]:
 
 
 def _required(package: str, extra: str | None = None) -> list[Any]:
-    """The requirements of an installed package, or of one of its extras, that apply to this interpreter.
+    """The requirements of an installed package or one of its extras that apply to this interpreter.
 
     Raises:
-        PackageNotFoundError: if it is not installed.
+        PackageNotFoundError: the package is not installed.
     """
     from packaging.requirements import Requirement
 
@@ -229,7 +229,7 @@ def _required(package: str, extra: str | None = None) -> list[Any]:
 
 
 def _fault_of(requirement: Any) -> str | None:
-    """The requirement as text if it is not met, extras of the required package included; None if it is."""
+    """The requirement as text if it (or one of its extras) is not met; None if it is."""
     version = _version(requirement.name)
     if version is None or not requirement.specifier.contains(version, prereleases=True):
         return f"{requirement.name}{requirement.specifier}"

@@ -1,14 +1,13 @@
-"""Where a run's time went, over all its processes and restarts: `goodput.jsonl` in the run folder.
+"""Accounts for a run's wall-clock time over all processes and restarts: `goodput.jsonl` in the run folder.
 
-A line is an interval: {"begin": seconds since 1970, "end": ..., "from": step, "step": step, "seconds": {...}}. It
-begins where the line before it ends, so the seconds of all lines add up to the time from the first start to the end.
-After a restart the first line also covers what nobody was there to write: up to the last sign of life of the process
-before (the file's time of modification) it is lost, from there to the beginning of the next one the run was down, be it
-for a night. A line with "finished" ends the run's time: what follows begins anew, if the run is given more steps
-another day.
+Each line is an interval: {"begin": seconds since the epoch, "end": ..., "from": step, "step": step, "seconds": {...}}.
+It begins where the previous line ends, so the seconds of all lines add up to the time from the first start to the end.
+After a restart, the first line also covers the gap: up to the previous process's last sign of life (the file's
+modification time) the time is "lost", from then until the restart it is "down". A line with "finished" ends the
+accounting; if the run is later given more steps, it starts again from there.
 
-Goodput is the share of the time in which steps were taken that were kept; MegaScale (arXiv:2402.15627) calls it the
-effective training time rate.
+Goodput is the share of time spent on steps that were kept; MegaScale (arXiv:2402.15627) calls it the effective training
+time rate.
 """
 
 import contextlib
@@ -29,42 +28,42 @@ CATEGORIES = {
     "restart": "starting up again",
     "down": "not running",
     "lost": "going back",
-    "other": "telling loggers",
+    "other": "logging",
 }
-"""What time is counted as, and what the loop is doing meanwhile."""
+"""Categories of time, and what the loop is doing."""
 LOST = ("productive", "input_wait", "checkpoint", "evaluation", "other")
-"""What was for nothing where the steps are done again."""
+"""Categories that count as lost if their steps are repeated."""
 INTERVAL = 10.0
-"""Seconds between lines. Every checkpoint ends a line too, so that a restart goes on from the end of one."""
+"""Seconds between lines. Checkpoints end a line too, so that restarts resume at a line boundary."""
 
 
 class Goodput:
-    """A clock that always runs for exactly one category, and its record.
+    """A clock that always runs for exactly one category, and its log.
 
     Args:
-        path: the file; None keeps no record, as in all processes but the first.
-        begun: when this process began, in seconds since 1970; now by default.
+        path: the file; None writes nothing, as in all processes but process 0.
+        begun: start of this process in seconds since the epoch; default: now.
 
     Attributes:
         path: the file.
-        activity: the category that the time goes to now.
-        since: from when, on this clock.
+        activity: the current category.
+        since: when it started, on this clock.
     """
 
     def __init__(self, path: Path | None, begun: float | None = None):
         self.path, self._file, self._step = path, None, 0
-        self._offset = time.time() - time.perf_counter()  # steady, however the system's clock is set meanwhile
+        self._offset = time.time() - time.perf_counter()  # monotonic, even if the system clock is adjusted
         self._begin = self.since = min(begun or self.now(), self.now())
         self._alive, self._ending = 0.0, {}
         self._seconds = dict.fromkeys(CATEGORIES, 0.0)
         self.activity = "startup"
 
     def now(self) -> float:
-        """Seconds since 1970."""
+        """Seconds since the epoch."""
         return self._offset + time.perf_counter()
 
     def switch(self, activity: str) -> str:
-        """From now on time goes to this category; returns the one before."""
+        """Switches to a category; returns the previous one."""
         now = self.now()
         self._seconds[self.activity] += now - self.since
         before, self.activity, self.since = self.activity, activity, now
@@ -72,7 +71,7 @@ class Goodput:
         return before
 
     def touch(self) -> None:
-        """Gives a sign of life, if the last is more than a second old."""
+        """Updates the file's modification time as a sign of life, at most once per second."""
         if self._file and self.now() - self._alive > 1.0:
             self._alive = self.now()
             with contextlib.suppress(OSError):
@@ -80,7 +79,7 @@ class Goodput:
 
     @contextlib.contextmanager
     def doing(self, activity: str) -> Iterator[None]:
-        """Meanwhile time goes to this category."""
+        """Context manager: counts the time inside for this category."""
         before = self.switch(activity)
         try:
             yield
@@ -88,9 +87,9 @@ class Goodput:
             self.switch(before)
 
     def open(self) -> None:
-        """The run folder is this process's: writes its first line, unless the run was finished and may stay so.
+        """Called once this process owns the run folder: writes the first line, unless the run has finished.
 
-        Before the run is restored, so that a process that is killed meanwhile has given signs of life.
+        Call it before restoring, so that a process killed during the restore has left signs of life.
         """
         if self.path is None or self._file:
             return
@@ -100,16 +99,16 @@ class Goodput:
             self.record(self._step)
 
     def begin(self, step: int) -> None:
-        """The run goes on from this step, and is no longer finished."""
+        """The run resumes at this step and is no longer finished."""
         if self.path is not None and self._file is None:
             self._open(*_last(self.path))
         self._step = step
         self.record(step)
 
     def _open(self, before: Mapping[str, Any] | None, touched: float) -> None:
-        """Opens the file, whose last line and time of modification these are, and counts the time since then."""
+        """Opens the file and accounts for the time since its last line and modification time."""
         self.switch("restart" if before else "startup")
-        if before:  # what this call took so far was no first start
+        if before:  # the startup so far was a restart
             self._seconds["restart"] += self._seconds["startup"]
             self._seconds["startup"] = 0.0
         if before and not before.get("finished"):
@@ -122,9 +121,9 @@ class Goodput:
         self._file = self.path.open("ab", buffering=0)
 
     def record(self, step: int, least: float = 0.0, **more: Any) -> None:
-        """Writes a line up to now, unless the last was less than `least` seconds ago.
+        """Writes a line up to now, unless the last one is less than `least` seconds old.
 
-        If it cannot be written, the interval goes on: accounts are not worth a run, and a full disk is others' to tell.
+        If writing fails, the interval stays open: accounting must not end a run, and others report a full disk.
         """
         self.switch(self.activity)
         if self._file is None or self.since - self._begin < least:
@@ -136,23 +135,23 @@ class Goodput:
             self._seconds = dict.fromkeys(CATEGORIES, 0.0)
 
     def back(self, step: int) -> None:
-        """The run goes on from this earlier step: the time of the steps after it is lost."""
+        """The run rewinds to this earlier step: the time of later steps is lost."""
         self._step = step
 
     def end(self, step: int, finished: bool) -> None:
-        """The run ends at this step; what is closed after it still counts."""
+        """The run ends at this step; the time until `close` still counts."""
         self.record(step)
         self._ending = {"finished": True} if finished else {}
 
     def close(self) -> None:
-        """Writes the last line, if there was a first."""
+        """Writes the last line, if there was a first one."""
         if self._file is not None:
             self.record(self._step, **self._ending)
             self._file.close()
             self._file = None
 
     def _append(self, data: bytes) -> bool:
-        """Writes all of it or nothing; whether it did."""
+        """Writes all of it or nothing; returns whether it succeeded."""
         size = os.fstat(self._file.fileno()).st_size
         with contextlib.suppress(OSError):
             if self._file.write(data) == len(data):
@@ -163,7 +162,7 @@ class Goodput:
 
 
 def process_begun() -> float | None:
-    """When this process was started, in seconds since 1970, where Linux tells; before Python and JAX were loaded."""
+    """Start time of this process in seconds since the epoch, before Python was loaded; None outside Linux."""
     try:
         ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
         return time.time() - (float(Path("/proc/uptime").read_text().split()[0]) - ticks / os.sysconf("SC_CLK_TCK"))
@@ -172,14 +171,14 @@ def process_begun() -> float | None:
 
 
 def read(path: Path | None) -> list[dict]:
-    """The lines of goodput.jsonl, but for one cut short; [] without a file."""
+    """The lines of goodput.jsonl, without a truncated one; [] without a file."""
     return [json.loads(line) for line in _whole(path)] if path and path.is_file() else []
 
 
 def summary(lines: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Seconds by category, over all lines; {} if there are none."""
+    """Seconds per category over all lines; {} if there are none."""
     total: dict[str, float] = {}
-    open_: list[tuple[float, Mapping[str, float]]] = []  # intervals that may still turn out to be for nothing
+    open_: list[tuple[float, Mapping[str, float]]] = []  # intervals whose steps may still be repeated
 
     def add(seconds: Mapping[str, float], lost: bool) -> None:
         for name, value in seconds.items():
@@ -187,7 +186,7 @@ def summary(lines: Iterable[Mapping[str, Any]]) -> dict[str, float]:
             total[name] = total.get(name, 0.0) + value
 
     for line in lines:
-        while open_ and open_[-1][0] > line["from"]:  # its steps are done again from here on
+        while open_ and open_[-1][0] > line["from"]:  # its steps are repeated from here on
             add(open_.pop()[1], lost=True)
         open_.append((line["step"], line["seconds"]))
     for _, seconds in open_:
@@ -196,7 +195,7 @@ def summary(lines: Iterable[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def table(seconds: Mapping[str, float]) -> str:
-    """A summary for a person, a line a category."""
+    """A readable summary, one line per category."""
     whole = sum(seconds.values())
     lines = [f"goodput {seconds['productive'] / whole:.1%} of {duration(whole)}"]
     lines += [
@@ -208,7 +207,7 @@ def table(seconds: Mapping[str, float]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds for a person: 8.31 s, 12:05 (minutes), 31:12:05 (hours)."""
+    """Formats seconds: 8.31 s, 12:05 (minutes), 31:12:05 (hours)."""
     if seconds < 60:
         return f"{seconds:.2f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -217,13 +216,13 @@ def duration(seconds: float) -> str:
 
 
 def _whole(path: Path) -> list[bytes]:
-    """The lines of a file that a killed process may have left in the middle of one."""
+    """The complete lines of a file; a killed process may have left a partial one."""
     lines = path.read_bytes().splitlines(keepends=True)
     return lines if not lines or lines[-1].endswith(b"\n") else lines[:-1]
 
 
 def _last(path: Path) -> tuple[dict | None, float]:
-    """The last line of the file and when it was last touched, having removed what is no whole line."""
+    """Removes a partial line; returns the last line and the modification time."""
     if not path.is_file():
         return None, 0.0
     touched, whole = path.stat().st_mtime, _whole(path)

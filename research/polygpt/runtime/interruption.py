@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT ask a run to save and end."""
+"""SIGTERM and SIGINT make a run save and exit."""
 
 import contextlib
 import itertools
@@ -14,23 +14,23 @@ _runs = itertools.count()
 
 
 class Interrupted(BaseException):
-    """A signal has ended an evaluation. What handles errors must not handle it: it is no `Exception`."""
+    """A signal interrupted an evaluation. Not an `Exception`, so that error handlers do not catch it."""
 
 
 class Interruption:
     """While entered, the first SIGTERM or SIGINT sets `requested`; a second SIGINT interrupts at once.
 
-    Signals reach the main thread alone: elsewhere this does nothing. Where several processes train, one that gets a
-    signal ends them all, after the same step.
+    Does nothing outside the main thread, which alone receives signals. With several processes, a signal to one ends
+    them all after the same step.
 
     Args:
-        says: what is done about a signal, for a person.
+        says: message that describes the response to a signal.
     """
 
     def __init__(self, says: str = "saving after this step"):
         self.requested, self._says = False, says
         self._before = {}
-        self._name = f"stop {next(_runs)}"  # all processes train the same runs in the same order
+        self._name = f"stop {next(_runs)}"  # all processes run the same runs in the same order
         self._last: int | None = None
 
     def __enter__(self) -> "Interruption":
@@ -44,27 +44,26 @@ class Interruption:
             signal.signal(number, handler)
 
     def due(self, begun: int) -> bool:
-        """Whether the run ends here, this process having begun so many steps; to be asked before each.
+        """Whether the run ends here, given the number of steps that this process has started. Call before each step.
 
-        A batch of an evaluation counts as a step: all processes take part in it, and none goes on before it is done.
-
-        Of several processes, the one with a signal tells the others to end two steps later, and all come to know in
-        time. For no process begins step n + 2 before step n is done, and step n is not done before all have begun it:
-        while one has begun n steps, no other has begun more than n + 2, and to begin n + 3 it would have to ask after
-        that one had gone on, and so had told it.
+        An evaluation batch counts as a step: all processes take part, and none continues before it is done. A process
+        with a signal tells the others to stop two steps later, which all learn in time: no process starts step n + 2
+        before step n is done, and step n is not done before all have started it. So while one process has started n
+        steps, no other has started more than n + 2; to start step n + 3 it would have to call this after the first
+        process had continued, and had therefore announced the stop.
         """
         if jax.process_count() == 1:
             return self.requested
         if self._last is None:
             if self.requested:
-                processes.tell(self._name, str(begun + 2))
-            told = processes.told(self._name)
-            self._last = None if told is None else int(told)
+                processes.publish(self._name, str(begun + 2))
+            stop_at = processes.published(self._name)
+            self._last = None if stop_at is None else int(stop_at)
         return self._last is not None and begun >= self._last
 
     def _handle(self, number, _) -> None:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = True
-        with contextlib.suppress(OSError):  # who would have read it may have ended, and so have sent the signal
+        with contextlib.suppress(OSError):  # stderr's reader may be gone, which may be why the signal came
             print(f"{signal.Signals(number).name}: {self._says}", file=sys.stderr, flush=True)

@@ -71,9 +71,9 @@ class Liveness:
     def __init__(self, client, address: str, rank: int, names: list[str], bound: float, patience: float | None = None):
         self.client, self.address, self.rank, self.names, self.bound = client, address, rank, names, bound
         self.patience = bound if patience is None else min(patience, bound)
-        self.answered = time.monotonic()  # when the service took the last beat
+        self.answered = time.monotonic()  # when the service accepted the last heartbeat
         self.closing = threading.Event()
-        self.ending = threading.Lock()  # one thread tells the end, once
+        self.ending = threading.Lock()  # only one thread announces the end
         tasks = [self._beat, self._listen] + ([self._watch_the_first] if rank else [])
         self.threads = [threading.Thread(target=task, daemon=True) for task in tasks]
         for thread in self.threads:
@@ -100,20 +100,20 @@ class Liveness:
         text, said = " ".join(f"{type(error).__name__}: {error}".split()), None
         if isinstance(error, UserError):
             with self.ending:
-                self._tell(f"{FAULT}process {self.rank}: {' '.join(str(error).split())}")
+                self._announce(f"{FAULT}process {self.rank}: {' '.join(str(error).split())}")
             return None
         # A collective's error comes as one of several classes; a connection of this process's own is an OSError.
         foreign = isinstance(error, Exception) and not isinstance(error, OSError)
         if foreign and any(word in text for word in COLLECTIVE):
-            self._write(f"INFO a collective failed: {text}")  # INFO: `launch local` leaves it to the log
+            self._write(f"INFO a collective failed: {text}")  # INFO: `launch local` writes it to the log only
             self._say(f"a collective failed: waiting up to {self.patience:.0f} s to learn which process ended")
             time.sleep(self.patience)
             text = said = (
-                f"a collective failed, and no process was heard to end within {self.patience:.0f} s: its error is in "
-                "the log, and the launcher says which process ended first"
+                f"a collective failed, and no process was seen to exit within {self.patience:.0f} s: the error is in "
+                "the log, and the launcher reports which process exited first"
             )
         with self.ending:
-            self._tell(f"{self.names[self.rank]} failed: {text[:500]}: stopping")
+            self._announce(f"{self.names[self.rank]} failed: {text[:500]}: stopping")
         return said
 
     def died(self, rank: int, code: int, how: str) -> None:
@@ -124,7 +124,7 @@ class Liveness:
             code: its exit code; negative if a signal killed it.
             how: the same in words, "was killed by SIGKILL".
         """
-        if code > 0:  # it may have left a verdict, which says more
+        if code > 0:  # it may have left a more detailed verdict
             self.closing.wait(FAREWELL)
         if not self.closing.is_set():
             prefix, ends = (FAULT, "stopping") if code == AT_FAULT else ("", RESUMES if code < 0 else "stopping")
@@ -148,13 +148,13 @@ class Liveness:
                     seen[rank] = (value, now)
                 elif now - seen[rank][1] > self.bound * 6 / BEATS:
                     silent = f"{now - seen[rank][1]:.0f} s"
-                    self._end(f"{self.names[rank]} has not been heard of for {silent}: {RESUMES}", tell=True)
+                    self._end(f"{self.names[rank]} has sent no heartbeat for {silent}: {RESUMES}", announce=True)
             self.closing.wait(self.bound / BEATS)
 
     def _watch_the_first(self) -> None:
         while not self.closing.wait(self.bound / BEATS):
             if (silent := time.monotonic() - self.answered) > self.bound * 6 / BEATS:
-                self._end(f"{self.names[0]}, which coordinates, has not been heard of for {silent:.0f} s: {RESUMES}")
+                self._end(f"{self.names[0]}, the coordinator, has sent no heartbeat for {silent:.0f} s: {RESUMES}")
 
     def _listen(self) -> None:
         verdict = None
@@ -172,7 +172,7 @@ class Liveness:
         """Runs in the XLA thread that aborts this process as soon as it cannot reach the service."""
         silent = time.monotonic() - self.answered
         if not self.closing.is_set() and (silent > self.bound / 2 or not self._reachable()):
-            self._say(f"{self.names[0]}, which coordinates, is gone: {RESUMES}")
+            self._say(f"{self.names[0]}, the coordinator, is gone: {RESUMES}")
             leave(1)
         ctypes.CDLL(None).signal(int(signal.SIGABRT), None)  # some other fault: let the abort proceed
 
@@ -187,21 +187,21 @@ class Liveness:
     def _lost(self, error: Exception) -> None:
         """The service cannot be reached: process 0, which hosts it, is gone."""
         if not self.closing.is_set():
-            self._end(f"{self.names[0]}, which coordinates, is gone ({str(error).splitlines()[0]}): {RESUMES}")
+            self._end(f"{self.names[0]}, the coordinator, is gone ({str(error).splitlines()[0]}): {RESUMES}")
 
-    def _end(self, why: str, tell: bool = False) -> None:
+    def _end(self, why: str, announce: bool = False) -> None:
         with self.ending:
             self._say(why.removeprefix(FAULT))
-            if tell:
-                self._tell(why)
+            if announce:
+                self._announce(why)
             elif self.rank == 0:
                 time.sleep(min(FAREWELL, self.bound / BEATS))
             leave(AT_FAULT if why.startswith(FAULT) else 1)
 
-    def _tell(self, why: str) -> None:
+    def _announce(self, why: str) -> None:
         self.closing.set()
         for rank in range(len(self.names)):
-            with contextlib.suppress(Exception):  # there is a verdict already
+            with contextlib.suppress(Exception):  # a verdict exists already
                 self.client.key_value_set(f"polygpt/verdict/{rank}", why)
         if self.rank == 0:
             time.sleep(min(FAREWELL, self.bound / BEATS))
@@ -234,7 +234,7 @@ def hear_launcher(died: Callable[[int, int, str], None]) -> None:
 
 
 def leave(code: int) -> None:
-    """Ends this process at once, whatever its other threads are blocked in."""
+    """Exits at once, even if other threads are blocked."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):
             stream.flush()

@@ -1,4 +1,4 @@
-"""A run folder is written by one run at a time."""
+"""Locks a run folder, so that only one run writes to it at a time."""
 
 import contextlib
 import os
@@ -10,21 +10,21 @@ from polygpt.errors import UserError
 
 try:
     import fcntl
-except ImportError:  # a system without it
+except ImportError:  # not available on this system
     fcntl = None
 
 NAME = ".lock"
-"""The file in the run folder that is locked. It stays there and tells who had it last."""
+"""The locked file in the run folder. It persists and names the last holder."""
 
 
 @contextlib.contextmanager
 def hold(workdir: Path, remedy: str = "wait for it or choose another --workdir") -> Iterator[None]:
-    """While entered, the folder is this run's. However its process ends, the system lets go of the lock.
+    """Context manager: holds the lock. The system releases it however the process ends.
 
-    Where the file system knows no locks, as some that nodes share, two runs can meet. `remedy` ends the error's text.
+    Some shared file systems have no locks; there, two runs can collide. `remedy` ends the error message.
 
     Raises:
-        UserError: if another run has the folder.
+        UserError: another run holds the lock.
     """
     with (workdir / NAME).open("a+", encoding="utf-8") as file:
         try:
@@ -34,7 +34,7 @@ def hold(workdir: Path, remedy: str = "wait for it or choose another --workdir")
             file.seek(0)
             holder = file.read().strip() or "another process"
             raise UserError(f"{workdir} is in use by {holder}: {remedy}") from None
-        except OSError:  # NFS without its lock service, and others
+        except OSError:  # e.g. NFS without a lock service
             pass
         file.truncate(0)
         file.write(f"process {os.getpid()} (host {socket.gethostname()})\n")

@@ -1,8 +1,8 @@
-"""The manifest of a checkpoint: what is in its folder, to the byte. It is written last: what has none is half-written.
+"""The manifest of a checkpoint lists its files with checksums. Written last: a checkpoint without one is incomplete.
 
-`manifest.json` names every file of the folder with its size and CRC-32, and bears a CRC-32 of itself. A CRC-32 finds
-every flipped bit and every run of up to 32, and all else but one change in four billion, at gigabytes a second on one
-core: damage by chance, not by intent.
+`manifest.json` lists every file with its size and CRC-32, and has a CRC-32 of itself. A CRC-32 detects every single
+flipped bit, every burst of up to 32 bits, and all but one in four billion other changes, at gigabytes per second on one
+core. It protects against accidental damage, not tampering.
 """
 
 import dataclasses
@@ -29,16 +29,16 @@ class Damaged(Exception):
 
 
 class HalfWritten(Damaged):
-    """There is no manifest: whoever wrote the checkpoint did not come to its end."""
+    """There is no manifest: the checkpoint was not completed."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What is known of a checkpoint without reading it.
+    """Metadata of a checkpoint.
 
     Attributes:
         step: batches consumed.
-        metric: the run's metric there; None if it was not evaluated.
+        metric: the run's metric; None if not evaluated.
         finite: whether all parameters are finite.
     """
 
@@ -49,12 +49,12 @@ class Record:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What was written.
+    """The content of a manifest.
 
     Attributes:
-        record: what rotation goes by.
-        processes: how many processes wrote it.
-        files: size and CRC-32 of each file, by its path in the folder.
+        record: metadata that rotation uses.
+        processes: number of processes that wrote it.
+        files: size and CRC-32 of each file, by path in the folder.
     """
 
     record: Record
@@ -63,7 +63,7 @@ class Manifest:
 
 
 def seal(place: Path, record: Record, processes: int) -> None:
-    """Writes the manifest of a folder in which all else is written. When this returns, all of it is on the disk."""
+    """Writes the manifest of an otherwise complete folder. When it returns, everything is on disk."""
     paths = sorted(path for path in place.rglob("*") if path.is_file())
     with ThreadPoolExecutor(THREADS) as pool:
         sums = pool.map(functools.partial(_size_and_checksum, to_disk=True), paths)
@@ -75,7 +75,7 @@ def seal(place: Path, record: Record, processes: int) -> None:
 
 
 def rerecord(place: Path, record: Record) -> None:
-    """Writes the manifest anew with another record, the files as they were. Raises Damaged as `read`."""
+    """Rewrites the manifest with another record and the same files. Raises Damaged like `read`."""
     _write(place, dataclasses.replace(read(place), record=record))
 
 
@@ -87,7 +87,7 @@ def _write(place: Path, manifest: Manifest) -> None:
 
 
 def read(place: Path) -> Manifest:
-    """The manifest of a checkpoint. Raises HalfWritten if it has none, Damaged if it is not as it was written."""
+    """Reads the manifest of a checkpoint. Raises HalfWritten if it is missing, Damaged if it has changed."""
     try:
         body = json.loads((place / NAME).read_bytes())
         if body.pop("checksum") != _of(body) or str(body["step"]) != place.name:
@@ -95,7 +95,7 @@ def read(place: Path) -> Manifest:
         record = Record(**{field.name: body[field.name] for field in dataclasses.fields(Record)})
         return Manifest(record, body["processes"], {name: tuple(pair) for name, pair in body["files"].items()})
     except FileNotFoundError:
-        raise HalfWritten(f"it is half-written, without {NAME}") from None
+        raise HalfWritten(f"incomplete, without {NAME}") from None
     except OSError as error:
         raise Damaged(f"{NAME} cannot be read: {os.strerror(error.errno)}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -103,15 +103,15 @@ def read(place: Path) -> Manifest:
 
 
 def verify(place: Path, items: Collection[str] | None = None, share: tuple[int, int] = (0, 1)) -> None:
-    """Compares a checkpoint with its manifest, every byte once.
+    """Compares a checkpoint with its manifest, reading every byte once.
 
     Args:
-        place: its folder.
-        items: the parts ("params", "ema") that will be read; of the others the sizes alone are compared. None: all.
-        share: (i, n): reads only every n-th file from the i-th on; n processes together see them all.
+        place: folder of the checkpoint.
+        items: parts to read ("params", "ema"); for others only sizes are compared. None: all.
+        share: (i, n): reads every n-th file starting at i, so that n processes together read all.
 
     Raises:
-        Damaged: naming the first files that are missing, cut off or changed.
+        Damaged: names the first files that are missing, truncated or changed.
     """
     files = sorted(read(place).files.items())[share[0] :: share[1]]
     with ThreadPoolExecutor(THREADS) as pool:
@@ -122,7 +122,7 @@ def verify(place: Path, items: Collection[str] | None = None, share: tuple[int, 
 
 
 def verified_by_all(place: Path, items: Collection[str] | None = None) -> str:
-    """What is wrong with a checkpoint, "" if nothing: `verify`, of whose work each process does a share."""
+    """Runs `verify`, shared between all processes; returns what is wrong, "" if nothing."""
     try:
         verify(place, items, (jax.process_index(), jax.process_count()))
         fault = ""
@@ -132,7 +132,7 @@ def verified_by_all(place: Path, items: Collection[str] | None = None) -> str:
 
 
 def survey(folder: Path) -> Iterator[tuple[int, Record | Damaged]]:
-    """Each step in a folder of checkpoints, in order, with its record or what is wrong with its manifest."""
+    """Yields each step in a checkpoint folder, in order, with its record or the fault of its manifest."""
     for place in sorted(
         (place for place in folder.glob("*") if place.name.isdigit()), key=lambda place: int(place.name)
     ):
@@ -167,7 +167,7 @@ def _size_and_checksum(path: Path, to_disk: bool = False) -> tuple[int, int]:
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
             size, checksum = size + count, zlib.crc32(buffer[:count], checksum)
-        if to_disk:  # also where a quota or a remote disk says late that it is full
+        if to_disk:  # quotas and remote disks may report a full disk only now
             os.fsync(file.fileno())
     return size, checksum
 

@@ -1,8 +1,8 @@
-"""Several processes as one run: start-up, barriers, texts from all to all, and an end that all share.
+"""Runs across several processes: start-up, barriers, exchange of strings, and a common end.
 
-JAX starts the processes and its coordination service, which process 0 hosts, carries everything here. A process has its
-place from `polygpt launch` (the three POLYGPT_ variables), from SLURM (`srun` with several tasks) or from the metadata
-of a TPU pod; a process that has none is alone, and for it every function here does nothing.
+Everything here uses JAX's coordination service, which process 0 hosts. A process learns its rank from `polygpt launch`
+(three POLYGPT_ variables), SLURM (`srun` with several tasks) or TPU pod metadata. Without these it runs alone, and
+every function here does nothing.
 """
 
 import atexit
@@ -28,27 +28,27 @@ from polygpt.runtime.waiting import Bound, log_to_stderr, saying
 from polygpt.spec import Spec
 
 COORDINATOR, PROCESSES, PROCESS = "POLYGPT_COORDINATOR", "POLYGPT_PROCESSES", "POLYGPT_PROCESS"
-"""Variables that `polygpt launch` sets: host:port of process 0, how many there are, and which one this is."""
+"""Variables set by `polygpt launch`: host:port of process 0, number of processes, rank of this process."""
 GRACE = "POLYGPT_GRACE"
-"""Set by `polygpt launch local`: seconds that it gives the others to end when a process has died."""
+"""Set by `polygpt launch local`: seconds that the other processes have to exit after one died."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class ProcessesSpec(Spec):
-    """How long the processes of a run wait for each other, in seconds."""
+    """How long processes wait for each other, in seconds."""
 
     initialization_timeout: int = 1800
-    """For all processes to start. A cold pod may need many minutes to pull its images."""
+    """Limit for all processes to start. A cold pod may need many minutes to pull images."""
     barrier_timeout: int = 600
-    """At a barrier, from the first process to the last. Checkpoints have barriers: where the first process takes longer
-    to finish one than this, on slow storage, allow more."""
+    """Limit at a barrier, between the first and the last process. Checkpoints have barriers: increase it if storage is
+    slow."""
     heartbeat_timeout: int = 100
-    """When a process dies, all others have ended by then. One that is silent for six tenths of it, frozen or cut off,
-    counts as dead."""
+    """When a process dies, all others exit within this time. A process without heartbeats for 60 % of it counts as
+    dead."""
     shutdown_timeout: int = 3600
-    """For a process that is done to wait for the others, the first of which may have a report to write."""
+    """How long a finished process waits for the others; process 0 may still be writing a report."""
 
     def validate(self):
         for name in ("initialization_timeout", "barrier_timeout", "shutdown_timeout"):
@@ -58,16 +58,16 @@ class ProcessesSpec(Spec):
 
 @dataclasses.dataclass
 class _Group:
-    """The processes of this run, as one of them sees them."""
+    """The processes of this run."""
 
     spec: ProcessesSpec
     rank: int
     count: int
     names: list[str]  # by rank, for messages
-    uses: collections.Counter  # of each barrier's name: the service takes an identifier once
-    lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)  # of `uses`: checkpoints meet in threads
+    uses: collections.Counter  # per barrier name: the service accepts each identifier once
+    lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)  # of `uses`: also used by save threads
     last: str | None = None
-    under_way: dict[str, str] = dataclasses.field(default_factory=dict)  # barriers that some thread waits at, by name
+    under_way: dict[str, str] = dataclasses.field(default_factory=dict)  # barriers with a waiting thread, by name
     liveness: Liveness | None = None
     failed: BaseException | None = None
 
@@ -80,10 +80,10 @@ _group: _Group | None = None
 
 
 def initialize(spec: ProcessesSpec = ProcessesSpec()) -> None:
-    """Joins the other processes of this run, if there are any; call it before anything asks JAX for its devices.
+    """Joins the other processes of this run, if any. Call it before anything queries JAX devices.
 
     Raises:
-        UserError: if the POLYGPT_ variables are at fault, or JAX has its devices already.
+        UserError: the POLYGPT_ variables are invalid, or JAX is already initialized.
     """
     global _group
     if _group is not None:
@@ -102,21 +102,21 @@ def initialize(spec: ProcessesSpec = ProcessesSpec()) -> None:
     group = _group = _Group(spec, state.process_id, state.num_processes, names, collections.Counter())
     bound = spec.heartbeat_timeout
     group.liveness = Liveness(group.client, state.coordinator_address, group.rank, names, bound, _patience())
-    atexit.register(_finish)  # after JAX registered its own, and so before JAX closes the service
+    atexit.register(_finish)  # registered after JAX's own handler, so runs before JAX closes the service
     names[:] = gather("start", f"process {group.rank} (host {socket.gethostname()}, pid {os.getpid()})")
     seconds = spec.initialization_timeout
-    why = f"start-up: the devices of all processes are not known after {seconds} s"
+    why = f"start-up: not all devices are known after {seconds} s"
     why += " (train.processes.initialization_timeout): look at the logs of the others"
-    # How long GPUs and TPUs wait for each other is in their libraries, which give up on their own at best.
+    # GPU and TPU libraries have their own timeouts, if any.
     with saying("start-up: still waiting for the devices of other processes", bound=Bound(seconds, why)):
-        log.info("start-up: %d devices, %d of them here", jax.device_count(), jax.local_device_count())
+        log.info("start-up: %d devices, %d local", jax.device_count(), jax.local_device_count())
 
 
 @contextlib.contextmanager
 def together(spec: ProcessesSpec = ProcessesSpec()) -> Iterator[None]:
-    """`initialize`, and while entered an error in one process ends them all, each saying whose error it was.
+    """Calls `initialize`. While entered, an error in one process ends all, and each names the process with the error.
 
-    An error of a collective is the consequence of another process's end: it waits for that one's name.
+    A failed collective means that another process ended; it waits to learn which.
     """
     try:
         initialize(spec)
@@ -131,7 +131,7 @@ def together(spec: ProcessesSpec = ProcessesSpec()) -> Iterator[None]:
 
 
 def barrier(name: str) -> None:
-    """Waits until every process is here. A name may be used again; all processes use the names in the same order.
+    """Waits until every process gets here. Names may be reused; all processes must use them in the same order.
 
     Raises:
         UserError: after `barrier_timeout`, naming the processes that did not arrive.
@@ -141,41 +141,42 @@ def barrier(name: str) -> None:
 
 
 def first_exchange(step: Callable, *given: Any) -> Any:
-    """What the first step gives, in which the devices of all processes exchange for the first time; waits for it.
+    """Runs the first step, which has the first collectives between all devices, and waits for its result.
 
-    Beyond `initialization_timeout` the process ends, code 2: a process that hangs still beats, and NCCL waits for it.
+    After `initialization_timeout` the process exits with code 2: a hanging process still sends heartbeats, and NCCL
+    waits forever.
     """
     if _group is None:
         return step(*given)
     seconds, begun = _group.spec.initialization_timeout, time.monotonic()
-    why = f"start-up: the first step, the devices' first exchange, is not done after {seconds} s"
+    why = f"start-up: the first step, with the first collectives, is not done after {seconds} s"
     why += " (train.processes.initialization_timeout): look at the logs of the others"
     with saying("start-up: still waiting for the first step", bound=Bound(seconds, why)):
         done = jax.block_until_ready(step(*given))
-    log.info("start-up: the devices' first exchange is done after %.2f s", time.monotonic() - begun)
+    log.info("start-up: the first collectives are done after %.2f s", time.monotonic() - begun)
     return done
 
 
 def gather(name: str, text: str) -> list[str]:
-    """Every process's text, by rank. Raises UserError as `barrier` does."""
+    """Every process's text, by rank. Raises UserError like `barrier`."""
     if _group is None:
         return [text]
     group, use = _group, _group.uses[name]
     group.client.key_value_set(f"polygpt/gather/{name}/{use}/{group.rank}", text)
     _meet(group, name)
     texts = {_rank(key): text for key, text in group.client.key_value_dir_get(f"polygpt/gather/{name}/{use}/")}
-    if use:  # every process has read the texts of the use before: it has come to this one
+    if use:  # every process has got here, so all have read the texts of the previous use
         group.client.key_value_delete(f"polygpt/gather/{name}/{use - 1}/{group.rank}")
     return [texts[rank] for rank in range(group.count)]
 
 
 def first_fault(name: str, fault: str) -> str:
-    """The first process's fault that is one ("" is none), for all. Raises UserError as `barrier` does."""
+    """The first non-empty fault by rank ("" means none), in all processes. Raises UserError like `barrier`."""
     return next(filter(None, gather(name, fault)), "")
 
 
 def agree(name: str, text: str) -> str:
-    """The first process's text, for all. Raises UserError as `barrier` does."""
+    """Process 0's text, in all processes. Raises UserError like `barrier`."""
     if _group is None:
         return text
     group, use = _group, _group.uses[name]
@@ -188,19 +189,19 @@ def agree(name: str, text: str) -> str:
     return agreed
 
 
-def tell(name: str, text: str) -> None:
-    """Leaves a text for all processes and waits for none. The first one under a name stands: later ones are dropped."""
+def publish(name: str, text: str) -> None:
+    """Publishes a text to all processes without waiting. The first text under a name wins; later ones are dropped."""
     if _group is not None:
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # ALREADY_EXISTS; that the service is gone, others notice
-            _group.client.key_value_set(f"polygpt/told/{name}", text)
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # ALREADY_EXISTS; others notice if the service is gone
+            _group.client.key_value_set(f"polygpt/published/{name}", text)
 
 
-def told(name: str) -> str | None:
-    """What a process has left under this name, or None. Every process hears of it that asks after `tell` returned."""
+def published(name: str) -> str | None:
+    """The text published under this name, or None. Visible to every process once `publish` has returned."""
     if _group is None:
         return None
     try:
-        return _group.client.key_value_try_get(f"polygpt/told/{name}")
+        return _group.client.key_value_try_get(f"polygpt/published/{name}")
     except jax.errors.JaxRuntimeError as error:
         if "NOT_FOUND" in str(error):
             return None
@@ -208,17 +209,17 @@ def told(name: str) -> str | None:
 
 
 def barrier_timeout() -> int:
-    """Seconds that a barrier of this run waits at most; the default's for a process that is alone."""
+    """Timeout of barriers in this run, in seconds; the default for a single process."""
     return (ProcessesSpec() if _group is None else _group.spec).barrier_timeout
 
 
 def last_barrier() -> str | None:
-    """The last barrier and whether this process still waits there, for a person; None before the first."""
+    """Describes the last barrier and whether this process still waits there; None before the first."""
     return None if _group is None else "; ".join(_group.under_way.copy().values()) or _group.last
 
 
 def _place() -> dict | None:
-    """What jax.distributed.initialize needs to know of this process; None if it is alone."""
+    """Arguments of jax.distributed.initialize for this process; None if it runs alone."""
     given = [os.environ.get(name) for name in (COORDINATOR, PROCESSES, PROCESS)]
     if any(given):
         coordinator, count, rank = given
@@ -229,16 +230,16 @@ def _place() -> dict | None:
                 "host:port, a number of processes and a smaller number from 0; polygpt launch sets them"
             )
         place = {"coordinator_address": coordinator, "num_processes": int(count), "process_id": int(rank)}
-        # Within a step of SLURM, JAX would ask it for what is left to say, and take one GPU of the node.
+        # Inside a SLURM step, JAX would query SLURM for missing arguments and use only one GPU of the node.
         return place | {"cluster_detection_method": "deactivate"} if int(count) > 1 else None
-    if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # SLURM_NTASKS is there in a batch script's own shell too
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # SLURM_NTASKS is also set in the shell of a batch script
         return {"cluster_detection_method": "slurm"}
     pod = private.pod()
     return {"cluster_detection_method": pod} if pod else None
 
 
 def _died(rank: int, code: int, how: str) -> None:
-    """The launcher reports a failed process: while the processes start, only the launcher can know."""
+    """Called when the launcher reports a failed process: during start-up only the launcher can know."""
     if _group is not None and _group.liveness is not None:
         _group.liveness.died(rank, code, how)
     else:
@@ -249,26 +250,26 @@ def _died(rank: int, code: int, how: str) -> None:
 def _start(spec: ProcessesSpec, **where) -> None:
     seconds, begun = spec.initialization_timeout, time.monotonic()
     log_to_stderr()
-    # JAX's own answer to SIGTERM would take the place of the run's, which saves and ends.
+    # JAX's SIGTERM handler would replace the run's, which saves and exits.
     jax.config.update("jax_enable_preemption_service", False)
-    for whose in ("local", "global"):  # for what the devices of all are
+    for whose in ("local", "global"):  # for the exchange of device information
         jax.config.update(f"jax_cpu_get_{whose}_topology_timeout_minutes", math.ceil(seconds / 60))
     log.info("start-up: waiting for the other processes, %d s at most: %s", seconds, where)
     try:
         with private.register_timeout(seconds), saying("start-up: still waiting for other processes"):
             jax.distributed.initialize(
                 **where,
-                initialization_timeout=seconds + 30,  # the service, which knows who is missing, gives up first
-                heartbeat_timeout_seconds=2 * spec.heartbeat_timeout,  # counted from a beat; ours come first
+                initialization_timeout=seconds + 30,  # the service, which knows who is missing, times out first
+                heartbeat_timeout_seconds=2 * spec.heartbeat_timeout,  # our own heartbeats time out first
                 shutdown_timeout_seconds=spec.shutdown_timeout,
             )
     except RuntimeError as error:
-        raise UserError(f"the processes could not be joined ({str(error).splitlines()[0]}): {where}") from error
-    log.info("start-up: all processes are here after %.1f s", time.monotonic() - begun)
+        raise UserError(f"could not join the processes ({str(error).splitlines()[0]}): {where}") from error
+    log.info("start-up: all processes joined after %.1f s", time.monotonic() - begun)
 
 
 def _meet(group: _Group, name: str, bound: str = "barrier_timeout") -> None:
-    """A barrier, bounded by that setting. Each process leaves a key before it waits, by which the missing are known."""
+    """A barrier with the timeout in `bound`. Each process sets a key before it waits, so missing ones are known."""
     seconds = getattr(group.spec, bound)
     with group.lock:
         use = group.uses[name]
@@ -281,7 +282,7 @@ def _meet(group: _Group, name: str, bound: str = "barrier_timeout") -> None:
 
     begun = time.monotonic()
     group.under_way[name] = f"waits at barrier {name!r}, use {use + 1}, since {time.strftime('%H:%M:%S')}"
-    log.info("barrier %r: begins", name)
+    log.info("barrier %r: waiting", name)
     group.client.key_value_set(f"{place}/{group.rank}", "")
     try:
         with saying(f"barrier {name!r}: still waiting for", missing):
@@ -296,11 +297,12 @@ def _meet(group: _Group, name: str, bound: str = "barrier_timeout") -> None:
     group.client.key_value_delete(f"{place}/{group.rank}")
     del group.under_way[name]
     group.last = f"passed barrier {name!r}, use {use + 1}, at {time.strftime('%H:%M:%S')}"
-    log.info("barrier %r: ends after %.2f s", name, time.monotonic() - begun)
+    log.info("barrier %r: passed after %.2f s", name, time.monotonic() - begun)
 
 
 def _patience() -> float | None:
-    """Seconds that a launcher leaves for learning whose end it was, and for ending well after that; None without."""
+    """Seconds that the launcher grants for learning which process ended and for a clean exit; None without a
+    launcher."""
     given = os.environ.get(GRACE, "")
     return 0.7 * float(given) if given.replace(".", "", 1).isdecimal() else None
 
@@ -310,7 +312,7 @@ def _rank(key: str) -> int:
 
 
 def _finish() -> None:
-    """At the end of the process: waits for the others, or after an error leaves without them."""
+    """At exit: waits for the other processes, or after an error exits without them."""
     group = _group
     if group.failed is not None or getattr(sys, "last_value", None) is not None:
         leave(2 if isinstance(group.failed, UserError) else 1)

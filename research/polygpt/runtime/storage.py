@@ -1,4 +1,4 @@
-"""What the operating system says of a place that cannot be written, and what is to be done about it."""
+"""Turns operating-system errors about unwritable paths into UserErrors with a remedy."""
 
 import contextlib
 import errno
@@ -12,7 +12,7 @@ _REMEDIES = {
     errno.ENOSPC: "free some space and run the same command again",
     errno.EDQUOT: "free some space and run the same command again",
     errno.EFBIG: "raise the limit on file sizes and run the same command again",
-    errno.EIO: "see whether the disk is well and run the same command again",
+    errno.EIO: "check the disk and run the same command again",
     errno.EACCES: "choose another --workdir or change its permissions",
     errno.EPERM: "choose another --workdir or change its permissions",
     errno.EROFS: "choose another --workdir",
@@ -23,7 +23,7 @@ _REMEDIES = {
 
 @contextlib.contextmanager
 def storage_faults(workdir: Path) -> Iterator[None]:
-    """A full disk or a folder that may not be written becomes a UserError that says what to do."""
+    """Context manager: turns a full disk or an unwritable folder into a UserError with a remedy."""
     try:
         yield
     except UserError:
@@ -36,18 +36,18 @@ def storage_faults(workdir: Path) -> Iterator[None]:
 
 
 def storage_fault(error: Exception, workdir: Path) -> UserError | None:
-    """What to say of an error, if it is one of writing `workdir`."""
+    """The UserError for an error about writing to `workdir`; None for other errors."""
     code = error.errno if isinstance(error, OSError) else _errno_in(str(error), workdir)
     place = Path(getattr(error, "filename", None) or workdir)
-    if code == errno.ENOENT and not workdir.exists():  # and cannot be made
-        return UserError(f"cannot make {workdir}: {os.strerror(code)}: choose another --workdir")
+    if code == errno.ENOENT and not workdir.exists():  # and cannot be created
+        return UserError(f"cannot create {workdir}: {os.strerror(code)}: choose another --workdir")
     if code not in _REMEDIES or not (place.is_relative_to(workdir) or workdir.is_relative_to(place)):
         return None
     return UserError(f"cannot write {place}: {os.strerror(code)}: {_REMEDIES[code]}")
 
 
 def _errno_in(text: str, workdir: Path) -> int | None:
-    """TensorStore reports the operating system's errors as text that names the file."""
+    """TensorStore reports operating-system errors as text that names the file."""
     if str(workdir) not in text:
         return None
     return next((code for code in _REMEDIES if os.strerror(code).lower() in text.lower()), None)

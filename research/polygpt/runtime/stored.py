@@ -1,4 +1,4 @@
-"""How a state lies in a checkpoint, by Orbax: as items whose arrays any devices can read their shards from."""
+"""Format of a state in a checkpoint (Orbax): items with arrays that can be restored with any sharding."""
 
 import dataclasses
 import logging
@@ -13,22 +13,22 @@ from etils import epath
 
 from polygpt.runtime import private, processes
 
-# Orbax logs the traceback of an error that it raises too: whoever catches it says it in one line.
+# Orbax also logs the traceback of errors that it raises; callers report them in one line.
 logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
 
 LARGE = {"params": "params", "opt_state": "optimizer", "ema": "ema"}
-"""Fields of the state that are items of their own, and the names of these. All others are in the item "counts"."""
+"""Fields of the state stored as separate items, with the items' names. All others are in the item "counts"."""
 
 
 def writer() -> ocp.AsyncCheckpointer:
-    """Writes in the background, `save(place, args=parts(...))`, and reads."""
+    """A checkpointer that writes in the background, `save(place, args=parts(...))`, and reads."""
     _meet_at_our_barriers()
     bound = ocp.options.AsyncOptions(timeout_secs=processes.barrier_timeout())
     return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=bound)
 
 
 def parts(state: Any, data: dict[str, Any]) -> ocp.args.Composite:
-    """What is to be written: the items of a state, and JSON data."""
+    """What to write: the items of a state, and JSON data."""
     items = _items(state)
     counts = ocp.args.PyTreeSave(items.pop("counts"))
     return ocp.args.Composite(
@@ -41,13 +41,13 @@ def parts(state: Any, data: dict[str, Any]) -> ocp.args.Composite:
 def read(
     reader: ocp.AsyncCheckpointer, place: Path, target: Any, initial: Callable[[], Any] | None = None
 ) -> tuple[Any, dict[str, Any]]:
-    """A state and its JSON data.
+    """Reads a state and its JSON data.
 
     Args:
-        reader: a `writer`.
-        place: the folder of the checkpoint.
+        reader: from `writer()`.
+        place: folder of the checkpoint.
         target: shapes, dtypes and shardings.
-        initial: gives the state before the first step, for counts that the checkpoint lacks; zero by default.
+        initial: returns the state before the first step, for counters that the checkpoint lacks; default: zeros.
     """
     items = _items(target)
     wanted = items.pop("counts")
@@ -60,7 +60,7 @@ def read(
             counts=ocp.args.PyTreeRestore(
                 counts,
                 restore_args=ocp.checkpoint_utils.construct_restore_args(counts),
-                partial_restore=True,  # a count that is there and not in `State` any more is left where it is
+                partial_restore=True,  # ignore counters that `State` no longer has
             ),
             data=ocp.args.JsonRestore(),
         ),
@@ -71,33 +71,33 @@ def read(
 
 
 def read_parameters(folder: Path, step: int, target: Any, averaged: bool) -> Any:
-    """The parameters of a checkpoint, or their moving average, alone. `target` holds shapes, dtypes and shardings."""
+    """Reads only the parameters of a checkpoint, or their moving average. `target` has shapes, dtypes and shardings."""
     _meet_at_our_barriers()
     with ocp.StandardCheckpointer() as reader:
         return reader.restore(folder / str(step) / ("ema" if averaged else "params"), target)
 
 
 def _meet_at_our_barriers() -> None:
-    """Where processes read and write together, they wait for each other with names, in the log, and for so long."""
+    """Replaces Orbax's barriers with ours, which are named, logged and bounded."""
 
     def meet(key: str) -> None:
-        # Whoever reads meets the others when it has, to hear whether all could.
+        # Readers meet after reading instead, to learn whether all succeeded.
         if not key.endswith("Checkpointer:restore"):
             processes.barrier(f"checkpoint: {key.strip('_')}")
 
-    if processes.last_barrier() is not None:  # this process is one of a run's
+    if processes.last_barrier() is not None:  # this process is one of several
         private.orbax_meets_at(meet)
 
 
 def _items(state: Any) -> dict[str, Any]:
     fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-    there = {name: tree for name, tree in fields.items() if jax.tree.leaves(tree)}  # Orbax refuses what has none
+    there = {name: tree for name, tree in fields.items() if jax.tree.leaves(tree)}  # Orbax rejects empty trees
     items = {LARGE[name]: tree for name, tree in there.items() if name in LARGE}
     return items | {"counts": {name: tree for name, tree in there.items() if name not in LARGE}}
 
 
 def _initial(targets: dict[str, Any], initial: Callable[[], Any] | None) -> dict[str, Any]:
-    """The fields of that name as they are before the first step; what else `initial` computes is compiled away."""
+    """The initial values of the fields in `targets`; the compiler drops everything else that `initial` computes."""
 
     def make():
         if initial is None:

@@ -1,4 +1,4 @@
-"""What a person is told while processes wait for each other."""
+"""Messages while processes wait for each other."""
 
 import contextlib
 import dataclasses
@@ -14,18 +14,18 @@ from polygpt.errors import one_line
 from polygpt.runtime.liveness import leave
 
 SLOW = 30.0
-"""Seconds of waiting after which it is said, and said again."""
+"""Seconds between messages during a wait."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """How long something may be waited for that cannot be given up but with the process.
+    """Limit of a wait that can only be ended by exiting the process.
 
     Attributes:
-        seconds: at most.
-        why: what is said then.
+        seconds: the limit.
+        why: message printed on exit.
     """
 
     seconds: float
@@ -34,7 +34,7 @@ class Bound:
 
 @contextlib.contextmanager
 def saying(what: str, whom=lambda: "", bound: Bound | None = None) -> Iterator[None]:
-    """Says every SLOW seconds that this takes long, and whom it waits for; beyond a bound the process ends, code 2."""
+    """Reports a long wait every SLOW seconds, with what it waits for. Beyond a bound the process exits with code 2."""
     done, begun = threading.Event(), time.monotonic()
 
     def say():
@@ -46,7 +46,7 @@ def saying(what: str, whom=lambda: "", bound: Bound | None = None) -> Iterator[N
                 log.warning("%s", f"{what} {whom()} after {time.monotonic() - begun:.0f} s".replace("  ", " "))
 
     speaker = threading.Thread(target=say, daemon=True)
-    with contextlib.suppress(RuntimeError):  # Python 3.12 starts no thread at its end
+    with contextlib.suppress(RuntimeError):  # Python 3.12 cannot start threads at shutdown
         speaker.start()
     try:
         yield
@@ -57,17 +57,17 @@ def saying(what: str, whom=lambda: "", bound: Bound | None = None) -> Iterator[N
 
 
 class _Lines(logging.Handler):
-    """What is for the log alone with its time, and warnings as every other line for a person."""
+    """Prints log-only lines with level and time, and warnings like other messages."""
 
     def emit(self, record: logging.LogRecord) -> None:
         text = record.getMessage()
         aside = f"{record.levelname} {time.strftime('%H:%M:%S')} {text}"
         line = aside if record.levelno < logging.WARNING else one_line(text)
-        print(f"{line}\n", end="", file=sys.stderr, flush=True)  # whole, beside what other threads print
+        print(f"{line}\n", end="", file=sys.stderr, flush=True)  # in one write, so that threads do not mix lines
 
 
 def log_to_stderr() -> None:
-    """Lets this package's lines be seen, whatever the level of others."""
+    """Shows this package's log lines, regardless of other loggers' levels."""
     logger = logging.getLogger("polygpt.runtime")
     if not logger.handlers:
         logger.addHandler(_Lines())

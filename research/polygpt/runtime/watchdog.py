@@ -1,4 +1,4 @@
-"""A watchdog: when no step finishes any more, it says what every thread is doing."""
+"""A watchdog: dumps what every thread is doing when steps stop finishing."""
 
 import collections
 import contextlib
@@ -21,21 +21,21 @@ from polygpt.spec import Spec
 
 @dataclasses.dataclass(frozen=True)
 class WatchdogSpec(Spec):
-    """When a run counts as stuck, and what is done then."""
+    """When a run counts as stuck, and how to respond."""
 
     factor: float = 20.0
-    """How many times the median step a step may take."""
+    """Limit for a step, as a multiple of the median step time."""
     minimum: float = 300.0
-    """Seconds that a step may take in any case."""
+    """Minimum limit for a step, in seconds."""
     compile: float = 3600.0
-    """Seconds that starting up, and then compiling the step, may take."""
+    """Limit for starting up, and for compiling the step, in seconds."""
     checkpoint: float = 1800.0
-    """Seconds that saving, or going back to a checkpoint, may take."""
+    """Limit for saving a checkpoint or rewinding to one, in seconds."""
     evaluation: float = 7200.0
-    """Seconds that an evaluation may take."""
+    """Limit for an evaluation, in seconds."""
     action: Literal["log", "exit"] = "log"
-    """log: the stacks of all threads are written down, and training waits on. exit: then the process ends with code 1,
-    so that whoever started it can start it again."""
+    """log: dump the stacks of all threads and keep waiting. exit: dump them and exit with code 1, so that a supervisor
+    can restart the run."""
 
     def validate(self):
         self.require(self.factor > 1, "factor", "above 1")
@@ -44,12 +44,12 @@ class WatchdogSpec(Spec):
 
 
 class Watchdog:
-    """Watches from a thread while it is entered.
+    """Watches from a thread while entered.
 
     Args:
-        spec: when and what.
-        goodput: the clock that knows what the loop is doing.
-        workdir: the run folder, in which the stacks are written.
+        spec: limits and response.
+        goodput: the clock, which knows what the loop is doing.
+        workdir: the run folder, where stacks are written.
     """
 
     def __init__(self, spec: WatchdogSpec, goodput: Goodput, workdir: Path):
@@ -64,7 +64,7 @@ class Watchdog:
         }
         self._step, self._since = None, goodput.now()
         self._taken: collections.deque[float] = collections.deque(maxlen=100)
-        self._reported = 0.0  # seconds of this halt at the last report
+        self._reported = 0.0  # length of this halt at the last report, in seconds
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -85,11 +85,11 @@ class Watchdog:
         self._step, self._since = step, now
 
     def rest(self) -> None:
-        """Something else than a step has finished: the next step counts from here."""
+        """Something other than a step has finished: time the next step from here."""
         self._since = self._goodput.now()
 
     def halt(self) -> tuple[float, float]:
-        """(seconds for which nothing has finished, seconds that it may take)."""
+        """(seconds since anything finished, limit in seconds)."""
         own = self._own.get(self._goodput.activity)
         if own is not None:
             return self._goodput.now() - self._goodput.since, own
@@ -99,22 +99,22 @@ class Watchdog:
     def _watch(self) -> None:
         pause = min(5.0, self.spec.minimum / 4)
         while not self._closing.wait(pause):
-            self._goodput.touch()  # a process that hangs is alive: its time is lost, and no restart
+            self._goodput.touch()  # a hanging process is alive: its time counts as lost, not as down
             seconds, patience = self.halt()
             self._reported = self._reported if seconds > self._reported else 0.0
-            if seconds > max(patience, 2 * self._reported):  # reported anew when it has lasted twice as long
+            if seconds > max(patience, 2 * self._reported):  # report again when it has lasted twice as long
                 self._reported = seconds
                 self._report(seconds, patience)
-            with contextlib.suppress(OSError, ValueError, AttributeError):  # stderr may be no file
-                # A library that hangs without giving Python's lock back holds this thread up too: a dump is ordered in
-                # advance, and put off as long as this thread comes round.
+            with contextlib.suppress(OSError, ValueError, AttributeError):  # stderr may not be a file
+                # A library that hangs while holding the GIL blocks this thread too. So schedule a dump in advance, and
+                # postpone it whenever this thread runs.
                 faulthandler.dump_traceback_later(patience + 2 * pause, file=sys.stderr.fileno())
 
     def _report(self, seconds: float, patience: float) -> None:
         rank, now = jax.process_index(), time.strftime("%Y%m%d-%H%M%S")
         place = self._workdir / f"stacks-{rank}-{now}.txt"
         lines = [
-            f"process {rank}: nothing has finished for {seconds:.0f} s, and train.watchdog allows {patience:.0f} s",
+            f"process {rank}: nothing has finished for {seconds:.0f} s; train.watchdog allows {patience:.0f} s",
             f"last step: {'none yet' if self._step is None else self._step}",
             f"doing: {CATEGORIES[self._goodput.activity]}",
             f"last barrier: {processes.last_barrier() or 'none'}",
@@ -125,8 +125,8 @@ class Watchdog:
                 faulthandler.dump_traceback(file)
             text = place.read_text(encoding="utf-8", errors="replace")
         except OSError as error:
-            text = "\n".join([*lines, f"the stacks cannot be written: {error}"])
-        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+            text = "\n".join([*lines, f"cannot write the stacks: {error}"])
+        with contextlib.suppress(OSError, ValueError):  # stderr may be closed
             print(f"polygpt watchdog: {text}", file=sys.stderr, flush=True)
         if self.spec.action == "exit":
             leave(1)

@@ -1,8 +1,8 @@
-"""`train.parallel="auto"`: chooses how to use the available devices and says why; names resources left unused.
+"""`train.parallel="auto"`: chooses how to use the available devices, explains why, and names unused resources.
 
 The batch is split over as many devices as divide it; positions (sequence) or heads (tensor) over the rest. Parameters
-and optimizer state are sharded as well (fsdp) where a full copy would take too much of a device's memory. This is
-arithmetic; `polygpt plan --search` compiles and is exact.
+and optimizer state are sharded as well (fsdp) if a full copy would take too much of a device's memory. This is an
+estimate; `polygpt plan --search` compiles and is exact.
 """
 
 import dataclasses
@@ -20,11 +20,11 @@ from polygpt.spec import counted
 from polygpt.training.parallel import Mode
 
 WHOLE = 0.4
-"""Share of a device's memory that a full copy of state and gradient may take; activations need the rest."""
+"""Fraction of a device's memory that a full copy of state and gradient may take; activations need the rest."""
 SPLIT = 0.6
-"""Share that the sharded state may take before the reason warns that it barely fits."""
+"""Fraction that the sharded state may take before the reason warns that it barely fits."""
 ROW = 128
-"""Minimum positions per device where rows themselves are split."""
+"""Minimum positions per device when sequences are split."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Placement:
         mode: for `parallel.build`.
         mesh: the mesh, if the mode is "sharded".
         reason: why, in one line; None for one device, where there is nothing to choose.
-        devices: how many of the devices take part.
+        devices: number of devices used.
     """
 
     mode: Mode
@@ -65,12 +65,12 @@ def choose(
         devices: number of devices.
         batch_size: global batch size.
         accumulate: number of microbatches.
-        lengths: positions per row: of training, then of held-out tasks that have their own.
-        heads: what tensor parallelism has to divide.
-        spare: whether devices may be left idle where the batch, the positions and the heads do not divide over all.
+        lengths: positions per row: for training, then for held-out tasks with their own length.
+        heads: number of heads, which tensor parallelism must divide.
+        spare: whether devices may stay idle if batch, positions and heads do not divide over all of them.
 
     Raises:
-        UserError: if the work cannot be divided over all devices, and none may be left idle.
+        UserError: if the work cannot be divided over all devices and none may stay idle.
     """
     if devices == 1:
         return Placement("single", MeshSpec(), None)
@@ -107,7 +107,7 @@ def choose(
 def _split(
     devices: int, batch_size: int, accumulate: int, lengths: Sequence[int], heads: int
 ) -> tuple[dict[str, int], int, str] | None:
-    """Sizes of the tensor and sequence axes, parts of the batch, and that in words; None if devices would idle."""
+    """Sizes of the tensor and sequence axes, number of batch shards, and a description; None if devices would idle."""
     parts = max(
         (n for n in range(1, devices + 1) if devices % n == 0 and batch_size % (n * accumulate) == 0), default=1
     )
@@ -122,12 +122,12 @@ def _split(
 
 
 def unused(parallel: str, device: jax.Device, dtype: str) -> tuple[str, ...]:
-    """What a run leaves unused on this machine, one line each with the option that would use it.
+    """What a run leaves unused on this machine: one line each, with the option that would use it.
 
     Args:
         parallel: the experiment's `train.parallel`.
-        device: one of those that take part.
-        dtype: that the model computes in.
+        device: one of the devices used.
+        dtype: the model's compute dtype.
     """
     lines, available = [], jax.device_count()
     if parallel == "single" and available > 1:
@@ -139,13 +139,13 @@ def unused(parallel: str, device: jax.Device, dtype: str) -> tuple[str, ...]:
 
 
 def memory_of_all() -> int:
-    """Bytes that every device of every process has at least. Collective: all processes must call it."""
+    """Smallest memory of any device of any process, in bytes. Collective: all processes must call it."""
     here = min(map(_memory_of, jax.local_devices()))
     return min(map(int, processes.gather("memory of devices", str(here))))
 
 
 def bytes_of(shapes: Any) -> int:
-    """Bytes of all leaves of a tree of shapes."""
+    """Total bytes of a tree of shapes."""
     return sum(prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
 
 

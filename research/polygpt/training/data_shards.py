@@ -1,4 +1,4 @@
-"""The data as all processes of a run see it: the same everywhere, and where each stands in it."""
+"""Agreement between processes on the data, and each one's position in it."""
 
 import collections
 import json
@@ -13,11 +13,11 @@ from polygpt.runtime import processes
 
 
 def require_same_data(train: Mapping[str, int], evaluation: EvaluationSpec) -> None:
-    """Raises UserError, in every process, if one has another number of examples than the first.
+    """Raises UserError in every process if the number of examples differs between processes.
 
     Args:
-        train: examples of each training task here.
-        evaluation: what is held out; its sources are opened where there are several processes.
+        train: number of examples per training task in this process.
+        evaluation: the held-out tasks; their sources are opened if there are several processes.
     """
     if jax.process_count() == 1:
         return
@@ -30,16 +30,16 @@ def require_same_data(train: Mapping[str, int], evaluation: EvaluationSpec) -> N
             if counts.get(task) != count:
                 raise UserError(
                     f"{task} has {count} examples in process 0 and {counts.get(task)} in process {rank}: "
-                    "let all processes see the same data"
+                    "all processes must see the same data"
                 )
 
 
 def everywhere(place: dict[str, Any]) -> list[dict[str, Any]]:
-    """The places in the data of all processes, given this one's."""
+    """Every process's position in the data, given this one's."""
     return [json.loads(text) for text in processes.gather("places in the data", json.dumps(place))]
 
 
 def skipped(place: dict[str, Any]) -> dict[str, int]:
-    """Records left out by all data shards, by reason, given this process's place in the data."""
+    """Records skipped by all data shards, by reason, given this process's position in the data."""
     by_shard = {place["data_shard"]: place["skipped"] for place in everywhere(place)}
     return dict(sum(map(collections.Counter, by_shard.values()), collections.Counter()))

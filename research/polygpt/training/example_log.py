@@ -1,4 +1,4 @@
-"""Which examples each step was trained on, where `data.log_examples` asks for it."""
+"""Logs which examples each step was trained on, if `data.log_examples` is set."""
 
 import json
 import os
@@ -14,8 +14,8 @@ from polygpt.training.parallel import Parallel
 
 
 def example_log(workdir: Path, parallel: Parallel, step: int) -> "ExampleLog | None":
-    """The log of this process's data shard; None where another process of that data shard writes it. All processes call
-    it."""
+    """The log of this process's data shard; None if another process of that shard writes it. Collective: all processes
+    must call it."""
     data_shards = processes.gather("data_shards", str(parallel.data_shard))
     if data_shards.index(str(parallel.data_shard)) != jax.process_index():
         return None
@@ -23,16 +23,15 @@ def example_log(workdir: Path, parallel: Parallel, step: int) -> "ExampleLog | N
 
 
 class ExampleLog(Silent):
-    """`examples-<data_shard>.jsonl` in the run folder, a file for each data shard: all of them together name every
-    example.
+    """`examples-<data_shard>.jsonl` in the run folder, one file per data shard; together they name every example.
 
-    Lines: {"step": 10, "examples": [["task", position in the task's stream, number of the example], ...]}.
+    Lines: {"step": 10, "examples": [["task", position in the task's stream, index of the example], ...]}.
 
     Args:
         workdir: the run folder.
-        data shard, data shards: which data shard this is, and of how many. One process of each writes.
-        step: the run continues after this step: what later lines an interrupted run left are removed, those of data
-            shards that are no more by data shard 0.
+        data_shard, data_shards: index of this data shard and their number. One process of each writes.
+        step: the run continues after this step; later lines from an interrupted run are removed (by data shard 0 for
+            shards that no longer exist).
     """
 
     def __init__(self, workdir: Path, data_shard: int, data_shards: int, step: int):
@@ -45,7 +44,7 @@ class ExampleLog(Silent):
         self._open(step)
 
     def examples(self, step: int, examples: Sequence[tuple[str, int, int]]) -> None:
-        """Every step, once it is done."""
+        """Logs the examples of a finished step."""
         self._file.write(json.dumps({"step": step, "examples": examples}) + "\n")
 
     def rewind(self, step, spike):

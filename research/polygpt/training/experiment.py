@@ -1,4 +1,4 @@
-"""An experiment: everything that a run depends on, as one specification."""
+"""An experiment: everything a run depends on, in one specification."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -24,44 +24,45 @@ from polygpt.training.spikes import SpikeSpec
 
 @dataclasses.dataclass(frozen=True)
 class TrainSpec(Spec):
-    """How long to train, on which devices, and what to do on the way."""
+    """How long to train, on which devices, and when to log, evaluate and save."""
 
     steps: int
-    """Batches to train on. A run that is started again with more steps goes on to them."""
+    """Number of training steps. A run restarted with more steps continues up to them."""
     parallel: Literal["single", "pmap", "sharded", "auto"] = "auto"
-    """auto: all devices, split in the way that suits the batch and the model; the choice is printed with its reason.
-    single: one device. pmap: the batch split over all devices, parameters replicated. sharded: one program that the
-    compiler splits over `mesh`."""
+    """auto: use all devices, split to suit the batch and the model; prints the choice and the reason. single: one
+    device. pmap: split the batch over all devices, replicate parameters. sharded: one program that the compiler
+    partitions over `mesh`."""
     mesh: MeshSpec = MeshSpec()
-    """How devices are arranged and what is split over which, where `parallel` is sharded; others take none."""
+    """How devices are arranged and what is split over which axis. Only for `parallel` sharded."""
     log_every: int = 10
-    """Steps between two lines of metrics."""
+    """Steps between logged metrics."""
     evaluate_every: int | None = None
-    """Steps between evaluations, of which one is at the end; null for none."""
+    """Steps between evaluations; the last step is evaluated too. null: no evaluation during training."""
     evaluate: Literal["loss", "full"] = "loss"
-    """What those evaluations measure: held-out losses alone, or written answers and the modality gain too (slow)."""
+    """What evaluations during training measure. loss: held-out losses only. full: generated answers and the modality
+    gain as well (slow)."""
     metric: str = "loss"
-    """What chooses the best checkpoint: "loss", the mean over the held-out tasks that measure the model as it is
-    trained (over all, if none does), or a task's figure, "fusion/loss"."""
+    """Metric that selects the best checkpoint: a task's metric, as in "fusion/loss", or "loss", the mean over the
+    held-out tasks that evaluate the model under training conditions (over all tasks if there are none)."""
     better: Literal["lower", "higher"] = "lower"
-    """Whether a lower or a higher metric is better."""
+    """Whether lower or higher values of `metric` are better."""
     use: Literal["best", "latest"] = "best"
-    """Which checkpoint evaluation, generation and report use: the best by `metric`, or the latest (choose this where
-    the held-out tasks are the test set: choosing by them would flatter)."""
+    """Checkpoint that evaluation, generation and reports use: the best by `metric`, or the latest. Use latest when the
+    held-out tasks are the test set, because selecting by them would bias the results."""
     patience: int | None = None
-    """Training stops after so many evaluations in a row without a better metric; null for never."""
+    """Stop after this many consecutive evaluations without improvement; null: never."""
     max_nonfinite: int = 10
-    """Training stops with an error after so many steps in a row whose loss or gradient is not finite."""
+    """Fail after this many consecutive steps with a non-finite loss or gradient."""
     spikes: SpikeSpec | None = None
-    """What counts as a spike of the loss, and what follows; null to take every finite step."""
+    """When a step counts as a loss spike and how to respond; null: apply every finite step."""
     prefetch: int = 2
-    """Batches that are made and sent to the device in advance."""
+    """Batches prepared and sent to the device ahead of time."""
     checkpoint: CheckpointSpec = CheckpointSpec()
-    """When checkpoints are written and which are kept."""
+    """When checkpoints are written, and which are kept."""
     watchdog: WatchdogSpec | None = WatchdogSpec()
-    """When a run counts as stuck, so that the stacks of all threads are written down; null for never."""
+    """When a run counts as stuck; the stacks of all threads are then dumped. null: never."""
     processes: ProcessesSpec = ProcessesSpec()
-    """How long several processes wait for each other."""
+    """How long processes wait for each other."""
 
     def validate(self):
         self.require(self.steps >= 1, "steps", "at least 1")
@@ -76,44 +77,44 @@ class TrainSpec(Spec):
         self._validate_mesh()
 
     def _validate_mesh(self):
-        """A mesh that nothing would read is a mistake, and is not passed over in silence."""
+        """Rejects mesh settings that the chosen mode would ignore."""
         default = MeshSpec()
         given = [name for name in hints(MeshSpec) if getattr(self.mesh, name) != getattr(default, name)]
         if not given or self.parallel == "sharded":
             return
         names = " and ".join(f"train.mesh.{name}" for name in given)
         words = [f"--train.mesh.{name} {getattr(default, name)}" for name in given if name != "rules"]
-        back = f", or take it back with {' '.join(words)}".replace(" None", " null") if words else ""
+        back = f", or reset it with {' '.join(words)}".replace(" None", " null") if words else ""
         raise SpecError(
-            f"train.parallel is {self.parallel!r}, which takes no mesh, and {names} "
+            f"train.parallel is {self.parallel!r}, which ignores the mesh, but {names} "
             f"{'is' if len(given) == 1 else 'are'} set: write --train.parallel sharded{back}"
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment(Spec):
-    """A run, from data to evaluation. Two runs of equal experiments on equal devices are equal to the bit."""
+    """A run, from data to evaluation. Equal experiments on equal devices give bit-identical runs."""
 
     name: str
-    """The run folder is runs/<name> unless another is given."""
+    """Name of the run; the default run folder is runs/<name>."""
     data: DataSpec
-    """What the model is trained on."""
+    """Training data."""
     optim: Optim
-    """How it is trained."""
+    """Optimizer and learning-rate schedule."""
     train: TrainSpec
-    """How long, where, and what happens on the way."""
+    """Length of training, devices, logging, evaluation and checkpoints."""
     model: ModelSpec = ModelSpec()
     """The model."""
     tokenizer: TokenizerSpec = Bytes()
-    """Text to token ids."""
+    """Maps text to token ids."""
     objectives: Mapping[str, tuple[Objective, float]] = dataclasses.field(
         default_factory=lambda: {"next_token": (NextToken(), 1.0)}
     )
-    """By name, an objective and its share in the loss."""
+    """Objectives by name, each with its weight in the loss."""
     evaluation: EvaluationSpec = EvaluationSpec()
     """The held-out tasks."""
     seed: int = 0
-    """Of initial parameters, dropout, the order of examples and augmentation."""
+    """Seeds initial parameters, dropout, example order and augmentation."""
 
     def validate(self):
         self.require(bool(self.name) and "/" not in self.name, "name", "a name without '/'")
@@ -124,14 +125,14 @@ class Experiment(Spec):
         self.data.layout.require(
             limit is None or self.data.layout.seq_len <= limit,
             "seq_len",
-            f"at most {limit}, the number of positions that model.decoder.position knows",
+            f"at most {limit}, the number of positions of model.decoder.position",
         )
         for name, task in self.evaluation.tasks.items():
             conditions.check(name, task, self.model, self.data.layout)
         self.train.require(
             self.train.evaluate_every is None or bool(self.evaluation.tasks),
             "evaluate_every",
-            "null where the evaluation has no tasks",
+            "null when there are no evaluation tasks",
         )
 
     def _validate_metric(self):
@@ -145,6 +146,6 @@ class Experiment(Spec):
             raise SpecError(f"train.metric: {error}") from None
         if found.better not in (None, self.train.better):
             raise SpecError(
-                f"train.better is {self.train.better!r}, and {found.better} values of {self.train.metric} are better: "
+                f"train.better is {self.train.better!r}, but {found.better} values of {self.train.metric} are better: "
                 f"write --train.better {found.better}"
             )

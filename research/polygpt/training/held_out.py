@@ -1,4 +1,4 @@
-"""The run's metric on held-out data, and how it stands."""
+"""The run's metric on held-out data, and its progress."""
 
 import dataclasses
 import math
@@ -18,15 +18,15 @@ from polygpt.training.state import State
 
 
 @dataclasses.dataclass
-class Standing:
-    """The best metric so far, how many evaluations ago it was, and whether this step's evaluation is still owed."""
+class MetricState:
+    """The best metric so far, evaluations since then, and whether this step's evaluation is still pending."""
 
     best: float | None = None
     stale: int = 0
     owed: bool = False
 
     def update(self, metric: float, better: str) -> bool:
-        """Takes a new metric; True if it is the best."""
+        """Records a new metric; True if it is the best."""
         self.owed = False
         sign = 1 if better == "lower" else -1
         improved = math.isfinite(metric) and (self.best is None or sign * metric < sign * self.best)
@@ -35,7 +35,7 @@ class Standing:
 
 
 def plan(experiment: Experiment) -> EvaluationSpec:
-    """What is evaluated in the course of training: losses alone, unless `train.evaluate` says more."""
+    """The evaluation during training: losses only, unless `train.evaluate` is "full"."""
     held_out = experiment.evaluation
     if experiment.train.evaluate == "full":
         return held_out
@@ -46,12 +46,12 @@ def plan(experiment: Experiment) -> EvaluationSpec:
 def measure(
     program: Program, state: State, tokenizer, proceed: Callable[[], None] = lambda: None
 ) -> tuple[float, dict[str, Any]]:
-    """The run's metric, the same in all processes, and what `evaluate` gives with the averaged parameters.
+    """The run's metric, equal in all processes, and the results of `evaluate` with the averaged parameters.
 
-    `proceed` is called before each batch; what it raises ends the evaluation.
+    `proceed` is called before each batch; an exception from it ends the evaluation.
 
     Raises:
-        UserError: a held-out record cannot be used, or `train.metric` was not measured.
+        UserError: a held-out record is invalid, or `train.metric` was not measured.
     """
     experiment = program.experiment
     model, params = program.evaluated, state.averaged
@@ -65,17 +65,17 @@ def measure(
 
 
 def pick(tasks: dict[str, dict[str, Any]], metric: str, mean_of: Sequence[str] = ()) -> float:
-    """The figure of that name: "loss" is the mean over tasks, those of `mean_of` if it names any.
+    """The metric with that name: "loss" is the mean over the tasks in `mean_of`, or over all if it is empty.
 
     Raises:
-        UserError: if it was not measured.
+        UserError: the metric was not measured.
     """
     if metric == "loss":
         return statistics.fmean(tasks[name]["loss"] for name in mean_of or tasks)
     task, _, measure = metric.rpartition("/")
     if measure not in tasks[task]:
         raise UserError(
-            f"train.metric is {metric!r}, and {task} has {', '.join(sorted(tasks[task]))}: "
+            f"train.metric is {metric!r}, but {task} has only {', '.join(sorted(tasks[task]))}: "
             "choose one of these, or train.evaluate full"
         )
     return float(tasks[task][measure])

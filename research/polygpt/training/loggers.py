@@ -1,6 +1,6 @@
-"""Loggers: where the metrics of a run go, one class per place. TensorBoard has a file of its own.
+"""Loggers of a run's metrics: one protocol, one class per destination; TensorBoard is in `tensorboard.py`.
 
-`metrics.jsonl` holds what repeats exactly when a run is repeated, and no times; `timing.jsonl` holds the times.
+`metrics.jsonl` has only values that a repeated run reproduces exactly; times are in `timing.jsonl`.
 """
 
 import contextlib
@@ -19,35 +19,35 @@ from polygpt.files import plain
 
 
 class Logger(Protocol):
-    """Takes what is known of a step; steps only grow, but for a rewind. `flush` is called before each checkpoint."""
+    """Receives events of a run. Steps increase, except after a rewind. `flush` is called before each checkpoint."""
 
     def compiling(self, step: int, seconds: float | None) -> None:
-        """The step, first of its process, is about to be compiled (None), or has taken so many seconds to be."""
+        """The process's first step is about to compile (None), or took this many seconds to compile."""
 
     def step(self, step: int, loss: float) -> None:
         """Every step."""
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Figures of the training step, every so many steps."""
+        """Metrics of the training step, every `train.log_every` steps."""
 
     def timing(self, step: int, values: Mapping[str, float]) -> None:
-        """seconds (a step), tokens_per_second, input_wait (share of the time): since the last call."""
+        """seconds (per step), tokens_per_second and input_wait (share of the time) since the last call."""
 
     def evaluation(self, step: int, results: Mapping[str, Any]) -> None:
-        """What `evaluate` returned ("tasks", "modality_gain"), and as "metric" the figure that chooses the best."""
+        """Results of `evaluate` ("tasks", "modality_gain"), and "metric", which selects the best checkpoint."""
 
     def rewind(self, step: int, spike: int) -> None:
-        """After the spike at step `spike` the run goes on from `step`: what was told of later steps does not hold."""
+        """After the spike at step `spike` the run resumes from `step`: discard what was logged for later steps."""
 
     def flush(self) -> None:
-        """Puts everything where it survives the end of the process."""
+        """Makes everything durable, so that it survives the process."""
 
     def close(self) -> None:
-        """Flushes and ends."""
+        """Flushes and closes."""
 
 
 class Silent:
-    """Takes everything and does nothing: the base of the loggers below."""
+    """Does nothing: the base class of the loggers below."""
 
     def compiling(self, step, seconds):
         pass
@@ -80,11 +80,11 @@ class JsonLines(Silent):
     Lines: {"step": 10, "loss": ..., "loss/next_token": ..., "gradient_norm": ...},
     {"step": 100, "metric": ..., "evaluation": {task: {measure: value}}, "modality_gain": {...}}, and
     {"step": 10, "seconds": ..., "tokens_per_second": ..., "input_wait": ...}. A value that is not finite is null.
-    After a rewind from step 57 to 50 there is {"step": 51, "rewound_from": 57} in the place of the lines of 51 to 57.
+    After a rewind from step 57 to 50, {"step": 51, "rewound_from": 57} replaces the lines of steps 51 to 57.
 
     Args:
         workdir: the run folder.
-        step: the run continues after this step: what later lines an interrupted run left are removed.
+        step: the run continues after this step; later lines from an interrupted run are removed.
     """
 
     def __init__(self, workdir: Path, step: int):
@@ -106,7 +106,7 @@ class JsonLines(Silent):
     def rewind(self, step, spike):
         self.close()
         self._open(step)
-        # With the next step's number: a run that is started again from `step` comes to this point again.
+        # Numbered as the next step, so that a run resumed from `step` keeps the line.
         self._write("metrics", {"step": step + 1, "rewound_from": spike})
 
     def flush(self):
@@ -124,7 +124,7 @@ class JsonLines(Silent):
             path = self._workdir / f"{name}.jsonl"
             last = truncate(path, step)
             if name == "metrics":
-                # A process that was killed when it had told an evaluation may not have come to save that it had.
+                # A process killed after logging an evaluation may not have saved the fact.
                 self._evaluated = step if _step(last) == step and b'"evaluation"' in last else None
             self._files[name] = path.open("a", encoding="utf-8")
 
@@ -135,7 +135,7 @@ class JsonLines(Silent):
 
 
 def truncate(path: Path, step: int) -> bytes:
-    """Removes lines of steps after `step`, and whatever is no whole line, from a file of JSON lines; the last left."""
+    """Removes lines after `step` and incomplete lines from a file of JSON lines; returns the last remaining line."""
     if not path.exists():
         return b""
     with path.open("rb") as file:
@@ -164,7 +164,7 @@ def _step(line: bytes) -> float:
 
 
 class Terminal(Silent):
-    """Progress on stderr: a bar on a terminal, elsewhere a line every `seconds`."""
+    """Progress on stderr: a bar on a terminal, otherwise a line every `seconds`."""
 
     def __init__(self, step: int, steps: int, seconds: float = 10.0):
         self._console = Console(stderr=True, highlight=False)
@@ -182,7 +182,7 @@ class Terminal(Silent):
         self._console.print(said, soft_wrap=True)
 
     def step(self, step, loss):
-        if self._first is None:  # time is counted from the first step on, which compiles
+        if self._first is None:  # start timing after the first step, which compiles
             self._first, self._begin = step, time.monotonic()
         figures = f"loss {loss:.4f}{self._speed}"
         if self._bar:
@@ -203,7 +203,7 @@ class Terminal(Silent):
 
     def rewind(self, step, spike):
         self._first = None
-        self._console.print(f"step {spike}: the loss spiked; back to step {step}, on with later data", soft_wrap=True)
+        self._console.print(f"step {spike}: loss spike; back to step {step}, skipping data", soft_wrap=True)
 
     def close(self):
         if self._bar:

@@ -1,4 +1,4 @@
-"""Training, from an experiment and a folder to an outcome; the loop itself is in `trainer.py`."""
+"""Trains an experiment in a run folder; the loop itself is in `trainer.py`."""
 
 import contextlib
 import shutil
@@ -29,20 +29,20 @@ def train(
     begun: float | None = None,
     code: Code = "run",
 ) -> Outcome:
-    """Trains, or resumes where the last call with this folder ended, was stopped or was killed.
+    """Trains, or resumes where the last call with this folder ended, stopped or was killed.
 
     Args:
-        experiment: what to do.
-        workdir: the run folder; made if it does not exist.
-        loggers: from (workdir, step begun from, steps) to the loggers; by default terminal, JSON lines and TensorBoard.
-            Of several processes only the first has any.
-        begun: when the work for this call began, in seconds since 1970, to be counted as starting up; now by default.
-        code: whether a run that is resumed keeps the user's classes that it began with, from its own copies of their
-            files, or takes those of the files as they are now.
+        experiment: the experiment to train.
+        workdir: the run folder; created if missing.
+        loggers: maps (workdir, start step, steps) to loggers; default: terminal, JSON lines and TensorBoard. Only
+            process 0 has loggers.
+        begun: when the work for this call began, in seconds since the epoch, to account for startup time; default: now.
+        code: for a resumed run, "run" keeps the user classes that it started with, "current" loads them from the files
+            as they are now.
 
     Raises:
-        Diverged: if too many steps in a row were not finite, or the loss spiked too often.
-        UserError: if the folder is another experiment's, data or settings are at fault, or the disk is full.
+        Diverged: too many consecutive non-finite steps, or too many loss spikes.
+        UserError: the folder belongs to a different experiment, data or settings are invalid, or the disk is full.
     """
     workdir, settings = local(workdir), experiment.train
     enable_cache()
@@ -61,7 +61,7 @@ def train(
         try:
             outcome = trainer.run()
         except UserError:
-            refused = new and trainer.done == 0 and jax.process_index() == 0  # there is nothing to resume
+            refused = new and trainer.done == 0 and jax.process_index() == 0  # nothing to resume
             raise
         finally:
             for line in resuming.unsaved(trainer.saved, trainer.done) if jax.process_index() == 0 else ():
@@ -72,7 +72,7 @@ def train(
 
 
 def default_loggers(workdir: Path, step: int, steps: int) -> list[Logger]:
-    """Those of the command line."""
+    """The loggers of the command line."""
     from polygpt.training.tensorboard import TensorBoard  # imports PyTorch, which takes seconds
 
     return [Terminal(step, steps), JsonLines(workdir, step), TensorBoard(workdir, step)]

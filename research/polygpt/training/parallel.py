@@ -1,4 +1,4 @@
-"""The pure step on one device, on rows split over many by pmap, or on any mesh: wrappers with the same results."""
+"""Runs the pure step on one device, data-parallel by pmap, or on any mesh, with the same results."""
 
 import dataclasses
 from collections.abc import Callable
@@ -16,23 +16,23 @@ from polygpt.sharding import Layout, MeshSpec, rows_unit
 from polygpt.spec import counted
 
 AXIS = "data"
-"""The axis over which pmap splits rows."""
+"""The axis over which pmap splits the batch."""
 
 Mode = Literal["single", "pmap", "sharded"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Parallel:
-    """A way to run the step; `build` makes one.
+    """A way to run the step; made by `build`.
 
     Attributes:
         mode: its name.
-        devices: those that take part.
-        rows: how many parts the rows are split into.
-        data_shards: how many groups of processes read rows of their own: processes whose devices hold the same rows
-            read the same.
-        data_shard: which of them this process belongs to.
-        layout: the mesh, where the mode is "sharded".
+        devices: the devices used.
+        rows: number of shards of the batch axis.
+        data_shards: number of process groups that read different rows; processes whose devices hold the same rows read
+            the same data.
+        data_shard: index of this process's group.
+        layout: the mesh, if the mode is "sharded".
         axes: the names of the parameters' axes, `Model.axes()`.
     """
 
@@ -45,16 +45,15 @@ class Parallel:
     axes: Any
 
     def compile(self, make_step: Callable, initial: Callable) -> Callable:
-        """A compiled step. The state that it is given is donated: it is gone afterwards.
+        """The compiled step. It donates its input state, which is invalid afterwards.
 
         Args:
-            make_step: a function of `reduce` and `shard` that makes a step.
-            initial: gives the state before the first step.
+            make_step: builds a step from `reduce` and `shard`.
+            initial: returns the state before the first step.
         """
         if self.mode == "pmap":
             step = make_step(reduce=lambda tree: jax.lax.psum(tree, AXIS), shard=lambda: jax.lax.axis_index(AXIS))
-            # The state goes in and comes out whole (axis None): pmap is jit with shard_map inside and keeps it on every
-            # device.
+            # The state is replicated (axis None): pmap is jit of shard_map and keeps a copy on every device.
             axes = {"in_axes": (None, 0), "out_axes": (None, None)}
             return jax.pmap(step, AXIS, donate_argnums=0, devices=self.devices, **axes)
         step = make_step()
@@ -66,15 +65,15 @@ class Parallel:
             with sharding.using(self.layout):
                 return step(state, batch)
 
-        # One program sees the whole batch; the compiler splits it and puts in what the devices have to tell each other.
+        # One program sees the whole batch; the compiler partitions it and inserts the collectives.
         return jax.jit(split_step, out_shardings=(self.places(initial), self.layout.replicated()), **options)
 
     def create(self, initial: Callable) -> Any:
-        """The state that `initial()` gives, made where it lies."""
+        """The state from `initial()`, created with its final sharding."""
         return jax.jit(initial, out_shardings=self.places(initial))()
 
     def abstract(self, initial: Callable) -> Any:
-        """Shapes, dtypes and places of what `create` would give."""
+        """Shapes, dtypes and shardings of the result of `create`."""
         return jax.tree.map(
             lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
             jax.eval_shape(initial),
@@ -82,7 +81,7 @@ class Parallel:
         )
 
     def places(self, initial: Callable) -> Any:
-        """Where every leaf of the state lies."""
+        """The sharding of every leaf of the state."""
         shapes = jax.eval_shape(initial)
         if self.layout is None:
             whole = SingleDeviceSharding(self.devices[0]) if self.mode == "single" else self._over_rows(())
@@ -90,7 +89,7 @@ class Parallel:
         return places(shapes, self.axes, self.layout)
 
     def of_all(self, state: Any) -> Any:
-        """A state that all processes know to be one: a pmap that was not compiled before gives each its own copies."""
+        """The state as global arrays: a pmap that was not compiled ahead of time returns process-local copies."""
         if self.mode != "pmap" or jax.process_count() == 1:
             return state
 
@@ -101,18 +100,18 @@ class Parallel:
         return jax.tree.map(joined, state)
 
     def put(self, batch: Batch) -> Batch:
-        """A batch of this data shard's rows, of NumPy arrays, to where the step wants it."""
+        """Moves a NumPy batch with this data shard's rows to the devices, sharded for the step."""
         if self.mode == "single":
             return jax.device_put(batch, self.devices[0])
         if self.mode == "pmap":
-            # [devices, rows of each, ...]: those of this process's devices are here.
+            # [devices, rows per device, ...], for this process's devices.
             local = self.rows // self.data_shards
             split = jax.tree.map(lambda x: x.reshape(local, -1, *x.shape[1:]), batch)
             return jax.tree.map(lambda x: jax.make_array_from_process_local_data(self._over_rows(AXIS), x), split)
         return jax.tree.map(self._put_rows, batch)
 
     def put_whole(self, batch: Batch) -> Batch:
-        """A batch of all rows, the same in every process, split over the mesh as far as it divides."""
+        """Moves a batch with all rows, equal in every process, to the mesh, split as far as it divides."""
         layout = self.layout
 
         def put(x):
@@ -122,7 +121,7 @@ class Parallel:
         return jax.tree.map(put, batch)
 
     def check(self, batch_size: int, seq_len: int, accumulate: int) -> None:
-        """Raises UserError unless rows, and the positions of each, can be split over the devices and microbatches."""
+        """Raises UserError unless batch and positions can be split over the devices and microbatches."""
         parts = self.rows
         cut = f"split over {counted(parts, 'device')}, {counted(accumulate, 'microbatch', 'microbatches')}"
         if self.layout and (stages := self.layout.size("stages")) > 1:
@@ -134,9 +133,9 @@ class Parallel:
         self.check_seq_len(seq_len, "data.layout.seq_len")
 
     def check_seq_len(self, seq_len: int, field: str) -> None:
-        """Raises UserError, naming the field, unless rows of so many positions can be split over the devices."""
+        """Raises UserError, naming the field, unless sequences of this length can be split over the devices."""
         if self.layout and seq_len % (size := self.layout.size("positions")):
-            raise UserError(f"{field} is {seq_len}: it must be a multiple of {size}, by train.mesh.sequence")
+            raise UserError(f"{field} is {seq_len}: it must be a multiple of {size} (train.mesh.sequence)")
 
     def _over_rows(self, axis) -> NamedSharding:
         spec = PartitionSpec(axis) if axis else PartitionSpec()
@@ -158,16 +157,16 @@ class Parallel:
 
 
 def build(mode: Mode, axes: Any, mesh: MeshSpec | None = None, devices: list | None = None) -> Parallel:
-    """The wrapper of that name.
+    """Builds the wrapper for a mode.
 
     Args:
         mode: "single", "pmap" or "sharded".
         axes: the names of the parameters' axes, `Model.axes()`.
-        mesh: how devices are arranged where the mode is "sharded".
-        devices: all there are, by default; "single" takes the first.
+        mesh: how devices are arranged, for "sharded".
+        devices: default: all devices; "single" uses the first.
 
     Raises:
-        UserError: the mesh does not come out even, or one device is asked for where there are several processes.
+        UserError: the mesh does not divide the devices, or "single" is used with several processes.
     """
     devices = tuple(devices or jax.devices())
     processes = sorted({device.process_index for device in devices})
@@ -180,24 +179,25 @@ def build(mode: Mode, axes: Any, mesh: MeshSpec | None = None, devices: list | N
     groups = sorted({blocks for blocks in _blocks_by_process(layout).values()})
     if sum(map(len, groups)) != layout.size("batch"):
         raise UserError(
-            f"train.mesh ({layout.about()}) gives processes rows that overlap in part: let data and fsdp be multiples "
-            "of the processes, or divide them"
+            f"train.mesh ({layout.about()}) gives processes partially overlapping rows: make data and fsdp "
+            "multiples or divisors of the number of processes"
         )
-    here = _blocks_by_process(layout).get(jax.process_index(), groups[0])  # planned devices are of no process
+    here = _blocks_by_process(layout).get(jax.process_index(), groups[0])  # planned devices belong to no process
     return Parallel(mode, devices, layout.size("batch"), len(groups), groups.index(here), layout, axes)
 
 
 def require_many(mode: str, processes: int) -> None:
-    """Raises UserError if so many processes cannot train in this mode."""
+    """Raises UserError if this mode does not support that many processes."""
     if mode == "single" and processes > 1:
-        raise UserError(f"train.parallel is 'single', and there are {processes} processes: choose 'sharded'")
+        raise UserError(f"train.parallel is 'single', but there are {processes} processes: choose 'sharded'")
 
 
 def places(state: Any, axes: Any, layout: Layout) -> Any:
-    """Where every leaf of a state lies: parameters by the names of their axes, and what mirrors one beside it.
+    """The sharding of every leaf of a state: parameters by the names of their axes, optimizer state like its parameter.
 
-    A leaf of the optimizer belongs to the parameter whose path its own ends with. Of the parameter's shape it is split
-    like it; short of one axis, as a factored moment is (Adafactor, 1804.04235, section 3), like the axes that are left.
+    An optimizer leaf belongs to the parameter whose path is a suffix of its own path. If it has the parameter's shape,
+    it is split the same way; if it lacks one axis, like a factored moment (Adafactor, 1804.04235, section 3), it is
+    split like the remaining axes.
     """
     named = {}
     for path, names in jax.tree_util.tree_flatten_with_path(axes, is_leaf=lambda leaf: isinstance(leaf, tuple))[0]:
@@ -219,12 +219,12 @@ def places(state: Any, axes: Any, layout: Layout) -> Any:
 
 
 def _keys(path) -> tuple[str, ...]:
-    """The keys of dicts along a path: of a parameter all of them, in an optimizer's state those at its end."""
+    """The dict keys along a path: the full path of a parameter, or the suffix of a path in optimizer state."""
     return tuple(entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey))
 
 
 def _blocks_by_process(layout: Layout) -> dict[int, tuple[int, ...]]:
-    """By process, which parts of the rows its devices hold."""
+    """Batch shards held by each process's devices."""
     parts = layout.size("batch")
     held: dict[int, set[int]] = {}
     for device, (index,) in layout.place(("batch",), (parts,)).devices_indices_map((parts,)).items():

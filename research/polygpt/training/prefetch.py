@@ -1,4 +1,4 @@
-"""Batches on their way to the device, made and sent in a thread while the device computes."""
+"""Prepares batches and sends them to the device in a thread while the device computes."""
 
 import contextlib
 import dataclasses
@@ -15,9 +15,9 @@ from polygpt.errors import UserError
 from polygpt.sequence import Batch
 
 GRACE = 10.0
-"""Seconds that a source has to give up what it is reading when the run ends."""
+"""Seconds that a source has to finish reading when the run ends."""
 POLL = 0.2
-"""Seconds between questions whether to go on waiting for a batch."""
+"""Seconds between checks whether to keep waiting for a batch."""
 log = logging.getLogger(__name__)
 
 
@@ -26,11 +26,11 @@ class Fed:
     """A batch on the device.
 
     Attributes:
-        batch: where the step wants it.
-        state: the iterator's state right after this batch, whatever has been fetched ahead since.
-        examples: which examples are in it, where they are logged; see `TrainBatches.last_examples`.
-        tokens: positions of this process that are not padding.
-        waited: seconds for which the loop had to wait for it.
+        batch: placed as the step expects it.
+        state: the iterator's state right after this batch, regardless of prefetched batches.
+        examples: its examples, if they are logged; see `TrainBatches.last_examples`.
+        tokens: non-padding positions in this process.
+        waited: seconds that the loop waited for it.
     """
 
     batch: Batch
@@ -41,13 +41,13 @@ class Fed:
 
 
 class Prefetch:
-    """Keeps `ahead` batches ready.
+    """Keeps up to `ahead` batches ready.
 
     Args:
-        batches: an iterator with `get_state()`, `last_examples` and `close()`; from now on it belongs to the thread.
+        batches: an iterator with `get_state()`, `last_examples` and `close()`; owned by the thread from here on.
         put: sends a NumPy batch to the device.
-        check: is called with every batch; what it raises reaches whoever takes that batch.
-        ahead: how many batches are made in advance.
+        check: called with every batch; its exceptions propagate to the caller who takes that batch.
+        ahead: number of batches to prepare in advance.
     """
 
     def __init__(self, batches: Iterator[Batch], put: Callable, check: Callable[[Batch], None], ahead: int = 2):
@@ -58,7 +58,7 @@ class Prefetch:
         self._thread.start()
 
     def take(self, stop: Callable[[], bool] = lambda: False) -> Fed | None:
-        """The next batch, or None if `stop()` is true before it is there. Raises what the iterator or check raised."""
+        """The next batch, or None if `stop()` becomes true first. Raises what the iterator or check raised."""
         begin = time.perf_counter()
         while True:
             with contextlib.suppress(queue.Empty):
@@ -72,19 +72,19 @@ class Prefetch:
 
     @property
     def ready(self) -> bool:
-        """Whether the next batch is there."""
+        """Whether the next batch is ready."""
         return not self._ready.empty()
 
     def close(self) -> bool:
-        """Ends the thread and the iterator's workers; True if the iterator is free to be used again.
+        """Ends the thread and the iterator's workers; True if the iterator may be used again.
 
-        A source that hangs is left behind with its thread, and with the iterator, which stays this thread's.
+        A source that hangs is abandoned, along with its thread and the iterator, which that thread still owns.
         """
         self._stop.set()
         deadline = time.monotonic() + GRACE
-        while self._thread.is_alive():  # it may wait for room
+        while self._thread.is_alive():  # it may be waiting for room in the queue
             if time.monotonic() > deadline:
-                log.warning("the data have not given their next batch for %.0f s: they are left as they are", GRACE)
+                log.warning("the data source did not yield its next batch within %.0f s: abandoning it", GRACE)
                 return False
             with contextlib.suppress(queue.Empty):
                 self._ready.get(timeout=0.05)
@@ -100,6 +100,6 @@ class Prefetch:
                 self._ready.put(Fed(self._put(batch), state, examples, tokens))
                 if self._stop.is_set():
                     return
-            raise UserError("the training data came to an end: a training iterator must be endless")
-        except BaseException as error:  # for whoever takes the next batch
+            raise UserError("the training data ended: a training iterator must be endless")
+        except BaseException as error:  # raised in the next `take`
             self._ready.put(error)

@@ -1,4 +1,5 @@
-"""The run that a preset is planned and tried with: its model on the embedded data, in long rows and large batches."""
+"""The experiment used to plan and try a preset: its model on the embedded data, with long sequences and large
+batches."""
 
 from polygpt.data.layout import LayoutSpec
 from polygpt.data.loader import DataSpec, Task
@@ -16,16 +17,16 @@ def pretraining(
 ) -> Experiment:
     """An experiment with the preset called `name`.
 
-    The data come with the package, so that it runs anywhere; its bytes as tokens fill the table that a subword
-    tokenizer needs, so that cost and memory are those of the real thing. Exchange `data` and `tokenizer` for your own.
+    The data come with the package, so it runs anywhere. The byte vocabulary is padded to the size of a subword
+    vocabulary, so cost and memory are realistic. Replace `data` and `tokenizer` with your own.
 
     Args:
-        name: of the preset.
-        seq_len: T, positions of a row.
-        batch_size: B of the global batch.
-        steps: batches.
-        peak_lr: the learning rate after warm-up.
-        mesh: how devices are arranged; by default that is chosen automatically.
+        name: name of the preset.
+        seq_len: T, positions per row.
+        batch_size: B, of the global batch.
+        steps: number of training steps.
+        peak_lr: learning rate after warm-up.
+        mesh: how devices are arranged; default: chosen automatically.
     """
     size = preset(name)
     tasks = {"text": Task(Embedded("text"))}

@@ -1,4 +1,4 @@
-"""The program that an experiment trains by, on given devices: what the loop runs and what a planner compiles."""
+"""The training program of an experiment on given devices: the loop runs it, the planner compiles it."""
 
 import dataclasses
 import functools
@@ -27,14 +27,14 @@ class Program:
     """See `assemble`.
 
     Attributes:
-        experiment: what it was made from.
+        experiment: the experiment it implements.
         model: the bound model.
-        shapes: of its parameters.
-        recipe: what the step needs to know.
+        shapes: parameter shapes.
+        recipe: inputs of the step.
         transformation: the optimizer.
-        parallel: how it runs.
-        reason: why so, if that was chosen here ("auto").
-        notes: what the mesh asks for and the model cannot give.
+        parallel: how the step is parallelised.
+        reason: why that mode was chosen, for "auto".
+        notes: requests of the mesh that the model cannot meet.
     """
 
     experiment: Experiment
@@ -47,11 +47,11 @@ class Program:
     notes: tuple[str, ...] = ()
 
     def initial(self) -> Any:
-        """The state before the first step; to be compiled."""
+        """The state before the first step; compile it."""
         return _create(self.experiment, self.model, self.transformation)
 
     def about(self) -> str:
-        """The model's size, where it runs and why there, and how its parameters are trained."""
+        """Model size, devices and the reason for them, and how parameters are trained."""
         count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.model.traits) if leaf.trained)
         runs, layout = self.parallel, self.parallel.layout
         place = f"{len(runs.devices)} x {runs.devices[0].device_kind}, {runs.mode}"
@@ -68,7 +68,7 @@ class Program:
 
     @functools.cached_property
     def evaluated(self) -> Model:
-        """The model as evaluation is to compute it: on the mesh that it is trained on."""
+        """The model for evaluation, on the training mesh."""
         return self.model.on(self.parallel.layout)
 
     @functools.cached_property
@@ -77,11 +77,11 @@ class Program:
         return self.parallel.compile(lambda **wiring: make_step(self.recipe, **wiring), self.initial)
 
     def ready(self, state: Any, batch: Any) -> Callable:
-        """The step, compiled for these arguments in every process before any of them goes on.
+        """The step, compiled for these arguments in every process before any process continues.
 
-        The first exchange between processes on CPUs waits half a minute for the last of them (Gloo), which may well
-        compile longer than the others. A pmap that is compiled so takes and gives arrays that span all processes, as
-        `Parallel` makes them.
+        On CPUs the first collective (Gloo) times out after 30 seconds, and one process may compile that much longer
+        than another. A pmap compiled ahead of time takes and returns arrays that span all processes, as `Parallel`
+        makes them.
         """
         if jax.process_count() == 1:
             return self.step
@@ -96,24 +96,24 @@ def assemble(
     devices: Sequence[jax.Device] | None = None,
     memory: int | None = None,
 ) -> Program:
-    """Nothing is allocated, and devices need not be there: those of `topology.devices` will do.
+    """Builds the program. Allocates nothing; devices may be virtual, as from `topology.devices`.
 
     Args:
-        experiment: what to train.
-        vocabulary: V, of its tokenizer.
-        devices: all there are by default.
-        memory: bytes of each, for `train.parallel="auto"`; by default all processes ask theirs.
+        experiment: the experiment to train.
+        vocabulary: V, the tokenizer's vocabulary size.
+        devices: default: all devices.
+        memory: bytes per device, for `train.parallel="auto"`; default: measured in all processes.
 
     Raises:
-        UserError: rows, positions or blocks cannot be divided as the mesh asks, an axis of the mesh that is to split
-            parameters splits none, or a held-out task changes parameters of the model.
+        UserError: the mesh does not divide the batch, the positions or the blocks; a mesh axis meant to split
+            parameters splits none; or a held-out task changes the shapes of parameters.
     """
     optim, train, layout = experiment.optim, experiment.train, experiment.data.layout
     model = bind(experiment.model, vocabulary)
     shapes = model.abstract()
     transformation = optim.build(model.traits, train.steps, model.growth)
     mode, mesh, reason = train.parallel, train.mesh, None
-    spare = devices is None and jax.process_count() == 1  # this machine's own devices: better some idle than an error
+    spare = devices is None and jax.process_count() == 1  # on local devices, leave some idle rather than fail
     devices = list(devices or jax.devices())
     if mode == "auto" and len(devices) == 1:
         mode = "single"
@@ -135,7 +135,7 @@ def assemble(
     runs = parallel.build(mode, model.axes(), mesh, devices)
     runs.check(experiment.data.batch_size, layout.seq_len, optim.accumulate)
     for name, task in experiment.evaluation.tasks.items():
-        conditions.model_of(name, task, model)  # what cannot be evaluated is refused before it is trained
+        conditions.model_of(name, task, model)  # fail before training if evaluation is impossible
         runs.check_seq_len(task.seq_len or layout.seq_len, f"evaluation.tasks.{name}.seq_len")
     notes = ()
     if runs.layout:
@@ -150,22 +150,22 @@ def assemble(
 
 
 def _require_splits(layout: Layout, shapes: Any, axes: Any) -> None:
-    """Raises UserError if a mesh axis is to split parameters by the layout's table, and none of theirs comes out even.
+    """Raises UserError if a mesh axis should split parameters by the layout's rules, but divides none of them.
 
-    What such an axis does not split is computed by each of its devices once more.
+    Computation on such an axis would be replicated on each of its devices.
     """
     wanted = {axis for name in jax.tree.leaves(axes) for axis in layout.names(name)}
     places = jax.tree.leaves(sharding.tree(layout, shapes, axes))
     split = set(jax.tree.leaves([tuple(place.spec) for place in places]))
     if idle := sorted(wanted - split):
         raise UserError(
-            f"train.mesh.{idle[0]} is {layout.mesh.shape[idle[0]]}, and it divides no axis of any parameter: choose a "
+            f"train.mesh.{idle[0]} is {layout.mesh.shape[idle[0]]}, which divides no axis of any parameter: choose a "
             "divisor of the model's heads and widths"
         )
 
 
 def _undivided_heads(layout: Layout, experiment: Experiment) -> tuple[str, ...]:
-    """A line for each stack whose heads the mesh does not divide: its other widths may still be split."""
+    """One line per stack whose heads the mesh does not divide; its other widths may still be split."""
     stacks = {"model.decoder": experiment.model.decoder}
     for name, adapter in experiment.model.adapters.items():
         if getattr(adapter, "tower", None) is not None:
@@ -175,7 +175,7 @@ def _undivided_heads(layout: Layout, experiment: Experiment) -> tuple[str, ...]:
         heads = getattr(stack.attention, "heads", None)
         if heads and heads % parts:
             axes = ", ".join(f"train.mesh.{axis}" for axis in layout.names("heads"))
-            lines.append(f"{name}: {axes} {parts} does not divide its {heads} heads: each device computes all of them")
+            lines.append(f"{name}: {axes} {parts} does not divide its {heads} heads: every device computes all heads")
     return tuple(lines)
 
 

@@ -1,4 +1,4 @@
-"""Random keys are derived, never stored: from the seed, the step and what they are for."""
+"""Random keys are derived from the seed, the step and their purpose; never stored."""
 
 import jax
 
@@ -9,5 +9,5 @@ DROPOUT = 1
 
 
 def derive(seed: int, step, purpose: int) -> jax.Array:
-    """The key of one purpose at one step; `step` may be traced."""
+    """The key for one purpose at one step; `step` may be traced."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), purpose), step)

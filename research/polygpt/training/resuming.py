@@ -1,4 +1,4 @@
-"""What a person is told when a run is resumed: from where, that it is finished, that its learning rate jumps."""
+"""Messages about resuming a run: where it resumes, whether it is finished, jumps of the learning rate."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,42 +13,42 @@ from polygpt.training.loggers import last_step
 
 
 def lost(workdir: Path, done: int, spec: CheckpointSpec) -> list[str]:
-    """A line for a person if the process before had come further than what was saved.
+    """A message if the previous process got further than the last checkpoint.
 
     Args:
-        workdir: the run folder; its goodput.jsonl and metrics.jsonl tell how far that was.
-        done: steps that the checkpoint has taken; 0 without one.
+        workdir: the run folder, with goodput.jsonl and metrics.jsonl.
+        done: step of the checkpoint; 0 without one.
         spec: when checkpoints are written.
     """
     reached = max((line["step"] for line in goodput.read(workdir / "goodput.jsonl")[-1:]), default=0)
     reached = max(reached, last_step(workdir / "metrics.jsonl"))
     if reached <= done:
         return []
-    saved = f"the last checkpoint is of step {done}" if done else "there was no checkpoint yet"
-    rhythm = f"train.checkpoint.every {spec.every}"
+    saved = f"the last checkpoint is at step {done}" if done else "there was no checkpoint yet"
+    interval = f"train.checkpoint.every {spec.every}"
     if spec.every_minutes is not None:
-        rhythm += f", every_minutes {spec.every_minutes:g}"
+        interval += f", every_minutes {spec.every_minutes:g}"
     steps = f"{counted(reached - done, 'step')} ({done + 1} to {reached})"
-    return [f"{steps} lost, to be taken again: {saved} ({rhythm})"]
+    return [f"{steps} lost and will be repeated: {saved} ({interval})"]
 
 
 def unsaved(saved: int, done: int) -> list[str]:
-    """A line for a person when a process ends with steps that are not saved."""
+    """A message if a process ends with unsaved steps."""
     if done <= saved:
         return []
-    kept = f"goes on from step {saved}" if saved else "begins anew"
+    kept = f"resumes at step {saved}" if saved else "starts over"
     return [f"{counted(done - saved, 'step')} ({saved + 1} to {done}) not saved: the same command {kept}"]
 
 
 def about(experiment: Experiment, workdir: Path, done: int, finished: bool, config: Mapping[str, Any]) -> list[str]:
-    """Lines for a person.
+    """Messages about a resumed run.
 
     Args:
-        experiment: as it is trained now.
+        experiment: the experiment as it is now.
         workdir: the run folder.
-        done: steps that the checkpoint has taken, at least one.
-        finished: whether there is nothing left to train.
-        config: JSON data of the experiment as it was when the checkpoint was written.
+        done: step of the checkpoint, at least 1.
+        finished: whether training is complete.
+        config: JSON data of the experiment at the time of the checkpoint.
     """
     train, optim = experiment.train, experiment.optim
     planned, given = config["train"]["steps"], config["optim"]
@@ -57,12 +57,12 @@ def about(experiment: Experiment, workdir: Path, done: int, finished: bool, conf
     )
 
     def jump(optim: Optim, steps: int) -> tuple[float, float] | None:
-        """The rate of the last step, as it was and as it would be now; None where they are the same."""
+        """The learning rate at the last step, before and now; None if they are equal."""
         was, now = (float(rate(done - 1)) for rate in (before, optim.learning_rate(steps)))
         return (was, now) if abs(now - was) > 0.01 * abs(was) else None
 
     def remedy(steps: int) -> str:
-        """The options without a jump."""
+        """Options that avoid the jump."""
         spans = [span for span in (planned, given.get("schedule_steps")) if span]
         rises = max(1, (steps - done) // 10)
         kept = [span for span in spans if not jump(optim.replace(schedule_steps=span, rewarm=None), steps)]
@@ -70,27 +70,27 @@ def about(experiment: Experiment, workdir: Path, done: int, finished: bool, conf
         said = [f"--optim.schedule_steps {span} keeps the learning rate" for span in kept[:1]]
         for span in risen[:1]:
             said.append(
-                f"--optim.schedule_steps {span} --optim.rewarm {rises} goes to the new schedule in {rises} steps"
+                f"--optim.schedule_steps {span} --optim.rewarm {rises} warms up to the new schedule in {rises} steps"
             )
         return "; ".join(said)
 
     if finished and done < train.steps:
-        return [f"{workdir} stopped early at step {done}, by train.patience: --train.patience null goes on"]
+        return [f"{workdir} stopped early at step {done} by train.patience: --train.patience null continues it"]
     if finished:
         more = f"--train.steps {2 * done}"
         if jump(optim.replace(schedule_steps=None, rewarm=None), 2 * done):
             more += f" ({remedy(2 * done)})"
         return [
-            f"{workdir} is finished, at step {done}: polygpt evaluate {workdir}, polygpt report {workdir}, "
-            f"or more steps: {more}"
+            f"{workdir} finished at step {done}: polygpt evaluate {workdir}, polygpt report {workdir}, "
+            f"or train longer: {more}"
         ]
-    lines = [f"goes on from step {done} in {workdir}"]
+    lines = [f"resuming at step {done} in {workdir}"]
     if rates := jump(optim, train.steps):
-        cause = f"train.steps was {planned} and is {train.steps}: {type(optim.schedule).__name__} is stretched over it"
+        cause = f"train.steps was {planned} and is now {train.steps}, which stretches {type(optim.schedule).__name__}"
         if optim.schedule_steps is not None:
-            cause = f"optim.schedule_steps was {given.get('schedule_steps')} and is {optim.schedule_steps}"
+            cause = f"optim.schedule_steps was {given.get('schedule_steps')} and is now {optim.schedule_steps}"
         lines.append(
-            f"{cause}, so the learning rate at step {done} goes from {rates[0]:.3g} to {rates[1]:.3g}: "
+            f"{cause}, so the learning rate at step {done} jumps from {rates[0]:.3g} to {rates[1]:.3g}: "
             f"{remedy(train.steps)}"
         )
     return lines

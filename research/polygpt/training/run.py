@@ -1,4 +1,4 @@
-"""A trained model from its run folder."""
+"""Opens a trained model from its run folder."""
 
 import dataclasses
 import json
@@ -32,10 +32,10 @@ class Run:
     """A trained model.
 
     Attributes:
-        experiment: what it was trained by.
-        model: its functional form.
-        tokenizer: its tokenizer.
-        params: its parameters, on the first device or over all; the moving average where the experiment keeps one.
+        experiment: the experiment that trained it.
+        model: the functional model.
+        tokenizer: the tokenizer.
+        params: parameters, on the first device or sharded over all; the moving average if the experiment keeps one.
         step: the checkpoint's step.
         workdir: the run folder.
     """
@@ -67,25 +67,25 @@ def open_run(
 
     Args:
         workdir: the folder.
-        checkpoint: the one with the best metric, or the latest; without evaluations on the way, both are the latest.
-            By default what the experiment's train.use says. If it is damaged, the newest that is not takes its place,
-            and the log says so.
-        spread: over all devices, as it was trained, where its train.parallel is sharded or auto. Of several processes
-            all have to open it, and to do the same with it.
-        code: whether the user's classes are those that it was trained by, or those of their files as they are now.
+        checkpoint: "best" by metric, or "latest"; without evaluations during training both are the latest. Default: the
+            experiment's train.use. If that checkpoint is damaged, the newest intact one is used, with a warning.
+        spread: shard the model over all devices, as in training, if train.parallel is sharded or auto. Collective: all
+            processes must open the run and make the same calls.
+        code: "run" loads user classes from the run's own copies of their files, "current" from the files as they are
+            now.
 
     Raises:
-        UserError: if it is no run folder, has no complete checkpoint, or none that can be read; it names them all.
+        UserError: not a run folder, no complete checkpoint, or no readable one; names them all.
     """
     workdir = Path(workdir)
     experiment = load_experiment(workdir, code)
     folder = (workdir / "checkpoints").absolute()
     found = _finite(folder)
-    if spread:  # all choose from what the first has found
+    if spread:  # all processes choose from what process 0 found
         seen = agree("checkpoints to open", json.dumps([dataclasses.astuple(record) for record in found]))
         found = [Record(*record) for record in json.loads(seen)]
     if not found:
-        raise UserError(f"{workdir} has no complete checkpoint: continue it with polygpt train")
+        raise UserError(f"{workdir} has no complete checkpoint: resume it with polygpt train")
     use = checkpoint or experiment.train.use
     chosen = (best(found, experiment.train.better) if use == "best" else None) or found[-1]
     tokenizer = experiment.tokenizer.build()
@@ -105,24 +105,24 @@ def open_run(
         params, said = _read(place, target, averaged, spread)
         if not said:
             return Run(experiment, model, tokenizer, params, record.step, workdir)
-        log.warning("checkpoint %s is passed over: %s", place, said)
+        log.warning("skipping checkpoint %s: %s", place, said)
         faults[record.step] = said
-    raise UserError(f"no checkpoint in {folder} can be read ({listed(faults)}): train the run anew, or open another")
+    raise UserError(f"no checkpoint in {folder} can be read ({listed(faults)}): train the run again, or open another")
 
 
 def _finite(folder: Path) -> list[Record]:
-    """The whole checkpoints that can be used, oldest first; what is not whole is named in the log."""
+    """The complete checkpoints, oldest first; logs a warning for each incomplete one."""
     found = []
     for step, record in manifest.survey(folder):
         if isinstance(record, manifest.Damaged):
-            log.warning("checkpoint %s/%d is passed over: %s", folder, step, record)
+            log.warning("skipping checkpoint %s/%d: %s", folder, step, record)
         elif record.finite:
             found.append(record)
     return found
 
 
 def _read(place: Path, target: Any, averaged: bool, spread: bool) -> tuple[Any, str]:
-    """Parameters, and what is wrong with them: "" if nothing. Where they are spread, all processes find the same."""
+    """Parameters and what is wrong with them ("" if nothing). All processes agree on this if `spread`."""
     items = ("ema" if averaged else "params",)
     if spread and (fault := manifest.verified_by_all(place, items)):
         return None, fault
@@ -131,6 +131,6 @@ def _read(place: Path, target: Any, averaged: bool, spread: bool) -> tuple[Any, 
         if not spread:
             manifest.verify(place, items)
         params = read_parameters(place.parent, int(place.name), target, averaged)
-    except Exception as error:  # whatever Orbax raises for a file that does not fit
+    except Exception as error:  # Orbax raises various errors for damaged files
         fault = str(error) if isinstance(error, manifest.Damaged) else first_line(error)
     return params, first_fault(f"opened {place.name}", fault) if spread else fault

@@ -1,4 +1,4 @@
-"""Loss spikes: when a step's loss stands out from those before it, and what becomes of its update."""
+"""Loss spikes: detecting them, and skipping or rewinding the affected updates."""
 
 import dataclasses
 from typing import Any, Literal
@@ -13,13 +13,13 @@ from polygpt.spec import Spec
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """What a step is compared with; a part of the training state.
+    """The recent steps that a step is compared with; part of the training state.
 
     Attributes:
-        recent: float32 [measures, window], those of the last steps that were no spikes, in a ring.
-        entered: int32, how many steps have entered since the window was last begun.
+        recent: float32 [measures, window], a ring buffer of the last steps that were not spikes.
+        entered: int32, steps entered since the window was last reset.
         spikes: int32, spikes so far.
-        in_row: int32, how many of them the last steps were.
+        in_row: int32, consecutive spikes up to the last step.
     """
 
     recent: jax.Array
@@ -30,11 +30,11 @@ class Window:
 
 @dataclasses.dataclass(frozen=True)
 class Rewound:
-    """What was undone; in the data of every checkpoint.
+    """Bookkeeping of rewinds; stored in every checkpoint.
 
     Attributes:
         times: rewinds so far.
-        spikes: spikes that the window at hand has not counted, as they were in what was undone.
+        spikes: spikes in discarded steps, which the current window has not counted.
     """
 
     times: int = 0
@@ -45,25 +45,25 @@ class Rewound:
 class SpikeSpec(Spec):
     """A step is a spike if its loss is `sigmas` standard deviations above the mean of the last `window` steps.
 
-    The update of a spike is left out, so that it leaves no trace in the parameters or in the optimizer's moments.
-    A rewind does what PaLM did by hand (arXiv:2204.02311, section 5.1): training starts again from a checkpoint before
-    the spikes and leaves out the batches seen before and during them. The criterion is the z-score of ZClip
-    (arXiv:2504.02507), here over a window, and one-sided: a fall is no harm.
+    The update of a spike is skipped: it affects neither the parameters nor the optimizer's moments. A rewind automates
+    what PaLM did by hand (arXiv:2204.02311, section 5.1): training restarts from a checkpoint before the spikes and
+    skips the batches seen before and during them. The criterion is the z-score of ZClip (arXiv:2504.02507), here over a
+    window, and one-sided: a drop is harmless.
     """
 
     window: int = 128
-    """Steps that a step is compared with; until so many have been taken nothing is a spike."""
+    """Number of steps that a step is compared with; no spikes are detected until the window is full."""
     sigmas: float = 6.0
-    """Standard deviations above the mean from which on a step is a spike."""
+    """Standard deviations above the mean at which a step becomes a spike."""
     gradient_norm: bool = False
-    """Whether a gradient norm that stands out makes a spike too."""
+    """Whether to detect spikes of the gradient norm as well."""
     action: Literal["skip", "rewind"] = "skip"
-    """What follows `patience` spikes in a row. skip: their level is taken for the new one, the window is begun anew.
-    rewind: back to the last checkpoint, and on with the data after the last spike."""
+    """Response to `patience` consecutive spikes. skip: accept the new level and reset the window. rewind: go back to
+    the last checkpoint and continue with the data after the last spike."""
     patience: int = 10
-    """Spikes in a row after which it follows."""
+    """Consecutive spikes that trigger `action`."""
     rewinds: int = 5
-    """Rewinds after which further ones are an error that ends the run."""
+    """Maximum number of rewinds; the next one fails the run."""
 
     def validate(self):
         self.require(self.window >= 2, "window", "at least 2")
@@ -81,12 +81,12 @@ class SpikeSpec(Spec):
     ) -> tuple[jax.Array, Window]:
         """Whether a step is a spike, and the window after it.
 
-        Only global values go in, and the window is the same everywhere: all devices and processes decide alike.
+        Inputs are global and the window is replicated, so all devices and processes make the same decision.
 
         Args:
             window: the window before the step.
-            loss, gradient_norm: the step's, over the global batch.
-            finite: whether all of the step is finite. If not it is no spike, and the window stays as it is.
+            loss, gradient_norm: of the step, over the global batch.
+            finite: whether the whole step is finite. If not, it is not a spike, and the window is unchanged.
         """
         measures = jnp.stack([loss, gradient_norm])[: 1 + self.gradient_norm].astype(jnp.float32)
         limit = window.recent.mean(axis=1) + self.sigmas * window.recent.std(axis=1)
@@ -95,17 +95,17 @@ class SpikeSpec(Spec):
         recent = jnp.where(enters, window.recent.at[:, window.entered % self.window].set(measures), window.recent)
         in_row = jnp.where(finite, jnp.where(spike, window.in_row + 1, 0), window.in_row)
         entered = window.entered + enters
-        if self.action == "skip":  # or a level that has shifted for good would leave out every update from here on
+        if self.action == "skip":  # otherwise a permanent shift of the level would skip every later update
             entered = jnp.where(in_row >= self.patience, 0, entered)
         return spike, Window(recent, entered, window.spikes + spike, in_row)
 
 
 class Rewinds:
-    """The rewinds of a run: whether one is due, and what was undone.
+    """Tracks the rewinds of a run.
 
     Args:
-        spec: what a spike is; None: there are none.
-        undone: as the checkpoint has it that the run goes on from.
+        spec: when a step is a spike; None for no detection.
+        undone: as stored in the checkpoint that the run resumes from.
     """
 
     def __init__(self, spec: SpikeSpec | None, undone: Rewound = Rewound()):
@@ -114,16 +114,16 @@ class Rewinds:
 
     @property
     def due(self) -> bool:
-        """Whether the loop has to go back."""
+        """Whether the loop must rewind."""
         return self._spiked is not None
 
     def see(self, step: int, place: Any, metrics: dict[str, float]) -> None:
-        """Notes if a rewind is due after a step, and completes its metrics by what was before the last rewind.
+        """Records whether a rewind is due after a step, and adds the counts from before the last rewind to its metrics.
 
         Args:
-            step: its number.
-            place: in the data, after its batch.
-            metrics: its own; "spikes" and "rewinds" become those of the whole run.
+            step: the step.
+            place: position in the data after its batch.
+            metrics: of the step; updated in place: "spikes" and "rewinds" become totals of the whole run.
         """
         if self.spec is None:
             return
@@ -133,7 +133,7 @@ class Rewinds:
         metrics["rewinds"] = float(self.undone.times)
 
     def begin(self) -> tuple[int, Any]:
-        """The step of the last spike, and the place in the data after it. Raises Diverged if there were too many."""
+        """The step of the last spike and the position in the data after it. Raises Diverged after too many rewinds."""
         step, place, _ = self._spiked
         if self.undone.times == self.spec.rewinds:
             raise Diverged(
@@ -143,6 +143,6 @@ class Rewinds:
         return step, place
 
     def end(self, spikes: int) -> None:
-        """The loop is back, at a state whose window has counted so many spikes."""
+        """Called after the rewind, with the number of spikes counted by the restored window."""
         lost = self._spiked[2] - spikes
         self.undone, self._spiked = Rewound(self.undone.times + 1, self.undone.spikes + lost), None

@@ -1,4 +1,4 @@
-"""Everything that a training step changes."""
+"""The training state: everything that a step changes."""
 
 import dataclasses
 from typing import Any
@@ -14,16 +14,16 @@ from polygpt.training.spikes import SpikeSpec, Window
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
-    """The state between two steps.
+    """The state between steps.
 
     Attributes:
         step: int32, steps taken.
         params: the model's parameters, float32.
-        opt_state: the optimizer's.
+        opt_state: state of the optimizer.
         ema: exponential moving average of the parameters, or None.
-        skipped: int32, updates left out: loss, gradient or update were not finite, or the loss was a spike.
-        skipped_in_row: int32, how many of the last steps were not finite.
-        window: what spikes of the loss stand out from, or None if nobody looks for them.
+        skipped: int32, skipped updates (non-finite loss, gradient or update, or a loss spike).
+        skipped_in_row: int32, consecutive non-finite steps.
+        window: recent losses for spike detection, or None without it.
     """
 
     step: jax.Array
@@ -36,14 +36,14 @@ class State:
 
     @property
     def averaged(self):
-        """The parameters to evaluate with: the moving average where there is one."""
+        """The parameters for evaluation: the moving average if there is one."""
         return self.params if self.ema is None else self.ema
 
 
 def create(
     model, transformation: optax.GradientTransformation, seed: int, ema: bool, spikes: SpikeSpec | None = None
 ) -> State:
-    """The state before the first step; to be compiled, so that no two leaves share a buffer."""
+    """The state before the first step; compile it, so that no two leaves share a buffer."""
     params = model.init(derive(seed, 0, INIT))
     zero = jnp.zeros((), jnp.int32)
     average, window = params if ema else None, spikes.begin() if spikes else None

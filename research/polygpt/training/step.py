@@ -1,4 +1,4 @@
-"""The one training step, `(state, batch) -> (state, metrics)`: pure, and knowing nothing of devices."""
+"""The training step, `(state, batch) -> (state, metrics)`: pure and independent of devices."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -19,18 +19,18 @@ Step = Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What a step needs to know.
+    """Inputs of the training step.
 
     Attributes:
         model: has `apply(params, batch, key) -> outputs`.
-        objectives: by name, each with its share in the loss.
-        transformation: gradients to updates.
-        learning_rate: by number of updates, to be reported.
-        trainable: a tree like the parameters of bool.
-        seed: of all randomness.
-        accumulate: microbatches; they must divide the rows.
+        objectives: by name, each with its weight in the loss.
+        transformation: maps gradients to updates.
+        learning_rate: by number of updates, for reporting.
+        trainable: a tree of bools with the structure of the parameters.
+        seed: for all randomness.
+        accumulate: number of microbatches; must divide the batch size.
         ema: decay of the moving average of the parameters, or None.
-        spikes: what a spike of the loss is, or None: then nobody looks for them.
+        spikes: when a step counts as a loss spike, or None for no detection.
     """
 
     model: Any
@@ -45,16 +45,16 @@ class Recipe:
 
 
 def make_step(recipe: Recipe, reduce: Callable = lambda tree: tree, shard: Callable = lambda: 0) -> Step:
-    """The step.
+    """Builds the step function.
 
     Args:
-        recipe: what to do.
-        reduce: sums a tree over all holders of rows of the batch; the identity where one program sees all rows.
-        shard: the number of this holder of rows, so that each draws its own dropout.
+        recipe: model, objectives and optimizer.
+        reduce: sums a tree over all shards of the batch; the identity where one program sees the whole batch.
+        shard: index of this shard of the batch, so that each draws different dropout.
 
-    The metrics are float32 scalars: the loss and each objective (means over the global batch by loss weight), the norms
-    of gradient and update, the learning rate, how many updates were left out in all, how many of the last steps were
-    not finite, and where spikes are looked for, how many there were, in all and in a row.
+    The metrics are float32 scalars: the loss and each objective (means over the global batch, weighted by loss weight),
+    gradient and update norms, the learning rate, the total number of skipped updates, the number of consecutive
+    non-finite steps and, with spike detection, the number of spikes, total and consecutive.
     """
 
     def loss(params, batch, key, weights):
@@ -72,7 +72,7 @@ def make_step(recipe: Recipe, reduce: Callable = lambda tree: tree, shard: Calla
 
     def step(state: State, batch: Batch):
         key = jax.random.fold_in(derive(recipe.seed, state.step, DROPOUT), shard())
-        # Normalised by the global weight before the gradient is taken: sums over microbatches and devices are exact.
+        # Normalise by the global weight before taking the gradient: sums over microbatches and devices are then exact.
         weights = reduce({name: objective.weight(batch) for name, (objective, _) in recipe.objectives.items()})
 
         def part(batch, index):
@@ -87,12 +87,12 @@ def make_step(recipe: Recipe, reduce: Callable = lambda tree: tree, shard: Calla
         applied = state.step - state.skipped
         ema = state.ema
         if recipe.ema is not None:
-            # Early averages forget faster, or the initial parameters would linger (as TensorFlow's num_updates does).
+            # Decay faster early on, so that the initial parameters do not linger (like TensorFlow's num_updates).
             decay = jnp.minimum(recipe.ema, (1 + applied) / (10 + applied))
             ema = kept(jax.tree.map(lambda average, p: decay * average + (1 - decay) * p, ema, params), ema)
 
         gradient_norm, update_norm = optax.tree.norm(gradient), optax.tree.norm(updates)
-        # Every quantity here is already global: all devices decide alike.
+        # All quantities are already global, so all devices make the same decision.
         finite = jnp.isfinite(value) & jnp.isfinite(gradient_norm) & jnp.isfinite(update_norm)
         in_row = jnp.where(finite, 0, state.skipped_in_row + 1)
         taken, window = finite, state.window

@@ -1,4 +1,4 @@
-"""How fast steps are: seconds per step, tokens per second, and the share of time spent waiting for input."""
+"""Seconds per step, tokens per second, and the share of time spent waiting for input."""
 
 import time
 
@@ -9,7 +9,7 @@ class Throughput:
     """Counts steps from one `restart` to the next.
 
     Args:
-        data_shards: groups of processes that read rows of their own.
+        data_shards: number of process groups that read different rows.
     """
 
     def __init__(self, data_shards: int):
@@ -17,16 +17,16 @@ class Throughput:
         self._begin: float | None = None
 
     def restart(self) -> None:
-        """Begins to count."""
+        """Starts counting."""
         self._begin, self._steps, self._tokens, self._waited = time.perf_counter(), 0, 0, 0.0
 
     def waited(self, seconds: float) -> None:
-        """The loop has just waited for a batch. It counts now: the step on that batch may end after a `restart`."""
+        """Adds the wait for a batch. Counted immediately, because the step on that batch may end after a `restart`."""
         if self._begin is not None:
             self._waited += seconds
 
     def finished(self, fed: Fed) -> None:
-        """A step on that batch is done. The first of a process, mostly compilation, is not counted."""
+        """Counts a finished step. The first step of a process, mostly compilation, is excluded."""
         if self._begin is None:
             self.restart()
             return
@@ -34,7 +34,7 @@ class Throughput:
         self._tokens += fed.tokens * self._data_shards
 
     def timing(self) -> dict[str, float]:
-        """What loggers are told; {} before a step was counted."""
+        """The values for `Logger.timing`; {} before a step was counted."""
         if self._begin is None or self._steps == 0:
             return {}
         seconds = time.perf_counter() - self._begin

@@ -1,10 +1,10 @@
-"""The training loop: data in, steps, metrics, evaluations and checkpoints out.
+"""The training loop: reads data, runs steps, writes metrics, evaluations and checkpoints.
 
-A run repeats itself to the bit wherever it is cut: every figure in metrics.jsonl is a function of the state and the
-data, and a checkpoint holds both, with the data iterator as it was right after the batch of its step.
+Resuming is bit-exact at any step: every value in metrics.jsonl is a function of the state and the data, and a
+checkpoint stores both, with the state of the data iterator right after the batch of its step.
 
-Where several processes train, each runs this loop and all do the same at the same steps: what they decide by is global.
-The first alone writes figures.
+With several processes, each runs this loop and all do the same at the same steps, because every decision depends on
+global values only. Only process 0 writes metrics.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from polygpt.runtime.watchdog import Watchdog
 from polygpt.training import data_shards, resuming
 from polygpt.training.example_log import example_log
 from polygpt.training.experiment import Experiment
-from polygpt.training.held_out import Standing, measure
+from polygpt.training.held_out import MetricState, measure
 from polygpt.training.loggers import Logger
 from polygpt.training.prefetch import Fed, Prefetch
 from polygpt.training.program import assemble
@@ -45,8 +45,8 @@ class Outcome:
 
     Attributes:
         step: steps taken.
-        finished: False if a signal ended it early; the same call goes on from there.
-        skipped: records left out of the data, by reason.
+        finished: False if a signal ended training early; the same call resumes it.
+        skipped: records skipped in the data, by reason.
     """
 
     step: int
@@ -55,16 +55,16 @@ class Outcome:
 
 
 class Trainer:
-    """A run under way.
+    """A run in progress.
 
     Args:
-        experiment: what to do.
+        experiment: the experiment to train.
         workdir: the run folder.
         loggers: see `loop.train`.
-        interruption: tells when to stop early.
-        clock: counts where the time goes.
-        watchdog: is told of every step.
-        stack: closes what is opened here.
+        interruption: signals when to stop early.
+        clock: accounts for wall-clock time.
+        watchdog: notified of every step.
+        stack: closes the resources opened here.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Trainer:
         self.batches = self._train_batches()
         data_shards.require_same_data(self.batches.get_state()["examples"], experiment.evaluation)
         require_prompts(experiment.evaluation)
-        claim(workdir, experiment, stack)  # not before: a setting or a source that is at fault leaves no folder behind
+        claim(workdir, experiment, stack)  # last, so that invalid settings or sources leave no folder behind
         self.goodput.open()
         self.checkpoints = Checkpoints(workdir / "checkpoints", self.spec.checkpoint, self.spec.better)
         stack.callback(self.checkpoints.close)
@@ -97,7 +97,7 @@ class Trainer:
         if (data := self._restore()) is not None:
             self.batches.set_state(data["batches"])
             self.rewinds = Rewinds(self.spec.spikes, Rewound(**data.get("rewound", {})))
-        self.place = self.batches.get_state()  # after the last batch consumed: the prefetch thread is ahead
+        self.place = self.batches.get_state()  # after the last consumed batch; the prefetch thread is ahead of it
         first = jax.process_index() == 0
         if first:
             print(self.program.about(), file=sys.stderr)
@@ -112,26 +112,26 @@ class Trainer:
             self.loggers.append(self.example_log)
         for logger in self.loggers:
             stack.callback(logger.close)
-        self.checked = False  # whether a batch was, in full
+        self.checked = False  # whether one batch has had the full check
         self.feed = self._prefetch()
         stack.callback(lambda: self.feed.close())
         self.pending: tuple[int, Fed, dict[str, jax.Array]] | None = None
-        self.step: Callable | None = None  # compiled, once there is a batch to compile it for
+        self.step: Callable | None = None  # compiled for the first batch
         self.periodic = Periodic(self.spec.checkpoint.every_minutes)
-        self.begun = 0  # steps that this process has sent to its devices, and batches of evaluations
+        self.begun = 0  # steps and evaluation batches that this process has dispatched to its devices
         self.throughput = Throughput(self.parallel.data_shards)
 
     def run(self) -> Outcome:
-        """Trains up to the last step, or until it is stopped."""
+        """Trains to the last step, or until stopped."""
         if not self._finished():
             self.goodput.begin(self.done)
             self.watchdog.rest()
             self.goodput.switch("other")
-        if self.standing.owed:
-            self._make_up()
+        if self.metric_state.owed:
+            self._rerun_evaluation()
         while not self._finished() and not self.interruption.due(self.begun):
             self._advance()
-        self._settle()  # however the loop ended: a signal may come at any point of it
+        self._flush_metrics()  # a signal may have ended the loop at any point
         if self.rewinds.due:
             self._rewind()
         if self.saved < self.done:
@@ -143,39 +143,39 @@ class Trainer:
         skipped = data_shards.skipped(self.place)
         if skipped and jax.process_index() == 0:
             counts = ", ".join(f"{reason} {count}" for reason, count in sorted(skipped.items()))
-            print(f"records left out: {counts}", file=sys.stderr)
+            print(f"records skipped: {counts}", file=sys.stderr)
         return Outcome(self.done, finished, skipped)
 
     def _advance(self) -> None:
-        """A step, and what is due after it."""
-        self.checkpoints.check()  # others may wait for this process to have written its part
+        """Runs one step and whatever is due after it."""
+        self.checkpoints.check()  # other processes may be waiting for this one to write its part
         if not self.feed.ready:
-            self._settle()  # first what the device is at: what is waited for input is then time in which it idles
+            self._flush_metrics()  # flush first, so that the input wait below is time in which the device is idle
         with self.goodput.doing("input_wait"):
-            # Of several processes none can end before a step that others have begun: they would wait for it.
+            # No process may stop before a step that others have started: they would wait for it.
             fed = self.feed.take(lambda: jax.process_count() == 1 and self.interruption.requested)
         if fed is None:
             return
         self.throughput.waited(fed.waited)
         doing = self.goodput.doing("productive") if self.step else self._compiling()
-        with doing, jax.transfer_guard("disallow"):  # what the step needs is on the device: else there is a mistake
+        with doing, jax.transfer_guard("disallow"):  # all inputs must be on the device already
             if self.step is None:
                 self.step = self.program.ready(self.state, fed.batch)
                 self.state, metrics = processes.first_exchange(self.step, self.state, fed.batch)
             else:
                 self.state, metrics = self.step(self.state, fed.batch)
         self.begun += 1
-        self._settle()  # the step before this one, while this one computes
-        if self.rewinds.due:  # this one's result is dropped, and all processes have begun it
+        self._flush_metrics()  # the previous step, while this one computes
+        if self.rewinds.due:  # drop the result of this step, which all processes have started
             return self._rewind()
         self.done += 1
         self.pending, self.place, self.metric = (self.done, fed, metrics), fed.state, None
         last = self.done == self.spec.steps
         evaluating = bool(self.spec.evaluate_every) and (last or self.done % self.spec.evaluate_every == 0)
-        self.standing.owed = evaluating
+        self.metric_state.owed = evaluating
         saving = self.done % self.spec.checkpoint.every == 0 or self.periodic.due(self.begun)
         if evaluating or saving or last:
-            self._settle()
+            self._flush_metrics()
             if self.rewinds.due:
                 return self._rewind()
             improved = evaluating and self._evaluate()
@@ -183,8 +183,8 @@ class Trainer:
                 self._save()
             self.throughput.restart()
 
-    def _settle(self) -> None:
-        """Fetches the metrics of the pending step and gives them to the loggers."""
+    def _flush_metrics(self) -> None:
+        """Fetches the metrics of the pending step and passes them to the loggers."""
         if self.pending is None:
             return
         (step, fed, metrics), self.pending = self.pending, None
@@ -196,11 +196,11 @@ class Trainer:
         if self.example_log:
             self.example_log.examples(step, fed.examples)
         if step % self.spec.log_every == 0 or step == self.spec.steps:
-            self._tell("metrics", step, metrics)
+            self._log("metrics", step, metrics)
             if timing := self.throughput.timing():
-                self._tell("timing", step, timing)
+                self._log("timing", step, timing)
             self.throughput.restart()
-        self._tell("step", step, metrics["loss"])
+        self._log("step", step, metrics["loss"])
         self.goodput.record(step, least=INTERVAL)
         if metrics["skipped_in_row"] >= self.spec.max_nonfinite:
             self.checkpoints.wait()
@@ -212,34 +212,34 @@ class Trainer:
             )
 
     def _rewind(self) -> None:
-        """Back to the last checkpoint, and on with the data after the last spike.
+        """Goes back to the last checkpoint and continues with the data after the last spike.
 
-        Only to one that was due by `checkpoint.every`: one that a signal or the clock left may not be there in another
-        run of the same experiment.
+        Only checkpoints that were due by `checkpoint.every` count: others, written by time or on a signal, may not exist
+        in another run of the same experiment.
         """
         step, place = self.rewinds.begin()
         self.pending = None
         self.goodput.record(step)
         with self._doing("lost"):
-            if not self.feed.close():  # its thread still reads: what it then draws is nobody's
+            if not self.feed.close():  # its thread still reads; whatever it yields is discarded
                 self.batches = self._train_batches()
-            self.state = None  # the device may not hold two
+            self.state = None  # two states may not fit on the device
             due = (step - 1) // self.spec.checkpoint.every * self.spec.checkpoint.every
             self._restore(before=due + 1)
             self.rewinds.end(int(self.state.window.spikes))
             self.batches.set_state(data_shards.everywhere(place))
             self.place, self.feed = place, self._prefetch()
         self.goodput.back(self.done)
-        self._tell("rewind", self.done, step)
-        if self.standing.owed:
-            self._make_up()
+        self._log("rewind", self.done, step)
+        if self.metric_state.owed:
+            self._rerun_evaluation()
         self.throughput.restart()
 
     def _evaluate(self) -> bool:
-        """Measures the run's metric; True if it is the best so far.
+        """Evaluates the run's metric; True if it is the best so far.
 
-        A signal ends it, and whoever goes on with the run makes up for it. An error leaves a checkpoint of this step,
-        unless other processes would have to take part: they may be stuck.
+        A signal interrupts the evaluation, and the resumed run repeats it. After an error a checkpoint of this step is
+        written, unless that needs other processes, which may be stuck.
         """
         try:
             with self._doing("evaluation"):
@@ -248,28 +248,28 @@ class Trainer:
             return False
         except Exception:
             if jax.process_count() == 1:
-                with contextlib.suppress(Exception):  # the error of the evaluation is the one to know of
+                with contextlib.suppress(Exception):  # report the evaluation's error instead
                     self._save()
             raise
-        self._tell("evaluation", self.done, {"metric": self.metric, **results})
-        return self.standing.update(self.metric, self.spec.better)
+        self._log("evaluation", self.done, {"metric": self.metric, **results})
+        return self.metric_state.update(self.metric, self.spec.better)
 
     def _proceed(self) -> None:
-        """Before each batch of an evaluation, in which all processes take part; under pmap each has its own."""
+        """Called before each evaluation batch. All processes share the batches, except under pmap."""
         if jax.process_count() > 1 and self.program.evaluated.layout is None:
             return
         if self.interruption.due(self.begun):
             raise Interrupted
         self.begun += 1
 
-    def _make_up(self) -> None:
-        """For the evaluation that the signal ended which left the checkpoint of this step."""
+    def _rerun_evaluation(self) -> None:
+        """Reruns the evaluation of this step if a signal interrupted it before the checkpoint was written."""
         known = self.checkpoints.metric(self.done)
-        if known is not None:  # it was done and told since: it is this checkpoint's data that do not know
-            self.standing.update(known, self.spec.better)
+        if known is not None:  # already evaluated and logged after this checkpoint was written
+            self.metric_state.update(known, self.spec.better)
             return
         self._evaluate()
-        if not self.standing.owed:
+        if not self.metric_state.owed:
             with self._doing("checkpoint"):
                 for logger in self.loggers:
                     logger.flush()
@@ -278,14 +278,14 @@ class Trainer:
     def _save(self) -> None:
         with self._doing("checkpoint"):
             for logger in self.loggers:
-                logger.flush()  # before the checkpoint: what it restores must find its lines
+                logger.flush()  # before the checkpoint, so that a restored run finds its lines
             self.checkpoints.save(
                 self.parallel.of_all(self.state),
                 metric=self.metric,
                 finite=bool(self.all_finite((self.state.params, self.state.ema))),
                 data={
                     "batches": data_shards.everywhere(self.place),
-                    "standing": dataclasses.asdict(self.standing),
+                    "standing": dataclasses.asdict(self.metric_state),
                     "rewound": dataclasses.asdict(self.rewinds.undone),
                     "config": spec.to_json(self.experiment),
                 },
@@ -295,11 +295,11 @@ class Trainer:
         self.goodput.record(self.done)
 
     def _restore(self, before: int | None = None) -> dict[str, Any] | None:
-        """Takes the state from the last checkpoint and returns its data; without one, takes the initial state."""
+        """Restores the last checkpoint and returns its data; without a checkpoint, creates the initial state."""
         initial = self.program.initial
         found = self.checkpoints.restore(self.parallel.abstract(initial), initial, before)
         self.state, data = found or (self.parallel.create(initial), None)
-        self.standing = Standing(**data["standing"]) if data else Standing()
+        self.metric_state = MetricState(**data["standing"]) if data else MetricState()
         self.done = self.saved = int(self.state.step)
         return data
 
@@ -317,34 +317,34 @@ class Trainer:
         return Prefetch(self.batches, self.parallel.put, self._check, self.spec.prefetch)
 
     def _finished(self) -> bool:
-        return (self.done >= self.spec.steps or self._out_of_patience()) and not self.standing.owed
+        return (self.done >= self.spec.steps or self._out_of_patience()) and not self.metric_state.owed
 
     def _out_of_patience(self) -> bool:
-        return self.spec.patience is not None and self.standing.stale >= self.spec.patience
+        return self.spec.patience is not None and self.metric_state.stale >= self.spec.patience
 
     @contextlib.contextmanager
     def _doing(self, what: str) -> Iterator[None]:
-        """Meanwhile no step is expected to finish."""
+        """Tells the watchdog that no step will finish meanwhile."""
         with self.goodput.doing(what):
             yield
             self.watchdog.rest()
 
     @contextlib.contextmanager
     def _compiling(self) -> Iterator[None]:
-        """The first step of a process, which may take minutes to compile: said before and after."""
+        """Reports the compilation of the process's first step, which may take minutes."""
         begin = self.goodput.now()
-        self._tell("compiling", self.done + 1, None)
+        self._log("compiling", self.done + 1, None)
         with self._doing("compile"):
             yield
         self.periodic.restart()  # there is nothing to lose yet
-        self._tell("compiling", self.done + 1, self.goodput.now() - begin)
+        self._log("compiling", self.done + 1, self.goodput.now() - begin)
 
-    def _tell(self, what: str, step: int, value: Any) -> None:
+    def _log(self, what: str, step: int, value: Any) -> None:
         for logger in self.loggers:
             getattr(logger, what)(step, value)
 
     def _check(self, batch: sequence.Batch) -> None:
-        """All of the first batch; of the others the ids, which a device would clip without a word."""
+        """Checks the first batch fully and the token ids of all others, which a device would clip silently."""
         vocabulary = self.tokenizer.vocabulary
         if not (self.checked and sequence.ids_in_range(batch, vocabulary)):
             sequence.check(batch, vocabulary, self.program.model.positions)

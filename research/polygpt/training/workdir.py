@@ -1,4 +1,4 @@
-"""The run folder: which experiment it belongs to, what it ran on, and what is said when it cannot be written."""
+"""The run folder: its experiment, its environment, and errors about folders that cannot be used."""
 
 import contextlib
 import functools
@@ -29,35 +29,35 @@ from polygpt.training.experiment import Experiment
 log = logging.getLogger(__name__)
 
 CODE = "code"
-"""The folder of a run's copies of the user's code: see `snapshot.py`."""
+"""Folder with the run's copies of user code: see `snapshot.py`."""
 Code = Literal["run", "current"]
-"""Whether a user's classes are loaded as a run has kept them, or as their files are now."""
+"""Whether user classes are loaded from the run's copies or from the current files."""
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-"""Packages whose versions are written down."""
+"""Packages whose versions are recorded."""
 
 
 GOING_ON = ("train.patience", "optim.schedule_steps", "optim.rewarm")
-"""Settings that say how a run goes on from where it is: they may be others when it is started again."""
+"""Settings that control how a run continues; they may change on resume."""
 SAME_MATHEMATICS = (
-    "train.parallel",  # where it is computed: the results are equal to rounding
+    "train.parallel",  # devices: results agree up to rounding
     "train.mesh",
     "train.processes",
-    "train.checkpoint",  # what is kept on disk
+    "train.checkpoint",  # files on disk
     "train.use",
-    "train.prefetch",  # how early, how often and how loudly
+    "train.prefetch",  # buffering, logging
     "train.log_every",
     "data.workers",
     "data.cache",
     "data.log_examples",
     "train.watchdog",
-    "model.decoder.remat",  # what is computed twice
+    "model.decoder.remat",  # recomputation
     "model.adapters.*.tower.remat",
 )
-"""Settings that may change while a run goes on, with all that is under them: none makes it another run."""
+"""Settings (and everything below them) that may change on resume, because they do not change results."""
 
 
 def drop_same_mathematics(data: dict[str, Any]) -> None:
-    """Takes the settings of SAME_MATHEMATICS out of an experiment's JSON data."""
+    """Removes the settings in SAME_MATHEMATICS from an experiment's JSON data."""
     for name in SAME_MATHEMATICS:
         *outer, last = name.split(".")
         trees = [data]
@@ -69,7 +69,7 @@ def drop_same_mathematics(data: dict[str, Any]) -> None:
 
 
 def _by_the_first(action: Callable[..., None]) -> Callable[..., None]:
-    """The first process does it for all; where it fails, all fail with the same words."""
+    """Runs the action in process 0 only; if it fails, all processes raise the same error."""
 
     @functools.wraps(action)
     def done_by_the_first(*arguments) -> None:
@@ -86,10 +86,10 @@ def _by_the_first(action: Callable[..., None]) -> Callable[..., None]:
 
 
 def local(workdir: str | Path) -> Path:
-    """The run folder as an absolute path. Raises UserError for the address of a bucket: it would become a folder."""
+    """The run folder as an absolute path. Raises UserError for a bucket URL, which would become a local folder."""
     if scheme := re.match(r"([a-z][a-z0-9+.-]+):/", str(workdir)):
         raise UserError(
-            f"--workdir {workdir}: a run folder is locked, appended to and renamed in, which {scheme[1]} does not "
+            f"--workdir {workdir}: a run folder needs locks, appends and renames, which {scheme[1]} does not "
             "offer: mount the bucket and name the mounted folder"
         )
     return Path(workdir).absolute()
@@ -97,10 +97,9 @@ def local(workdir: str | Path) -> Path:
 
 @_by_the_first
 def require_same(workdir: Path, experiment: Experiment) -> None:
-    """Raises UserError if the folder holds checkpoints of another experiment.
+    """Raises UserError if the folder has checkpoints of a different experiment.
 
-    `train.steps` may have grown, how the run goes on (GOING_ON) may be another, and what changes no result
-    (SAME_MATHEMATICS) may be anything.
+    `train.steps` may grow, settings in GOING_ON may change on resume, and settings in SAME_MATHEMATICS at any time.
     """
     path = workdir / "config.json"
     if not path.exists() or not records(workdir / "checkpoints"):
@@ -112,13 +111,13 @@ def require_same(workdir: Path, experiment: Experiment) -> None:
         if any(fnmatchcase(name, same) or fnmatchcase(name, f"{same}.*") for same in SAME_MATHEMATICS):
             continue
         raise UserError(
-            f"{workdir} is a run of another configuration: {name} is {_short(old)} there, {_short(new)} here: "
+            f"{workdir} is a run with a different configuration: {name} is {_short(old)} there, {_short(new)} here: "
             "choose another --workdir"
         )
 
 
 def with_code(workdir: Path, experiment: Experiment, code: Code) -> Experiment:
-    """The experiment, to be trained in this folder; one that was trained there before keeps its code, unless told.
+    """The experiment for training in this folder. A resumed run keeps its code unless `code` is "current".
 
     Raises:
         SpecError: if the experiment does not fit the run's copies of its classes.
@@ -129,16 +128,16 @@ def with_code(workdir: Path, experiment: Experiment, code: Code) -> Experiment:
     kept = Snapshot(workdir / CODE)
     if not kept.needed:
         return experiment
-    _tell_edited(workdir, tuple(kept.edited()))
+    _warn_edited(workdir, tuple(kept.edited()))
     return spec.from_json(json.loads(json.dumps(spec.to_json(experiment))), load=kept.load_module)
 
 
 @_by_the_first
 def claim(workdir: Path, experiment: Experiment, stack: contextlib.ExitStack) -> None:
-    """Makes the folder this experiment's: writes config.json, environment.json and copies of the user's code.
+    """Claims the folder for this experiment: writes config.json, environment.json and copies of user code.
 
-    Copies of other code, by which checkpoints that are there were trained, are set aside. Until the stack is closed the
-    folder is this run's alone. Raises UserError if another run has it.
+    Copies of different code that trained existing checkpoints are set aside. The folder stays locked until the stack is
+    closed. Raises UserError if another run holds the lock.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     stack.enter_context(hold(workdir))
@@ -154,33 +153,34 @@ def load_experiment(workdir: Path, code: Code = "run") -> Experiment:
 
     Args:
         workdir: the folder.
-        code: whether classes of the user's own are those that it was trained by, from the run's copies of their files
-            if these have changed, which is logged, or those of the files as they are now.
+        code: "run" loads user classes as they were in training, from the run's copies if the files have changed
+            (logged); "current" loads them from the files as they are now.
 
     Raises:
-        UserError: if it is no run folder.
-        SpecError: if its configuration does not fit this version of polygpt, or of the code.
+        UserError: if it is not a run folder.
+        SpecError: if its configuration does not match this version of polygpt or of the user code.
     """
     local(workdir)
     path = workdir / "config.json"
     if not path.is_file():
-        raise UserError(f"{workdir} is no run folder: it has no config.json")
+        raise UserError(f"{workdir} is not a run folder: it has no config.json")
     kept = Snapshot(workdir / CODE)
     if code == "run":
-        _tell_edited(workdir, tuple(kept.edited()))
+        _warn_edited(workdir, tuple(kept.edited()))
     data = migrate(_read(path), str(path))
     experiment = spec.from_json(data, str(path), kept.load_current if code == "current" else kept.load_module)
     if not isinstance(experiment, Experiment):
-        raise UserError(f"{path} holds no experiment")
+        raise UserError(f"{path} does not describe an experiment")
     return experiment
 
 
 @functools.cache
-def _tell_edited(workdir: Path, files: tuple[str, ...]) -> None:
-    """Says it once."""
+def _warn_edited(workdir: Path, files: tuple[str, ...]) -> None:
+    """Warns once."""
     if files and jax.process_index() == 0:
         changed = f"{' and '.join(files)} {'has' if len(files) == 1 else 'have'} changed"
-        log.warning("%s since %s was trained: the run's own copy is used (or choose --code current)", changed, workdir)
+        said = "%s since %s was trained: using the run's own copy (--code current uses the new version)"
+        log.warning(said, changed, workdir)
 
 
 def differences(before: Any, after: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -196,7 +196,7 @@ def differences(before: Any, after: Any, name: str = "") -> Iterator[tuple[str, 
 
 
 def environment() -> dict[str, Any]:
-    """Versions, devices, and the revision of the source where it lies in a Git repository."""
+    """Versions, devices, and the revision of the source if it is in a Git repository."""
     devices = jax.devices()
     return {
         "device": f"{len(devices)} x {devices[0].device_kind}" if len(devices) > 1 else devices[0].device_kind,

@@ -255,7 +255,7 @@ def test_gpus_that_are_not_there_are_not_given(tmp_path, monkeypatch):
         (["-n", "2"], "nothing follows the --"),
         (["-n", "2", "--", "evaluate", "runs/x"], "'evaluate' follows the --"),
         (["--", "train", "x.py"], "required: -n"),
-        (["-n", "0", "--", "train", "x.py"], "'0' is no number from 1 on"),
+        (["-n", "0", "--", "train", "x.py"], "'0' is not a positive integer"),
         (["-n", "2", "--proceses", "3", "--", "train", "x.py"], "did you mean --processes"),
         (["-n", "2", "--", "train", "missing.py"], "missing.py"),
     ],

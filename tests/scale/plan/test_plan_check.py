@@ -44,7 +44,7 @@ def test_what_grew_and_kernels_that_are_gone_are_named(tmp_path, monkeypatch, ca
     assert main(["plan", "check", str(tmp_path)]) == (0 if said is None else 2)
     error = capsys.readouterr().err
     assert asked == [(16, "v5e:2x2")], "with the changes that it names"
-    assert error.endswith(f"plan check: grown means by more than 5%: {path} {said}\n") == (said is not None)
+    assert error.endswith(f"plan check: grew by more than 5%: {path} {said}\n") == (said is not None)
 
 
 def test_a_folder_without_plans_is_told(tmp_path, capsys):
