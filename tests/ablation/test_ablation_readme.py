@@ -47,10 +47,10 @@ def test_a_readme_answers_first_and_then_says_how(made, drawn):
     assert paragraphs[1] == "# Width of a tiny model"
     assert paragraphs[2] == "**Question.** Is a wider model better, or a deeper one?"
     assert paragraphs[3].startswith("**Verdict.** 2 of 3 claims held: a wider model learns more;")
-    assert paragraphs[4] == "**Cost.** 12 runs, 18 s of wall time on cpu summed over runs, 30 G FLOPs."
+    assert paragraphs[4] == "**Cost.** 12 runs, 18 s of total wall time on cpu, 30 G FLOPs."
     assert paragraphs[5] == "**Command.** `polygpt ablate own`"
     assert "[arXiv:2002.05202](https://arxiv.org/abs/2002.05202), Table 1." in text
-    assert "Evidence M: its figures are from memory, still to be checked in the paper." in text
+    assert "Evidence M: results from memory, not yet verified in the paper." in text
     assert "| wide | 1.944 | -0.046 | 2.00" in text, "the paper's figure, its difference, and ours beside it"
     assert "| `wide < base` | a wider model learns more | **held** |" in text
     assert all(f"]({name})" in text for name in files if name.endswith(".svg"))
@@ -63,7 +63,7 @@ def test_a_readme_answers_first_and_then_says_how(made, drawn):
 def test_the_order_of_the_papers_figures_is_compared_in_the_papers_direction(made, drawn):
     folder = made()
     frame = results.frame(load_ablation(folder / "experiment.py"), results.read(folder / "results.jsonl"))
-    same = "Of 1 pairs of variants, 1 have the same better one as in the paper, by the means."
+    same = "For 1 of 1 pairs of variants, the better one by mean is the same as in the paper."
     assert beside(frame).notes == [same]
     readme.write(folder)
     assert same in (folder / "README.md").read_text()
@@ -91,8 +91,8 @@ def test_tuning_is_told_and_counted(made, drawn):
     folder = made("tuned=grid('optim.schedule.peak_lr', 1e-3, 1e-2),\ntuning_seeds=2,", loss)
     readme.write(folder)
     text = (folder / "README.md").read_text()
-    assert "**Cost.** 24 runs (12 of them to tune), 36 s of wall time" in text
-    assert "Every point is tuned over 0.001, 0.01, with 2 seeds of their own." in text
+    assert "**Cost.** 24 runs (12 for tuning), 36 s of total wall time" in text
+    assert "Every point is tuned over 0.001, 0.01, with 2 seeds for tuning only." in text
     assert "| base | 0.01, the highest tried |" in text
 
 

@@ -42,14 +42,14 @@ def test_a_chain_is_one_after_the_other():
 @pytest.mark.parametrize(
     ("make", "fault"),
     [
-        (lambda: grid("mlp", object), "is no name: write {name: {'mlp': value}, ...} instead"),
-        (lambda: grid("bias", True), "True is no name"),
-        (lambda: grid("width", 8, 8), "grid('width'): 8 is there twice"),
+        (lambda: grid("mlp", object), "is not a name: write {name: {'mlp': value}, ...}"),
+        (lambda: grid("bias", True), "True is not a name"),
+        (lambda: grid("width", 8, 8), "grid('width'): duplicate name 8"),
         (lambda: product(WIDTH, WIDTH), "8 and 8 (part 1) both change width"),
         (lambda: product({"a": {"x": 1}}, {"b": {"y": 1}}, {"c": {"x": 2}}), "a + b and c (part 2) both change x"),
         (lambda: zipped(WIDTH, grid("rate", 0.1)), "zipped: 2 and 1 entries"),
         (lambda: zipped(WIDTH, WIDTH), "part 0 and part 1 both change width"),
-        (lambda: chain(WIDTH, WIDTH), "chain: 8 is there twice"),
+        (lambda: chain(WIDTH, WIDTH), "chain: duplicate name 8"),
         (lambda: united({"variant 'x'": {"a": 1}, "width 8": {"a": 2}}), "variant 'x' and width 8 both change a"),
     ],
 )

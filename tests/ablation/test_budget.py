@@ -45,7 +45,7 @@ def test_equal_flops_are_equal_to_half_a_step():
 
 
 def test_a_budget_that_steps_cannot_meet_is_told():
-    with pytest.raises(SpecError, match="with 1 steps it has 3,072 tokens, and the base 2,304: no value was found"):
+    with pytest.raises(SpecError, match="with 1 steps it has 3,072 tokens, but the base has 2,304: no value"):
         Budget("tokens").applied(experiment(data__batch_size=64, train__steps=3), experiment())
     assert Budget("tokens", tolerance=0.34).applied(experiment(data__batch_size=64), experiment()).train.steps == 1
 
@@ -70,7 +70,7 @@ def test_equal_parameters_by_a_whole_number_that_must_be_a_multiple(start, found
 
 def test_parameters_that_no_value_gives_are_told_with_the_nearest():
     base = experiment(model__decoder__width=32, model__decoder__depth=2)
-    with pytest.raises(SpecError, match="budget: with model.decoder.width .* it has .* parameters, and the base"):
+    with pytest.raises(SpecError, match="budget: with model.decoder.width .* it has .* parameters, but the base"):
         Budget("parameters", "model.decoder.width", tolerance=1e-4).applied(experiment(), base)
 
 
@@ -81,7 +81,7 @@ def test_what_is_searched_must_be_a_number(field):
 
 
 def test_equal_parameters_need_a_field():
-    with pytest.raises(SpecError, match="Budget.field is .*given where by is parameters"):
+    with pytest.raises(SpecError, match="Budget.field is .*set if by is parameters"):
         Budget("parameters")
 
 

@@ -82,7 +82,7 @@ def test_without_a_terminal_there_is_a_line_now_and_then(tmp_path, clock):
         live(Finished((line("base", 0, 2.0), line("base", 1, 2.2))))
         live(Failed(Task("wide", (made.base,), tmp_path), Failure("OSError: no room", False)))
     lines = out.getvalue().splitlines()
-    assert lines[0] == "comparison: 12 runs, 0 there from before"
+    assert lines[0] == "comparison: 12 runs, 0 already done"
     assert lines[1].startswith("base: seeds 0, 1, step 3/4, loss 2; 0/12 runs done, ")
     assert lines[2].startswith("2/12 runs done, base, ")
     assert lines[3:] == ["wide failed: OSError: no room"], "one line for four steps of 4 s each"

@@ -149,11 +149,11 @@ def test_runs_of_one_committed_source_have_no_faults():
 
 def test_mixtures_unknown_code_and_uncommitted_changes_are_told_with_their_numbers():
     (mixed,) = provenance.faults([made(), made(core="b" * 32)])
-    assert "different source of the library" in mixed and "1 of aaaaaaaaaaaa" in mixed and "1 of bbbbbbbbbbbb" in mixed
+    assert "different versions of the library source" in mixed and "1 of aaaaaaaaaaaa" in mixed and "1 of bbbbbbbbbbbb" in mixed
     (module,) = provenance.faults([made(more={"polygpt.x": "1"}), made(more={"polygpt.x": "2"})])
     assert "different source of polygpt.x" in module
     unknown, dirty = provenance.faults([made(), made(commit="d" * 40 + "-dirty", code=False)])
-    assert unknown.startswith("1 of 2 runs are of unknown code") and "dddddddddddd" in unknown
+    assert unknown.startswith("1 of 2 runs have unknown code") and "dddddddddddd" in unknown
     assert dirty.startswith("1 of 2 runs were made with uncommitted changes")
     assert provenance.summary([made(), made(code=False)]) == "code aaaaaaaaaaaa, unknown code (commit cccccccccccc)"
 
@@ -173,19 +173,19 @@ def test_the_readme_reports_a_mixture(results):
     last["made"] = last["made"] | {"code": CODE | {"core": "f" * 32}}
     append(results / RESULTS, [*lines, last])
     text = readme.write(results)[0].read_text()
-    assert "**Code.** Runs are of different source" in text and "11 of abcdef012345" in text and "1 of ffff" in text
+    assert "**Code.** Runs used different versions" in text and "11 of abcdef012345" in text and "1 of ffff" in text
     older = [{name: value for name, value in line.items() if name != "schema"} for line in lines]
     for line in older:
         line["made"] = {name: value for name, value in line["made"].items() if name != "code"}
     (results / RESULTS).write_text("".join(json.dumps(line) + "\n" for line in older))
-    assert "11 of 11 runs are of unknown code" in readme.write(results)[0].read_text()
+    assert "11 of 11 runs have unknown code" in readme.write(results)[0].read_text()
 
 
 def test_strict_code_refuses_to_add_runs_of_other_code_before_anything_is_run(results):
     ablation = load_ablation(results / "experiment.py")
     assert len(run_all(ablation, results, strict_code=True).records) == 12, "all are of one code"
     before = (results / RESULTS).read_text()
-    with pytest.raises(UserError, match="different source of the library.*Commit the library's changes and remove"):
+    with pytest.raises(UserError, match="different versions of the library source.*Commit the library's changes and remove"):
         run_all(ablation, results, seeds=5, strict_code=True)
     assert (results / RESULTS).read_text() == before
 

@@ -111,7 +111,7 @@ def test_lines_without_a_schema_are_of_unknown_code_and_those_of_a_later_one_are
     path.write_text('{"key": "a", "made": {"commit": "c"}}\n')
     assert read(path) == [{"key": "a", "made": {"commit": "c", "code": None}} | NOW]
     append(path, [{"key": "b", "schema": 3}])
-    with pytest.raises(UserError, match="line 2 is of schema 3, and this version knows 2: update polygpt"):
+    with pytest.raises(UserError, match="line 2 has schema 3, but this version supports 2: update polygpt"):
         read(path)
 
 
@@ -218,7 +218,7 @@ def test_a_run_that_diverged_is_an_error_unless_it_counts_as_something():
 
 def test_a_metric_that_was_not_measured_is_named_with_those_that_were():
     base, deep = points(ablation(metric="text/bits_per_byte"))
-    with pytest.raises(UserError, match="base: 'text/bits_per_byte' was not measured: there are text/loss"):
+    with pytest.raises(UserError, match="base: 'text/bits_per_byte' was not measured; there are text/loss"):
         frame(ablation(metric="text/bits_per_byte"), [line(base, 0, 1.0), line(deep, 0, 1.0)])
 
 

@@ -193,7 +193,7 @@ def test_a_second_runner_is_told_who_the_first_is(tmp_path, ran):
         with pytest.raises(UserError) as raised:
             run_all(ablation(), tmp_path, engine=MadeUp())
         holder = f"process {other.pid} (host {socket.gethostname()})"
-        assert str(raised.value) == f"{tmp_path / '.work'} is in use by {holder}: wait for it to end"
+        assert str(raised.value) == f"{tmp_path / '.work'} is in use by {holder}: wait until it ends"
         assert (tmp_path / "results.jsonl").read_bytes() == before
     finally:
         other.send_signal(signal.SIGKILL)

@@ -80,8 +80,8 @@ def test_a_budget_is_held_at_every_value_of_a_factor():
         ({"over": {"width": {}}}, "factors with at least one value"),
         ({"reads": {"length": {8: 3}}}, "Ablation.reads['length'][8] is 3: it must be a metric"),
         ({"reads": {"a": {1: "text/loss"}, "b": {1: "text/loss"}}}, "at most one factor"),
-        ({"over": {"a": {1: {}}}, "reads": {"a": {1: "text/loss"}}}, "a factor that is not in `over` too"),
-        ({"tuned": {None: {}}}, "Ablation.tuned: the value None must be a number or a text"),
+        ({"over": {"a": {1: {}}}, "reads": {"a": {1: "text/loss"}}}, "a factor that is not also in `over`"),
+        ({"tuned": {None: {}}}, "Ablation.tuned: the value None must be a number or a string"),
     ],
 )
 def test_an_ablation_that_makes_no_sense_is_refused(settings, fault):

@@ -85,7 +85,7 @@ def test_factors_are_columns_and_each_combination_has_its_best(made):
     gone = [row for row in table.rows if row[2] == "0.1"]
     assert all(row[3:] == ["diverged", "–", "–", "–", "–"] for row in gone) and len(gone) == 6
     assert {table.rows[i][0] for i, _ in table.bold} == {"wide"} and len(table.bold) == 4
-    assert any("counts as 9.000" in note for note in table.notes)
+    assert any("count as 9.000" in note for note in table.notes)
     assert summary.best_place(found, "base") == {"rows": 2, "rate": 0.01}
     assert tables.headline(found, []) == "Best text/loss: wide at 4 of 4 values of rows and rate."
 

@@ -134,7 +134,7 @@ def test_a_saved_state_that_cannot_be_read_is_made_anew(grouped, tmp_path, monke
     folder.mkdir()
     (folder / together.STATE).write_bytes(b"PK\x03\x04 cut")
     assert lasting(run(tmp_path, experiment())) == lasting(grouped.records)
-    assert "training starts again" in caplog.text
+    assert "restarting training" in caplog.text
 
 
 def test_a_signal_saves_and_the_same_task_goes_on(grouped, tmp_path):
@@ -201,7 +201,7 @@ def test_the_memory_decides_how_many(monkeypatch):
         ({"train__parallel": "sharded"}, "train.parallel is 'sharded'"),
         ({"train__patience": 2}, "train.patience ends"),
         ({"train__spikes": SpikeSpec()}, None),
-        ({"train__spikes": SpikeSpec(action="rewind")}, "go back by themselves"),
+        ({"train__spikes": SpikeSpec(action="rewind")}, "rewind independently"),
     ],
 )
 def test_what_cannot_be_trained_together_has_a_reason(changes, reason):
@@ -256,7 +256,7 @@ def test_killed_twice_and_begun_again_equals_never_killed_to_the_bit(tmp_path):
         assert state.exists()
     found, errors = finish(start("killed"))
     assert found == whole
-    assert "resumes at step" in errors
+    assert "resuming at step" in errors
 
 
 @pytest.mark.slow

@@ -347,7 +347,7 @@ def test_knobs_are_read_from_a_command_line(text, dimension):
         (lambda: Choice("ab"), "Choice.options is 'ab': it must be a list of plain values, or a mapping"),
         (
             lambda: tune.read_dimension(experiment(), PEAK, "log:a:b"),
-            "'a:b' is no range of numbers: write float:LOW:HIGH",
+            "'a:b' is not a numeric range: write float:LOW:HIGH",
         ),
         (lambda: tune.read_dimension(experiment(), PEAK, "uniform:1:2"), "write float:LOW:HIGH, log:LOW:HIGH"),
     ],

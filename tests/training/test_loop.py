@@ -23,7 +23,7 @@ from polygpt.runtime.checkpoint import records
 from polygpt.runtime.manifest import Record
 from polygpt.spec import to_json
 from polygpt.training import held_out, trainer
-from polygpt.training.held_out import Standing, pick
+from polygpt.training.held_out import MetricState, pick
 from polygpt.training.loggers import JsonLines, Silent
 from polygpt.training.loop import train
 from polygpt.training.resuming import about
@@ -333,7 +333,7 @@ def test_records_left_out_are_counted_up_to_the_last_batch_that_was_consumed(tmp
 
 
 def test_the_standing_counts_evaluations_without_a_better_metric():
-    standing = Standing()
+    standing = MetricState()
     assert [standing.update(value, "higher") for value in (0.1, float("nan"), 0.3, 0.3, 0.2)] == [
         True,
         False,
@@ -341,7 +341,7 @@ def test_the_standing_counts_evaluations_without_a_better_metric():
         False,
         False,
     ]
-    assert standing == Standing(best=0.3, stale=2)
+    assert standing == MetricState(best=0.3, stale=2)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -47,7 +47,7 @@ def test_a_flipped_bit_is_named_and_the_newest_good_one_is_opened(run, caplog):
     opened = open_run(run)
     assert opened.step == 2 and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(opened.params))
     step, _, name = str(path).removeprefix("checkpoints/").partition("/")
-    assert f"checkpoints/{step} : {name} is not as it was written" in caplog.text
+    assert f"checkpoints/{step}: {name} is not as it was written" in caplog.text
     assert "checkpoints/4: incomplete, without manifest.json" in caplog.text
 
 

@@ -1,4 +1,4 @@
-"""Small experiments that ablations change: each trains within a minute or so on a core."""
+"""Small base experiments for ablations: each trains in about a minute on one core."""
 
 import math
 from collections.abc import Mapping
@@ -26,8 +26,7 @@ from polygpt.optim.schedules import WarmupCosine
 from polygpt.training.experiment import Experiment, TrainSpec
 
 UNIFORM = math.log(Bytes().build().vocabulary)
-"""Nats a byte of what learned nothing, for which all bytes are equally likely: what may count as that of a run that
-diverged."""
+"""Nats per byte of a uniform distribution over bytes: a sensible loss to assign to a diverged run."""
 
 
 def text(
@@ -42,18 +41,18 @@ def text(
     held_out: int = 400,
     **decoder: Any,
 ) -> Experiment:
-    """A GPT that reads speeches byte by byte: `polygpt data fetch state-of-the-union` gets them first.
+    """A byte-level GPT trained on speeches; run `polygpt data fetch state-of-the-union` first.
 
     Args:
-        name: of the experiment.
-        steps: batches.
+        name: name of the experiment.
+        steps: number of training steps.
         seq_len: T.
         batch_size: B.
         width: D.
         depth: L.
-        peak_lr: of the learning rate, which rises for a tenth of the steps and falls to a tenth.
-        held_out: pieces of held-out speeches that are evaluated.
-        decoder: further fields of the decoder; attention has heads of 32 channels unless it says otherwise.
+        peak_lr: peak learning rate; warm-up takes a tenth of the steps, decay ends at a tenth of the peak.
+        held_out: number of held-out pieces for evaluation.
+        decoder: further fields of the decoder; by default attention heads have 32 channels.
     """
     corpus = {"name": "state-of-the-union", "characters": seq_len - 2}
     return _experiment(
@@ -68,10 +67,9 @@ def text(
 
 
 def pictures(name: str, *, width: int = 64, held_out: int = 400, **fields: Any) -> Experiment:
-    """A GPT that names digits, "digits", and clip art, "pictures", and adds words to digits, "sums": embedded data.
-
-    In "sums" prompts differ and answers depend on picture and prompt. `held_out` is the number of sums, of pictures
-    that are not trained on. Other fields as of `text`; here steps are 600, T is 96 and L 3 unless said otherwise.
+    """A GPT that names digits ("digits") and clip art ("pictures"), and adds spoken-out numbers to digits ("sums").
+    Uses embedded data. In "sums", answers depend on the picture and the prompt. `held_out` is the number of sums for
+    evaluation, with unseen pictures. Other fields as in `text`; defaults here are 600 steps, T = 96 and L = 3.
     """
     shift = (RandomShift(),)
     tasks = {
@@ -89,10 +87,9 @@ def pictures(name: str, *, width: int = 64, held_out: int = 400, **fields: Any) 
 
 
 def see_and_hear(name: str, *, width: int = 64, held_out: int = 400, **fields: Any) -> Experiment:
-    """A GPT that names digits it sees, "digits", or hears, "speech", and adds one of each up, "fusion": embedded data.
-
-    Both adapters' towers give vectors of the decoder's width. `held_out` is the number of sums, of pictures and voices
-    that are not trained on. Other fields as of `text`; here steps are 600, T is 96 and L 3 unless said otherwise.
+    """A GPT that names digits it sees ("digits") or hears ("speech"), and adds one of each ("fusion"). Uses embedded
+    data. Both adapters' towers have the decoder's width. `held_out` is the number of sums for evaluation, with unseen
+    pictures and voices. Other fields as in `text`; defaults here are 600 steps, T = 96 and L = 3.
     """
     ears = LogMel(seconds=1.0, rate=8000, mels=40, window=256, hop=160)
     audio = AudioAdapter(ears, items=5, fold=2, tower=_tower(width // 2))
@@ -159,5 +156,6 @@ def _tower(width: int) -> StackSpec:
 
 
 def _eyes(width: int, items: int, side: int = 8) -> Adapter:
-    """A picture of `side` x `side` pixels is 4 positions: the fewer, the sooner a decoder looks. Digits have 8 x 8."""
+    """A picture of `side` x `side` pixels fills 4 positions: with fewer, a decoder learns sooner to look. Digits are 8
+    x 8."""
     return ImageAdapter(ImageFeatures(side, side, channels=1), items=items, patch=side // 2, tower=_tower(width))

@@ -1,4 +1,4 @@
-"""The paper's figures beside ours, and how far both agree on which variant is the better one."""
+"""The paper's results next to ours, and how often both agree on which variant is better."""
 
 import itertools
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from polygpt.markup import Table, as_written, with_interval
 
 
 def beside(frame: Frame) -> Table:
-    """The paper's figures beside ours, each also as the difference to its first. The ablation must have a paper."""
+    """The paper's results next to ours, each also relative to the first variant. The ablation must have a paper."""
     ablation, paper = frame.ablation, frame.ablation.paper
     first = next((variant for variant in frame.values if variant in paper.figures), None)
     over = f", at its best {' and '.join(ablation.over)}" if ablation.over else ""
@@ -37,16 +37,16 @@ def beside(frame: Frame) -> Table:
     agreeing, pairs = agreement(
         paper.figures, means, opposite=paper.better is not None and paper.better != ablation.measure.better
     )
-    notes = [f"Of {pairs} pairs of variants, {agreeing} have the same better one as in the paper, by the means."]
+    notes = [f"For {agreeing} of {pairs} pairs of variants, the better one by mean is the same as in the paper."]
     return Table("The paper's figures beside ours", heads, rows, notes=notes if pairs else ())
 
 
 def agreement(theirs: Mapping[str, float], ours: Mapping[str, float], opposite: bool = False) -> tuple[int, int]:
-    """(pairs of variants that both put in the same order, pairs that have figures in both and are no tie in theirs).
+    """(pairs of variants that both order the same way, pairs with values in both and no tie in theirs).
 
     Args:
-        theirs, ours: figures by variant; those that are in one alone do not count.
-        opposite: whether the higher of theirs stands for the lower of ours.
+        theirs, ours: values by variant; variants in only one of them do not count.
+        opposite: whether higher values of theirs correspond to lower values of ours.
     """
     same, pairs = 0, 0
     for a, b in itertools.combinations([name for name in ours if name in theirs], 2):
@@ -58,14 +58,14 @@ def agreement(theirs: Mapping[str, float], ours: Mapping[str, float], opposite: 
 
 
 def _at_best(frame: Frame, variant: str) -> np.ndarray:
-    """The metric, [S], where the variant does best; the mean over what is read at."""
+    """The metric, [S], at the variant's best point; the mean over `reads`."""
     at = best_place(frame, variant)
     index = tuple(frame.axes[factor].index(value) for factor, value in at.items())
     return frame.values[variant][(slice(None), *index)].reshape(len(frame.seeds), -1).mean(axis=1)
 
 
 def _difference(value: float, first: float) -> str:
-    """To as many digits as the two figures have."""
+    """With as many digits as the two values have."""
     digits = max(len(as_written(one).partition(".")[2]) for one in (value, first))
     return f"{value - first:+.{digits}f}"
 

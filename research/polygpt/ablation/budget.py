@@ -1,4 +1,4 @@
-"""What is held equal between variants: steps, tokens or FLOPs, and the number of parameters."""
+"""What is kept equal between variants: steps, tokens or FLOPs, and the number of parameters."""
 
 import dataclasses
 import functools
@@ -18,7 +18,7 @@ from polygpt.spec import Spec
 from polygpt.training.experiment import Experiment
 
 NEAR = 1e-3
-"""The search for equal parameters ends within this share of the count, or of the value."""
+"""Relative tolerance, of the count or of the value, at which the search for equal parameters stops."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Costs:
 
 
 def costs(experiment: Experiment) -> Costs:
-    """By formula; nothing is allocated."""
+    """Costs by formula; allocates nothing."""
     vocabulary = experiment.tokenizer.build().vocabulary
     positions = experiment.data.batch_size * experiment.data.layout.seq_len
     return Costs(parameters(experiment), flops(experiment, vocabulary).useful, positions)
@@ -59,23 +59,23 @@ class Budget(Spec):
     """What is equal between a variant and the base, at the same values of all factors."""
 
     by: Literal["steps", "tokens", "flops", "parameters"] = "steps"
-    """What equal length means. steps, parameters: steps stay as the experiments have them. tokens, flops: `train.steps`
-    is set so that the whole run sees as many batch positions, or takes as many FLOPs, as the base."""
+    """What is kept equal. steps, parameters: leave `train.steps` unchanged. tokens, flops: set `train.steps` so that
+    the run sees as many batch positions, or takes as many FLOPs, as the base."""
     field: str | None = None
-    """A dotted number, "model.decoder.mlp.factor", that is set so that the model also has as many parameters as the
-    base; they must grow with it. null leaves the parameters as they are; `by` parameters needs it."""
+    """Dotted numeric field, such as "model.decoder.mlp.factor", to set so that the model also has as many parameters as
+    the base; parameters must increase with it. null: leave parameters unchanged. Required if `by` is parameters."""
     tolerance: float = 0.02
-    """Share of the base's amount by which a variant may differ."""
+    """Relative deviation from the base that is allowed."""
 
     def validate(self):
         self.require(self.tolerance >= 0, "tolerance", "at least 0")
-        self.require(self.field is not None or self.by != "parameters", "field", "given where by is parameters")
+        self.require(self.field is not None or self.by != "parameters", "field", "set if by is parameters")
 
     def applied(self, experiment: Experiment, base: Experiment) -> Experiment:
-        """The experiment with the base's amounts: first the parameters, then the number of steps.
+        """The experiment, matched to the base: first its parameters, then the number of steps.
 
         Raises:
-            SpecError: no value comes within the tolerance.
+            SpecError: no value is within the tolerance.
         """
         if experiment == base:
             return experiment
@@ -97,7 +97,7 @@ class Budget(Spec):
         found: dict[Any, int | None] = {}
 
         def count(candidate) -> int | None:
-            """Parameters with this value; None if the experiment refuses it."""
+            """Number of parameters with this value; None if the experiment rejects it."""
             if candidate not in found:
                 try:
                     found[candidate] = parameters(replaced(experiment, {self.field: candidate}))
@@ -114,17 +114,17 @@ class Budget(Spec):
     def _require_near(self, has: float, wanted: float, how: str, what: str) -> None:
         if abs(has / wanted - 1) > self.tolerance:
             raise SpecError(
-                f"budget: with {how} it has {has:,.0f} {what}, and the base {wanted:,.0f}: no value was found within "
+                f"budget: with {how} it has {has:,.0f} {what}, but the base has {wanted:,.0f}: no value is within "
                 f"the tolerance of {self.tolerance:.1%}: raise it, or change the base"
             )
 
 
 def _bisect(count: Callable[[Any], int | None], value: int | float, wanted: int) -> None:
-    """Calls `count` with values ever nearer to where it passes `wanted`, starting from `value`."""
+    """Bisects for the value at which `count` crosses `wanted`, starting from `value`."""
     whole = isinstance(value, int)
     grain = _grain(count, value) if whole else None
 
-    def at(k):  # integers in steps of the grain, others by factors
+    def at(k):  # integers in multiples of the grain, floats by factors
         return value + k * grain if whole else value * 2.0**k
 
     up = (count(value) or 0) < wanted
@@ -137,7 +137,7 @@ def _bisect(count: Callable[[Any], int | None], value: int | float, wanted: int)
         n = count(at(middle))
         if n is not None and abs(n - wanted) <= NEAR * wanted:
             return
-        # A refused value counts as beyond the far end.
+        # A rejected value counts as past the far end.
         beyond = up if n is None else n >= wanted
         low, high = (low, middle) if beyond else (middle, high)
 

@@ -1,7 +1,7 @@
-"""What the pictures of an ablation show, as data: points with intervals, and curves with bands.
+"""The plots of an ablation, as data: points with intervals, and curves with bands.
 
-A variant that was run over factors is followed over steps where it did best. A point some of whose runs diverged, or
-did worse than what divergence counts as, is marked and has no mean.
+For a variant run over factors, learning curves are those of its best point. A point with diverged runs, or runs worse
+than the value for divergence, is marked and has no mean.
 """
 
 import dataclasses
@@ -19,19 +19,19 @@ from polygpt.ablation.variants import Name
 from polygpt.markup import alone, value_text
 
 PANELS = 16
-"""A picture has at most so many; of more there is no picture."""
+"""Maximum number of panels; with more, there is no plot."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-    """One line, or one point, of a panel.
+    """One line or one point in a panel.
 
     Attributes:
         name: for the legend.
-        x, y: positions and means; NaN where there is no mean.
-        low, high: 95 % t intervals, as long as `y`; infinite where there is none.
-        seeds: each seed's value, for series of one point.
-        diverged: the x at which runs diverged.
+        x, y: positions and means; NaN without a mean.
+        low, high: 95 % t intervals, of the same length as `y`; infinite if undefined.
+        seeds: the value of each seed, for series of one point.
+        diverged: x values at which runs diverged.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Series:
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """One pair of axes. `x_label` is of a curve's abscissa, `y_label` of what is measured."""
+    """One pair of axes with its labels."""
 
     title: str
     series: tuple[Series, ...]
@@ -56,14 +56,15 @@ class Panel:
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-    """A picture.
+    """A plot.
 
     Attributes:
-        name: of its file, without suffix.
-        caption: a sentence.
-        kind: points: a series a variant, each with one value; curves: lines with bands; marks: lines with intervals.
-        panels: from left to right; those that measure the same share their scale.
-        better: which end of the scale is the good one.
+        name: file name without suffix.
+        caption: one sentence.
+        kind: points: one series per variant, each with one value; curves: lines with bands; marks: lines with
+            intervals.
+        panels: from left to right; panels of the same quantity share their scale.
+        better: which end of the scale is better.
     """
 
     name: str
@@ -74,7 +75,7 @@ class Chart:
 
 
 def charts(frame: Frame) -> list[Chart]:
-    """All pictures that there is something to see in."""
+    """All non-empty plots."""
     if not frame.records:
         return []
     numeric = [factor for factor, values in frame.axes.items() if is_numeric(values)]
@@ -88,12 +89,12 @@ def charts(frame: Frame) -> list[Chart]:
 
 
 def is_numeric(values: Sequence[Name]) -> bool:
-    """Whether there is a curve over these values of a factor."""
+    """Whether a curve can be drawn over these values of a factor."""
     return len(values) > 1 and not any(isinstance(value, str) for value in values)
 
 
 def _points(frame: Frame) -> Chart:
-    """Every variant's mean, a panel for each combination of factors; the paper's figures in one of their own."""
+    """Every variant's mean, one panel per combination of factors, plus one for the paper's results."""
     ablation, panels = frame.ablation, []
     unit = ablation.heading
     samples = {variant: list(columns(values)) for variant, values in frame.values.items()}
@@ -117,7 +118,8 @@ def _point(frame: Frame, name: str, x_S: np.ndarray) -> Series:
 
 
 def _over(frame: Frame, factor: str) -> Chart:
-    """The metric over a factor: a line a variant, or with further factors a panel a variant and a line for each."""
+    """The metric over a factor: one line per variant, or, with further factors, one panel per variant and one line
+    each."""
     axis = list(frame.axes).index(factor)
     x = tuple(map(float, frame.axes[factor]))
     others = [at for at in combinations(frame) if at[factor] == frame.axes[factor][0]]
@@ -148,7 +150,7 @@ def _line(frame: Frame, name: str, x: tuple[float, ...], y_SX: np.ndarray) -> Se
 
 
 def _course(frame: Frame, name: str, what: str, unit: str, where: tuple[str, str]) -> Chart | None:
-    """A measure over what is held equal; every variant where it did best. None without two points of a curve."""
+    """A measure over the budgeted quantity, with every variant at its best point. None with fewer than two points."""
     by = frame.ablation.budget.by
     along, key = {"tokens": ("tokens", "tokens"), "flops": ("FLOPs", "flops")}.get(by, ("steps", "steps"))
     series = []
@@ -161,7 +163,7 @@ def _course(frame: Frame, name: str, what: str, unit: str, where: tuple[str, str
         return None
     panel = Panel("", tuple(series), along, f"{what} ({unit})" if unit else what)
     caption = f"{what} over {along}: mean and 95 % interval over seeds"
-    caption += ", each variant where it did best" if frame.ablation.over else ""
+    caption += ", each variant at its best point" if frame.ablation.over else ""
     better = frame.ablation.measure.better if where[0] == "evaluations" else "lower"
     return Chart(name, caption + ".", "curves", (panel,), better)
 
@@ -187,7 +189,7 @@ def _band(name: str, lines: list[dict[str, Any]], where: tuple[str, str], key: s
 
 
 def _summary(frame: Frame, x_S: np.ndarray) -> tuple[float, float, float, bool]:
-    """(mean, low, high, whether runs diverged); of a point where runs did, there is no mean."""
+    """(mean, low, high, whether runs diverged); without a mean if any diverged."""
     x_S, bound = complete(x_S), frame.ablation.diverged
     if bound is not None and (x_S == bound).any():
         return math.nan, -math.inf, math.inf, True
@@ -195,7 +197,7 @@ def _summary(frame: Frame, x_S: np.ndarray) -> tuple[float, float, float, bool]:
 
 
 def spans_a_decade(x: Sequence[float]) -> bool:
-    """Whether the values are positive and a factor of ten apart."""
+    """Whether the values are positive and span a factor of ten."""
     return min(x) > 0 and max(x) >= 10 * min(x)
 
 
@@ -204,7 +206,7 @@ def _at(at: dict[str, Name]) -> str:
 
 
 def texts(chart: Chart) -> Iterator[str]:
-    """All that a picture shows, numbers to six digits: pictures of the same content have the same."""
+    """Everything that a plot shows, with six digits: equal for plots with equal content."""
     yield from (chart.name, chart.caption, chart.kind, chart.better)
     for panel in chart.panels:
         yield from (panel.title, panel.x_label, panel.y_label, str(panel.log_x))

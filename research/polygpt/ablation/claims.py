@@ -9,7 +9,7 @@ holds with the smallest times their number (Bonferroni). So `abs(a - b) < noise`
 claim's, adjusted by Holm's method over all claims of the ablation.
 
 **Assumption.** If the differences within seeds are normal, or symmetric, the probability that any false claim is held
-or any true claim refuted is at most alpha. Skewed differences break this promise on one side: a few seeds often lack
+or any true claim refuted is at most alpha. Skewed differences break this guarantee on one side: a few seeds often miss
 the rare bad one. With alpha 0.05 and 5 seeds, a false claim alone is held in 6 % (exponential differences) to 10 %
 (lognormal, sigma 1) of ablations instead of 2.5 %, by Student's test alone in 11 to 18 %; one of four such claims in
 about 17 % instead of 5 %. A verdict whose own seeds look skewed says so in its note.
@@ -288,7 +288,7 @@ def _verdict(
     elif 2 <= used < CAN_SHOW_SKEW:
         notes.append(f"{used} seeds cannot show whether margins are skewed: p assumes that they are not")
     if skews := [leaf.skewed for leaf in leaves if leaf.skewed is not None]:
-        notes.append(f"margins are skewed ({max(skews, key=abs):+.1f}): p is approximate, more seeds are safer")
+        notes.append(f"margins are skewed ({max(skews, key=abs):+.1f}): p is approximate, use more seeds")
     return Verdict(
         claim=claim,
         verdict="undecided" if adjusted > alpha else "held" if holds else "refuted",

@@ -38,7 +38,7 @@ from polygpt.training.workdir import differences
 ALPHA = 0.05
 """Probability that any difference found is not real."""
 NAMED = 3
-"""A group is named by at most so many fields."""
+"""Maximum number of fields in a group's name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,10 +46,10 @@ class Group:
     """Runs that differ only in the seed.
 
     Attributes:
-        name: names the fields in which it differs from the other groups.
+        name: the fields in which it differs from other groups.
         runs: the runs, ordered by seed.
         values: the metric of each run.
-        compared: the comparison with the first group; None for the first group itself, as are the fields below.
+        compared: comparison with the first group. This and the fields below are None for the first group itself.
         how: "paired" or "Welch".
         better: probability that a run is better than one of the first group.
         adjusted: p by Holm's method over the groups.
@@ -76,7 +76,7 @@ class Comparison:
     Attributes:
         metric: what is compared.
         better: which values of it are better.
-        groups: the groups, the first of which the others are compared with.
+        groups: the groups; all others are compared with the first.
         differences: by dotted field, the value in each group, where they differ.
         notes: what a reader should know.
     """
@@ -96,12 +96,12 @@ def compare_runs(
     Args:
         folders: run folders.
         metric: "task/measure" or "train/loss"; by default the loss of the first held-out task that all runs measured,
-            and if there is none the training loss, which a note says.
-        better: which values of the metric are better; by default what the metric itself declares.
+            or the training loss, with a note, if there is none.
+        better: which values of the metric are better; default: as the metric declares.
 
     Raises:
         UserError: a folder is not a run folder, a run is not finished, two runs are the same, a run lacks the metric,
-            or nobody says which values of it are better.
+            or its direction is unknown.
     """
     groups: dict[str, list[FinishedRun]] = {}
     for folder in folders:
@@ -181,7 +181,7 @@ def tables(found: Comparison) -> list[Table]:
             line.append("" if group.adjusted <= ALPHA else seeds_text(group.seeds_needed, group.seeds_range))
         rows.append(line)
     heads = ["runs", "seeds", found.metric, "bootstrap", f"minus {first}", "test", "p (Holm)", "effect size"]
-    heads += ["P(better)", "seeds to settle it"]
+    heads += ["P(better)", "seeds needed"]
     notes = [
         *found.notes,
         f"± and intervals 95 %; {found.better} is better; p is two-sided, by Holm's method over all groups.",
@@ -189,7 +189,7 @@ def tables(found: Comparison) -> list[Table]:
     ]
     notes += [SETTLES] if any(group.seeds_needed for group in found.groups) else []
     notes += [
-        f"{group.name}: differences are skewed ({group.compared.skewed:+.1f}): p is approximate, more seeds are safer."
+        f"{group.name}: differences are skewed ({group.compared.skewed:+.1f}): p is approximate, use more seeds."
         for group in found.groups[1:]
         if group.compared.skewed is not None
     ]
@@ -205,7 +205,7 @@ def fields(configs: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Any, ...]]:
     names: dict[str, None] = {}
     for config in configs[1:]:
         names |= dict.fromkeys(name for name, _, _ in differences(configs[0], config))
-    # A field that is a leaf in one configuration and a tree in another is shown whole.
+    # A field that is a leaf in one configuration and a tree in another is shown in full.
     outer = [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
     return {name: tuple(_at(config, name) for config in configs) for name in outer}
 
@@ -255,7 +255,7 @@ def _metric(run: FinishedRun, metric: str) -> float:
         raise UserError(f"{run.folder}: no metric {metric!r}: {nearest(metric, run.metrics)}")
     value = run.metrics[metric]
     if value is None or not math.isfinite(value):
-        raise UserError(f"{run.folder}: {metric} is not finite: training diverged, leave the run out")
+        raise UserError(f"{run.folder}: {metric} is not finite: training diverged, exclude the run")
     return float(value)
 
 

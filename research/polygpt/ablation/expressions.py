@@ -9,7 +9,7 @@ difference that counts. Terms are made of names and numbers by + - * / and
     min(a, over=length)  max  mean  best              over the values of a factor
     rise(a, over=length)                              last minus first
     spread(a, over=width)                             highest minus lowest
-    argmin(a, over=rate)                              where it is lowest, in steps from 0; of equals, their mean
+    argmin(a, over=rate)                              where it is lowest, in steps from 0; ties give their mean
 
 and a claim of terms by `a < b`, `a > b`, chains `a < b < c`, and
 
@@ -62,7 +62,7 @@ class Comparison:
 
     @property
     def text(self) -> str:
-        """As it would be written."""
+        """The statement as an expression."""
         return f"{self.left.text} < {self.right.text}"
 
 
@@ -77,20 +77,20 @@ class Junction:
 Statement = Comparison | Junction
 
 CHOOSE = ("min", "max", "mean", "best")
-"""What is taken of several terms."""
+"""Functions that select among several terms."""
 FORMS = {
     "at": "at(a, factor=value)",
     "abs": "abs(a)",
     **{name: f"{name}(a, over=factor) or {name}(a, b)" for name in CHOOSE},
     **{name: f"{name}(a, over=factor)" for name in OVER if name not in CHOOSE},
 }
-"""How each function of terms is written."""
+"""Syntax of each function of terms."""
 STATED = ("flat", "constant")
-"""Functions that make a statement."""
+"""Functions that form a statement."""
 
 
 def written(name: str) -> str:
-    """A variant's or factor's name as expressions write it: an underscore for each run of other than letters, digits.
+    """The identifier of a variant or factor in expressions: each run of non-alphanumerics becomes an underscore.
 
     "rope + swiglu" is rope_swiglu, "post-norm" post_norm, "4 heads" _4_heads, "None" None_.
     """
@@ -101,7 +101,7 @@ def written(name: str) -> str:
 
 
 def by_written(names: Iterable[str], what: str) -> dict[str, str]:
-    """Names by how they are written; raises SpecError if two are written alike, `what` being their plural."""
+    """Names by their identifiers; raises SpecError if two collide. `what` is their plural, for the error."""
     found: dict[str, str] = {}
     for name in names:
         if (other := found.setdefault(written(name), name)) != name:
@@ -110,7 +110,7 @@ def by_written(names: Iterable[str], what: str) -> dict[str, str]:
 
 
 def parsed(text: str) -> ast.expr:
-    """A claim's text as a syntax tree; raises SpecError if it is no expression of Python's."""
+    """A claim's syntax tree; raises SpecError if it is not a Python expression."""
     text = " ".join(text.split())
     try:
         return ast.parse(text, mode="eval").body
@@ -130,13 +130,13 @@ class Reader:
     ):
         """
         Args:
-            values: by variant, [S, n_axis1, ...]; what is not finite is missing.
+            values: by variant, [S, n_axis1, ...]; non-finite values are missing.
             axes: the values of each factor, in the order of the axes.
-            noise: what `noise` means; None where that is not known: what is compared with it is missing then.
-            better: "lower" or "higher", which `best` takes.
+            noise: the value of `noise`; None if unknown: comparisons with it are then missing.
+            better: "lower" or "higher", used by `best`.
 
         Raises:
-            SpecError: if two variants, or two factors, are written alike, or a variant is written `noise`.
+            SpecError: two variants or two factors have the same identifier, or a variant's is `noise`.
         """
         factors = by_written(axes, "factors")
         self.axes = {short: (i, tuple(axes[name])) for i, (short, name) in enumerate(factors.items(), 1)}
@@ -150,20 +150,20 @@ class Reader:
             array = np.where(np.isfinite(array), array, np.nan)
             self.variants[short] = Quantity(ast.Name(short), array, frozenset(self.axes))
         if "noise" in self.variants:
-            raise SpecError("a variant is named noise, which claims take for the smallest difference that counts")
+            raise SpecError("a variant is named noise, which in claims means the smallest difference that counts")
         self.noise = self._number(math.nan if noise is None else noise, ast.Name("noise"))
 
     def read(self, text: str) -> Statement:
-        """The statement that a claim makes.
+        """Parses the statement of a claim.
 
         Raises:
-            SpecError: naming the claim and what is wrong in it.
+            SpecError: names the claim and the error.
         """
         body = parsed(text)
         try:
             statement = self._statement(body)
             if not self.variants.keys() & {node.id for node in ast.walk(body) if isinstance(node, ast.Name)}:
-                raise SpecError(f"it names no variant: there are {', '.join(self.variants)}")
+                raise SpecError(f"it names no variant: choose from {', '.join(self.variants)}")
         except SpecError as error:
             raise SpecError(f"claim {ast.unparse(body)!r}: {error}") from None
         return statement
@@ -183,7 +183,7 @@ class Reader:
                 return self._less(absolute(self._called(node, "rise")), self.noise)
             return self._less(self._called(node, "spread"), self._number(1.5))
         raise SpecError(
-            f"{ast.unparse(node)} states nothing that could be false: write a < b, a > b, a < b < c, "
+            f"{ast.unparse(node)} is not a statement: write a < b, a > b, a < b < c, "
             "flat(a, over=factor), constant(a, over=factor), or several joined by 'and'"
         )
 
@@ -193,8 +193,8 @@ class Reader:
         if isinstance(op, ast.Gt):
             return self._less(right, left)
         if isinstance(op, (ast.LtE, ast.GtE)):
-            raise SpecError("write < or >: no test tells them from <= and >=")
-        raise SpecError("terms are compared by < and >; for equality write abs(a - b) < noise")
+            raise SpecError("write < or >: no test distinguishes them from <= and >=")
+        raise SpecError("compare terms by < or >; for equality write abs(a - b) < noise")
 
     def _less(self, left: Term, right: Term) -> Statement:
         if isinstance(left, Extremum):
@@ -228,14 +228,14 @@ class Reader:
             return arithmetic(node.op, self._term(node.left), self._term(node.right))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             return self._called(node, node.func.id)
-        raise SpecError(f"{ast.unparse(node)} is no term: terms are variants, numbers, + - * / and {', '.join(FORMS)}")
+        raise SpecError(f"{ast.unparse(node)} is not a term: use variants, numbers, + - * / and {', '.join(FORMS)}")
 
     def _called(self, node: ast.Call, name: str) -> Term:
-        """The function `name` of what `node` is called with."""
+        """The function `name` applied to the arguments of `node`."""
         if name in STATED:
-            raise SpecError(f"{ast.unparse(node)} is true or false, and no term")
+            raise SpecError(f"{ast.unparse(node)} is a statement, not a term")
         if name not in FORMS:
-            raise SpecError(f"there is no function {name!r}: {nearest(name, (*FORMS, *STATED))}")
+            raise SpecError(f"unknown function {name!r}: {nearest(name, (*FORMS, *STATED))}")
         terms = [self._term(argument) for argument in node.args]
         named = {option.arg: option.value for option in node.keywords}
         if name == "at" and len(terms) == 1 and named and None not in named:
@@ -257,7 +257,7 @@ class Reader:
         try:
             wanted = ast.literal_eval(value)
         except ValueError:
-            raise SpecError(f"{name}={ast.unparse(value)}: it must be a number, or a text in quotes") from None
+            raise SpecError(f"{name}={ast.unparse(value)}: it must be a number or a quoted string") from None
         for i, point in enumerate(points):
             if _same(point, wanted):
                 return at(term, axis, name, i, point)
@@ -268,14 +268,14 @@ class Reader:
             raise SpecError(f"over={ast.unparse(factor)}: it must be the name of a factor")
         axis, points = self._axis(term, factor.id)
         if len(points) < 2 and function not in CHOOSE:
-            raise SpecError(f"{function} over {factor.id}, which has one value alone")
+            raise SpecError(f"{function} over {factor.id}, which has only one value")
         return over(function, term, axis, factor.id)
 
     def _axis(self, term: Term, name: str) -> tuple[int, tuple]:
         if name not in self.axes:
-            raise SpecError(f"there is no factor {name!r}: {nearest(name, self.axes)}")
+            raise SpecError(f"unknown factor {name!r}: {nearest(name, self.axes)}")
         if name not in term.axes:
-            raise SpecError(f"{by_seed(term).text} has no {name} left: it has one value for all of {name}")
+            raise SpecError(f"{by_seed(term).text} no longer depends on {name}: it has one value for all of {name}")
         return self.axes[name]
 
 

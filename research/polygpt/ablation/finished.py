@@ -1,4 +1,4 @@
-"""What the folder of a finished run says, for `compare`."""
+"""Reads the folder of a finished run, for `compare`."""
 
 import dataclasses
 import json
@@ -16,19 +16,19 @@ from polygpt.errors import UserError
 from polygpt.overrides import override
 from polygpt.report.finish import RESULTS
 from polygpt.training.experiment import Experiment
-from polygpt.training.held_out import Standing
+from polygpt.training.held_out import MetricState
 from polygpt.training.workdir import drop_same_mathematics, load_experiment
 
 
 @dataclasses.dataclass(frozen=True)
 class FinishedRun:
-    """What a run folder says about a run.
+    """A finished run.
 
     Attributes:
         folder: the run folder.
         experiment: its experiment.
         config: the experiment as JSON, without the seed and whatever does not change results.
-        step: the step at which it ended.
+        step: its last step.
         metrics: by name, "task/measure" and "train/loss".
     """
 
@@ -40,12 +40,12 @@ class FinishedRun:
 
     @property
     def seed(self) -> int:
-        """The experiment's."""
+        """Seed of the experiment."""
         return self.experiment.seed
 
 
 def finished_run(folder: Path) -> FinishedRun:
-    """Reads a run folder. Raises UserError if it is none, or its run is not finished."""
+    """Reads a run folder. Raises UserError if it is not a run folder, or its run is not finished."""
     experiment = load_experiment(folder)
     losses, evaluations, chosen = {}, {}, {}
     for line in _lines(folder / "metrics.jsonl"):
@@ -64,7 +64,7 @@ def finished_run(folder: Path) -> FinishedRun:
     if (path := folder / RESULTS).is_file():
         results = json.loads(path.read_text(encoding="utf-8"))
         tasks = {**tasks, **results["tasks"]}
-        experiment = override(experiment, results.get("overrides", {}))  # so that two evaluations that differ say so
+        experiment = override(experiment, results.get("overrides", {}))  # so that differing evaluations show up
     metrics = {f"{task}/{name}": value for task, measures in tasks.items() for name, value in measures.items()}
     tail = [loss for step, loss in losses.items() if step > 0.9 * last] or [losses[max(losses)]]
     metrics[TRAINING_LOSS] = finite_mean(np.array(tail, float))
@@ -73,14 +73,14 @@ def finished_run(folder: Path) -> FinishedRun:
 
 def _out_of_patience(experiment: Experiment, chosen: Mapping[int, float | None]) -> bool:
     """Whether a run with these metrics, by step of evaluation, has ended by `train.patience`."""
-    standing = Standing()
+    standing = MetricState()
     for step in sorted(chosen):
         standing.update(math.nan if chosen[step] is None else chosen[step], experiment.train.better)
     return experiment.train.patience is not None and standing.stale >= experiment.train.patience
 
 
 def _config(experiment) -> dict[str, Any]:
-    """The experiment as JSON, and beside its fields the code of the user's classes, by the file's name."""
+    """The experiment as JSON, plus the code of user classes by file name."""
     data = json.loads(json.dumps(spec.to_json(experiment.replace(seed=0, name="any"))))
     drop_same_mathematics(data)
     files = {file for cls in sources.user_classes(experiment) if (file := sources.file_of(cls))}
@@ -95,4 +95,4 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
         try:
             yield json.loads(line)
         except ValueError:
-            raise UserError(f"{path}, line {number} is not JSON: wait for the run that writes it") from None
+            raise UserError(f"{path}, line {number} is not JSON: a run may be writing it, try again later") from None

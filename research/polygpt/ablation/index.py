@@ -18,9 +18,9 @@ class Entry:
     """An ablation.
 
     Attributes:
-        slug: its folder's name.
-        question, verdict, cost: a sentence each, in Markdown; verdict and cost are "" before anything is run.
-        command: what runs it.
+        slug: name of its folder.
+        question, verdict, cost: one sentence each, in Markdown; verdict and cost are "" before the first run.
+        command: the command that runs it.
     """
 
     slug: str
@@ -43,10 +43,10 @@ def entries(experiments: Path) -> list[Entry]:
 
 
 def write(experiments: Path) -> Path | None:
-    """Writes the table anew between its marks in the folder's README; None if there are no such marks.
+    """Updates the table between its markers in the folder's README; None if there are no markers.
 
     Raises:
-        UserError: if one of the two marks is missing.
+        UserError: one of the two markers is missing.
     """
     path = experiments / README
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
@@ -57,14 +57,14 @@ def write(experiments: Path) -> Path | None:
 
 
 def stale(experiments: Path) -> bool:
-    """Whether `write` would change something."""
+    """Whether `write` would change the file."""
     path = experiments / README
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     return any(mark in text for mark in MARKS) and _replaced(path, text, experiments) != text
 
 
 def table(found: list[Entry]) -> str:
-    """As Markdown."""
+    """The table in Markdown."""
     lines = ["| ablation | question | verdict | cost | command |", "|---|---|---|---|---|"]
     for one in found:
         link = f"[{one.slug}]({PLACE.name}/{one.slug})"
@@ -79,5 +79,5 @@ def _replaced(path: Path, text: str, experiments: Path) -> str:
     before, found, rest = text.partition(begin)
     _, closed, after = rest.partition(end)
     if not (found and closed):
-        raise UserError(f"{path}: the table of ablations stands between {begin} and {end}: one of them is missing")
+        raise UserError(f"{path}: the table of ablations must be between {begin} and {end}: one of them is missing")
     return f"{before}{begin}\n{table(entries(experiments))}\n{end}{after}"

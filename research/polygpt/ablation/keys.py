@@ -1,8 +1,8 @@
-"""Keys: what a run is known by, so that no run is made twice.
+"""Keys that identify runs, so that no run is repeated.
 
 The key depends on the experiment with its seed, on VERSION and on the code of classes that lie outside the package. It
 does not depend on the contents of data files, on modules that such a class imports, or on the library's own source,
-which every line of results names beside the key (`provenance.py`).
+which every line of results records separately (`provenance.py`).
 """
 
 import dataclasses
@@ -19,30 +19,30 @@ from polygpt.training.experiment import Experiment
 from polygpt.training.workdir import drop_same_mathematics
 
 FORMER_CLASSES: dict[str, str] = {}
-"""By "module:Class": where a class that moved was before, under which keys still know it."""
+"""Former locations of moved classes, by "module:Class"; keys still use them."""
 VERSION = "0.1.0"
-"""The version of polygpt whose defaults still mean what they meant. Raise it when you change what a default does: it
-changes all keys."""
+"""The version of polygpt that last changed the behaviour of a default. Raise it when you change one; this changes all
+keys."""
 
 
 def key(experiment: Experiment) -> str:
-    """What a run is known by: a SHA-256 over its configuration, VERSION and the code of other classes.
+    """The key of a run: a SHA-256 of its configuration, VERSION and the code of classes outside the package.
 
-    The name is not in it, nor what changes no result (`workdir.SAME_MATHEMATICS`), nor where files of code lie. Of a
-    file of code everything counts except comments, the module docstring, and the functions `ablation` and `experiment`.
-    Fields at their defaults are left out, so that results outlive a field that is added: at its default it does what
-    was done without it. Results outlive a rename that `migration.RENAMED` or FORMER_CLASSES lists.
+    Excludes the name, settings that do not change results (`workdir.SAME_MATHEMATICS`), and the location of code files.
+    Of a file of code everything counts except comments, the module docstring, and the functions `ablation` and
+    `experiment`. Fields at their defaults are omitted, so results stay valid when a field is added whose default keeps
+    the old behaviour. They also survive renames listed in `migration.RENAMED` or FORMER_CLASSES.
     """
     return key_of(configured(experiment), experiment.seed)
 
 
 def key_of(configured: str, seed: int) -> str:
-    """The key of a run with the seed, given what `configured` says of its experiment."""
+    """The key of a run with this seed, given `configured` of its experiment."""
     return hashlib.sha256(f"{configured}/{seed}".encode()).hexdigest()
 
 
 def configured(experiment: Experiment) -> str:
-    """All that the key of a run depends on but the seed, as text."""
+    """Everything that the key depends on except the seed, as text."""
     data = _given(experiment.replace(seed=0, name="any"))
     drop_same_mathematics(data)
     sources = {
@@ -52,7 +52,7 @@ def configured(experiment: Experiment) -> str:
 
 
 def _given(value: Any) -> Any:
-    """JSON data as of `spec.to_json`, of fields that are not at their defaults; a file's class without the folder."""
+    """Like `spec.to_json`, but without fields at their defaults and without the folder of user classes."""
     if isinstance(value, Spec):
         cls = spec.class_name(type(value))
         fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if not _is_default(value, f)}

@@ -1,4 +1,4 @@
-"""What is seen of an ablation while it runs: a live table on a terminal, elsewhere a line now and then."""
+"""Progress of an ablation: a live table on a terminal, otherwise occasional lines."""
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,20 +19,20 @@ from polygpt.ablation.variants import Name
 from polygpt.markup import duration, value_text, with_interval
 
 BEGINNING = 0.1
-"""The share of its steps that a stage's first run has to have made before time is foretold."""
+"""Fraction of steps that the first run of a stage must complete before the remaining time is estimated."""
 MOST = 30
-"""Rows of the table, at most: with more points those that are not under way or just done are left out."""
+"""Maximum number of table rows; with more points, only running and recently finished ones are shown."""
 
 
 class Live:
-    """To be told what happens (`runner.Tell`), as a context.
+    """A callback for events (`runner.Callback`) and a context manager.
 
     Args:
-        ablation: what is run.
-        seeds: how many of each point.
-        records: the lines of runs of the comparison that are there from before.
-        console: where to; by default stderr.
-        seconds: between two lines where there is no terminal.
+        ablation: the ablation being run.
+        seeds: number of seeds per point.
+        records: existing lines of runs of the comparison.
+        console: output; default: stderr.
+        seconds: interval between lines without a terminal.
     """
 
     def __init__(
@@ -68,12 +68,12 @@ class Live:
             self._screen.stop()
 
     def __call__(self, event: Planned | Progress | Finished | Failed) -> None:
-        """Takes note of it, and shows it when it is time."""
+        """Records an event and updates the display when due."""
         if isinstance(event, Planned):
             self.stage, self.runs, self.done = event.stage, event.runs, event.done
             self.steps, self.made, self._begun = {}, 0, time.monotonic()
             if event.tasks:
-                self._say(f"{event.stage}: {event.runs} runs, {event.done} there from before")
+                self._say(f"{event.stage}: {event.runs} runs, {event.done} already done")
         elif isinstance(event, Progress):
             self.steps[event.task] = event
             if time.monotonic() - self._printed >= self._seconds:
@@ -90,9 +90,9 @@ class Live:
             self.console.print(Text(f"{event.task.name} failed: {event.failure.message}"), soft_wrap=True)
 
     def left(self) -> float | None:
-        """Seconds until all is done, by what the stage's runs took so far, done and begun.
+        """Estimated seconds until the stage is done, from its finished and running runs.
 
-        None at the beginning of its first runs, when most of the time went into starting and compiling.
+        None at the start of the first runs, when most of the time was spent on starting and compiling.
         """
         begun = sum(len(one.seeds) * one.step / one.steps for one in self.steps.values())
         furthest = max((one.step / one.steps for one in self.steps.values()), default=0.0)
@@ -102,7 +102,7 @@ class Live:
         return (time.monotonic() - self._begun) / (self.made + begun) * (max(0.0, self.runs - self.done - begun) + then)
 
     def table(self) -> Group:
-        """The table as it is now."""
+        """The current table."""
         shown = Table(box=None, pad_edge=False)
         for i, head in enumerate(("variant", "seeds", f"{self.ablation.metric}, 95 % interval", "now")):
             shown.add_column(head, justify="right" if i else "left", no_wrap=True)
@@ -132,7 +132,7 @@ class Live:
         return "" if left is None else text.format(duration(left))
 
     def _say(self, line: str) -> None:
-        """A line, where there is no table that says it."""
+        """Prints a line, unless the table shows it."""
         if not self._screen:
             self._printed = time.monotonic()
             self.console.print(Text(line), soft_wrap=True)

@@ -1,4 +1,4 @@
-"""What ablations, searches and comparisons measure: figures of held-out tasks, the training loss, costs of a run."""
+"""Metrics of ablations, searches and comparisons: held-out tasks, the training loss, costs of a run."""
 
 import functools
 import statistics
@@ -28,17 +28,17 @@ MEASURES = {
     CACHE: Measure("cache_bytes", "lower", unit="bytes per row", needs="likelihood"),
     DECODING: Measure("decode_seconds", "lower", unit="s per token", needs="likelihood"),
 }
-"""By metric, what belongs to no held-out task. `cost/cache_bytes` is the decoding cache of one row as long as those of
-training; `cost/decode_seconds` is the time per token when the second half of such a row is written greedily."""
+"""Metrics that belong to no held-out task. `cost/cache_bytes`: size of the decoding cache for one row of training
+length. `cost/decode_seconds`: time per token for greedily generating the second half of such a row."""
 REPEATS = 5
-"""Measurements of the decoding time, of which the median counts."""
+"""Number of decoding-time measurements; the median counts."""
 
 
 def measure(experiment: Experiment, metric: str) -> Measure:
-    """What a metric of a run of the experiment is.
+    """Describes a metric of the experiment's runs.
 
     Raises:
-        SpecError: no run of the experiment measures it.
+        SpecError: the experiment does not measure it.
     """
     if metric in MEASURES:
         return MEASURES[metric]
@@ -46,25 +46,25 @@ def measure(experiment: Experiment, metric: str) -> Measure:
 
 
 def figures(record: Mapping[str, Any]) -> dict[str, float | None]:
-    """All figures of a run by metric, given its line of results: those measured, and what it cost."""
+    """All metrics and costs of a run, from its line of results."""
     cost = {f"cost/{name}": record[name] for name in ("parameters", "flops", "seconds") if name in record}
     return {**cost, **record["metrics"]}
 
 
 def lacks(record: Mapping[str, Any], metrics: Sequence[str]) -> bool:
-    """Whether a line of results lacks a cost that is asked for: it was written before anybody asked."""
+    """Whether a line of results lacks a requested cost, because it was written before the request."""
     return any(metric.startswith("cost/") and metric not in figures(record) for metric in metrics)
 
 
 def cache_bytes(experiment: Experiment) -> int:
-    """Size of the decoding cache for one row of training length. Nothing is allocated."""
+    """Size of the decoding cache for one row of training length. Allocates nothing."""
     model = bind(experiment.model, experiment.tokenizer.build().vocabulary)
     shapes = jax.eval_shape(functools.partial(model.init_cache, 1, experiment.data.layout.seq_len))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
 
 
 def decode_seconds(experiment: Experiment) -> float:
-    """Time per token to write the rest of a row of training length after a prompt of about half of it.
+    """Time per token for generating the rest of a row of training length after a prompt of about half its length.
 
     One row, greedy, on the default device, with initial parameters: their values do not change the time.
     """

@@ -1,4 +1,4 @@
-"""The pictures of an ablation: SVG, or PNG where that is smaller. The same content gives the same bytes."""
+"""Renders the plots of an ablation: SVG, or PNG if smaller. Equal content gives equal bytes."""
 
 import functools
 import hashlib
@@ -13,16 +13,16 @@ from matplotlib.figure import Figure
 from polygpt.ablation.charts import Chart, Panel, Series, texts
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-"""Okabe and Ito's, told apart by the colour-blind too, without the yellow, which is faint on white."""
+"""Okabe and Ito's colour-blind-safe palette, without yellow, which is faint on white."""
 MARKS, DASHES = "osD^vPX", ("-", "--", ":")
 STYLE = 1
-"""To be raised when pictures are drawn in another way: those that were drawn before are then out of date."""
+"""Raise this when the drawing changes: it marks existing plots as stale."""
 LARGE = 60_000
-"""Bytes of an SVG from which on a PNG is tried too."""
+"""Size of an SVG, in bytes, above which a PNG is tried too."""
 WIDE = 4
-"""Panels side by side, at most."""
+"""Maximum number of panels side by side."""
 TICKS = 7
-"""Values of a factor up to which each is written at its place."""
+"""Maximum number of factor values that each get a tick label."""
 _MARK = "content "
 _SETTINGS = {
     "svg.hashsalt": "polygpt",
@@ -38,7 +38,7 @@ _SETTINGS = {
 
 
 def draw(chart: Chart) -> tuple[str, bytes]:
-    """The picture: (suffix, content of the file)."""
+    """(suffix, content) of the plot's file."""
     with matplotlib.rc_context(), matplotlib.rc_context({**matplotlib.rcParamsDefault, **_SETTINGS, "backend": "agg"}):
         drawn = _figure(chart)
         svg = _saved(drawn, "svg", chart)
@@ -49,13 +49,13 @@ def draw(chart: Chart) -> tuple[str, bytes]:
 
 
 def fingerprint(chart: Chart) -> str:
-    """Of what a picture shows; it is written into the file."""
+    """Hash of a plot's content, which is written into the file."""
     content = "\n".join([str(STYLE), *texts(chart)])
     return _MARK + hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
 def fingerprint_of(picture: bytes) -> str | None:
-    """What `fingerprint` was when the file was drawn; None if it is another's picture."""
+    """The `fingerprint` stored in a file; None if it was not written by `draw`."""
     found = re.search(rb"content [0-9a-f]{32}", picture)
     return found and found[0].decode()
 
@@ -94,7 +94,7 @@ def _figure(chart: Chart) -> Figure:
 
 
 def _points(axes: Axes, panel: Panel) -> None:
-    """A line a variant: every seed, the mean, its interval."""
+    """One line per variant: every seed, the mean and its interval."""
     for i, series in enumerate(panel.series):
         axes.plot(series.seeds, [i] * len(series.seeds), "o", color=_colour(i), alpha=0.35, markersize=3.5, zorder=2)
         (mean,), (low,), (high,) = series.y, series.low, series.high
@@ -148,7 +148,7 @@ def _band(axes: Axes, i: int, series: Series) -> None:
 
 
 def _crosses(axes: Axes, i: int, series: Series, better: str) -> None:
-    """At the bad edge of the scale: what a diverged run would be drawn at says nothing."""
+    """Marks diverged runs at the bad end of the scale, since their values mean nothing."""
     edge = 0.97 if better == "lower" else 0.03
     where = {"transform": axes.get_xaxis_transform(), "clip_on": False}
     axes.plot(series.diverged, [edge] * len(series.diverged), "x", color=_colour(i), markersize=7, **where)
@@ -159,7 +159,7 @@ def _label(axes: Axes, panel: Panel) -> None:
 
 
 def _share_scale(chart: Chart, axes) -> None:
-    """One scale for all panels: that of the means and, of a curve, of all but its steep beginning."""
+    """Uses one scale for all panels: that of the means and of curves without their steep start."""
     low, high = math.inf, -math.inf
     for panel in chart.panels:
         for series in panel.series:

@@ -1,9 +1,9 @@
-"""Which source of the library a run imported, and whether the runs that are compared share it.
+"""Hashes the library source that a run imports, and checks that compared runs share it.
 
-A run's code has two parts: the *core*, which every run imports to train and evaluate, as one hash, and *more*, the
-modules that only its own classes import, as a hash each. Both are found by following import statements from the roots,
-wherever they stand in a file, so that they depend neither on the engine nor on what else a process has imported.
-Comments, docstrings and blank lines do not count.
+A run's code has two parts: the *core*, the modules that every run imports to train and evaluate, with one hash, and
+*more*, modules imported only by the run's own classes, with one hash each. Both are found by following import
+statements from the roots, at any level of a file, so they are independent of the engine and of other imports in the
+process. Comments, docstrings and blank lines do not count.
 """
 
 import ast
@@ -25,18 +25,18 @@ from polygpt.training.workdir import environment
 
 PACKAGE = Path(polygpt.__file__).parent
 ROOTS = tuple(f"polygpt.ablation.{name}" for name in ("single", "together", "stacked", "record"))
-"""Modules that train and measure. The others of this folder decide what is run, and what is made of it."""
+"""Modules that train and measure. The others in this folder only decide what to run and report results."""
 DIRTY = "-dirty"
-"""Ends a commit whose tree had other changes."""
+"""Suffix of a commit with uncommitted changes."""
 ALONE = "variants may differ for that reason alone"
 SHORT = 12
-"""Characters of hashes in sentences."""
+"""Length of abbreviated hashes."""
 
 
 def made(experiment: Spec) -> dict[str, Any]:
-    """What a run in this process is made with: versions, device and the code.
+    """Versions, device and code of a run in this process.
 
-    To be called before the run: files may be edited while it trains.
+    Call it before the run: files may be edited during training.
     """
     said = environment()
     about = {"polygpt": polygpt.__version__, "commit": commit(), "jax": said["jax"], "device": said["device"]}
@@ -71,15 +71,15 @@ def commit() -> str | None:
 
 
 def faults(runs: Iterable[Mapping[str, Any]]) -> list[str]:
-    """What speaks against comparing runs, given what `made` said of each: a sentence per fault, [] if nothing does."""
+    """Reasons against comparing runs, given `made` of each: one sentence per fault."""
     runs = list(runs)
     total, found = len(runs), []
     known = [one for one in runs if one["code"]]
     if unknown := [one for one in runs if not one["code"]]:
         commits = _listed(Counter(_short(one["commit"]) for one in unknown))
         found.append(
-            f"{len(unknown)} of {total} runs are of unknown code: they were made before the library's source was "
-            f"recorded ({commits})."
+            f"{len(unknown)} of {total} runs have unknown code: they predate the recording of the library source "
+            f"({commits})."
         )
     cores = Counter((one["code"]["core"][:SHORT], _short(one["commit"])) for one in known)
     hashes: dict[str, set[str]] = {}
@@ -89,20 +89,16 @@ def faults(runs: Iterable[Mapping[str, Any]]) -> list[str]:
     differing = sorted(module for module, some in hashes.items() if len(some) > 1)
     if len({core for core, _ in cores}) > 1:
         some = _listed({f"{core}, {commit}": count for (core, commit), count in cores.items()})
-        found.append(
-            f"Runs are of different source of the library ({some}): variants may differ for that reason alone."
-        )
+        found.append(f"Runs used different versions of the library source ({some}): {ALONE}.")
     elif differing:
-        found.append(
-            f"Runs are of different source of {', '.join(differing)}: variants may differ for that reason alone."
-        )
+        found.append(f"Runs used different versions of {', '.join(differing)}: {ALONE}.")
     if dirty := sum((one["commit"] or "").endswith(DIRTY) for one in runs):
-        found.append(f"{dirty} of {total} runs were made with uncommitted changes: their source cannot be rebuilt.")
+        found.append(f"{dirty} of {total} runs were made with uncommitted changes: their source cannot be restored.")
     return found
 
 
 def summary(runs: Iterable[Mapping[str, Any]]) -> str:
-    """The code of runs in a few words: "code 0123456789ab (commit 0123456789ab)"."""
+    """A short description of the code of runs: "code 0123456789ab (commit 0123456789ab)"."""
     runs = list(runs)
     cores = dict.fromkeys(f"code {one['code']['core'][:SHORT]}" if one["code"] else "unknown code" for one in runs)
     commits = dict.fromkeys(_short(one["commit"]) for one in runs)
@@ -114,7 +110,7 @@ def summary(runs: Iterable[Mapping[str, Any]]) -> str:
 
 @functools.cache
 def _closure(roots: tuple[str, ...]) -> dict[str, str]:
-    """The library's modules that the roots import, directly or not, each with the hash of its code."""
+    """The library modules that the roots import, directly or indirectly, each with the hash of its code."""
     found: dict[str, str] = {}
     waiting = list(roots)
     while waiting:
@@ -129,7 +125,7 @@ def _closure(roots: tuple[str, ...]) -> dict[str, str]:
 
 @functools.lru_cache(1024)
 def _read(file: Path, changed: int) -> tuple[str, tuple[str, ...]]:
-    """(hash of a file's code, the library's modules that it imports)."""
+    """(hash of a file's code, the library modules that it imports)."""
     text = file.read_text(encoding="utf-8")
     tree = ast.parse(text)
     lines: list[str] = text.splitlines()
@@ -151,7 +147,7 @@ def _read(file: Path, changed: int) -> tuple[str, tuple[str, ...]]:
 
 @functools.cache
 def _file(module: str) -> Path | None:
-    """The file of a module of the library; None if it is none."""
+    """The file of a library module; None for other names."""
     first, *rest = module.split(".")
     place = PACKAGE.joinpath(*rest)
     candidates = (place / "__init__.py", place.with_name(f"{place.name}.py")) if first == "polygpt" else ()

@@ -1,6 +1,6 @@
-"""The README of an ablation, its pictures and its tables for LaTeX, written from its file and its results alone.
+"""Writes an ablation's README, plots and LaTeX tables from its file and its results.
 
-All is written anew by each `polygpt ablate`; of the README, what stands between the two marks of the notes is kept.
+Each `polygpt ablate` regenerates everything, except the notes between two markers in the README.
 """
 
 import inspect
@@ -33,45 +33,46 @@ from polygpt.spec import load_file
 
 README, LATEX = "README.md", "table.tex"
 NOTES = ("<!-- notes: written by hand, kept -->", "<!-- end of notes -->")
-WRITTEN = "<!-- Written by polygpt ablate: what is changed here is lost, but for the notes at the end. -->"
+WRITTEN = "<!-- Written by polygpt ablate: changes are overwritten, except in the notes at the end. -->"
 EVIDENCE = {
     "V": "verified in the paper",
-    "A": "from the paper's abstract or a summary, not checked in the paper",
-    "M": "from memory, still to be checked in the paper",
+    "A": "from the paper's abstract or a summary, not verified in the paper",
+    "M": "from memory, not yet verified in the paper",
 }
-REMEDY = "To run them again, remove their lines from results.jsonl."
+REMEDY = "To repeat them, remove their lines from results.jsonl."
 LONG = 24
-"""Rows of a table from which on it is folded."""
+"""Number of rows from which a table is collapsed."""
 SUFFIXES = (".svg", ".png")
 
 
 def home(file: Path) -> Path:
-    """The folder of an ablation's results: its file's own if that is called experiment.py, else one of its name."""
+    """The folder of an ablation's results: that of its file if called experiment.py, otherwise one with the file's
+    name."""
     return file.parent if file.name == FILE else file.with_suffix("")
 
 
 def source(folder: Path) -> Path:
-    """The file of the ablation whose results are in a folder, as `home` has it."""
+    """The ablation file for a results folder; the inverse of `home`."""
     beside = folder.with_name(f"{folder.name}.py")
     return beside if beside.is_file() and not (folder / FILE).is_file() else folder / FILE
 
 
 def write(folder: Path, frame: Frame | None = None) -> list[Path]:
-    """Writes README.md, table.tex and the pictures; those of other content that were there are removed.
+    """Writes README.md, table.tex and the plots; removes outdated plots.
 
     Args:
-        folder: of the results.
-        frame: they, where they have been read.
+        folder: folder of the results.
+        frame: the results, if already read.
 
     Returns:
-        The files.
+        The files written.
 
     Raises:
-        UserError: if there is a README.md that somebody wrote by hand, or `load_ablation` or `frame` raises it.
+        UserError: a README.md exists that was written by hand; also from `load_ablation` and `frame`.
     """
     kept = _read(folder / README)
-    if kept is not None and WRITTEN not in kept:
-        raise UserError(f"{folder / README} was not written by polygpt ablate: move it away, to keep it")
+    if kept is not None and WRITTEN.partition(":")[0] not in kept:
+        raise UserError(f"{folder / README} was not written by polygpt ablate: move it away to keep it")
     frame = frame or _frame(folder)
     shown = charts(frame)
     drawn = {f"{chart.name}{suffix}": content for chart in shown for suffix, content in [draw(chart)]}
@@ -85,9 +86,9 @@ def write(folder: Path, frame: Frame | None = None) -> list[Path]:
 
 
 def stale(folder: Path) -> list[str]:
-    """What `write` would write otherwise than it is, a line each; [] if all is up to date, or nothing was ever run.
+    """The files that `write` would change, one line each; [] if all are up to date or nothing was run.
 
-    Pictures are compared by what they show: another version of Matplotlib draws the same in other bytes.
+    Plots are compared by content, because the bytes depend on the version of Matplotlib.
     """
     if not (folder / results.RESULTS).is_file() and not (folder / README).exists():
         return []
@@ -108,13 +109,13 @@ def _frame(folder: Path) -> Frame:
 
 
 def _pictures(folder: Path) -> list[Path]:
-    """Those that `write` drew, whatever they show."""
+    """All plots drawn by `write`."""
     files = sorted(path for path in folder.glob("*") if path.suffix in SUFFIXES)
     return [path for path in files if fingerprint_of(path.read_bytes()) is not None]
 
 
 def _texts(folder: Path, frame: Frame, pictures: Mapping[str, str]) -> dict[str, str]:
-    """The files of text by name; `pictures` are the files of charts by the chart's name."""
+    """The text files by name; `pictures` maps names of charts to files."""
     found = verdicts(frame)
     tables = [results_table(frame), *([claims_table(found)] if found else []), costs_table(frame)]
     return {
@@ -127,13 +128,13 @@ def _texts(folder: Path, frame: Frame, pictures: Mapping[str, str]) -> dict[str,
 
 
 def title(file: Path) -> str:
-    """Of the ablation: the first line of its file's docstring, else the folder's name."""
+    """The title of an ablation: the first line of its file's docstring, or the folder's name."""
     said = inspect.getdoc(load_file(file))
     return said.splitlines()[0].rstrip(".") if said else home(file).resolve().name.replace("_", " ")
 
 
 def command(folder: Path) -> str:
-    """What runs the ablation, from the folder that holds `experiments`."""
+    """The command that runs the ablation, from the parent folder of `experiments`."""
     inside = folder.resolve().parts[-3:-1] == PLACE.parts
     return f"polygpt ablate {folder.resolve().name if inside else source(folder).name}"
 
@@ -180,7 +181,7 @@ def _paper(frame: Frame) -> list[str]:
     arxiv = re.fullmatch(r"\d{4}\.\d{4,5}(v\d+)?", paper.reference)
     where = f"[arXiv:{paper.reference}](https://arxiv.org/abs/{paper.reference})" if arxiv else paper.reference
     parts = ["## The paper", f"*{escaped_markdown(paper.title)}*, {where}, {escaped_markdown(paper.where)}."]
-    evidence = f"Evidence {paper.evidence}: its figures are {EVIDENCE[paper.evidence]}."
+    evidence = f"Evidence {paper.evidence}: results {EVIDENCE[paper.evidence]}."
     parts.append(f"{f'Setting: {escaped_markdown(paper.setting)}. ' if paper.setting else ''}{evidence}")
     if paper.figures:
         table = beside(frame)
@@ -200,7 +201,7 @@ def _run(frame: Frame, tuned: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     if ablation.tuned:
         values = ", ".join(map(str, ablation.tuned))
         seeds = f"{ablation.tuning_seeds} seed{'s' * (ablation.tuning_seeds > 1)}"
-        yield f"Every point is tuned over {values}, with {seeds} of their own."
+        yield f"Every point is tuned over {values}, with {seeds} for tuning only."
     if not records:
         return
     steps = sorted({record["steps"] for record in records if not record["diverged"]})
@@ -220,7 +221,7 @@ def _run(frame: Frame, tuned: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def runs_made(frame: Frame, tuned: Sequence[Mapping[str, Any]] = ()) -> list[Mapping[str, Any]]:
-    """What each run, of the comparison and of tuning, was made with; a run that several points ask for counts once."""
+    """`made` of each run of comparison and tuning; a run shared by several points counts once."""
     return [line["made"] for line in {line["key"]: line for line in [*frame.records, *tuned]}.values()]
 
 
@@ -229,19 +230,19 @@ def _distinct(values) -> str:
 
 
 def cost(frame: Frame, tuned: Sequence[Mapping[str, Any]] = ()) -> str:
-    """What the runs took, in one sentence: wall time summed over runs and FLOPs by formula."""
+    """The cost of the runs in one sentence: total wall time and FLOPs by formula."""
     lines = list({record["key"]: record for record in [*frame.records, *tuned]}.values())
     seconds, flops = (math.fsum(line[name] for line in lines) for name in ("seconds", "flops"))
-    some = f" ({len(tuned)} of them to tune)" if tuned else ""
+    some = f" ({len(tuned)} for tuning)" if tuned else ""
     where = _distinct(line["made"]["device"] for line in lines)
     if not lines:
-        return "nothing was run."
-    took = f"{duration(seconds)} of wall time on {where} summed over runs"
+        return "not run yet."
+    took = f"{duration(seconds)} of total wall time on {where}"
     return f"{len(lines)} runs{some}, {took}, {short(flops)} FLOPs."
 
 
 def tuning(ablation: Ablation, records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The runs that learning rates, or whatever is tuned, were chosen by."""
+    """The runs of the tuning stage."""
     if not ablation.tuned:
         return []
     found = {record["key"]: record for record in records}
@@ -251,7 +252,7 @@ def tuning(ablation: Ablation, records: Sequence[Mapping[str, Any]]) -> list[Map
 
 
 def _notes(folder: Path) -> str:
-    """What stands between the marks in the README that is there, with them."""
+    """The notes in the existing README, including their markers."""
     begin, end = NOTES
     before = _read(folder / README) or ""
     if begin in before and end in before.partition(begin)[2]:

@@ -1,4 +1,4 @@
-"""What is kept of a run: a line of results, without what says which run it was."""
+"""The record of a run: a line of results without the fields that identify the run."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from polygpt.files import plain
 from polygpt.training.experiment import Experiment
 
 POINTS = 60
-"""Points of a learning curve, at most."""
+"""Maximum number of points of a learning curve."""
 
 Evaluations = Sequence[tuple[int, Mapping[str, Mapping[str, float]]]]
 """(step, measures by task) for each evaluation of a run."""
@@ -29,15 +29,15 @@ def record(
     seconds: float,
     how: str,
 ) -> dict[str, Any]:
-    """A line of results, see `results.py`, without key, variant, point and stage.
+    """A line of results (see `results.py`) without key, variant, point and stage.
 
     Args:
-        experiment: the run's.
-        losses: one per step taken, from the first on; they need not be finite.
-        evaluations: in order.
+        experiment: the experiment of the run.
+        losses: one per step, from the first step; may be non-finite.
+        evaluations: in order of steps.
         stopped: whether the run ended early because losses were not finite, or spiked.
         seconds: wall time.
-        how: where and with what.
+        how: how it was run.
     """
     steps, each = len(losses), costs(experiment)
     last = evaluations[-1][1] if evaluations and evaluations[-1][0] == steps else {}

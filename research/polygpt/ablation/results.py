@@ -1,12 +1,12 @@
-"""Results: a line per run in `results.jsonl`, found again by the key of the run, and the frame read from them.
+"""Results: one line per run in `results.jsonl`, identified by the run's key, and the frame read from them.
 
 A line: {"schema", "key", "variant", "at": {factor: value}, "tuned": value or null, "stage": "tuning" or "comparison",
 "seed", "metrics": {"text/loss": ...}, "curve": {"step": [...], "loss": [...]}, "evaluations": {"step": [...],
 "text/loss": [...]}, "parameters", "flops" (of all steps, by formula), "tokens" (positions of all batches, padding
 included), "steps", "seconds" (this run's share), "diverged", "how", "made": {"polygpt", "commit", "jax", "device",
-"code": see `provenance.py`, null if unknown}}. What is not finite is null.
+"code": see `provenance.py`, null if unknown}}. Non-finite values are null.
 
-A run whose key (`keys.py`) is there is never repeated. Lines whose key nobody asks for any more stay and are not read.
+A run whose key (`keys.py`) exists is never repeated. Lines with obsolete keys stay in the file and are ignored.
 """
 
 import dataclasses
@@ -28,30 +28,30 @@ from polygpt.errors import UserError
 from polygpt.files import plain
 
 RESULTS = "results.jsonl"
-"""The file's name, beside the ablation's."""
+"""Name of the results file, next to the ablation's file."""
 TUNING = 1000
-"""The first seed of the tuning runs."""
+"""First seed of tuning runs."""
 SCHEMA = 2
-"""Of the lines that are written now."""
+"""Schema of new lines."""
 
 
 def _with_code(line: dict[str, Any]) -> dict[str, Any]:
-    """Schema 1 did not say of which code a run is."""
+    """Schema 1 did not record the code of a run."""
     return {**line, "made": {**line["made"], "code": None}} if "made" in line else line
 
 
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _with_code}
-"""By the schema of a line what makes it one of the next schema. A line without a number is of schema 1."""
+"""Migrations to the next schema, by schema. A line without a number has schema 1."""
 
 
 # --- the file ---------------------------------------------------------------------------------------------------------
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file of results as of SCHEMA; [] without a file. An incomplete last line is dropped.
+    """The lines of a results file, migrated to SCHEMA; [] without a file. Drops an incomplete last line.
 
     Raises:
-        UserError: another line is not JSON, or a line is of a later schema.
+        UserError: another line is not JSON, or a line has a newer schema.
     """
     records, lines = [], path.read_bytes().splitlines(keepends=True) if path.exists() else []
     for number, line in enumerate(lines, 1):
@@ -59,24 +59,22 @@ def read(path: Path) -> list[dict[str, Any]]:
             records.append(migrated(json.loads(line), f"{path}, line {number}"))
         except ValueError:
             if number < len(lines) or line.endswith(b"\n"):
-                raise UserError(
-                    f"{path}, line {number} is not JSON: remove that line, and its run is made again"
-                ) from None
+                raise UserError(f"{path}, line {number} is not JSON: remove that line to repeat its run") from None
     return records
 
 
 def migrated(line: dict[str, Any], place: str) -> dict[str, Any]:
-    """A line as of SCHEMA. Raises UserError, naming the place, if it is of a later one."""
+    """A line migrated to SCHEMA. Raises UserError, naming the place, if its schema is newer."""
     schema = line.get("schema", 1)
     if schema > SCHEMA:
-        raise UserError(f"{place} is of schema {schema}, and this version knows {SCHEMA}: update polygpt")
+        raise UserError(f"{place} has schema {schema}, but this version supports {SCHEMA}: update polygpt")
     for number in range(schema, SCHEMA):
         line = MIGRATIONS[number](line)
     return {**line, "schema": SCHEMA}
 
 
 def append(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Adds lines; when this returns they are on the disk. What a killed process left of a line is removed."""
+    """Appends lines durably. Removes a partial line left by a killed process."""
     text = "".join(json.dumps({"schema": SCHEMA, **plain(record)}, allow_nan=False) + "\n" for record in records)
     with path.open("ab+") as file:
         file.seek(0)
@@ -97,12 +95,12 @@ def append(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Frame:
-    """The results of a comparison, as claims, tables and pictures read them.
+    """The results of a comparison, for claims, tables and plots.
 
     Attributes:
-        ablation: the question.
-        seeds: S of them.
-        axes: the values of every factor: those that are run over, then the one that is read at.
+        ablation: the ablation.
+        seeds: the S seeds.
+        axes: the values of every factor: those in `over`, then the one in `reads`.
         values: by variant, the metric, float64 [S, values of the first factor, of the second, ...]; NaN where a run is
             missing.
         records: the lines of these runs, under the variant and point that asked for them.
@@ -116,16 +114,15 @@ class Frame:
 
 
 def frame(ablation: Ablation, records: Iterable[Mapping[str, Any]], seeds: Sequence[int] | None = None) -> Frame:
-    """What the results say of an ablation as it is now.
+    """The results for the current definition of an ablation.
 
     Args:
         ablation: the ablation.
-        records: lines of results, among them those of runs that nobody asks for any more.
-        seeds: which; by default all that some run of the comparison is there for.
+        records: lines of results; obsolete ones are ignored.
+        seeds: seeds to use; default: all seeds that any run of the comparison has.
 
     Raises:
-        UserError: for a run that diverged, if the ablation does not say what counts as its metric, or that does not
-            have the metric.
+        UserError: a run diverged and `Ablation.diverged` is not set, or a run lacks the metric.
     """
     found = by_key(ablation, records)
     chosen = [choose(ablation, variant, at, found) for variant, at in places(ablation)]
@@ -153,43 +150,43 @@ def frame(ablation: Ablation, records: Iterable[Mapping[str, Any]], seeds: Seque
 
 
 def by_key(ablation: Ablation, records: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """Lines of results by key. Those that lack a cost that the ablation asks for are left out, and are run again."""
+    """Lines of results by key, without those that lack a requested cost; their runs are repeated."""
     return {record["key"]: record for record in records if not lacks(record, ablation.metrics())}
 
 
 def labelled(record: Mapping[str, Any], made: Point, stage: str) -> dict[str, Any]:
-    """A run's line, under the point that asks for it."""
+    """A run's line with the labels of the given point."""
     said = {"variant": made.variant, "at": made.at, "tuned": made.tuned, "stage": stage}
     first = {"schema": SCHEMA, "key": record.get("key"), **said}
     return {**first, **{name: value for name, value in record.items() if name not in first}}
 
 
 def candidates(ablation: Ablation, variant: str, at: Mapping[str, Name]) -> list[Point]:
-    """A point at every value of the tuned grid."""
+    """The point at every value of the tuned grid."""
     return [point(ablation, variant, at, value) for value in ablation.tuned]
 
 
 def tuning_seeds(ablation: Ablation) -> range:
-    """Of the runs that the tuned grid's values are compared by."""
+    """Seeds of the tuning runs."""
     return range(TUNING, TUNING + ablation.tuning_seeds)
 
 
 def choose(
     ablation: Ablation, variant: str, at: Mapping[str, Name], found: Mapping[str, Mapping[str, Any]]
 ) -> Point | None:
-    """A point as it is compared: at its best value of the tuned grid, by mean metric, the first of equals.
+    """A point at its best value of the tuned grid, by mean metric; the first in a tie.
 
-    A value that diverged with any seed is worse than all that did not, unless the ablation says what it counts as.
+    A value that diverged for any seed is worse than all others, unless `Ablation.diverged` is set.
 
     Args:
         ablation, variant, at: the point.
         found: lines of results by key.
 
     Returns:
-        The point; None while results of tuning are missing.
+        The point; None while tuning results are missing.
 
     Raises:
-        UserError: if it diverged at every value.
+        UserError: it diverged at every value.
     """
     if not ablation.tuned:
         return point(ablation, variant, at)
@@ -204,7 +201,7 @@ def choose(
     if not math.isfinite(best[0]):
         raise UserError(
             f"{best[1].variant}: training diverged at every value of the tuned grid ({_listed(ablation.tuned)}): "
-            "add values, or set Ablation.diverged to what counts as its metric"
+            "add values, or set Ablation.diverged to the metric to assign"
         )
     return best[1]
 
@@ -214,24 +211,24 @@ def _listed(values: Iterable[Name]) -> str:
 
 
 def _figure(ablation: Ablation, record: Mapping[str, Any], metric: str) -> float:
-    """A metric of a run of the comparison."""
+    """A metric of a run in the comparison."""
     value = _bounded(ablation, record, metric)
     if not math.isfinite(value):
         at = "".join(f", {factor} {value}" for factor, value in record["at"].items())
         raise UserError(
             f"{record['variant']}{at}, seed {record['seed']}: training diverged: lower its learning rate, or set "
-            "Ablation.diverged to what counts as its metric"
+            "Ablation.diverged to the metric to assign"
         )
     return value
 
 
 def _bounded(ablation: Ablation, record: Mapping[str, Any], metric: str) -> float:
-    """A metric of a run; of one that diverged, or is worse, what the ablation says that counts, or the infinite."""
+    """A metric of a run; if it diverged or is worse, `Ablation.diverged` or infinity."""
     lower, measured = ablation.measure.better == "lower", figures(record)
     value = None if record["diverged"] else measured.get(metric)
     if value is None:
         if not record["diverged"] and metric not in measured:
-            raise UserError(f"{record['variant']}: {metric!r} was not measured: there are {_listed(sorted(measured))}")
+            raise UserError(f"{record['variant']}: {metric!r} was not measured; there are {_listed(sorted(measured))}")
         value = math.inf if lower else -math.inf
     if ablation.diverged is None:
         return value

@@ -1,4 +1,4 @@
-"""Runs an ablation: finds the missing runs, hands them to an engine, and writes down results as they come in."""
+"""Runs an ablation: finds missing runs, hands them to an engine, and records results as they arrive."""
 
 import dataclasses
 import hashlib
@@ -20,18 +20,18 @@ from polygpt.runtime.lock import hold
 Stage = Literal["tuning", "comparison"]
 
 WORK = ".work"
-"""Folder of unfinished work, beside the results. Git ignores it."""
+"""Folder of unfinished work, next to the results. Git ignores it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
-    """A stage begins.
+    """A stage starts.
 
     Attributes:
-        stage: which one.
+        stage: the stage.
         runs: number of runs in it.
         done: number of runs that exist already.
-        tasks: what is handed to the engine.
+        tasks: tasks for the engine.
     """
 
     stage: Stage
@@ -68,29 +68,29 @@ def run_all(
     tell: Tell = lambda event: None,
     strict_code: bool = False,
 ) -> Frame:
-    """Makes all missing runs of an ablation: first those for tuning, then those for the comparison.
+    """Performs all missing runs of an ablation: first those for tuning, then those for the comparison.
 
     Args:
-        ablation: the question.
+        ablation: the ablation.
         folder: folder of `results.jsonl`; usually that of the ablation's file.
         seeds: number of seeds, from 0; by default the ablation's.
         engine: where runs are computed; by default in this process.
         tell: receives events.
-        strict_code: whether all runs must be of one source of the library, committed and known.
+        strict_code: whether all runs must share one known, committed version of the library source.
 
     Returns:
         The comparison.
 
     Raises:
         UserError: another process is running it, tasks failed (the results of the others are kept), or with
-            `strict_code` runs are of different, unknown or uncommitted code.
+            `strict_code` runs have different, unknown or uncommitted code.
         KeyboardInterrupt: a signal asked to stop; the same call resumes.
     """
     folder = Path(folder).absolute()
     wanted = range(ablation.seeds if seeds is None else seeds)
     work = folder / WORK
     work.mkdir(parents=True, exist_ok=True)
-    with hold(work, "wait for it to end"):
+    with hold(work, "wait until it ends"):
         write_atomically(work / ".gitignore", "*\n")
         runner = _Runner(ablation, folder, engine or Inline(), tell, strict_code)
         if ablation.tuned:
@@ -109,7 +109,7 @@ class _Runner:
         self.found = results.by_key(ablation, results.read(self.path))
 
     def stage(self, stage: Stage, points: Iterable[Point], seeds: Iterable[int]) -> None:
-        """Makes the missing runs of the points. A run that several points ask for is made once."""
+        """Performs the missing runs of the points. A run shared by several points is performed once."""
         asked: dict[str, list[Point]] = {}
         missing: dict[str, tuple[Point, dict[int, str]]] = {}
         for made in points:
@@ -120,7 +120,7 @@ class _Runner:
                 asked.setdefault(key, []).append(made)
         if self.strict_code:
             self._require_one_code([self.found[key] for key in asked if key in self.found], missing)
-        # Keys are taken now: a file of code may be edited while its runs train.
+        # Compute keys now: code files may be edited while their runs train.
         keys = {made.name: list(some.values()) for made, some in missing.values()}
         tasks = tuple(self._task(made, some) for made, some in missing.values())
         self.tell(Planned(stage, len(asked), len(asked) - sum(map(len, keys.values())), tasks))
@@ -136,13 +136,13 @@ class _Runner:
             raise UserError(f"{failed[0]}{more}")
 
     def _require_one_code(self, there: list[Mapping[str, Any]], missing: Mapping[str, tuple[Point, Any]]) -> None:
-        """Raises UserError unless the runs that are there and those to be made share their code."""
+        """Raises UserError unless existing and missing runs share their code."""
         self.made += [line["made"] for line in there]
         self.made += [provenance.made(point.experiment) for point, _ in missing.values()]
         if faults := provenance.faults(self.made):
             raise UserError(
-                f"{faults[0]} Commit the library's changes and remove lines of other code from {self.path}, or leave "
-                "out --strict-code"
+                f"{faults[0]} Commit the library's changes and remove lines of other code from {self.path}, or omit "
+                "--strict-code"
             )
 
     def _task(self, made: Point, keys: dict[int, str]) -> Task:
@@ -152,7 +152,7 @@ class _Runner:
         return Task(made.name, experiments, self.folder / WORK / folder, measured)
 
     def _finished(self, task: Task, stage: Stage, pairs: list[tuple[dict[str, Any], list[Point]]]) -> None:
-        """Writes each run once, under the point that came first, and reports it under all points that asked for it."""
+        """Writes each run once, under the first point that needs it, and reports it for all points."""
         lines = [results.labelled(record, asking[0], stage) for record, asking in pairs]
         results.append(self.path, lines)
         self.found |= {line["key"]: line for line in lines}

@@ -1,6 +1,6 @@
-"""Runs one after the other, each like `polygpt train`: for seeds that cannot be trained together.
+"""Trains runs one after another, like `polygpt train`: for seeds that cannot be trained together.
 
-A run resumes from its last checkpoint; its figures are kept beside it, one line per step.
+A run resumes from its last checkpoint; its metrics are stored in its folder, one line per step.
 """
 
 import json
@@ -19,11 +19,11 @@ from polygpt.training.loggers import Silent, truncate
 from polygpt.training.loop import train
 
 FIGURES, RECORD = "figures.jsonl", "record.json"
-"""Files in a run's folder: figures while it trains, the record at the end."""
+"""Files in a run's folder: metrics during training, the record at the end."""
 
 
 def run(task: Task, tell: Tell) -> list[dict[str, Any]]:
-    """The records of a task's runs. Errors as `run_once`."""
+    """The records of a task's runs. Raises like `run_once`."""
     return [
         run_once(experiment, task.folder / f"seed-{experiment.seed}", tell, task.name)
         for experiment in task.experiments
@@ -31,12 +31,12 @@ def run(task: Task, tell: Tell) -> list[dict[str, Any]]:
 
 
 def run_once(experiment: Experiment, workdir: Path, tell: Tell = lambda _: None, name: str = "") -> dict[str, Any]:
-    """Trains in a run folder, or resumes there; returns the record of the run.
+    """Trains or resumes a run in its folder; returns its record.
 
     Metrics are those of the last step's parameters, whatever `train.use` says.
 
     Raises:
-        UserError: data or settings are at fault, or the disk is full.
+        UserError: data or settings are invalid, or the disk is full.
         KeyboardInterrupt: a signal asked to stop; the run is saved.
     """
     if (workdir / RECORD).exists():

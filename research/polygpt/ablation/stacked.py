@@ -1,4 +1,4 @@
-"""Several seeds of an experiment as one: states, batches and steps with a leading axis of seeds."""
+"""Trains several seeds at once: states, batches and steps have a leading axis of seeds."""
 
 import dataclasses
 import io
@@ -23,7 +23,7 @@ from polygpt.training.step import make_step
 
 
 def most(experiment: Experiment) -> int:
-    """How many seeds to train together: as many as fit into the memory of a device by estimate, at least one."""
+    """Number of seeds to train together: as many as fit into a device's memory by estimate, at least one."""
     return max(1, int(fitting(experiment)))
 
 
@@ -61,7 +61,7 @@ class Streams(Iterator[Batch]):
         return {"streams": [stream.get_state() for stream in self.streams]}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Continues from a state of `get_state`."""
+        """Continues from a state returned by `get_state`."""
         for stream, own in zip(self.streams, state["streams"], strict=True):
             stream.set_state([own])
 

@@ -5,8 +5,8 @@ are never NaN: with fewer than two seeds an interval is the whole line and a p-v
 is one point and a p-value is 0 (1 where every value is zero).
 
 No test of a mean is valid for every distribution (Bahadur and Savage 1956, "The nonexistence of certain statistical
-procedures in nonparametric problems"): from a few seeds nobody can rule out a rare seed that changes everything.
-`one_sided` states what it assumes, and `skewed` says when the seeds themselves speak against it.
+procedures in nonparametric problems"): a few seeds cannot rule out a rare seed that changes everything. `one_sided`
+states its assumptions, and `skewed` reports when the seeds contradict them.
 """
 
 import dataclasses
@@ -19,14 +19,14 @@ import scipy
 from polygpt.ablation.intervals import complete, interval_bootstrap, interval_t, plain
 
 RANGE = (0.1, 0.9)
-"""Quantiles of the range that is given of a number of seeds."""
+"""Quantiles of the reported range of seeds needed."""
 CORRECTION = 2
 """Seeds that the correction for skewness costs beyond Student's test, at a power of 0.8: 1 to 3 by simulation."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Compared:
-    """Two samples compared, paired by seed: everything but `superiority` describes the differences a - b.
+    """Comparison of two samples paired by seed; everything except `superiority` describes the differences a - b.
 
     Attributes:
         mean: mean difference; None without seeds.
@@ -93,8 +93,8 @@ def one_sided(d_S):
 
     Each is the larger of two: that of Student's t test, and with three or more seeds that of the same statistic after
     Hall's transformation, which removes the effect of skewness (Hall 1992, "On the removal of skewness by
-    transformation", Journal of the Royal Statistical Society B 54). Student's test alone takes a skewed sample that
-    happens to lack its tail for a certain one.
+    transformation", Journal of the Royal Statistical Society B 54). Student's test alone is overconfident for a skewed
+    sample that happens to miss its tail.
 
     At level 2.5 % per side, measured over 20,000 samples of 5 seeds with mean 0: normal differences are rejected in
     1.5 %, Student's t with 3 degrees of freedom in 1.2 %, exponential ones in 6 % towards the thin side (11 % by
@@ -108,13 +108,13 @@ def one_sided(d_S):
         return plain(np.ones(d_S.shape[1:]), np.ones(d_S.shape[1:]))
     t = t_statistic(d_S)
     statistics = np.array([t, _unskewed(t, skewness(d_S), n)])
-    alike = ~d_S.any(axis=0)  # t is 0, which would be a p-value of 1/2
+    alike = ~d_S.any(axis=0)  # t is 0, which would give a p-value of 1/2
     holds, contrary = (scipy.special.stdtr(n - 1, sign * statistics).max(axis=0) for sign in (-1, 1))
     return plain(np.where(alike, 1.0, holds), np.where(alike, 1.0, contrary))
 
 
 def _unskewed(t, g, n: int):
-    """Hall's transformation of a t statistic of `n` values with skewness `g`: a cubic that rises everywhere."""
+    """Hall's transformation of a t statistic of `n` values with skewness `g`: a monotonically increasing cubic."""
     ratio = np.where(np.isinf(t), 0, t) / math.sqrt(n)
     moved = math.sqrt(n) * (ratio + g * ratio**2 / 3 + g**2 * ratio**3 / 27 + g / (6 * n))
     return np.where(np.isinf(t), t, moved)
@@ -129,8 +129,8 @@ def effect_size(d_S) -> float | None:
     """Mean over standard deviation of paired differences [S], without small-sample bias.
 
     Cohen's d_z (Lakens 2013, "Calculating and reporting effect sizes") times `hedges` of S - 1, which is 0.80 at five
-    seeds. Two seeds have no such factor: their effect is left uncorrected. None with fewer than two seeds; infinite
-    without variance, but 0 if all differences are zero.
+    seeds. For two seeds the factor is undefined, so their effect is not corrected. None with fewer than two seeds;
+    infinite without variance, but 0 if all differences are zero.
     """
     d_S = complete(d_S)
     freedom = len(d_S) - 1
@@ -147,7 +147,7 @@ def hedges(freedom: int) -> float:
 
 
 def effect_range(t: float, seeds: int) -> tuple[float, float] | None:
-    """The true effects (mean over standard deviation) that make a t statistic this large with probability RANGE.
+    """The true effects (mean over standard deviation) at which a t statistic this large has probability RANGE.
 
     A confidence interval by the noncentral t distribution (Steiger and Fouladi 1997, "Noncentrality interval
     estimation"); None with fewer than two seeds.
@@ -195,25 +195,25 @@ def seeds_needed(effect, alpha=0.05, power: float = 0.8, most: int = 10_000) -> 
 
     That is the smallest number for a two-sided paired t test, by the noncentral t distribution (Cohen 1988,
     "Statistical power analysis for the behavioral sciences", chapter 2), squared, and CORRECTION more. Several effects
-    must all be found together: their chances of being missed add up (Bonferroni).
+    must all be found together: the probabilities of missing each add up (Bonferroni).
 
     Args:
         effect: the size of the mean over the standard deviation; an array [k] for k effects that must all be found.
         alpha: level of the test; an array [k] for one level per effect.
-        power: probability wanted.
-        most: number of seeds at which to stop looking.
+        power: desired probability.
+        most: largest number of seeds to consider.
 
     Returns:
-        At least 2; None if even `most` is too few for the t test.
+        At least 2; None if even `most` seeds are too few for the t test.
     """
     effect, alpha = np.broadcast_arrays(np.abs(np.atleast_1d(np.asarray(effect, np.float64))), alpha)
-    known = np.isfinite(effect)  # an infinite effect is found by any two seeds
+    known = np.isfinite(effect)  # any two seeds find an infinite effect
     effect, alpha = effect[known], alpha[known]
 
     def enough(n: int) -> bool:
         critical = scipy.special.stdtrit(n - 1, 1 - alpha / 2)
         missed = scipy.special.ncfdtr(1, n - 1, n * effect**2, critical**2)
-        return missed[~np.isnan(missed)].sum() <= 1 - power  # SciPy has NaN for some that underflow
+        return missed[~np.isnan(missed)].sum() <= 1 - power  # SciPy returns NaN for some that underflow
 
     if not enough(most):
         return None
@@ -225,10 +225,10 @@ def seeds_needed(effect, alpha=0.05, power: float = 0.8, most: int = 10_000) -> 
 
 
 def seeds_range(ranges, alpha=0.05) -> tuple[int, int | None] | None:
-    """`seeds_needed` at both ends of what the effects may be; the second is None where the effect may be none.
+    """`seeds_needed` at both ends of the range of possible effects; the second is None if the effect may be zero.
 
     Args:
-        ranges: the `effect_range` of each effect, [k, 2]; positive effects are those to be found.
+        ranges: the `effect_range` of each effect, [k, 2]; positive effects are to be found.
         alpha: as in `seeds_needed`.
 
     Returns:

@@ -1,4 +1,4 @@
-"""An ablation: the question as one specification, and the runs that answer it.
+"""An ablation: a question as a specification, and the runs that answer it.
 
 A *variant* is a named set of changes to the base experiment. A *factor* is something that every variant is run over, or
 that is read from one run at several values. A *point* is a variant at one value of each factor that it is run over; a
@@ -23,31 +23,31 @@ from polygpt.spec import Spec, faults_of, load_file, nearest
 from polygpt.training.experiment import Experiment
 
 PLACE = Path("experiments") / "ablations"
-"""Folder of the ablations that are known by name. Each has a folder with this file:"""
+"""Folder of named ablations. Each has a subfolder with this file:"""
 FILE = "experiment.py"
 
 
 @dataclasses.dataclass(frozen=True)
 class Paper(Spec):
-    """The paper whose question is asked again, and its answer."""
+    """The paper to reproduce, with its results."""
 
     title: str
     """Title of the paper."""
     reference: str
     """Where to find it: "2002.05202" for arXiv."""
     where: str
-    """The place in the paper: "Table 1"."""
+    """Location in the paper: "Table 1"."""
     evidence: Literal["V", "A", "M"]
-    """Where its figures come from: V verified in the paper, A its abstract or a summary, M memory, to be checked."""
+    """Source of its figures. V: verified in the paper. A: abstract or a summary. M: memory, not yet checked."""
     unit: str = ""
-    """Unit of its figures."""
+    """Unit of its results."""
     setting: str = ""
-    """What they were measured on."""
+    """Model and data they were measured on."""
     figures: Mapping[str, float] = dataclasses.field(default_factory=dict)
     """Its results by variant."""
     better: Literal["lower", "higher"] | None = None
-    """Which of its figures are better: higher for accuracies, even if the ablation measures losses; null for the same
-    as in the ablation."""
+    """Which values of its results are better: higher for accuracies, even if the ablation measures losses. null: the
+    same as in the ablation."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,9 +67,9 @@ class Ablation(Spec):
     losses; or a cost: "cost/parameters", "cost/flops" of the whole run, "cost/seconds", "cost/cache_bytes" per row of
     the decoding cache, "cost/decode_seconds" per token."""
     better: Literal["lower", "higher"] | None = None
-    """Which values of the metric are better; null for what the metric itself declares."""
+    """Which values of the metric are better; null: as the metric declares."""
     unit: str | None = None
-    """Unit of the metric; null for what the metric itself declares."""
+    """Unit of the metric; null: as the metric declares."""
     seeds: int = 5
     """Runs per point, with seeds 0, 1, 2, ..."""
     over: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -87,17 +87,17 @@ class Ablation(Spec):
     """Claims to test with the results."""
     noise: float | None = None
     """The smallest difference that counts, in the metric's unit; null for the pooled standard deviation over seeds.
-    Within that, five seeds cannot show that variants are equal (ablation/claims.py): give a number if a claim needs
+    With the default, five seeds cannot show that variants are equal (ablation/claims.py): set a number if a claim needs
     it."""
     diverged: float | None = None
-    """The metric of a run that diverged, or did worse than this; null makes such a run an error."""
+    """Metric to assign to runs that diverged or did worse than this; null: such a run is an error."""
 
     def validate(self):
         self.require(bool(self.variants) and all(self.variants), "variants", "at least one, each with a name")
         self.require(self.seeds >= 1, "seeds", "at least 1")
         self.require(self.tuning_seeds >= 1, "tuning_seeds", "at least 1")
         self.require(len(self.reads) <= 1, "reads", "at most one factor")
-        self.require(not self.over.keys() & self.reads.keys(), "reads", "a factor that is not in `over` too")
+        self.require(not self.over.keys() & self.reads.keys(), "reads", "a factor that is not also in `over`")
         self.require(self.noise is None or self.noise >= 0, "noise", "null or at least 0")
         for factor, values in self.over.items():
             _check_values(f"over[{factor!r}]", values, Mapping, "changes: {dotted field: value}")
@@ -114,13 +114,13 @@ class Ablation(Spec):
 
     @functools.cached_property
     def measure(self) -> Measure:
-        """What the main metric is, with `better` and `unit` filled in. Errors as `point`."""
+        """The main metric, with `better` and `unit` filled in. Raises like `point`."""
         own = measure(point(self, *next(places(self))).experiment, self.metric)
         better = self.better or own.better
         if better is None:
             raise SpecError(
                 f"Ablation.better is null, and {self.metric} does not declare a direction: set it to 'lower' or "
-                "'higher', or list the figure in `measures` of its metric"
+                "'higher', or list it in `measures` of its metric"
             )
         return dataclasses.replace(own, better=better, unit=own.unit if self.unit is None else self.unit)
 
@@ -131,7 +131,7 @@ class Ablation(Spec):
 
     @property
     def label(self) -> str:
-        """The metric's name in tables: "loss" if it is read from several tasks."""
+        """The metric's name in tables: "loss" if read from several tasks."""
         return self.metric.rpartition("/")[2] if self.reads else self.metric
 
     def axes(self) -> dict[str, tuple[Name, ...]]:
@@ -157,7 +157,7 @@ class Point:
 
     @property
     def name(self) -> str:
-        """For people: "geglu, width 64, tuned 0.001"."""
+        """A readable name: "geglu, width 64, tuned 0.001"."""
         values = {**self.at, **({} if self.tuned is None else {"tuned": self.tuned})}
         return ", ".join([self.variant, *(f"{factor} {value}" for factor, value in values.items())])
 
@@ -173,7 +173,7 @@ def point(ablation: Ablation, variant: str, at: Mapping[str, Name], tuned: Name 
     """One point.
 
     Raises:
-        SpecError: naming the point, if changes do not fit the base or each other, or the budget cannot be met.
+        SpecError: names the point if changes do not fit the base or each other, or the budget cannot be met.
     """
     around = {f"{factor} {value}": ablation.over[factor][value] for factor, value in at.items()}
     around |= {} if tuned is None else {f"tuned {tuned}": ablation.tuned[tuned]}
@@ -194,7 +194,7 @@ def point(ablation: Ablation, variant: str, at: Mapping[str, Name], tuned: Name 
 
 
 def points(ablation: Ablation) -> list[Point]:
-    """All points, variant by variant, without the tuned grid. Errors as `point`."""
+    """All points, variant by variant, without the tuned grid. Raises like `point`."""
     return [point(ablation, variant, at) for variant, at in places(ablation)]
 
 
@@ -202,7 +202,7 @@ def find_ablation(name: str | Path) -> Path:
     """The file of an ablation, given its name, its folder or its file.
 
     Raises:
-        UserError: there is none; names the nearest ones.
+        UserError: there is none; suggests the closest names.
     """
     path = Path(name)
     if path.suffix == ".py":
@@ -219,7 +219,7 @@ def load_ablation(name: str | Path) -> Ablation:
     """Calls `ablation()` of a file; for `name` see `find_ablation`.
 
     Raises:
-        UserError: there is no such file, or it returns no ablation.
+        UserError: there is no such file, or it does not return an Ablation.
     """
     file = find_ablation(name)
     make = getattr(load_file(file), "ablation", None)
@@ -237,6 +237,6 @@ def _check_values(where: str, values: Any, kind: type, what: str) -> None:
         raise SpecError(f"Ablation.{where} is {values!r}: it must be a mapping from values to {what}")
     for value, item in values.items():
         if isinstance(value, bool) or not isinstance(value, Name):
-            raise SpecError(f"Ablation.{where}: the value {value!r} must be a number or a text")
+            raise SpecError(f"Ablation.{where}: the value {value!r} must be a number or a string")
         if not isinstance(item, kind):
             raise SpecError(f"Ablation.{where}[{value!r}] is {item!r}: it must be {what}")

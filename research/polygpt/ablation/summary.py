@@ -108,7 +108,7 @@ def costs(frame: Frame) -> list[Cost]:
         groups.setdefault(repr((record["variant"], at)), []).append({**record, "at": at})
     found = []
     for lines in groups.values():
-        most = max(lines, key=lambda line: line["steps"])  # one that diverged has fewer
+        most = max(lines, key=lambda line: line["steps"])  # a diverged run has fewer
         same = {name: most[name] for name in ("variant", "at", *_TAKES)}
         tuned = tuple(dict.fromkeys(line["tuned"] for line in lines if line["tuned"] is not None))
         seconds = math.fsum(line["seconds"] for line in lines) / len(lines)

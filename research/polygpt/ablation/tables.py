@@ -1,4 +1,4 @@
-"""The results of an ablation as tables: what was measured, what it cost, what becomes of the claims."""
+"""The results of an ablation as tables: metrics, costs and verdicts."""
 
 import collections
 import math
@@ -11,15 +11,15 @@ from polygpt.ablation.variants import Name
 from polygpt.markup import Table, alone, as_written, probability, short, span, value_text, with_interval
 
 SETTLES = (
-    "Seeds to settle it: so many decide the claim with probability 0.8 if the effect is as measured; in brackets for "
-    "the 10 to 90 % range of what it may be."
+    "Seeds needed: number that decides the claim with probability 0.8 if the effect is as measured; in brackets, for "
+    "the 10 to 90 % range of the effect."
 )
 ROUGH = 5
-"""Seeds below which effect sizes carry a caveat."""
+"""Number of seeds below which effect sizes have a caveat."""
 
 
 def results_table(frame: Frame) -> Table:
-    """The metric; the best of each combination of factors stands out."""
+    """The metric, with the best variant of each combination of factors highlighted."""
     ablation, found = frame.ablation, rows(frame)
     first, *others = frame.values
     with_paper = not frame.axes and any(row.paper is not None for row in found)
@@ -43,7 +43,7 @@ def results_table(frame: Frame) -> Table:
 
 
 def costs_table(frame: Frame) -> Table:
-    """What the points of the comparison took."""
+    """Costs of the points of the comparison."""
     found, ablation = costs(frame), frame.ablation
     diverged = any(cost.diverged for cost in found)
     kept = [factor for factor in ablation.over if found and factor in found[0].at]
@@ -60,15 +60,15 @@ def costs_table(frame: Frame) -> Table:
 
 
 def _edge(value: Name, tried: Sequence[Name]) -> str:
-    """What to say of a chosen value beyond which nothing was tried."""
+    """A remark if a chosen value is at the edge of the grid."""
     if len(tried) < 2 or not all(isinstance(one, int | float) for one in tried):
         return ""
     return {min(tried): ", the lowest tried", max(tried): ", the highest tried"}.get(value, "")
 
 
 def claims_table(found: Sequence[Verdict]) -> Table:
-    """Claims and what becomes of them."""
-    heads = ["claim", "in words", "verdict", "estimate (95 % interval)", "p (Holm)", "seeds to settle it", "note"]
+    """Claims and their verdicts."""
+    heads = ["claim", "in words", "verdict", "estimate (95 % interval)", "p (Holm)", "seeds needed", "note"]
     cells = [
         [
             one.claim.text,
@@ -85,9 +85,9 @@ def claims_table(found: Sequence[Verdict]) -> Table:
     shown = [j for j in range(len(heads)) if j == 0 or any(row[j] for row in cells)]
     bold = frozenset((i, shown.index(j)) for i, j in bold)
     notes = [
-        "The estimate is the margin by which the deciding comparison holds (negative: by which it fails); decided at "
-        "p ≤ 0.05, by Holm's method over all claims. p takes margins to be normal or symmetric: it is the larger of "
-        "Student's t test and Hall's, which allows for skew."
+        "The estimate is the margin by which the deciding comparison holds (negative: fails). Claims are decided at "
+        "p ≤ 0.05, by Holm's method over all claims. p assumes normal or symmetric margins: it is the larger of "
+        "Student's t test and Hall's, which corrects for skewness."
     ]
     notes += [SETTLES] if any(one.verdict == "undecided" and one.seeds_needed for one in found) else []
     return Table(
@@ -127,17 +127,17 @@ def headline(frame: Frame, found: Sequence[Verdict]) -> str:
             f"best {frame.ablation.label}: "
             + ", ".join(f"{name} at {count} of {len(best)} values of {over}" for name, count in times.most_common())
         )
-    sentence = "; ".join(parts) or "nothing is claimed, and nothing compared"
+    sentence = "; ".join(parts) or "no claims and no comparisons"
     return sentence[0].upper() + sentence[1:] + "."
 
 
 def budget(frame: Frame) -> str:
-    """What the budget holds equal, in one sentence."""
+    """What the budget keeps equal, in one sentence."""
     held, found = frame.ablation.budget, costs(frame)
     names = {"steps": "steps", "tokens": "tokens", "flops": "FLOPs", "parameters": "parameters"}
     amounts = [getattr(cost, held.by) for cost in found if cost.diverged < cost.runs]
     low, high = (min(amounts), max(amounts)) if amounts else (0, 0)
-    # It is equal between variants, but may differ from one value of a factor to another.
+    # Equal between variants, but may differ between values of a factor.
     told = f" ({short(low)})" if short(low) == short(high) else f" ({short(low)} to {short(high)})"
     told = told if amounts else ""
     sizes = f"as many parameters as the base, within {held.tolerance:.1%}, by {held.field}" if held.field else ""
@@ -151,7 +151,7 @@ def budget(frame: Frame) -> str:
 
 
 def caveats(seeds: int, effects: bool) -> list[str]:
-    """What to know about statistics of so few seeds; `effects` says whether there are effect sizes among them."""
+    """Caveats about statistics with this number of seeds; `effects`: whether effect sizes are shown."""
     if seeds < 2:
         return []
     notes = ["Bootstrap intervals are studentised." if seeds >= 4 else "A bootstrap interval needs four seeds."]
@@ -170,7 +170,7 @@ def seeds_text(needed: int | None, span: tuple[int, int | None] | None) -> str:
 
 
 def probability_of(share: float | None) -> str:
-    """A share of pairs, two digits."""
+    """A probability with two digits."""
     return "–" if share is None else f"{share:.2f}"
 
 
@@ -184,5 +184,5 @@ def _said(frame: Frame) -> list[str]:
     notes = [f"Means over {seeds}; ± and intervals 95 %, Student's t; differences are paired by seed."]
     notes += caveats(len(frame.seeds), len(frame.values) > 1)
     if frame.ablation.diverged is not None:
-        notes.append(f"A run that diverged, or did worse, counts as {alone(frame.ablation.diverged)}.")
+        notes.append(f"Runs that diverged or did worse count as {alone(frame.ablation.diverged)}.")
     return notes + ([f"{lacking} of {asked} runs are missing."] if lacking else [])

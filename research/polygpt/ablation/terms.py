@@ -18,7 +18,7 @@ class Quantity:
         node: the expression.
         values: float64 [S, n_axis1, ...], NaN where missing; S is 1 for a constant, and so is the axis of a factor that
             was reduced.
-        axes: the factors that are left.
+        axes: the remaining factors.
     """
 
     node: ast.expr
@@ -45,7 +45,7 @@ class Extremum:
 
     @property
     def axes(self) -> frozenset[str]:
-        """The factors that are left in any option."""
+        """The factors that remain in any option."""
         return frozenset().union(*(option.axes for option in self.options))
 
 
@@ -70,13 +70,13 @@ def arithmetic(op: ast.operator, left: Term, right: Term) -> Term:
     """`left op right`; for an extremum, the extremum of the results.
 
     Raises:
-        SpecError: division by 0, or an extremum multiplied or divided by a term that differs between seeds: the seed
-            would decide whether that turns min into max.
+        SpecError: division by 0, or an extremum multiplied or divided by a term that differs between seeds, whose sign
+            would decide whether min becomes max.
     """
     if isinstance(left, Quantity) and isinstance(right, Quantity):
         if isinstance(op, ast.Div) and right.constant and not right.values.any():
             raise SpecError(f"{left.text} is divided by 0")
-        with np.errstate(all="ignore"):  # a division by zero is a missing value
+        with np.errstate(all="ignore"):  # division by zero gives a missing value
             values = ARITHMETIC[type(op)](left.values, right.values)
         node = ast.BinOp(left.node, op, right.node)
         return Quantity(node, np.where(np.isfinite(values), values, np.nan), left.axes | right.axes)
@@ -84,7 +84,7 @@ def arithmetic(op: ast.operator, left: Term, right: Term) -> Term:
     if isinstance(op, (ast.Mult, ast.Div)):
         factor = left if isinstance(op, ast.Mult) and isinstance(right, Extremum) else right
         if not (isinstance(factor, Quantity) and factor.constant):
-            raise SpecError("a min, max or abs of terms takes numbers alone as factors: move it outwards")
+            raise SpecError("a min, max or abs of terms can only be multiplied or divided by numbers: move it outwards")
         flips = factor.values.item() < 0
     if isinstance(left, Extremum):
         kind, options = left.kind, [arithmetic(op, option, right) for option in left.options]
@@ -129,7 +129,7 @@ OVER: dict[str, Callable[..., np.ndarray]] = {
     "spread": np.ptp,
     "argmin": _argmin,
 }
-"""Reductions over an axis, which stays with size 1."""
+"""Reductions over an axis, which is kept with size 1."""
 
 
 def over(function: str, term: Term, axis: int, name: str) -> Quantity:
@@ -142,7 +142,7 @@ def over(function: str, term: Term, axis: int, name: str) -> Quantity:
 
 
 def at(term: Term, axis: int, name: str, index: int, point) -> Term:
-    """The term at the value `point`, number `index`, of the factor `name`."""
+    """The term at `point`, the value with index `index` of the factor `name`."""
     if name not in term.axes:  # an option that does not depend on the factor
         return term
     if isinstance(term, Extremum):

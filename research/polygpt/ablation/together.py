@@ -48,21 +48,21 @@ def reason_against(experiment: Experiment) -> str | None:
     """Why the seeds of an experiment cannot be trained together; None if they can."""
     train = experiment.train
     if train.parallel not in ("single", "auto"):
-        return f"train.parallel is {train.parallel!r}: one seed takes several devices"
+        return f"train.parallel is {train.parallel!r}: one seed uses several devices"
     if train.patience is not None:
         return "train.patience ends the runs of different seeds at different steps"
     if train.spikes is not None and train.spikes.action == "rewind":
-        return "train.spikes.action is 'rewind', and seeds would go back by themselves"
+        return "train.spikes.action is 'rewind', and seeds would rewind independently"
     if train.parallel == "auto" and jax.device_count() > 1 and stacked.fitting(experiment) < 1:
-        return "train.parallel is 'auto', and one seed takes more than one device's memory"
+        return "train.parallel is 'auto', and one seed needs more than one device's memory"
     return None
 
 
 def run(task: Task, tell: Tell) -> list[dict[str, Any]]:
-    """The records of a task's runs; seeds that do not fit into memory together are trained in smaller groups.
+    """The records of a task's runs. If all seeds do not fit into memory together, trains them in smaller groups.
 
     Raises:
-        UserError: data or settings are at fault, or the disk is full.
+        UserError: data or settings are invalid, or the disk is full.
         KeyboardInterrupt: a signal asked to stop; the state is saved.
     """
     enable_cache()
@@ -79,20 +79,20 @@ def _in_groups(task: Task, experiments: list[Experiment], most: int, tell: Tell)
         except jax.errors.JaxRuntimeError as error:
             if exhausted(error) is None or len(some) == 1:
                 raise
-            log.warning("%s: %d seeds do not fit into the memory together: half as many", task.name, len(some))
+            log.warning("%s: %d seeds do not fit into memory together: trying half as many", task.name, len(some))
             records += _in_groups(task, some, math.ceil(len(some) / 2), tell)
     return records
 
 
 @dataclasses.dataclass
 class Course:
-    """The host's record of a group.
+    """Host-side record of a group.
 
     Attributes:
         done: steps taken.
         losses: float32 [seeds, steps]; NaN for steps not taken yet.
-        stopped: per seed the step at which it was stopped; None if it was not.
-        evaluations: (step, measures of the tasks per seed); {} for a seed that was stopped.
+        stopped: per seed, the step at which it was stopped, or None.
+        evaluations: (step, measures of the tasks per seed); {} for stopped seeds.
         seconds: time so far.
     """
 
@@ -112,7 +112,7 @@ class _Group:
         self.folder = task.folder / "-".join(["seeds", *map(str, dict.fromkeys((self.seeds[0], self.seeds[-1])))])
 
     def run(self) -> list[dict[str, Any]]:
-        """Trains and evaluates all of them, or reads their records."""
+        """Trains and evaluates all seeds, or reads their records."""
         if (self.folder / RECORDS).exists():
             return json.loads((self.folder / RECORDS).read_text(encoding="utf-8"))
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -144,25 +144,25 @@ class _Group:
             self.state, figures = step(self.state, fed.batch, seeds)
             course.done, self.place = course.done + 1, fed.state
             if pending is not None:
-                self._settle(*pending)  # the step before this one, while this one computes
+                self._flush_losses(*pending)  # the previous step, while this one computes
             pending, last = (course.done, figures), course.done == spec.steps
             evaluating = spec.evaluate_every and course.done % spec.evaluate_every == 0 and not last
             if evaluating or last or time.monotonic() >= self.next_save:
-                self._settle(*pending)
+                self._flush_losses(*pending)
                 pending = None
                 if evaluating:
                     self._evaluate()
                 if last or time.monotonic() >= self.next_save:
                     self._save()
         if pending is not None:
-            self._settle(*pending)
+            self._flush_losses(*pending)
         if None in course.stopped and course.done < spec.steps:
             self._save()
             raise KeyboardInterrupt(f"{self.name}: saved at step {course.done}")
         if None in course.stopped:
             self._evaluate()
 
-    def _settle(self, step: int, figures: jax.Array) -> None:
+    def _flush_losses(self, step: int, figures: jax.Array) -> None:
         """Records the losses of a step."""
         losses, in_row = np.asarray(figures)
         self.course.losses[:, step - 1] = losses
@@ -172,7 +172,7 @@ class _Group:
         self.tell(Progress(self.name, self.seeds, step, self.experiment.train.steps, tuple(map(float, losses))))
 
     def _evaluate(self) -> None:
-        """Evaluates every seed that was not stopped; the program is compiled once."""
+        """Evaluates all seeds that were not stopped; compiles the program once."""
         experiment, plan = self.experiment, held_out.plan(self.experiment)
         if not plan.tasks or self.course.evaluations and self.course.evaluations[-1][0] == self.course.done:
             return
@@ -202,7 +202,7 @@ class _Group:
 
     def _streams(self) -> stacked.Streams:
         data = self.experiment.data
-        workers = math.ceil(data.workers / len(self.seeds))  # they do not change the results
+        workers = math.ceil(data.workers / len(self.seeds))  # workers do not affect results
         data, adapters = data.replace(workers=workers), self.experiment.model.adapters
         return stacked.Streams([train_batches(data, self.tokenizer, adapters, seed=seed) for seed in self.seeds])
 
@@ -228,11 +228,11 @@ class _Group:
         self.next_save = time.monotonic() + SAVE_EVERY
         try:
             self._read()
-            log.warning("%s: resumes at step %d", self.name, self.course.done)
+            log.warning("%s: resuming at step %d", self.name, self.course.done)
         except FileNotFoundError:
             self._begin()
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            log.warning("%s cannot be read, training starts again: %s", self.folder / STATE, error)
+            log.warning("%s cannot be read, restarting training: %s", self.folder / STATE, error)
             self.streams = self._streams()
             self._begin()
 

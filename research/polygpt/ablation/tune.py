@@ -1,4 +1,4 @@
-"""A search for the best values of some fields of an experiment: the search space and the objective.
+"""A hyperparameter search: the search space and the objective.
 
     def search() -> Search:
         return Search(
@@ -51,9 +51,9 @@ class Float(Dimension):
     """A number in a closed interval."""
 
     low: float
-    """The least."""
+    """Minimum."""
     high: float
-    """The greatest."""
+    """Maximum."""
     log: bool = False
     """Whether to search on a logarithmic scale: for learning rates, weight decay."""
 
@@ -67,9 +67,9 @@ class Int(Dimension):
     """An integer in a closed interval."""
 
     low: int
-    """The least."""
+    """Minimum."""
     high: int
-    """The greatest."""
+    """Maximum."""
     step: int = 1
     """Distance between candidates, counted from `low`."""
     log: bool = False
@@ -130,31 +130,33 @@ class Search(Spec):
     trials: int = 20
     """Number of runs."""
     sampler: Literal["tpe", "random", "qmc", "nsga2"] = "tpe"
-    """How values are proposed: a tree-structured Parzen estimator (Bergstra et al., NeurIPS 2011; for two objectives
-    Ozaki et al., 2022), independent draws, a scrambled Sobol' sequence, or a genetic algorithm (Deb et al., 2002)."""
+    """Algorithm that proposes values: a tree-structured Parzen estimator (Bergstra et al., NeurIPS 2011; for two
+    objectives Ozaki et al., 2022), independent draws, a scrambled Sobol' sequence, or a genetic algorithm (Deb et al.,
+    2002)."""
     seed: int = 0
     """Seed of the sampler. Runs keep the experiment's seed."""
     pruning: Literal["median", "halving"] | None = None
-    """Whether poor trials are pruned: those worse than the median of the others at the same part of the run; or, after
-    one, three and nine tenths of it, all but the best third (asynchronous successive halving, 1810.05934)."""
+    """Pruning of poor trials. median: those worse than the median of the others at the same fraction of the run.
+    halving: after 10 %, 30 % and 90 % of the run, all but the best third (asynchronous successive halving, 1810.05934).
+    null: none."""
 
     def validate(self):
         self.require(bool(self.dimensions), "dimensions", "at least one")
         self.require(self.trials >= 1, "trials", "at least 1")
         self.require(self.seed >= 0, "seed", "at least 0")
         self.require(
-            self.pruning is None or self.against is None, "pruning", "null with two objectives, which have no order"
+            self.pruning is None or self.against is None, "pruning", "null with two objectives, which cannot be ranked"
         )
         for name, dimension in self.dimensions.items():
             _check_dimension(self.base, name, dimension)
         if self.metric in MEASURES and self.metric != TRAINING_LOSS:
-            raise SpecError(f"the metric {self.metric!r} is a cost: choose what to be good at, and set `against`")
+            raise SpecError(f"the metric {self.metric!r} is a cost: choose a quality metric, and set `against`")
         if (self.better or self.measure.better) is None:
             raise SpecError(f"Search.better is null, and {self.metric} does not declare a direction: write --better")
 
     @functools.cached_property
     def measure(self) -> Measure:
-        """What the metric is. Raises SpecError if no run measures it."""
+        """The metric. Raises SpecError if no run measures it."""
         return measure(self.base, self.metric)
 
     @property
@@ -163,7 +165,7 @@ class Search(Spec):
         return self.better or self.measure.better
 
     def experiment(self, values: Mapping[str, Any]) -> Experiment:
-        """The experiment for a value per dimension; for an option its name.
+        """The experiment for one value per dimension (for `Choice`, the option's name).
 
         Raises:
             SpecError: the values do not fit together, or the budget cannot be met.
@@ -181,7 +183,7 @@ def find_search(file: str | Path) -> Search | None:
     """Calls `search()` of a file; None if it has none.
 
     Raises:
-        UserError: it fails, or returns something else.
+        UserError: it fails or returns something else.
     """
     make = getattr(load_file(file), "search", None)
     if make is None:
@@ -198,12 +200,12 @@ def load_search(file: str | Path, dimensions: Mapping[str, str], base: Experimen
 
     Args:
         file: the file.
-        dimensions: further dimensions as text, see `read_dimension`; they replace those of the same name.
+        dimensions: further dimensions as text (see `read_dimension`); they replace those with the same name.
         base: the experiment to start from.
         settings: fields of `Search` that override the file's.
 
     Raises:
-        UserError: there are no dimensions, or something does not fit.
+        UserError: there are no dimensions, or something is invalid.
     """
     made, more = find_search(file), {name: read_dimension(base, name, text) for name, text in dimensions.items()}
     if made is not None:
@@ -219,7 +221,7 @@ def read_dimension(base: Experiment, name: str, text: str) -> Dimension:
     `log` makes integers if the field holds one. Options after choice: are read like overrides and may name classes.
 
     Raises:
-        SpecError: naming the dimension and the forms.
+        SpecError: names the dimension and lists the forms.
     """
     kind, _, rest = text.partition(":")
     forms = "write float:LOW:HIGH, log:LOW:HIGH, int:LOW:HIGH[:STEP] or choice:A,B,..."
@@ -232,7 +234,7 @@ def read_dimension(base: Experiment, name: str, text: str) -> Dimension:
     try:
         numbers = [float(part) if kind in ("float", "log") else int(part) for part in rest.split(":")]
     except ValueError:
-        raise SpecError(f"--dimension {name}={text}: {rest!r} is no range of numbers: {forms}") from None
+        raise SpecError(f"--dimension {name}={text}: {rest!r} is not a numeric range: {forms}") from None
     if kind == "log":
         whole = isinstance(_value(base, name), int) and all(number.is_integer() for number in numbers)
         make, most, settings = (Int, 2, {"log": True}) if whole else (Float, 2, {"log": True})
@@ -245,7 +247,7 @@ def read_dimension(base: Experiment, name: str, text: str) -> Dimension:
 
 
 def _value(value: Any, name: str) -> Any:
-    """The value of a dotted field; None where there is no such field."""
+    """The value of a dotted field; None if there is no such field."""
     for key in name.split("."):
         if isinstance(value, tuple):
             value = value[int(key)] if key.isdigit() and int(key) < len(value) else None
@@ -255,7 +257,7 @@ def _value(value: Any, name: str) -> Any:
 
 
 def _check_dimension(base: Experiment, name: str, dimension: Dimension) -> None:
-    """Raises SpecError if a dimension sets an unknown field or a wrong type. Whether values fit together shows
+    """Raises SpecError if a dimension sets an unknown field or a wrong type. Combinations of values are checked
     later."""
     known = {field: annotation for field, annotation, _, _ in leaves(base)}
     if isinstance(dimension, Choice) and isinstance(dimension.options, Mapping):

@@ -16,19 +16,19 @@ Changes = Mapping[str, Any]
 
 
 def grid(field: str, *values: Any) -> dict[Name, Changes]:
-    """Values of one field, each of which is its own name.
+    """Values of one field, each named by itself.
 
     Raises:
-        SpecError: a value is neither number nor text; give it a name with `{"name": {field: value}}`.
+        SpecError: a value is neither number nor string; name it with `{"name": {field: value}}`.
     """
     for value in values:
         if isinstance(value, bool) or not isinstance(value, Name):
-            raise SpecError(f"grid({field!r}): {value!r} is no name: write {{name: {{{field!r}: value}}, ...}} instead")
+            raise SpecError(f"grid({field!r}): {value!r} is not a name: write {{name: {{{field!r}: value}}, ...}}")
     return _distinct([(value, {field: value}) for value in values], f"grid({field!r})")
 
 
 def product(*parts: Mapping[Name, Changes]) -> dict[Name, Changes]:
-    """All combinations: names joined by " + ", changes made together.
+    """All combinations: names joined by " + ", changes merged.
 
     Raises:
         SpecError: two parts change the same field.
@@ -44,14 +44,14 @@ def product(*parts: Mapping[Name, Changes]) -> dict[Name, Changes]:
 
 
 def zipped(first: Mapping[Name, Changes], *others: Mapping[Name, Changes]) -> dict[Name, Changes]:
-    """Element by element: the i-th changes of all parts, made together under the i-th name of the first.
+    """Element by element: the i-th changes of all parts, merged under the i-th name of the first.
 
     Raises:
         SpecError: their lengths differ, or two change the same field.
     """
     for other in others:
         if len(other) != len(first):
-            raise SpecError(f"zipped: {len(first)} and {len(other)} entries: there must be equally many")
+            raise SpecError(f"zipped: {len(first)} and {len(other)} entries: the numbers must be equal")
     rows = zip(*(part.values() for part in (first, *others)), strict=True)
     return {
         name: united({f"part {i}": changes for i, changes in enumerate(row)})
@@ -65,7 +65,7 @@ def chain(*parts: Mapping[Name, Changes]) -> dict[Name, Changes]:
 
 
 def united(parts: Mapping[str, Changes]) -> dict[str, Any]:
-    """All changes together; keys of `parts` are used in errors. Raises SpecError if two change the same field."""
+    """All changes merged; keys of `parts` appear in errors. Raises SpecError if two change the same field."""
 
     def add(before: tuple[dict, dict], part: tuple[str, Changes]) -> tuple[dict, dict]:
         (changes, owner), (name, own) = before, part
@@ -81,6 +81,6 @@ def _distinct(pairs: list[tuple[Name, Changes]], what: str) -> dict[Name, Change
     found = {}
     for name, changes in pairs:
         if name in found:
-            raise SpecError(f"{what}: {name!r} is there twice: names must differ")
+            raise SpecError(f"{what}: duplicate name {name!r}")
         found[name] = changes
     return found

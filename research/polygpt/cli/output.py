@@ -58,10 +58,7 @@ def quiet() -> Iterator[None]:
         logging.getLogger(name).setLevel(logging.ERROR)
     ours, handler = logging.getLogger("polygpt"), Warnings(logging.WARNING)
     ours.addHandler(handler)
-    spread, ours.propagate = (
-        ours.propagate,
-        False,
-    )  # a library may have installed a root handler, which would repeat our messages
+    spread, ours.propagate = ours.propagate, False  # a library's root handler would repeat our messages
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -59,10 +59,7 @@ def _train(chosen, arguments: Namespace) -> dict:
         print(f"step {outcome.step}, {workdir}")
         return done
 
-    from polygpt.cli.results import (
-        failed,
-        print_results,
-    )  # late, because they import packages that only evaluation and pictures need
+    from polygpt.cli.results import failed, print_results  # late: evaluation and pictures need more packages
     from polygpt.report.finish import write_report
     from polygpt.training.run import open_run
 
