@@ -158,9 +158,9 @@ def test_other_parameters_are_refused(model, params, changes, fault):
 def test_positions_that_a_model_does_not_know_are_refused():
     spec = SPEC.replace(decoder=SPEC.decoder.replace(position=Learned(20)))
     conditions.check("fits", EvalTask(LONG, seq_len=20), spec, LAYOUT)
-    with pytest.raises(SpecError, match="'far' has rows of 48 positions, and its decoder.position knows 20"):
+    with pytest.raises(SpecError, match="'far' has seq_len 48, but its decoder.position supports 20"):
         conditions.check("far", EvalTask(LONG, seq_len=48), spec, LAYOUT)
-    with pytest.raises(SpecError, match="'less' has rows of 16 positions, and its decoder.position knows 8"):
+    with pytest.raises(SpecError, match="'less' has seq_len 16, but its decoder.position supports 8"):
         conditions.check("less", EvalTask(SHORT, model={"decoder.position": Learned(8)}), spec, LAYOUT)
 
 

@@ -107,7 +107,7 @@ def run(folder, monkeypatch):
 def test_a_report_without_evaluation_shows_that_of_training(run):
     page = finish.write_report(run).read_text()
     assert 'id="results"' in page and "Held-out loss" in page and "+0.300" in page and "75.0%" in page
-    assert "the held-out results are of step 30" in page and "3 updates were left out" in page
+    assert "the held-out results are of step 30" in page and "3 updates were skipped" in page
     assert 'id="time"' not in page
 
 

@@ -182,9 +182,9 @@ def test_a_model_too_large_or_without_weights_has_no_maps(run, monkeypatch):
     for other in (decoder.replace(attention=NothingToSee()), decoder.replace(depth=0)):
         spec = dataclasses.replace(run.model.spec, decoder=other)
         attend, notes = samples._attention(SimpleNamespace(**vars(run) | {"model": bind(spec, 258)}))
-        assert "no weights to look at" in notes[0] and attend(None, "x") == {}
+        assert "has no weights" in notes[0] and attend(None, "x") == {}
     spec = dataclasses.replace(run.model.spec, decoder=decoder.replace(pattern=(NothingToSee(), None)))
-    assert "are of the blocks 2:" in samples._attention(SimpleNamespace(model=bind(spec, 258), **rest))[1][0]
+    assert "show blocks 2:" in samples._attention(SimpleNamespace(model=bind(spec, 258), **rest))[1][0]
 
 
 def test_a_fault_of_the_attention_is_no_model_without_weights(run):
@@ -213,4 +213,4 @@ def test_a_task_without_prompts_or_data_leaves_the_others_their_samples(run, mon
     assert [sample.place for sample in found["prose"]] == ["three"]
     assert notes == ("No samples of sums: the data is not here",)
     monkeypatch.setattr(Prose, "open", lambda source: one)
-    assert samples.gather(run)[1][1] == "prose: none of the held-out examples can be shown"
+    assert samples.gather(run)[1][1] == "prose: no held-out example can be shown"

@@ -486,7 +486,7 @@ def test_rows_longer_than_the_position_encoding_are_refused():
     assert learned(64).data.layout.seq_len == 64
     with pytest.raises(SpecError, match=r"LayoutSpec.seq_len is 64: it must be at most 63, .* model.decoder.position"):
         learned(63)
-    with pytest.raises(SpecError, match="evaluation task 'text' has rows of 65 positions, .*position knows 64"):
+    with pytest.raises(SpecError, match="evaluation task 'text' has seq_len 65, .*position supports 64"):
         override(learned(64), {"evaluation.tasks.text.seq_len": "65"})
 
 

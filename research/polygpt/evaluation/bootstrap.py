@@ -7,17 +7,17 @@ def bootstrap_mean(values, *, resamples: int = 2000, level: float = 0.95, seed: 
     """The mean with its percentile bootstrap interval (Efron and Tibshirani 1993, section 13.3).
 
     Args:
-        values: the independent observations, [n] with n >= 1.
-        resamples: how many times n of them are drawn with replacement.
-        level: how much of the resampled means the interval covers.
-        seed: of the draws.
+        values: independent observations, [n] with n >= 1.
+        resamples: number of resamples.
+        level: coverage of the interval.
+        seed: seed of the resampling.
 
     Returns:
         (mean, low, high)
     """
     values = np.asarray(values, np.float64)
     rng = np.random.default_rng(seed)
-    # One resample at a time: n may be large, and 2,000 of them are done in well under a second.
+    # One resample at a time: n may be large, and 2,000 resamples take well under a second.
     means = np.fromiter(
         (values[rng.integers(0, len(values), len(values))].mean() for _ in range(resamples)), np.float64
     )

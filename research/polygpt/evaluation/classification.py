@@ -19,7 +19,7 @@ class Classification(Metric):
     )
 
     def __call__(self, predictions, truths):
-        from sklearn.metrics import accuracy_score, f1_score  # here: it takes as long to import as all of JAX
+        from sklearn.metrics import accuracy_score, f1_score  # local import: takes as long as importing JAX
 
         exact = sum(prediction == truth for prediction, truth in zip(predictions, truths, strict=True))
         predictions, truths = [normalize(text) for text in predictions], [normalize(text) for text in truths]

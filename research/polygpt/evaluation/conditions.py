@@ -1,4 +1,4 @@
-"""The conditions of a held-out task, which may differ from those of training: longer rows, a changed model."""
+"""Evaluation conditions that differ from training: longer sequences, a changed model."""
 
 from polygpt.data.layout import LayoutSpec
 from polygpt.errors import SpecError
@@ -9,15 +9,15 @@ from polygpt.overrides import replaced
 
 
 def layout_of(task: EvalTask, layout: LayoutSpec) -> LayoutSpec:
-    """How a task's examples become rows, given how those of training do."""
+    """The layout of a task, given that of training."""
     return layout if task.seq_len is None else layout.replace(seq_len=task.seq_len)
 
 
 def model_of(name: str, task: EvalTask, model: Model) -> Model:
-    """The model that a task is evaluated with, given the trained one; the same object at every call.
+    """The model for evaluating a task, given the trained one; cached.
 
     Raises:
-        SpecError: naming the task, if it changes a field that is not there, or a parameter.
+        SpecError: names the task if it changes an unknown field or the shapes of parameters.
     """
     if not task.model:
         return model
@@ -28,9 +28,9 @@ def model_of(name: str, task: EvalTask, model: Model) -> Model:
 
 
 def check(name: str, task: EvalTask, spec: ModelSpec, layout: LayoutSpec) -> None:
-    """Raises SpecError, naming the task, unless its changes make a model that knows as many positions as its rows have.
+    """Raises SpecError, naming the task, unless its changes give a model that supports its sequence length.
 
-    That they leave the parameters as they are is found out where a model is bound: this binds none, and is cheap.
+    Cheap: it does not bind the model, so changed parameters are detected only later.
     """
     try:
         limit = replaced(spec, task.model).decoder.position.limit()
@@ -39,8 +39,8 @@ def check(name: str, task: EvalTask, spec: ModelSpec, layout: LayoutSpec) -> Non
     length = layout_of(task, layout).seq_len
     if limit is not None and length > limit:
         raise SpecError(
-            f"evaluation task {name!r} has rows of {length} positions, and its decoder.position knows {limit}: lower "
-            "its seq_len, or let the model know as many"
+            f"evaluation task {name!r} has seq_len {length}, but its decoder.position supports {limit}: lower "
+            "seq_len, or increase the number of positions"
         )
 
 

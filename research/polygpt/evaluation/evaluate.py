@@ -1,4 +1,4 @@
-"""Evaluation: every held-out task of a model, measured in every way its specification asks for."""
+"""Evaluates a model on every held-out task."""
 
 import contextlib
 import dataclasses
@@ -19,7 +19,7 @@ from polygpt.evaluation.spec import EvalTask, EvaluationSpec
 from polygpt.generation.generate import generate
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is being measured ("fusion: loss"), the examples done, and all of them."""
+"""Called with a description ("fusion: loss"), the examples done, and the total."""
 
 
 def evaluate(
@@ -35,36 +35,34 @@ def evaluate(
     cache: MediaCache | None = None,
     faults: dict[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Measures a model on held-out tasks. The same inputs give the same figures.
+    """Measures a model on held-out tasks. Deterministic.
 
-    All batches have the shape [spec.batch_size, layout.seq_len], so the loss is compiled once for all tasks and all
-    calls; for tasks of another length, or of a changed model, once more for each of these.
+    All batches have the shape [spec.batch_size, layout.seq_len], so the loss is compiled once for all tasks and calls,
+    and once more for each other length or changed model.
 
     Args:
         model: the bound model.
         params: its parameters.
-        tokenizer: the tokenizer it was trained with.
+        tokenizer: the tokenizer used in training.
         adapters: the model's adapters, by modality.
         layout: how examples become rows.
-        spec: the tasks and what is measured.
-        progress: told how far it is.
-        proceed: called before each batch that is scored or answered; what it raises ends the evaluation.
-        cache: decoded media to keep for the next call; by default they are kept for this one.
-        faults: is given one line for each task that cannot be measured, or not in all ways, by name, and the others are
-            measured all the same; None to raise the first error. It is raised too if no task can be measured.
+        spec: the tasks and what to measure.
+        progress: progress callback.
+        proceed: called before each batch; an exception from it ends the evaluation.
+        cache: cache of decoded media, to reuse it between calls; default: one for this call.
+        faults: receives one line per task that could not be measured fully, by name, while the others are still
+            measured. None: raise the first error, as also happens if no task can be measured.
 
     Returns:
-        Plain numbers, in nats where they are losses:
+        Plain numbers; losses are in nats:
         `{"tasks": {name: {"loss", "perplexity", "bits_per_byte", "token_accuracy", "n", and those of its metrics}},
-        "modalities": {"text" | "image" | "audio" | "audio+image" ...: the first five, over the examples of all tasks
-        that hold exactly these media}, "modality_gain": {"task/modality": {"gain", "low", "high", "n"}}}`.
-        A task of which records were left out has their number as "skipped"; one whose answers had no room to end has
-        their number as "cut". Tasks that do not measure the model as it
-        was trained, but longer rows, say, are not among the "modalities".
+        "modalities": {"text" | "image" | "audio" | "audio+image" ...: the first five, over all examples with exactly
+        these media}, "modality_gain": {"task/modality": {"gain", "low", "high", "n"}}}`. "skipped" is the number of
+        unusable records of a task, "cut" the number of answers that ran out of room. Tasks under other conditions than
+        training, such as longer sequences, are not included in "modalities".
 
     Raises:
-        UserError: if a task has no usable example, or changes a parameter of the model, or BadRecord for an example
-            that is not usable.
+        UserError: a task has no usable example, or changes the shapes of parameters. BadRecord for an unusable example.
     """
     cache = MediaCache(512) if cache is None else cache
     progress = progress or (lambda *_: None)
@@ -102,7 +100,7 @@ def evaluate(
 
 @dataclasses.dataclass(frozen=True)
 class _Reader:
-    """Scores examples: packs them into batches of one shape, as the layout allows, and runs the model."""
+    """Scores examples: packs them into batches of equal shape and runs the model."""
 
     model: Any
     params: Any
@@ -116,16 +114,16 @@ class _Reader:
     last: int | None = None
 
     def of(self, name: str, task: EvalTask) -> "_Reader":
-        """One that reads under the conditions of a task."""
+        """A reader for the conditions of a task."""
         model = conditions.model_of(name, task, self.model)
         adapters = model.spec.adapters if task.model else self.adapters
         layout = conditions.layout_of(task, self.layout)
         return dataclasses.replace(self, model=model, adapters=adapters, layout=layout, last=task.last)
 
     def __call__(self, what: str, examples: Sequence[Example], passes: Callable[[BadRecord], bool]):
-        """The indices of the examples that can be laid out, and their scores; a fault is raised unless it `passes`."""
+        """Indices and scores of the usable examples; raises faults unless `passes` accepts them."""
         order, scores = [], []
-        packer, waiting = self._packer(), {}  # by identity of its row, the index of an example
+        packer, waiting = self._packer(), {}  # index of an example, by identity of its row
         for i, example in enumerate(examples):
             try:
                 row = lay_out(example, self.layout, self.tokenizer, self.adapters, cache=self.cache)
@@ -157,7 +155,7 @@ class _Reader:
 
 
 def _read(name: str, task: EvalTask, spec: EvaluationSpec, reader: _Reader) -> tuple[list[Example], Likelihoods, int]:
-    """The usable examples of a task, their scores with their own media, and how many are not usable."""
+    """The usable examples of a task, their scores with their own media, and the number of unusable ones."""
     source, examples = task.source.open(), []
     chosen = np.random.default_rng(spec.seed).permutation(len(source))[: task.limit]
     for i in sorted(chosen):
@@ -170,18 +168,18 @@ def _read(name: str, task: EvalTask, spec: EvaluationSpec, reader: _Reader) -> t
         raise UserError(f"evaluation task {name!r}: its source {type(task.source).__name__} has no usable example")
     indices, scores = reader(f"{name}: loss", examples, lambda error: spec.on_bad_record == "skip")
     if not indices:
-        raise UserError(f"evaluation task {name!r}: none of its {len(chosen)} examples can be used")
+        raise UserError(f"evaluation task {name!r}: none of its {len(chosen)} examples is usable")
     return [examples[i] for i in indices], scores, len(chosen) - len(indices)
 
 
 def require_prompts(spec: EvaluationSpec) -> None:
-    """Raises UserError, naming the task and the record, if answers are wanted to a record that has no prompt."""
+    """Raises UserError, naming the task and the record, if answers are requested for a record without a prompt."""
     for name, task in spec.tasks.items():
         if not task.generate:
             continue
         source = task.source.open()
         for i in sorted(np.random.default_rng(spec.seed).permutation(len(source))[: task.limit]):
-            with contextlib.suppress(BadRecord):  # reported where it is read to be scored
+            with contextlib.suppress(BadRecord):  # reported when it is scored
                 _require_prompt(name, source[int(i)])
 
 
@@ -191,7 +189,7 @@ def _require_prompt(name: str, example: Example) -> None:
 
 
 def _judge(name: str, task: EvalTask, spec: EvaluationSpec, examples: list[Example], reader: _Reader) -> dict:
-    """The figures of a task's metrics over the answers that the model writes."""
+    """The metrics of a task over the generated answers."""
     for example in examples:
         _require_prompt(name, example)
     reader.progress(f"{name}: answers", 0, len(examples))
@@ -218,11 +216,11 @@ def cut_answers(tasks: Mapping[str, Mapping[str, Any]]) -> list[str]:
 def _gain(
     what: str, modality: str, spec: EvaluationSpec, examples: list[Example], scores: Likelihoods, reader: _Reader
 ) -> dict[str, float | int] | None:
-    """The modality gain and its interval; None where there are no two examples to exchange media between."""
+    """The modality gain and its interval; None without two examples whose media can be exchanged."""
     indices, shuffled = shuffle(examples, modality, spec.seed)
     if not indices:
         return None
-    # The media of another example may be longer: a pair that no longer fits into the row is left out.
+    # Another example's media may be longer: skip pairs that no longer fit into the row.
     kept, others = reader(f"{what} gain", shuffled, lambda error: error.reason == "too long")
     if not kept:
         return None

@@ -1,7 +1,7 @@
-"""How well the model predicts the text: loss, perplexity, bits per byte, token accuracy.
+"""Likelihood of the text: loss, perplexity, bits per byte, token accuracy.
 
-The device gives the loss of every token; all sums are taken in float64 on the host. So a figure over a whole task does
-not depend on how its examples are grouped into batches.
+The device computes the loss of every token; sums are in float64 on the host. So metrics of a task do not depend on how
+its examples are batched.
 """
 
 import dataclasses
@@ -22,15 +22,15 @@ MEASURES = (
     Measure("bits_per_byte", "lower", needs="likelihood"),
     Measure("token_accuracy", "higher", share=True, needs="likelihood"),
 )
-"""What every task is measured by, without writing answers."""
+"""Measures of every task, without generated answers."""
 COUNTS = {"n": "examples", "skipped": "skipped", "cut": "answers cut"}
-"""What the results of a task also hold, with headings: how many examples were used and left out, and how many answers
-ended because there was no room for more. The last two are absent where they are 0."""
+"""Further entries in the results of a task, with headings: examples used and skipped, and answers that ended because
+there was no room for more. The last two are absent if 0."""
 
 
 @partial(jax.jit, static_argnames="model")
 def token_scores(model, params, batch: Batch):
-    """(loss_BT in nats, float32, 0 where nothing is predicted; correct_BT, bool: the target is the likeliest token)."""
+    """(loss_BT in nats, float32, 0 without a target; correct_BT, bool: the target is the most likely token)."""
     logits_BTV = model.apply(params, batch).logits_BTV.astype(jnp.float32)
     target_BT = jnp.take_along_axis(logits_BTV, batch.target_BT[..., None], axis=-1)[..., 0]
     predicted_BT = batch.weight_BT > 0
@@ -47,8 +47,8 @@ class Likelihoods:
         loss: of loss weight times loss, in nats.
         weight: of loss weights.
         bytes: of loss weight times UTF-8 bytes.
-        correct: the number of tokens that were the likeliest.
-        tokens: the number of tokens.
+        correct: number of tokens that were the most likely.
+        tokens: number of tokens.
     """
 
     loss: np.ndarray
@@ -59,7 +59,7 @@ class Likelihoods:
 
     @property
     def mean_loss(self) -> np.ndarray:
-        """Each example's loss a token, in nats."""
+        """Loss per token of each example, in nats."""
         return self.loss / self.weight
 
     def __getitem__(self, index) -> "Likelihoods":
@@ -67,15 +67,15 @@ class Likelihoods:
 
     @classmethod
     def join(cls, scores: Iterable["Likelihoods"]) -> "Likelihoods":
-        """All examples of several."""
+        """Concatenates several."""
         scores = list(scores)
         return cls(*(np.concatenate([getattr(s, f.name) for s in scores]) for f in dataclasses.fields(cls)))
 
 
 def score(model, params, batch: Batch, token_bytes: np.ndarray, last: int | None = None) -> Likelihoods:
-    """The scores of a batch's examples, by row and within a row by segment.
+    """Scores of the examples in a batch, ordered by row, then by segment.
 
-    With `last`, at most so many tokens of each example count: the last ones that are predicted.
+    With `last`, only that many final targets of each example count.
     """
     loss_BT, correct_BT = map(np.asarray, token_scores(model, params, batch))
     weight_BT, segment_BT = np.asarray(batch.weight_BT, np.float64), np.asarray(batch.segment_BT)
@@ -102,9 +102,9 @@ def score(model, params, batch: Batch, token_bytes: np.ndarray, last: int | None
 
 
 def summary(scores: Likelihoods) -> dict[str, float | int]:
-    """The figures of MEASURES, and `n`; `bits_per_byte` is absent if no text has bytes.
+    """The values of MEASURES, and `n`; without `bits_per_byte` if no text has bytes.
 
-    Loss weights count in all but the token accuracy.
+    All except the token accuracy use loss weights.
     """
     loss = float(scores.loss.sum() / scores.weight.sum())
     with np.errstate(over="ignore"):  # infinite above 709 nats

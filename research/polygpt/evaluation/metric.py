@@ -1,4 +1,4 @@
-"""What an evaluation measures: the figures, what they mean, and the base class of metrics of generated text."""
+"""Metadata of evaluation results, and the base class of metrics for generated text."""
 
 import dataclasses
 import re
@@ -11,16 +11,16 @@ from polygpt.spec import Spec
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
-    """One figure of a held-out task, and how to read it. Reports, tables, `compare` and ablations ask nothing else.
+    """Describes one value of an evaluation: the only metadata that reports, tables, `compare` and ablations use.
 
     Attributes:
-        name: its key in the results, "wer".
-        better: which values are better; None if nobody has said so.
-        label: its heading, "WER"; by default the name with spaces.
+        name: key in the results, "wer".
+        better: which values are better; None if undeclared.
+        label: heading, "WER"; default: the name with spaces.
         unit: "nats per token", or "" for none.
-        share: whether it lies between 0 and 1 and is shown as a percentage.
-        brief: whether it is also shown where room is scarce, on the terminal and in charts.
-        needs: "likelihood" if the model only reads the examples, "answers" if it must write them.
+        share: whether it is between 0 and 1 and shown as a percentage.
+        brief: whether to show it in compact views too: on the terminal and in charts.
+        needs: "likelihood" if the model only scores the examples, "answers" if it must generate answers.
     """
 
     name: str
@@ -42,17 +42,17 @@ class Metric(Spec):
     """Base class of metrics that compare generated texts with the truth. A new metric is a file with a subclass."""
 
     measures: ClassVar[tuple[Measure, ...]] = ()
-    """What it returns, in the order of tables. A figure that is not declared here has no direction."""
+    """The values it returns, in table order. Undeclared values have no direction."""
 
     def __call__(self, predictions: Sequence[str], truths: Sequence[str]) -> dict[str, float]:
-        """Figures by the names of `measures`, over all examples of a task; both lists have the same length, >= 1."""
+        """Values by the names in `measures`, over all examples of a task; both lists have the same length, >= 1."""
         raise NotImplementedError
 
 
 def normalize(text: str) -> str:
-    """Text without case, punctuation and surplus space, in Unicode's composed form.
+    """Text without case, punctuation and surplus space, in Unicode NFC form.
 
-    Symbols and digits stay, and so does every letter with its diacritics.
+    Keeps symbols, digits, and letters with their diacritics.
     """
     text = unicodedata.normalize("NFKC", text).casefold()
     text = "".join(" " if character in "-–—/" else character for character in text)

@@ -1,7 +1,7 @@
-"""The modality gain: how much worse the model predicts the text when one modality's media come from other examples.
+"""The modality gain: the increase in loss when one modality's media come from other examples.
 
 The held-out loss with the media of one modality shuffled between examples, minus the loss with the true media, paired
-by example. A model that does not look or listen gains 0. Media of the other modalities stay where they are.
+by example. A model that ignores the modality has a gain of 0. Media of other modalities stay in place.
 """
 
 from collections.abc import Sequence
@@ -12,23 +12,23 @@ from polygpt.data.example import Example, Medium
 
 
 def count(example: Example, modality: str) -> int:
-    """How many media of a modality an example has."""
+    """Number of media items of a modality in an example."""
     return sum(isinstance(part, Medium) and part.modality == modality for part in example.parts)
 
 
 def modalities(examples: Sequence[Example]) -> list[str]:
-    """The modalities that occur, in the order in which they first do."""
+    """The modalities that occur, in order of first occurrence."""
     return list(dict.fromkeys(part.modality for e in examples for part in e.parts if isinstance(part, Medium)))
 
 
 def shuffle(examples: Sequence[Example], modality: str, seed: int) -> tuple[list[int], list[Example]]:
-    """Gives examples the media of others.
+    """Shuffles media between examples.
 
-    Examples with equally many media of the modality exchange them all along one random cycle, so none keeps its own.
+    Examples with the same number of items exchange all of them along a random cycle, so none keeps its own.
 
     Returns:
-        The indices of the examples that take part, and these examples with their new media. An example that has none,
-        or that no other can exchange with, takes no part.
+        The indices of the participating examples, and these examples with their new media. Examples without media, or
+        without a partner, do not participate.
     """
     rng = np.random.default_rng(seed)
     groups: dict[int, list[int]] = {}
@@ -45,7 +45,7 @@ def shuffle(examples: Sequence[Example], modality: str, seed: int) -> tuple[list
 
 
 def _with_media(example: Example, other: Example, modality: str) -> Example:
-    """`example` with its media of a modality exchanged for those of `other`, in order."""
+    """`example` with its media of a modality replaced by those of `other`, in order."""
     media = (part for part in other.parts if isinstance(part, Medium) and part.modality == modality)
     return Example(
         tuple(next(media) if isinstance(p, Medium) and p.modality == modality else p for p in example.parts),

@@ -1,4 +1,4 @@
-"""What is evaluated, and how."""
+"""Specification of an evaluation."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -18,73 +18,71 @@ class EvalTask(Spec):
     """A held-out task."""
 
     source: Source
-    """Where its examples come from."""
+    """Source of the examples."""
     limit: int | None = None
-    """How many examples are used, drawn once by the evaluation's seed; null for all."""
+    """Maximum number of examples, sampled once with the evaluation's seed; null for all."""
     generate: bool = False
-    """Whether the model also writes each example's answer, which is compared with the truth by `metrics`."""
+    """Whether to also generate an answer for each example and compare it with the truth by `metrics`."""
     metrics: tuple[Metric, ...] = (Classification(),)
-    """What is measured of the written answers."""
+    """Metrics of generated answers."""
     seq_len: int | None = None
-    """T of its rows; null for that of training, `data.layout.seq_len`."""
+    """T, sequence length; null for that of training, `data.layout.seq_len`."""
     model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """What is changed of the trained model, by the dotted names of the model's fields: {"decoder.attention": ...}. The
-    parameters stay what they are, so their names and shapes must be those of the changed model too."""
+    """Changes to the trained model, by dotted names of model fields: {"decoder.attention": ...}. The trained parameters
+    are used, so the changed model must have the same parameter names and shapes."""
     last: int | None = None
-    """How many tokens of each example count, the last that are predicted; null for all. Answers are not concerned."""
+    """Number of final targets of each example that count; null for all. Does not affect answers."""
 
     @property
     def as_trained(self) -> bool:
-        """Whether it measures the model as it was trained: rows of that length, no changes, all tokens."""
+        """Whether conditions equal those of training: same sequence length, no changes, all tokens."""
         return self.seq_len is None and not self.model and self.last is None
 
     def measures(self) -> dict[str, Measure]:
-        """What can be measured of it, by name and in the order of tables: its metrics' figures, then likelihoods."""
+        """Its measures by name, in table order: those of its metrics, then likelihoods."""
         return {one.name: one for one in (*(one for metric in self.metrics for one in metric.measures), *MEASURES)}
 
     def validate(self):
         self.require(self.limit is None or self.limit >= 1, "limit", "at least 1, or null for all examples")
         self.require(self.seq_len is None or self.seq_len >= 2, "seq_len", "at least 2, or null for that of training")
         self.require(self.last is None or self.last >= 1, "last", "at least 1, or null for all tokens")
-        self.require(
-            bool(self.metrics) or not self.generate, "metrics", "at least one metric where answers are generated"
-        )
+        self.require(bool(self.metrics) or not self.generate, "metrics", "at least one metric if answers are generated")
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationSpec(Spec):
-    """The held-out tasks and what is measured of each."""
+    """The held-out tasks, and what to measure."""
 
     tasks: Mapping[str, EvalTask] = dataclasses.field(default_factory=dict)
     """The tasks by name."""
     batch_size: int = 32
-    """How many examples are read at a time."""
+    """Batch size of the evaluation."""
     modality_gain: bool = True
-    """Whether the modality gain of every task with media is measured: one more pass for each of its modalities."""
+    """Whether to measure the modality gain of every task with media: one more pass per modality."""
     resamples: int = 2000
-    """Bootstrap resamples of the modality gain's interval."""
+    """Number of bootstrap resamples for the interval of the modality gain."""
     sampling: Sampling = GREEDY
-    """How answers are generated."""
+    """Sampling of generated answers."""
     seed: int = 0
-    """Decides which examples a limit leaves, how media are shuffled, and the bootstrap."""
+    """Seeds the selection of examples under a limit, the shuffling of media, and the bootstrap."""
     on_bad_record: Literal["raise", "skip"] = "raise"
-    """What happens to an example that cannot be read: an error, or it is left out and counted as `skipped`."""
+    """How to treat unusable examples: raise an error, or skip them and count them as `skipped`."""
 
     def measures(self) -> dict[str, Measure]:
-        """The measures of all tasks by name, in the order of tables. Likelihoods come last."""
+        """The measures of all tasks by name, in table order; likelihoods last."""
         found = {name: one for task in self.tasks.values() for name, one in task.measures().items()}
         likelihoods = {one.name: one for one in MEASURES}
         return {name: one for name, one in found.items() if name not in likelihoods} | likelihoods
 
     def measure(self, metric: str, answers: bool = True) -> Measure:
-        """What "task/measure" names. A figure that the task's metrics do not declare has no direction.
+        """The measure named "task/measure". Values that the task's metrics do not declare have no direction.
 
         Args:
             metric: "text/loss".
-            answers: whether the model writes answers where a task asks for them.
+            answers: whether answers are generated for tasks that request them.
 
         Raises:
-            SpecError: no evaluation of the task gives such a figure.
+            SpecError: the task has no such measure.
         """
         task, slash, name = metric.rpartition("/")
         if not slash:

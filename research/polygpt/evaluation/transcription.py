@@ -10,10 +10,10 @@ from polygpt.evaluation.metric import Measure, Metric, normalize
 
 @dataclasses.dataclass(frozen=True)
 class Transcription(Metric):
-    """`wer` and `cer`: substituted, deleted and inserted words or characters, divided by those of the truth.
+    """`wer` and `cer`: substituted, deleted and inserted words or characters, relative to the number in the truth.
 
-    Pooled over the task, so that utterances count by their length. Both may exceed 1. An empty transcript is all
-    deletions; with an empty truth everything is an insertion; if all truths are empty the divisor is 1.
+    Pooled over the task, so utterances are weighted by length. Both may exceed 1. With an empty transcript all words
+    count as deleted, with an empty truth all count as inserted; if all truths are empty, the divisor is 1.
     """
 
     measures: ClassVar = (Measure("wer", "lower", "WER"), Measure("cer", "lower", "CER"))

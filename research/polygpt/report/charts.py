@@ -1,4 +1,4 @@
-"""Charts as inline SVG: readable without scripts, its points written beside it for the hover."""
+"""Charts as inline SVG: readable without scripts; the data for hovering is embedded as JSON."""
 
 import json
 import math
@@ -12,11 +12,11 @@ from polygpt.report.content import Chart
 WIDTH, HEIGHT = 520, 230
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 12, 28
 POINTS = 400
-"""A curve of more points is thinned to as many; each drawn point is the mean of those it stands for."""
+"""Maximum number of points per curve; longer curves are averaged over neighbours."""
 
 
 def figure(value: float) -> str:
-    """A number as short as it can be read."""
+    """Formats a number compactly."""
     if not math.isfinite(value):
         return "–"
     size = abs(value)
@@ -31,7 +31,7 @@ def figure(value: float) -> str:
 
 
 def ticks(low: float, high: float, count: int = 4, least: float = 0.0) -> list[float]:
-    """About `count` round numbers in [low, high], multiples of `least` if it is given."""
+    """About `count` round numbers in [low, high], multiples of `least` if given."""
     if not high > low:
         return [low]
     power = 10 ** math.floor(math.log10((high - low) / count))
@@ -46,7 +46,7 @@ def ticks(low: float, high: float, count: int = 4, least: float = 0.0) -> list[f
 
 
 def thin(steps: Sequence[float], values: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """At most POINTS points: neighbours averaged, unmeasured values left out of the average."""
+    """At most POINTS points: averages neighbours, ignoring missing values."""
     x, y = np.asarray(steps, float), np.asarray(values, float)
     if len(x) <= POINTS:
         return x, y
@@ -59,7 +59,7 @@ def thin(steps: Sequence[float], values: Sequence[float]) -> tuple[np.ndarray, n
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """The mean over `window` points round each; unmeasured values are left out, and leave a gap only by themselves."""
+    """Moving average over `window` points, ignoring missing values, which stay missing themselves."""
     measured = np.isfinite(values)
     box = np.ones(min(2 * (window // 2) + 1, len(values)))
     total = np.convolve(np.where(measured, values, 0), box, "same")
@@ -68,7 +68,7 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def chart(content: Chart) -> str:
-    """A chart as an HTML figure; the empty text if nothing in it was measured."""
+    """A chart as an HTML figure; "" if it has no data."""
     lines = [(line.name, *thin(line.steps, line.values)) for line in content.lines]
     lines = [(name, x, y) for name, x, y in lines if np.isfinite(y).any()]
     if not lines:
@@ -121,7 +121,7 @@ def chart(content: Chart) -> str:
 
 
 def _bounds(values: np.ndarray, noisy: bool) -> tuple[float, float]:
-    """The range of the vertical axis; a noisy curve's rare spikes do not squeeze the rest."""
+    """The range of the vertical axis; ignores rare spikes of noisy curves."""
     low, high = float(values.min()), float(values.max())
     if noisy and len(values) > 20:
         high = float(np.quantile(values, 0.995))
@@ -148,7 +148,7 @@ def _round(values: np.ndarray) -> list[float | None]:
 
 
 def intervals(gains: Mapping[str, Mapping[str, float]]) -> str:
-    """A forest plot as table rows: name, the interval drawn over a common axis with zero marked, the figures."""
+    """A forest plot as table rows: name, interval on a common axis with zero marked, values."""
     edges = [value for gain in gains.values() for value in (gain["low"], gain["high"])] + [0.0]
     low, high = min(edges), max(edges)
     low, high = low - (high - low) * 0.05 - 1e-9, high + (high - low) * 0.05 + 1e-9
@@ -170,7 +170,7 @@ def intervals(gains: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def shares(parts: Mapping[str, float]) -> str:
-    """One bar divided in proportion to the parts, which share the class "time" and bear their names as another."""
+    """A stacked bar; each part has the CSS classes "time" and its name."""
     whole, left, drawn = sum(parts.values()), 0.0, []
     for name, value in parts.items():
         width = value / whole * 1000

@@ -1,4 +1,4 @@
-"""What a report says, as plain data: gathered from a run in one place, drawn in another."""
+"""The content of a report, as plain data, separate from gathering and rendering."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from polygpt.evaluation.metric import Measure
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """One curve. `values` may hold NaN where nothing was measured."""
+    """One curve. Missing `values` are NaN."""
 
     name: str
     steps: tuple[float, ...]
@@ -20,7 +20,7 @@ class Line:
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-    """Curves over the same steps and unit. A `noisy` chart is drawn smoothed, over its raw values."""
+    """Curves with common steps and unit. A `noisy` chart is drawn smoothed, on top of its raw values."""
 
     title: str
     lines: tuple[Line, ...]
@@ -30,18 +30,17 @@ class Chart:
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """A medium of a prompt, as the model got it.
+    """A media item of a prompt, as the model received it.
 
     Attributes:
-        modality: the name of the adapter that reads it.
-        png: its picture: the image itself or the spectrogram.
+        modality: name of its adapter.
+        png: the image or the spectrogram.
         size: (width, height) of that picture in pixels.
-        grid: (rows, columns) in which the medium's positions tile the picture, in row-major order.
-        wav: the recording, if it is one.
-        seconds: its length.
-        attention_LWP: for each layer and each word of the answer, the attention that the predictions of the word's
-            tokens pay to each position, averaged over heads and tokens; NaN in a layer that has no weights to look at,
-            None if nothing is known.
+        grid: (rows, columns) of the item's positions in the picture, in row-major order.
+        wav: the recording, if any.
+        seconds: length of the recording.
+        attention_LWP: attention from the predictions of each word of the answer to each position, averaged over heads
+            and the word's tokens; NaN in layers without attention weights, None if unavailable.
     """
 
     modality: str
@@ -55,7 +54,7 @@ class Item:
 
 @dataclasses.dataclass(frozen=True)
 class Word:
-    """A word of the model's answer; `right` is None where nothing is right or wrong."""
+    """A word of the model's answer; `right` is None for free text."""
 
     text: str
     right: bool | None = None
@@ -63,14 +62,14 @@ class Word:
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """A held-out example: the prompt, what the model wrote, what is true.
+    """A held-out example with the model's answer.
 
     Attributes:
         prompt: texts and media in reading order.
-        words: the model's words.
+        words: the words of the answer.
         truth: the true continuation.
-        right: whether the answer counts as right; None for free text.
-        place: where the example comes from.
+        right: whether the answer is right; None for free text.
+        place: location of the example in its source.
     """
 
     prompt: tuple[str | Item, ...]
@@ -82,19 +81,19 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class Content:
-    """Everything that a report shows. An empty part is left out of the page; `notes` say why something is missing.
+    """The content of a report. Empty parts are omitted; `notes` explain what is missing.
 
     Attributes:
-        title: the run's name.
-        facts: (label, value) pairs for the head of the page.
-        tasks: the held-out results by task, by name of the measure.
-        measures: what is known of the measures, by name, in the order of tables.
-        modalities: the same measures over all tasks, by the media that an example holds ("text", "image+audio").
-        gains: the modality gains, {"task/modality": {"gain", "low", "high"}}, in nats per token.
+        title: name of the run.
+        facts: (label, value) pairs for the page header.
+        tasks: held-out results by task and measure.
+        measures: metadata of the measures by name, in table order.
+        modalities: the same measures over all tasks, by the media of an example ("text", "image+audio").
+        gains: modality gains, {"task/modality": {"gain", "low", "high"}}, in nats per token.
         charts: the curves.
-        time: seconds of the run by what they were spent on ("productive", "compile", ...), in the order to be drawn.
+        time: seconds of the run by category ("productive", "compile", ...), in drawing order.
         samples: by task.
-        config, environment: JSON data, shown folded.
+        config, environment: JSON data, shown collapsed.
         notes: plain sentences.
     """
 

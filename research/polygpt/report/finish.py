@@ -1,4 +1,4 @@
-"""What is done with a trained run: its held-out results and its report, both written into its folder."""
+"""Evaluates a trained run and writes its report, both into the run folder."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -12,7 +12,7 @@ from polygpt.files import plain, write_atomically
 from polygpt.report import gather, page
 
 RESULTS = "evaluation.json"
-"""Name of the file of held-out results in a run's folder."""
+"""File name of the held-out results in a run folder."""
 
 
 def evaluate_run(
@@ -23,19 +23,19 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Evaluates a run on its held-out tasks and writes the results into its folder.
 
-    A task that cannot be measured takes no other's results away, unless several processes compute them together, of
-    which one alone may have met the error: then it is raised.
+    If a task cannot be measured, the others still are. With several processes errors are raised instead, because they
+    may have occurred in only one of them.
 
     Args:
         run: an opened run.
-        progress: told how far it is.
-        proceed: called before each batch; what it raises ends the evaluation, and nothing is written. It must be no
-            `Exception`, which would be taken for one of the task's.
-        overrides: by dotted name, the text of what was changed in the run's experiment to evaluate it.
+        progress: progress callback.
+        proceed: called before each batch; a BaseException from it ends the evaluation without writing results. An
+            `Exception` would be treated as an error of the task.
+        overrides: changes to the run's experiment for this evaluation, as text by dotted name.
 
     Returns:
-        What `evaluate` gives, and the step: {"step": n, "tasks": ..., "modalities": ..., "modality_gain": ...}. Where
-        there are any, also "faults": {task: one line}, and "overrides".
+        The results of `evaluate` and the step: {"step": n, "tasks": ..., "modalities": ..., "modality_gain": ...}. Also
+        "faults": {task: one line} and "overrides", if there are any.
     """
     experiment = run.experiment
     adapters, layout = run.model.spec.adapters, experiment.data.layout
@@ -49,17 +49,17 @@ def evaluate_run(
 
 
 def write_report(run, place: str | Path | None = None) -> Path:
-    """Writes a run's report, `report.html` in its folder unless `place` is given; returns where it is."""
+    """Writes a run's report to `place`, by default `report.html` in its folder; returns the path."""
     results = gather.read_json(Path(run.workdir) / RESULTS)
     if isinstance(results, Mapping) and results.get("step") != int(run.step):
-        results = None  # of another checkpoint
+        results = None  # of a different checkpoint
     place = Path(place) if place else Path(run.workdir) / "report.html"
     _write(place, page.render(gather.content(run, results)))
     return place
 
 
 def _write(place: Path, text: str) -> None:
-    """Of several processes, which all compute it together, the first writes it."""
+    """Writes a file in process 0 only."""
     if jax.process_index() == 0:
         place.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(place, text)

@@ -1,4 +1,4 @@
-"""From a run's folder to a report's content. What is missing is left out, with a note that says so."""
+"""Gathers the content of a report from a run folder. Missing parts are omitted, with a note."""
 
 import datetime
 import json
@@ -23,26 +23,28 @@ TITLES = {
     "tokens_per_second": ("Speed", "tokens/s", True),
     "input_wait": ("Input wait", "share of a step", True),
 }
-"""Curves of the training metrics in the order in which they are drawn: title, unit, whether noisy."""
+"""Curves of training metrics in drawing order: title, unit, whether noisy."""
 GAIN = "modality gain"
 
 
 def content(run, results: Mapping[str, Any] | None) -> Content:
-    """Everything that a run's report shows.
+    """The content of a run's report.
 
     Args:
         run: an opened run.
-        results: what `evaluate_run` returned, if the run was evaluated at this step.
+        results: from `evaluate_run`, if the run was evaluated at this step.
     """
     folder = Path(run.workdir)
     metrics, timing = read_lines(folder / "metrics.jsonl"), read_lines(folder / "timing.jsonl")
     environment = read_json(folder / "environment.json")
     notes = []
     if not metrics:
-        notes.append("There are no training metrics in the run's folder.")
+        notes.append("The run folder has no training metrics.")
     if results is None:
         results = last_evaluation(metrics, int(run.step))
-        where = f"the held-out results are of step {results['step']:,}" if results else "there are no held-out results"
+        where = (
+            f"the held-out results are of step {results['step']:,}" if results else "there are no held-out results"
+        )
         notes.append(f"Step {int(run.step):,} was not evaluated, {where}: polygpt evaluate {folder}")
     notes += [f"{task} was not measured in full: {fault}" for task, fault in (results or {}).get("faults", {}).items()]
     notes += cut_answers((results or {}).get("tasks", {}))
@@ -52,16 +54,16 @@ def content(run, results: Mapping[str, Any] | None) -> Content:
     training = [line for line in metrics if "evaluation" not in line]
     last = training[-1] if training else {}
     if skipped := last.get("skipped"):
-        notes.append(f"{skipped:,.0f} updates were left out: they were not finite, or the loss spiked.")
+        notes.append(f"{skipped:,.0f} updates were skipped: they were not finite, or the loss spiked.")
     if spikes := last.get("spikes"):
         times = last.get("rewinds", 0)
-        notes.append(f"The loss spiked {spikes:,.0f} times; the run went back to a checkpoint {times:,.0f} times.")
+        notes.append(f"The loss spiked {spikes:,.0f} times; the run rewound to a checkpoint {times:,.0f} times.")
     drawn, sample_notes = samples.gather(run)
     measures = run.experiment.evaluation.measures()
     gains = (results or {}).get("modality_gain", {})
     steps = run.experiment.train.steps
     if run.step < steps:
-        notes.append(f"Of step {int(run.step):,}; the experiment has {steps:,}.")
+        notes.append(f"At step {int(run.step):,} of {steps:,}.")
     return Content(
         title=run.experiment.name,
         facts=facts(run, timing, environment),
@@ -79,7 +81,7 @@ def content(run, results: Mapping[str, Any] | None) -> Content:
 
 
 def last_evaluation(metrics: list[dict], step: int) -> dict | None:
-    """The latest held-out results among the metrics, up to a step: what `evaluate` gave, and the step."""
+    """The latest evaluation results in the metrics up to a step, with their step."""
     found = [line for line in metrics if "evaluation" in line and line["step"] <= step]
     if not found:
         return None
@@ -88,7 +90,7 @@ def last_evaluation(metrics: list[dict], step: int) -> dict | None:
 
 
 def facts(run, timing: list[dict], environment) -> tuple[tuple[str, str], ...]:
-    """What stands at the head of the page."""
+    """The facts in the page header."""
     parameters = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(run.params))
     found = [("step", f"{int(run.step):,} of {run.experiment.train.steps:,}"), ("parameters", f"{parameters:,}")]
     adapters = ", ".join(["text", *run.model.spec.adapters])
@@ -102,7 +104,7 @@ def facts(run, timing: list[dict], environment) -> tuple[tuple[str, str], ...]:
 
 
 def charts(metrics: list[dict], timing: list[dict], measures: Mapping[str, Measure]) -> tuple[Chart, ...]:
-    """The curves: training loss, brief held-out measures by task, then the other metrics of training and timing."""
+    """The curves: training loss, brief held-out measures by task, then other training metrics and timing."""
     training = _series([line for line in metrics if "evaluation" not in line]) | _series(timing)
     held_out: dict[str, list[Line]] = {}
     for (measure, task), points in _series([_held_out(line) for line in metrics if "evaluation" in line]).items():
@@ -121,19 +123,19 @@ def charts(metrics: list[dict], timing: list[dict], measures: Mapping[str, Measu
     first = [drawn.pop("loss")] if "loss" in drawn else []
     objectives = tuple(Line(n.removeprefix("loss/"), *training[n]) for n in training if n.startswith("loss/"))
     if len(objectives) > 1:
-        first.append(Chart("Objectives", objectives, "each before its share", noisy=True))
+        first.append(Chart("Objectives", objectives, "before weighting", noisy=True))
     return tuple(first + evaluated + list(drawn.values()))
 
 
 def _held_out(line: dict) -> dict[Any, Any]:
-    """The figures of an evaluation's line by (measure, task), beside its step."""
+    """The values in an evaluation line by (measure, task), and its step."""
     figures = {(name, task): value for task, measures in line["evaluation"].items() for name, value in measures.items()}
     gains = {(GAIN, name): gain["gain"] for name, gain in line.get("modality_gain", {}).items()}
     return {"step": line["step"], **figures, **gains}
 
 
 def _series(lines: list[dict]) -> dict[Any, tuple[tuple[float, ...], tuple[float, ...]]]:
-    """{name: (steps, values)}; where a step occurs twice, the later line counts."""
+    """{name: (steps, values)}; for repeated steps the last line counts."""
     columns: dict[Any, dict[float, float]] = {}
     for line in lines:
         for name, value in line.items():
@@ -148,7 +150,7 @@ def _finite(value) -> bool:
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The objects of a JSON-lines file that have a step; [] without a file. A line cut short by a kill is left out."""
+    """The objects with a step in a JSON Lines file; [] without a file. Ignores a truncated line."""
     found = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
@@ -161,7 +163,7 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def read_json(path: Path) -> Any:
-    """The data of a JSON file, or None if there is none or it was cut short."""
+    """The data of a JSON file; None if missing or truncated."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):

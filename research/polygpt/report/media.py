@@ -1,4 +1,4 @@
-"""Arrays as PNG and WAV bytes, for a page."""
+"""Encodes arrays as PNG and WAV."""
 
 import io
 
@@ -8,9 +8,9 @@ from PIL import Image
 
 
 def png(picture: np.ndarray) -> bytes:
-    """A picture [h, w, 3] in 0..1 as it is, or a map [h, w] of any range in colours from dark to bright (magma)."""
+    """Encodes an image [h, w, 3] in 0..1, or a map [h, w] of any range with the magma colour map."""
     if picture.ndim == 2:
-        from matplotlib import colormaps  # slow to import, and needed only here
+        from matplotlib import colormaps  # local import: slow
 
         low, high = float(picture.min()), float(picture.max())
         picture = colormaps["magma"]((picture - low) / max(high - low, 1e-9))[..., :3]
@@ -27,9 +27,9 @@ def wav(samples: np.ndarray, rate: int) -> bytes:
 
 
 def grid(shape: tuple[int, ...], positions: int, timeline: bool) -> tuple[int, int]:
-    """(rows, columns) in which `positions` tile a medium in row-major order.
+    """(rows, columns) of the grid of `positions` of a media item, in row-major order.
 
-    A timeline is one row. A picture of height and width `shape[:2]` has the grid whose cells are nearest to squares.
+    A timeline is one row. An image of height and width `shape[:2]` has the grid with the most nearly square cells.
     """
     if timeline:
         return 1, positions

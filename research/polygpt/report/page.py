@@ -1,6 +1,6 @@
-"""The report as one self-contained HTML file: style sheet, script, pictures and sound are inside.
+"""Renders the report as one self-contained HTML file with style sheet, script, images and audio.
 
-The markup is in `assets/report.html`, a Jinja template that escapes every text; this file prepares what it shows.
+The markup is in `assets/report.html`, an autoescaping Jinja template; this file prepares its data.
 """
 
 import base64
@@ -19,12 +19,12 @@ from polygpt.report import charts
 from polygpt.report.content import Content, Item, Sample
 from polygpt.runtime.goodput import duration
 
-# The browser itself refuses every request to the network.
+# Makes the browser block every network request.
 POLICY = "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
 def render(content: Content) -> str:
-    """The page; sections without content are left out."""
+    """The page, without empty sections."""
     groups = ((content.tasks, "task"), (content.modalities, "all tasks, examples with"))
     shown = {
         "tables": [table for figures, what in groups if (table := _results(figures, content.measures, what))],
@@ -44,7 +44,7 @@ def render(content: Content) -> str:
         ("curves", "Training", shown["charts"]),
         ("time", "Where the time went", shown["time"]),
         ("samples", "Held-out samples", shown["samples"]),
-        ("details", "How to repeat it", shown["details"]),
+        ("details", "How to reproduce it", shown["details"]),
     ]
     return _template().render(
         **shown,
@@ -69,7 +69,7 @@ def _asset(name: str) -> str:
 
 
 def _tiles(content: Content) -> list[tuple[str, str, str]]:
-    """For each task the first measure of its answers that is a share, in large type: value, task and title."""
+    """Headline values: for each task, the first measure of its answers that is a share, as value, task and title."""
     shares = [name for name, one in content.measures.items() if one.share and one.needs == "answers"]
     tiles = []
     for task, figures in content.tasks.items():
@@ -107,7 +107,7 @@ def _cell(measure: Measure, value) -> dict[str, Any]:
 
 
 def _time(seconds: Mapping[str, float]) -> dict[str, Any] | None:
-    """How the wall time divides; None if none is known."""
+    """Breakdown of the wall time; None if unknown."""
     whole = sum(seconds.values())
     if not whole:
         return None
@@ -129,7 +129,7 @@ def _group(task: str, samples: tuple[Sample, ...]) -> dict[str, Any]:
 
 
 def _card(sample: Sample) -> dict[str, Any]:
-    """A sample; `layers` are those with attention weights, None if no medium has any."""
+    """A sample; `layers` are those with attention weights, None if there are none."""
     attended = [part for part in sample.prompt if isinstance(part, Item) and part.attention_LWP is not None]
     layers = np.flatnonzero(~np.isnan(attended[0].attention_LWP).all(axis=(1, 2))).tolist() if attended else None
     kinds = {True: "right", False: "wrong", None: "free"}
@@ -144,14 +144,14 @@ def _card(sample: Sample) -> dict[str, Any]:
 
 
 def _with_mean(attention_LWP: np.ndarray) -> np.ndarray:
-    """[1 + L, W, P]: first the mean of the layers that have weights; zeros in layers without weights."""
+    """[1 + L, W, P]: first the mean of the layers with weights; zeros in layers without weights."""
     return np.nan_to_num(np.concatenate([np.nanmean(attention_LWP, axis=0, keepdims=True), attention_LWP]))
 
 
 def _item(item: Item) -> dict[str, Any]:
-    """A medium of a prompt, with its attention map if it has one."""
+    """A media item of a prompt, with its attention map if available."""
     width, height = item.size
-    # A small picture is enlarged by whole multiples, which keep its pixels square and equal; a spectrogram may stretch.
+    # Small images are enlarged by integer factors, so that pixels stay square and equal; spectrograms may stretch.
     scale = max(1, round(136 / max(width, height))) if item.wav is None else 1
     shown = (width * scale, height * scale) if item.wav is None else (min(306, max(160, 3 * width)), 96)
     while item.wav is None and max(shown) > 320:

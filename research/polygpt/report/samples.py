@@ -1,6 +1,6 @@
-"""Held-out samples for a report: what the model writes, beside the truth, and what it attended to meanwhile.
+"""Held-out samples for a report: the model's answers, the truth, and attention maps.
 
-Axis letters: L layers, W words of the answer, P positions of a medium, T positions of the row, H heads.
+Axis letters: L layers, W words of the answer, P positions of a media item, T positions of the row, H heads.
 """
 
 import difflib
@@ -21,22 +21,22 @@ from polygpt.report import media
 from polygpt.report.content import Item, Sample, Word
 
 CUT = 160
-"""A text without prompt is cut after about so many characters into prompt and truth; the truth is about as long."""
+"""Approximate length, in characters, of both prompt and truth when a text without prompt is split."""
 QUERIES = 32
-"""The weights of the answer's predictions are computed in multiples of so many."""
+"""The number of predictions with weights is padded to a multiple of this."""
 LARGEST = 2**30
-"""Bytes of the attention weights of the longest answer, above which no maps are made."""
+"""Size of the attention weights of the longest answer, in bytes, above which there are no maps."""
 
 
 def gather(run, per_task: int = 6) -> tuple[dict[str, tuple[Sample, ...]], tuple[str, ...]]:
-    """Samples of every held-out task of a run that is evaluated as the model was trained.
+    """Samples of every held-out task that is evaluated under training conditions.
 
     Args:
         run: an opened run.
-        per_task: how many at most.
+        per_task: maximum number per task.
 
     Returns:
-        The samples by task, and notes on what could not be made.
+        The samples by task, and notes on what is missing.
     """
     attend, notes = _attention(run)
     samples = {}
@@ -48,11 +48,11 @@ def gather(run, per_task: int = 6) -> tuple[dict[str, tuple[Sample, ...]], tuple
             examples = choose(task.source.open(), run, per_task)
             prompts = [example.prompt for example in examples]
             written = generate(run.model, run.params, run.tokenizer, prompts, layout, sampling)
-        except UserError as error:  # the data of another machine, say
+        except UserError as error:  # for example, the data are on another machine
             notes = (*notes, f"No samples of {name}: {error}")
             continue
         if not examples:
-            notes = (*notes, f"{name}: none of the held-out examples can be shown")
+            notes = (*notes, f"{name}: no held-out example can be shown")
             continue
         samples[name] = tuple(
             sample(run, example, answer.text, task.generate, attend)
@@ -62,7 +62,7 @@ def gather(run, per_task: int = 6) -> tuple[dict[str, tuple[Sample, ...]], tuple
 
 
 def choose(source: Sequence[Example], run, count: int) -> list[Example]:
-    """Up to `count` usable examples with a prompt, the same at every call; a text without one is cut if it can be."""
+    """Up to `count` usable examples with a prompt, deterministic; a text without a prompt is split if possible."""
     chosen = []
     order = np.random.default_rng(run.experiment.evaluation.seed).permutation(len(source))
     for i in order[: 20 * count]:
@@ -79,7 +79,7 @@ def choose(source: Sequence[Example], run, count: int) -> list[Example]:
 
 
 def cut(example: Example) -> Example:
-    """An example that begins with a text to be predicted, as a prompt and its continuation; any other as it is."""
+    """Splits an example that begins with a target text into a prompt and its continuation; returns others unchanged."""
     if example.prompt or not example.answer:
         return example
     text = example.answer
@@ -93,7 +93,7 @@ def cut(example: Example) -> Example:
 
 
 def sample(run, example: Example, answer: str, judged: bool, attend) -> Sample:
-    """The sample of an example and the model's answer. `judged`: whether the answer is right or wrong."""
+    """The sample for an example and the model's answer. `judged`: whether answers are right or wrong."""
     right = normalize(answer) == normalize(example.answer) if judged else None
     spoken = mark(answer, example.answer) if judged else tuple(Word(word) for word in answer.split())
     maps = attend(example, answer) if spoken else {}
@@ -109,7 +109,7 @@ def sample(run, example: Example, answer: str, judged: bool, attend) -> Sample:
 
 
 def mark(answer: str, truth: str) -> tuple[Word, ...]:
-    """The words of an answer, each right if the truth has it at that place (longest common subsequence)."""
+    """The words of an answer, each right if it is in the longest common subsequence with the truth."""
     said, true = answer.split(), truth.split()
     matcher = difflib.SequenceMatcher(None, [normalize(w) for w in said], [normalize(w) for w in true], autojunk=False)
     right = {i for block in matcher.get_matching_blocks() for i in range(block.a, block.a + block.size)}
@@ -117,7 +117,7 @@ def mark(answer: str, truth: str) -> tuple[Word, ...]:
 
 
 def item(part: Medium, adapter, attention_LWP: np.ndarray | None = None) -> Item:
-    """A medium as a picture, and with its sound where it has one."""
+    """A media item as a picture, with audio if it has any."""
     features = adapter.features
     raw = features.decode(part.source, part.modality)
     array, frames = features.extract(raw)
@@ -136,7 +136,7 @@ def item(part: Medium, adapter, attention_LWP: np.ndarray | None = None) -> Item
 
 
 def _attention(run):
-    """A function (example, answer) -> {(modality, number of the item): attention_LWP}, and notes where it has none."""
+    """A function (example, answer) -> {(modality, item index): attention_LWP}, and notes if it is unavailable."""
     layout, adapters = run.experiment.data.layout, run.model.spec.adapters
 
     @jax.jit
@@ -148,7 +148,7 @@ def _attention(run):
         written = Example((*example.prompt, Text(answer)), example.place)
         try:
             row = lay_out(written, layout, run.tokenizer, adapters)
-        except BadRecord:  # the answer fills the row to its end
+        except BadRecord:  # the answer fills the row
             return {}
         batch = collate([row], layout.seq_len, adapters)
         predicted = predictions(batch)
@@ -169,39 +169,39 @@ def _attention(run):
     empty = collate([None], layout.seq_len, adapters)
     shapes = jax.eval_shape(run.model.attention, run.model.abstract(), empty, np.zeros(QUERIES, np.int32))
     if not shapes:
-        return without("No attention maps: this attention has no weights to look at.")
+        return without("No attention maps: this attention has no weights.")
     size = 4 * sum(math.prod(leaf.shape) for leaf in shapes.values())
     if size > LARGEST:
         return without(f"No attention maps: the weights of {QUERIES} tokens would take {size / 2**30:.0f} GiB.")
     if len(shapes) < run.model.spec.decoder.depth:
         shown = ", ".join(str(layer + 1) for layer in sorted(shapes))
-        return attend, (f"Attention maps are of the blocks {shown}: the others have no weights to look at.",)
+        return attend, (f"Attention maps show blocks {shown}: the others have no attention weights.",)
     return attend, ()
 
 
 def _rounded(predictions: int) -> int:
-    """Few lengths: few programs."""
+    """Rounds up, so that few programs are compiled."""
     return -(-predictions // QUERIES) * QUERIES
 
 
 def predictions(batch) -> np.ndarray:
-    """The positions of a lone row whose next token is predicted: the answer's tokens and the end."""
+    """Positions in a single row whose next token is a target: the answer's tokens and the end."""
     return np.flatnonzero(np.asarray(batch.weight_BT[0]) > 0)
 
 
 def maps(weights_LRT: np.ndarray, batch, answer: str, tokenizer, positions: Mapping[str, int]) -> dict:
-    """From a row's attention to the attention that each word of the answer pays to each medium.
+    """Attention from each word of the answer to each media item, given a row's attention.
 
     Args:
-        weights_LRT: weights [L, prediction, key], averaged over heads; rows beyond the predictions are not read. NaN in
-            layers that have none.
-        batch: the row, alone in its batch.
+        weights_LRT: weights [L, prediction, key], averaged over heads; rows beyond the predictions are ignored. NaN in
+            layers without weights.
+        batch: a batch with only this row.
         answer: the answer.
-        tokenizer: decodes its tokens.
+        tokenizer: the tokenizer.
         positions: P by adapter, in the model's order.
 
     Returns:
-        {(modality, number of the item): [L, W, filled positions]}; empty if a word has no token of its own.
+        {(modality, item index): [L, W, filled positions]}; empty if a word shares its token with another.
     """
     tokens = [int(token) for token in np.asarray(batch.target_BT[0])[predictions(batch)]]
     words = words_of_tokens(tokens, answer, tokenizer)
@@ -219,7 +219,7 @@ def maps(weights_LRT: np.ndarray, batch, answer: str, tokenizer, positions: Mapp
 
 
 def words_of_tokens(tokens: Sequence[int], text: str, tokenizer) -> list[int | None]:
-    """For each token of a text the number of the word that its last character lies in; None for spaces and the end."""
+    """For each token, the index of the word with its last character; None for spaces and the end."""
     spans = [match.span() for match in re.finditer(r"\S+", text)]
     numbers = []
     for i, token in enumerate(tokens):
