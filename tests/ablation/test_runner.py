@@ -34,7 +34,7 @@ class MadeUp(Engine):
     """After so many tasks it is interrupted."""
     ran: ClassVar[list[tuple[str, tuple[int, ...]]]] = []
 
-    def run(self, tasks, tell):
+    def run(self, tasks, callback):
         for number, task in enumerate(reversed(tasks)):  # in whatever order
             if number == self.stop:
                 raise KeyboardInterrupt
@@ -42,7 +42,7 @@ class MadeUp(Engine):
                 yield task, Failure("too deep", final=True)
                 continue
             self.ran.append((task.name, task.seeds))
-            tell(Progress(task.name, task.seeds, 1, 1, (0.0,)))
+            callback(Progress(task.name, task.seeds, 1, 1, (0.0,)))
             yield (
                 task,
                 [
@@ -71,7 +71,7 @@ def ablation(**settings) -> Ablation:
 
 def test_all_seeds_of_a_point_are_a_task_and_nothing_is_made_again(tmp_path, ran):
     events = []
-    found = run_all(ablation(), tmp_path, engine=MadeUp(), tell=events.append)
+    found = run_all(ablation(), tmp_path, engine=MadeUp(), callback=events.append)
     assert sorted(ran) == [("base", (0, 1)), ("deep", (0, 1))]
     np.testing.assert_allclose(found.values["deep"], [16.0, 16.1])
     assert [type(event) for event in events] == [Planned, Progress, Finished, Progress, Finished]
@@ -79,7 +79,7 @@ def test_all_seeds_of_a_point_are_a_task_and_nothing_is_made_again(tmp_path, ran
     assert [record["seed"] for record in events[2].records] == [0, 1]
 
     ran.clear()
-    again = run_all(ablation(), tmp_path, engine=MadeUp(), tell=events.append)
+    again = run_all(ablation(), tmp_path, engine=MadeUp(), callback=events.append)
     assert ran == [] and (events[-1].runs, events[-1].done) == (4, 4)
     assert again.records == found.records
 
@@ -115,7 +115,7 @@ def test_what_nobody_asks_for_any_more_stays_and_is_not_read(tmp_path, ran):
 def test_points_that_are_one_experiment_share_their_runs(tmp_path, ran):
     events = []
     same = ablation(variants={"base": {}, "same": {"model.decoder.depth": 1}})
-    found = run_all(same, tmp_path, engine=MadeUp(), tell=events.append)
+    found = run_all(same, tmp_path, engine=MadeUp(), callback=events.append)
     assert ran == [("base", (0, 1))] and len(results.read(tmp_path / "results.jsonl")) == 2
     np.testing.assert_array_equal(found.values["base"], found.values["same"])
     assert [(line["variant"], line["seed"]) for line in events[-1].records] == [
@@ -129,7 +129,7 @@ def test_points_that_are_one_experiment_share_their_runs(tmp_path, ran):
 def test_tuning_comes_first_with_seeds_of_its_own(tmp_path, ran):
     tuned = ablation(tuned=grid("optim.schedule.peak_lr", 2.0, 0.5, 1.0), tuning_seeds=2)
     events = []
-    found = run_all(tuned, tmp_path, engine=MadeUp(), tell=events.append)
+    found = run_all(tuned, tmp_path, engine=MadeUp(), callback=events.append)
     assert len(ran) == 8 and {seeds for _, seeds in ran[:6]} == {(1000, 1001)}
     assert sorted(ran[6:]) == [("base, tuned 0.5", (0, 1)), ("deep, tuned 0.5", (0, 1))]
     assert [event.stage for event in events if isinstance(event, Planned)] == ["tuning", "comparison"]
@@ -143,7 +143,7 @@ def test_tuning_comes_first_with_seeds_of_its_own(tmp_path, ran):
 def test_a_task_that_fails_is_told_and_the_others_are_kept(tmp_path, ran):
     events = []
     with pytest.raises(UserError, match="^deep: too deep$"):
-        run_all(ablation(), tmp_path, engine=MadeUp(bad=2), tell=events.append)
+        run_all(ablation(), tmp_path, engine=MadeUp(bad=2), callback=events.append)
     assert [event.task.name for event in events if isinstance(event, Failed)] == ["deep"]
     assert ran == [("base", (0, 1))]
     run_all(ablation(), tmp_path, engine=MadeUp())
@@ -152,7 +152,7 @@ def test_a_task_that_fails_is_told_and_the_others_are_kept(tmp_path, ran):
 
 def test_an_unforeseen_failure_says_where_its_traceback_is(tmp_path):
     class Broken(Engine):
-        def run(self, tasks, tell):
+        def run(self, tasks, callback):
             for task in tasks:
                 yield task, Failure("ValueError: broken", final=False, trace="Traceback: here")
 

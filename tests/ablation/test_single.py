@@ -15,9 +15,9 @@ pytestmark = pytest.mark.usefixtures("compiled_once")
 LASTING = ("seed", "metrics", "curve", "evaluations", "steps", "diverged")
 
 
-def run(folder, made, tell=lambda progress: None):
+def run(folder, made, callback=lambda progress: None):
     task = Task("tiny", (made,), folder)
-    return json.loads(work(task.to_json(), tell))[0]
+    return json.loads(work(task.to_json(), callback))[0]
 
 
 def lasting(record):

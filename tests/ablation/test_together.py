@@ -35,8 +35,8 @@ def task(folder, made: Experiment, seeds=SEEDS) -> Task:
     return Task("tiny", tuple(made.replace(seed=seed) for seed in seeds), folder)
 
 
-def run(folder, made: Experiment, seeds=SEEDS, tell=lambda progress: None) -> list[dict]:
-    return json.loads(work(task(folder, made, seeds).to_json(), tell))
+def run(folder, made: Experiment, seeds=SEEDS, callback=lambda progress: None) -> list[dict]:
+    return json.loads(work(task(folder, made, seeds).to_json(), callback))
 
 
 def lasting(records: list[dict]) -> list[dict]:
@@ -47,7 +47,7 @@ def lasting(records: list[dict]) -> list[dict]:
 def grouped(tmp_path_factory):
     told, folder = [], tmp_path_factory.mktemp("grouped")
     likelihood.token_scores.clear_cache()
-    found = run(folder, experiment(), tell=told.append)
+    found = run(folder, experiment(), callback=told.append)
     return SimpleNamespace(records=found, told=told, folder=folder, evaluations=likelihood.token_scores._cache_size())
 
 
@@ -87,7 +87,7 @@ def test_a_record_says_what_was_measured(grouped):
 
 
 def test_what_is_done_is_not_done_again(grouped):
-    assert run(grouped.folder, experiment(), tell=pytest.fail) == grouped.records
+    assert run(grouped.folder, experiment(), callback=pytest.fail) == grouped.records
 
 
 def test_evaluation_is_compiled_once_for_all_seeds(grouped):
@@ -121,9 +121,9 @@ def test_stopped_at_any_step_and_begun_again_it_gives_the_same_numbers(grouped, 
             raise error
 
     with pytest.raises(error):
-        run(tmp_path, experiment(), tell=stop)
+        run(tmp_path, experiment(), callback=stop)
     again = []
-    assert lasting(run(tmp_path, experiment(), tell=lambda progress: again.append(progress.step))) == lasting(
+    assert lasting(run(tmp_path, experiment(), callback=lambda progress: again.append(progress.step))) == lasting(
         grouped.records
     )
     assert 1 < again[0] <= 8 and again[-1] == 12, "it went on from where it was"
@@ -143,9 +143,9 @@ def test_a_signal_saves_and_the_same_task_goes_on(grouped, tmp_path):
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(KeyboardInterrupt, match="saved at step"):
-        run(tmp_path, experiment(), tell=interrupt)
+        run(tmp_path, experiment(), callback=interrupt)
     again = []
-    assert lasting(run(tmp_path, experiment(), tell=lambda progress: again.append(progress.step))) == lasting(
+    assert lasting(run(tmp_path, experiment(), callback=lambda progress: again.append(progress.step))) == lasting(
         grouped.records
     )
     assert again[0] >= 7
@@ -172,7 +172,7 @@ def test_a_seed_that_diverges_leaves_the_others_as_they_are(tmp_path):
 def test_all_that_diverge_end_at_once(tmp_path):
     told = []
     wild = experiment(optim__schedule__peak_lr=1e30, optim__clip=None, train__max_nonfinite=3, train__steps=40)
-    records = run(tmp_path, wild, (0, 1), tell=lambda progress: told.append(progress.step))
+    records = run(tmp_path, wild, (0, 1), callback=lambda progress: told.append(progress.step))
     assert all(record["diverged"] for record in records) and told[-1] < 20
 
 
@@ -274,9 +274,9 @@ def test_together_takes_less_time_than_one_after_the_other(tmp_path, capsys):
 
     jax.config.update("jax_enable_compilation_cache", False)
     try:
-        whole, steps = times(lambda tell: run(tmp_path / "together", made, seeds, tell))
+        whole, steps = times(lambda callback: run(tmp_path / "together", made, seeds, callback))
         apart = [
-            times(lambda tell, seed=seed: single.run_once(made.replace(seed=seed), tmp_path / str(seed), tell))
+            times(lambda callback, seed=seed: single.run_once(made.replace(seed=seed), tmp_path / str(seed), callback))
             for seed in seeds
         ]
     finally:

@@ -106,7 +106,7 @@ def values(storage):
 
 def test_the_best_values_are_found(tmp_path, trained):
     stood = []
-    found = summary.summarize(run(search(trials=16), tmp_path, tell=stood.append))
+    found = summary.summarize(run(search(trials=16), tmp_path, callback=stood.append))
     best = found.trial(found.best[0])
     assert len(trained.runs) == 16 and len(found.trials) == 16 and best["values"][DEPTH] == 3
     assert best["objectives"]["text/loss"] == min(t["objectives"]["text/loss"] for t in found.trials) < 2.4
@@ -162,10 +162,10 @@ def test_more_trials_go_on_and_another_search_is_refused(tmp_path, trained):
     run(search(trials=2), tmp_path)
     assert len(run(search(trials=5, pruning="median"), tmp_path).finished()) == 5 and len(trained.runs) == 5
     with pytest.raises(
-        UserError, match=r"holds another search: dimensions.model.decoder.depth.high is 3 there, 4 here"
+        UserError, match=r"has a different search: dimensions.model.decoder.depth.high is 3 there, 4 here"
     ):
         run(search({**KNOBS, DEPTH: Int(1, 4)}), tmp_path)
-    with pytest.raises(UserError, match=r"another search: against is null there, \"flops\" here: choose another"):
+    with pytest.raises(UserError, match=r"different search: against is null there, \"flops\" here: choose another"):
         run(search(against="flops"), tmp_path)
 
 

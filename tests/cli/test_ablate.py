@@ -19,10 +19,10 @@ def own(tmp_path, monkeypatch):
     """A working directory with one ablation, whose runs take no time; gives the tasks that were worked on."""
     worked = []
 
-    def work(task_json, tell):
+    def work(task_json, callback):
         task = Task.from_json(task_json)
         worked.append((task.name, task.seeds))
-        tell(Progress(task.name, task.seeds, 4, 4, (1.0,) * len(task.seeds)))
+        callback(Progress(task.name, task.seeds, 4, 4, (1.0,) * len(task.seeds)))
         loss = {"base": 2.0, "wide": 1.9, "deep_2": 2.001}[task.name]
         of_seed = {seed: seed / 9 * (1 + loss / 1e4) + (seed * len(task.name)) % 3 / 999 for seed in task.seeds}
         return json.dumps([record(seed, loss + more) for seed, more in of_seed.items()])
@@ -110,10 +110,10 @@ def test_mistakes_are_one_line_and_run_nothing(polygpt, own, words, expected):
 def test_a_task_that_fails_is_code_2_and_the_others_are_kept(polygpt, own, monkeypatch, tmp_path):
     good = inline.work
 
-    def work(task_json, tell):
+    def work(task_json, callback):
         if Task.from_json(task_json).name == "wide":
             raise OSError("no room")
-        return good(task_json, tell)
+        return good(task_json, callback)
 
     monkeypatch.setattr(inline, "work", work)
     code, _, err = polygpt("ablate", "own_width")

@@ -18,8 +18,8 @@ def test_all_processes_end_after_the_same_step(monkeypatch, seed):
     rng = random.Random(seed)
     count, told = rng.randint(2, 5), {}
     monkeypatch.setattr(jax, "process_count", lambda: count)
-    monkeypatch.setattr(processes, "tell", lambda name, text: told.setdefault(name, text))
-    monkeypatch.setattr(processes, "told", told.get)
+    monkeypatch.setattr(processes, "publish", lambda name, text: told.setdefault(name, text))
+    monkeypatch.setattr(processes, "published", told.get)
     all_of_them = [Interruption() for _ in range(count)]
     for one in all_of_them:
         one._name = "stop"

@@ -42,8 +42,8 @@ def test_all_processes_take_the_same_step_though_one_is_two_steps_ahead(monkeypa
     told, rank, now = {}, 0, 0
     monkeypatch.setattr(jax, "process_count", lambda: 3)
     monkeypatch.setattr(jax, "process_index", lambda: rank)
-    monkeypatch.setattr(processes, "tell", lambda name, text: told.setdefault(name, text))
-    monkeypatch.setattr(processes, "told", lambda name: told.get(name))
+    monkeypatch.setattr(processes, "publish", lambda name, text: told.setdefault(name, text))
+    monkeypatch.setattr(processes, "published", lambda name: told.get(name))
     made = []
     for _ in range(3):
         monkeypatch.setattr(periodic, "_made", itertools.count(7))  # each process counts for itself

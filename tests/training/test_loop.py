@@ -129,7 +129,7 @@ def test_a_run_that_breaks_off_says_what_is_not_saved_and_again_when_it_goes_on(
 
     with pytest.raises(KeyboardInterrupt):
         train(smallest(), tmp_path, lambda *where: [*quiet(*where), Breaks()])
-    assert "3 steps (8 to 10) not saved: the same command goes on from step 7" in capsys.readouterr().err
+    assert "3 steps (8 to 10) not saved: the same command resumes at step 7" in capsys.readouterr().err
     train(smallest(), tmp_path, quiet)
     assert "steps (8 to" in (err := capsys.readouterr().err) and "lost" in err
 

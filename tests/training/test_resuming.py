@@ -31,5 +31,5 @@ def test_a_step_that_a_rewind_is_to_take_again_is_not_lost(tmp_path):
 
 def test_a_process_that_ends_says_what_it_has_not_saved():
     assert unsaved(370, 370) == []
-    assert re.search(r"1 step \(370 to 370\) not saved.*from step 369", *unsaved(369, 370))
-    assert re.search(r"370 steps \(1 to 370\) not saved.*begins anew", *unsaved(0, 370))
+    assert re.search(r"1 step \(370 to 370\) not saved.*resumes at step 369", *unsaved(369, 370))
+    assert re.search(r"370 steps \(1 to 370\) not saved.*starts over", *unsaved(0, 370))

@@ -55,7 +55,7 @@ class Failed:
     failure: Failure
 
 
-Tell = Callable[[Planned | Progress | Finished | Failed], None]
+Callback = Callable[[Planned | Progress | Finished | Failed], None]
 """Receives each event."""
 
 
@@ -65,7 +65,7 @@ def run_all(
     *,
     seeds: int | None = None,
     engine: Engine | None = None,
-    tell: Tell = lambda event: None,
+    callback: Callback = lambda event: None,
     strict_code: bool = False,
 ) -> Frame:
     """Performs all missing runs of an ablation: first those for tuning, then those for the comparison.
@@ -75,7 +75,7 @@ def run_all(
         folder: folder of `results.jsonl`; usually that of the ablation's file.
         seeds: number of seeds, from 0; by default the ablation's.
         engine: where runs are computed; by default in this process.
-        tell: receives events.
+        callback: receives events.
         strict_code: whether all runs must share one known, committed version of the library source.
 
     Returns:
@@ -92,7 +92,7 @@ def run_all(
     work.mkdir(parents=True, exist_ok=True)
     with hold(work, "wait until it ends"):
         write_atomically(work / ".gitignore", "*\n")
-        runner = _Runner(ablation, folder, engine or Inline(), tell, strict_code)
+        runner = _Runner(ablation, folder, engine or Inline(), callback, strict_code)
         if ablation.tuned:
             grid = [made for variant, at in places(ablation) for made in results.candidates(ablation, variant, at)]
             runner.stage("tuning", grid, results.tuning_seeds(ablation))
@@ -102,8 +102,8 @@ def run_all(
 
 
 class _Runner:
-    def __init__(self, ablation: Ablation, folder: Path, engine: Engine, tell: Tell, strict_code: bool):
-        self.ablation, self.folder, self.engine, self.tell = ablation, folder, engine, tell
+    def __init__(self, ablation: Ablation, folder: Path, engine: Engine, callback: Callback, strict_code: bool):
+        self.ablation, self.folder, self.engine, self.callback = ablation, folder, engine, callback
         self.strict_code, self.made = strict_code, []
         self.path = folder / results.RESULTS
         self.found = results.by_key(ablation, results.read(self.path))
@@ -123,9 +123,9 @@ class _Runner:
         # Compute keys now: code files may be edited while their runs train.
         keys = {made.name: list(some.values()) for made, some in missing.values()}
         tasks = tuple(self._task(made, some) for made, some in missing.values())
-        self.tell(Planned(stage, len(asked), len(asked) - sum(map(len, keys.values())), tasks))
+        self.callback(Planned(stage, len(asked), len(asked) - sum(map(len, keys.values())), tasks))
         failed = []
-        for task, done in self.engine.run(tasks, self.tell) if tasks else ():
+        for task, done in self.engine.run(tasks, self.callback) if tasks else ():
             if isinstance(done, Failure):
                 failed.append(self._failed(task, done))
                 continue
@@ -157,10 +157,12 @@ class _Runner:
         results.append(self.path, lines)
         self.found |= {line["key"]: line for line in lines}
         shutil.rmtree(task.folder, ignore_errors=True)
-        self.tell(Finished(tuple(results.labelled(record, made, stage) for record, asking in pairs for made in asking)))
+        self.callback(
+            Finished(tuple(results.labelled(record, made, stage) for record, asking in pairs for made in asking))
+        )
 
     def _failed(self, task: Task, failure: Failure) -> str:
-        self.tell(Failed(task, failure))
+        self.callback(Failed(task, failure))
         if failure.final or not failure.trace:
             return f"{task.name}: {failure.message}"
         task.folder.mkdir(parents=True, exist_ok=True)

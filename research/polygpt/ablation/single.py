@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from polygpt.ablation.engines.base import Progress, Task, Tell
+from polygpt.ablation.engines.base import Callback, Progress, Task
 from polygpt.ablation.record import record
 from polygpt.errors import Diverged
 from polygpt.files import plain, write_atomically
@@ -22,15 +22,17 @@ FIGURES, RECORD = "figures.jsonl", "record.json"
 """Files in a run's folder: metrics during training, the record at the end."""
 
 
-def run(task: Task, tell: Tell) -> list[dict[str, Any]]:
+def run(task: Task, callback: Callback) -> list[dict[str, Any]]:
     """The records of a task's runs. Raises like `run_once`."""
     return [
-        run_once(experiment, task.folder / f"seed-{experiment.seed}", tell, task.name)
+        run_once(experiment, task.folder / f"seed-{experiment.seed}", callback, task.name)
         for experiment in task.experiments
     ]
 
 
-def run_once(experiment: Experiment, workdir: Path, tell: Tell = lambda _: None, name: str = "") -> dict[str, Any]:
+def run_once(
+    experiment: Experiment, workdir: Path, callback: Callback = lambda _: None, name: str = ""
+) -> dict[str, Any]:
     """Trains or resumes a run in its folder; returns its record.
 
     Metrics are those of the last step's parameters, whatever `train.use` says.
@@ -48,7 +50,7 @@ def run_once(experiment: Experiment, workdir: Path, tell: Tell = lambda _: None,
 
     def loggers(folder: Path, step: int, steps: int) -> list[Silent]:
         progress = Progress(name or experiment.name, (experiment.seed,), step, steps, ())
-        return [_Figures(folder / FIGURES, step, lambda step, loss: tell(_at(progress, step, loss)))]
+        return [_Figures(folder / FIGURES, step, lambda step, loss: callback(_at(progress, step, loss)))]
 
     try:
         if not train(trained, workdir, loggers).finished:
@@ -70,8 +72,8 @@ def _at(progress: Progress, step: int, loss: float) -> Progress:
 class _Figures(Silent):
     """Writes every step's loss and every evaluation, one line each."""
 
-    def __init__(self, path: Path, step: int, tell):
-        self.path, self.tell = path, tell
+    def __init__(self, path: Path, step: int, callback):
+        self.path, self.callback = path, callback
         self._open(step)
 
     def _open(self, step: int) -> None:
@@ -80,7 +82,7 @@ class _Figures(Silent):
 
     def step(self, step, loss):
         self._write({"step": step, "loss": loss})
-        self.tell(step, loss)
+        self.callback(step, loss)
 
     def evaluation(self, step, results):
         self._write({"step": step, "tasks": results["tasks"]})

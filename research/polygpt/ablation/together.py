@@ -20,7 +20,7 @@ import numpy as np
 
 from polygpt import sequence
 from polygpt.ablation import stacked
-from polygpt.ablation.engines.base import Progress, Task, Tell
+from polygpt.ablation.engines.base import Callback, Progress, Task
 from polygpt.ablation.record import record
 from polygpt.data.layout import MediaCache
 from polygpt.data.loader import train_batches
@@ -58,7 +58,7 @@ def reason_against(experiment: Experiment) -> str | None:
     return None
 
 
-def run(task: Task, tell: Tell) -> list[dict[str, Any]]:
+def run(task: Task, callback: Callback) -> list[dict[str, Any]]:
     """The records of a task's runs. If all seeds do not fit into memory together, trains them in smaller groups.
 
     Raises:
@@ -67,20 +67,20 @@ def run(task: Task, tell: Tell) -> list[dict[str, Any]]:
     """
     enable_cache()
     with storage_faults(task.folder):
-        return _in_groups(task, list(task.experiments), stacked.most(task.experiments[0]), tell)
+        return _in_groups(task, list(task.experiments), stacked.most(task.experiments[0]), callback)
 
 
-def _in_groups(task: Task, experiments: list[Experiment], most: int, tell: Tell) -> list[dict[str, Any]]:
+def _in_groups(task: Task, experiments: list[Experiment], most: int, callback: Callback) -> list[dict[str, Any]]:
     records = []
     for part in np.array_split(np.arange(len(experiments)), math.ceil(len(experiments) / most)):
         some = [experiments[i] for i in part]
         try:
-            records += _Group(task, some, tell).run()
+            records += _Group(task, some, callback).run()
         except jax.errors.JaxRuntimeError as error:
             if exhausted(error) is None or len(some) == 1:
                 raise
             log.warning("%s: %d seeds do not fit into memory together: trying half as many", task.name, len(some))
-            records += _in_groups(task, some, math.ceil(len(some) / 2), tell)
+            records += _in_groups(task, some, math.ceil(len(some) / 2), callback)
     return records
 
 
@@ -106,8 +106,8 @@ class Course:
 class _Group:
     """Seeds in training."""
 
-    def __init__(self, task: Task, experiments: Sequence[Experiment], tell: Tell):
-        self.name, self.experiments, self.tell = task.name, experiments, tell
+    def __init__(self, task: Task, experiments: Sequence[Experiment], callback: Callback):
+        self.name, self.experiments, self.callback = task.name, experiments, callback
         self.experiment, self.seeds = experiments[0], tuple(experiment.seed for experiment in experiments)
         self.folder = task.folder / "-".join(["seeds", *map(str, dict.fromkeys((self.seeds[0], self.seeds[-1])))])
 
@@ -169,7 +169,7 @@ class _Group:
         for i, count in enumerate(in_row):
             if self.course.stopped[i] is None and count >= self.experiment.train.max_nonfinite:
                 self.course.stopped[i] = step
-        self.tell(Progress(self.name, self.seeds, step, self.experiment.train.steps, tuple(map(float, losses))))
+        self.callback(Progress(self.name, self.seeds, step, self.experiment.train.steps, tuple(map(float, losses))))
 
     def _evaluate(self) -> None:
         """Evaluates all seeds that were not stopped; compiles the program once."""

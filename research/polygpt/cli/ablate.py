@@ -62,12 +62,12 @@ def run(arguments: Namespace) -> dict:
     planned = []
     with Live(ablation, seeds, results.frame(ablation, results.read(path), range(seeds)).records) as live:
 
-        def tell(event) -> None:
+        def callback(event) -> None:
             planned.extend([event] if isinstance(event, runner.Planned) else [])
             live(event)
 
         part, how = _part(ablation, arguments.only), {"engine": engine, "strict_code": arguments.strict_code}
-        runner.run_all(part, folder, seeds=seeds, tell=tell, **how)
+        runner.run_all(part, folder, seeds=seeds, callback=callback, **how)
     made = sum(event.runs - event.done for event in planned)
     runs = sum(event.runs for event in planned)
     done = f"{made} runs finished" if made else f"nothing to run: all {runs} runs are in {path}"

@@ -70,20 +70,20 @@ def _planned(chosen, on) -> dict:
     from polygpt.scale.plan import search
     from polygpt.scale.plan.worker import plan_apart
 
-    _tell(f"compiling {chosen.name} for {on.name}{f' x {on.slices}' if on.slices > 1 else ''} ...")
+    _report(f"compiling {chosen.name} for {on.name}{f' x {on.slices}' if on.slices > 1 else ''} ...")
     data = plan_apart(chosen, on, LIMIT)  # in its own process: the compiler may crash or hang
     if "failed" in data:
         raise UserError(f"plan: {on.name}: compilation failed: {data['failed']}")
     if data["memory"] is None or not data["memory"]["fits"]:
-        _tell("does not fit; looking for the smallest changes that do")
-        data["nearest"] = search.nearest(chosen, on, data, NEAREST, _tell)
+        _report("does not fit; looking for the smallest changes that do")
+        data["nearest"] = search.nearest(chosen, on, data, NEAREST, _report)
     return data
 
 
 def _searched(chosen, on, budget: float):
     from polygpt.scale.plan import search
 
-    found = search.search(chosen, on, budget, _tell)
+    found = search.search(chosen, on, budget, _report)
     if found.best is None:
         raise UserError(f"plan: {on.name}: {nothing_found(found, budget)}")
     best = found.best.candidate
@@ -143,5 +143,5 @@ def _write(data: dict, found, folder: Path) -> None:
     write_atomically(folder / "plan.md", markdown(data, found, pictures))
 
 
-def _tell(line: str) -> None:
+def _report(line: str) -> None:
     print(line, file=sys.stderr, flush=True)

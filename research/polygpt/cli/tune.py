@@ -56,7 +56,7 @@ def run(arguments: Namespace) -> dict:
 
     with Progress(search) as progress:
         try:
-            storage = run_search(search, folder, workers=arguments.workers, tell=progress)
+            storage = run_search(search, folder, workers=arguments.workers, callback=progress)
         except KeyboardInterrupt:
             return {"folder": folder, "interrupted": "interrupted, saved: the same command resumes"}
     found = summary.summarize(storage)

@@ -39,7 +39,7 @@ class CheckpointSpec(Spec):
     every: int = 500
     """Steps between checkpoints."""
     every_minutes: float | None = 5.0
-    """Minutes after which one is written at the latest, however slow the steps are; null for by steps alone."""
+    """Maximum minutes between checkpoints, however slow the steps; null for steps only."""
     keep: int = 2
     """Number of latest checkpoints to keep."""
     keep_every: int | None = None

@@ -1,4 +1,4 @@
-"""Something to do every few minutes, at the same step in all processes."""
+"""Triggers an action every few minutes, at the same step in all processes."""
 
 import itertools
 import time
@@ -9,33 +9,33 @@ import jax
 from polygpt.runtime import processes
 
 AHEAD = 4
-"""How many steps before it is due the first process tells the others; they ask every so many steps."""
+"""Process 0 announces the step this many steps ahead; all processes check every this many steps."""
 _made = itertools.count()
 
 
 class Periodic:
-    """Says after which step something is due again.
+    """Decides after which step an action is due again.
 
-    The clock of the first process counts. When its time is over, it names a step AHEAD of its own. While it has begun n
-    steps, no other process has begun more than n + 2 (see `Interruption.due`): each asks again before that step, and so
-    all agree on it without waiting for each other.
+    The clock of process 0 decides. When the interval is over, process 0 publishes a step AHEAD of its own. While it has
+    started n steps, no other process has started more than n + 2 (see `Interruption.due`), so each checks again before
+    that step, and all agree without waiting for each other.
 
     Args:
-        minutes: from one time to the next; None for never.
-        clock: seconds, for tests.
+        minutes: the interval; None for never.
+        clock: returns seconds; for tests.
     """
 
     def __init__(self, minutes: float | None, clock: Callable[[], float] = time.monotonic):
         self._minutes, self._clock = minutes, clock
-        self._name, self._times = f"periodic {next(_made)}", 0  # all processes make theirs in the same order
+        self._name, self._times = f"periodic {next(_made)}", 0  # all processes create theirs in the same order
         self.restart()
 
     def restart(self) -> None:
-        """The minutes count from now."""
+        """Restarts the interval."""
         self._since = self._clock()
 
     def due(self, begun: int) -> bool:
-        """Whether it is due after this step, the process having begun so many; to be asked after each."""
+        """Whether the action is due, given the number of steps that this process has started. Call after each step."""
         if self._minutes is None:
             return False
         late = self._clock() - self._since >= 60 * self._minutes
@@ -45,9 +45,9 @@ class Periodic:
             return False
         name = f"{self._name} {self._times}"
         if late and jax.process_index() == 0:
-            processes.tell(name, str(begun + AHEAD))
-        told = processes.told(name)
-        if told is None or begun < int(told):
+            processes.publish(name, str(begun + AHEAD))
+        due = processes.published(name)
+        if due is None or begun < int(due):
             return False
         self._times += 1
         return True

@@ -1,4 +1,4 @@
-"""TensorBoard event files. A module of its own, because tensorboardX imports PyTorch where it is installed."""
+"""TensorBoard event files. A separate module, because tensorboardX imports PyTorch if it is installed."""
 
 import itertools
 import os
@@ -14,15 +14,15 @@ from tensorboardX.summary import scalar
 from polygpt.training.loggers import Silent
 
 FLUSH_SECONDS = 30.0
-"""Seconds after which written values are flushed to the file."""
+"""Seconds between flushes."""
 _files = itertools.count()
 
 
 class TensorBoard(Silent):
     """Event files for TensorBoard under `tensorboard/` in the run folder.
 
-    They are written in the thread of the training loop. The `SummaryWriter` of tensorboardX writes in a thread of its
-    own; a full disk ends that thread, and the next call then blocks forever.
+    Written in the loop's thread. A full disk kills the writer thread of tensorboardX's `SummaryWriter`, and the next
+    call blocks forever.
     """
 
     def __init__(self, workdir: Path, step: int):

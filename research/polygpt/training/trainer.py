@@ -214,8 +214,8 @@ class Trainer:
     def _rewind(self) -> None:
         """Goes back to the last checkpoint and continues with the data after the last spike.
 
-        Only checkpoints that were due by `checkpoint.every` count: others, written by time or on a signal, may not exist
-        in another run of the same experiment.
+        Only checkpoints that were due by `checkpoint.every` count: others, written by time or on a signal, may not
+        exist in another run of the same experiment.
         """
         step, place = self.rewinds.begin()
         self.pending = None

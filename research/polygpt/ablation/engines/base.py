@@ -1,8 +1,7 @@
-"""Engines: where runs are computed. An engine takes tasks and gives back the records of their runs.
+"""Engines: where runs are computed. An engine takes tasks and returns the records of their runs.
 
-Workers take text and give text: a task travels as JSON, whatever carries it, and `worker.work` is the one function that
-all workers call. A task that is worked on again, by any worker that sees its folder, resumes where the last one
-stopped or was killed.
+Tasks and records travel as JSON, regardless of the transport, and all workers call `worker.work`. A task that is run
+again, by any worker that sees its folder, resumes where the last worker stopped or was killed.
 """
 
 import dataclasses
@@ -20,18 +19,18 @@ from polygpt.training.experiment import Experiment
 EVERY = 1.0
 """Seconds between a worker's progress notes."""
 PROGRESS = "progress.json"
-"""In a task's folder: the last note."""
+"""File in a task's folder with the last progress note."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """How far the runs of a task are.
+    """Progress of the runs of a task.
 
     Attributes:
         task: the task's name.
         seeds: the seeds in training.
         step: steps taken.
-        steps: steps in all.
+        steps: total steps.
         losses: training loss of the last step per seed; may be non-finite.
     """
 
@@ -42,19 +41,19 @@ class Progress:
     losses: tuple[float, ...]
 
 
-Tell = Callable[[Progress], None]
-"""Receives the progress of a task, after every step or as often as the engine learns of it."""
+Callback = Callable[[Progress], None]
+"""Callback for the progress of a task, called after every step or whenever the engine gets an update."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """Runs of a point that are to be made.
+    """Missing runs of a point.
 
     Attributes:
         name: name of the point, unique among the tasks of an ablation.
         experiments: equal except for their seeds.
-        folder: absolute path of the task's own folder, from which an interrupted task resumes.
-        measured: costs of `measures.MEASURES` to measure as well.
+        folder: absolute path of the task's folder, from which an interrupted task resumes.
+        measured: costs from `measures.MEASURES` to measure too.
     """
 
     name: str
@@ -64,25 +63,25 @@ class Task:
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        """The experiments' seeds."""
+        """Seeds of the experiments."""
         return tuple(experiment.seed for experiment in self.experiments)
 
     def to_json(self) -> str:
-        """As text, for `from_json`."""
+        """Serializes the task for `from_json`."""
         first = spec.to_json(self.experiments[0])
         own = {"name": self.name, "folder": str(self.folder), "measured": self.measured}
         return json.dumps({**own, "experiment": first, "seeds": self.seeds})
 
     @classmethod
     def from_json(cls, text: str) -> "Task":
-        """The task that `to_json` wrote."""
+        """Restores a task from `to_json`."""
         data = json.loads(text)
         first = spec.from_json(data["experiment"], data["name"])
         experiments = tuple(first.replace(seed=seed) for seed in data["seeds"])
         return cls(data["name"], experiments, Path(data["folder"]), tuple(data["measured"]))
 
     def progress(self) -> Progress | None:
-        """The last note of `work`, wherever it ran; None before the first."""
+        """The last progress note of `work`, wherever it ran; None before the first."""
         try:
             data = json.loads((self.folder / PROGRESS).read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -96,8 +95,8 @@ class Failure:
 
     Attributes:
         message: one line.
-        final: whether the input is at fault, so that another attempt would fail too.
-        trace: the traceback, if there is one.
+        final: whether the input is invalid, so that another attempt would fail too.
+        trace: the traceback, if any.
     """
 
     message: str
@@ -106,7 +105,7 @@ class Failure:
 
     @classmethod
     def of(cls, error: BaseException) -> "Failure":
-        """The failure that an error means."""
+        """The failure for an error."""
         final = isinstance(error, UserError)
         message = str(error) if final else f"{type(error).__name__}: {error}"
         return cls(" ".join(message.split()), final, "".join(traceback.format_exception(error)))
@@ -116,12 +115,12 @@ class Failure:
 class Engine(Spec):
     """Base class of engines. A new engine is a file in this folder with a subclass."""
 
-    def run(self, tasks: Sequence[Task], tell: Tell) -> Iterator[tuple[Task, list[dict[str, Any]] | Failure]]:
-        """Works on all tasks and yields each once, as it finishes, in any order.
+    def run(self, tasks: Sequence[Task], callback: Callback) -> Iterator[tuple[Task, list[dict[str, Any]] | Failure]]:
+        """Runs all tasks and yields each once as it finishes, in any order.
 
         Args:
             tasks: the tasks.
-            tell: receives their progress.
+            callback: receives their progress.
 
         Yields:
             A task with the records of its runs, in the order of its experiments, or with its failure.

@@ -1,4 +1,4 @@
-"""Child processes on this machine, each with a share of it; they end when this process ends."""
+"""Child processes on this machine, each with a share of its resources; they end with this process."""
 
 import contextlib
 import dataclasses
@@ -15,9 +15,9 @@ from pathlib import Path
 from polygpt.scale.launch.local import gpus
 
 GRACE = 30.0
-"""Seconds that a process has to save and end before it is killed."""
+"""Seconds that a process has to save and exit before it is killed."""
 MEMORY = 0.9
-"""Share of a GPU's memory that all processes on it use together."""
+"""Fraction of a GPU's memory that all processes on it may use together."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Share:
 
 
 def start(words: Sequence[str], share: Share = Share(), log: Path | None = None) -> subprocess.Popen:
-    """Starts this Python with arguments; stdin and stdout are pipes, stderr is appended to `log`."""
-    # It finds the same modules. A session of its own: Ctrl-C reaches it through this process only, and so once.
+    """Starts this Python interpreter with arguments; stdin and stdout are pipes, stderr is appended to `log`."""
+    # Same module path. A new session, so that Ctrl-C reaches the child only once, through this process.
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))} | share.environment
     with contextlib.ExitStack() as stack:
         errors = subprocess.DEVNULL if log is None else stack.enter_context(log.open("ab"))
@@ -50,14 +50,14 @@ def start(words: Sequence[str], share: Share = Share(), log: Path | None = None)
             start_new_session=True,
         )
     if share.cores:
-        with contextlib.suppress(ProcessLookupError):  # it has ended: the caller will notice
-            os.sched_setaffinity(child.pid, share.cores)  # long before it decides on a number of threads
+        with contextlib.suppress(ProcessLookupError):  # it has exited; the caller will notice
+            os.sched_setaffinity(child.pid, share.cores)  # before it chooses its number of threads
     return child
 
 
 @contextlib.contextmanager
 def ended(children: Iterable[subprocess.Popen], grace: float = GRACE) -> Iterator[None]:
-    """On exit, however it happens, all children have ended: first asked, then killed."""
+    """On exit, ends all children: first asks them to stop, then kills them."""
     try:
         yield
     finally:
@@ -68,7 +68,7 @@ def ended(children: Iterable[subprocess.Popen], grace: float = GRACE) -> Iterato
             deadline = time.monotonic() + grace
             while any(child.poll() is None for child in alive) and time.monotonic() < deadline:
                 time.sleep(0.02)
-        finally:  # also after a second Ctrl-C while they save
+        finally:  # also on a second Ctrl-C while they save
             for child in alive:
                 if child.poll() is None:
                     child.kill()
@@ -76,15 +76,15 @@ def ended(children: Iterable[subprocess.Popen], grace: float = GRACE) -> Iterato
 
 
 def how(code: int) -> str:
-    """How a process ended, in words."""
+    """Describes how a process ended."""
     if code >= 0:
-        return f"ended with code {code}"
-    more = ": perhaps there was too little memory for so many workers" if -code == signal.SIGKILL else ""
+        return f"exited with code {code}"
+    more = ": possibly too little memory for this many workers" if -code == signal.SIGKILL else ""
     return f"was killed by {signal.Signals(-code).name}{more}"
 
 
 def count_gpus() -> int:
-    """Number of NVIDIA GPUs that processes here may use. JAX is not asked: it would allocate their memory."""
+    """Number of visible NVIDIA GPUs. Does not ask JAX, which would allocate their memory."""
     if os.environ.get("JAX_PLATFORMS") == "cpu":
         return 0
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -94,16 +94,16 @@ def count_gpus() -> int:
 
 
 def cores() -> tuple[int, ...]:
-    """Cores that this process may run on; empty where the system does not say (macOS)."""
+    """Cores that this process may run on; empty if the system does not tell (macOS)."""
     return tuple(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else ()
 
 
 def shares(count: int) -> list[Share]:
     """Shares for `count` processes, which divide the machine's GPUs or, without GPUs, its cores.
 
-    With fewer GPUs than processes, several share a GPU and divide its memory. Cores are divided because a small program
-    gains little from a second one, and two programs on the same two wait for each other; with more processes than
-    cores the system decides.
+    With fewer GPUs than processes, several processes share a GPU and divide its memory. Cores are divided because small
+    programs gain little from a second core and contend for shared ones. With more processes than cores the system
+    decides.
     """
     there, mine = count_gpus(), cores()
     if count <= 1:

@@ -1,22 +1,22 @@
-"""The engine that works in this process, one task after the other."""
+"""The engine that runs tasks in this process, one after another."""
 
 import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from polygpt.ablation.engines.base import Engine, Failure, Task, Tell
+from polygpt.ablation.engines.base import Callback, Engine, Failure, Task
 from polygpt.ablation.engines.worker import work
 
 
 @dataclasses.dataclass(frozen=True)
 class Inline(Engine):
-    """Works in this process. An error ends only the task in which it occurs."""
+    """Runs tasks in this process. An error ends only the task in which it occurs."""
 
-    def run(self, tasks: Sequence[Task], tell: Tell) -> Iterator[tuple[Task, list[dict[str, Any]] | Failure]]:
+    def run(self, tasks: Sequence[Task], callback: Callback) -> Iterator[tuple[Task, list[dict[str, Any]] | Failure]]:
         for task in tasks:
             try:
-                done = json.loads(work(task.to_json(), tell))
+                done = json.loads(work(task.to_json(), callback))
             except Exception as error:
                 done = Failure.of(error)
             yield task, done

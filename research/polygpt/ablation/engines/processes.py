@@ -1,4 +1,4 @@
-"""The engine of several processes on this machine."""
+"""The engine that runs tasks in several processes on this machine."""
 
 import collections
 import contextlib
@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from polygpt.ablation.engines import children, worker
-from polygpt.ablation.engines.base import EVERY, Engine, Failure, Task, Tell
+from polygpt.ablation.engines.base import EVERY, Callback, Engine, Failure, Task
 from polygpt.ablation.engines.watching import Watch
 
 WORDS = ("-m", "polygpt.ablation.engines.worker")
@@ -18,24 +18,24 @@ WORDS = ("-m", "polygpt.ablation.engines.worker")
 
 @dataclasses.dataclass(frozen=True)
 class Processes(Engine):
-    """A pool of processes, each with one task at a time.
+    """A pool of processes, each running one task at a time.
 
-    A process that dies, for example killed for lack of memory, is started again and its task resumes from what it
-    saved; the others are not affected. Ctrl-C ends all of them after they have saved.
+    A process that dies, for example out of memory, is restarted and its task resumes from its last save; the others are
+    not affected. Ctrl-C ends all of them after they have saved.
     """
 
     workers: int | None = None
     """Number of processes; null for one per GPU, or one per core without GPUs."""
     retries: int = 2
-    """How often a task is retried after its process died."""
+    """Number of retries of a task whose process died."""
 
     def validate(self):
         self.require(self.workers is None or self.workers >= 1, "workers", "null or at least 1")
         self.require(self.retries >= 0, "retries", "at least 0")
 
-    def run(self, tasks: Sequence[Task], tell: Tell) -> Iterator[tuple[Task, list[dict[str, Any]] | Failure]]:
+    def run(self, tasks: Sequence[Task], callback: Callback) -> Iterator[tuple[Task, list[dict[str, Any]] | Failure]]:
         count = min(self.workers or children.count_gpus() or len(children.cores()) or os.cpu_count() or 1, len(tasks))
-        pool = _Pool(self.retries, children.shares(count), Watch(tell))
+        pool = _Pool(self.retries, children.shares(count), Watch(callback))
         with children.ended(pool.started), contextlib.closing(pool.selector):
             yield from pool.run(tasks)
 
@@ -54,7 +54,7 @@ class _Pool:
         self.retries, self.shares, self.watch = retries, shares, watch
         self.selector = selectors.DefaultSelector()
         self.started: list[subprocess.Popen] = []
-        self.idle: dict[int, subprocess.Popen | None] = dict.fromkeys(range(len(shares)))  # None: yet to be started
+        self.idle: dict[int, subprocess.Popen | None] = dict.fromkeys(range(len(shares)))  # None: not started yet
         self.deaths: collections.Counter[str] = collections.Counter()
 
     def run(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, list[dict[str, Any]] | Failure]]:
@@ -69,7 +69,7 @@ class _Pool:
                 line = made.process.stdout.readline()
                 if line.endswith("\n"):
                     self.idle[made.share] = made.process
-                    self.watch([made.task])  # it may have begun and finished since the last look
+                    self.watch([made.task])  # it may have started and finished since the last check
                     yield made.task, worker.read(line)
                     continue
                 self.idle[made.share] = None
@@ -85,14 +85,14 @@ class _Pool:
             task.folder.mkdir(parents=True, exist_ok=True)
             process = children.start(WORDS, self.shares[share], task.folder / worker.LOG)
             self.started.append(process)
-        with contextlib.suppress(BrokenPipeError):  # it has died: its stdout will show
+        with contextlib.suppress(BrokenPipeError):  # it has died; reading its stdout will show
             process.stdin.write(task.to_json() + "\n")
             process.stdin.flush()
         self.selector.register(process.stdout.fileno(), selectors.EVENT_READ)
         return _Busy(process, task, share)
 
     def _ended(self, made: _Busy) -> Failure | None:
-        """The failure of a task whose process died; None if it is to be retried."""
+        """The failure of a task whose process died; None if it will be retried."""
         code = made.process.wait()
         times = self.deaths[made.task.name]
         if times <= self.retries:

@@ -1,4 +1,4 @@
-"""The engine for a SLURM cluster: a job array with a job per task, through submitit."""
+"""The engine for a SLURM cluster: a job array with one job per task, through submitit."""
 
 import collections
 import contextlib
@@ -10,45 +10,45 @@ from pathlib import Path
 from typing import Any, Literal
 
 from polygpt.ablation.engines import worker
-from polygpt.ablation.engines.base import EVERY, Engine, Failure, Task, Tell
+from polygpt.ablation.engines.base import EVERY, Callback, Engine, Failure, Task
 from polygpt.ablation.engines.watching import Watch
 from polygpt.scale.launch import slurm
 
 PROGRAM = (sys.executable, "-m", "polygpt.ablation.engines.worker")
 TASK, ANSWER = "task.json", "answer.json"
-"""In a task's folder: input and output of its job."""
+"""Files in a task's folder: input and output of its job."""
 DELAY = 60.0
 """Seconds that a shared file system may take to show a file written by another node."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Slurm(Engine):
-    """Jobs of one process each. The ablation's folder must be visible from all nodes.
+    """Single-process jobs. The ablation's folder must be on a shared file system.
 
-    Before its time limit, or when it is preempted, a job saves and is requeued. Ctrl-C cancels the remaining jobs; what
-    they saved stays.
+    Before its time limit, or on preemption, a job saves and is requeued. Ctrl-C cancels the remaining jobs and keeps
+    what they saved.
     """
 
     cluster: Literal["slurm", "local"] = "slurm"
-    """Where jobs run; local is submitit's stand-in on this machine, which starts all jobs at once."""
+    """Where jobs run; local is submitit's emulation on this machine, which starts all jobs at once."""
     minutes: int = 240
     """Time limit per job; a job that needs longer is requeued, as often as submitit allows."""
     at_once: int = 64
-    """Jobs of the array that may run at the same time."""
+    """Maximum number of jobs that run at the same time."""
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """Further parameters of submitit: `{"gpus_per_node": 1, "cpus_per_task": 8, "slurm_partition": "gpu"}`."""
+    """Further submitit parameters: `{"gpus_per_node": 1, "cpus_per_task": 8, "slurm_partition": "gpu"}`."""
     retries: int = 2
-    """How often a task is resubmitted after its job failed: killed, out of memory, broken node."""
+    """Number of resubmissions of a task whose job failed: killed, out of memory, broken node."""
 
     def validate(self):
         self.require(self.minutes >= 1, "minutes", "at least 1")
         self.require(self.at_once >= 1, "at_once", "at least 1")
         self.require(self.retries >= 0, "retries", "at least 0")
 
-    def run(self, tasks: Sequence[Task], tell: Tell) -> Iterator[tuple[Task, list[dict[str, Any]] | Failure]]:
+    def run(self, tasks: Sequence[Task], callback: Callback) -> Iterator[tuple[Task, list[dict[str, Any]] | Failure]]:
         if not tasks:
             return
-        array, watch = _Array(self, tasks[0].folder.parent / "slurm"), Watch(tell)
+        array, watch = _Array(self, tasks[0].folder.parent / "slurm"), Watch(callback)
         with array.cancelled():
             array.submit(tasks)
             while array.jobs:
@@ -93,13 +93,13 @@ class _Array:
         self.deaths[task.name] += 1
         if (times := self.deaths[task.name]) <= self.engine.retries:
             return self.submit([task])
-        said = slurm.reason(error) if error is not None else "it left no answer"
+        said = slurm.reason(error) if error is not None else "no answer was written"
         tried = f"{times} times, last " if times > 1 else ""
         return Failure(f"its job failed, {tried}{job.job_id}: {said}: see {self.folder}", False)
 
     @contextlib.contextmanager
     def cancelled(self) -> Iterator[None]:
-        """On exit, however it happens, no job is left."""
+        """On exit, cancels all remaining jobs."""
         try:
             yield
         finally:

@@ -1,24 +1,24 @@
-"""For engines whose workers run elsewhere: reads the progress notes of workers."""
+"""Reads workers' progress notes, for engines whose workers run elsewhere."""
 
 from collections.abc import Iterable
 
-from polygpt.ablation.engines.base import Task, Tell
+from polygpt.ablation.engines.base import Callback, Task
 
 
 class Watch:
     """Reports the progress of tasks, once per note.
 
     Args:
-        tell: receives it.
+        callback: receives the progress.
     """
 
-    def __init__(self, tell: Tell):
-        self.tell, self.told = tell, {}
+    def __init__(self, callback: Callback):
+        self.callback, self.told = callback, {}
 
     def __call__(self, tasks: Iterable[Task]) -> None:
-        """Reads the notes of running tasks. A folder on another machine has none."""
+        """Reads the notes of running tasks; folders on other machines have none."""
         for task in tasks:
             progress = task.progress()
             if progress is not None and self.told.get(task.name) != (progress.seeds, progress.step):
                 self.told[task.name] = progress.seeds, progress.step
-                self.tell(progress)
+                self.callback(progress)

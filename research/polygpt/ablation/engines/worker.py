@@ -1,9 +1,9 @@
-"""A worker: a process that takes tasks and answers each with its records, or with the failure.
+"""A worker process: takes tasks and answers each with its records or a failure.
 
     python -m polygpt.ablation.engines.worker               tasks on stdin, answers on stdout, one per line
     python -m polygpt.ablation.engines.worker TASK ANSWER   one task, from file to file
 
-What runs print is appended to `log.txt` in the task's folder.
+Output of runs is appended to `log.txt` in the task's folder.
 """
 
 import contextlib
@@ -18,38 +18,38 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from polygpt.ablation.engines.base import EVERY, PROGRESS, Failure, Progress, Task, Tell
+from polygpt.ablation.engines.base import EVERY, PROGRESS, Callback, Failure, Progress, Task
 from polygpt.files import write_atomically
 
 LOG = "log.txt"
-"""In a task's folder."""
+"""File in a task's folder."""
 
 
-def work(task_json: str, tell: Tell | None = None) -> str:
-    """Makes the runs of a task.
+def work(task_json: str, callback: Callback | None = None) -> str:
+    """Performs the runs of a task.
 
     Args:
         task_json: `Task.to_json()`.
-        tell: called after every step; by default notes for `Task.progress` are written to the task's folder.
+        callback: called after every step; default: writes notes for `Task.progress` to the task's folder.
 
     Returns:
         The records as a JSON list, in the order of the task's experiments. See `results.py`; they lack key, variant,
         point and stage.
 
     Raises:
-        UserError: the experiment, its data or the folder is at fault.
+        UserError: the experiment, its data or the folder is invalid.
         KeyboardInterrupt: SIGINT or SIGTERM asked the process to stop; the task can be resumed.
     """
-    from polygpt.ablation import single, together  # here: a process that only sends tasks need not load them
+    from polygpt.ablation import single, together  # local import: a process that only sends tasks does not need them
     from polygpt.ablation.measures import DECODING, decode_seconds
     from polygpt.ablation.provenance import made
 
     task = Task.from_json(task_json)
     task.folder.mkdir(parents=True, exist_ok=True)
-    tell = tell or _Notes(task)
-    made(task.experiments[0])  # reads the source now, as it is imported; files may be edited while the task trains
+    callback = callback or _Notes(task)
+    made(task.experiments[0])  # hash the source now; files may be edited during training
     runs = together.run if together.reason_against(task.experiments[0]) is None else single.run
-    records = runs(task, tell)
+    records = runs(task, callback)
     if DECODING in task.measured:
         seconds = decode_seconds(task.experiments[0])
         records = [{**record, "metrics": {**record["metrics"], DECODING: seconds}} for record in records]
@@ -69,7 +69,7 @@ class _Notes:
 
 
 def answer(task_json: str) -> str:
-    """Works on a task; returns the outcome as JSON, for `read`. SIGTERM and SIGINT end it as they end `work`."""
+    """Runs a task; returns the outcome as JSON, for `read`. SIGTERM and SIGINT end it like `work`."""
     try:
         return json.dumps({"records": json.loads(work(task_json))})
     except Exception as error:
@@ -77,13 +77,13 @@ def answer(task_json: str) -> str:
 
 
 def read(text: str) -> list[dict[str, Any]] | Failure:
-    """The records or the failure in an answer."""
+    """Parses an answer into records or a failure."""
     data = json.loads(text)
     return Failure(**data["failure"]) if "failure" in data else data["records"]
 
 
 def end_with_parent() -> None:
-    """Asks Linux for a SIGTERM when the parent process ends, even if it is killed."""
+    """Makes Linux send SIGTERM when the parent process ends, even if it is killed."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
@@ -104,14 +104,14 @@ def main(argv: list[str]) -> int:
                 answers.flush()
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader has ended
+    except BrokenPipeError:  # the reader is gone
         return 1
     return 0
 
 
 @contextlib.contextmanager
 def _printed_to(folder: Path) -> Iterator[None]:
-    """Inside this context, what the process prints goes to the folder's log."""
+    """Context manager: redirects the process's output to the folder's log."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOG).open("ab") as log:
         for stream in (1, 2):

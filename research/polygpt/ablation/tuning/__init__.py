@@ -1,1 +1,1 @@
-"""A search for the best values of some fields: storage, trials, and what they show."""
+"""Hyperparameter search: storage, trials and reports."""

@@ -1,4 +1,4 @@
-"""The pictures of a search: its history, what every dimension does to the metric, how much each matters, the front."""
+"""Plots of a search: history, metric by dimension, importance of dimensions, Pareto front."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -15,11 +15,11 @@ from polygpt.ablation.tuning.summary import Summary
 
 BLUE, PALE, RED, GREY = "#3566a8", "#7ba3d0", "#b03030", "#b8bdc6"
 ACROSS = 3
-"""Slices in a row."""
+"""Number of slice plots per row."""
 
 
 def draw(summary: Summary, folder: Path) -> list[str]:
-    """Draws what there is to be drawn; the names of the files."""
+    """Draws all applicable plots; returns their file names."""
     made: dict[str, Callable[[Summary, Path], None]] = {}
     if any(trial["objectives"] for trial in summary.trials):
         made = {"history.png": history, "slices.png": slices}
@@ -31,7 +31,7 @@ def draw(summary: Summary, folder: Path) -> list[str]:
 
 
 def history(summary: Summary, path: Path) -> None:
-    """The metric of every trial, the best so far, and where trials were given up; below, how runs went."""
+    """The metric of every trial, the best so far, and pruned trials; below, learning curves."""
     search, lower = summary.search, summary.search.direction == "lower"
     pruned = [trial["number"] for trial in summary.trials if trial["objectives"] is None]
     complete = [trial for trial in summary.trials if trial["objectives"]]
@@ -44,7 +44,7 @@ def history(summary: Summary, path: Path) -> None:
     best = (np.minimum if lower else np.maximum).accumulate(metric)
     axes[0].step(numbers, best, where="post", color=RED, linewidth=1.2, label="best so far")
     for i, number in enumerate(pruned):
-        axes[0].axvline(number, color=GREY, linewidth=0.8, label=None if i else f"given up ({len(pruned)})", zorder=0)
+        axes[0].axvline(number, color=GREY, linewidth=0.8, label=None if i else f"pruned ({len(pruned)})", zorder=0)
     axes[0].set(xlabel="trial", ylabel=search.metric, title="trials")
     axes[0].xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0].legend(fontsize=7, frameon=False)
@@ -52,7 +52,7 @@ def history(summary: Summary, path: Path) -> None:
         done = trial["objectives"] is not None
         axes[1].plot(*zip(*trial["curve"], strict=True), color=BLUE if done else GREY, linewidth=0.9, alpha=0.8)
     if curves:
-        axes[1].set(xlabel="% of the run", ylabel=search.metric, title="on the way; grey: given up")
+        axes[1].set(xlabel="% of the run", ylabel=search.metric, title="learning curves; grey: pruned")
     _bounded(axes[0], metric, search)
     figure.savefig(path, dpi=150)
 
@@ -91,7 +91,7 @@ def slices(summary: Summary, path: Path) -> None:
 
 
 def importance(summary: Summary, path: Path) -> None:
-    """The share of each dimension, by each evaluator."""
+    """The importance of each dimension, by each evaluator."""
     first = next(iter(summary.importance.values()))
     names = sorted(summary.search.dimensions, key=lambda name: first.get(name, 0.0))
     figure = Figure(figsize=(6, 1.2 + 0.4 * len(names)), layout="constrained")
@@ -107,7 +107,7 @@ def importance(summary: Summary, path: Path) -> None:
 
 
 def front(summary: Summary, path: Path) -> None:
-    """The metric against its cost, and the trials that no other beats in both."""
+    """The metric against its cost, and the Pareto front."""
     search = summary.search
     points = [(t["objectives"][search.against], t["objectives"][search.metric], t["number"]) for t in summary.trials
               if t["objectives"]]  # fmt: skip
@@ -122,21 +122,21 @@ def front(summary: Summary, path: Path) -> None:
     costs = [x for x, _, _ in points]
     if max(costs) > 10 * min(costs):
         axes.set_xscale("log")
-    axes.set(xlabel=search.against, ylabel=search.metric, title="what no other trial beats in both")
+    axes.set(xlabel=search.against, ylabel=search.metric, title="Pareto front")
     axes.legend(fontsize=7, frameon=False)
     _bounded(axes, [y for _, y, _ in points], search)
     figure.savefig(path, dpi=150)
 
 
 def _values(search: Search, trials: Sequence[Mapping[str, Any]], name: str) -> list[Any]:
-    """Of each trial the value of a dimension: a number, or the place of its option among the options."""
+    """The value of a dimension for each trial: a number, or the index of its option."""
     dimension = search.dimensions[name]
     order = {option: i for i, option in enumerate(dimension.names())} if isinstance(dimension, Choice) else None
     return [order[trial["values"][name]] if order else trial["values"][name] for trial in trials]
 
 
 def _bounded(axes: Axes, values: list[float], search: Search) -> None:
-    """Leaves trials out of the picture that are so much worse that the others could not be told apart."""
+    """Limits the axis, so that much worse trials do not squeeze the others together."""
     sign = 1 if search.direction == "lower" else -1
     best, median, worst = np.quantile(sign * np.array(values), (0, 0.5, 1))
     spread = median - best

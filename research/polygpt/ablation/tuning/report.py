@@ -1,4 +1,4 @@
-"""The report of a search: tables, pictures, and the whole as JSON."""
+"""The report of a search: tables, plots, and all data as JSON."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -12,14 +12,14 @@ from polygpt.report.charts import figure
 
 REPORT, SUMMARY = "report.md", "summary.json"
 LONGEST = 100
-"""Rows of the table of trials, at most."""
+"""Maximum number of rows in the table of trials."""
 ROUGH = 30
-"""Complete trials below which importances carry a caveat."""
-CAVEAT = "Importances from {} trials are a rough guide: further trials may well reverse their order."
+"""Number of complete trials below which importances have a caveat."""
+CAVEAT = "Importances from {} trials are rough: further trials may well change their order."
 
 
 def write(summary: Summary, folder: Path) -> Path:
-    """Writes report, pictures and the whole as JSON; the report's place."""
+    """Writes the report, plots and all data as JSON; returns the path of the report."""
     drawn = pictures.draw(summary, folder)
     write_atomically(folder / SUMMARY, json.dumps(summary.to_json(), indent=1, allow_nan=False) + "\n")
     write_atomically(folder / REPORT, markdown(summary, drawn))
@@ -31,12 +31,12 @@ def tables(summary: Summary) -> list[tuple[str, list[str], list[list[str]]]]:
     dimensions = list(summary.search.dimensions)
     columns = ["trial", *objectives(summary.search), *dimensions]
     rows = [[str(trial["number"]), *_figures(trial, dimensions)] for trial in map(summary.trial, summary.best)]
-    title = "best" if summary.search.against is None else "front: no other trial is better in both"
+    title = "best" if summary.search.against is None else "Pareto front"
     made = [(title, columns, rows)] if rows else []
     if summary.importance:
         order = sorted(dimensions, key=lambda name: -next(iter(summary.importance.values())).get(name, 0.0))
         rows = [[name, *(f"{shares.get(name, 0.0):.2f}" for shares in summary.importance.values())] for name in order]
-        made.append(("importance: the share of what differs between trials", ["dimension", *summary.importance], rows))
+        made.append(("importance: share of the variation between trials", ["dimension", *summary.importance], rows))
     return made
 
 
@@ -47,17 +47,17 @@ def markdown(summary: Summary, drawn: Sequence[str]) -> str:
     how = f"{search.sampler}, seed {search.seed}" + (f", pruning by {search.pruning}" if search.pruning else "")
     parts = [
         f"# {search.base.name}: {' against '.join(objectives(search))}, {search.direction} is better",
-        f"{len(trials)} of {search.trials} trials are done, of which {complete} ran to their end ({how}).",
+        f"{len(trials)} of {search.trials} trials are done, {complete} of them complete ({how}).",
     ]
     if summary.failed:
         said = "; ".join(f"{one['number']}: {one['reason']}" for one in summary.failed)
-        parts.append(f"{len(summary.failed)} trials do not count: the machine may be to blame ({said}).")
+        parts.append(f"{len(summary.failed)} trials failed and do not count, possibly because of the machine ({said}).")
     if summary.importance and complete < ROUGH:
         parts.append(CAVEAT.format(complete))
     for title, columns, rows in tables(summary):
         parts += [f"## {title[0].upper()}{title[1:]}", _table(columns, rows)]
     if len(summary.best) == 1 and (words := summary.command(summary.trial(summary.best[0]))) is not None:
-        parts += ["To train so:", f"```\npolygpt train FILE {' '.join(words)}\n```"]
+        parts += ["To train with these values:", f"```\npolygpt train FILE {' '.join(words)}\n```"]
     parts += [f"![{name.rpartition('.')[0]}]({name})" for name in drawn]
     dimensions = list(search.dimensions)
     rows = [[str(trial["number"]), *_figures(trial, dimensions), trial["reason"] or ""] for trial in trials[-LONGEST:]]
@@ -66,7 +66,7 @@ def markdown(summary: Summary, drawn: Sequence[str]) -> str:
 
 
 def _figures(trial: Mapping[str, Any], dimensions: Sequence[str]) -> list[str]:
-    """The objectives of a trial and its values, as a table shows them."""
+    """The objectives and values of a trial, formatted for a table."""
     values = list((trial["objectives"] or {"": None}).values())
     shown = ["–" if value is None else figure(value) for value in values]
     return shown + [figure(v) if isinstance(v := trial["values"][name], float) else str(v) for name in dimensions]

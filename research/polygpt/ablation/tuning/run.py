@@ -1,4 +1,4 @@
-"""A search run, in this process or in several, and what is known of it meanwhile."""
+"""Runs a search, in this process or in several, and reports its status."""
 
 import dataclasses
 import subprocess
@@ -14,18 +14,18 @@ from polygpt.ablation.tuning.storage import DEATHS, Storage
 from polygpt.errors import UserError
 
 EVERY = 1.0
-"""Seconds between two looks at what several processes do."""
+"""Seconds between checks of worker processes."""
 MODULE = "polygpt.ablation.tuning.trials"
 
 
 @dataclasses.dataclass(frozen=True)
 class Status:
-    """A search under way.
+    """Status of a running search.
 
     Attributes:
-        finished: the trials that are done, Optuna's, in the order in which they were begun.
-        running: by number, the last note of those that are not, "step", "steps" and "loss"; None before the first.
-        wanted: how many are to be done.
+        finished: finished Optuna trials, in order of their start.
+        running: last progress note of each running trial by number: "step", "steps" and "loss"; None before the first.
+        wanted: total number of trials to run.
     """
 
     finished: list[Any]
@@ -33,38 +33,38 @@ class Status:
     wanted: int
 
 
-Tell = Callable[[Status], None]
+Callback = Callable[[Status], None]
 
 
-def run(search: Search, folder: str | Path, *, workers: int = 1, tell: Tell = lambda status: None) -> Storage:
-    """Makes the trials of a search that are not there yet. The same call goes on where one was stopped or killed.
+def run(search: Search, folder: str | Path, *, workers: int = 1, callback: Callback = lambda status: None) -> Storage:
+    """Runs the remaining trials of a search. The same call resumes a search that was stopped or killed.
 
     Args:
-        search: what is searched.
-        folder: of the search; other calls, on this machine or, over a shared file system, on others, may work on it.
-        workers: processes of this machine.
-        tell: is told how it stands, now and then.
+        search: the search.
+        folder: folder of the search; several calls, also on other machines with a shared file system, may share it.
+        workers: number of processes on this machine.
+        callback: called with the status at intervals.
 
     Returns:
         The storage, with all trials.
 
     Raises:
-        UserError: if the folder holds another search, optuna is not installed, or data or settings are at fault.
-        KeyboardInterrupt: a signal asked to stop; what is under way is saved.
+        UserError: the folder has a different search, optuna is not installed, or data or settings are invalid.
+        KeyboardInterrupt: a signal asked to stop; running trials are saved.
     """
     folder = Path(folder).absolute()
     storage = Storage(search, folder)
-    tell(status(storage))
+    callback(status(storage))
     if workers == 1:
-        trials.work(storage, lambda: tell(status(storage)))
+        trials.work(storage, lambda: callback(status(storage)))
     else:
-        _apart(storage, workers, tell)
-    tell(status(storage))
+        _apart(storage, workers, callback)
+    callback(status(storage))
     return storage
 
 
 def status(storage: Storage) -> Status:
-    """How the search stands."""
+    """The status of the search."""
     state = storage.optuna.trial.TrialState.RUNNING
     running = {
         trial.number: trials.progress(storage.place(trial)) for trial in storage.trials() if trial.state == state
@@ -72,10 +72,10 @@ def status(storage: Storage) -> Status:
     return Status(storage.finished(), running, storage.search.trials)
 
 
-def _apart(storage: Storage, workers: int, tell: Tell) -> None:
-    """In processes of their own. One that dies is replaced; its trial is gone on with, or given up in the end."""
+def _apart(storage: Storage, workers: int, callback: Callback) -> None:
+    """Runs workers as processes. A dead one is replaced; its trial is resumed, or abandoned after repeated deaths."""
     log = storage.folder / "workers.txt"
-    alive: dict[int, subprocess.Popen] = {}  # by the number of its share
+    alive: dict[int, subprocess.Popen] = {}  # by index of its share
     started: list[subprocess.Popen] = []
     shares = children.shares(workers)
     with children.ended(started):
@@ -84,20 +84,20 @@ def _apart(storage: Storage, workers: int, tell: Tell) -> None:
                 del alive[number]
                 if child.returncode > 0:
                     raise UserError(f"{_last_line(log)}: see {log}" if child.returncode != 2 else _last_line(log))
-            elsewhere = max(0, len(storage.under_way()) - len(alive))  # by other calls
+            elsewhere = max(0, len(storage.under_way()) - len(alive))  # trials run by other calls
             missing = storage.search.trials - len(storage.finished()) - elsewhere
             if missing <= 0 and not alive:
                 return
             if len(started) > workers + DEATHS * storage.search.trials:
-                raise UserError(f"workers die again and again: see {log}")
+                raise UserError(f"workers keep dying: see {log}")
             while len(alive) < min(workers, missing):
                 number = min(set(range(workers)) - set(alive))
                 alive[number] = children.start(("-m", MODULE, str(storage.folder)), shares[number], log)
                 started.append(alive[number])
-            tell(status(storage))
+            callback(status(storage))
             time.sleep(EVERY)
 
 
 def _last_line(log: Path) -> str:
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    return lines[-1].strip() if lines else "a worker ended"
+    return lines[-1].strip() if lines else "a worker exited"

@@ -1,7 +1,7 @@
-"""A search in its folder: the trials that were made, and which values come next. Several processes may share it.
+"""A search in its folder: its trials and the values to try next. Several processes may share it.
 
-`search.json` says what is searched; `journal.log` is Optuna's record of the trials; `trials/<number>` is the folder of
-a trial that is being run, whose lock tells that it is.
+`search.json` describes the search; `journal.log` is Optuna's record of the trials; `trials/<number>` is the folder of a
+trial, locked while it runs.
 """
 
 import contextlib
@@ -25,17 +25,17 @@ from polygpt.training.workdir import differences
 
 SEARCH, JOURNAL, TRIALS = "search.json", "journal.log", "trials"
 MAY_CHANGE = ("trials", "sampler", "seed", "pruning")
-"""Settings with which the same search goes on."""
+"""Settings that may change when a search is resumed."""
 DEATHS = 3
-"""A trial is abandoned after so many processes died while running it. It does not count: the values may be innocent."""
+"""A trial is abandoned, and does not count, after this many processes died while running it."""
 STARTUP = 10
-"""Trials before the sampler begins to learn from them, and at most a third of all."""
+"""Random trials before the sampler starts to learn from them; at most a third of all."""
 LONGEST_WAIT = 120.0
-"""Seconds for another process to have asked for its trial."""
+"""Seconds that another process may take to lock its trial."""
 
 
 def load_optuna() -> Any:
-    """Optuna, without its log. Raises UserError if it is not installed."""
+    """Imports Optuna and mutes its log. Raises UserError if it is not installed."""
     try:
         import optuna
     except ImportError:
@@ -47,22 +47,22 @@ def load_optuna() -> Any:
 
 
 def read_search(folder: Path) -> Search:
-    """The search of a folder. Raises UserError if there is none."""
+    """Reads the search of a folder. Raises UserError if there is none."""
     path = folder / SEARCH
     if not path.is_file():
-        raise UserError(f"{folder} holds no search: it has no {SEARCH}")
+        raise UserError(f"{folder} is not the folder of a search: it has no {SEARCH}")
     return spec.from_json(json.loads(path.read_text(encoding="utf-8")), str(path))
 
 
 class Storage:
-    """A search's trials.
+    """The trials of a search.
 
     Args:
-        search: what is searched.
-        folder: made if it does not exist.
+        search: the search.
+        folder: created if missing.
 
     Raises:
-        UserError: if the folder holds another search, or optuna is not installed.
+        UserError: the folder has a different search, or optuna is not installed.
     """
 
     def __init__(self, search: Search, folder: Path):
@@ -83,28 +83,28 @@ class Storage:
             )
 
     def trials(self) -> list[Any]:
-        """All of them, as they are now, Optuna's, in the order in which they were begun."""
+        """All current Optuna trials, in order of their start."""
         return self.study.get_trials(deepcopy=False)
 
     def finished(self) -> list[Any]:
-        """Those that count: complete, or given up."""
+        """Trials that count: complete or pruned."""
         state = self.optuna.trial.TrialState
         return [trial for trial in self.trials() if trial.state in (state.COMPLETE, state.PRUNED)]
 
     def complete_ones(self) -> list[Any]:
-        """Those that ran to their end."""
+        """Complete trials."""
         return [trial for trial in self.trials() if trial.state == self.optuna.trial.TrialState.COMPLETE]
 
     def failed(self) -> list[Any]:
-        """Those that were abandoned for reasons that need not lie in their values; they do not count."""
+        """Failed trials, whose values need not be the cause; they do not count."""
         fail = self.optuna.trial.TrialState.FAIL
         return [trial for trial in self.trials() if trial.state == fail and "reason" in trial.user_attrs]
 
     @contextlib.contextmanager
     def next(self) -> Iterator[tuple[Any, Path] | None]:
-        """The next trial, Optuna's, and its folder, which is this process's while entered; None if there are enough.
+        """Yields the next Optuna trial and its folder, locked while entered; None if there are enough trials.
 
-        What processes left behind that died comes first, with the same values and in the same folder.
+        Trials of dead processes come first, with the same values and in the same folder.
         """
         with contextlib.ExitStack() as stack:
             with self._alone():
@@ -125,29 +125,29 @@ class Storage:
             yield found
 
     def place(self, trial: Any) -> Path:
-        """The folder of a trial."""
+        """Folder of a trial."""
         return self.folder / TRIALS / str(trial.user_attrs.get("continues", trial.number))
 
     def complete(self, trial: Any, values: list[float]) -> None:
-        """A trial has been run to its end."""
+        """Records a complete trial."""
         self.study.tell(trial, values)
 
     def prune(self, trial: Any, reason: str) -> None:
-        """A trial was given up, or could not be run."""
+        """Records a trial that was pruned or could not be run."""
         trial.set_user_attr("reason", reason)
         self.study.tell(trial, state=self.optuna.trial.TrialState.PRUNED)
 
     def fail(self, trial: Any, reason: str) -> None:
-        """A trial came to nothing that says anything of its values; it does not count."""
+        """Records a trial that failed for reasons unrelated to its values; it does not count."""
         trial.set_user_attr("reason", reason)
         self.study.tell(trial, state=self.optuna.trial.TrialState.FAIL)
 
     def leave(self, trial: Any, reason: str) -> None:
-        """A trial was interrupted: it is to be resumed."""
+        """Records an interrupted trial, to be resumed."""
         self._again(trial.number, trial.params, dict(trial.user_attrs), reason)
 
     def _take_back(self) -> None:
-        """Trials whose processes have died are to be gone on with, or are given up."""
+        """Requeues the trials of dead processes, or abandons them after repeated deaths."""
         state = self.optuna.trial.TrialState
         for trial in self.trials():
             if trial.state != state.RUNNING or not self._deserted(trial):
@@ -167,7 +167,7 @@ class Storage:
         self.study.tell(number, state=self.optuna.trial.TrialState.FAIL)
 
     def under_way(self) -> list[Any]:
-        """Those that some process is at."""
+        """Running trials."""
         state = self.optuna.trial.TrialState.RUNNING
         return [trial for trial in self.trials() if trial.state == state and not self._deserted(trial)]
 
@@ -183,12 +183,12 @@ class Storage:
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
-        """While entered, no other process begins a trial: one that is under way without a lock has been left behind."""
+        """While entered, no other process starts a trial, so a running trial without a lock must be orphaned."""
         deadline = time.monotonic() + LONGEST_WAIT
         with contextlib.ExitStack() as stack:
             while True:
                 try:
-                    stack.enter_context(hold(self.folder, "wait for it to end"))
+                    stack.enter_context(hold(self.folder, "wait until it ends"))
                     break
                 except UserError:
                     if time.monotonic() > deadline:
@@ -203,24 +203,24 @@ class Storage:
         now = json.loads(json.dumps(spec.to_json(self.search)))
         for name, old, new in differences(before, now):
             if name == "better" and {old, new} == {None, self.search.direction}:
-                continue  # said, and left to the metric
+                continue  # both declare the same direction as the metric
             if name not in MAY_CHANGE:
                 raise UserError(
-                    f"{self.folder} holds another search: {name} is {_short(old)} there, {_short(new)} here: choose "
+                    f"{self.folder} has a different search: {name} is {_short(old)} there, {_short(new)} here: choose "
                     "another --folder"
                 )
 
     def _sampler(self) -> Any:
-        """Made anew for every trial, so that a search which was interrupted proposes what one that was not would."""
+        """Recreated for every trial, so that a resumed search proposes the same values as an uninterrupted one."""
         samplers, search, state = self.optuna.samplers, self.search, self.optuna.trial.TrialState
         if search.sampler == "qmc":
-            return samplers.QMCSampler(scramble=True, seed=search.seed)  # it counts its points in the journal
+            return samplers.QMCSampler(scramble=True, seed=search.seed)  # counts its points in the journal
         begun = [trial for trial in self.trials() if trial.state != state.WAITING]
         known = sum("continues" not in trial.user_attrs for trial in begun)
         seed = int(np.random.SeedSequence([search.seed, known]).generate_state(1)[0])
         if search.sampler == "tpe":
             startup = max(2, min(STARTUP, search.trials // 3))
-            # constant_liar: what other processes are at counts as bad, so that they do not all try the same.
+            # constant_liar treats running trials as bad, so that processes do not all try the same values.
             return samplers.TPESampler(n_startup_trials=startup, multivariate=True, constant_liar=True, seed=seed)
         return samplers.RandomSampler(seed) if search.sampler == "random" else samplers.NSGAIISampler(seed=seed)
 
@@ -244,7 +244,7 @@ class Storage:
 
 
 def _mend(path: Path, lock: Any) -> None:
-    """Removes what a machine that went down left of a line: what is added after it could not be read."""
+    """Removes a partial last line left by a crash, after which appended lines would be unreadable."""
     if not path.exists():
         return
     lock.acquire()

@@ -1,5 +1,4 @@
-"""What a search has found: the best values, or the front of two objectives; how much each dimension matters; a
-report."""
+"""Summary of a search: the best trials or the Pareto front, and the importance of each dimension."""
 
 import dataclasses
 import json
@@ -13,19 +12,19 @@ from polygpt.files import plain
 from polygpt.spec import Spec, class_name
 
 LEAST = 4
-"""Trials that must be complete before the importance of dimensions is estimated."""
+"""Minimum number of complete trials for estimating importances."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What is known of a search.
+    """Results of a search.
 
     Attributes:
-        search: what was searched.
-        trials: those that are done, as `_plainly` gives them, in order.
-        best: the numbers of the best trial, or of those on the front, from the cheapest on; empty if none is complete.
-        failed: those that do not count, with their "number", "values" and "reason".
-        importance: by evaluator ("fANOVA", "PED-ANOVA"), by dimension, its share of the whole; {} with too few trials.
+        search: the search.
+        trials: finished trials, as returned by `_plainly`, in order.
+        best: number of the best trial, or numbers of the Pareto front from the cheapest; empty if none is complete.
+        failed: failed trials with their "number", "values" and "reason".
+        importance: share of each dimension, by evaluator ("fANOVA", "PED-ANOVA"); {} with too few trials.
     """
 
     search: Search
@@ -35,11 +34,11 @@ class Summary:
     importance: dict[str, dict[str, float]]
 
     def trial(self, number: int) -> dict[str, Any]:
-        """The trial of that number."""
+        """The trial with that number."""
         return next(trial for trial in self.trials if trial["number"] == number)
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON data."""
+        """JSON data."""
         chosen = [self.trial(number) for number in self.best]
         words = [self.command(trial) for trial in chosen]
         found = [{**trial, "overrides": said} for trial, said in zip(chosen, words, strict=True)]
@@ -54,7 +53,7 @@ class Summary:
         )
 
     def command(self, trial: Mapping[str, Any]) -> list[str] | None:
-        """The overrides of a command line that make a trial's experiment; None where no text says them."""
+        """Command-line overrides for a trial's experiment; None if they cannot be written as text."""
         words = []
         for name, dimension in self.search.dimensions.items():
             for field, value in dimension.changes(name, trial["values"][name]).items():
@@ -79,15 +78,15 @@ def summarize(storage: Storage) -> Summary:
 
 
 def objectives(search: Search) -> list[str]:
-    """What trials are compared by."""
+    """Names of the objectives."""
     return [search.metric, *([search.against] if search.against else [])]
 
 
 def _plainly(search: Search, trial: Any, complete: bool) -> dict[str, Any]:
-    """A trial as data: "number", "values" of the dimensions, "objectives" (null where it was given up), "reason" why it
-    was, "curve" of the metric over hundredths of the run, "parameters", "flops", "steps", "seconds"."""
+    """A trial as data: "number", "values" of the dimensions, "objectives" (null if pruned), "reason" for pruning,
+    "curve" of the metric by percent of the run, "parameters", "flops", "steps", "seconds"."""
     begun, ended = trial.datetime_start, trial.datetime_complete
-    reason = None if complete else trial.user_attrs.get("reason", "given up")
+    reason = None if complete else trial.user_attrs.get("reason", "pruned")
     return {
         "number": trial.number,
         "values": {name: trial.params.get(name) for name in search.dimensions},
@@ -100,14 +99,14 @@ def _plainly(search: Search, trial: Any, complete: bool) -> dict[str, Any]:
 
 
 def _importance(storage: Storage, complete: list[Any]) -> dict[str, dict[str, float]]:
-    """fANOVA: the share of the variance that a forest of trees explains by a dimension alone (Hutter et al., ICML
-    2014). PED-ANOVA: how far the good trials' values differ from all trials' (Watanabe et al., 2304.10255)."""
+    """fANOVA: the share of the variance that a random forest attributes to a dimension alone (Hutter et al., ICML
+    2014). PED-ANOVA: divergence between the values of good trials and of all trials (Watanabe et al., 2304.10255)."""
     module = storage.optuna.importance
     if len(complete) < LEAST or len({trial.values[0] for trial in complete}) == 1:
         return {}
     made = {"fANOVA": module.FanovaImportanceEvaluator(seed=storage.search.seed)}
     made["PED-ANOVA"] = module.PedAnovaImportanceEvaluator()
-    sign = 1 if storage.search.direction == "lower" else -1  # PED-ANOVA takes low ones for good
+    sign = 1 if storage.search.direction == "lower" else -1  # PED-ANOVA minimises
     found = {}
     for name, evaluator in made.items():
         try:
@@ -115,14 +114,14 @@ def _importance(storage: Storage, complete: list[Any]) -> dict[str, dict[str, fl
                 shares = module.get_param_importances(
                     storage.study, evaluator=evaluator, target=lambda trial: sign * trial.values[0]
                 )
-        except (RuntimeError, ValueError):  # too few, or too much alike
+        except (RuntimeError, ValueError):  # too few trials, or too similar
             continue
         found[name] = dict(shares)
     return found
 
 
 def _text(value: Any) -> str | None:
-    """A value as a command line takes it; None if it takes none such."""
+    """A value as command-line text; None if it has no such form."""
     if isinstance(value, Spec):
         try:
             return class_name(type(value)) if value == type(value)() else None

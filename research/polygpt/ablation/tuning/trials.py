@@ -1,6 +1,6 @@
-"""One trial after the other: asked for, trained, told of. A trial's run can be stopped, killed and gone on with.
+"""Runs trials one after another. A trial's run can be stopped or killed, and resumed.
 
-python -m polygpt.ablation.tuning.trials FOLDER     works on the search of a folder until there are enough trials
+python -m polygpt.ablation.tuning.trials FOLDER     runs trials of the search in a folder until there are enough
 """
 
 import contextlib
@@ -32,51 +32,51 @@ from polygpt.training.loggers import JsonLines, Silent
 from polygpt.training.loop import train
 
 EVERY = 1.0
-"""Seconds between two notes of a trial's progress."""
+"""Seconds between progress notes of a trial."""
 PROGRESS = "progress.json"
-"""In a trial's folder: {"step", "steps", "loss"}."""
+"""File in a trial's folder: {"step", "steps", "loss"}."""
 
 
-def work(storage: Storage, tell: Callable[[], None] = lambda: None) -> None:
-    """Runs trials until there are enough, or other processes are at the last ones.
+def work(storage: Storage, callback: Callable[[], None] = lambda: None) -> None:
+    """Runs trials until there are enough, or other processes are running the last ones.
 
     Args:
         storage: the search.
-        tell: is called now and then: something may have changed.
+        callback: called at intervals, when the status may have changed.
 
     Raises:
-        UserError: data or settings are at fault.
-        Exception: the machine is at fault; the trial is resumed the next time.
-        KeyboardInterrupt: a signal asked to stop; the trial is saved, and resumed the next time.
+        UserError: data or settings are invalid.
+        Exception: the machine failed; the trial is resumed next time.
+        KeyboardInterrupt: a signal asked to stop; the trial is saved and resumed next time.
     """
     while True:
         with storage.next() as found:
             if found is None:
                 return
-            _Trial(storage, *found, tell).run()
-        tell()
+            _Trial(storage, *found, callback).run()
+        callback()
 
 
 def progress(folder: Path) -> dict[str, Any] | None:
-    """The last note of a trial that is being run: "step", "steps" and "loss"; None before the first."""
+    """The last progress note of a running trial: "step", "steps" and "loss"; None before the first."""
     return read_json(folder / PROGRESS)
 
 
 class _Pruned(Exception):
-    """A trial is ended early: its values are to blame, and the sampler learns from it."""
+    """Ends a trial early because of its values; the sampler learns from it."""
 
 
 class _Trial:
-    def __init__(self, storage: Storage, trial: Any, folder: Path, tell: Callable[[], None]):
+    def __init__(self, storage: Storage, trial: Any, folder: Path, callback: Callable[[], None]):
         self.storage, self.search, self.trial = storage, storage.search, trial
-        self.folder, self.workdir, self.tell = folder, folder / "run", tell
+        self.folder, self.workdir, self.callback = folder, folder / "run", callback
 
     def run(self) -> None:
         """Trains, and records the outcome in the storage.
 
-        A failure of the machine (a full disk, a lost device, data that cannot be read) says nothing about the values:
-        it ends the search, and the trial is resumed the next time. Any other error is tried once more. It counts
-        against the values if it comes back and other trials ran to their end.
+        A failure of the machine (full disk, lost device, unreadable data) says nothing about the values: it ends the
+        search, and the trial is resumed next time. After any other error the trial is retried once. If the error recurs
+        and other trials have completed, it counts against the values.
         """
         try:
             values = self._values()
@@ -90,7 +90,7 @@ class _Trial:
             if _of_the_machine(error, self.workdir):
                 self.storage.leave(self.trial, reason)
                 raise
-            if not self.storage.complete_ones():  # no trial has run to its end: the settings may be at fault
+            if not self.storage.complete_ones():  # no trial has completed: the settings may be invalid
                 self.storage.fail(self.trial, reason)
                 raise
             if self.trial.user_attrs.get("after") != reason:
@@ -102,7 +102,7 @@ class _Trial:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _values(self) -> list[float]:
-        """The metric, and what it is set against."""
+        """The metric, and the second objective if any."""
         try:
             experiment = self.search.experiment(self.trial.params)
             each = costs(experiment)
@@ -138,11 +138,11 @@ class _Trial:
             raise KeyboardInterrupt(f"{self.folder}: saved")
 
     def report(self, value: float, step: int, steps: int) -> None:
-        """Tells the storage of the metric on the way, at a hundredth of the run. Raises _Pruned to end the run."""
+        """Reports the intermediate metric at a percentage of the run. Raises _Pruned to end the run."""
         at = round(100 * step / steps)
         if not math.isfinite(value):
             raise _Pruned(f"diverged: {self.search.metric} is not finite at step {step:,}")
-        if self.search.against:  # Optuna orders no two objectives on the way
+        if self.search.against:  # Optuna cannot prune with two objectives
             return
         self.trial.report(value, at)
         if step < steps and self.trial.should_prune():
@@ -150,7 +150,7 @@ class _Trial:
 
 
 def _of_the_machine(error: Exception, workdir: Path) -> bool:
-    """Whether an error comes from the machine: the same values may run well on another, or later."""
+    """Whether the machine caused an error: the same values may work elsewhere, or later."""
     if isinstance(error, (OSError, jax.errors.JaxRuntimeError)):
         return True
     cause = error.__cause__
@@ -158,13 +158,13 @@ def _of_the_machine(error: Exception, workdir: Path) -> bool:
 
 
 class _Watched(Silent):
-    """Notes progress, and reports the metric on the way."""
+    """Writes progress notes and reports intermediate metrics."""
 
     def __init__(self, trial: _Trial, workdir: Path, steps: int):
         self.trial, self.steps, self.last = trial, steps, -EVERY
         self.losses: list[float] = []
         self.every = max(1, steps // 10)
-        lines = read_lines(workdir / "metrics.jsonl")  # of the process before, whose trial it was
+        lines = read_lines(workdir / "metrics.jsonl")  # from a previous process of this trial
         for line in lines if trial.search.metric != TRAINING_LOSS else ():
             if "evaluation" in line:
                 self._report(line["step"], line["evaluation"])
@@ -174,7 +174,7 @@ class _Watched(Silent):
             self.last = time.monotonic()
             note = {"step": step, "steps": self.steps, "loss": loss if math.isfinite(loss) else None}
             write_atomically(self.trial.folder / PROGRESS, json.dumps(note))
-            self.trial.tell()
+            self.trial.callback()
         if self.trial.search.metric == TRAINING_LOSS:
             self.losses.append(loss)
             if step % self.every == 0:
@@ -190,7 +190,7 @@ class _Watched(Silent):
 
 
 def _measured(search: Search, workdir: Path) -> float:
-    """The metric of a run that was finished."""
+    """The metric of a finished run."""
     lines = read_lines(workdir / "metrics.jsonl")
     if search.metric == TRAINING_LOSS:
         losses = np.array([np.nan if line["loss"] is None else line["loss"] for line in lines if "loss" in line])
@@ -203,19 +203,20 @@ def _figure(tasks: dict, metric: str) -> float | None:
     task, _, measure = metric.rpartition("/")
     if measure not in tasks[task]:
         there = ", ".join(f"{task}/{name}" for name in tasks[task])
-        raise UserError(f"the metric {metric!r} was not measured: there are {there}")
+        raise UserError(f"the metric {metric!r} was not measured; there are {there}")
     return tasks[task][measure]
 
 
 @contextlib.contextmanager
 def _printed_to(log: Path) -> Iterator[None]:
-    """While entered, what this process prints goes to a file: lines of every run would hide those of the search."""
+    """Context manager: redirects output to a file, because runs' lines would hide those of the search."""
     with log.open("a", encoding="utf-8") as file, contextlib.redirect_stderr(file), contextlib.redirect_stdout(file):
         yield
 
 
 def main(argv: list[str]) -> int:
-    """Works on the search of a folder; 2 where the input is at fault, said on stderr; 130 after a signal."""
+    """Runs trials of the search in a folder; returns 2 for invalid input, reported on stderr, and 130 after a
+    signal."""
     worker.end_with_parent()
     try:
         folder = Path(argv[0])

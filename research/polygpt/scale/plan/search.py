@@ -161,7 +161,7 @@ def search(
     experiment: Experiment,
     target: Target,
     seconds: float,
-    tell: Callable[[str], None],
+    callback: Callable[[str], None],
     at_once: int = 2,
     enough: int | None = None,
     room: float = ROOM,
@@ -195,7 +195,7 @@ def search(
     found.ways.sort(key=found.rank)
     fit = sum(found.memory(way) <= room * target.usable for way in found.ways)
     share = "" if room == ROOM else f" into {room:.0%} of the memory"
-    tell(f"{len(found.ways)} ways to run, {fit} of them predicted to fit{share}; compiling the most promising")
+    callback(f"{len(found.ways)} ways to run, {fit} of them predicted to fit{share}; compiling the most promising")
 
     def left() -> float:
         return seconds - (time.monotonic() - begin)
@@ -204,7 +204,7 @@ def search(
     with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
         while True:
             while len(running) < at_once and left() > 20 and not found.has(enough) and (way := found.next()):
-                tell(f"compiling {way.candidate.about()}: {_figures(found, way)} predicted")
+                callback(f"compiling {way.candidate.about()}: {_figures(found, way)} predicted")
                 way.data = {"failed": "under way"}
                 limit = min(left(), max(120.0, seconds / 2))
                 running[pool.submit(_compiled, experiment, target, way, limit)] = way
@@ -216,14 +216,14 @@ def search(
                 way.data = future.result()
                 if "failed" not in way.data:
                     found.learn(way)
-                tell(f"  {_outcome(found, way)} ({seconds - left():.0f} s)")
+                callback(f"  {_outcome(found, way)} ({seconds - left():.0f} s)")
     found.ways.sort(key=found.rank)
     found.seconds = time.monotonic() - begin
     return found
 
 
 def nearest(
-    experiment: Experiment, target: Target, data: dict, seconds: float, tell: Callable[[str], None]
+    experiment: Experiment, target: Target, data: dict, seconds: float, callback: Callable[[str], None]
 ) -> list[dict]:
     """The three nearest changes that make an experiment fit whose program did not.
 
@@ -253,9 +253,9 @@ def nearest(
             way = min(within, key=found.rank if target.peak else found.memory)
             left = seconds - (time.monotonic() - begin)
             if left > 20:
-                tell(f"compiling {way.candidate.about()}: {_figures(found, way)} predicted")
+                callback(f"compiling {way.candidate.about()}: {_figures(found, way)} predicted")
                 way.data = _compiled(experiment, target, way, left)
-                tell(f"  {_outcome(found, way)}")
+                callback(f"  {_outcome(found, way)}")
                 if "failed" in way.data:
                     continue
                 found.learn(way)
