@@ -151,7 +151,7 @@ def test_mixtures_unknown_code_and_uncommitted_changes_are_told_with_their_numbe
     (mixed,) = provenance.faults([made(), made(core="b" * 32)])
     assert "different versions of the library source" in mixed and "1 of aaaa" in mixed and "1 of bbbb" in mixed
     (module,) = provenance.faults([made(more={"polygpt.x": "1"}), made(more={"polygpt.x": "2"})])
-    assert "different source of polygpt.x" in module
+    assert "different versions of polygpt.x" in module
     unknown, dirty = provenance.faults([made(), made(commit="d" * 40 + "-dirty", code=False)])
     assert unknown.startswith("1 of 2 runs have unknown code") and "dddddddddddd" in unknown
     assert dirty.startswith("1 of 2 runs were made with uncommitted changes")

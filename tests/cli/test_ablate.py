@@ -38,7 +38,7 @@ def test_what_is_missing_is_run_once_judged_and_written_up(polygpt, own, tmp_pat
     code, out, err = polygpt("ablate", "own_width")
     assert code == 0, err
     assert own == [("base", (0, 1, 2, 3)), ("wide", (0, 1, 2, 3)), ("deep_2", (0, 1, 2, 3))]
-    assert "12 runs made\n" in out and "12/12 runs done" in err
+    assert "12 runs finished\n" in out and "12/12 runs done" in err
     assert re.search(r"wide < base +a wider .* held ", out)
     assert "2 of 3 claims held: a wider model learns more; depth makes no difference" in out
     assert "Budget: as many steps as the base (4)" in out
@@ -48,7 +48,7 @@ def test_what_is_missing_is_run_once_judged_and_written_up(polygpt, own, tmp_pat
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     code, again, _ = polygpt("ablate", "own-width")
     assert code == 0 and len(own) == 3, "nothing was run"
-    assert again == out.replace("12 runs made", f"nothing to run: all 12 runs are in {FOLDER}/results.jsonl")
+    assert again == out.replace("12 runs finished", f"nothing to run: all 12 runs are in {FOLDER}/results.jsonl")
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
 
 

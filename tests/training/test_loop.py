@@ -451,7 +451,7 @@ def test_no_run_folder_and_no_checkpoint_are_told_apart(tmp_path):
         ({"train.metric": "txt/loss"}, "train.metric: the metric 'txt/loss' belongs to no held-out task: did you mean"),
         (
             {"train.metric": "text/token_accuracy"},
-            "train.better is 'lower', and higher values of text/token_accuracy are better: write --train.better higher",
+            "train.better is 'lower', but higher values of text/token_accuracy are better: write --train.better higher",
         ),
         ({"train.metric": "accuracy"}, "metric is 'accuracy'"),
         (

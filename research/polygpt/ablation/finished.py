@@ -73,10 +73,10 @@ def finished_run(folder: Path) -> FinishedRun:
 
 def _out_of_patience(experiment: Experiment, chosen: Mapping[int, float | None]) -> bool:
     """Whether a run with these metrics, by step of evaluation, has ended by `train.patience`."""
-    standing = MetricState()
+    state = MetricState()
     for step in sorted(chosen):
-        standing.update(math.nan if chosen[step] is None else chosen[step], experiment.train.better)
-    return experiment.train.patience is not None and standing.stale >= experiment.train.patience
+        state.update(math.nan if chosen[step] is None else chosen[step], experiment.train.better)
+    return experiment.train.patience is not None and state.stale >= experiment.train.patience
 
 
 def _config(experiment) -> dict[str, Any]:
