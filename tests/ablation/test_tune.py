@@ -406,6 +406,18 @@ def test_a_file_may_make_the_search(file, trained, capsys):
     assert json.loads((file.parent / "elsewhere" / "search.json").read_text())["sampler"] == "nsga2"
 
 
+def test_find_search_gives_what_search_makes_and_nothing_else(file):
+    def with_search(name, made):
+        other = file.with_name(name)  # a file that was loaded is not read again
+        other.write_text(file.read_text() + f"def search():\n    return {made}\n")
+        return other
+
+    assert tune.find_search(file) is None
+    assert tune.find_search(with_search("three.py", "Search(experiment(), KNOBS, trials=3)")).trials == 3
+    with pytest.raises(UserError, match="search.. returns dict: it must return a Search"):
+        tune.find_search(with_search("none.py", "KNOBS"))
+
+
 @pytest.mark.parametrize(
     ("words", "text"),
     [
