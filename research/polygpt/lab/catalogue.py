@@ -61,7 +61,7 @@ def entry(cls: type[Attention]) -> Entry:
 
 def markdown(entries: list[Entry]) -> str:
     """The table of the README."""
-    lines = ["| variant | family | paper | backends | FLOPs a query that sees S keys |", "|---|---|---|---|---|"]
+    lines = ["| variant | family | paper | backends | FLOPs per query that sees S keys |", "|---|---|---|---|---|"]
     for one in entries:
         paper = f"[{one.paper}](https://arxiv.org/abs/{one.paper})" if ARXIV.fullmatch(one.paper) else one.paper or "–"
         own = "all" if set(one.backends) == set(BACKENDS) else ", ".join(one.backends) or "its own"
