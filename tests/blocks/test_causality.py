@@ -36,7 +36,7 @@ def blocks():
     x_BTD = np.float32(np.random.default_rng(0).normal(size=(1, T, 8)))
 
     def each(params, x_BTD, batch):
-        decoder = model._module(params).decoder
+        decoder = model.module(params).decoder
         meta = metadata(batch, 0)
         context = Context(meta, meta, DECODER)
         inside = [influence(lambda x, block=block: block(x, context)[0], x_BTD) for block in decoder.blocks]

@@ -31,7 +31,7 @@ def by_hand(post):
     model, params = post
 
     def logits(params):
-        module = model._module(params)
+        module = model.module(params)
         x_BTD = module.embed(BATCH)[0]
         context = dataclasses.replace(module.decoder._context(BATCH, None)[0], inputs_BTD=x_BTD)
         for block in module.decoder.blocks:
@@ -62,7 +62,7 @@ def test_stages_compute_the_same(post, by_hand):
     model = bind(tiny(**POST | {"scan": True}), VOCABULARY)
 
     def logits(params):
-        module = model._module(params)
+        module = model.module(params)
         x_BTD = module.embed(BATCH)[0]
         context = dataclasses.replace(module.decoder._context(BATCH, None)[0], inputs_BTD=x_BTD)
         return module.logits(module.decoder.in_stages(x_BTD, context, None, Schedule(2, 1, 2))[0])
@@ -84,7 +84,7 @@ def test_token_by_token_equals_the_whole_row(post, by_hand):
 
 def test_no_position_sees_the_future_or_another_example(post):
     model, params = post
-    decoder, row = model._module(params).decoder, jax.tree.map(lambda x: x[:1], BATCH)
+    decoder, row = model.module(params).decoder, jax.tree.map(lambda x: x[:1], BATCH)
     x_BTD = np.float32(np.random.default_rng(0).normal(size=(1, T, 16)))
     jacobian = jax.jit(jax.jacrev(lambda x_BTD: decoder(x_BTD, row)[0]))(x_BTD)  # [1, T, D, 1, T, D]
     seen_TT = np.abs(np.asarray(jacobian)).max(axis=(0, 2, 3, 5)) > 0

@@ -126,7 +126,7 @@ def test_a_decoder_in_stages_is_the_decoder(remat, repeats):
 
     def gradients(schedule):
         def loss(params):
-            module = model._module(params)
+            module = model.module(params)
             decoder, (x_BTD, _) = module.decoder, module.embed(batch)
             if schedule is None:
                 y_BTD, _, _ = decoder(x_BTD, batch)
@@ -145,7 +145,7 @@ def test_a_decoder_in_stages_is_the_decoder(remat, repeats):
 def test_dropout_differs_by_microbatch():
     """Four equal rows in two microbatches: the first of each would be equal if they drew alike."""
     model = bind(tiny(adapters={}, depth=2, heads=2, dropout=0.5), 31)
-    module, batch = model._module(lively(model)), build([[example(5)]] * 4, 5, adapters={})
+    module, batch = model.module(lively(model)), build([[example(5)]] * 4, 5, adapters={})
     x_BTD = jnp.ones((4, 5, 16))
     context = dataclasses.replace(module.decoder._context(batch, None)[0], inputs_BTD=x_BTD)
     compute = jax.jit(lambda key: module.decoder.in_stages(x_BTD, context, key, Schedule(2, 1, 2))[0])
@@ -156,6 +156,6 @@ def test_dropout_differs_by_microbatch():
 
 def test_blocks_that_are_not_stacked_have_no_stages():
     model = bind(tiny(adapters={}, depth=4, scan=False), 31)
-    decoder = model._module(lively(model)).decoder
+    decoder = model.module(lively(model)).decoder
     with pytest.raises(SpecError, match="train.mesh.stage is 2: model.decoder.scan must be true"):
         decoder.in_stages(jnp.zeros((2, 3, 16)), None, None, Schedule(2, 1, 2))

@@ -47,7 +47,7 @@ def test_a_prompt_sees_all_of_itself_and_nothing_of_the_answer(toy, fusion):
     segment = batch.segment_BT[0]
 
     def logits(x_BTD):  # each of the row's positions by its logits, as a function of what the decoder is given
-        module = model._module(params)
+        module = model.module(params)
         return module.logits(module.decoder(x_BTD, batch)[0])[0].sum(axis=-1)
 
     x_BTD = jnp.asarray(np.random.default_rng(1).normal(size=(1, 32, 16)), jnp.float32)

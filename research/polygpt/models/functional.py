@@ -124,6 +124,10 @@ class Model:
             hidden_BTD, _, losses = module.hidden(batch, key=key)
             return Outputs(module.logits(hidden_BTD), hidden_BTD, losses)
 
+    def module(self, params: Params) -> MultimodalModel:
+        """The module with these parameters, to call its parts one by one; works under the transformations of JAX."""
+        return nnx.merge(self.graphdef, _state(params))
+
     def init_cache(self, batch_size: int, size: int) -> Cache:
         """An empty cache for `batch_size` rows of at most `size` positions."""
         return init_cache(self.spec.decoder, batch_size, size, self.spec.dtype)
