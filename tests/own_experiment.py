@@ -29,7 +29,7 @@ from polygpt.training.experiment import Experiment, TrainSpec
 
 def experiment():
     data = MediaFolder(__file__.replace("own.py", "data"))
-    tower = StackSpec(width=16, depth=1, attention=MultiHead(heads=2))
+    tower = StackSpec(width=16, depth=0)  # the report of a model with blocks there: report/test_samples.py
     image = ImageAdapter(features=ImageFeatures(8, 8), items=1, patch=4, tower=tower)
     audio = AudioAdapter(features=LogMel(seconds=0.5, rate=8000, mels=16), items=1, tower=tower)
     return Experiment(

@@ -95,7 +95,7 @@ def test_train_help_lists_every_field_with_overrides(trained, polygpt):
     for name, value in [("train.steps", "3"), ("model.decoder.width", "32"), ("data.tasks.own.weight", "1.0")]:
         assert re.search(rf"^  --{re.escape(name)} {value}$", out, re.M), name
     assert re.search(r"--objectives\.next_token\.1 1\.0$", out, re.M)
-    assert "Batches to train on." in out and "one of 'interleaved', 'prefix'" in out
+    assert re.search(r"Batches\s+to\s+train\s+on", out) and re.search(r"one\s+of\s+'interleaved',\s+'prefix'", out)
     assert "every field that can be set" in " ".join(polygpt("train", "--help")[1].lower().split())
 
 
@@ -212,7 +212,7 @@ def test_generate_interactively(trained, polygpt, monkeypatch):
     code, out, err = polygpt("generate", trained.run, "--interactive", "--temperature", "0", "--max_tokens", "4")
     assert code == 0
     assert err.count("add an image") == 2, "help at the start and after an unknown command"
-    assert "--image nowhere.png: no such file" in err and "is empty" in err
+    assert "nowhere.png: no such file" in err and "empty" in err
     assert out.count("\n") >= 2
 
 
