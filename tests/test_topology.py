@@ -25,11 +25,11 @@ def test_a_name_that_no_slice_has_is_refused_in_one_line(name):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("v5p-128", "v5p-128 counts cores, 2 a chip: 64 chips are v5p:4x4x4"),
+        ("v5p-128", "v5p-128 counts cores, 2 per chip: 64 chips are v5p:4x4x4"),
         ("v5e-256", "v5e-256 counts chips: it is v5e:16x16"),
         ("v5litepod-4", "v5litepod-4 counts chips: it is v5e:2x2"),
-        ("v6e-7", "v6e-7 counts chips: no slice has so many"),
-        ("v5p-7", "v5p-7 counts cores, 2 a chip: no slice has so many"),
+        ("v6e-7", "v6e-7 counts chips: no slice has that many"),
+        ("v5p-7", "v5p-7 counts cores, 2 per chip: no slice has that many"),
         ("v5e:2x2", None),
         ("h100-8", None),
     ],

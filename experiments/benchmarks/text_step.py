@@ -141,7 +141,7 @@ def torch_step(threads: int):
 
 
 def large_copies(program: str, elements: int) -> Counter:
-    """Shapes of at least so many elements that the compiled program copies or transposes, with how often."""
+    """Shapes with at least this many elements that the compiled program copies or transposes, with counts."""
     found = re.findall(r"= \w+\[([\d,]+)\]\{[\d,]*\} (?:copy|transpose)\(", program)
     return Counter(shape for shape in found if prod(map(int, shape.split(","))) >= elements)
 
@@ -176,7 +176,7 @@ def main() -> None:
         return
     for name, values in seconds.items():
         low, _, high = statistics.quantiles(values, n=4)
-        print(f"{name:8} {median[name] * 1e3:7.0f} ms a step (quartiles {low * 1e3:.0f} to {high * 1e3:.0f})")
+        print(f"{name:8} {median[name] * 1e3:7.0f} ms per step (quartiles {low * 1e3:.0f} to {high * 1e3:.0f})")
     print(f"ratio    {ratio:7.3f}  torch / polygpt, of medians")
     print(f"copies of arrays as large as attention weights or MLP activations: {dict(copies) or 'none'}")
 

@@ -1,4 +1,4 @@
-"""Writes the plans of this folder anew: every preset on one slice of each TPU generation.
+"""Writes the plans of this folder: every preset on one slice of each TPU generation.
 
     python experiments/plans/write.py [PRESET ...] [--missing | --again] [--budget SECONDS] [--only SLICE]
 
@@ -6,7 +6,7 @@ For each it compiles the most promising way to run that is predicted to leave ha
 --search` does, and is content with the first that fits. A search looks further; what one found, the plan.json that it
 writes, lies here for the largest presets and is left alone. Then the index is written. A plan of a
 large preset takes two to five minutes on two cores. `polygpt plan check` compiles them all again and compares; where
-they are no longer what the code takes, `--again` writes the same ways to run anew.
+they no longer match the code, `--again` recompiles the same ways to run.
 """
 
 import argparse
@@ -49,8 +49,8 @@ def main() -> None:
     words.add_argument("presets", nargs="*", default=list(SLICES))
     words.add_argument("--budget", type=float, default=780)
     which = words.add_mutually_exclusive_group()
-    which.add_argument("--missing", action="store_true", help="leave the plans that are there as they are")
-    which.add_argument("--again", action="store_true", help="compile the plans that are there anew, and look for none")
+    which.add_argument("--missing", action="store_true", help="keep existing plans unchanged")
+    which.add_argument("--again", action="store_true", help="recompile existing plans without a search")
     words.add_argument("--only", help="a slice")
     chosen = words.parse_args()
     for name in chosen.presets:

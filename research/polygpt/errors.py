@@ -1,27 +1,27 @@
-"""Errors whose message is meant for the person who typed the command, and how such a message is told."""
+"""Errors with a message for the user, and the format of such messages."""
 
 
 class UserError(Exception):
-    """The input is at fault. The command line prints the message on one line and exits with 2.
+    """The input is invalid. The command line prints the message on one line and exits with 2.
 
-    A message names the thing, the place and the remedy, and holds no newline.
+    A message names the thing, the place and the remedy, without a newline.
     """
 
 
 class SpecError(UserError, ValueError):
-    """A specification holds a value that is not allowed, or names something that does not exist."""
+    """A specification has an invalid value, or names something that does not exist."""
 
 
 class Diverged(UserError):
-    """Training led nowhere: too many steps in a row were not finite, or the loss spiked too often."""
+    """Training diverged: too many consecutive non-finite steps, or too many loss spikes."""
 
 
 class BadRecord(UserError, ValueError):
-    """One record of a data source cannot be used.
+    """A record of a data source is unusable.
 
     Attributes:
-        reason: a short name of the kind of fault ("corrupt image", "empty text"), by which skipped records are counted.
-        place: the file and the record, as a person would look it up.
+        reason: short name of the kind of fault ("corrupt image", "empty text"), for counting skipped records.
+        place: file and record.
     """
 
     def __init__(self, reason: str, place: str, detail: str = ""):
@@ -33,5 +33,5 @@ class BadRecord(UserError, ValueError):
 
 
 def one_line(message: str) -> str:
-    """A warning or an error as a person reads it on stderr, whichever part of the program says it."""
+    """The common format of warnings and errors on stderr."""
     return f"polygpt: {' '.join(message.split())}"

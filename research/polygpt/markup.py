@@ -125,7 +125,7 @@ def span(interval: tuple[float, float]) -> str:
 
 
 def alone(value: float | None, digits: int = 4) -> str:
-    """A value to so many significant digits, without an exponent from 0.0001 up."""
+    """A value with this many significant digits, without an exponent from 0.0001 up."""
     if value is None or math.isnan(value):
         return "–"
     if math.isinf(value):

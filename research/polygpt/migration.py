@@ -1,7 +1,7 @@
-"""Data of older versions: what has moved, been renamed or been added since, in one table.
+"""Migration of data from older versions: moved, renamed and added names in one table.
 
 Configurations carry a schema number (`SCHEMA`; those without one have number 1). `migrate` brings them up to date
-before they are read. Whoever moves a specification, or renames or adds a field, adds a line here and raises `SCHEMA`.
+before they are read. When you move a specification, or rename or add a field, add an entry here and raise `SCHEMA`.
 The keys of ablation results are computed with the former names of fields, so that results outlive a rename.
 """
 
@@ -18,7 +18,7 @@ MOVED = {
     "polygpt.training.processes:ProcessesSpec": "polygpt.runtime.processes:ProcessesSpec",
     "polygpt.training.watchdog:WatchdogSpec": "polygpt.runtime.watchdog:WatchdogSpec",
 }
-"""Names of classes in schema 1, and where these classes are today."""
+"""Names of classes in schema 1, and their current names."""
 
 ADDED: dict[str, dict[str, Any]] = {
     "polygpt.data.sources.folder:MediaFolder": {
@@ -27,7 +27,7 @@ ADDED: dict[str, dict[str, Any]] = {
         "ignore": [],
     },
 }
-"""By class, as it is called today: fields that schema 1 lacks, with the value that does what was done then."""
+"""By current class name: fields that schema 1 lacks, with the value that keeps the old behaviour."""
 
 RENAMED: dict[str, dict[str, str]] = {
     "polygpt.ablation.tune:Search": {"knobs": "dimensions"},
@@ -41,19 +41,19 @@ RENAMED: dict[str, dict[str, str]] = {
     },
     "polygpt.optim.schedules:Schedule": {"peak": "peak_lr"},
 }
-"""By class, as it is called today: the names of fields in schema 2, and their names since. Subclasses inherit them."""
+"""By current class name: field names in schema 2, and their current names. Subclasses inherit them."""
 
 BATCHES = {"feeder": "data_shard", "feeders": "data_shards", "division": "resharding"}
-"""Keys of the state of the training data in a checkpoint, as they were in schema 2, and as they are today."""
+"""Keys of the training data's state in a checkpoint: in schema 2, and now."""
 
 
 def new_names(class_names: Iterable[str]) -> dict[str, str]:
-    """Former names of fields, and today's, of a class whose bases (the class included) are called `class_names`."""
+    """Former and current field names of a class, given the names of the class and its bases."""
     return {old: new for name in class_names for old, new in RENAMED.get(name, {}).items()}
 
 
 def batches_state(data: Any) -> Any:
-    """The state of the training data in a checkpoint, under today's keys."""
+    """The training data's state in a checkpoint, with current keys."""
     if isinstance(data, Mapping):
         return {BATCHES.get(name, name): batches_state(item) for name, item in data.items()}
     return [batches_state(item) for item in data] if isinstance(data, (list, tuple)) else data
@@ -68,7 +68,7 @@ def schema_of(data: Any, where: str) -> int:
 
 
 def migrate(data: Any, where: str) -> Any:
-    """The JSON data of a configuration without its schema number, as this version would have written it.
+    """The JSON data of a configuration, migrated to this version, without its schema number.
 
     Raises:
         UserError: if a newer version wrote it.

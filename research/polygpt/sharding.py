@@ -1,6 +1,6 @@
 """Sharding: a table that maps logical axis names of arrays to mesh axes.
 
-Modules name the axes of their arrays, such as `("width", "hidden")`, and know nothing of devices. An experiment's
+Modules name the axes of their arrays, such as `("width", "hidden")`, and are independent of devices. An experiment's
 `MeshSpec` sets the size of each mesh axis and which logical axes are split over which. The compiler partitions programs
 traced `using` a layout accordingly; without a layout, the same program runs on one device.
 

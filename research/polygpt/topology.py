@@ -1,8 +1,8 @@
 """Compiling for TPUs ahead of time, on a machine that has none.
 
 libtpu bears the whole TPU compiler, so a program can be compiled for any slice anywhere: its compiled text and its
-memory are those of the real thing, but it cannot be run. Kernels that look different on a TPU are to be told so by
-whoever calls (`attention.kernels.dispatch.compiling_for("tpu")`).
+memory are those of the real thing, but it cannot be run. The caller must select TPU kernels
+(`attention.kernels.dispatch.compiling_for("tpu")`).
 """
 
 import contextlib
@@ -25,7 +25,7 @@ SHAPES = {"v4": SOLID, "v5e": FLAT, "v5p": SOLID, "v6e": FLAT, "tpu7x": SOLID}
 COUNTED = {"v4": 2, "v5e": 1, "v5p": 2, "v6e": 1, "tpu7x": 2}
 """What the number in a name such as v5p-128 counts: cores of a chip, or chips (Cloud TPU's page of each generation)."""
 MEGACORE = {"v4": {"chip_config_name": "megacore"}}
-"""Generations whose two cores a chip act as one device, where that is not libtpu's own default."""
+"""Generations whose two cores per chip act as one device, where that is not libtpu's own default."""
 ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",  # do not ask the cloud's metadata server, which does not answer elsewhere
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # else a second process on this machine stops at a lock file
@@ -50,11 +50,11 @@ def devices(name: str, slices: int = 1) -> list[jax.Device]:
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("compiling for a TPU needs libtpu, which is not installed: pip install -e '.[tpu]'")
     options = dict(MEGACORE.get(generation, {}))
-    if shape == "1x1":  # one chip; a host has four unless it is told otherwise
+    if shape == "1x1":  # one chip; the default is four per host
         options["chips_per_host_bounds"] = (1, 1, 1)
     if slices > 1:
         options["num_slices"] = slices
-    jax.devices()  # a TPU that this machine has is found before libtpu is told that there is none
+    jax.devices()  # initialize a local TPU before the environment hides it from libtpu
     try:
         with _environment():
             found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
@@ -64,12 +64,12 @@ def devices(name: str, slices: int = 1) -> list[jax.Device]:
 
 
 def require(name: str) -> None:
-    """Raises UserError unless there is a slice of that name; libtpu is not asked."""
+    """Raises UserError unless a slice with that name exists; does not use libtpu."""
     generation, _, shape = name.partition(":")
     shapes = SHAPES.get(generation)
     if said := translated(name):
         raise UserError(f"no TPU slice is called {name!r}: {said}; {_accepted(_numbered(name)[0])}")
-    # libtpu takes an empty name for a v2, and shapes that nobody is offered.
+    # libtpu reads an empty name as v2, and accepts shapes that are not offered.
     if shapes is None:
         examples = ", ".join(f"{generation}:{shapes[1]}" for generation, shapes in SHAPES.items())
         raise UserError(f"no TPU slice is called {name!r}: accepted are GENERATION:SHAPE, such as {examples}")
@@ -80,16 +80,16 @@ def require(name: str) -> None:
 def translated(name: str) -> str | None:
     """What a name that ends with a number, as Google's tools call slices, is here; None for any other name.
 
-    "v5p-128" is "v5p-128 counts cores, 2 a chip: 64 chips are v5p:4x4x4".
+    "v5p-128" is "v5p-128 counts cores, 2 per chip: 64 chips are v5p:4x4x4".
     """
     generation, number = _numbered(name)
     if generation not in SHAPES or not number.isdecimal():
         return None
     each = COUNTED[generation]
-    chips, counts = int(number) // each, f"{name} counts " + ("chips" if each == 1 else f"cores, {each} a chip")
+    chips, counts = int(number) // each, f"{name} counts " + ("chips" if each == 1 else f"cores, {each} per chip")
     shapes = [shape for shape in SHAPES[generation] if math.prod(map(int, shape.split("x"))) == chips]
     if int(number) % each or not shapes:
-        return f"{counts}: no slice has so many"
+        return f"{counts}: no slice has that many"
     return f"{counts}: " + (f"{chips} chips are " if each > 1 else "it is ") + f"{generation}:{shapes[-1]}"
 
 

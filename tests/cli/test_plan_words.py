@@ -56,7 +56,7 @@ def test_it_says_that_it_is_compiling_before_it_does(polygpt, capsys, monkeypatc
     [
         ("v5p-128", "64 chips are v5p:4x4x4; accepted for v5p are 2x2x1"),
         ("v5e", "no TPU slice is called 'v5e': accepted for v5e are 1x1, 2x2"),
-        ("b200:8", "no figures of such a chip: there are v4, v5e, v5p, v6e, tpu7x, a100, h100, h200 and cpu"),
+        ("b200:8", "unknown chip: choose from v4, v5e, v5p, v6e, tpu7x, a100, h100, h200 and cpu"),
         ("h100", "write CHIP:SIZE"),
     ],
 )

@@ -20,8 +20,8 @@ and a claim of terms by `a < b`, `a > b`, chains `a < b < c`, and
 What is taken over a factor is taken within each seed: `best(a, over=rate)` is the metric of a seed that was tuned. What
 is chosen of several terms is chosen of their means: `x < min(a, b)` says x < a and x < b, `min(a, b) < x` says a < x or
 b < x, and `abs(a) < b` says a < b and -a < b. For the lowest of each seed lies below the lowest mean, by which
-`min(a, b) < x` would be held of three equals. Within a factor, `max(abs(a), over=length)`, it is chosen by seed all
-the same, and `max(a, over=length) > 0` may be true of noise.
+`min(a, b) < x` would be held of three equals. Within a factor, `max(abs(a), over=length)`, it is still chosen by seed,
+and `max(a, over=length) > 0` may be true of noise.
 """
 
 import ast

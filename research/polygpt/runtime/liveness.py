@@ -24,7 +24,7 @@ REPORTS = "POLYGPT_REPORTS"
 """Set by `polygpt launch local`: the file descriptor of a pipe on which it reports processes that failed."""
 
 AT_FAULT = 2
-"""Exit code of a process whose input is at fault."""
+"""Exit code for invalid input."""
 
 BEATS = 10
 """Heartbeats per bound. A process that misses six of them is dead; the seventh at the latest finds out."""

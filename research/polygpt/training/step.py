@@ -67,7 +67,7 @@ def make_step(recipe: Recipe, reduce: Callable = lambda tree: tree, shard: Calla
         return sum(share * means[name] for name, (_, share) in recipe.objectives.items()), means
 
     def kept(new, old):
-        """`new`, and what is not trained as it was, to the bit."""
+        """`new` for trained variables; the others keep their exact value."""
         return jax.tree.map(lambda train, new, old: new if train else old, recipe.trainable, new, old)
 
     def step(state: State, batch: Batch):

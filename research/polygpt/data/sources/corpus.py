@@ -32,7 +32,7 @@ class Corpus(Source):
     split: Literal["train", "test"] = "train"
     """The split of the documents."""
     characters: int = 1022
-    """Largest number of characters per piece. With byte tokens a row of T positions holds T - 2 of them."""
+    """Largest number of characters per piece. A row of T positions fits T - 2 byte tokens."""
     prompt: int = 0
     """Number of leading characters that form a prompt for generation. Shorter pieces are left out."""
 

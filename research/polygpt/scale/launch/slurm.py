@@ -79,7 +79,7 @@ class Task:
         return submitit.helpers.DelayedSubmission(dataclasses.replace(self))
 
     def _end(self) -> int:
-        """Waits for the process; returns its exit code. Holds no lock, because `checkpoint` interrupts it."""
+        """Waits for the process; returns its exit code. Takes no lock, because `checkpoint` interrupts it."""
         threading.Thread(target=self.process.wait, daemon=True).start()
         while self.process.returncode is None:
             time.sleep(0.1)

@@ -1,19 +1,20 @@
-"""Published figures of accelerators: the one table that every estimate of time reads.
+"""Published specifications of accelerators: the only table that time estimates use.
 
-All figures are of one chip, or of one GPU: bytes, bytes per second, and FLOP/s of dense bfloat16 products. What JAX
+All values are per chip or per GPU: bytes, bytes per second, and FLOP/s of dense bfloat16 products. What JAX
 calls a device is a chip, but half of one on a tpu7x, whose two chiplets are two devices.
 
 Sources, by the names that the table gives:
     v4 page, v5e page, v5p page, v6e page, tpu7x page: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, the tables
-        "key specifications". They tell the interconnect as one sum over all links and both directions (v5e 400 GB/s,
+        "key specifications". They give the interconnect as one sum over all links and both directions (v5e 400 GB/s,
         v5p 1,200, v6e 800, tpu7x 1,200); a link in one direction is that over twice the number of links. Older prints
         of the v5e page say 819 GB/s of HBM, newer 800 GiB/s. The two halves of a tpu7x talk six times as fast as a link
         ("dual-chiplet architecture").
     TPU v4 paper: Jouppi et al. (2304.01433), table 4: 6 links of 50 GB/s.
     compiler: what libtpu 0.0.42 calls "available HBM" when it refuses a program for that slice; what is left of the
-        capacity is reserved for the system. Of a v5p, published as 95 GB, it has 95.74 GiB: so it is not held to it.
+        capacity is reserved for the system. For a v5p, published as 95 GB, it reports 95.74 GiB, so the published value
+        is not used as a limit.
     datasheets: NVIDIA A100, H100 and H200 Tensor Core GPU datasheets (SXM; dense, without sparsity; NVLink over both
-        directions, halved), and DGX A100, H100 and H200 for the network: one adapter of 200 or 400 Gb/s a GPU.
+        directions, halved), and DGX A100, H100 and H200 for the network: one adapter of 200 or 400 Gb/s per GPU.
 """
 
 import dataclasses
@@ -35,20 +36,20 @@ class Chip:
     """One accelerator.
 
     Attributes:
-        name: as `--on` has it.
-        title: as people have it.
-        flops: peak of dense bfloat16 products, FLOP/s; None where nobody publishes one.
+        name: as in `--on`.
+        title: full name.
+        flops: peak dense bfloat16 FLOP/s; None if not published.
         memory: published capacity, bytes.
-        usable: what a program may take of it, bytes.
-        bandwidth: of that memory, bytes/s.
-        link: one link of the interconnect, one way, bytes/s; of a GPU all its links, one way.
-        links: their number.
-        network: data-centre network, one way, bytes/s.
-        shape: how chips are joined: a torus of two or three dimensions, or a switch.
+        usable: memory available to a program, bytes.
+        bandwidth: memory bandwidth, bytes/s.
+        link: one-way bandwidth of an interconnect link, bytes/s; for a GPU, of all its links.
+        links: number of links.
+        network: one-way bandwidth of the data-centre network, bytes/s.
+        shape: topology: a torus of two or three dimensions, or a switch.
         ring: the smallest length from which on an axis of the torus is closed to a ring in every slice; below it, and
             in lengths that are no multiple of it, its ends are not joined.
-        devices: JAX devices a chip.
-        source: of the figures.
+        devices: JAX devices per chip.
+        source: source of the values.
     """
 
     name: str
@@ -107,7 +108,7 @@ SWITCHED = {"a100": 8, "h100": 8, "h200": 8}
 
 
 def cpu() -> Chip:
-    """This machine, shared by devices that JAX makes up: nobody publishes its speed, and it is not guessed."""
+    """This machine, shared by virtual JAX devices; its speed is not published and not guessed."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Chip("cpu", "this machine's CPU", None, memory, memory, None, None, 0, None, "memory", source="this machine")
 
@@ -117,7 +118,7 @@ def chip(name: str) -> Chip:
     if name == "cpu":
         return cpu()
     if name not in CHIPS:
-        raise UserError(f"--on {name}: no figures of such a chip: there are {', '.join(CHIPS)} and cpu")
+        raise UserError(f"--on {name}: unknown chip: choose from {', '.join(CHIPS)} and cpu")
     found = CHIPS[name]
     return dataclasses.replace(found, usable=reserved() * found.memory) if found.shape == "switch" else found
 

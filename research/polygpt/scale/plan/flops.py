@@ -1,4 +1,4 @@
-"""How many FLOPs a training step takes, by a formula that is stated in full."""
+"""FLOPs of a training step, by an explicit formula."""
 
 import dataclasses
 
@@ -18,12 +18,12 @@ once for the gradient of its input and once for that of its matrix. Forward, of 
   towers        for every item slot of every row, used or not, as the program computes them: 2 n P for the matrices
                 applied at P positions, and attention over all of an item
 Left out: norms, biases, rotations, softmax, activations, embedding look-ups, loss and optimizer.
-Computed again by remat, and not useful: the forward pass of blocks whose remat is full; of the decoder's attention,
+Recomputed by remat, and not useful: the forward pass of blocks whose remat is full; of the decoder's attention,
 where remat is full or dots. It is what the formula gives, no bound: the compiler leaves out what it finds unused, and a
 program computes more beside it. Attention kernels compute whole blocks, on the diagonal too and where positions are
 filled up to one, and the two of their backward pass take seven products where four are useful; scores that are
 computed as a matrix have their upper half."""
-"""The formula, to be printed beside its result."""
+"""The formula, printed with its result."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Line:
         each: FLOPs of one forward pass for one unit.
         unit: "position" or "item".
         units: how many of them a step has.
-        again: the share that is computed a second time in the backward pass.
+        again: fraction recomputed in the backward pass.
     """
 
     name: str
@@ -74,7 +74,7 @@ class Flops:
 
     @property
     def again(self) -> float:
-        """Computed anew by remat, as the formula has it: what a program computes again is more or less, see there."""
+        """Recomputed by remat, by the formula; the program may recompute more or less."""
         return sum(line.forward * line.again for line in self.lines)
 
     def to_json(self) -> dict:
@@ -85,7 +85,7 @@ class Flops:
 
 
 def flops(experiment: Experiment, vocabulary: int) -> Flops:
-    """Counts a step of an experiment. Nothing is allocated."""
+    """FLOPs of a step of an experiment. Allocates nothing."""
     model, seq_len, rows = experiment.model, experiment.data.layout.seq_len, experiment.data.batch_size
     positions, lines = rows * seq_len, []
     for part in describe(model, vocabulary, seq_len).parts:
@@ -105,7 +105,7 @@ def flops(experiment: Experiment, vocabulary: int) -> Flops:
 
 
 def remat(flops: Flops, model: ModelSpec) -> Flops:
-    """The same with what is computed again as the model's `remat` has it."""
+    """The same FLOPs with recomputation by the model's `remat`."""
 
     def again(name: str) -> float:
         if name == "decoder, attention":

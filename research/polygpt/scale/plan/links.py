@@ -3,9 +3,9 @@
 Formulas (Thakur et al. 2005, "Optimization of collective communication operations in MPICH"; Chan et al. 2007;
 Patarasuk and Yuan 2009): of an array of V bytes over n devices an all-gather or reduce-scatter moves V (n - 1)/n
 through every device, an all-reduce twice that, over the links of the group's devices. On a torus a group that covers a
-whole closed axis has two links a device there. In a line the device at the end has one, which bounds a gather; what an
-all-reduce sends spreads over all 2 (n - 1) links of the line. A group over several axes has the links of them all; one
-of every s-th chip shares them with s - 1 others, and its ring is closed where the axis is and the chips are evenly
+whole closed axis has two links per device there. In a line the device at the end has one, which bounds a gather; what
+an all-reduce sends spreads over all 2 (n - 1) links of the line. A group over several axes has the links of them all;
+one of every s-th chip shares them with s - 1 others, and its ring is closed where the axis is and the chips are evenly
 spaced.
 
 Two times follow. One after another: the sum of what each exchange takes by itself. The busiest links: exchanges along
@@ -26,7 +26,7 @@ from polygpt.scale.plan.collectives import NETWORK, Collective
 from polygpt.scale.plan.target import Target, place
 
 CHIPLETS = 6
-"""The two devices of a tpu7x exchange so many times the bytes of a link."""
+"""Bandwidth between the two devices of a tpu7x, as a multiple of a link's."""
 SINGLE = ("collective-permute", "collective-broadcast")
 """Kinds in which a device sends the whole array."""
 
@@ -256,5 +256,6 @@ def describe(target: Target) -> str:
     if target.platform == "cpu":
         return "memory"
     rings = [f"{size}{' (ring)' if target.closed(axis) else ' (line)'}" for axis, size in enumerate(target.torus)]
-    text = f"{chip.shape} {' x '.join(rings)}, {chip.link / 1e9:g} GB/s a link one way"
-    return text + (f"; {target.slices} slices, {chip.network / 1e9:g} GB/s a chip between" if target.slices > 1 else "")
+    text = f"{chip.shape} {' x '.join(rings)}, {chip.link / 1e9:g} GB/s per link one way"
+    between = f"; {target.slices} slices, {chip.network / 1e9:g} GB/s per chip between slices"
+    return text + (between if target.slices > 1 else "")

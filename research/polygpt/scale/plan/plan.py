@@ -50,7 +50,7 @@ class Plan:
         kernels: fused kernels by name, with executions and FLOPs of a step.
         roofline: the least time of a step; None where the chip's figures are not published, or no program was compiled
             by its own compiler.
-        stand_in: where the program is another compiler's, what is known of the time all the same.
+        stand_in: if the program comes from another compiler, the time estimates that are still possible.
         seconds: that compiling took.
         reason: why this mesh, where that was chosen automatically.
         warnings: what a reader must know.

@@ -7,12 +7,12 @@ says nothing of it. `StandIn` has what is left.
 import dataclasses
 
 CEILING = """\
-The ceiling is what the published peaks allow this very program on full rows, one example each, if compute, memory and
-interconnect overlapped fully: a step takes at least as long as the longest of the three. (Packed rows attend to less,
-and kernels leave out what is not seen.) It is no forecast. Matrix products do not reach the peak, exchanges wait for
-what they send and are not all hidden, and input, host and stragglers take their time: measured MFU lies below it. A
-plan whose ceiling is low cannot be fast; one whose ceiling is high may still be slow. "Nothing hidden" adds the three
-up, each at its peak."""
+The ceiling is an upper bound for this compiled program on full rows, one example each, at the published peaks, if
+compute, memory and interconnect overlapped fully: a step takes at least as long as the longest of the three. (Packed
+rows attend to less, and kernels leave out what is not seen.) It is no forecast. Matrix products do not reach the peak,
+exchanges wait for what they send and are not all hidden, and input, host and stragglers take their time: measured MFU
+lies below it. A plan whose ceiling is low cannot be fast; one whose ceiling is high may still be slow. "Nothing hidden"
+adds the three up, each at its peak."""
 """What a ceiling is and is not, to be printed beside it."""
 
 
@@ -30,7 +30,7 @@ class StandIn:
 
     Attributes:
         useful: useful FLOPs, by the formula, at the peak of bfloat16.
-        again: those that remat computes again, by the formula.
+        again: FLOPs recomputed by remat, by the formula.
         links: exchanges within a node, all at once, as the other program has them.
         in_turn: the same one after another.
         network: exchanges between nodes.

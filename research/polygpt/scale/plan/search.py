@@ -166,15 +166,15 @@ def search(
     enough: int | None = None,
     room: float = ROOM,
 ) -> Found:
-    """Searches for so many seconds at most.
+    """Searches within a time limit.
 
     Args:
-        experiment: rows and model stay as they are.
+        experiment: the experiment; its batch and model are not changed.
         target: the devices.
-        seconds: to search for; a compilation that has begun is stopped when they are over.
-        tell: is told of progress, a line at a time.
-        at_once: programs that are compiled side by side.
-        enough: it ends when so many compiled ways fit; None goes on while one may be better.
+        seconds: time limit; running compilations are stopped when it is over.
+        callback: receives lines of progress.
+        at_once: number of concurrent compilations.
+        enough: stop when this many compiled ways fit; None: continue while a better one is possible.
         room: the share of the memory that a prediction may take to be worth compiling. The compiler is quick where
             there is room.
 
@@ -205,7 +205,7 @@ def search(
         while True:
             while len(running) < at_once and left() > 20 and not found.has(enough) and (way := found.next()):
                 callback(f"compiling {way.candidate.about()}: {_figures(found, way)} predicted")
-                way.data = {"failed": "under way"}
+                way.data = {"failed": "compiling"}
                 limit = min(left(), max(120.0, seconds / 2))
                 running[pool.submit(_compiled, experiment, target, way, limit)] = way
             if not running:
@@ -235,7 +235,7 @@ def nearest(
         target: the devices.
         data: its plan, as JSON data, with what the compiler said.
         seconds: for compiling.
-        tell: is told of progress.
+        callback: receives lines of progress.
     """
     begin = time.monotonic()
     known, mesh, found = facts(experiment, target), data["settings"]["mesh"], Found(experiment, target, [])

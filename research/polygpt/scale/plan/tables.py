@@ -33,12 +33,12 @@ def headline(data: Mapping) -> str:
     fits = "fits" if memory["fits"] else "DOES NOT FIT"
     if stand_in := data.get("stand_in"):
         state = f"parameters and optimizer take {gib(memory['parameters'] + memory['optimizer'])}"
-        estimate = f"by a CPU program's temporaries {gib(memory['total'])} of {gib(memory['usable'])} a device: {fits}"
-        least = f"useful FLOPs alone take {seconds(stand_in['useful'])} a step at the peak"
+        estimate = f"by a CPU program {gib(memory['total'])} of {gib(memory['usable'])} per device: {fits}"
+        least = f"useful FLOPs alone take {seconds(stand_in['useful'])} per step at the peak"
         return f"{data['experiment']} on {where}: {state}; all, {estimate}; {least}"
-    text = f"{data['experiment']} on {where}: {fits}, {gib(memory['total'])} of {gib(memory['usable'])} a device"
+    text = f"{data['experiment']} on {where}: {fits}, {gib(memory['total'])} of {gib(memory['usable'])} per device"
     if roofline:
-        text += f"; at least {seconds(roofline['step'])} a step of full rows, bound by {roofline['bound']}"
+        text += f"; at least {seconds(roofline['step'])} per step of full rows, bound by {roofline['bound']}"
         text += f"; MFU ceiling {roofline['mfu_ceiling']:.1%}"
     return text
 
@@ -124,7 +124,7 @@ def _flops(data: Mapping) -> Table:
         rows.append([line["name"], _count(line["each"]), units, _count(line["forward"])])
     rows.append(["forward", "", "", _count(flops["forward"])])
     rows.append(["useful (3 x forward)", "", "", _count(flops["useful"])])
-    rows.append(["computed again by remat, by the formula", "", "", _count(flops["again"])])
+    rows.append(["recomputed by remat, by the formula", "", "", _count(flops["again"])])
     if roofline := data["roofline"]:
         executed = roofline["executed"] * data["devices"]
         rows.append(["in the compiled program, all devices", "", "", _count(executed)])
@@ -183,7 +183,7 @@ def _roofline(data: Mapping) -> Table:
 def _stand_in(data: Mapping) -> Table:
     found, rows = data["stand_in"], []
     names = {
-        "useful": "useful FLOPs, by the formula", "again": "FLOPs that remat computes again, by the formula",
+        "useful": "useful FLOPs, by the formula", "again": "FLOPs recomputed by remat, by the formula",
         "links": "interconnect, its busiest links, an estimate",
         "in_turn": "interconnect, one exchange after another, an estimate", "network": "network, an estimate",
     }  # fmt: skip

@@ -19,8 +19,8 @@ _GPU = (
     "both this command and training to use more"
 )
 _CPU = (
-    "nobody publishes the speed of this CPU: memory, FLOPs and collectives are those of the compiled program, times "
-    "are not given"
+    "the speed of this CPU is not published: memory, FLOPs and collectives are those of the compiled program; there "
+    "are no times"
 )
 """What a reader has to know of targets whose compiler is not here, or whose speed nobody knows."""
 
@@ -128,7 +128,7 @@ def target(name: str, slices: int = 1) -> Target:
         if slices > 1:
             raise UserError(f"--slices {slices}: slices are of TPUs; give the number of all devices: {kind}:{size}")
         if not re.fullmatch(r"[1-9]\d*", size):
-            raise UserError(f"--on {name}: {size!r} is no number of devices; write {kind}:8")
+            raise UserError(f"--on {name}: {size!r} is not a number of devices; write {kind}:8")
         return Target(name, chip, (int(size),))
     topology.require(name)
     return Target(name, chip, tuple(int(n) for n in size.split("x")), slices)

@@ -22,9 +22,9 @@ PRODUCTS = {
 }
 """Attention kernels by the beginning of their names: products of size B H T S d, and of size B H T S e, in each.
 
-d and e are the widths of queries and values. Forward: scores; weighted values. Backward: scores anew and dQ, or dK; dP,
-and dV. That makes seven products backward, where the formula of useful FLOPs has four: scores are computed anew, and
-they and dP in both kernels."""
+d and e are the widths of queries and values. Forward: scores; weighted values. Backward: recomputed scores and dQ, or
+dK; dP, and dV. That is seven products, where the formula of useful FLOPs has four, because both kernels recompute the
+scores and dP."""
 
 _FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "iota",
          "after-all", "partition-id", "replica-id", "copy-done", "slice-done", "async-done", "async-update",
@@ -42,8 +42,8 @@ def kernel_flops(program: Program) -> dict[str, float]:
     """FLOPs of the attention kernels by name: whole blocks, as they compute them, and the rows not packed.
 
     Of a causal mask the blocks above the diagonal are left out, as kernels leave them out; of others none is. Blocks
-    that hold no pair for another reason, in packed rows and in slots without an item, are known to the data alone, and
-    are counted. A kernel that is not known counts 0, and its name is in the result all the same.
+    without pairs for other reasons, in packed rows and in slots without an item, depend on the data and are counted. An
+    unknown kernel counts 0, but its name is in the result.
     """
     found: dict[str, float] = {}
     for run in program.executed():

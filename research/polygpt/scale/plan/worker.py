@@ -1,4 +1,4 @@
-"""A plan made in a process of its own: it can be stopped, and several are made at once.
+"""Makes a plan in a separate process, which can be stopped and run concurrently.
 
 python -m polygpt.scale.plan.worker < request.json > plan.json
 """
@@ -27,7 +27,7 @@ def plan_apart(experiment: Experiment, on: Target, limit: float) -> dict:
 
     Returns:
         `Plan.to_json()`; or {"failed": why} where the compiler refused for another reason than memory, or took longer
-        than `limit` seconds: near the limit of memory it may search for very long for what it could compute anew.
+        than `limit` seconds: near the limit of memory it may search very long for what to recompute.
 
     Raises:
         UserError: the experiment cannot be divided so.
@@ -74,7 +74,7 @@ def _stopped_after(process: subprocess.Popen, limit: float) -> Iterator[threadin
 
 
 def main() -> int:
-    """Reads a request, writes a plan; 2 where the experiment is at fault."""
+    """Reads a request, writes a plan; returns 2 if the experiment is invalid."""
     from polygpt.scale.plan.plan import plan
 
     request = json.load(sys.stdin)
