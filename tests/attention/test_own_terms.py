@@ -80,8 +80,9 @@ def written_out(p, x_BTD, kv_heads):
     return y @ p["output"]["kernel"]
 
 
-@pytest.mark.parametrize("kv_heads", [2, 1])
-@pytest.mark.parametrize("backend", ["reference", "chunked", "library", "flex"])
+@pytest.mark.parametrize(
+    ("backend", "kv_heads"), [("reference", 2), ("reference", 1), ("chunked", 1), ("library", 2), ("flex", 2)]
+)
 def test_forgetting_equals_float64_loops(backend, kv_heads):
     spec = Forgetting(heads=H, kv_heads=kv_heads, backend=backend, strict=True)
     call, p = lively(spec)
@@ -93,7 +94,7 @@ def test_forgetting_equals_float64_loops(backend, kv_heads):
     np.testing.assert_allclose(np.asarray(got)[real], want[real], rtol=0, atol=2e-5 * np.abs(want).max())
 
 
-@pytest.mark.parametrize("cuts", [(3, 4, 5, 6), (1, 7), (10, 11), tuple(range(1, T))])
+@pytest.mark.parametrize("cuts", [(4, 5, 10), tuple(range(1, T))])
 def test_forgetting_is_the_same_through_a_cache(cuts):
     spec = Forgetting(heads=H)
     call, _ = lively(spec)

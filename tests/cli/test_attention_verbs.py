@@ -9,6 +9,7 @@ from polygpt.attention.block_sparse import BlockSparse
 from polygpt.attention.masks import DECODER
 from polygpt.attention.multi_head import MultiHead
 from polygpt.attention.retention import Retention
+from polygpt.cli import attention_bench, variant
 from polygpt.cli.main import main
 from polygpt.lab import bench, drawing, probe
 from polygpt.lab.subject import seen_by
@@ -105,7 +106,7 @@ def test_what_has_no_mask_and_what_cannot_be_built_are_told(tmp_path):
     assert "has no mask" in probe.remark(Retention(), seen_by(Retention()), row)
     odd = MultiHead(head_width=3)  # rotary positions need even heads
     assert "not probed" in probe.remark(odd, seen_by(odd), row)
-    assert "beyond 1,024" in probe.remark(MultiHead(), DECODER, drawing.read_row("1025"))
+    assert "1,024" in probe.remark(MultiHead(), DECODER, drawing.read_row("1025"))
 
 
 def test_the_share_without_influence_is_that_of_the_pairs_shown(own):
@@ -146,14 +147,14 @@ def test_a_formula_that_the_compiled_program_refutes_is_told(own, capsys):
     assert decode["counted"] == pytest.approx(1e-9 * (2 * 4 * 64 * 64 + 4 * 64 * 256), rel=0.2)
 
 
-def test_pictures_of_other_fields_and_sizes_have_other_names(own, capsys):
-    words = ["bench", "polygpt.attention.sliding:SlidingWindow", "--model_width", "16"]
-    names = {
-        run(capsys, *words, "--window", window, "--lengths", lengths)[0]["picture"]
-        for window, lengths in (("4", "8"), ("2", "8"), ("4", "8,16"))
-    }
-    assert len(names) == 3
-    assert len([*(own / "runs").iterdir()]) == 3
+def test_pictures_of_other_fields_and_sizes_have_other_names():
+    words = attention_bench.parser("polygpt attention bench", "measures")
+    given = [["--window", "4"], ["--window", "2"], ["--window", "2", "--lengths", "8,16"], ["--spec.window", "2"]]
+    read = [words.read(["polygpt.attention.sliding:SlidingWindow", *some]) for some in given]
+    names = [variant.picture([arguments.variant, arguments.against], arguments, "bench") for arguments in read]
+    assert len(set(names)) == 3 and names[1] == names[3] == "runs/SlidingWindow-window-2-bench.png"
+    far = words.read(["own.py:Best", "--fields", "x" * 300])
+    assert len(variant.picture(["own.py:Best"], far, "bench")) < 140
 
 
 @pytest.mark.parametrize(

@@ -42,9 +42,7 @@ def content(run, results: Mapping[str, Any] | None) -> Content:
         notes.append("The run folder has no training metrics.")
     if results is None:
         results = last_evaluation(metrics, int(run.step))
-        where = (
-            f"the held-out results are of step {results['step']:,}" if results else "there are no held-out results"
-        )
+        where = f"the held-out results are of step {results['step']:,}" if results else "there are no held-out results"
         notes.append(f"Step {int(run.step):,} was not evaluated, {where}: polygpt evaluate {folder}")
     notes += [f"{task} was not measured in full: {fault}" for task, fault in (results or {}).get("faults", {}).items()]
     notes += cut_answers((results or {}).get("tasks", {}))
