@@ -4,6 +4,7 @@ import json
 import math
 import operator
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,10 +17,11 @@ from polygpt.adapters.image import ImageAdapter
 from polygpt.data.check import check, fitting
 from polygpt.data.fit import LONGEST, columns, smallest
 from polygpt.data.layout import LayoutSpec
-from polygpt.data.loader import DataSpec, Task
+from polygpt.data.loader import DataSpec, Task, train_batches
 from polygpt.data.media.audio import LogMel
 from polygpt.data.media.image import ImageFeatures
 from polygpt.data.sources.folder import MediaFolder
+from polygpt.models.multimodal import ModelSpec
 from polygpt.overrides import override
 
 SOUND = LogMel(seconds=0.5, rate=8000, mels=16)
@@ -126,3 +128,29 @@ def test_records_that_no_setting_takes(small, tmp_path):
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "gone.png", "text": "x"}\n')
     findings = found(MediaFolder(str(tmp_path)), small.tokenizer)
     assert fitting(findings, ADAPTERS, 1.0, {"mine": "data.layout.seq_len"}) == ({}, {"mine"})
+
+
+@pytest.mark.parametrize(
+    "rows, items, most",
+    [
+        ([{"file_name": "p.png", "text": "a grey heron"}], {"image": 7, "audio": 1}, 126),
+        ([{"file_names": ["p.png"] * 2, "text": "a grey heron"}], {"image": 12, "audio": 1}, 5 * 22),
+        ([{"file_name": "short.wav", "text": "busy"}], {"audio": 9}, 126),
+        ([{"text": "a grey heron"}], {"audio": 1}, 126),
+    ],
+    ids=["pictures", "pairs", "recordings", "text"],
+)
+def test_packed_rows_take_as_many_items_as_fill_them_and_unused_towers_one(folder, small, rows, items, most):
+    """Records of 18 positions with a picture of 4, of 22 with two, of 14 with 8 of a recording or with text alone."""
+    source = folder()
+    path = Path(source.path, "metadata.jsonl")
+    path.write_text("\n".join(map(json.dumps, rows * 3)))
+    data = DataSpec({"own": Task(source)}, LayoutSpec(seq_len=128), 2)
+    settings, _ = fitting(check(data, small.tokenizer, ADAPTERS), ADAPTERS, 1.0, {"own": "data.layout.seq_len"})
+    expected = {f"model.adapters.{name}.items": count for name, count in items.items()}
+    assert {name: value for name, value in settings.items() if name.endswith("items")} == expected
+    chosen = override(
+        ModelSpec(adapters=ADAPTERS), {name.removeprefix("model."): str(n) for name, n in settings.items()}
+    )
+    batch = next(train_batches(data, small.tokenizer, chosen.adapters, seed=0))
+    assert np.count_nonzero(batch.segment_BT) == 2 * most

@@ -13,7 +13,8 @@ examples:
   polygpt data check my_folder.py --json
 
 Held-out tasks are checked too. The last lines are two commands with the smallest settings that accept 95 % and 100 % of
-each task's records. Exit code 2 if any record is unusable."""
+each task's records. Where examples share a row, a row gets as many media items as fill it. Exit code 2 if any record is
+unusable."""
 SHARES = (0.95, 1.0)
 
 

@@ -87,6 +87,8 @@ def fitting(
 ) -> tuple[dict[str, int | float], set[str]]:
     """The smallest settings that accept a fraction of each task's records, ignoring records that no setting accepts.
 
+    Where examples share rows, a row takes as many items of each medium as fill it.
+
     Args:
         found: the result of `check`.
         adapters: as in `check`.
@@ -102,7 +104,13 @@ def fitting(
     if not bounds:
         return {}, set(found)
     common = np.max(list(bounds.values()), axis=0)
-    wanted, left_out = fit.adapter_settings(dict(zip(names, common, strict=True)), adapters), set(found) - set(known)
+    packed = [task for task, findings in known.items() if findings.layout.packing]
+    full = None
+    if packed:
+        seq_len = max(fit.row_length(int(bounds[task][0]), known[task].layout) for task in packed)
+        full = fit.filling(np.concatenate([known[task].needs for task in packed]), seq_len, adapters)
+    wanted = fit.adapter_settings(dict(zip(names, common, strict=True)), adapters, full)
+    left_out = set(found) - set(known)
     for field in dict.fromkeys(lengths[task] for task in known):
         sharing = [task for task in known if lengths[task] == field]
         length, layout = max(bounds[task][0] for task in sharing), known[sharing[0]].layout

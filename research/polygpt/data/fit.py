@@ -88,18 +88,35 @@ def row_length(length: int, layout: LayoutSpec) -> int:
     return wanted if length > layout.seq_len or not layout.packing and wanted < layout.seq_len else layout.seq_len
 
 
-def adapter_settings(bounds: Mapping[str, float], adapters: Mapping) -> dict[str, int | float]:
-    """The adapter fields to change, by dotted name, to accept records within bounds.
+def filling(needs: np.ndarray, seq_len: int, adapters: Mapping) -> dict[str, int]:
+    """The items per row, by adapter, with which the positions and not the items bound how many examples share a row.
 
-    Adapters whose media do not occur are left unchanged.
+    A row holds seq_len / mean length examples. Towers compute every item that a row may hold, used or not: an adapter
+    whose media do not occur gets the smallest number, 1.
+
+    Args:
+        needs: the requirements of records [records, columns].
+        seq_len: T, positions per row.
+        adapters: the current adapters.
+    """
+    length, *items = needs.mean(axis=0)
+    return {name: max(1, round(seq_len / length * mean)) for name, mean in zip(adapters, items, strict=False)}
+
+
+def adapter_settings(
+    bounds: Mapping[str, float], adapters: Mapping, full: Mapping[str, int] | None = None
+) -> dict[str, int | float]:
+    """The adapter fields to change, by dotted name, to accept records within bounds.
 
     Args:
         bounds: the bounds, by the names of `columns`.
         adapters: the current adapters.
+        full: items per row that fill packed rows, see `filling`; None where no examples share a row. Adapters whose
+            media do not occur are then left unchanged.
     """
     wanted: dict[str, int | float] = {}
     for name, adapter in adapters.items():
-        if items := int(bounds[f"{name}.items"]):
+        if items := max(int(bounds[f"{name}.items"]), full[name] if full else 0):
             wanted |= {f"model.adapters.{name}.items": items} if items != adapter.items else {}
             seconds = math.ceil(100 * bounds.get(f"{name}.seconds", 0)) / 100
             if seconds and seconds != adapter.features.seconds:
