@@ -121,7 +121,7 @@ def test_a_copy_is_used_when_an_original_has_changed_or_is_gone(folder, tmp_path
     if edited in ("near", "broken"):
         assert kept.edited() == [str(folder.near)]
     if edited == "gone":
-        with pytest.raises(SpecError, match="leave out --code current"):
+        with pytest.raises(SpecError, match="omit --code current"):
             spec.from_json(data, load=kept.load_current)
     if edited == "near":
         assert spec.from_json(data, load=kept.load_current).total()[0] == 1005
@@ -164,7 +164,7 @@ def test_a_copy_that_was_edited_or_removed_is_told(folder, tmp_path, caplog):
     copy = tmp_path / "code/mine/near.py"
     copy.write_text(copy.read_text() + "\n")
     Snapshot(tmp_path / "code")
-    assert f"{copy} has been edited" in caplog.text
+    assert f"{copy} was edited" in caplog.text
     copy.unlink()
     with pytest.raises(UserError, match="near.py is missing"):
         Snapshot(tmp_path / "code")
@@ -223,7 +223,7 @@ def test_a_class_of_a_notebook_is_kept_by_its_source(notebook, tmp_path, monkeyp
     kept = opened(data, tmp_path / "code")
     assert kept.total() == 10 and spec.to_json(kept) == data
     assert notebook.RUNS == ["elsewhere", "training"], "nothing else is repeated"
-    with pytest.raises(SpecError, match="the notebook is not there any more"):
+    with pytest.raises(SpecError, match="the notebook no longer exists"):
         spec.from_json(data, load=Snapshot(tmp_path / "code").load_current)
 
 

@@ -86,7 +86,7 @@ def test_json_is_read_strictly():
         spec.load_class(f"{__name__}:Nett")
     with pytest.raises(SpecError, match="not a specification"):
         spec.load_class("pathlib:Path")
-    with pytest.raises(SpecError, match="names no class"):
+    with pytest.raises(SpecError, match="is not a class name"):
         spec.load_class("Net")
 
 
@@ -201,7 +201,7 @@ def test_a_faulty_file_is_one_line_with_the_place(tmp_path, source, words):
 def test_what_is_no_python_file_is_told(tmp_path):
     text = tmp_path / "README.md"
     text.write_text("# no code\n")
-    with pytest.raises(SpecError, match="README.md is no Python file: name one"):
+    with pytest.raises(SpecError, match="README.md is not a Python file: name one"):
         spec.load_file(text)
     with pytest.raises(SpecError, match="is a folder: name a Python file in it"):
         spec.load_file(tmp_path)

@@ -1,4 +1,4 @@
-"""Where prepared data and compiled programs are kept between runs."""
+"""The cache folder for prepared data and compiled programs."""
 
 import contextlib
 import os
@@ -8,23 +8,23 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-ABANDONED = 3600  # seconds after which an unfinished folder is taken for one whose process was killed
+ABANDONED = 3600  # seconds after which an unfinished folder is assumed to belong to a killed process
 
 
 def cache_folder() -> Path:
-    """POLYGPT_CACHE, or ~/.cache/polygpt. It may not exist yet; all that lies in it can be made again."""
+    """POLYGPT_CACHE, or ~/.cache/polygpt. It may not exist yet; everything in it can be recreated."""
     return Path(os.environ.get("POLYGPT_CACHE") or "~/.cache/polygpt").expanduser()
 
 
 @contextlib.contextmanager
 def made_whole(place: Path) -> Iterator[Path]:
-    """A folder to fill, beside `place`, which is moved there whole when the block ends, and removed if it fails.
+    """Yields a temporary folder to fill, which is moved to `place` atomically at the end, or removed on failure.
 
-    A process that is killed leaves nothing that looks finished, and is swept up after; of two that fill at once, one
-    wins and the other takes its result.
+    A killed process leaves nothing that looks finished, and its remains are removed later. If two processes fill it at
+    once, one wins and the other uses its result.
 
     Raises:
-        OSError: if the folder cannot be written.
+        OSError: the folder cannot be written.
     """
     place.parent.mkdir(parents=True, exist_ok=True)
     _sweep(place.parent)
@@ -35,14 +35,14 @@ def made_whole(place: Path) -> Iterator[Path]:
         try:
             work.rename(place)
         except OSError:
-            if not place.is_dir():  # where it is one, another process was first
+            if not place.is_dir():  # otherwise another process was first
                 raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
 def _sweep(folder: Path) -> None:
-    """Removes what killed processes left behind."""
+    """Removes the remains of killed processes."""
     for path in folder.glob(".building-*"):
         with contextlib.suppress(OSError):
             if time.time() - path.stat().st_mtime > ABANDONED:

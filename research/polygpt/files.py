@@ -1,4 +1,4 @@
-"""Files that others read: written whole or not at all, their JSON strict."""
+"""Atomic writes and strict JSON."""
 
 import math
 import os
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Writes a file whole or not at all: who reads it meanwhile sees the old one. Text is written as UTF-8."""
+    """Writes a file atomically: readers see the old or the new content. Text is encoded as UTF-8."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -18,7 +18,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def plain(value: Any) -> Any:
-    """The value as strict JSON data: NumPy numbers as numbers, paths as text, NaN and infinity as null."""
+    """The value as strict JSON data: converts NumPy numbers, paths to strings, NaN and infinity to null."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

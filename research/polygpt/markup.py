@@ -1,4 +1,4 @@
-"""Tables as Markdown and as LaTeX, and numbers as text: no more digits than their interval bears out."""
+"""Tables as Markdown and LaTeX, and numbers as text with as many digits as their interval supports."""
 
 import dataclasses
 import math
@@ -24,7 +24,7 @@ _NEGATIVE = re.compile(r"(?<![\w.)])-(?=[\d.])")
 """The sign of a negative number, which LaTeX would set as a hyphen."""
 _MARKDOWN = str.maketrans({character: f"\\{character}" for character in "\\|*_<"})
 _MOST = 10
-"""Digits after the point, at most."""
+"""Maximum number of decimals."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,12 +33,12 @@ class Table:
 
     Attributes:
         title: what it shows.
-        columns: their heads.
-        rows: a cell for each column.
-        bold: cells that stand out, (row, column).
+        columns: column headings.
+        rows: one cell per column.
+        bold: highlighted cells, (row, column).
         code: columns whose cells are code.
         prose: columns whose cells are sentences; like the first column they are left-aligned.
-        notes: sentences to be read below.
+        notes: sentences below the table.
     """
 
     title: str
@@ -84,17 +84,17 @@ def latex(table: Table) -> str:
 
 
 def escaped_latex(text: str) -> str:
-    """Text that LaTeX sets as it is."""
+    """Text escaped for LaTeX."""
     return _NEGATIVE.sub("$-$", text.translate(_LATEX))
 
 
 def escaped_markdown(text: str) -> str:
-    """Text that Markdown shows as it is, on one line."""
+    """Text escaped for Markdown, on one line."""
     return " ".join(text.split()).translate(_MARKDOWN)
 
 
 def plain_text(text: str) -> str:
-    """What `escaped_markdown` made of a text, as it was."""
+    """Inverse of `escaped_markdown`."""
     return re.sub(r"\\([\\|*_<])", r"\1", text)
 
 
@@ -141,7 +141,7 @@ def value_text(value: int | float | str | None) -> str:
 
 
 def as_written(value: float | None) -> str:
-    """A figure of a paper, with the digits that it was written with."""
+    """A value from a paper, with its original digits."""
     return "–" if value is None else f"{value:,.10g}"
 
 
@@ -168,7 +168,7 @@ def duration(seconds: float) -> str:
 
 
 def _sides(table: Table) -> str:
-    """By column, on which side it is aligned: l or r."""
+    """Alignment of each column: l or r."""
     return "".join("l" if j == 0 or j in table.prose else "r" for j in range(len(table.columns)))
 
 

@@ -1,8 +1,8 @@
-"""The source of classes that were defined in a notebook, or in the script that was started: in `__main__`.
+"""Extracts the source of classes defined in `__main__`, in a notebook or a script.
 
-Such classes cannot be imported again. Their source is put together from the definitions that they need, so that running
-it repeats neither training nor plotting: a statement of a cell (or of the script) is taken if it binds a name that a
-statement taken before refers to. Of several bindings of a name the last counts.
+Such classes cannot be imported again. Their source is assembled from the definitions that they need, so that running it
+repeats neither training nor plotting: a statement of a cell (or of the script) is included if it binds a name that an
+included statement refers to. The last of several bindings of a name counts.
 """
 
 import ast
@@ -24,7 +24,7 @@ class _Statement:
         place: whether it is no import from the future, the number of its cell, and its first line there.
         text: its source.
         binds: the names that it binds.
-        needs: the global names that it refers to, in whatever scope.
+        needs: the global names that it refers to, in any scope.
         always: whether it is taken in any case: an import from the future, or of all names of a module.
     """
 
@@ -36,11 +36,11 @@ class _Statement:
 
 
 def source(names: Iterable[str], script: Path | None = None) -> bytes | None:
-    """The definitions of these names of `__main__` and all that they need; None if they are not there.
+    """The definitions of these names of `__main__` and everything they need; None if they are not found.
 
     Args:
-        names: of its classes.
-        script: a file to look in, instead of what was executed in this process.
+        names: names of classes.
+        script: a file to search instead of the code executed in this process.
     """
     cells = _executed() if script is None else [script.read_text(encoding="utf-8")]
     statements = [made for number, cell in enumerate(cells) for made in _statements(number, cell)]
@@ -58,13 +58,13 @@ def source(names: Iterable[str], script: Path | None = None) -> bytes | None:
 
 
 def script() -> Path | None:
-    """The file that was started, if `__main__` is one."""
+    """The file of `__main__`, if it is a script."""
     file = getattr(sys.modules[MAIN], "__file__", None)
     return Path(file).resolve() if file and Path(file).is_file() else None
 
 
 def _executed() -> list[str]:
-    """What was executed in `__main__`, in order: IPython's cells, the script, or what a Python shell remembers."""
+    """The code executed in `__main__`, in order: IPython's cells, the script, or the history of a Python shell."""
     if isinstance(cells := getattr(sys.modules[MAIN], "In", None), list):
         return [cell for cell in cells if isinstance(cell, str)]
     if (file := script()) is not None:
@@ -81,7 +81,7 @@ def _statements(number: int, cell: str) -> Iterator[_Statement]:
     lines = cell.splitlines()
     for node in body:
         decorators = [decorator.lineno for decorator in getattr(node, "decorator_list", ())]
-        begin = min([node.lineno, *decorators])  # a segment leaves them out
+        begin = min([node.lineno, *decorators])  # segments exclude decorators
         text = "\n".join(lines[begin - 1 : node.end_lineno]) if decorators else ast.get_source_segment(cell, node)
         future = isinstance(node, ast.ImportFrom) and node.module == "__future__"
         star = isinstance(node, ast.ImportFrom) and node.names[0].name == "*"
@@ -100,7 +100,7 @@ def _referred(scope: symtable.SymbolTable) -> Iterator[str]:
 
 
 def _quoted(node: ast.AST) -> Iterator[str]:
-    """The names in annotations that are quoted."""
+    """The names in quoted annotations."""
     for part in ast.walk(node):
         if isinstance(part, ast.AnnAssign) and isinstance(part.annotation, ast.Constant):
             tree = ast.parse(str(part.annotation.value), mode="eval")

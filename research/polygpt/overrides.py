@@ -1,4 +1,4 @@
-"""Specifications overridden by dotted names, `{"model.decoder.depth": "4"}`: what a command line may set, and sets.
+"""Overrides fields of specifications by dotted names, `{"model.decoder.depth": "4"}`, as on the command line.
 
 `replaced` takes values as they are, `{"model.decoder.depth": 4}`: what a program sets. For `override` the text of a
 value is read as JSON where it is JSON. A field that holds a specification takes another class by name,
@@ -19,38 +19,37 @@ from polygpt.spec import Spec, conform, field_help, from_json, hints, load_class
 
 @dataclass(frozen=True)
 class _Value:
-    """A value that is no text to be read."""
+    """A value that is not text to parse."""
 
     value: Any
 
 
 Changes = dict[tuple[str, ...], str | _Value]
-"""Texts, or values, by the rest of a dotted name; () is the value itself."""
+"""Text or values by the remainder of a dotted name; () is the value itself."""
 
 
 def override(spec: Any, changes: Mapping[str, str]) -> Any:
-    """`spec` with each dotted name set to the value that its text means, all at once: their order does not matter.
+    """`spec` with each dotted name set to its parsed value, all at once: the order does not matter.
 
     Raises:
-        SpecError: for a name that does not exist (with the nearest names) or a value that its field does not allow.
+        SpecError: a name does not exist (suggests similar names), or a value is not allowed.
     """
     return _set(spec, type(spec), {tuple(name.split(".")): text for name, text in changes.items()}, "")
 
 
 def replaced(spec: Any, changes: Mapping[str, Any]) -> Any:
-    """`spec` with each dotted name set to a value of its field's own type, a specification among them; all at once.
+    """`spec` with each dotted name set to a value of the field's type, all at once.
 
-    Of two names of which one lies inside the other, the inner is set in what the outer was set to. A mapping takes new
-    entries.
+    If one name is inside another, it is set in the new value of the outer one. Mappings accept new entries.
 
     Raises:
-        SpecError: as `override`.
+        SpecError: like `override`.
     """
     return _set(spec, type(spec), {tuple(name.split(".")): _Value(value) for name, value in changes.items()}, "")
 
 
 def _set(value: Any, annotation: Any, changes: Changes, name: str) -> Any:
-    """`value`, the dotted `name` of the whole, with changes to itself or below it."""
+    """`value`, whose dotted name is `name`, with changes to itself or to its fields."""
     inside: dict[str, Changes] = {}
     for path, text in changes.items():
         if path:
@@ -87,7 +86,7 @@ def _set(value: Any, annotation: Any, changes: Changes, name: str) -> Any:
 
 
 def _entry(path: tuple[str, ...], value: Any) -> tuple[str, tuple[str, ...]]:
-    """The first part of a dotted name and the rest of it; names of a mapping's entries may have dots themselves."""
+    """The first part of a dotted name and the rest; names of mapping entries may contain dots."""
     if isinstance(value, Mapping):
         for n in range(len(path), 1, -1):
             if (key := ".".join(path[:n])) in value:
@@ -96,7 +95,8 @@ def _entry(path: tuple[str, ...], value: Any) -> tuple[str, tuple[str, ...]]:
 
 
 def _made(cls: type, kept: Mapping[str, Any], annotation: Any, inside: dict[str, Changes], name: str) -> Any:
-    """A specification of `cls` with the fields `kept`, changed: made once, so that fields may change together."""
+    """A specification of `cls` with the fields `kept` and changes: constructed once, so that fields may change
+    together."""
     known, values = hints(cls), dict(kept)
     for key, own in inside.items():
         if key not in known:
@@ -113,7 +113,7 @@ def _made(cls: type, kept: Mapping[str, Any], annotation: Any, inside: dict[str,
 
 
 def _shared(value: Any, cls: type) -> dict[str, Any]:
-    """The fields of a specification that `cls` has too and that are not the defaults of its own class."""
+    """The fields of a specification that `cls` also has and that differ from their defaults."""
     if not isinstance(value, Spec):
         return {}
     own = {key: getattr(value, key) for key in hints(type(value)) if key in hints(cls)}
@@ -121,7 +121,7 @@ def _shared(value: Any, cls: type) -> dict[str, Any]:
 
 
 def _default(cls: type, key: str) -> Any:
-    """A field's default; MISSING where there is none."""
+    """A field's default; MISSING if there is none."""
     field = next(field for field in fields(cls) if field.name == key)
     return field.default if field.default_factory is MISSING else field.default_factory()
 
@@ -161,7 +161,7 @@ def _parse(data: Any, annotation: Any, text: str, name: str) -> Any:
     try:
         return conform(annotation, data, f"--{name}")
     except SpecError:
-        return conform(annotation, text, f"--{name}")  # a field of text whose value looks like JSON: --name 12
+        return conform(annotation, text, f"--{name}")  # a string field whose value looks like JSON: --name 12
 
 
 def _holds_spec(annotation: Any, value: Any) -> bool:
@@ -172,7 +172,7 @@ def _holds_spec(annotation: Any, value: Any) -> bool:
 
 
 def leaves(spec: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any, str]]:
-    """Every name that `override` takes: (dotted name, annotation, value, help text), depth first."""
+    """Every name that `override` accepts: (dotted name, annotation, value, help text), depth first."""
     texts = field_help(type(spec))
     for key, annotation in hints(type(spec)).items():
         value = getattr(spec, key)

@@ -1,4 +1,4 @@
-"""The copies of user code that a run keeps, so that its weights are always read by the code that trained them.
+"""A run's copies of user code, so that its weights are always loaded by the code that trained them.
 
 A run folder has `code/`: a copy of each file outside of this package whose class the run's configuration names, and of
 what these files import from their own folder or package, or from the working directory around it.
@@ -6,8 +6,8 @@ what these files import from their own folder or package, or from the working di
 unless the configuration names one of their classes. Of a notebook the definitions that its classes need are kept: see
 `notebook.py`.
 
-While all originals are unchanged, they are used. Where one has changed or is gone, all classes are loaded from the
-copies. The module of a copy is called by its path and has the original's name as `__copy_of__`, so that the
+The originals are used as long as all are unchanged. If one has changed or is gone, all classes are loaded from the
+copies. The module of a copy is named by its path and has the original's name as `__copy_of__`, so that the
 configuration reads the same, and two runs with different copies of a file can be open in one process. Import statements
 in a copy find the other copies; imports by other means do not. `__file__` is the original, if it still exists: data
 files beside it are not copied.
@@ -38,12 +38,12 @@ INDEX = "sources.json"
 
 
 def keep(value: Any, folder: Path, aside: Path | None = None) -> None:
-    """Makes `folder` hold copies of the user code inside `value`; it is removed where there is none.
+    """Stores copies of the user code in `value` in `folder`; removes the folder if there is none.
 
     Args:
-        value: holds specifications.
-        folder: left as it is if it holds these copies already.
-        aside: where what it holds is moved, if that is something else; removed by default.
+        value: contains specifications.
+        folder: not changed if it already has these copies.
+        aside: where to move different existing copies; default: remove them.
     """
     entries, texts, taken = [], {}, {}
     for source in collect(value).values():
@@ -73,7 +73,7 @@ def _entries(folder: Path) -> list[dict[str, Any]] | None:
 
 
 def _place(source: Source, taken: dict[str, Path]) -> Path:
-    """Where a copy lies: in a folder called as that in which the original, or its outermost package, lies."""
+    """Path of a copy: in a folder named like the folder of the original or of its outermost package."""
     if source.original is None:
         return Path("notebook", "notebook.py")
     package = source.original.name == "__init__.py"
@@ -85,10 +85,10 @@ def _place(source: Source, taken: dict[str, Path]) -> Path:
 
 
 class Snapshot:
-    """The copies of user code in a folder; none if it does not exist.
+    """The copies of user code in a folder, which need not exist.
 
     Raises:
-        UserError: if a copy is missing.
+        UserError: a copy is missing.
     """
 
     def __init__(self, folder: Path):
@@ -98,22 +98,22 @@ class Snapshot:
         for entry in _entries(folder) or []:
             place = self._places[entry["name"]] = folder.resolve() / entry["file"]
             if not place.is_file():
-                raise UserError(f"{place} is missing: restore it, or use the code as it is now with --code current")
+                raise UserError(f"{place} is missing: restore it, or use the current code with --code current")
             text, original = place.read_bytes(), entry["original"]
             if hashlib.sha256(text).hexdigest() != entry["sha256"]:
-                log.warning("%s has been edited since it was kept", place)
+                log.warning("%s was edited after it was copied", place)
             classes = tuple(entry.get("classes", ()))
             self.sources[entry["name"]] = Source(entry["name"], original and Path(original), text, classes)
 
     @functools.cached_property
     def needed(self) -> bool:
-        """Whether the originals will not do: one has changed, or is gone."""
+        """Whether the copies are needed, because an original has changed or is gone."""
         unchanged = (source.text == source.now for source in self.sources.values())
         main = self.sources.get(notebook.MAIN)
         return not all(unchanged) or main is not None and main.live is None
 
     def edited(self) -> list[str]:
-        """The originals whose code has changed, by path; "the notebook" has none."""
+        """Paths of the originals whose code has changed, or "the notebook"."""
         names = []
         for source in self.sources.values():
             now = source.now
@@ -125,16 +125,16 @@ class Snapshot:
         return list(dict.fromkeys(names))
 
     def load_module(self, name: str) -> types.ModuleType:
-        """A module as the run's configuration names it: the copy where it is needed. Raises SpecError if it fails."""
+        """A module by its name in the run's configuration, from its copy if needed. Raises SpecError if it fails."""
         return self._copy(name) if name in self.sources and self.needed else spec.load_module(name)
 
     def load_current(self, name: str) -> types.ModuleType:
-        """The module as it is now. Raises SpecError if it is gone, or fails."""
+        """The current module. Raises SpecError if it is gone or fails."""
         source = self.sources.get(name)
         gone = source and (source.live if name == notebook.MAIN else source.now) is None
         if gone:
             place = source.original or "the notebook"
-            raise SpecError(f"the code of {place} is not there any more: leave out --code current")
+            raise SpecError(f"the code of {place} no longer exists: omit --code current")
         return spec.load_module(name)
 
     def load_file(self, place: str) -> types.ModuleType:
@@ -156,7 +156,7 @@ class Snapshot:
         return spec.execute(module, source.text, place)
 
     def _import(self, name, globals=None, locals=None, fromlist=(), level=0):
-        """What `import` does in a copy: as the built-in, but other copies come before modules of the same name."""
+        """`import` inside a copy: like the built-in, but other copies take precedence over modules of the same name."""
         if level:
             name = importlib.util.resolve_name("." * level + name, globals["__package__"])
         parts = name.split(".")
@@ -176,13 +176,13 @@ class Snapshot:
     def _imported(self, name: str) -> types.ModuleType:
         if name in self.sources:
             return self._copy(name)
-        if any(kept.startswith(f"{name}.") for kept in self.sources):  # a package without a file of its own
+        if any(kept.startswith(f"{name}.") for kept in self.sources):  # a package without a file
             return self._bare.setdefault(name, types.ModuleType(name))
         return importlib.import_module(name)
 
 
 def load_file(path: str) -> types.ModuleType:
-    """`spec.load_file`, for the copies that a run keeps too."""
+    """`spec.load_file` that also handles a run's copies."""
     folder = _folder_of(Path(path))
     return spec.load_file(path) if folder is None else Snapshot(folder).load_file(path)
 

@@ -1,6 +1,6 @@
-"""User code: which files outside of this package the classes of a specification come from, and what is in them.
+"""User code: finds the files outside of this package that define a specification's classes, and hashes them.
 
-A run keeps copies of these files (`snapshot.py`), and an ablation's results are known by their hashes.
+A run keeps copies of these files (`snapshot.py`), and keys of ablation results include their hashes.
 """
 
 import ast
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 OWN = __name__.partition(".")[0]
 """This package: its files are never copied."""
 ENTRIES = ("ablation", "experiment", "search")
-"""Functions of a file that describe runs and are no part of what its classes compute."""
+"""Functions that describe runs and do not affect what a file's classes compute."""
 INSTALLED = tuple({Path(sysconfig.get_path(kind)).resolve() for kind in ("stdlib", "purelib", "platlib")})
 
 
@@ -44,19 +44,19 @@ def classes_of(value: Any) -> Iterator[type]:
 
 
 def user_classes(value: Any) -> list[type]:
-    """Those of them that lie outside of this package, each once."""
+    """Those classes that are outside of this package, each once."""
     return [cls for cls in dict.fromkeys(classes_of(value)) if parts_of(cls.__module__)[0] != OWN]
 
 
 def file_of(cls: type) -> Path | None:
-    """The file that a class was loaded from: a run's copy, if it was one. None if it was typed into an interpreter."""
+    """The file that a class was loaded from, which may be a run's copy. None if it was typed into an interpreter."""
     module = sys.modules.get(cls.__module__)
     file = cls.__module__ if hasattr(module, "__copy_of__") else getattr(module, "__file__", None)
     return Path(file) if file else None
 
 
 def code_hash(file: Path) -> str:
-    """SHA-256 of what a file computes: everything but comments, the docstring and the functions in ENTRIES."""
+    """SHA-256 of a file's code without comments, the module docstring and the functions in ENTRIES."""
     return _code_hash(file, os.stat(file).st_mtime_ns)
 
 
@@ -80,8 +80,8 @@ class Source:
     Attributes:
         name: of the module: dotted, the path of a file that `load_file` loaded, or "__main__".
         original: its file; None for a notebook.
-        text: its content when it was kept.
-        classes: of "__main__", those that it is kept for.
+        text: its content when it was copied.
+        classes: for "__main__", the classes that need it.
     """
 
     name: str
@@ -91,7 +91,7 @@ class Source:
 
     @property
     def now(self) -> bytes | None:
-        """Its content now: as it is loaded in this process, or else that of its file. None if there is neither."""
+        """The current content: as loaded in this process, otherwise from its file. None if there is neither."""
         file = self.original if self.original and self.original.is_file() else None
         if self.live is not None or file is None:
             return self.live
@@ -99,7 +99,7 @@ class Source:
 
     @property
     def live(self) -> bytes | None:
-        """Its content as it is loaded in this process, if that is known."""
+        """The content as loaded in this process, if known."""
         if self.name == notebook.MAIN:
             return notebook.source(self.classes)
         return getattr(sys.modules.get(self.name), "__source__", None)
@@ -125,7 +125,7 @@ def collect(value: Any) -> dict[str, Source]:
 
 
 def _collect(name: str, roots: tuple[Path, ...], found: dict[str, Source]) -> None:
-    """Adds a module, unless it is there, with its packages and what it imports."""
+    """Adds a module with its packages and imports, unless already present."""
     file = _file(name)
     if file is None or name in found:
         return
@@ -170,7 +170,7 @@ def _roots(name: str) -> tuple[Path, ...]:
 
 
 def _file(name: str) -> Path | None:
-    """The Python file of a module, found without importing anything; None if it has none."""
+    """The Python file of a module, found without importing it; None if it has none."""
     if name in sys.modules:
         file = getattr(sys.modules[name], "__file__", None)
     else:

@@ -1,11 +1,11 @@
-"""Specifications: frozen dataclasses that say what to build, travel as JSON and are overridden by dotted names.
+"""Specifications: frozen dataclasses that describe what to build, serialize to JSON and accept dotted overrides.
 
 A specification is a subclass of `Spec`. Its fields are plain values, other specifications, tuples, or mappings from
-names to either; a string literal below a field is its help text. Every value is checked against its annotation when the
-specification is made, so a typing mistake is an error at once and names the field.
+names to either; a string literal below a field is its help text. Every value is checked against its annotation on
+construction, so a type error is reported immediately and names the field.
 
 As JSON (`to_json`, `from_json`) each specification is an object whose `"class"` key names its class as
-`"package.module:Class"`, or `"/path/to/file.py:Class"` for a class of a user's own file. Reading is strict. Setting
+`"package.module:Class"`, or `"/path/to/file.py:Class"` for a class in a user file. Reading is strict. Setting
 fields by dotted names is in `overrides.py`.
 """
 
@@ -30,7 +30,7 @@ from polygpt.errors import SpecError, UserError
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """Base of all specifications. Subclasses are frozen dataclasses too."""
+    """Base class of all specifications. Subclasses must be frozen dataclasses."""
 
     def __post_init__(self):
         for name, annotation in hints(type(self)).items():
@@ -39,7 +39,7 @@ class Spec:
         self.validate()
 
     def validate(self) -> None:
-        """Raises SpecError where fields do not fit together. Called when the specification is made."""
+        """Raises SpecError if fields are inconsistent. Called on construction."""
 
     def require(self, condition: bool, field: str, allowed: str) -> None:
         """Raises SpecError naming the field, its value and what is allowed, unless `condition` holds."""
@@ -47,7 +47,7 @@ class Spec:
             raise SpecError(f"{type(self).__name__}.{field} is {getattr(self, field)!r}: it must be {allowed}")
 
     def replace(self, **changes):
-        """A copy with some fields changed; checked like any other."""
+        """A copy with some fields changed; validated like any other."""
         return dataclasses.replace(self, **changes)
 
 
@@ -77,7 +77,7 @@ def field_help(cls: type) -> dict[str, str]:
 
 
 def counted(number: int, one: str, many: str | None = None) -> str:
-    """ "1 host", "2 hosts": a number of things, for a message; `many` is "<one>s" by default."""
+    """A count with its noun, for messages: "1 host", "2 hosts"; `many` defaults to "<one>s"."""
     return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
@@ -85,7 +85,7 @@ def counted(number: int, one: str, many: str | None = None) -> str:
 
 
 def describe(annotation: Any) -> str:
-    """An annotation as a person would say it."""
+    """A readable description of an annotation."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Literal:
         return "one of " + ", ".join(map(repr, arguments))
@@ -101,7 +101,7 @@ def describe(annotation: Any) -> str:
 
 
 def conform(annotation: Any, value: Any, where: str) -> Any:
-    """`value` as `annotation` wants it (an int becomes a float, a list a tuple), or SpecError naming `where`."""
+    """`value` converted to `annotation` (int to float, list to tuple). Raises SpecError naming `where`."""
     fault = SpecError(f"{where} is {value!r}: it must be {describe(annotation)}")
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if annotation is Any:
@@ -140,7 +140,7 @@ def conform(annotation: Any, value: Any, where: str) -> Any:
 
 
 def nearest(name: str, options: Iterable[str], unlisted: Iterable[str] = ()) -> str:
-    """A clause that suggests the options that look most like `name`, `unlisted` ones only if they do."""
+    """A clause that suggests the options most similar to `name`; `unlisted` ones only if they are similar."""
     options = list(options)
     close = difflib.get_close_matches(name, [*options, *unlisted], n=3, cutoff=0.5)
     return f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(sorted(options)) or 'none'}"
@@ -150,10 +150,10 @@ def nearest(name: str, options: Iterable[str], unlisted: Iterable[str] = ()) -> 
 
 
 def load_file(path: str | Path) -> types.ModuleType:
-    """Imports a user's own file, once. The module's name is the absolute path, by which its classes are found again.
+    """Imports a user file, once. The module's name is the absolute path, by which its classes are found later.
 
     Raises:
-        SpecError: if there is no such file, or it cannot be imported.
+        SpecError: the file does not exist or cannot be imported.
     """
     path = Path(path).resolve()
     name = str(path)
@@ -162,23 +162,23 @@ def load_file(path: str | Path) -> types.ModuleType:
     if path.is_dir():
         raise SpecError(f"{path} is a folder: name a Python file in it")
     if not path.is_file():
-        raise SpecError(f"no file {path}: name a Python file that is there")
+        raise SpecError(f"no file {path}: name an existing Python file")
     if path.suffix != ".py":
-        raise SpecError(f"{path} is no Python file: name one, NAME.py")
+        raise SpecError(f"{path} is not a Python file: name one, NAME.py")
     module = types.ModuleType(name)
     module.__file__ = name
     return execute(module, path.read_bytes(), path)
 
 
 def execute(module: types.ModuleType, source: bytes, path: Path) -> types.ModuleType:
-    """Runs the source of a user's file in a new module, whose `__source__` it becomes.
+    """Runs the source of a user file in a new module and stores it as `__source__`.
 
     Raises:
-        SpecError: naming the file and its line, if it fails. The module is then not left in `sys.modules`.
+        SpecError: it fails; names the file and the line. The module is then removed from `sys.modules`.
     """
     module.__source__ = source
     before = sys.modules.get(module.__name__)
-    sys.modules[module.__name__] = module  # before execution: dataclasses look their module up
+    sys.modules[module.__name__] = module  # before execution, because dataclasses look up their module
     try:
         with faults_of(path):
             exec(compile(source, path, "exec"), vars(module))
@@ -193,7 +193,7 @@ def execute(module: types.ModuleType, source: bytes, path: Path) -> types.Module
 
 @contextlib.contextmanager
 def faults_of(path: str | Path) -> Iterator[None]:
-    """An error while a user's own file runs becomes a SpecError of one line: the file, its line, and the error."""
+    """Turns an error in a user file into a one-line SpecError with file, line and error."""
     path = Path(path).resolve()
     try:
         yield
@@ -207,16 +207,16 @@ def faults_of(path: str | Path) -> Iterator[None]:
 
 
 def class_name(cls: type) -> str:
-    """`"package.module:Class"`, by which `load_class` finds the class again.
+    """The name `"package.module:Class"`, for `load_class`.
 
-    A class that was loaded from a run's copy of its file is named as the original: see `sources.Snapshot`.
+    A class loaded from a run's copy of its file has the original's name: see `sources.Snapshot`.
     """
     module = getattr(sys.modules.get(cls.__module__), "__copy_of__", cls.__module__)
     return f"{module}:{cls.__qualname__}"
 
 
 def load_module(name: str) -> types.ModuleType:
-    """A user's file by its path, or a module by its name; raises SpecError if it cannot be imported."""
+    """Imports a user file by path, or a module by name. Raises SpecError if that fails."""
     if name.endswith(".py"):
         return load_file(name)
     try:
@@ -226,14 +226,14 @@ def load_module(name: str) -> types.ModuleType:
 
 
 def load_class(name: str, load: Callable[[str], types.ModuleType] = load_module) -> type:
-    """The specification class called `name`, of a module that `load` returns.
+    """The specification class `name`, from a module that `load` returns.
 
     Raises:
-        SpecError: saying which part of the name is wrong.
+        SpecError: says which part of the name is wrong.
     """
     module_name, colon, qualified = name.rpartition(":")
     if not colon:
-        raise SpecError(f"{name!r} names no class: write 'package.module:Class' or 'file.py:Class'")
+        raise SpecError(f"{name!r} is not a class name: write 'package.module:Class' or 'file.py:Class'")
     module = load(module_name)
     found = module
     for part in qualified.split("."):
@@ -264,22 +264,22 @@ def to_json(value: Any) -> Any:
 
 
 def new_names(cls: type) -> dict[str, str]:
-    """Former names of fields of a specification, and today's."""
+    """Former and current names of a specification's fields."""
     return migration.new_names(class_name(base) for base in reversed(cls.__mro__) if base is not object)
 
 
 def nearest_field(name: str, cls: type, unlisted: Iterable[str] = ()) -> str:
-    """A clause about an unknown field of `cls`: its name today if it was renamed, or the nearest names."""
+    """A clause about an unknown field of `cls`: its current name if renamed, or similar names."""
     if name in (names := new_names(cls)):
         return f"it is called {names[name]} now"
     return nearest(name, hints(cls), unlisted)
 
 
 def from_json(data: Any, where: str = "config", load: Callable[[str], types.ModuleType] = load_module) -> Any:
-    """Reads what `to_json` wrote. Strict: an unknown or missing key is a SpecError with the nearest names.
+    """Reads the output of `to_json`. Strict: raises SpecError for unknown or missing keys, with similar names.
 
-    A field that is missing from an older file is an error too: its default may have changed, which would make it a
-    different run. `load` gives the modules of the classes that are named.
+    A missing field in an older file is an error too, because its default may have changed, which would make it a
+    different run. `load` returns the modules of named classes.
     """
     if isinstance(data, list):
         return tuple(from_json(item, f"{where}[{i}]", load) for i, item in enumerate(data))

@@ -1,7 +1,7 @@
 """Compiling for TPUs ahead of time, on a machine that has none.
 
-libtpu bears the whole TPU compiler, so a program can be compiled for any slice anywhere: its compiled text and its
-memory are those of the real thing, but it cannot be run. The caller must select TPU kernels
+libtpu contains the TPU compiler, so programs can be compiled for any slice on any machine. Compiled text and memory are
+real, but the program cannot run. The caller must select TPU kernels
 (`attention.kernels.dispatch.compiling_for("tpu")`).
 """
 
@@ -21,7 +21,7 @@ from polygpt.errors import UserError
 FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 SOLID = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16")
 SHAPES = {"v4": SOLID, "v5e": FLAT, "v5p": SOLID, "v6e": FLAT, "tpu7x": SOLID}
-"""Generations, and the shapes in chips of their slices; a solid one may also be of any three multiples of 4."""
+"""Slice shapes in chips, by generation; 3D slices may also have any three multiples of 4."""
 COUNTED = {"v4": 2, "v5e": 1, "v5p": 2, "v6e": 1, "tpu7x": 2}
 """What the number in a name such as v5p-128 counts: cores of a chip, or chips (Cloud TPU's page of each generation)."""
 MEGACORE = {"v4": {"chip_config_name": "megacore"}}
@@ -32,15 +32,15 @@ ENVIRONMENT = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # these two: what it would ask for, and complain of
     "TPU_WORKER_HOSTNAMES": "localhost",
 }
-"""What libtpu reads when it is loaded."""
+"""Environment variables that libtpu reads when loaded."""
 
 
 def devices(name: str, slices: int = 1) -> list[jax.Device]:
-    """The devices of a slice such as "v5e:4x8", to make meshes and shardings of; arrays cannot be put there.
+    """The devices of a slice such as "v5e:4x8", for meshes and shardings; they cannot hold arrays.
 
     Args:
         name: one of the shapes that the generation is offered in, see `SHAPES`.
-        slices: how many such slices, joined by the data-centre network.
+        slices: number of slices, connected by the data-centre network.
 
     Raises:
         UserError: there is no such slice, or libtpu is not installed.
@@ -104,7 +104,7 @@ def compile_for(name: str, function: Callable, *arguments: Any) -> jax.stages.Co
     Args:
         name: as of `devices`.
         function: what `jax.jit` takes, or has taken.
-        arguments: pytrees of arrays or `jax.ShapeDtypeStruct`; only shapes and types are looked at.
+        arguments: pytrees of arrays or `jax.ShapeDtypeStruct`; only shapes and dtypes matter.
 
     Raises:
         UserError: as `devices`. What the TPU compiler refuses is a `jax.errors.JaxRuntimeError`; RESOURCE_EXHAUSTED,
@@ -118,7 +118,7 @@ def compile_for(name: str, function: Callable, *arguments: Any) -> jax.stages.Co
 
 
 def compiled(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-    """`lowered.compile()` for devices of `devices`, around the persistent cache: it would write what it cannot read."""
+    """`lowered.compile()` for `devices`, bypassing the persistent cache, which cannot read its own entries for them."""
     setting = "jax_persistent_cache_min_compile_time_secs"
     before = getattr(jax.config, setting)
     jax.config.update(setting, float("inf"))
@@ -139,7 +139,7 @@ def _multiples_of_4(shape: str) -> bool:
 
 @contextlib.contextmanager
 def _environment() -> Iterator[None]:
-    """`ENVIRONMENT`, while libtpu is loaded; what was set before stays, and is left as it was."""
+    """Sets `ENVIRONMENT` while libtpu is loaded; existing values take precedence and are preserved."""
     added = {name: value for name, value in ENVIRONMENT.items() if name not in os.environ}
     os.environ.update(added)
     try:

@@ -124,7 +124,7 @@ def test_a_run_opens_though_its_file_is_edited_or_gone(run, tmp_path):
     forget(file.parent)
     file.rename(tmp_path / "moved.py")
     assert factor("run") == 1.0
-    with pytest.raises(SpecError, match="is not there any more: leave out --code current"):
+    with pytest.raises(SpecError, match="no longer exists: omit --code current"):
         open_run(whole, code="current")
 
 
