@@ -205,7 +205,7 @@ def test_constants_are_kept_to_the_bit_and_parameters_train(fields):
 @pytest.mark.parametrize("fields", BLOCKS.values(), ids=BLOCKS)
 def test_a_forward_pass_that_changes_statistics_is_refused(fields):
     model = bind(tiny(adapters={}, mlp=Averaging("statistics"), **fields), 31)
-    with pytest.raises(SpecError, match="changes .*norm/mean, which is no nnx.Param"):
+    with pytest.raises(SpecError, match="changes .*norm/mean, which is not an nnx.Param"):
         jax.eval_shape(model.apply, model.abstract(), build([[example(9)]], 12, adapters={}))
 
 

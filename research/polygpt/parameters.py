@@ -94,10 +94,10 @@ def traits(module: nnx.Module) -> Any:
 
 @contextlib.contextmanager
 def merged(graphdef: Any, variables: Any) -> Iterator[Any]:
-    """The module of a static part and its variables, for one forward pass.
+    """The module with the given static part and variables, for one forward pass.
 
     Raises:
-        SpecError: if the pass has changed a constant, for a step would forget that.
+        SpecError: if the pass changed a constant, because a training step would lose the change.
     """
     module = nnx.merge(graphdef, variables)
     before = _constants(module)
@@ -106,8 +106,8 @@ def merged(graphdef: Any, variables: Any) -> Iterator[Any]:
     for name, value in before.items():
         if after[name] is not value:
             raise SpecError(
-                f"the forward pass changes {name}, which is no nnx.Param, and a training step keeps only what the "
-                "optimizer changes: let it stay as it is, such as with use_running_average=True, or choose a norm of "
+                f"the forward pass changes {name}, which is not an nnx.Param, but a training step keeps only "
+                "changes by the optimizer: leave it unchanged, for example with use_running_average=True, or use a norm of "
                 "polygpt.nn.norms"
             )
 

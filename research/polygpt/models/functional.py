@@ -23,7 +23,7 @@ from polygpt.sequence import Batch
 from polygpt.spec import to_json
 
 Params = dict[str, Any]
-"""Nested dicts of float32 arrays, and of constants of any dtype if a module has variables that are no `nnx.Param`.
+"""Nested dicts of float32 arrays, and of constants of any dtype if a module has other variables than `nnx.Param`.
 Joined by "/", keys look like `decoder/blocks/attention/query/kernel`."""
 
 

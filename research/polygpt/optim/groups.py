@@ -44,7 +44,7 @@ class Group(Spec):
 REST = Group("")
 """The group of all parameters that match no other group."""
 CONSTANTS = Group("", freeze=True)
-"""The group of all variables that are no parameters."""
+"""The group of all variables other than parameters."""
 
 
 @dataclasses.dataclass(frozen=True)

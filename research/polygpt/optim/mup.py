@@ -69,7 +69,7 @@ class Growth:
     Attributes:
         fans: fan in and fan out. Vectors and lookup tables have a fan in of 1.
         base: fan in and fan out in the base model.
-        shrunk: ratio of the initial standard deviation to the base's, to be undone for parameters that are no kernels.
+        shrunk: ratio of the initial standard deviation to the base's, to be undone for parameters other than kernels.
     """
 
     fans: tuple[int, int]
