@@ -38,6 +38,13 @@ BANNED = {
     r"\bin the course of\b": "during",
     r"\bthe like\b": "similar",
     r"\bwants? to (know|have)\b": "needs",
+    r"\b(number|table|slope|decay|gate|vector) an? (head|query|key|position|channel)\b(?! (time|later))": "per",
+    r"\bwhat becomes of\b": "name the result",
+    r"\bwho sees whom\b": "visible pairs",
+    r"\bforgets everything\b": "resets",
+    r"\blies? whole\b": "is replicated",
+    r"\b(are turned|turns? (queries|keys|pairs))\b": "rotates",
+    r"\bcomes? out even\b": "divides evenly",
 }
 """Regular expressions and the wording to use instead."""
 GENERATED = ("experiments/ablations", "experiments/plans")

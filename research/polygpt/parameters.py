@@ -106,8 +106,8 @@ def merged(graphdef: Any, variables: Any) -> Iterator[Any]:
     for name, value in before.items():
         if after[name] is not value:
             raise SpecError(
-                f"the forward pass changes {name}, which is not an nnx.Param, but a training step keeps only "
-                "changes by the optimizer: leave it unchanged, for example with use_running_average=True, or use a norm of "
+                f"the forward pass changes {name}, which is not an nnx.Param, but a training step keeps only what the "
+                "optimizer changes: leave it unchanged, for example with use_running_average=True, or use a norm of "
                 "polygpt.nn.norms"
             )
 

@@ -109,7 +109,7 @@ def facts(experiment: Experiment, target: Target) -> Facts:
 
 
 def arranged(spec: MeshSpec, known: Facts) -> Arranged | None:
-    """The mesh of the target's devices; None where it does not come out even."""
+    """The mesh of the target's devices; None if it does not divide evenly."""
     try:
         layout = sharding.arrange(spec, known.devices)
     except (UserError, NotImplementedError, ValueError):
