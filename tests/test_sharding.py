@@ -10,11 +10,11 @@ from polygpt.errors import SpecError, UserError
 from polygpt.lab.catalogue import variants
 from polygpt.models.functional import bind
 from polygpt.parameters import paths
-from polygpt.sharding import AXES, RULES, TOGETHER, Layout, MeshSpec, arrange, constrain, splits, using
+from polygpt.sharding import AXES, RULES, TOGETHER, MeshLayout, MeshSpec, arrange, constrain, splits, using
 
 
-def layout(**sizes) -> Layout:
-    return Layout(AbstractMesh(tuple(sizes.get(axis, 1) for axis in AXES), AXES), MeshSpec(**{"data": 1} | sizes))
+def layout(**sizes) -> MeshLayout:
+    return MeshLayout(AbstractMesh(tuple(sizes.get(axis, 1) for axis in AXES), AXES), MeshSpec(**{"data": 1} | sizes))
 
 
 def test_what_is_left_of_the_devices_goes_to_one_axis():
@@ -105,7 +105,7 @@ def test_an_axis_is_split_as_far_as_the_devices_divide_it():
 
 def test_a_rule_of_the_experiment_moves_an_axis():
     rules = RULES | {"batch": ("data",), "width": (), "hidden": ("tensor", "fsdp")}
-    moved = Layout(AbstractMesh((1, 1, 2, 1, 1, 2), AXES), MeshSpec(data=1, fsdp=2, tensor=2, rules=rules))
+    moved = MeshLayout(AbstractMesh((1, 1, 2, 1, 1, 2), AXES), MeshSpec(data=1, fsdp=2, tensor=2, rules=rules))
     assert moved.axes(("width", "hidden"), (16, 32)) == PartitionSpec(None, ("tensor", "fsdp"))
 
 

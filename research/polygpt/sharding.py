@@ -157,7 +157,7 @@ class MeshSpec(Spec):
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class MeshLayout:
     """A mesh and its table, under which a program for many devices is traced.
 
     Attributes:
@@ -202,7 +202,7 @@ class Layout:
         return ", ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items() if size > 1) or "data 1"
 
 
-def arrange(spec: MeshSpec, devices: Sequence[jax.Device]) -> Layout:
+def arrange(spec: MeshSpec, devices: Sequence[jax.Device]) -> MeshLayout:
     """The mesh of these devices, with network neighbours adjacent.
 
     TPU slices and hosts are connected by slower links, so the outermost axis that they divide runs across them.
@@ -224,7 +224,7 @@ def arrange(spec: MeshSpec, devices: Sequence[jax.Device]) -> Layout:
         outer = tuple(slices if i == across else 1 for i in range(len(shape)))
         inner = tuple(size // slices if i == across else size for i, size in enumerate(shape))
         grid = mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
-    return Layout(Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES)), spec)
+    return MeshLayout(Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES)), spec)
 
 
 def rows_unit(rules: Mapping[str, tuple[str, ...]], sizes: Mapping[str, int], microbatches: int) -> int:
@@ -239,11 +239,11 @@ def rows_unit(rules: Mapping[str, tuple[str, ...]], sizes: Mapping[str, int], mi
     return math.lcm(parts(rules["batch"]), microbatches * parts(set(rules["batch"]) - set(rules["stages"])))
 
 
-_active: ContextVar[Layout | None] = ContextVar("layout", default=None)
+_active: ContextVar[MeshLayout | None] = ContextVar("layout", default=None)
 
 
 @contextlib.contextmanager
-def using(layout: Layout | None) -> Iterator[None]:
+def using(layout: MeshLayout | None) -> Iterator[None]:
     """Traces under this layout; None, as inside `shard_map`, traces for a single device."""
     token = _active.set(layout)
     try:
@@ -252,7 +252,7 @@ def using(layout: Layout | None) -> Iterator[None]:
         _active.reset(token)
 
 
-def active() -> Layout | None:
+def active() -> MeshLayout | None:
     """The layout of the current trace, or None."""
     return _active.get()
 
@@ -274,6 +274,6 @@ def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return (entry,) if isinstance(entry, str) else entry or ()
 
 
-def tree(layout: Layout, shapes: Any, axes: Any) -> Any:
+def tree(layout: MeshLayout, shapes: Any, axes: Any) -> Any:
     """The sharding of every leaf; `shapes` contains arrays or their shapes, `axes` a tuple of logical axes for each."""
     return jax.tree.map(lambda leaf, names: layout.place(names, leaf.shape), shapes, axes)

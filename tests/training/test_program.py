@@ -9,12 +9,12 @@ from polygpt.errors import UserError
 from polygpt.models.functional import bind
 from polygpt.optim.mup import MuP
 from polygpt.overrides import replaced
-from polygpt.sharding import AXES, Layout
+from polygpt.sharding import AXES, MeshLayout
 from polygpt.training.program import _require_splits, _undivided_heads, assemble
 
 
 def layout_of(**sizes):
-    return Layout(AbstractMesh(tuple(sizes.get(axis, 1) for axis in AXES), AXES))
+    return MeshLayout(AbstractMesh(tuple(sizes.get(axis, 1) for axis in AXES), AXES))
 
 
 def require_splits(**sizes):

@@ -46,7 +46,7 @@ class TextEmbedding(nnx.Module):
         return logits.reshape(*x_BTD.shape[:2], -1)
 
 
-def _sharded_lookup(table_VD: jax.Array, tokens_BT: jax.Array, layout: sharding.Layout) -> jax.Array:
+def _sharded_lookup(table_VD: jax.Array, tokens_BT: jax.Array, layout: sharding.MeshLayout) -> jax.Array:
     """[B, T, D]: each device looks up the tokens of its own vocabulary shard; an all-reduce sums the results.
 
     Megatron-LM (1909.08053), section 3. Left to itself, the compiler would all-gather the whole table and all-reduce

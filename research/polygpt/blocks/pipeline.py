@@ -26,7 +26,7 @@ from polygpt import sharding
 from polygpt.attention.contract import Context
 from polygpt.errors import SpecError
 from polygpt.nn.losses import Losses
-from polygpt.sharding import RESIDUAL, Layout
+from polygpt.sharding import RESIDUAL, MeshLayout
 
 Body = Callable[[Any, jax.Array, jax.Array, Context, jax.Array], tuple[jax.Array, Losses]]
 """One period of blocks: `(params, x_bTD, period, context, microbatch) -> (x_bTD, losses)`."""
@@ -62,7 +62,7 @@ class Schedule:
     microbatches: int
 
     @classmethod
-    def of(cls, layout: Layout) -> "Schedule | None":
+    def of(cls, layout: MeshLayout) -> "Schedule | None":
         """The schedule of a layout, or None if it has no stages."""
         stages, spec = layout.size("stages"), layout.spec
         return None if stages == 1 else cls(stages, spec.repeats, spec.microbatches or stages)
@@ -167,7 +167,7 @@ def _stage(body: Body, schedule: Schedule, policy: Callable | None) -> Callable:
     return stage if policy is None else jax.checkpoint(stage, policy=policy, prevent_cse=False)
 
 
-def _within(layout: Layout | None) -> Layout | None:
+def _within(layout: MeshLayout | None) -> MeshLayout | None:
     """The layout inside the pipeline, where rows are not split over the mesh axes of the stages."""
     if layout is None:
         return None

@@ -12,7 +12,7 @@ import tarfile
 import unicodedata
 from pathlib import Path
 
-from polygpt.cache import cache_folder
+from polygpt.cache_folder import cache_folder
 
 ABOUT = "corpus.json"
 HELD_OUT = 10  # one document in ten is held out for testing

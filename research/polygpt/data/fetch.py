@@ -10,7 +10,7 @@ import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
-from polygpt.cache import made_whole
+from polygpt.cache_folder import made_whole
 from polygpt.data.corpora import ABOUT, CATALOGUE, Package, documents, place, split_of
 from polygpt.errors import UserError
 from polygpt.files import write_atomically

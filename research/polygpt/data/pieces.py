@@ -15,7 +15,7 @@ from typing import BinaryIO, Literal
 
 import numpy as np
 
-from polygpt.cache import cache_folder, made_whole
+from polygpt.cache_folder import cache_folder, made_whole
 from polygpt.errors import BadRecord, UserError
 
 BLOCK = 4 << 20

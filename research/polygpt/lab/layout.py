@@ -1,7 +1,7 @@
 """The rows on which variants are checked: packed examples, bidirectional spans, three modalities, and padding.
 
 All layouts have the same shape, so that one compiled program serves all of them. An example is the same in every
-layout; `Layout.by_example` brings the results of two layouts into the same order.
+layout; `Rows.by_example` brings the results of two layouts into the same order.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ class Part:
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class Rows:
     """Rows of the layout.
 
     Attributes:
@@ -69,12 +69,12 @@ class Layout:
         order = np.lexsort((self.meta.position.ravel(), self.seed_BT.ravel()))
         return np.asarray(y_BTD).reshape(order.size, -1)[order[self.padding_BT.sum() :]]
 
-    def with_garbage(self) -> "Layout":
+    def with_garbage(self) -> "Rows":
         """The same layout with large vectors at padding."""
         garbage = np.float32(10 * np.random.default_rng(99).normal(size=self.x_BTD.shape))
         return dataclasses.replace(self, x_BTD=np.where(self.padding_BT[..., None], garbage, self.x_BTD))
 
-    def padded(self, more: int) -> "Layout":
+    def padded(self, more: int) -> "Rows":
         """The same layout with `more` padding positions per row."""
         B, T = self.seed_BT.shape
         longer = lay_out([[]] * B, T + more, self.x_BTD.shape[2])
@@ -83,16 +83,16 @@ class Layout:
             return np.concatenate([old, new[:, T:]], axis=1)
 
         meta = Meta(*map(joined, vars(self.meta).values(), vars(longer.meta).values()))
-        return Layout(joined(self.x_BTD, longer.x_BTD), meta, joined(self.seed_BT, longer.seed_BT))
+        return Rows(joined(self.x_BTD, longer.x_BTD), meta, joined(self.seed_BT, longer.seed_BT))
 
-    def row(self, b: int) -> "Layout":
+    def row(self, b: int) -> "Rows":
         """A single row."""
         fields = (self.x_BTD, *vars(self.meta).values(), self.seed_BT)
         x, *meta, seed = (array[b : b + 1] for array in fields)
-        return Layout(x, Meta(*meta), seed)
+        return Rows(x, Meta(*meta), seed)
 
 
-def lay_out(rows: list[list[Example | Part | int]], length: int, width: int) -> Layout:
+def lay_out(rows: list[list[Example | Part | int]], length: int, width: int) -> Rows:
     """Rows of examples, parts of examples, and numbers of padding positions; padded at the end up to `length`."""
     B = len(rows)
     x_BTD = np.zeros((B, length, width), np.float32)
@@ -119,7 +119,7 @@ def lay_out(rows: list[list[Example | Part | int]], length: int, width: int) -> 
             x_BTD[b, here] = vectors[part.start : part.stop]
     index_BT = np.ascontiguousarray(np.broadcast_to(np.arange(length, dtype=np.int32)[None], (B, length)))
     meta = Meta(index_BT, *(array[name] for name in names[:4]))
-    return Layout(x_BTD, meta, array["seed"])
+    return Rows(x_BTD, meta, array["seed"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,11 +134,11 @@ class Layouts:
         masked: a row without any example, and rows that are half padding.
     """
 
-    packed: Layout
-    permuted: Layout
-    compact: Layout
-    ragged: Layout
-    masked: Layout
+    packed: Rows
+    permuted: Rows
+    compact: Rows
+    ragged: Rows
+    masked: Rows
 
 
 def layouts(T: int, width: int) -> Layouts:

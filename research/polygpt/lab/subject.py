@@ -12,7 +12,7 @@ from polygpt.attention.contract import Attention, Context, Dims
 from polygpt.attention.kernels.dispatch import LONG
 from polygpt.attention.masks import DECODER, Causal, Mask, Meta
 from polygpt.lab.compiled import compiled
-from polygpt.lab.layout import CALLS, LEAST, Layout, layouts
+from polygpt.lab.layout import CALLS, LEAST, Rows, layouts
 from polygpt.lab.measured import EPSILON, rounding
 from polygpt.nn.positions import Position, Rope
 from polygpt.parameters import traits
@@ -219,7 +219,7 @@ class Subject:
         return Subject(self.spec.replace(**fields), self.width, self.length, position or self.position, self.calls)
 
     def cached_BTD(
-        self, layout: Layout, ring: bool = False, size: int | None = None, form: Form | None = None
+        self, layout: Rows, ring: bool = False, size: int | None = None, form: Form | None = None
     ) -> np.ndarray:
         """The variant's output through a cache for `size` positions, by default the row length."""
         form, (B, T) = form or self.form, layout.seed_BT.shape
@@ -228,7 +228,7 @@ class Subject:
         x_BTD = layout.x_BTD.astype(form.dims.dtype)
         return np.asarray(form.through_cache(self.params, x_BTD, layout.meta, cache, seen, calls=self.calls))
 
-    def y_BTD(self, layout: Layout, form: Form | None = None) -> np.ndarray:
+    def y_BTD(self, layout: Rows, form: Form | None = None) -> np.ndarray:
         """The variant's output without a cache."""
         return np.asarray((form or self.form).forward(self.params, layout.x_BTD, layout.meta))
 

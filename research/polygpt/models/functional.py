@@ -59,7 +59,7 @@ class Model:
     vocabulary: int
     graphdef: Any
     traits: Params
-    layout: sharding.Layout | None = None
+    layout: sharding.MeshLayout | None = None
     _changed: dict[str, "Model"] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -67,7 +67,7 @@ class Model:
         """P of every adapter, in the order that numbers the modalities."""
         return self.spec.positions()
 
-    def on(self, layout: sharding.Layout | None) -> "Model":
+    def on(self, layout: sharding.MeshLayout | None) -> "Model":
         """This model with its own layout, so that evaluation and generation need not handle sharding."""
         return self if layout is None else dataclasses.replace(self, layout=layout)
 

@@ -4,7 +4,7 @@ import functools
 
 import jax
 
-from polygpt.cache import cache_folder
+from polygpt.cache_folder import cache_folder
 
 
 def enable_cache() -> None:

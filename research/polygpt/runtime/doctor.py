@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from polygpt.cache import cache_folder
+from polygpt.cache_folder import cache_folder
 
 LITTLE, NOTHING = 5e9, 1e8
 """Bytes of free disk space below which a run may run out of space for checkpoints, or cannot start."""

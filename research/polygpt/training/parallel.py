@@ -12,7 +12,7 @@ from polygpt import sharding
 from polygpt.errors import UserError
 from polygpt.runtime.compilation import compiler_options
 from polygpt.sequence import Batch
-from polygpt.sharding import Layout, MeshSpec, rows_unit
+from polygpt.sharding import MeshLayout, MeshSpec, rows_unit
 from polygpt.spec import counted
 
 AXIS = "data"
@@ -41,7 +41,7 @@ class Parallel:
     rows: int
     data_shards: int
     data_shard: int
-    layout: Layout | None
+    layout: MeshLayout | None
     axes: Any
 
     def compile(self, make_step: Callable, initial: Callable) -> Callable:
@@ -192,7 +192,7 @@ def require_many(mode: str, processes: int) -> None:
         raise UserError(f"train.parallel is 'single', but there are {processes} processes: choose 'sharded'")
 
 
-def places(state: Any, axes: Any, layout: Layout) -> Any:
+def places(state: Any, axes: Any, layout: MeshLayout) -> Any:
     """The sharding of every leaf of a state: parameters by the names of their axes, optimizer state like its parameter.
 
     An optimizer leaf belongs to the parameter whose path is a suffix of its own path. If it has the parameter's shape,
@@ -223,7 +223,7 @@ def _keys(path) -> tuple[str, ...]:
     return tuple(entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey))
 
 
-def _blocks_by_process(layout: Layout) -> dict[int, tuple[int, ...]]:
+def _blocks_by_process(layout: MeshLayout) -> dict[int, tuple[int, ...]]:
     """Batch shards held by each process's devices."""
     parts = layout.size("batch")
     held: dict[int, set[int]] = {}

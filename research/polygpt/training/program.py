@@ -14,7 +14,7 @@ from polygpt.errors import UserError
 from polygpt.evaluation import conditions
 from polygpt.models.functional import Model, bind
 from polygpt.runtime import processes
-from polygpt.sharding import Layout
+from polygpt.sharding import MeshLayout
 from polygpt.training import automatic, parallel
 from polygpt.training.experiment import Experiment
 from polygpt.training.parallel import Parallel
@@ -149,7 +149,7 @@ def assemble(
     return Program(experiment, model, shapes, recipe, transformation, runs, reason, notes)
 
 
-def _require_splits(layout: Layout, shapes: Any, axes: Any) -> None:
+def _require_splits(layout: MeshLayout, shapes: Any, axes: Any) -> None:
     """Raises UserError if a mesh axis should split parameters by the layout's rules, but divides none of them.
 
     Computation on such an axis would be replicated on each of its devices.
@@ -164,7 +164,7 @@ def _require_splits(layout: Layout, shapes: Any, axes: Any) -> None:
         )
 
 
-def _undivided_heads(layout: Layout, experiment: Experiment) -> tuple[str, ...]:
+def _undivided_heads(layout: MeshLayout, experiment: Experiment) -> tuple[str, ...]:
     """One line per stack whose heads the mesh does not divide; its other widths may still be split."""
     stacks = {"model.decoder": experiment.model.decoder}
     for name, adapter in experiment.model.adapters.items():

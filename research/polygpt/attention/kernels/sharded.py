@@ -27,7 +27,7 @@ from polygpt.errors import SpecError
 
 
 def attend(
-    rule: Rule, operands: Operands, layout: sharding.Layout, choose: Callable[[Rule, Operands, bool], ModuleType]
+    rule: Rule, operands: Operands, layout: sharding.MeshLayout, choose: Callable[[Rule, Operands, bool], ModuleType]
 ) -> tuple[jax.Array, jax.Array]:
     """(y_BHTe, lse_BHT), see `problem.py`, of arrays that the layout splits.
 

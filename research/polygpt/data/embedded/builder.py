@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from polygpt.cache import cache_folder, made_whole
+from polygpt.cache_folder import cache_folder, made_whole
 from polygpt.errors import UserError
 
 ARCHIVES = Path(__file__).parent
@@ -81,7 +81,7 @@ def fingerprint(config: str) -> str:
 def data_dir(config: str) -> Path:
     """The TFDS data folder with `polygpt_embedded/<config>`, which is built if it does not exist.
 
-    `polygpt.cache.made_whole` builds it atomically, even if several processes start at once.
+    `polygpt.cache_folder.made_whole` builds it atomically, even if several processes start at once.
 
     Raises:
         UserError: if the cache folder cannot be written.

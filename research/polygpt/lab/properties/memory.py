@@ -2,7 +2,7 @@
 
 import jax
 
-from polygpt.lab.layout import Layout
+from polygpt.lab.layout import Rows
 from polygpt.lab.measured import Measured, absent, difference
 from polygpt.lab.subject import Subject, mask_of
 
@@ -58,7 +58,7 @@ def _shapes(subject, ring):
     return [x.shape for x in jax.tree.leaves(cache)]
 
 
-def _compare(subject, cached: Layout, plain: Layout, ring: bool) -> Measured:
+def _compare(subject, cached: Rows, plain: Rows, ring: bool) -> Measured:
     got_BTD = subject.cached_BTD(cached, ring)
     got, expected = cached.by_example(got_BTD), plain.by_example(subject.y_BTD(plain))
     error = difference(got, expected)

@@ -9,7 +9,7 @@ import numpy as np
 from polygpt.blocks.pipeline import Schedule
 from polygpt.scale.plan.collectives import Collective
 from polygpt.scale.plan.facts import DECODER, Arranged, Facts
-from polygpt.sharding import AXES, Layout
+from polygpt.sharding import AXES, MeshLayout
 from polygpt.training.experiment import Experiment
 
 
@@ -28,7 +28,7 @@ class Flow:
     turns: float
 
 
-def flow(positions: float, depth: int, layout: Layout, schedule: Schedule) -> Flow:
+def flow(positions: float, depth: int, layout: MeshLayout, schedule: Schedule) -> Flow:
     """`positions` are those of a device outside of the pipeline, in which devices of all stages share rows."""
     P, R, M = schedule.stages, schedule.repeats, schedule.microbatches
     shared = math.prod(layout.mesh.shape[axis] for axis in set(layout.names("batch")) & set(layout.names("stages")))

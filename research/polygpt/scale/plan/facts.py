@@ -13,7 +13,7 @@ from polygpt.models.functional import bind
 from polygpt.parameters import paths
 from polygpt.scale.plan.flops import Flops, flops
 from polygpt.scale.plan.target import Target
-from polygpt.sharding import Layout, MeshSpec, mesh_axes
+from polygpt.sharding import MeshLayout, MeshSpec, mesh_axes
 from polygpt.training.experiment import Experiment
 
 DECODER = "decoder/"
@@ -80,7 +80,7 @@ class Arranged:
         schedule: of the decoder's pipeline; without one, that of a single stage.
     """
 
-    layout: Layout
+    layout: MeshLayout
     own: float
     whole: float
     blocks: Mapping[str, OfBlock]
@@ -123,19 +123,19 @@ def arranged(spec: MeshSpec, known: Facts) -> Arranged | None:
     )
 
 
-def _shard(matrix: Matrix, layout: Layout) -> float:
+def _shard(matrix: Matrix, layout: MeshLayout) -> float:
     spec = layout.axes(matrix.names, matrix.shape)
     return matrix.size / _parts(layout, [axis for entry in spec for axis in mesh_axes(entry)])
 
 
-def _without(matrix: Matrix, layout: Layout, name: str) -> float:
+def _without(matrix: Matrix, layout: MeshLayout, name: str) -> float:
     """Elements of a device once it has gathered the axis of that name."""
     spec = layout.axes(matrix.names, matrix.shape)
     kept = [axis for own, entry in zip(matrix.names, spec, strict=True) if own != name for axis in mesh_axes(entry)]
     return matrix.size / _parts(layout, kept)
 
 
-def _block(known: Facts, layout: Layout, prefix: str, depth: int) -> OfBlock:
+def _block(known: Facts, layout: MeshLayout, prefix: str, depth: int) -> OfBlock:
     held = depth / (layout.size("layers") if prefix == DECODER else 1)  # blocks
     outputs = total = 0.0
     for matrix in known.matrices:
@@ -148,5 +148,5 @@ def _block(known: Facts, layout: Layout, prefix: str, depth: int) -> OfBlock:
     return OfBlock(outputs, total)
 
 
-def _parts(layout: Layout, axes) -> int:
+def _parts(layout: MeshLayout, axes) -> int:
     return math.prod(layout.mesh.shape[axis] for axis in axes)

@@ -12,7 +12,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from polygpt.cache import cache_folder
+from polygpt.cache_folder import cache_folder
 from polygpt.files import write_atomically
 
 MOST = 300
