@@ -3,7 +3,7 @@
     python tests/mutation [--folders attention,data] [--count 10] [--seed 0] [--survivors] [--table]
 
 Works in a clone of the committed tree. A mutant runs the fast tests whose files name its module, directly or through
-a helper; first those that mention the changed function or class; until one fails. A test that fails without the mutants
+a helper; first those that share rare words with the changed function; until one fails. A test that fails without the mutants
 as well does not count. Needs the test environment; `.mutation/results.json` keeps what was found.
 """
 
@@ -114,7 +114,7 @@ def _try(tests: Forked, folder: str, path: str, mutant: Mutant, limit: float, un
     arguments = ["-x", "-m", "not slow and not plans", *(f"--deselect={test}" for test in unsteady), *chosen]
     file.write_text(mutant.apply(source))
     try:
-        outcome = tests.run(arguments, symbols(source, mutant.line), limit)
+        outcome = tests.run(arguments, around(source, mutant.line), limit)
     finally:
         file.write_text(source)
         for made in ("runs", ".hypothesis"):
@@ -154,15 +154,13 @@ def _helped(text: str, helpers: set[str]) -> bool:
     return not stems.isdisjoint(re.findall(r"^\s*(?:from|import) (\w+)", text, re.M))
 
 
-def symbols(source: str, line: int) -> list[str]:
-    """The names of the function and the classes around a line."""
-    return [
-        node.name
-        for node in ast.walk(ast.parse(source))
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef))
-        and node.lineno <= line <= node.end_lineno
-        and not node.name.startswith("__")
-    ]
+def around(source: str, line: int) -> str:
+    """The function around a line with the names of its classes; the whole file where there is no function."""
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    outer = [node for node in nodes if node.lineno <= line <= node.end_lineno]
+    names = " ".join(node.name for node in outer)
+    functions = [ast.get_source_segment(source, node) for node in outer if isinstance(node, ast.FunctionDef)]
+    return f"{names} {functions[-1]}" if functions else source
 
 
 def _git(*arguments: str, at: Path = ROOT) -> str:

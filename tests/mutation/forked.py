@@ -12,8 +12,10 @@ import json
 import math
 import os
 import py_compile
+import re
 import signal
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +24,7 @@ IMPORTS = (
     "soundfile", "soxr", "tokenizers", "jiwer", "sklearn", "rich", "matplotlib", "hypothesis", "pytest",
 )  # fmt: skip
 HANGS = 600  # seconds: a test that takes longer counts as a timeout, also on a loaded machine
+WORD = re.compile(r"[^\W\d]\w{3,}")
 NO_TESTS = 5  # pytest's exit code
 
 
@@ -35,18 +38,17 @@ class Outcome:
 
 
 class Order:
-    """A pytest plugin: tests that mention one of `names` come first; none begins after `limit` seconds of CPU time."""
+    """A pytest plugin: tests with rare words of `text` come first; none begins after `limit` seconds of CPU time."""
 
-    def __init__(self, record: Path, names: list[str], limit: float):
-        self.record, self.names, self.limit = record, names, limit
+    def __init__(self, record: Path, text: str, limit: float):
+        self.record, self.words, self.limit = record, set(WORD.findall(text)), limit
         self.said = {"failed": [], "running": "", "left": 0}
 
     def pytest_collection_modifyitems(self, items):
-        items.sort(key=lambda item: not self._mentions(item))
-
-    def _mentions(self, item) -> bool:
-        text = item.nodeid + inspect.getsource(item.function) if hasattr(item, "function") else item.nodeid
-        return any(name in text for name in self.names)
+        shared = [self.words & _words(item) for item in items]
+        common = Counter(word for words in shared for word in words)
+        score = {item: sum(1 / common[word] for word in words) for item, words in zip(items, shared, strict=True)}
+        items.sort(key=score.get, reverse=True)
 
     def pytest_runtest_protocol(self, item, nextitem):
         if sum(os.times()[:4]) > self.limit:  # of this process and of those that it started
@@ -75,6 +77,11 @@ class Order:
         self.record.write_text(json.dumps(self.said))
 
 
+def _words(item) -> set[str]:
+    source = inspect.getsource(item.function) if hasattr(item, "function") else ""
+    return set(WORD.findall(item.nodeid + source))
+
+
 class Forked:
     """Runs the tests of a copy of the repository at `copy`. `scratch` is a folder outside it."""
 
@@ -93,15 +100,15 @@ class Forked:
         for name in IMPORTS:
             importlib.import_module(name)
 
-    def run(self, arguments: list[str], names=(), limit: float = math.inf) -> Outcome:
-        """Runs pytest with these arguments; for `names` and `limit` see `Order`."""
+    def run(self, arguments: list[str], text: str = "", limit: float = math.inf) -> Outcome:
+        """Runs pytest with these arguments; for `text` and `limit` see `Order`."""
         record = self.scratch / "record.json"
         record.unlink(missing_ok=True)
         child = os.fork()
         if child == 0:
             code = 70
             try:
-                code = self._child(arguments, Order(record, list(names), limit))
+                code = self._child(arguments, Order(record, text, limit))
             finally:
                 os._exit(code)
         try:
