@@ -3,8 +3,8 @@
     python tests/mutation [--folders attention,data] [--count 10] [--seed 0] [--survivors] [--table]
 
 Works in a clone of the committed tree. A mutant runs the fast tests whose files name its module, directly or through
-a helper; first those that share rare words with the changed function; until one fails. A test that fails without the mutants
-as well does not count. Needs the test environment; `.mutation/results.json` keeps what was found.
+a helper; first those that share rare words with the changed function; until one fails. A test that fails without the
+mutants as well does not count. Needs the test environment; `.mutation/results.json` keeps what was found.
 """
 
 import argparse
