@@ -1,5 +1,6 @@
 """single = pmap = sharded, on four fake devices over five steps."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from polygpt.errors import UserError
-from polygpt.training.parallel import build
+from polygpt.training.parallel import build, require_many
 
 MODES = ["single/1", "pmap/2", "sharded/2"]
 """With two microbatches; with one, `test_meshes.py` compares losses and gradients, and a slow test here the rest."""
@@ -87,3 +88,10 @@ def test_interrupted_and_resumed_runs_agree_in_every_mode(tmp_path):
         assert 3 <= runs[mode]["stopped"] < 6 and runs[mode]["finished"] and runs[mode]["opened"] == 6
         np.testing.assert_allclose(runs[mode]["losses"], runs["single"]["losses"], rtol=1e-6)
         np.testing.assert_allclose(runs[mode]["metric"], runs["single"]["metric"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["single", "pmap", "sharded"])
+def test_require_many_refuses_one_device_for_several_processes(mode):
+    require_many(mode, 1)
+    with pytest.raises(UserError, match="there are 2 processes") if mode == "single" else contextlib.nullcontext():
+        require_many(mode, 2)
