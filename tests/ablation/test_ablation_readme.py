@@ -70,7 +70,7 @@ def test_the_order_of_the_papers_figures_is_compared_in_the_papers_direction(mad
     # Of accuracies the higher one is the better, though our losses are compared with them.
     paper = frame.ablation.paper.replace(unit="accuracy", better="higher")
     turned = dataclasses.replace(frame, ablation=frame.ablation.replace(paper=paper))
-    assert beside(turned).notes == [same.replace("1 have", "0 have")]
+    assert beside(turned).notes == [same.replace("For 1", "For 0")]
     assert beside(turned).columns[1] == "paper (accuracy, higher is better)"
     assert charts(turned)[0].caption.endswith("the paper's figures (accuracy), higher is better.")
 
@@ -196,7 +196,7 @@ def test_the_table_of_ablations_is_kept_between_its_marks(made, drawn):
         "`polygpt ablate later` |"
     )
     assert rows[3].startswith("| [own](ablations/own) | Is a wider model better, or a deeper one? | 2 of 3 claims held")
-    assert "18 s of wall time" in rows[3] and len(rows) == 4
+    assert "18 s of total wall time" in rows[3] and len(rows) == 4
     assert path.read_text().startswith("# Experiments\n") and path.read_text().endswith("\n\nThe end.\n")
 
 

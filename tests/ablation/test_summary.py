@@ -72,7 +72,7 @@ def test_one_variant_is_compared_with_none(made):
     table = tables.results_table(alone)
     assert table.columns == ["variant", "text/loss (nats per token)", "bootstrap", "paper"]
     assert [len(row) for row in table.rows] == [4] and not table.bold
-    assert tables.headline(alone, []) == "Nothing is claimed, and nothing compared."
+    assert tables.headline(alone, []) == "No claims and no comparisons."
 
 
 def test_factors_are_columns_and_each_combination_has_its_best(made):

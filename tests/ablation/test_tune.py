@@ -195,7 +195,7 @@ def test_runs_that_diverge_or_do_not_fit_are_told_with_the_reason(tmp_path, trai
     text = report.write(summary.summarize(storage), tmp_path).read_text()
     assert "diverged: step 5: not finite" in text and "failed: ZeroDivisionError: by nothing (twice)" in text
     assert len(storage.finished()) == 16 and not storage.failed()
-    assert "16 trials" in text and "rough guide" in text
+    assert "16 of 16 trials" in text and "Importances from" in text
 
 
 FAULTS = [
@@ -392,7 +392,7 @@ def test_the_command_line_searches_and_goes_on(file, trained, capsys):
     assert "trial 4 (5 of 5): optim.schedule.peak_lr" in said.err
     assert main([*words, "--trials", "7"]) == 0
     said = capsys.readouterr()
-    assert len(trained.runs) == 7 and "resumes after 5 trials" in said.err
+    assert len(trained.runs) == 7 and "resuming after 5 trials" in said.err
     assert "train with these values: polygpt train" in said.out
     assert {"report.md", "history.png", "slices.png", "importance.png"} <= set(os.listdir("tuned/tiny"))
 

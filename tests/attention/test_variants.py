@@ -263,7 +263,7 @@ def test_one_set_of_projections_is_multi_head_attention():
         ),
         (
             lambda: Differential(4).width_of_query(12),
-            "Differential.heads is 4: it must be such that the width of a head",
+            "Differential.heads is 4: it must be such that the head width",
         ),
         (lambda: SigmoidAttention(4, length=0), "SigmoidAttention.length is 0: it must be at least 1"),
         (lambda: TransformerXL(4, piece=0), "TransformerXL.piece is 0: it must be at least 1"),

@@ -106,7 +106,7 @@ def test_train_help_lists_every_field_with_overrides(trained, polygpt):
     ("source", "expected"),
     [
         ("x = 1\n", "no function experiment()"),
-        ("def experiment():\n    return 3\n", r"experiment\(\) returns int: it must return an Experiment"),
+        ("def experiment():\n    return 3\n", r"experiment\(\) returned int: it must return an Experiment"),
         ("def experiment(:\n", "line 1: SyntaxError"),
         ("import nowhere_at_all\n", "line 1: ModuleNotFoundError"),
         (
@@ -155,7 +155,7 @@ def test_a_trained_run_is_evaluated_with_other_settings(trained, polygpt, tmp_pa
 def test_what_a_run_was_trained_by_cannot_be_changed_to_evaluate_it(trained, polygpt):
     before = (trained.run / "evaluation.json").read_bytes()
     code, _, err = polygpt("evaluate", trained.run, "--train.steps", "7")
-    assert code == 2 and "--train.steps is settled" in err
+    assert code == 2 and "--train.steps cannot change" in err
     code, _, err = polygpt("evaluate", trained.run, "--evaluation.tasks.own.limt", "7")
     assert code == 2 and "did you mean limit" in err
     assert (trained.run / "evaluation.json").read_bytes() == before
@@ -305,7 +305,7 @@ def test_model_show_counts_an_experiment_and_a_preset(trained, polygpt):
     deeper = json.loads(polygpt("model", "show", trained.file, "--model.decoder.depth", "3", "--json")[1])
     assert deeper["parameters"] > counted["parameters"]
     code, out, _ = polygpt("model", "show", "1m", "--seq-len", "128")
-    assert code == 0 and "rows of 128" in out and re.search(r"all +[\d,]{7,}", out)
+    assert code == 0 and "sequence length 128" in out and re.search(r"all +[\d,]{7,}", out)
 
 
 def test_tokenizer_train_writes_a_tokenizer(polygpt, tmp_path):

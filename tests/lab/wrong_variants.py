@@ -170,7 +170,7 @@ class StopsGradientModule(MultiHeadModule):
 
 @dataclasses.dataclass(frozen=True)
 class MixesRows(MultiHead):
-    """Values are centred over the batch."""
+    """Values are moved towards their mean over the batch."""
 
     def build(self, dims, rngs):
         return MixesRowsModule(self, dims, rngs)
@@ -179,7 +179,7 @@ class MixesRows(MultiHead):
 class MixesRowsModule(MultiHeadModule):
     def values(self, x_BTD, context):
         values_BKTe = super().values(x_BTD, context)
-        return values_BKTe - values_BKTe.mean(axis=0, keepdims=True)
+        return values_BKTe - values_BKTe.mean(axis=0, keepdims=True) / 2
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ from bigram import Bigram
 from polygpt.errors import UserError
 from polygpt.optim.optim import Optim
 from polygpt.optim.schedules import Constant
+from polygpt.parameters import Traits
 from polygpt.runtime import manifest, stored
 from polygpt.runtime.checkpoint import Checkpoints, CheckpointSpec, best, kept
 from polygpt.runtime.manifest import Record, records
@@ -24,7 +25,9 @@ from polygpt.training.parallel import build
 from polygpt.training.state import create
 
 PARALLEL = build("single", axes=None)
-TRANSFORMATION = Optim(Constant(0.1)).build(jax.eval_shape(Bigram().init, jax.random.key(0)), 10)
+SHAPES = jax.eval_shape(Bigram().init, jax.random.key(0))
+TRAITS = jax.tree.map(lambda x: Traits(x.shape, (None,) * x.ndim, decays=x.ndim > 1), SHAPES)
+TRANSFORMATION = Optim(Constant(0.1)).build(TRAITS, 10)
 
 
 def initial(ema=True):

@@ -116,7 +116,7 @@ def test_texts_reach_all_and_all_end_together():
         assert "agreed of 0 of 0, again\n" in output and "told 3\n" in output
         assert re.search(r"last passed barrier 'a/b c', use 1, at \d\d:\d\d:\d\d\n", output)
         for name in ("start", "names", "word", "a/b c", "end"):
-            assert f"barrier '{name}': begins" in output
+            assert f"barrier '{name}': waiting" in output
             assert re.search(rf"barrier '{name}': passed after \d+\.\d\d s", output)
     assert float(re.search(r"barrier 'end': passed after (\S+) s", outputs[0])[1]) > 0.5
 

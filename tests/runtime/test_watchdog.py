@@ -149,7 +149,7 @@ def test_a_sink_that_hangs_ends_the_process_where_that_is_asked_for(tmp_path):
     assert done.returncode == 1, done.stderr
     (place,) = stacks(tmp_path)
     text = place.read_text()
-    assert "sleep_for_ever" in text and "doing: telling loggers" in text and "last step: 3" in text
+    assert "sleep_for_ever" in text and "doing: logging" in text and "last step: 3" in text
     assert "sleep_for_ever" in done.stderr
 
 

@@ -297,7 +297,7 @@ def test_a_signal_that_comes_just_before_the_loop_ends_is_saved_too(tmp_path, mo
         run.interruption.requested = run.done == 5
         return False
 
-    monkeypatch.setattr(trainer.Trainer, "_out_of_patience", request)
+    monkeypatch.setattr(trainer.Trainer, "_finished", request)
     outcome = train(smallest(**{"train.log_every": "1"}), tmp_path, quiet)
     assert (outcome.step, outcome.finished) == (5, False)
     assert [record.step for record in records(tmp_path / "checkpoints")] == [5]
@@ -461,7 +461,7 @@ def test_no_run_folder_and_no_checkpoint_are_told_apart(tmp_path):
         ),
         ({"train.evaluate": "full", "train.metric": "text/accuracy"}, "metric 'text/accuracy' must be"),
         ({"train.patience": "2"}, "patience is 2: it must be null without evaluate_every"),
-        ({"evaluation.tasks": "{}", "train.evaluate_every": "2"}, "evaluate_every is 2: it must be null where"),
+        ({"evaluation.tasks": "{}", "train.evaluate_every": "2"}, "evaluate_every is 2: it must be null"),
         ({"name": "a/b"}, "name is 'a/b'"),
     ],
 )

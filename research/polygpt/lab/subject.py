@@ -104,7 +104,7 @@ class Form:
             return jax.lax.map(of_query, jnp.arange(x_TD.shape[1]), batch_size=TOGETHER)
 
         influence_TBS = jax.lax.map(of_row, (x_BTD, meta, cotangent_BTD)).swapaxes(0, 1)
-        return influence_TBS / jnp.max(influence_TBS)
+        return influence_TBS / (jnp.max(influence_TBS) + EPSILON)  # all zero if a row alone gives nothing
 
     def _replaced(self, params, x_BTD, other_BTD, meta, hidden_TBS):
         """y_TBD, the output at each t when the inputs hidden from it are replaced by others."""

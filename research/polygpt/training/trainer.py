@@ -317,10 +317,8 @@ class Trainer:
         return Prefetch(self.batches, self.parallel.put, self._check, self.spec.prefetch)
 
     def _finished(self) -> bool:
-        return (self.done >= self.spec.steps or self._out_of_patience()) and not self.metric_state.owed
-
-    def _out_of_patience(self) -> bool:
-        return self.spec.patience is not None and self.metric_state.stale >= self.spec.patience
+        out_of_patience = self.spec.patience is not None and self.metric_state.stale >= self.spec.patience
+        return (self.done >= self.spec.steps or out_of_patience) and not self.metric_state.owed
 
     @contextlib.contextmanager
     def _doing(self, what: str) -> Iterator[None]:
