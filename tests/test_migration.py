@@ -7,14 +7,18 @@ import pytest
 
 from polygpt import spec
 from polygpt.data.layout import LayoutSpec
+from polygpt.data.loader import DataSpec, Task
+from polygpt.data.sources.embedded import Embedded
 from polygpt.data.sources.folder import MediaFolder
 from polygpt.errors import SpecError, UserError
-from polygpt.migration import RENAMED, SCHEMA, migrate
+from polygpt.migration import NO_DECAY, RENAMED, SCHEMA, migrate
+from polygpt.optim.optim import Optim
 from polygpt.optim.schedules import Constant, WarmupCosine
 from polygpt.overrides import override
 from polygpt.runtime.checkpoint import CheckpointSpec
 from polygpt.runtime.watchdog import WatchdogSpec
 from polygpt.sharding import RULES, MeshSpec
+from polygpt.training.experiment import Experiment, TrainSpec
 
 
 class Mine(Constant):
@@ -71,3 +75,36 @@ def test_every_class_of_the_table_exists_and_has_the_new_fields(name):
     fields = {field.name for field in dataclasses.fields(spec.load_class(name))}
     for old, new in RENAMED[name].items():
         assert new in fields and old not in fields
+
+
+def test_a_configuration_of_schema_2_is_todays_experiment():
+    """Of an experiment whose every default was written down, under the names and with the fields of schema 2."""
+    today = Experiment(
+        "old", DataSpec({"text": Task(Embedded("text"))}, LayoutSpec(64), 4), Optim(Constant(1e-3)), TrainSpec(2)
+    )
+    former = {
+        "LayoutSpec": {"seq_len": "length"},
+        "DataSpec": {"batch_size": "rows"},
+        "EvaluationSpec": {"batch_size": "rows"},
+        "Constant": {"peak_lr": "peak"},
+        "Optim": {"schedule_steps": None, "rewarm": None},
+        "CheckpointSpec": {"every_minutes": None},
+    }
+
+    def aged(data):
+        if isinstance(data, list):
+            return [aged(item) for item in data]
+        if not isinstance(data, dict):
+            return data
+        cls = data.get("class", "").rpartition(":")[2]
+        names = former.get(cls, {})
+        made = {names.get(name, name): aged(item) for name, item in data.items() if names.get(name, name) is not None}
+        if cls == "Optim":
+            made["no_decay"] = NO_DECAY
+        if cls == "MeshSpec":
+            made["rules"] = {"rows" if axis == "batch" else axis: item for axis, item in made["rules"].items()}
+        return made
+
+    old = {"schema": 2, **aged(json.loads(json.dumps(spec.to_json(today))))}
+    train = today.train.replace(checkpoint=today.train.checkpoint.replace(every_minutes=None))
+    assert spec.from_json(migrate(old, "config.json")) == today.replace(train=train)

@@ -20,14 +20,20 @@ MOVED = {
 }
 """Names of classes in schema 1, and their current names."""
 
-ADDED: dict[str, dict[str, Any]] = {
-    "polygpt.data.sources.folder:MediaFolder": {
-        "text_placeholders": True,  # a tag in an answer was a placeholder
-        "follow_links": False,
-        "ignore": [],
+ADDED: dict[int, dict[str, dict[str, Any]]] = {
+    1: {
+        "polygpt.data.sources.folder:MediaFolder": {
+            "text_placeholders": True,  # a tag in an answer was a placeholder
+            "follow_links": False,
+            "ignore": [],
+        },
+    },
+    2: {
+        "polygpt.optim.optim:Optim": {"schedule_steps": None, "rewarm": None},
+        "polygpt.runtime.checkpoint:CheckpointSpec": {"every_minutes": None},
     },
 }
-"""By current class name: fields that schema 1 lacks, with the value that keeps the old behaviour."""
+"""By schema and current class name: fields that the schema lacks, with the value that keeps the old behaviour."""
 
 RENAMED: dict[str, dict[str, str]] = {
     "polygpt.ablation.tune:Search": {"knobs": "dimensions"},
@@ -37,7 +43,7 @@ RENAMED: dict[str, dict[str, str]] = {
     "polygpt.evaluation.spec:EvaluationSpec": {"rows": "batch_size"},
     **{
         f"polygpt.optim.schedules:{name}": {"peak": "peak_lr"}
-        for name in ("Constant", "WarmupCosine", "WarmupLinear", "WarmupExponential", "WSD", "SGDR")
+        for name in ("Constant", "Decaying", "WarmupCosine", "WarmupLinear", "WarmupExponential", "WSD", "SGDR")
     },
     "polygpt.optim.schedules:Schedule": {"peak": "peak_lr"},
 }
@@ -45,6 +51,13 @@ RENAMED: dict[str, dict[str, str]] = {
 
 BATCHES = {"feeder": "data_shard", "feeders": "data_shards", "division": "resharding"}
 """Keys of the training data's state in a checkpoint: in schema 2, and now."""
+
+
+NO_DECAY = (
+    r"(^|/)(\w+_)?(bias|scale|table|alpha|sink|A_log|D|u|v|vectors|before|after)$|norm/\w+$|(^|/)(embed|position)\w*(/\w+)?$"
+    r"|^modality/"
+)
+"""The default of `optim.no_decay` in schema 2. Today the metadata of parameters say the same, and the default is null."""
 
 
 def new_names(class_names: Iterable[str]) -> dict[str, str]:
@@ -88,10 +101,14 @@ def _current(data: Any, schema: int) -> Any:
     if not isinstance(name := data.get("class"), str):
         return changed
     if schema < 2:
-        name = MOVED.get(name, name)
-        changed = {**ADDED.get(name, {}), **changed, "class": name}
+        name = changed["class"] = MOVED.get(name, name)
+    for former, added in ADDED.items():
+        if schema <= former:
+            changed = {**added.get(name, {}), **changed}
     names = RENAMED.get(name, {})
     changed = {names.get(field, field): item for field, item in changed.items()}
+    if name == "polygpt.optim.optim:Optim" and changed["no_decay"] == NO_DECAY:
+        changed["no_decay"] = None
     if name == "polygpt.sharding:MeshSpec":  # an axis of its rules was renamed
         changed["rules"] = {"batch" if axis == "rows" else axis: item for axis, item in changed["rules"].items()}
     return changed
