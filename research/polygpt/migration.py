@@ -57,7 +57,7 @@ NO_DECAY = (
     r"(^|/)(\w+_)?(bias|scale|table|alpha|sink|A_log|D|u|v|vectors|before|after)$|norm/\w+$|(^|/)(embed|position)\w*(/\w+)?$"
     r"|^modality/"
 )
-"""The default of `optim.no_decay` in schema 2. Today the metadata of parameters say the same, and the default is null."""
+"""The default of `optim.no_decay` in schema 2. Metadata of parameters now say the same, and the default is null."""
 
 
 def new_names(class_names: Iterable[str]) -> dict[str, str]:
