@@ -1,4 +1,4 @@
-"""Ways to run an experiment that give the same result: meshes, remat, microbatches, layouts."""
+"""Configurations of an experiment that compute the same result: mesh, remat, microbatches and layout."""
 
 import dataclasses
 import itertools
@@ -12,28 +12,28 @@ from polygpt.sharding import AXES, MeshSpec, rows_unit
 from polygpt.training.experiment import Experiment
 
 REMAT = ("none", "dots", "full")
-"""From the fastest to the smallest."""
+"""Remat policies, from the fastest to the most memory-saving."""
 TENSOR = 16
-"""Devices over which heads and hidden widths are split at most: more of them mostly wait for each other."""
+"""Maximum degree of tensor parallelism. Beyond it, communication dominates."""
 STAGES = 16
-"""Stages of a pipeline at most: more of them idle more."""
+"""Maximum number of pipeline stages. More stages mean a larger bubble."""
 CUTS = (1, 2, 4, 8)
-"""Microbatches of a pipeline, by stage: with more its devices idle less, and each is smaller."""
+"""Pipeline microbatches per stage. More of them shrink the bubble, but each microbatch is smaller."""
 REPEATS = (1, 2)
-"""Rounds of a microbatch through the stages."""
+"""How often a microbatch passes through all stages (circular pipeline)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """One way to run.
+    """One configuration.
 
     Attributes:
-        mesh: the mesh, with the layout in its rules.
-        schedule: of the pipeline; None where there is one stage.
-        remat: of the decoder.
-        towers: of media towers; None where there are none.
-        microbatches: parts of a batch that are taken one at a time.
-        batch_size: of the global batch.
+        mesh: the mesh; its rules contain the layout.
+        schedule: pipeline schedule; None for a single stage.
+        remat: remat policy of the decoder.
+        towers: remat policy of media towers; None if there are no towers.
+        microbatches: number of microbatches for gradient accumulation.
+        batch_size: global batch size.
     """
 
     mesh: MeshSpec
@@ -44,7 +44,7 @@ class Candidate:
     batch_size: int
 
     def apply(self, experiment: Experiment) -> Experiment:
-        """The experiment, run so."""
+        """The experiment with this configuration."""
         model = experiment.model
         adapters = dict(model.adapters)
         for name, adapter in adapters.items():
@@ -59,13 +59,13 @@ class Candidate:
 
     @property
     def piped(self) -> MeshSpec:
-        """The mesh, with the schedule in it."""
+        """The mesh spec including the pipeline schedule."""
         if self.schedule is None:
             return self.mesh
         return self.mesh.replace(microbatches=self.schedule.microbatches, repeats=self.schedule.repeats)
 
     def overrides(self, experiment: Experiment) -> dict[str, str]:
-        """The command-line words that make the experiment run so: only what differs."""
+        """Command-line overrides that give the experiment this configuration, without values that are already set."""
         mesh, before = self.piped, experiment.train.mesh
         found = {}
         if experiment.train.parallel != "sharded":
@@ -93,7 +93,7 @@ class Candidate:
         return found
 
     def about(self) -> str:
-        """In a few words: "fsdp 64, tensor 4 | remat full | towers full | accumulate 4 | 256 rows"."""
+        """A short description: "fsdp 64, tensor 4 | remat full | towers full | accumulate 4 | 256 rows"."""
         words = [", ".join(f"{a} {n}" for a in AXES if (n := getattr(self.mesh, a)) != 1) or "one device"]
         if self.schedule:
             rounds = f", {self.schedule.repeats} rounds" if self.schedule.repeats > 1 else ""
@@ -109,7 +109,13 @@ class Candidate:
 
 
 def current(experiment: Experiment, devices: int, mesh: Mapping[str, int] | None = None) -> Candidate:
-    """How the experiment runs as it stands: on a mesh that was made, or else on its own; where it has none, pmap's."""
+    """The configuration of the experiment itself.
+
+    Args:
+        experiment: the experiment.
+        devices: number of devices.
+        mesh: resolved axis sizes; None for those of `train.mesh` if the experiment is sharded, else {"data": devices}.
+    """
     towers = [adapter.tower.remat for adapter in experiment.model.adapters.values() if hasattr(adapter, "tower")]
     spec, remat = experiment.train.mesh, experiment.model.decoder.remat
     if mesh is None:
@@ -121,13 +127,13 @@ def current(experiment: Experiment, devices: int, mesh: Mapping[str, int] | None
 
 
 def candidates(experiment: Experiment, target: Target) -> Iterator[Candidate]:
-    """All that can be: factorisations of the devices, times remat, microbatches and layouts; rows stay as they are."""
+    """All valid combinations of mesh, layout, pipeline schedule, remat and microbatches, at the same batch size."""
     now, rows, seq_len = current(experiment, target.count), experiment.data.batch_size, experiment.data.layout.seq_len
     decoder = experiment.model.decoder
     heads, kv_heads = (getattr(decoder.attention, name, None) for name in ("heads", "kv_heads"))
     heads = math.gcd(heads or 1, kv_heads or heads or 1)
     experts = getattr(decoder.mlp, "experts", 1)
-    kinds = list(itertools.product(REMAT, ("none", "full") if now.towers else (None,)))  # towers are small
+    kinds = list(itertools.product(REMAT, ("none", "full") if now.towers else (None,)))  # towers are small: skip "dots"
     for mesh in _meshes(now.mesh, target.count, _stages(experiment, target.count), heads, seq_len, experts):
         for schedule in _schedules(experiment, now, mesh.stage):
             each, left = divmod(rows, _unit(mesh, schedule))
@@ -135,13 +141,13 @@ def candidates(experiment: Experiment, target: Target) -> Iterator[Candidate]:
                 continue
             for parts in _divisors(each):
                 if parts & (parts - 1):
-                    continue  # powers of two alone
+                    continue  # powers of two only
                 for remat, towers in kinds:
                     yield Candidate(mesh, schedule, remat, towers, parts, rows)
 
 
 def _stages(experiment: Experiment, devices: int) -> list[int]:
-    """Numbers of stages that the decoder's blocks and the experiment's table allow."""
+    """Numbers of pipeline stages that the decoder's depth and the experiment's sharding rules allow."""
     decoder, rules = experiment.model.decoder, experiment.train.mesh.rules
     if not decoder.scan or rules["stages"] != ("stage",) or "stage" not in rules["layers"]:
         return [max(experiment.train.mesh.stage, 1)]
@@ -162,7 +168,7 @@ def _schedules(experiment: Experiment, now: Candidate, stages: int) -> Iterator[
 
 
 def _unit(mesh: MeshSpec, schedule: Schedule | None) -> int:
-    """What the rows of a step have to be a multiple of."""
+    """The number that the rows per step must be a multiple of."""
     sizes = {axis: getattr(mesh, axis) for axis in AXES}
     return rows_unit(mesh.rules, sizes, schedule.microbatches if schedule else 1)
 
@@ -190,14 +196,14 @@ def _meshes(
                             rules = dict(now.rules) | {"features": features}
                             yield now.replace(**sizes, context=context, rules=rules)
                         except SpecError:
-                            continue  # the experiment's own table uses that axis otherwise
+                            continue  # the experiment's own rules use that axis for something else
 
 
 def smaller(now: Candidate) -> dict[tuple[str, ...], list[Candidate]]:
-    """Ways to run that take less memory, by the kinds of change that they are made of, the nearest first.
+    """Configurations that need less memory, grouped by the settings that they change, smallest change first.
 
-    The kinds are the mesh (more of it over fsdp or tensor, or less where that divides better), remat and microbatches,
-    alone and together, and, alone, fewer rows.
+    The settings are mesh (a larger or smaller fsdp axis, or a larger tensor axis), remat and microbatches, alone and
+    combined, and a smaller batch size alone.
     """
     mesh = now.mesh
     remats = [dataclasses.replace(now, remat=remat) for remat in REMAT[REMAT.index(now.remat) :]]

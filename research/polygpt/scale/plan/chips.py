@@ -1,20 +1,21 @@
 """Published specifications of accelerators: the only table that time estimates use.
 
-All values are per chip or per GPU: bytes, bytes per second, and FLOP/s of dense bfloat16 products. What JAX
-calls a device is a chip, but half of one on a tpu7x, whose two chiplets are two devices.
+All values are per chip or per GPU: bytes, bytes per second, and FLOP/s of dense bfloat16 products. A JAX device is one
+chip, except on tpu7x, where each of the two chiplets of a chip is a device.
 
-Sources, by the names that the table gives:
+Sources, by their names in the table:
     v4 page, v5e page, v5p page, v6e page, tpu7x page: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, the tables
-        "key specifications". They give the interconnect as one sum over all links and both directions (v5e 400 GB/s,
-        v5p 1,200, v6e 800, tpu7x 1,200); a link in one direction is that over twice the number of links. Older prints
-        of the v5e page say 819 GB/s of HBM, newer 800 GiB/s. The two halves of a tpu7x talk six times as fast as a link
-        ("dual-chiplet architecture").
+        "key specifications". They give the interconnect bandwidth summed over all links and both directions (v5e
+        400 GB/s, v5p 1,200, v6e 800, tpu7x 1,200); the one-way bandwidth of a link is that sum over twice the number of
+        links. Older versions of the v5e page give 819 GB/s of HBM bandwidth, newer ones 800 GiB/s. The bandwidth
+        between the two chiplets of a tpu7x is six times that of a link ("dual-chiplet architecture").
     TPU v4 paper: Jouppi et al. (2304.01433), table 4: 6 links of 50 GB/s.
-    compiler: what libtpu 0.0.42 calls "available HBM" when it refuses a program for that slice; what is left of the
-        capacity is reserved for the system. For a v5p, published as 95 GB, it reports 95.74 GiB, so the published value
+    compiler: the "available HBM" that libtpu 0.0.42 reports when a program for that slice does not fit; the rest of the
+        capacity is reserved for the system. For v5p, published as 95 GB, it reports 95.74 GiB, so the published value
         is not used as a limit.
-    datasheets: NVIDIA A100, H100 and H200 Tensor Core GPU datasheets (SXM; dense, without sparsity; NVLink over both
-        directions, halved), and DGX A100, H100 and H200 for the network: one adapter of 200 or 400 Gb/s per GPU.
+    datasheets: NVIDIA A100, H100 and H200 Tensor Core GPU datasheets (SXM; dense, without sparsity; half of the
+        bidirectional NVLink bandwidth), and DGX A100, H100 and H200 for the network: one adapter of 200 or 400 Gb/s per
+        GPU.
 """
 
 import dataclasses
@@ -28,7 +29,7 @@ GIB = 2**30
 RESERVED = 0.75
 """Share of a GPU's memory that JAX reserves by default (docs.jax.dev/en/latest/gpu_memory_allocation.html)."""
 FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
-"""Environment variables that set another share; the second is the older name."""
+"""Environment variables that override `RESERVED`; the second is the older name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,12 +43,12 @@ class Chip:
         memory: published capacity, bytes.
         usable: memory available to a program, bytes.
         bandwidth: memory bandwidth, bytes/s.
-        link: one-way bandwidth of an interconnect link, bytes/s; for a GPU, of all its links.
+        link: one-way bandwidth of an interconnect link, bytes/s; for a GPU, of all its links together.
         links: number of links.
         network: one-way bandwidth of the data-centre network, bytes/s.
-        shape: topology: a torus of two or three dimensions, or a switch.
-        ring: the smallest length from which on an axis of the torus is closed to a ring in every slice; below it, and
-            in lengths that are no multiple of it, its ends are not joined.
+        shape: interconnect topology; "memory" for the CPU devices of one machine.
+        ring: smallest size at which an axis of the torus has wraparound links in every slice. Smaller axes, and those
+            whose size is not a multiple of it, have none.
         devices: JAX devices per chip.
         source: source of the values.
     """
@@ -67,7 +68,7 @@ class Chip:
     source: str = ""
 
     def each(self, figure: float | None) -> float | None:
-        """A chip's figure as the share of one JAX device."""
+        """A figure of the chip divided by its number of JAX devices."""
         return None if figure is None else figure / self.devices
 
 
@@ -104,17 +105,17 @@ CHIPS = {
 """The chips, by name."""
 
 SWITCHED = {"a100": 8, "h100": 8, "h200": 8}
-"""GPUs that one NVLink switch joins; more of them talk over the network."""
+"""GPUs per NVLink domain; beyond that they communicate over the network."""
 
 
 def cpu() -> Chip:
-    """This machine, shared by virtual JAX devices; its speed is not published and not guessed."""
+    """This machine, shared by virtual JAX devices. Its speed is unknown."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Chip("cpu", "this machine's CPU", None, memory, memory, None, None, 0, None, "memory", source="this machine")
 
 
 def chip(name: str) -> Chip:
-    """The chip of that name; UserError with those that there are if there is none."""
+    """The chip with that name. Raises UserError, which lists the known chips, for an unknown name."""
     if name == "cpu":
         return cpu()
     if name not in CHIPS:
@@ -124,7 +125,7 @@ def chip(name: str) -> Chip:
 
 
 def reserved() -> float:
-    """Share of a GPU's memory that JAX reserves, so that a program can use it: as the environment says, or `RESERVED`.
+    """Share of a GPU's memory that JAX reserves for programs: set by an environment variable, else `RESERVED`.
 
     Raises:
         UserError: the environment's value is not a number above 0 and up to 1.

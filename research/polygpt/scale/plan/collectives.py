@@ -1,4 +1,4 @@
-"""Every exchange between devices in a compiled program: its kind, the mesh axes it goes along, bytes, how often."""
+"""Collectives of a compiled program: kind, mesh axes, bytes and number of executions."""
 
 import dataclasses
 import math
@@ -10,28 +10,27 @@ import numpy as np
 from polygpt.scale.plan.hlo import Executed, Instruction, Program
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
-"""As XLA names them; a `ragged-all-to-all` counts as all-to-all."""
+"""XLA's names; `ragged-all-to-all` counts as all-to-all."""
 NETWORK = "network"
-"""The kind of what a program of several slices sends over the data-centre network, where the compiler has split that
-from what stays within a slice."""
+"""Kind of transfers over the data-centre network in a multi-slice program, where the compiler has separated them from
+those within a slice."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """Equal exchanges of one step.
+    """Identical collectives of one step.
 
     Attributes:
         kind: one of `KINDS`, or `NETWORK`.
-        axes: the axes of the mesh along which the members of a group differ; empty where the text's notation of groups
-            is not understood.
-        group: the members of a group, by their place in the mesh; the first group stands for all.
-        payload: bytes of the whole array on one device: what an all-gather gives, a reduce-scatter takes, an all-reduce
-            or all-to-all takes and gives, a permute sends.
-        times: executions in one step.
-        dtype: of the array, or of most of it.
-        origin: the operation in the model that it was made for.
-        hidden: whether the compiler has made it asynchronous, so that it runs beside computation.
-        pairs: of a permute, every device that sends and the one that it sends to.
+        axes: mesh axes along which the members of a group differ; empty if the notation of the groups is unknown.
+        group: indices in the mesh of the members of the first group, which represents all groups.
+        payload: bytes of the full array per device: the output of an all-gather, the input of a reduce-scatter, the
+            input or output of an all-reduce or all-to-all, the operand of a permute.
+        times: executions per step.
+        dtype: dtype of the array, or of the largest array of a tuple.
+        origin: the operation of the model that needs it.
+        hidden: whether it is asynchronous, so that computation can hide it.
+        pairs: (source, target) devices of a permute.
     """
 
     kind: str
@@ -46,10 +45,10 @@ class Collective:
 
     @property
     def sent(self) -> float:
-        """Bytes that each device sends in one execution, in a ring over n devices: (n - 1)/n of the payload.
+        """Bytes that each device sends per execution. In a ring of n devices it is (n - 1)/n of the payload.
 
-        Twice that for an all-reduce, which is a reduce-scatter and an all-gather (Patarasuk and Yuan 2009); all of the
-        payload for a permute. All-to-all: (n - 1)/n, whatever the way it takes.
+        An all-reduce, which is a reduce-scatter and an all-gather, sends twice that (Patarasuk and Yuan 2009). A
+        permute sends the whole payload. An all-to-all sends (n - 1)/n of it on any topology.
         """
         n = len(self.group)
         if self.kind in ("collective-permute", "collective-broadcast", NETWORK):
@@ -58,16 +57,16 @@ class Collective:
 
     @property
     def sent_a_step(self) -> float:
-        """Bytes that each device sends in a step."""
+        """Bytes that each device sends per step."""
         return self.sent * self.times
 
 
 def collectives(program: Program, mesh: dict[str, int]) -> list[Collective]:
-    """Those of a program for a mesh with these axes, largest first; equal ones are added up.
+    """The collectives of a program for a mesh with these axes, largest first; identical ones are merged.
 
-    An all-reduce of which a fusion keeps only a device's share is a reduce-scatter, and is counted as one: the compiler
-    names such fusions so, too ("AllReduceScatterFusion"). One whose whole result leaves the fusion is an all-reduce
-    however little of it is used later: that is what the devices send.
+    An all-reduce inside a fusion that keeps only the device's shard of the result counts as a reduce-scatter; the
+    compiler, too, calls such a fusion "AllReduceScatterFusion". If the full result leaves the fusion, it counts as an
+    all-reduce even if only a part is used later, because the devices send all of it.
     """
     found: dict[tuple, Collective] = {}
     for run in program.executed():
@@ -81,10 +80,11 @@ def collectives(program: Program, mesh: dict[str, int]) -> list[Collective]:
 
 
 def _goes_on(run: Executed) -> bool:
-    """Whether an exchange has begun elsewhere: asynchronous ones stand in a chain of fusions with other work.
+    """Whether the instruction continues an asynchronous collective that an earlier instruction started.
 
-    The first begins it, those between let it go on, also within a loop that runs meanwhile, and the last waits for it.
-    All have the same chain's number. Channels do not tell them: exchanges that were combined have the same one.
+    The compiler splits an asynchronous collective into a chain of fusions that also do other work: the first starts it,
+    those between, also in the body of a concurrent loop, advance it, and the last waits for it. All have the same
+    chain_id. Channel ids do not identify a chain, because combined collectives share one.
     """
     if 'chain_id="' not in run.instruction.text:
         return False
@@ -92,7 +92,7 @@ def _goes_on(run: Executed) -> bool:
 
 
 def kernels(program: Program) -> dict[str, int]:
-    """Pallas kernels by name, and how often they run in a step: "splash_mha_fwd...", "flex_forward"."""
+    """Executions per step of Pallas kernels, by name: "splash_mha_fwd...", "flex_forward"."""
     counts: dict[str, int] = {}
     for run in program.executed():
         if run.instruction.opcode == "custom-call" and '"tpu_custom_call"' in run.instruction.text:
@@ -137,7 +137,7 @@ def _collective(run: Executed, mesh: dict[str, int]) -> Collective | None:
 
 
 def _only_cut(array: Instruction, within: Mapping[str, Instruction]) -> bool:
-    """Whether of an array, or of each of a tuple, nothing is used but cuts."""
+    """Whether an array, or each array of a tuple, is only used by slices."""
     users = [other for other in within.values() if array.name in other.operands]
     through = ("get-tuple-element", "bitcast")
     return bool(users) and all(
@@ -155,7 +155,7 @@ def _origin(name: str) -> str:
 
 
 def _groups(text: str, devices: int) -> list[tuple[int, ...]]:
-    """The groups of devices that exchange something with each other; empty if the notation is not known."""
+    """The device groups of a collective; empty if the notation is unknown."""
     if pairs := re.search(r"source_target_pairs=\{(\{.*?\})\}", text):
         return [tuple(pair) for pair in _listed(pairs.group(1)) if pair[0] != pair[1]]
     if listed := re.search(r"replica_groups=\{(\{.*?\})\}", text):
@@ -179,7 +179,7 @@ _IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
 
 
 def _iota(sizes: str, order: str | None) -> np.ndarray:
-    """The numbers that "[4,2]T(1,0)" stands for: those from 0, in that shape, its axes exchanged."""
+    """The device numbers that "[4,2]T(1,0)" denotes: iota of that shape, with its axes transposed."""
     shape = [int(n) for n in sizes.split(",")]
     axes = [int(n) for n in order.split(",")] if order else range(len(shape))
     return np.arange(math.prod(shape)).reshape(shape).transpose(tuple(axes)).ravel()
@@ -190,7 +190,7 @@ def _listed(text: str) -> list[list[int]]:
 
 
 def _axes(groups: Sequence[tuple[int, ...]], mesh: dict[str, int]) -> tuple[str, ...]:
-    """The axes along which the members of some group differ."""
+    """The mesh axes along which the members of any group differ."""
     shape = tuple(mesh.values())
     places = [np.stack(np.unravel_index(np.asarray(group), shape), axis=1) for group in groups]
     return tuple(name for i, name in enumerate(mesh) if any((place[:, i] != place[0, i]).any() for place in places))

@@ -1,4 +1,4 @@
-"""The training step of an experiment, compiled ahead of time for devices that need not be there."""
+"""Ahead-of-time compilation of an experiment's training step for devices that need not be attached."""
 
 import contextlib
 import dataclasses
@@ -26,7 +26,7 @@ from polygpt.training.parallel import Parallel
 from polygpt.training.program import Program, assemble
 
 FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
-"""Environment variables that change what a compiler makes of a program."""
+"""Environment variables that affect the compiler's output."""
 SETTINGS = tuple(
     f"jax_{name}"
     for name in (
@@ -38,7 +38,7 @@ SETTINGS = tuple(
     )
     if f"jax_{name}" in jax.config.values
 )
-"""JAX's settings that do."""
+"""JAX config options that affect the compiler's output."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,14 +46,14 @@ class Built:
     """A compiled step.
 
     Attributes:
-        text: of the compiled program; None where it did not fit.
-        memory: of a device; None where the compiler refused for want of it.
-        exhausted: what the compiler said then.
-        seconds: that compiling took, when it was done.
-        mesh: devices along each axis.
-        reason: why this mesh, where `train.parallel` is "auto".
-        vocabulary: V.
-        devices: the order of the mesh's devices.
+        text: HLO text of the compiled program; None if it did not fit.
+        memory: memory per device; None if the compiler ran out of memory.
+        exhausted: the compiler's report in that case.
+        seconds: compile time, of the original compilation if the program came from the cache.
+        mesh: mesh axis sizes.
+        reason: why this mesh was chosen, if `train.parallel` is "auto".
+        vocabulary: vocabulary size V.
+        devices: the devices in mesh order.
     """
 
     text: str | None
@@ -67,13 +67,13 @@ class Built:
 
 
 def build(experiment: Experiment, target: Target) -> Built:
-    """Compiles the step of an experiment for a target. No data is read and no parameter made.
+    """Compiles the step of an experiment for a target, without reading data or allocating parameters.
 
-    An experiment for one device, or for pmap, is planned as a sharded program: for one device nothing is split, and
-    pmap computes what the data axis does.
+    A single-device experiment is compiled without splits. A pmap experiment is planned as a sharded program, because
+    pmap computes the same as the data axis.
 
     Raises:
-        UserError: rows, positions or heads cannot be divided as the mesh asks.
+        UserError: the mesh does not divide batch_size, seq_len or heads evenly.
     """
     step = lower(experiment, target)
     made = _compiled(step, target)
@@ -91,7 +91,7 @@ def build(experiment: Experiment, target: Target) -> Built:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A step traced for its devices: the program it is of, its arguments' shapes and places, and the mesh."""
+    """A lowered step: the program, the abstract state and batch with their shardings, and the mesh."""
 
     program: Program
     lowered: jax.stages.Lowered
@@ -101,18 +101,18 @@ class Step:
 
 
 def lower(experiment: Experiment, target: Target) -> Step:
-    """Traces the step of an experiment. Errors as `build`."""
+    """Traces and lowers the step of an experiment. Raises the errors of `build`."""
     program = prepare(experiment, target)
     runs = program.parallel
     state, batch = runs.abstract(program.initial), abstract_batch(experiment, runs)
     mesh = runs.layout.mesh if runs.layout else jax.sharding.Mesh(runs.devices, ("data",))
-    with dispatch.compiling_for(target.traced), jax.set_mesh(mesh):  # Pallas asks the mesh what kind of TPU it is
+    with dispatch.compiling_for(target.traced), jax.set_mesh(mesh):  # Pallas reads the TPU generation from the mesh
         with _without_traces():
             return Step(program, program.step.lower(state, batch), state, batch, mesh)
 
 
 def _compiled(step: Step, target: Target) -> Kept:
-    """What the compiler makes of it, or made of it before."""
+    """The compiled program, from the cache if it was compiled before."""
     where = [target.name, str(target.slices), repr([device.id for device in step.mesh.devices.flat])]
     told = {name: os.environ.get(name) for name in FLAGS} | {name: jax.config.values[name] for name in SETTINGS}
     path = kept.place([step.lowered.as_text(), *where, json.dumps([versions(), told], sort_keys=True)])
@@ -134,7 +134,7 @@ def _compiled(step: Step, target: Target) -> Kept:
 
 @contextlib.contextmanager
 def _without_traces() -> Iterator[None]:
-    """Kernels would carry the lines of the source that they were called from: a line more, and they would be others."""
+    """Lowers without source locations: kernels would contain the caller's line numbers, which change the cache key."""
     before = jax.config.jax_traceback_in_locations_limit
     jax.config.update("jax_traceback_in_locations_limit", 0)
     try:
@@ -144,7 +144,7 @@ def _without_traces() -> Iterator[None]:
 
 
 def versions() -> dict[str, str]:
-    """Of what compiles."""
+    """Versions of JAX and the compilers."""
     found = {"jax": jax.__version__}
     for name in ("jaxlib", "libtpu"):
         try:
@@ -155,7 +155,7 @@ def versions() -> dict[str, str]:
 
 
 def prepare(experiment: Experiment, target: Target) -> Program:
-    """The program that would run, traced by nobody yet."""
+    """The program that would run, not traced yet."""
     train = experiment.train
     if train.parallel == "pmap":
         experiment = experiment.replace(train=train.replace(parallel="sharded"))
@@ -164,7 +164,7 @@ def prepare(experiment: Experiment, target: Target) -> Program:
 
 
 def abstract_batch(experiment: Experiment, runs: Parallel) -> Batch:
-    """Shapes and places of a batch as the loader would give it."""
+    """A batch of `ShapeDtypeStruct`s with the shapes and shardings of the loader's batches."""
     B, T = experiment.data.batch_size, experiment.data.layout.seq_len
 
     def array(shape: tuple[int, ...], dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
