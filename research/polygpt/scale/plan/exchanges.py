@@ -1,4 +1,4 @@
-"""What devices exchange in a step, foreseen by arithmetic."""
+"""Analytic estimate of a step's collectives."""
 
 import dataclasses
 import functools
@@ -15,12 +15,12 @@ from polygpt.training.experiment import Experiment
 
 @dataclasses.dataclass(frozen=True)
 class Flow:
-    """What a device's blocks of the decoder do, for one of the parts that gradients are accumulated over.
+    """Work of a device's decoder blocks, per microbatch of gradient accumulation.
 
     Attributes:
-        blocks: that it holds.
-        positions: that pass through a block at a time: of all rows, or of a microbatch of the pipeline.
-        turns: how often it computes a block.
+        blocks: decoder blocks on the device.
+        positions: positions that pass through a block at once: of all rows, or of one pipeline microbatch.
+        turns: number of block executions.
     """
 
     blocks: float
@@ -29,7 +29,7 @@ class Flow:
 
 
 def flow(positions: float, depth: int, layout: MeshLayout, schedule: Schedule) -> Flow:
-    """`positions` are those of a device outside of the pipeline, in which devices of all stages share rows."""
+    """The flow for `positions` per device outside the pipeline. Inside it, the devices of all stages share rows."""
     P, R, M = schedule.stages, schedule.repeats, schedule.microbatches
     shared = math.prod(layout.mesh.shape[axis] for axis in set(layout.names("batch")) & set(layout.names("stages")))
     return Flow(depth / P, positions * shared / M, schedule.iterations * depth / (P * R))
@@ -38,16 +38,16 @@ def flow(positions: float, depth: int, layout: MeshLayout, schedule: Schedule) -
 def exchanges(
     experiment: Experiment, known: Facts, here: Arranged, positions: float, through: Flow, compute: int
 ) -> list[Collective]:
-    """What a split needs at least: gathered and scattered parameters, sums of activations and of gradients, and what
-    passes from stage to stage.
+    """The collectives that a sharding needs at least: all-gathers and reduce-scatters of parameters and gradients,
+    all-reduces of activations and gradients, and transfers between pipeline stages.
 
     Args:
-        experiment: as it is to run.
-        known: of it.
-        here: of the mesh.
-        positions: of a device outside of the pipeline, at a time.
-        through: the decoder's blocks.
-        compute: bytes of a number that is computed with.
+        experiment: the experiment, with the configuration to estimate.
+        known: facts of the experiment.
+        here: facts of the mesh.
+        positions: positions per device that are processed at once outside the pipeline.
+        through: flow through the decoder's blocks.
+        compute: bytes per element of the compute dtype.
     """
     layout, schedule = here.layout, here.schedule
     model, parts, sizes = experiment.model, experiment.optim.accumulate, dict(layout.mesh.shape)
@@ -80,7 +80,7 @@ def exchanges(
     if schedule.stages > 1:
         P, stages = schedule.stages, layout.names("stages")
         add("collective-permute", stages, stream, 3 * schedule.iterations * parts)  # one forward, two backward
-        # Rows of one stage's devices become those of all, and back; backward it is the other way round.
+        # Rows of one stage's devices go to those of all stages, and back; the backward pass does the reverse.
         add("all-gather", stages, positions * P * decoder.width * compute, 2 * parts)
         add("all-reduce", stages, positions * P * decoder.width * compute, parts)
         add("all-reduce", stages, rest * here.own / here.whole * 4, parts)
@@ -91,7 +91,7 @@ def exchanges(
 
 @functools.cache
 def _group(shape: tuple[int, ...], axes: tuple[str, ...]) -> tuple[int, ...]:
-    """The numbers, in the order of a mesh, of the first device and those that differ from it along `axes`."""
+    """Mesh indices of the first device and of those that differ from it along `axes` only."""
     if not axes:
         return ()
     numbers = np.arange(math.prod(shape)).reshape(shape)
@@ -100,7 +100,7 @@ def _group(shape: tuple[int, ...], axes: tuple[str, ...]) -> tuple[int, ...]:
 
 @functools.cache
 def _neighbours(shape: tuple[int, ...], axis: str) -> tuple[tuple[int, int], ...]:
-    """Every device by its number in a mesh, and the next one along an axis, the first behind the last."""
+    """(device, next device along `axis`) for every mesh index; the last is followed by the first."""
     numbers = np.arange(math.prod(shape)).reshape(shape)
     following = np.roll(numbers, -1, axis=AXES.index(axis))
     return tuple(zip(numbers.ravel().tolist(), following.ravel().tolist(), strict=True))

@@ -1,4 +1,4 @@
-"""What arithmetic has to know of an experiment and of a mesh: found once, and the same for many ways to run."""
+"""Inputs of the analytic estimates, computed once per experiment or mesh and shared by many candidates."""
 
 import dataclasses
 import math
@@ -17,7 +17,7 @@ from polygpt.sharding import MeshLayout, MeshSpec, mesh_axes
 from polygpt.training.experiment import Experiment
 
 DECODER = "decoder/"
-"""The beginning of the paths of the decoder's parameters."""
+"""Path prefix of the decoder's parameters."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,15 +36,15 @@ class Matrix:
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What is the same for every mesh, remat and number of microbatches; `facts` finds it.
+    """Facts that do not depend on mesh, remat or microbatches; computed by `facts`.
 
     Attributes:
         matrices: all parameters.
-        depths: blocks, by the beginning of the paths of a stack's parameters.
-        optimizer: bytes of the optimizer's state and the moving average, by byte of parameters.
-        flops: of a step.
-        vocabulary: V.
-        devices: of the target.
+        depths: number of blocks of each stack, by path prefix of its parameters.
+        optimizer: bytes of optimizer state and moving average per byte of parameters.
+        flops: FLOPs of a step.
+        vocabulary: vocabulary size V.
+        devices: devices of the target.
     """
 
     matrices: tuple[Matrix, ...]
@@ -60,8 +60,8 @@ class OfBlock:
     """Elements of one block on one device.
 
     Attributes:
-        outputs: of all its matrices, for a position.
-        matrices: all of them, gathered where they are split along their width.
+        outputs: output elements of all its matrices per position.
+        matrices: elements of its matrices after the all-gather along "width".
     """
 
     outputs: float
@@ -70,14 +70,14 @@ class OfBlock:
 
 @dataclasses.dataclass(frozen=True)
 class Arranged:
-    """What is the same for all ways to run on one mesh; `arranged` finds it.
+    """Facts shared by all candidates on one mesh; computed by `arranged`.
 
     Attributes:
         layout: the mesh of the target's devices.
-        own: parameters of a device.
-        whole: the same with those that it gathers, for it splits them along their width.
-        blocks: by stack, what one of its blocks has.
-        schedule: of the decoder's pipeline; without one, that of a single stage.
+        own: parameters per device.
+        whole: parameters per device after the all-gather along "width".
+        blocks: elements of one block, by path prefix of the stack.
+        schedule: pipeline schedule of the decoder; a single stage if there is no pipeline.
     """
 
     layout: MeshLayout
@@ -109,7 +109,7 @@ def facts(experiment: Experiment, target: Target) -> Facts:
 
 
 def arranged(spec: MeshSpec, known: Facts) -> Arranged | None:
-    """The mesh of the target's devices; None if it does not divide evenly."""
+    """The facts of a mesh of the target's devices; None if the mesh does not divide evenly."""
     try:
         layout = sharding.arrange(spec, known.devices)
     except (UserError, NotImplementedError, ValueError):
@@ -129,7 +129,7 @@ def _shard(matrix: Matrix, layout: MeshLayout) -> float:
 
 
 def _without(matrix: Matrix, layout: MeshLayout, name: str) -> float:
-    """Elements of a device once it has gathered the axis of that name."""
+    """Elements per device after an all-gather along the axis with that name."""
     spec = layout.axes(matrix.names, matrix.shape)
     kept = [axis for own, entry in zip(matrix.names, spec, strict=True) if own != name for axis in mesh_axes(entry)]
     return matrix.size / _parts(layout, kept)

@@ -32,9 +32,9 @@ class Line:
 
     Attributes:
         name: "decoder, matrices", ...
-        each: FLOPs of one forward pass for one unit.
+        each: forward FLOPs per unit.
         unit: "position" or "item".
-        units: how many of them a step has.
+        units: units per step.
         again: fraction recomputed in the backward pass.
     """
 
@@ -46,17 +46,17 @@ class Line:
 
     @property
     def forward(self) -> float:
-        """FLOPs of a step's forward pass."""
+        """Forward FLOPs per step."""
         return self.each * self.units
 
 
 @dataclasses.dataclass(frozen=True)
 class Flops:
-    """All of a step, over all devices.
+    """FLOPs per step, summed over all devices.
 
     Attributes:
-        lines: the parts.
-        positions: R T.
+        lines: the parts of the model.
+        positions: positions per step, R T.
     """
 
     lines: tuple[Line, ...]
@@ -64,17 +64,17 @@ class Flops:
 
     @property
     def forward(self) -> float:
-        """Of the forward pass."""
+        """FLOPs of the forward pass."""
         return sum(line.forward for line in self.lines)
 
     @property
     def useful(self) -> float:
-        """Of forward and backward pass: what MFU counts."""
+        """FLOPs of forward and backward pass without recomputation, the numerator of MFU."""
         return 3 * self.forward
 
     @property
     def again(self) -> float:
-        """Recomputed by remat, by the formula; the program may recompute more or less."""
+        """FLOPs recomputed by remat according to the formula; the program may recompute more or less."""
         return sum(line.forward * line.again for line in self.lines)
 
     def to_json(self) -> dict:
@@ -85,7 +85,7 @@ class Flops:
 
 
 def flops(experiment: Experiment, vocabulary: int) -> Flops:
-    """FLOPs of a step of an experiment. Allocates nothing."""
+    """FLOPs per step of an experiment. Allocates no arrays."""
     model, seq_len, rows = experiment.model, experiment.data.layout.seq_len, experiment.data.batch_size
     positions, lines = rows * seq_len, []
     for part in describe(model, vocabulary, seq_len).parts:
@@ -105,7 +105,7 @@ def flops(experiment: Experiment, vocabulary: int) -> Flops:
 
 
 def remat(flops: Flops, model: ModelSpec) -> Flops:
-    """The same FLOPs with recomputation by the model's `remat`."""
+    """The same FLOPs, with the recomputed fractions set by the model's remat policies."""
 
     def again(name: str) -> float:
         if name == "decoder, attention":

@@ -1,7 +1,7 @@
-"""A compiled program's text, read: instructions, which computation calls which, and how often each runs in a step.
+"""Parser of optimized HLO text: instructions, the call graph, and executions of each instruction per step.
 
-XLA's own cost analysis counts the body of a loop once; a model's blocks are scanned, so everything that matters happens
-in loops. Here every instruction comes with the number of times that one call of the program executes it.
+XLA's cost analysis counts a loop body once, but a model scans over its blocks, so most of the work is inside loops.
+Here each instruction comes with its number of executions per call of the program.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ BYTES = {
     "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "f8e4m3b11fnuz": 1, "s16": 2,
     "u16": 2, "f16": 2, "bf16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16,
 }  # fmt: skip
-"""Bytes of an element; other types, tokens among them, have none."""
+"""Bytes per element; other types, such as tokens, count 0."""
 
 _SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^{}]*\})?")
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
@@ -28,9 +28,9 @@ class Array:
     """One array of an instruction's result.
 
     Attributes:
-        dtype: as in the text, "bf16".
-        shape: its sizes.
-        near: whether it lies in the memory next to the compute units (VMEM and scalar memory), not in HBM.
+        dtype: HLO's name, such as "bf16".
+        shape: dimensions.
+        near: whether it is in on-chip memory (VMEM or scalar memory) rather than HBM.
     """
 
     dtype: str
@@ -44,21 +44,21 @@ class Array:
 
     @property
     def bytes(self) -> float:
-        """Bytes, without the padding of tiles."""
+        """Bytes, without tile padding."""
         return self.size * BYTES.get(self.dtype, 0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line.
+    """One HLO instruction.
 
     Attributes:
-        name: without the percent sign.
+        name: name without the percent sign.
         opcode: "fusion", "all-gather-start", ...
-        results: its arrays, those of a tuple one by one.
+        results: output arrays, with tuples flattened.
         operands: names of instructions of the same computation.
         text: the whole line.
-        root: whether it is what its computation gives.
+        root: whether it is the root of its computation.
     """
 
     name: str
@@ -74,28 +74,28 @@ class Instruction:
         return sum(array.bytes for array in self.results)
 
     def attribute(self, name: str) -> str | None:
-        """What stands behind `name=`, up to the next attribute; None if there is no such attribute."""
+        """The text after `name=`, up to the next attribute; None if there is no such attribute."""
         found = re.search(rf"[,)] {name}=", self.text)
         if found is None:
             return None
         return self.text[found.end() : _end_of(self.text, found.end(), ",")]
 
     def called(self) -> dict[str, str]:
-        """Computations that it calls, by the attribute that names them."""
+        """Names of called computations, by attribute."""
         return {kind: name for kind, name in _CALLED.findall(self.text)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Executed:
-    """An instruction as the program executes it.
+    """An instruction with its executions.
 
     Attributes:
-        instruction: the line.
-        within: the computation that holds it.
-        times: how often in one call of the program.
-        loops: the loops around it, outermost first.
-        fused: whether it is part of a fusion, and its operands and results are no arrays in memory.
-        beside: whether it belongs to a call that runs beside the rest of the program.
+        instruction: the instruction.
+        within: the computation that contains it.
+        times: executions per call of the program.
+        loops: names of the enclosing loops, outermost first.
+        fused: whether it is part of a fusion, so that its operands and results are not arrays in memory.
+        beside: whether it is part of an asynchronous call.
     """
 
     instruction: Instruction
@@ -111,9 +111,9 @@ class Program:
     """A whole compiled program.
 
     Attributes:
-        computations: by name, their instructions by name, in order.
-        entry: the name of the one that is called.
-        unknown: loops of which the text does not say how often they run; they are counted once.
+        computations: instructions by name and in order, for each computation by name.
+        entry: name of the entry computation.
+        unknown: loops with an unknown trip count; their bodies are counted once.
     """
 
     computations: dict[str, dict[str, Instruction]]
@@ -121,9 +121,9 @@ class Program:
     unknown: tuple[str, ...] = ()
 
     def executed(self) -> Iterator[Executed]:
-        """Every instruction that runs, fused ones too; the scalar functions of reductions are left out.
+        """All executed instructions, including those inside fusions but not the scalar functions of reductions.
 
-        Of a conditional's branches it is the one that writes least.
+        Of a conditional, only the branch that writes the fewest bytes counts.
         """
         yield from self._executed(self.entry, 1, ())
 
@@ -146,9 +146,9 @@ class Program:
                 yield from self._executed(self._least(instruction), times, loops, **where)
 
     def _least(self, conditional: Instruction) -> str:
-        """The branch that writes least: one of them runs, and what is counted shall be a lower bound.
+        """The branch that writes the fewest bytes, so that counts are lower bounds.
 
-        In a model the other is for what hardly ever happens, such as padding between the positions of a row.
+        In a model the other branch handles rare cases, such as padding between the positions of a row.
         """
         nothing = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast")
 
@@ -165,12 +165,12 @@ class Program:
         return [name for kind, name in instruction.called().items() if kind.endswith("_computation")]
 
     def trips(self, loop: Instruction, within: dict[str, Instruction]) -> int | None:
-        """How often a loop's body runs, each time that the loop is entered; None if the text does not say."""
+        """Trip count: executions of the body per execution of the loop; None if unknown."""
         if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.text):
             return int(known.group(1))
         condition = self.computations[loop.called()["condition"]]
         root = next(instruction for instruction in condition.values() if instruction.root)
-        if root.opcode == "fusion" and len(root.operands) == 2:  # a CPU wraps the comparison
+        if root.opcode == "fusion" and len(root.operands) == 2:  # the CPU compiler fuses the comparison
             inner = self.computations[root.called()["calls"]]
             direction = next((i.attribute("direction") for i in inner.values() if i.opcode == "compare"), None)
         else:
@@ -185,9 +185,9 @@ class Program:
         return max(math.ceil(beyond / self._stride(loop, index)), 0)
 
     def _stride(self, loop: Instruction, index: int) -> int:
-        """What a round adds to a loop's counter: 1 in all of JAX, 2 where the TPU compiler does two rounds in one.
+        """Increment of the loop counter per iteration: 1 in JAX's loops, 2 in loops that the TPU compiler unrolls by 2.
 
-        It does so with loops that multiply one shard while the next one is on its way (collective matrix products).
+        It unrolls loops that multiply one shard while the next one is in transfer (collective matrix products).
         """
         body = self.computations[loop.called()["body"]]
         root = next(instruction for instruction in body.values() if instruction.root)
@@ -204,7 +204,7 @@ class Program:
         return next((n for name in added.operands if (n := _integer(within.get(name)))), 1)
 
     def _start(self, loop: Instruction, within: dict[str, Instruction], index: int) -> int:
-        """The number at which a loop's counter begins: 0 where it is not a constant in the text, as in all of JAX."""
+        """Initial value of the loop counter. 0, as in JAX's loops, if it is not a constant in the text."""
         given = within.get(loop.operands[0])
         if given is None or given.opcode != "tuple" or index >= len(given.operands):
             return 0
@@ -215,7 +215,7 @@ class Program:
 
 
 def parse(text: str) -> Program:
-    """The program whose `compiled.as_text()` this is."""
+    """Parses the output of `compiled.as_text()`."""
     computations: dict[str, dict[str, Instruction]] = {}
     entry, current = "", None
     for line in _lines(text):
@@ -234,7 +234,7 @@ def parse(text: str) -> Program:
 
 
 def _lines(text: str) -> Iterator[str]:
-    """Lines, where the metadata of a kernel may have broken one into several."""
+    """The instruction lines; joins those that a kernel's metadata splits."""
     waiting = ""
     for line in text.splitlines():
         begins = not line or _NAME.match(line) or _END.match(line) or _HEAD.match(line)
@@ -264,7 +264,7 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def _end_of(text: str, at: int, mark: str) -> int:
-    """Where the first `mark` outside of brackets stands, from `at` on; the text's end if there is none."""
+    """Index of the first `mark` at or after `at` outside brackets; the length of the text if there is none."""
     depth = 0
     for i in range(at, len(text)):
         c = text[i]

@@ -1,7 +1,7 @@
-"""Compiled programs of plans, kept in the cache folder: what took minutes to compile is read in a moment.
+"""Cache of compiled programs: a program that took minutes to compile loads quickly from the cache folder.
 
-A program is found again by all that it depends on: the lowered step, the devices it is for, the compiler, and the
-flags and settings that this was given.
+The key covers everything that a program depends on: the lowered step, the devices, the compiler's version, flags and
+settings.
 """
 
 import contextlib
@@ -16,18 +16,18 @@ from polygpt.cache_folder import cache_folder
 from polygpt.files import write_atomically
 
 MOST = 300
-"""Programs that are kept; of more, those used longest ago go."""
+"""Maximum number of cached programs. The least recently used are deleted."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """What a compiler gave.
+    """The result of a compilation.
 
     Attributes:
-        text: the compiled program; None where the memory did not suffice.
-        figures: bytes by name, as the compiler's memory analysis gives them.
-        refusal: what it said where the memory did not suffice.
-        seconds: that it took.
+        text: HLO text of the compiled program; None if the compiler ran out of memory.
+        figures: bytes by name, from the compiler's memory analysis.
+        refusal: the error message if the compiler ran out of memory.
+        seconds: compile time.
     """
 
     text: str | None
@@ -37,7 +37,7 @@ class Kept:
 
 
 def place(parts: Sequence[str]) -> Path:
-    """The file of the program that these texts determine."""
+    """The cache file for this key, a sequence of texts."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part.encode() + b"\0")
@@ -45,7 +45,7 @@ def place(parts: Sequence[str]) -> Path:
 
 
 def read(path: Path) -> Kept | None:
-    """What is kept there; None if nothing that can be read."""
+    """The cached result; None if the file is missing or unreadable."""
     try:
         with gzip.open(path, "rt", encoding="utf-8") as file:
             found = Kept(**json.load(file))
@@ -56,7 +56,7 @@ def read(path: Path) -> Kept | None:
 
 
 def write(path: Path, kept: Kept) -> None:
-    """Keeps it. A cache folder that cannot be written only costs time."""
+    """Writes a result. Ignores errors of the file system, because the cache only saves time."""
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, gzip.compress(json.dumps(dataclasses.asdict(kept)).encode(), 3))

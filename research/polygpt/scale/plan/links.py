@@ -1,17 +1,17 @@
-"""How long exchanges between devices take at least, on the links that their groups have.
+"""Lower bounds on the time of collectives, from the bandwidth of the links that their device groups use.
 
 Formulas (Thakur et al. 2005, "Optimization of collective communication operations in MPICH"; Chan et al. 2007;
-Patarasuk and Yuan 2009): of an array of V bytes over n devices an all-gather or reduce-scatter moves V (n - 1)/n
-through every device, an all-reduce twice that, over the links of the group's devices. On a torus a group that covers a
-whole closed axis has two links per device there. In a line the device at the end has one, which bounds a gather; what
-an all-reduce sends spreads over all 2 (n - 1) links of the line. A group over several axes has the links of them all;
-one of every s-th chip shares them with s - 1 others, and its ring is closed where the axis is and the chips are evenly
-spaced.
+Patarasuk and Yuan 2009): for an array of V bytes over n devices, each device sends V (n - 1)/n bytes in an all-gather
+or reduce-scatter and twice that in an all-reduce, over the links of the group's devices. On a torus, a group that spans
+a whole axis with wraparound has two links per device along it. On a line the device at the end has only one link, which
+bounds an all-gather; the traffic of an all-reduce spreads over all 2 (n - 1) one-way links of the line. A group that
+spans several axes uses the links of all of them. A group of every s-th chip shares the links with s - 1 other groups;
+it forms a ring if the axis has wraparound and the chips are evenly spaced.
 
-Two times follow. One after another: the sum of what each exchange takes by itself. The busiest links: exchanges along
-different axes, and permutes in opposite directions, run at once, so a step is only bound by the links that have most
-to carry. What an exchange has to carry can be spread over the links of its own axes, but no further: the exchanges that
-have only some directions of the torus to go along take at least their bytes over the bandwidth of those directions.
+There are two estimates. In turn: the sum over collectives of the time that each takes alone. Busiest links: collectives
+along different axes, and permutes in opposite directions, overlap, so only the most loaded links bound the step. A
+collective can spread its traffic only over the links of its own axes. So, for each set of directions of the torus, the
+collectives confined to it take at least their bytes over the total bandwidth of the set.
 """
 
 import dataclasses
@@ -26,24 +26,24 @@ from polygpt.scale.plan.collectives import NETWORK, Collective
 from polygpt.scale.plan.target import Target, place
 
 CHIPLETS = 6
-"""Bandwidth between the two devices of a tpu7x, as a multiple of a link's."""
+"""Bandwidth between the two devices of a tpu7x chip, as a multiple of a link's bandwidth."""
 SINGLE = ("collective-permute", "collective-broadcast")
-"""Kinds in which a device sends the whole array."""
+"""Kinds in which each device sends its whole array."""
 
 Direction = tuple[int | str, int]
-"""An axis of the torus and a way along it, 1 or -1; of what is no torus ("chip", 1) or ("switch", 1)."""
+"""A torus axis and a direction along it, 1 or -1; ("chip", 1) within a chip and ("switch", 1) for GPUs."""
 Loads = dict[frozenset[Direction], float]
-"""Bytes that each chip has to send, times the links they pass, by the directions that they may go."""
+"""Bytes per chip times links traversed, by the set of directions that the traffic may take."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-    """Seconds of a step's exchanges.
+    """Seconds of a step's collectives.
 
     Attributes:
-        busiest: on the links of a slice or node that have most to carry: all exchanges at once.
-        in_turn: on those links, one exchange after another.
-        network: between slices or nodes, where all share what a device has.
+        busiest: time of the busiest links within a slice or node, if all collectives overlap.
+        in_turn: time within a slice or node, if collectives run one after another.
+        network: time on the network between slices or nodes, which all collectives share.
     """
 
     busiest: float
@@ -53,14 +53,14 @@ class Times:
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """The part of a torus' axis that a group covers.
+    """The part of a torus axis that a group spans.
 
     Attributes:
-        axis: which.
-        length: chips of the group along it.
+        axis: index of the axis.
+        length: chips of the group along the axis.
         closed: whether they form a ring.
-        step: distance of neighbours.
-        hops: links between two of them, on average over all pairs, each with itself too.
+        step: distance between neighbours in the group.
+        hops: mean number of links between two of them, over all ordered pairs including a chip with itself.
     """
 
     axis: int
@@ -71,12 +71,12 @@ class Line:
 
 
 def total(found: Sequence[Collective], target: Target, devices: Sequence[jax.Device]) -> Times:
-    """Of a step.
+    """Times of all collectives of a step.
 
     Args:
         found: the collectives.
-        target: whose links.
-        devices: in the order of the mesh.
+        target: the target, which has the links.
+        devices: devices in mesh order.
     """
     devices = tuple(devices)
     carried: Loads = {}
@@ -91,7 +91,7 @@ def total(found: Sequence[Collective], target: Target, devices: Sequence[jax.Dev
 
 
 def seconds(one: Collective, target: Target, devices: Sequence[jax.Device]) -> tuple[float, float]:
-    """(on the links of a slice or node, on the network between them): of one execution by itself, without latencies."""
+    """(seconds on the links of a slice or node, seconds on the network) of one execution alone, without latency."""
     if target.platform == "cpu":
         return 0.0, 0.0
     unit = _unit(one.kind, one.group, one.pairs, target, tuple(devices))
@@ -100,11 +100,11 @@ def seconds(one: Collective, target: Target, devices: Sequence[jax.Device]) -> t
 
 @dataclasses.dataclass(frozen=True)
 class _Unit:
-    """What one byte of an exchange's payload takes: everything here grows with the payload in proportion.
+    """Cost per byte of a collective's payload; all costs are proportional to the payload.
 
     Attributes:
         inside, across: seconds on the links of a slice or node, and on the network between them.
-        loads: of what stays within slices or nodes.
+        loads: loads of the part within slices or nodes.
     """
 
     inside: float
@@ -123,13 +123,13 @@ def _unit(kind: str, group: tuple[int, ...], pairs: tuple[tuple[int, int], ...],
     inside = max(_busiest(loads, target), _narrowest(own, target, devices))
     if kind in SINGLE:
         return _Unit(inside, 1 / network if across > 1 else 0.0, loads)
-    # Within each slice first, then every device with its like in other slices, of its share of the array.
+    # First within each slice, then between corresponding devices of the slices, for each device's share of the array.
     share = 1 / (1 if kind == "all-to-all" else len(own.group)) * (across - 1) / across
     return _Unit(inside, share * (2 if kind == "all-reduce" else 1) / network, loads)
 
 
 def _inside(one: Collective, target: Target, devices: Sequence[jax.Device]) -> tuple[Collective, int]:
-    """What of an exchange stays within slices or nodes, and how many of them its group, or some pair, is in."""
+    """The part of a collective within a slice or node, and the number of slices or nodes that a group or pair spans."""
 
     def part(number: int) -> int:
         return number // chips.SWITCHED[target.chip.name] if target.platform == "gpu" else place(devices[number])[2]
@@ -146,12 +146,12 @@ def _inside(one: Collective, target: Target, devices: Sequence[jax.Device]) -> t
 
 
 def _narrowest(one: Collective, target: Target, devices: Sequence[jax.Device]) -> float:
-    """What some single link needs, where that is more than the average of all: at an end or in the middle of a line."""
+    """Seconds of the bottleneck link, at an end or in the middle of a line; 0 if the mean of all links is the bound."""
     lines = [] if target.platform == "gpu" else _lines(one.group, target, devices)
     if not lines or one.kind == "all-reduce":
         return 0.0
     if one.kind == "all-to-all":
-        # What has to cross the middle of an axis, on the one link there of each line, or two of each ring.
+        # The traffic across the middle of an axis, where a line has one link and a ring has two.
         cuts = [line.length // 2 * -(-line.length // 2) / line.length * line.step / (1 + line.closed) for line in lines]
         return one.payload * target.chip.devices * max(cuts) / target.chip.link
     if one.kind == "collective-permute":
@@ -161,14 +161,14 @@ def _narrowest(one: Collective, target: Target, devices: Sequence[jax.Device]) -
 
 
 def _received(one: Collective, target: Target, devices: Sequence[jax.Device]) -> float:
-    """Bytes of a gather that a chip receives: what both its devices want comes over its links once."""
+    """Bytes that a chip receives in an all-gather. Data that both its devices need crosses its links once."""
     number = len({place(devices[member])[0] for member in one.group})
-    groups = target.chip.devices * number / len(one.group)  # that a chip is in
+    groups = target.chip.devices * number / len(one.group)  # per chip
     return groups * one.payload * (number - 1) / number
 
 
 def _loads(one: Collective, target: Target, devices: Sequence[jax.Device]) -> Loads:
-    """Of one execution of what stays within slices or nodes."""
+    """Loads of one execution, for the part within slices or nodes."""
     n, twice = len(one.group), 2 if one.kind == "all-reduce" else 1
     if n < 2 or one.kind == NETWORK:
         return {}
@@ -187,7 +187,7 @@ def _loads(one: Collective, target: Target, devices: Sequence[jax.Device]) -> Lo
 
 
 def _permuted(one: Collective, target: Target, devices: Sequence[jax.Device]) -> Loads:
-    """Each pair takes the shortest way along each axis; the mean over all chips counts."""
+    """Loads of a permute: each pair uses the shortest path along each axis; averaged over all chips."""
     each = one.payload * target.chip.devices / len(devices)
     loads: Loads = {}
     for sender, taker in one.pairs:
@@ -197,7 +197,7 @@ def _permuted(one: Collective, target: Target, devices: Sequence[jax.Device]) ->
             far = end[axis] - start[axis]
             if target.closed(axis):
                 far = (far + size // 2) % size - size // 2
-            half = target.closed(axis) and 2 * abs(far) == size  # as far one way as the other
+            half = target.closed(axis) and 2 * abs(far) == size  # both directions are equally long
             if far:
                 ways[axis, (1, -1) if half else (1,) if far > 0 else (-1,)] = abs(far)
         for (axis, either), hops in ways.items():
@@ -207,22 +207,22 @@ def _permuted(one: Collective, target: Target, devices: Sequence[jax.Device]) ->
 
 
 def _busiest(loads: Loads, target: Target) -> float:
-    """Seconds of the directions that have most to carry for their bandwidth: the greatest of all sets of them."""
+    """Seconds of the busiest set of directions: the maximum over sets of their load divided by their bandwidth."""
     chosen = {frozenset()}
-    for ways in loads:  # any other set has more bandwidth than one of these and as much to carry
+    for ways in loads:  # any other set has the load of one of these and more bandwidth
         chosen |= {some | ways for some in chosen}
     chosen.remove(frozenset())
     return max((_within(some, loads) / sum(_bandwidth(way, target) for way in some) for some in chosen), default=0.0)
 
 
 def _within(some: frozenset[Direction], loads: Loads) -> float:
-    """Bytes that have nowhere else to go."""
+    """Load that can only use these directions."""
     return sum(load for ways, load in loads.items() if ways <= some)
 
 
 @functools.cache
 def _bandwidth(way: Direction, target: Target) -> float:
-    """Bytes/s of a chip that way, on average over the axis: the ends of a line have no link on."""
+    """Bytes/s per chip in a direction, averaged over the axis, because the last chip of a line has no next link."""
     axis, _ = way
     if axis == "switch":
         return target.chip.link
@@ -232,7 +232,7 @@ def _bandwidth(way: Direction, target: Target) -> float:
 
 
 def _lines(group: Sequence[int], target: Target, devices: Sequence[jax.Device]) -> list[Line]:
-    """By axis of the torus along which the group extends."""
+    """The lines of a group: one per torus axis that it spans."""
     places = [place(devices[number])[0] for number in group]
     found = []
     for axis, size in enumerate(target.torus):
@@ -248,7 +248,7 @@ def _lines(group: Sequence[int], target: Target, devices: Sequence[jax.Device]) 
 
 
 def describe(target: Target) -> str:
-    """The links of a target in words."""
+    """Description of a target's links."""
     chip = target.chip
     if target.platform == "gpu":
         per = chips.SWITCHED[chip.name]

@@ -1,4 +1,4 @@
-"""Where the memory of a device goes: what the compiler reserves, split by what it is for."""
+"""Memory per device of a compiled step, broken down by purpose."""
 
 import dataclasses
 import math
@@ -14,14 +14,14 @@ class Memory:
     """Bytes of one device.
 
     Attributes:
-        parameters: with the moving average, if there is one.
-        optimizer: its state.
-        batch: rows and media, and everything else that the step is given.
-        padding: what arguments take beyond that, for the tiles of a TPU.
-        temporaries: activations, gradients, buffers of collectives: what lives within a step at the worst moment.
-        output: results that do not take the place of an argument; the state does.
-        program: its code.
-        usable: what a program may take.
+        parameters: parameters, and their moving average if there is one.
+        optimizer: optimizer state.
+        batch: rows, media and all other arguments of the step.
+        padding: tile padding of the arguments on TPUs.
+        temporaries: peak of activations, gradients and collective buffers during the step.
+        output: results that do not alias an argument; the state aliases its donated buffers.
+        program: generated code.
+        usable: memory available to a program.
     """
 
     parameters: float
@@ -40,12 +40,12 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """Sum of all parts."""
         return sum(getattr(self, field.name) for field in dataclasses.fields(self)) - self.usable
 
     @property
     def fits(self) -> bool:
-        """Whether it is within what may be used."""
+        """Whether the total is at most `usable`."""
         return self.total <= self.usable
 
     def to_json(self) -> dict:
@@ -55,13 +55,13 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Exhausted:
-    """What the compiler said when the memory did not suffice.
+    """The compiler's report when it runs out of memory.
 
     Attributes:
-        temporaries: bytes of activations and other temporaries, or None where it does not say.
-        all: bytes of all together, or None.
-        available: bytes that there are.
-        text: its first lines.
+        temporaries: bytes of activations and other temporaries; None if not reported.
+        all: bytes in total; None if not reported.
+        available: bytes available; None if not reported.
+        text: first lines of the error message.
     """
 
     temporaries: float | None
@@ -71,11 +71,11 @@ class Exhausted:
 
 
 FIGURES = tuple(f"{what}_size_in_bytes" for what in ("argument", "output", "alias", "temp", "generated_code"))
-"""What is read of a compiler's memory analysis."""
+"""Attributes of the compiler's memory analysis that are used."""
 
 
 def of(figures: Mapping[str, int], state: Any, batch: Any, usable: float) -> Memory:
-    """The memory of a compiled step, given its `FIGURES`, and the shapes and places of its arguments."""
+    """The memory of a compiled step, from its `FIGURES` and its abstract state and batch with shardings."""
     parameters = of_device((state.params, state.ema))
     optimizer = of_device(state.opt_state)
     rest = of_device((state, batch)) - parameters - optimizer
@@ -92,7 +92,7 @@ def of(figures: Mapping[str, int], state: Any, batch: Any, usable: float) -> Mem
 
 
 def of_device(tree: Any) -> float:
-    """Bytes of a tree's arrays on one device: leaves have a shape, a dtype and a place."""
+    """Bytes of a tree's arrays on one device. Leaves have a shape, a dtype and a sharding."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
@@ -105,10 +105,10 @@ _SIZE = r"([\d.]+)\s*([KMGT]?)i?B?"
 
 
 def exhausted(error: BaseException | str) -> Exhausted | None:
-    """What a compiler's error says of memory; None if it is another error.
+    """Parses an out-of-memory error of the compiler; None for any other error.
 
-    Two forms are known, both of libtpu: "the total memory required for HLO temporaries (74.58G) exceeds available HBM
-    (15.75G)", and "Used 20.01G of 15.75G hbm".
+    Two message formats of libtpu are known: "the total memory required for HLO temporaries (74.58G) exceeds available
+    HBM (15.75G)", and "Used 20.01G of 15.75G hbm".
     """
     text = str(error)
     if "RESOURCE_EXHAUSTED" not in text and "out of memory" not in text.lower():

@@ -1,4 +1,4 @@
-"""A plan: everything that is known of a training step before it runs, on devices that need not be there."""
+"""A plan: memory, FLOPs, collectives and roofline of a training step, without the devices to run it on."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -18,18 +18,18 @@ UNKNOWN = (
     "traffic and times of the compiled program, its collectives and its fused kernels are lower bounds; memory of a "
     "device and the FLOPs by the formula are not affected"
 )
-"""Which figures an unknown number of iterations affects."""
+"""Warning about a loop with an unknown trip count and the figures that it affects."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Exchange:
-    """A collective, and the least time that its executions take in a step, were it alone."""
+    """A collective, and a lower bound on the seconds per step of its executions without other traffic."""
 
     what: Collective
     seconds: float
 
     def to_json(self) -> dict:
-        """As JSON data; of the group its size alone."""
+        """As JSON data, with the size of the group instead of its members."""
         own = dataclasses.asdict(self.what) | {"group": len(self.what.group), "axes": list(self.what.axes)}
         del own["pairs"]
         return own | {"sent": self.what.sent, "sent_a_step": self.what.sent_a_step, "seconds": self.seconds}
@@ -37,23 +37,23 @@ class Exchange:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What was found; `plan` makes one.
+    """The result of `plan`.
 
     Attributes:
-        name: of the experiment.
-        target: what it is planned for.
-        settings: what a search changes: mesh, pipeline, remat, microbatches, batch_size, seq_len.
-        memory: of a device; None where the compiler refused for want of it.
-        exhausted: what it said then.
-        flops: of a step.
-        exchanges: between devices, largest first.
-        kernels: fused kernels by name, with executions and FLOPs of a step.
-        roofline: the least time of a step; None where the chip's figures are not published, or no program was compiled
-            by its own compiler.
-        stand_in: if the program comes from another compiler, the time estimates that are still possible.
-        seconds: that compiling took.
-        reason: why this mesh, where that was chosen automatically.
-        warnings: what a reader must know.
+        name: name of the experiment.
+        target: the target.
+        settings: see `settings`: mesh, pipeline, remat, microbatches, batch_size, seq_len.
+        memory: memory per device; None if the compiler ran out of memory.
+        exhausted: the compiler's report in that case.
+        flops: FLOPs per step.
+        exchanges: collectives, largest first.
+        kernels: (executions, FLOPs) per step of fused kernels, by name.
+        roofline: lower bound on the time of a step; None if the chip's figures are not published, or if the target's
+            own compiler has not compiled the program.
+        stand_in: if another platform's compiler compiled the program, the time estimates that are still possible.
+        seconds: compile time.
+        reason: why this mesh was chosen, if that was automatic.
+        warnings: warnings to show with the plan.
     """
 
     name: str
@@ -72,7 +72,7 @@ class Plan:
 
     @property
     def sent(self) -> float:
-        """Bytes that each device sends in a step."""
+        """Bytes that each device sends per step."""
         return sum(exchange.what.sent_a_step for exchange in self.exchanges)
 
     def to_json(self) -> dict:
@@ -103,10 +103,11 @@ class Plan:
 
 
 def plan(experiment: Experiment, target: Target) -> Plan:
-    """Compiles the step of an experiment for a target and reads what it takes.
+    """Compiles the step of an experiment for a target and analyses the compiled program.
 
     Raises:
-        UserError: rows, positions or heads cannot be divided as the mesh asks, or the compiler for it is not installed.
+        UserError: the mesh does not divide batch_size, seq_len or heads evenly, or the target's compiler is not
+            installed.
     """
     target.prepare()
     built = compilation.build(experiment, target)
@@ -167,7 +168,7 @@ def _plan(
 
 
 def settings(experiment: Experiment, mesh: Mapping[str, int]) -> dict[str, Any]:
-    """What a plan depends on beside the model: mesh, pipeline, remat, microbatches, rows."""
+    """The settings besides the model that determine a plan: mesh, pipeline, remat, microbatches, batch and dtype."""
     model, spec = experiment.model, experiment.train.mesh
     towers = {adapter.tower.remat for adapter in model.adapters.values() if hasattr(adapter, "tower")}
     return {

@@ -1,9 +1,8 @@
-"""Memory and time of a step by arithmetic alone: what a search prunes by, and never what a plan reports as its result.
+"""Analytic estimates of a step's memory and time, without compilation. They guide a search; a plan never reports them.
 
-Memory counts what grows with the model: the state as it is split, gradients, what the backward pass keeps of every
-block, one block at work, predictions. Time counts products, what is read and written of state and activations, and the
-exchanges that a split needs. Both are coarse; `Correction` takes the error of what has been compiled as that of what
-has not.
+Memory counts what grows with the model: sharded state, gradients, saved activations of all blocks, the working set of
+one block, and logits. Time counts matrix products, memory traffic of state and activations, and the collectives that
+the sharding needs. Both are coarse. `Correction` applies the errors measured on compiled candidates to the others.
 """
 
 import dataclasses
@@ -18,17 +17,18 @@ from polygpt.scale.plan.target import Target
 from polygpt.training.experiment import Experiment
 
 KEPT = {"full": (1.0, 0.0), "dots": (1.0, 1.0), "none": (5.0, 2.2)}
-"""By remat, what the backward pass keeps of a block for one position: multiples of the model's width, and of the sum of
-its matrices' outputs. Without remat norms, rotated queries and keys, and activations are kept beside products."""
+"""Saved activations per block and position, by remat policy: multiples of the model's width and of the total output
+width of the block's matrices. Without remat, norms, rotated queries and keys, and activation functions are saved too.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """Of one way to run.
+    """The estimates for one candidate.
 
     Attributes:
-        state, gradients, kept, working, head: bytes of a device, see `predict`.
-        roofline: the least time of a step.
+        state, gradients, kept, working, head: bytes per device, see `predict`.
+        roofline: bounds on the time of a step.
     """
 
     state: float
@@ -40,40 +40,40 @@ class Prediction:
 
     @property
     def temporaries(self) -> float:
-        """All but the state."""
+        """Bytes per device besides the state."""
         return self.gradients + self.kept + max(self.working, self.head)
 
 
 BOUNDS = ("compute", "memory", "links", "in_turn", "network")
-"""The bounds of a step's time, and what exchanges take one after another: fields of a roofline."""
+"""Roofline fields that a correction scales: the bounds of a step, and the time of collectives in turn."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Correction:
-    """How far predictions were off where something was compiled: factors on temporaries, and on each bound."""
+    """Factors on temporaries and on each bound, the ratios of compiled to predicted values."""
 
     temporaries: float
     bounds: Mapping[str, float]
 
     def memory(self, prediction: Prediction) -> float:
-        """Bytes of a device, corrected."""
+        """Corrected bytes per device."""
         return prediction.state + self.temporaries * prediction.temporaries
 
     def roofline(self, prediction: Prediction) -> Roofline:
-        """The bounds, corrected."""
+        """The roofline with corrected bounds."""
         r = prediction.roofline
         return dataclasses.replace(r, **{name: getattr(r, name) * self.bounds[name] for name in BOUNDS})
 
 
 def predict(experiment: Experiment, known: Facts, target: Target, here: Arranged) -> Prediction:
-    """Of an experiment that differs from the one of `known` in mesh, remat, microbatches and rows alone.
+    """The estimates for an experiment that differs from that of `known` only in mesh, remat, microbatches and batch.
 
-    Where blocks lie in stages, a device does in every iteration of the schedule what a block of its stage does to one
-    microbatch; what is left for the backward pass is that of all iterations, those in the bubble too.
+    In a pipeline, a device applies the blocks of one stage to one microbatch in each iteration of the schedule. The
+    saved activations are those of all iterations, including the bubble.
     """
     model, data, parts = experiment.model, experiment.data, experiment.optim.accumulate
     layout, schedule, own = here.layout, here.schedule, here.own
-    rows = data.batch_size / layout.size("batch") / parts  # of a device, at a time
+    rows = data.batch_size / layout.size("batch") / parts  # per device and microbatch
     positions = rows * data.layout.seq_len / layout.size("positions")
     compute = 2 if model.dtype == "bfloat16" else 4
 
@@ -93,15 +93,15 @@ def predict(experiment: Experiment, known: Facts, target: Target, here: Arranged
         kept += at * turns * each[stack.remat]
         working = max(working, 2 * at * each["none"] + block.matrices * (2 * compute + 4))
         passed += at * turns * each["none"] * (3 + (stack.remat == "full")) * parts
-    if schedule.stages > 1:  # the desk from which microbatches are taken, and its gradient
+    if schedule.stages > 1:  # the buffer of all microbatches, and its gradient
         kept += 2 * through.positions * schedule.microbatches * model.decoder.width / layout.size("features") * compute
     head = positions * known.vocabulary / layout.size("vocabulary") * 4 * 3
-    read = here.whole + here.blocks[DECODER].matrices * (through.turns - through.blocks)  # of parameters, once a pass
+    read = here.whole + here.blocks[DECODER].matrices * (through.turns - through.blocks)  # parameters read per pass
     passed += 3 * (own * 4 * (2 + known.optimizer)) + read * compute * 6 * parts + 2 * head * parts
 
     counted = remat(known.flops, model)
     scores = sum(line.forward for line in counted.lines if line.name == "decoder, attention")
-    bubble = schedule.bubble()  # in which a stage computes what nobody uses
+    bubble = schedule.bubble()  # its computations are discarded
     blocks = sum(line.forward * (3 + line.again) for line in counted.lines if line.name.startswith("decoder, "))
     wasted = (blocks + 1.7 * scores) * bubble / (1 - bubble)
     executed = (counted.useful + counted.again + 1.7 * scores + wasted) / target.count
@@ -121,5 +121,5 @@ def predict(experiment: Experiment, known: Facts, target: Target, here: Arranged
 
 
 def _inner(adapter) -> int:
-    """Positions of an item inside its tower."""
+    """Positions per item inside its tower."""
     return adapter.applications.get("tower", adapter.positions)

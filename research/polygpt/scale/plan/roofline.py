@@ -1,7 +1,7 @@
-"""The least time that a step can take: compute, memory and interconnect, each at its published peak.
+"""Roofline of a step: lower bounds from compute, memory and interconnect, each at its published peak.
 
-Of a target whose compiler is not here there is no roofline: what another program reads and writes, and how it is fused,
-says nothing of it. `StandIn` has what is left.
+Without the target's own compiler there is no roofline, because memory traffic and fusions of another compiler's program
+differ. `StandIn` has the estimates that remain.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ rows attend to less, and kernels leave out what is not seen.) It is no forecast.
 exchanges wait for what they send and are not all hidden, and input, host and stragglers take their time: measured MFU
 lies below it. A plan whose ceiling is low cannot be fast; one whose ceiling is high may still be slow. "Nothing hidden"
 adds the three up, each at its peak."""
-"""What a ceiling is and is not, to be printed beside it."""
+"""What the MFU ceiling means; printed with it."""
 
 
 STAND_IN = """\
@@ -21,19 +21,19 @@ There is no roofline and no ceiling of the MFU: both need the program of a GPU's
 are those of the formula, at the peak of the datasheet, which matrix products do not reach. Exchanges are as the
 partitioner, which both compilers share, puts them into the CPU's program, on the datasheet's links: an estimate, in
 which bfloat16 that a CPU sends as float32 counts twice, and without what a GPU's compiler merges, splits or hides."""
-"""What can be said of a GPU's time and what not, to be printed beside it."""
+"""What the time estimates for a GPU mean; printed with them."""
 
 
 @dataclasses.dataclass(frozen=True)
 class StandIn:
-    """What is known of the time of a step whose program is compiled for other devices; seconds, on one device.
+    """Time estimates for a step whose program was compiled for another platform; seconds per step on one device.
 
     Attributes:
-        useful: useful FLOPs, by the formula, at the peak of bfloat16.
-        again: FLOPs recomputed by remat, by the formula.
-        links: exchanges within a node, all at once, as the other program has them.
-        in_turn: the same one after another.
-        network: exchanges between nodes.
+        useful: useful FLOPs by the formula, at the bfloat16 peak.
+        again: FLOPs recomputed by remat by the formula, at the bfloat16 peak.
+        links: collectives of the compiled program within a node, if all overlap.
+        in_turn: the same collectives, one after another.
+        network: collectives between nodes.
     """
 
     useful: float
@@ -49,17 +49,17 @@ class StandIn:
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """Seconds of one step, on one device.
+    """Seconds per step on one device.
 
     Attributes:
-        compute: matrix products and attention kernels at the peak of bfloat16, those of a pipeline's bubble among them.
-        memory: bytes that the program reads and writes, at the memory's bandwidth.
-        links: exchanges within a slice or node, all at once: what the busiest links need.
-        in_turn: the same exchanges one after another.
-        network: exchanges between slices or nodes.
-        useful: useful FLOPs of one device.
-        executed: FLOPs that it executes.
-        peak: its FLOP/s.
+        compute: matrix products and attention kernels, including a pipeline's bubble, at the bfloat16 peak.
+        memory: bytes read and written, at the memory bandwidth.
+        links: collectives within a slice or node, if all overlap: time of the busiest links.
+        in_turn: the same collectives, one after another.
+        network: collectives between slices or nodes.
+        useful: useful FLOPs per device.
+        executed: executed FLOPs per device.
+        peak: peak FLOP/s per device.
     """
 
     compute: float
@@ -73,13 +73,13 @@ class Roofline:
 
     @property
     def bounds(self) -> dict[str, float]:
-        """The three bounds, the network as a fourth where there is one."""
+        """Seconds by bound: compute, HBM, interconnect and, if it is used, the network."""
         bounds = {"compute": self.compute, "HBM": self.memory, "interconnect": self.links}
         return bounds | ({"network": self.network} if self.network else {})
 
     @property
     def bound(self) -> str:
-        """The one that rules."""
+        """Name of the largest bound."""
         return max(self.bounds, key=self.bounds.get)
 
     @property
@@ -94,12 +94,12 @@ class Roofline:
 
     @property
     def ceiling(self) -> float:
-        """MFU if all overlap: useful FLOPs over what the peak would do in that time."""
+        """MFU if all overlap: useful FLOPs divided by peak FLOPs in that time."""
         return self.useful / (self.step * self.peak)
 
     @property
     def floor(self) -> float:
-        """MFU at the published peaks if nothing overlaps; no lower bound of a measured one."""
+        """MFU at the published peaks if nothing overlaps. It is not a lower bound on the measured MFU."""
         return self.useful / (self.serial * self.peak)
 
     def to_json(self) -> dict:

@@ -1,8 +1,8 @@
-"""The fastest way to run that fits: everything is predicted by arithmetic, the most promising are compiled.
+"""Search for the fastest candidate that fits: estimates all candidates analytically and compiles the most promising.
 
-A way is ranked by the mean of two times of a step: with everything overlapped and with nothing overlapped. A compiled
-program corrects the predictions of those like it that are not compiled yet, so that the next to be compiled is the one
-that looks best after all that is known. Only what was compiled, and fits, can win.
+The rank of a candidate is the mean of two step times: with full overlap and without overlap. Each compiled program
+corrects the predictions of similar candidates, and the search next compiles the candidate that ranks best after
+correction. Only a candidate that was compiled and fits can win.
 """
 
 import concurrent.futures
@@ -23,21 +23,21 @@ from polygpt.sharding import AXES
 from polygpt.training.experiment import Experiment
 
 ROOM = 0.98
-"""Share of the memory that a prediction may take to be worth compiling."""
+"""Maximum share of usable memory that a candidate may be predicted to need to be compiled."""
 LOW = 1.5
-"""By how much predictions of temporaries are low, before anything is compiled."""
+"""Correction factor for predicted temporaries before the first compilation."""
 TRIES = 3
-"""Ways of the same set of changes that are compiled until one fits."""
+"""Maximum number of candidates to compile per set of changes until one fits."""
 
 
 @dataclasses.dataclass
 class Tried:
-    """A way to run, predicted and perhaps compiled.
+    """A candidate with its prediction and, once compiled, its plan.
 
     Attributes:
-        candidate: the way.
-        prediction: by arithmetic.
-        data: its plan as JSON data, once compiled; {"failed": why} if that did not come to an end.
+        candidate: the candidate.
+        prediction: the analytic estimates.
+        data: its plan as JSON data; {"failed": reason} if compilation failed; None if it was not compiled.
     """
 
     candidate: Candidate
@@ -50,32 +50,33 @@ class Tried:
         return bool(self.data and self.data.get("memory") and self.data["memory"]["fits"])
 
     def rank(self, correction: Correction) -> float:
-        """Seconds by which ways are compared."""
+        """Seconds by which candidates are compared."""
         if self.fits and self.data["roofline"]:
             return (self.data["roofline"]["step"] + self.data["roofline"]["serial"]) / 2
         return rank(correction.roofline(self.prediction))
 
     def memory(self, correction: Correction) -> float:
-        """Bytes of a device: the compiler's where it has said, else predicted."""
+        """Bytes per device: the compiler's figure if it was compiled and fits, else the prediction."""
         return self.data["memory"]["total"] if self.fits else correction.memory(self.prediction)
 
 
 def rank(roofline: Roofline) -> float:
-    """The mean of a step's time with everything and with nothing overlapped."""
+    """The mean of the step times with full overlap and without overlap."""
     return (roofline.step + roofline.serial) / 2
 
 
 @dataclasses.dataclass
 class Found:
-    """What a search has found.
+    """State and result of a search.
 
     Attributes:
-        ways: all that were predicted, the most promising first.
-        low: by (remat of the decoder, of towers), by how much predictions of temporaries were low; None is any.
-        bounds: by (remat, remat of towers, axes of the mesh), by how much bounds of time were off, for each compiled.
-        seconds: that the search took.
-        experiment, target: what was searched for.
-        room: the share of the memory that a prediction may take to be worth compiling.
+        ways: all candidates, the most promising first.
+        low: correction factor of temporaries by (remat of the decoder, remat of towers); the key None is for any remat.
+        bounds: by (remat of the decoder, remat of towers, mesh axes), the factors of time bounds of each compiled
+            candidate.
+        seconds: duration of the search.
+        experiment, target: the arguments of the search.
+        room: maximum share of usable memory that a candidate may be predicted to need to be compiled.
     """
 
     experiment: Experiment
@@ -87,47 +88,50 @@ class Found:
     room: float = ROOM
 
     def correction(self, way: Tried) -> Correction:
-        """The error of predictions: of memory from ways with the same remat, or from any; of time from ways whose mesh
-        has the same axes too, for what one kind of mesh costs says nothing of another."""
+        """The correction of a candidate's predictions.
+
+        The factor of memory comes from a compiled candidate with the same remat, else from any. The factors of time
+        come from candidates with the same remat and mesh axes, because errors differ between kinds of mesh.
+        """
         remat, of_mesh = _kinds(way.candidate)
         low = self.low.get(remat, self.low.get(None, LOW))
         seen = self.bounds.get((*remat, of_mesh), [])
         return Correction(low, {name: _mean([one[name] for one in seen if name in one]) for name in BOUNDS})
 
     def rank(self, way: Tried) -> float:
-        """Seconds by which it is compared."""
+        """Seconds by which a candidate is compared."""
         return way.rank(self.correction(way))
 
     def memory(self, way: Tried) -> float:
-        """Bytes of a device."""
+        """Bytes per device of a candidate."""
         return way.memory(self.correction(way))
 
     @property
     def compiled(self) -> list[Tried]:
-        """Those that were compiled, the fastest that fit first."""
+        """Compiled candidates: first those that fit, fastest first."""
         return sorted((way for way in self.ways if way.data), key=lambda way: (not way.fits, self.rank(way)))
 
     @property
     def best(self) -> Tried | None:
-        """The fastest that was compiled and fits."""
+        """The fastest compiled candidate that fits."""
         return next((way for way in self.compiled if way.fits), None)
 
     def has(self, enough: int | None) -> bool:
-        """Whether so many that were compiled fit."""
+        """Whether at least `enough` compiled candidates fit."""
         return enough is not None and sum(way.fits for way in self.ways) >= enough
 
     def next(self) -> Tried | None:
-        """The most promising of those that are not compiled, if any can beat the best; first of all one that fits."""
+        """The next candidate to compile: without a best, one that is likely to fit; None if none can beat the best."""
         limit = self.room * self.target.usable
         open_ = [way for way in self.ways if way.data is None]
         within = [way for way in open_ if self.memory(way) <= limit]
-        if (best := self.best) is None:  # which looks at all ways
+        if (best := self.best) is None:  # iterates over all candidates
             return min(within, key=self.rank, default=None) or min(open_, key=self.memory, default=None)
         way = min(within, key=self.rank, default=None)
         return way if way and self.rank(way) < 0.995 * self.rank(best) else None
 
     def learn(self, way: Tried) -> None:
-        """Takes what the compiler said of a way."""
+        """Updates the corrections from a compiled candidate."""
         data, prediction = way.data, way.prediction
         remat, of_mesh = _kinds(way.candidate)
         if memory := data.get("memory"):
@@ -146,14 +150,14 @@ class Found:
 
 
 def _kinds(candidate: Candidate) -> tuple[tuple, tuple]:
-    """(remat of the decoder and of towers, the axes of the mesh and what else is split over them)."""
+    """((remat of the decoder, remat of towers), (mesh axes larger than 1, axes that split features))."""
     mesh = candidate.mesh
     axes = tuple(axis for axis in AXES if getattr(mesh, axis) > 1)
     return (candidate.remat, candidate.towers), (*axes, *mesh.rules["features"])
 
 
 def _mean(factors: list[float]) -> float:
-    """The geometric mean; 1 of none."""
+    """The geometric mean; 1 for an empty list."""
     return math.exp(sum(map(math.log, factors)) / len(factors)) if factors else 1.0
 
 
@@ -171,15 +175,15 @@ def search(
     Args:
         experiment: the experiment; its batch and model are not changed.
         target: the devices.
-        seconds: time limit; running compilations are stopped when it is over.
+        seconds: time limit; compilations still running at the limit are stopped.
         callback: receives lines of progress.
         at_once: number of concurrent compilations.
-        enough: stop when this many compiled ways fit; None: continue while a better one is possible.
-        room: the share of the memory that a prediction may take to be worth compiling. The compiler is quick where
-            there is room.
+        enough: stop when this many compiled candidates fit; None: continue while a better one is possible.
+        room: maximum share of usable memory that a candidate may be predicted to need to be compiled. Compilation is
+            faster with more free memory.
 
     Raises:
-        UserError: nothing can be divided over these devices, or no times are known of them.
+        UserError: no mesh divides the batch evenly, or the target has no published peak.
     """
     if target.peak is None:
         raise UserError(
@@ -225,21 +229,21 @@ def search(
 def nearest(
     experiment: Experiment, target: Target, data: dict, seconds: float, callback: Callable[[str], None]
 ) -> list[dict]:
-    """The three nearest changes that make an experiment fit whose program did not.
+    """Up to three smallest sets of changes that make an experiment fit that does not fit as it is.
 
-    Of each set of kinds (mesh, remat, microbatches; rows) the fastest that is predicted to fit is compiled, smallest
-    sets first, and where it does not fit the next; what there was no time for is marked as predicted.
+    For each set of settings (mesh, remat, microbatches; batch size), smallest first, it compiles the fastest candidate
+    that is predicted to fit, then the next if it does not fit. Without time left, a candidate is marked as predicted.
 
     Args:
-        experiment: as it stands.
+        experiment: the experiment.
         target: the devices.
-        data: its plan, as JSON data, with what the compiler said.
-        seconds: for compiling.
+        data: the experiment's plan as JSON data.
+        seconds: time limit for compilation.
         callback: receives lines of progress.
     """
     begin = time.monotonic()
     known, mesh, found = facts(experiment, target), data["settings"]["mesh"], Found(experiment, target, [])
-    every = math.prod(mesh.values()) == target.count  # and not one device of many
+    every = math.prod(mesh.values()) == target.count  # False for a single device of several
     now = current(experiment, target.count, mesh if every else None)
     if every and (here := _predict(experiment, known, target, now)):
         found.learn(Tried(now, here, data))
@@ -276,7 +280,7 @@ def _compiled(experiment: Experiment, target: Target, way: Tried, limit: float) 
 
 
 def _predicted(experiment: Experiment, known: Facts, target: Target) -> list[Tried]:
-    """All ways, in no order. What they share is worked out once: there may be tens of thousands."""
+    """All candidates, unsorted. Shared values are computed once, because there may be tens of thousands of them."""
     applied: dict[tuple, Experiment] = {}
     ways, mesh, of_mesh = [], None, None
     for way in candidates(experiment, target):
