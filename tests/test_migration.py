@@ -108,3 +108,6 @@ def test_a_configuration_of_schema_2_is_todays_experiment():
     old = {"schema": 2, **aged(json.loads(json.dumps(spec.to_json(today))))}
     train = today.train.replace(checkpoint=today.train.checkpoint.replace(every_minutes=None))
     assert spec.from_json(migrate(old, "config.json")) == today.replace(train=train)
+
+    own = {"schema": 2, "optim": old["optim"], "data": {"class": "/home/me/mine.py:Mine"}}
+    assert migrate(own, "config.json")["optim"]["no_decay"] == NO_DECAY, "a module of one's own may rely on it"

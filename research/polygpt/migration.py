@@ -57,7 +57,8 @@ NO_DECAY = (
     r"(^|/)(\w+_)?(bias|scale|table|alpha|sink|A_log|D|u|v|vectors|before|after)$|norm/\w+$|(^|/)(embed|position)\w*(/\w+)?$"
     r"|^modality/"
 )
-"""The default of `optim.no_decay` in schema 2. Metadata of parameters now say the same, and the default is null."""
+"""The default of `optim.no_decay` in schema 2. For the modules of this package, metadata
+of parameters now say the same, and the default is null."""
 
 
 def new_names(class_names: Iterable[str]) -> dict[str, str]:
@@ -89,7 +90,28 @@ def migrate(data: Any, where: str) -> Any:
     schema = schema_of(data, where)
     if isinstance(data, Mapping):
         data = {name: item for name, item in data.items() if name != "schema"}
-    return _current(data, schema) if schema < SCHEMA else data
+    if schema == SCHEMA:
+        return data
+    data = _current(data, schema)
+    return data if _names_other_code(data) else _without_default_no_decay(data)
+
+
+def _names_other_code(data: Any) -> bool:
+    """Whether any class is not of this package: its parameters may have names that the old default matched."""
+    if isinstance(data, Mapping):
+        return not str(data.get("class", "polygpt.")).startswith("polygpt.") or any(
+            map(_names_other_code, data.values())
+        )
+    return isinstance(data, list) and any(map(_names_other_code, data))
+
+
+def _without_default_no_decay(data: Any) -> Any:
+    if isinstance(data, Mapping):
+        return {
+            name: None if name == "no_decay" and item == NO_DECAY else _without_default_no_decay(item)
+            for name, item in data.items()
+        }
+    return list(map(_without_default_no_decay, data)) if isinstance(data, list) else data
 
 
 def _current(data: Any, schema: int) -> Any:
@@ -107,8 +129,6 @@ def _current(data: Any, schema: int) -> Any:
             changed = {**added.get(name, {}), **changed}
     names = RENAMED.get(name, {})
     changed = {names.get(field, field): item for field, item in changed.items()}
-    if name == "polygpt.optim.optim:Optim" and changed["no_decay"] == NO_DECAY:
-        changed["no_decay"] = None
     if name == "polygpt.sharding:MeshSpec":  # an axis of its rules was renamed
         changed["rules"] = {"batch" if axis == "rows" else axis: item for axis, item in changed["rules"].items()}
     return changed

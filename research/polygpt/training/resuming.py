@@ -72,7 +72,7 @@ def about(experiment: Experiment, workdir: Path, done: int, finished: bool, conf
             said.append(
                 f"--optim.schedule_steps {span} --optim.rewarm {rises} warms up to the new schedule in {rises} steps"
             )
-        return "; ".join(said)
+        return "; ".join(said) or "no option avoids a jump"
 
     if finished and done < train.steps:
         return [f"{workdir} stopped early at step {done} by train.patience: --train.patience null continues it"]
@@ -86,11 +86,18 @@ def about(experiment: Experiment, workdir: Path, done: int, finished: bool, conf
         ]
     lines = [f"resuming at step {done} in {workdir}"]
     if rates := jump(optim, train.steps):
-        cause = f"train.steps was {planned} and is now {train.steps}, which stretches {type(optim.schedule).__name__}"
-        if optim.schedule_steps is not None:
-            cause = f"optim.schedule_steps was {given.get('schedule_steps')} and is now {optim.schedule_steps}"
+        values = {
+            "train.steps": (planned, train.steps),
+            "optim.schedule_steps": (given.get("schedule_steps"), optim.schedule_steps),
+            "optim.rewarm": (given.get("rewarm"), optim.rewarm),
+        }
+        changed = [
+            f"{name} was {'null' if was is None else was} and is now {'null' if now is None else now}"
+            for name, (was, now) in values.items()
+            if was != now
+        ]
         lines.append(
-            f"{cause}, so the learning rate at step {done} jumps from {rates[0]:.3g} to {rates[1]:.3g}: "
+            f"{', '.join(changed)}, so the learning rate at step {done} jumps from {rates[0]:.3g} to {rates[1]:.3g}: "
             f"{remedy(train.steps)}"
         )
     return lines
