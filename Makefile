@@ -27,7 +27,7 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-test
 	@$(BIN)/python -c "import torch, transformers" 2>/dev/null \
-	  || echo "make test: torch and transformers are not installed, so the parity tests are skipped (README: Tests)"
+	  || echo "make test: torch and transformers are not installed, so the parity tests are skipped (CONTRIBUTING.md: Tests)"
 	$(BIN)/python -m pytest -m "$(MARKED)" $(PYTEST) $(TESTS)
 
 coverage:

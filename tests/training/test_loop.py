@@ -170,7 +170,7 @@ def test_an_evaluation_that_a_signal_ends_is_made_up_for(tmp_path, monkeypatch, 
 
 def test_another_configuration_in_the_same_folder_is_refused_by_its_first_difference(finished):
     before = (finished / "config.json").read_bytes()
-    with pytest.raises(UserError, match=r"optim.schedule.peak_lr is 0.003 there, 0.1 here: choose another --workdir"):
+    with pytest.raises(UserError, match=r"optim.schedule.peak_lr is 0.003 there, 0.1 here: choose another workdir"):
         train(
             tiny(**{"train.evaluate_every": "4", "train.checkpoint.keep": "1", "optim.schedule.peak_lr": "0.1"}),
             finished,

@@ -112,7 +112,7 @@ def require_same(workdir: Path, experiment: Experiment) -> None:
             continue
         raise UserError(
             f"{workdir} is a run with a different configuration: {name} is {_short(old)} there, {_short(new)} here: "
-            "choose another --workdir"
+            "choose another workdir (--workdir)"
         )
 
 
