@@ -1,12 +1,12 @@
-"""GPT-2's small model, 124 million parameters, on text alone: the step that accelerators are compared by.
+"""GPT-2 small, 124 million parameters, text only: a benchmark of the training step on accelerators.
 
-    polygpt train experiments/gpt2_124m.py                           (whatever devices there are)
+    polygpt train experiments/gpt2_124m.py                           (uses the available devices)
     polygpt train experiments/gpt2_124m.py --train.parallel pmap     (or sharded, with --train.mesh.fsdp 8)
 
-Radford et al., Language Models are Unsupervised Multitask Learners, table 2, with rows of 1,024 positions. It begins on
-the embedded text, bytes as tokens in a table of GPT-2's size, so that a step costs what it costs there; the loss says
-nothing. tokens_per_second is in runs/gpt2_124m/timing.jsonl. Meant for one GPU of 24 GB or more: 200 steps take a few
-minutes there, and days on a CPU.
+Radford et al., Language Models are Unsupervised Multitask Learners, table 2, with seq_len 1,024. It trains on the bytes
+of the embedded text with an embedding table of GPT-2's size, so that a step costs as much as GPT-2's; the loss is not
+meaningful. tokens_per_second is in runs/gpt2_124m/timing.jsonl. Meant for one GPU with at least 24 GB: 200 steps take
+a few minutes there, and days on a CPU.
 """
 
 from polygpt.attention.multi_head import MultiHead
@@ -25,7 +25,7 @@ from polygpt.training.experiment import Experiment, TrainSpec
 
 
 def experiment() -> Experiment:
-    """The whole run."""
+    """The experiment."""
     attention = MultiHead(heads=12, bias=True)
     decoder = DecoderSpec(768, 12, attention, mlp=MLP(), norm=LayerNorm(), position=Learned(1024))
     return Experiment(

@@ -1,16 +1,16 @@
-"""Attention over long texts on this machine: the whole matrix of scores beside blocks, dense and with a window.
+"""Attention over long sequences on this machine: materialised scores versus blockwise attention, full and windowed.
 
     python experiments/benchmarks/long_attention.py
     python experiments/benchmarks/long_attention.py --lengths 1024 4096 --heads 6 --backward
 
-One row, causal, float32. Each line is a length T: milliseconds (medians of runs that alternate between all sides) and
-the compiled program's temporary memory in MiB, of
+One row, causal, float32. For each length T it prints the median milliseconds, over runs that alternate between the
+implementations, and the compiled program's temporary memory in MiB, of
 
-    reference          the materialised T x T matrix; a window only hides scores in it
-    chunked            block by block, every block that is not in the future
-    chunked, window    block by block, those blocks alone that the window reaches
+    reference          materialises the T x T scores
+    chunked            blockwise, skips blocks in the future
+    chunked, window    blockwise, computes only blocks that the window reaches
 
-and how many times faster than the reference the other two are.
+and the speedup of the other two over the reference.
 """
 
 import argparse
@@ -34,14 +34,14 @@ class Recent(Mask):
     """The key is fewer than `size` positions back."""
 
     size: int = 1024
-    """How far a query sees."""
+    """Window size, in positions."""
 
     def __call__(self, query, key):
         return query.position - key.position < self.size
 
 
 def problem(T: int, heads: int, width: int) -> Operands:
-    """Random queries, keys and values of one text of T positions."""
+    """Random queries, keys and values for one sequence of T positions."""
     rng = np.random.default_rng(0)
     query, key, value = (jnp.asarray(rng.normal(size=(1, heads, T, width)), jnp.float32) for _ in range(3))
     place = jnp.arange(T, dtype=jnp.int32)[None]
@@ -51,7 +51,7 @@ def problem(T: int, heads: int, width: int) -> Operands:
 
 
 def compiled(attend, mask: Mask, operands: Operands, backward: bool):
-    """The compiled program: values, or with `backward` the gradients of queries, keys and values."""
+    """The compiled program: it returns the output, or with `backward` the gradients of queries, keys and values."""
 
     def total(arrays, operands):
         query, key, value = arrays
@@ -67,7 +67,7 @@ def compiled(attend, mask: Mask, operands: Operands, backward: bool):
 
 
 def measured(T: int, arguments) -> dict[str, dict[str, float]]:
-    """Milliseconds and MiB of each side."""
+    """Milliseconds and MiB of each implementation."""
     operands = problem(T, arguments.heads, arguments.width)
     window = DECODER & Recent(arguments.window)
     sides = {
@@ -80,7 +80,7 @@ def measured(T: int, arguments) -> dict[str, dict[str, float]]:
         for name, program in sides.items():
             start = time.perf_counter()
             jax.block_until_ready(program(operands))
-            if index:  # the first one warms caches up
+            if index:  # the first run warms up caches
                 seconds[name].append(time.perf_counter() - start)
     return {
         name: {
@@ -92,7 +92,7 @@ def measured(T: int, arguments) -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Runs the benchmark and prints its results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192], help="T of each line")
     parser.add_argument("--window", type=int, default=1024, help="positions that the window reaches (default 1024)")

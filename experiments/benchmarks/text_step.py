@@ -1,14 +1,14 @@
-"""One training step of a small text GPT, beside the same GPT in PyTorch eager, alternating in one process.
+"""Training step of a small text GPT versus the same GPT in PyTorch eager mode, alternating in one process.
 
     pip install torch==2.13.0        # a CPU build
     python experiments/benchmarks/text_step.py
 
 6 blocks, width 384, 6 heads, T 256, batch 8, vocabulary 65, float32, AdamW with clipping. Both sides have LayerNorm,
-biases, tanh GELU, learned positions and a tied head, and run attention as their library does best on a CPU: PyTorch by
-its fused `scaled_dot_product_attention`. The step measured here is the one that `polygpt train` runs.
+biases, tanh GELU, learned positions and a tied head, and use their library's fastest attention on a CPU: for PyTorch
+the fused `scaled_dot_product_attention`. The measured step is the one that `polygpt train` runs.
 
-Prints medians, quartiles, the ratio PyTorch / polygpt (above 1: polygpt is faster), and what the compiled program
-copies.
+Prints medians, quartiles, the ratio PyTorch / polygpt (above 1: polygpt is faster), and the large copies in the
+compiled program.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def text_batch() -> Batch:
 
 
 def polygpt_step():
-    """(a function that takes one step and waits for its loss, the compiled program's text)."""
+    """(a function that runs one step and returns its loss, the text of the compiled program)."""
     decoder = DecoderSpec(
         width=WIDTH,
         depth=DEPTH,
@@ -91,7 +91,7 @@ def polygpt_step():
 
 
 def torch_step(threads: int):
-    """A function that takes one step and gives its loss."""
+    """A function that runs one step and returns its loss."""
     import torch
     from torch import nn
     from torch.nn import functional
@@ -141,13 +141,13 @@ def torch_step(threads: int):
 
 
 def large_copies(program: str, elements: int) -> Counter:
-    """Shapes with at least this many elements that the compiled program copies or transposes, with counts."""
+    """Counts of copies and transposes in the compiled program, by shape, of arrays with at least `elements` items."""
     found = re.findall(r"= \w+\[([\d,]+)\]\{[\d,]*\} (?:copy|transpose)\(", program)
     return Counter(shape for shape in found if prod(map(int, shape.split(","))) >= elements)
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Runs the benchmark and prints its results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=15, help="steps of each side that are timed (default 15)")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
@@ -160,7 +160,7 @@ def main() -> None:
         for name, run in sides.items():
             start = time.perf_counter()
             run()
-            if index >= 2:  # the first ones warm caches up
+            if index >= 2:  # the first two runs warm up caches
                 seconds[name].append(time.perf_counter() - start)
         print(f"\rstep {index + 1} of {arguments.steps + 2}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)

@@ -2,11 +2,11 @@
 
     python experiments/plans/write.py [PRESET ...] [--missing | --again] [--budget SECONDS] [--only SLICE]
 
-For each it compiles the most promising way to run that is predicted to leave half of the memory free, as `polygpt plan
---search` does, and is content with the first that fits. A search looks further; what one found, the plan.json that it
-writes, lies here for the largest presets and is left alone. Then the index is written. A plan of a
-large preset takes two to five minutes on two cores. `polygpt plan check` compiles them all again and compares; where
-they no longer match the code, `--again` recompiles the same ways to run.
+For each plan it searches, as `polygpt plan --search` does, among the configurations that are predicted to leave half of
+the memory free, and stops at the first that fits. The plans of the largest presets come from a full search and are not
+overwritten. At the end it writes the index. A plan of a large preset takes two to five minutes on two cores. `polygpt
+plan check` recompiles all plans and compares them; where they no longer match the code, `--again` recompiles the same
+configurations.
 """
 
 import argparse
@@ -28,8 +28,8 @@ from polygpt.spec import load_file
 
 HERE = Path(__file__).parent
 ROOM = 0.5
-"""Share of the memory that plans are predicted to take at most: predictions are low, and near all of it compiling is
-slow."""
+"""Maximum share of usable memory that a plan may be predicted to need: predictions are low, and compilation is slow
+when memory is nearly full."""
 SLICES = {
     "1m": ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"),
     "10m": ("v5e:2x4", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"),
@@ -40,11 +40,11 @@ SLICES = {
     "7b": ("v5e:16x16", "v5p:4x4x8", "v6e:8x16", "tpu7x:4x4x4"),
     "32b": ("v5e:16x16", "v5p:4x4x4", "v6e:16x16", "tpu7x:4x4x4"),
 }
-"""Presets, and the slices that suit them."""
+"""Presets, and the slices to plan them for."""
 
 
 def main() -> None:
-    """Plans what is asked for and writes the index of all."""
+    """Writes the requested plans and the index of all plans."""
     words = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     words.add_argument("presets", nargs="*", default=list(SLICES))
     words.add_argument("--budget", type=float, default=780)
@@ -89,7 +89,7 @@ def write(name: str, on: str, budget: float) -> None:
 
 
 def again(name: str, on: str, budget: float) -> None:
-    """Plans a preset on a slice the way that its plan says it runs."""
+    """Recompiles a preset on a slice with the configuration of its existing plan."""
     path = place(name, on)
     try:
         then, now = check.again(path, budget)
@@ -114,7 +114,7 @@ def place(name: str, on: str) -> Path:
 
 
 def index() -> None:
-    """Writes README.md from the plans that are there."""
+    """Writes README.md from the existing plans."""
     rows = []
     for name in SLICES:
         for path in sorted((HERE / name).glob("*.json")):

@@ -1,11 +1,10 @@
-"""12 million parameters: a workstation's size.
+"""12 million parameters, for a workstation.
 
     polygpt train experiments/presets/10m.py
     polygpt plan experiments/presets/10m.py --on v5e:2x4
 
-Meant for one GPU, or a v5e-8; experiments/plans says what it takes on a slice of each TPU generation. It begins on
-the embedded data: exchange `data` and `tokenizer` for your own corpus, and let `steps` and the learning rate follow
-it.
+Meant for one GPU, or a v5e-8; experiments/plans has plans for a slice of each TPU generation. It uses the embedded
+data: replace `data` and `tokenizer` with your own corpus, and adapt `steps` and the learning rate to it.
 """
 
 from polygpt.training.experiment import Experiment
@@ -13,5 +12,5 @@ from polygpt.training.pretraining import pretraining
 
 
 def experiment() -> Experiment:
-    """The whole run."""
+    """The experiment."""
     return pretraining("10m", seq_len=512, batch_size=16, steps=10_000, peak_lr=1e-3)

@@ -3,9 +3,8 @@
     polygpt train experiments/presets/1m.py
     polygpt plan experiments/presets/1m.py --on v5e:2x2
 
-Meant for a laptop, or a v5e-4; experiments/plans says what it takes on a slice of each TPU generation. It begins on
-the embedded data: exchange `data` and `tokenizer` for your own corpus, and let `steps` and the learning rate follow
-it.
+Meant for a laptop, or a v5e-4; experiments/plans has plans for a slice of each TPU generation. It uses the embedded
+data: replace `data` and `tokenizer` with your own corpus, and adapt `steps` and the learning rate to it.
 """
 
 from polygpt.training.experiment import Experiment
@@ -13,5 +12,5 @@ from polygpt.training.pretraining import pretraining
 
 
 def experiment() -> Experiment:
-    """The whole run."""
+    """The experiment."""
     return pretraining("1m", seq_len=256, batch_size=8, steps=2_000, peak_lr=2e-3)

@@ -3,9 +3,8 @@
     polygpt train experiments/presets/400m.py
     polygpt plan experiments/presets/400m.py --on v5e:4x8
 
-Meant for 8 GPUs, or a v5e-32; experiments/plans says what it takes on a slice of each TPU generation. It begins on
-the embedded data: exchange `data` and `tokenizer` for your own corpus, and let `steps` and the learning rate follow
-it.
+Meant for 8 GPUs, or a v5e-32; experiments/plans has plans for a slice of each TPU generation. It uses the embedded
+data: replace `data` and `tokenizer` with your own corpus, and adapt `steps` and the learning rate to it.
 """
 
 from polygpt.training.experiment import Experiment
@@ -13,5 +12,5 @@ from polygpt.training.pretraining import pretraining
 
 
 def experiment() -> Experiment:
-    """The whole run."""
+    """The experiment."""
     return pretraining("400m", seq_len=1024, batch_size=256, steps=100_000, peak_lr=4e-4)

@@ -97,8 +97,9 @@ def run(
     """Runs `command` in `count` processes that form one run, until the last one has exited.
 
     Prints what process 0 prints, and warnings and errors of the others. Each process has a log file, where every line
-    begins with its rank. Passes SIGINT and SIGTERM on, and SIGHUP as SIGTERM. When one process fails, the others are
-    told which one and have `grace` seconds to exit. When the launcher is killed, they get SIGTERM (on Linux).
+    begins with its rank. Forwards SIGINT and SIGTERM, and SIGHUP as SIGTERM. When one process fails, the launcher
+    reports it to the others, which have `grace` seconds to exit. When the launcher is killed, they get SIGTERM (on
+    Linux).
 
     Args:
         command: words after `program`.

@@ -22,7 +22,7 @@ from polygpt.runtime.processes import COORDINATOR, PROCESS, PROCESSES
 from polygpt.scale.launch.local import PROGRAM, gpus
 
 OFTEN = 10_000
-"""How often a job is queued again at its time limit, by default."""
+"""Default number of times that a job is queued again at its time limit."""
 REMEDIES = {
     'Could not detect "srun"': ": submit from a login node, or try it here with --cluster local",
     "can use only one node": ": with --cluster local, leave --nodes out and give --tasks",
@@ -160,8 +160,8 @@ def refusals() -> Iterator[None]:
 def reason(error: BaseException) -> str:
     """Why a job failed: one line of submitit's report.
 
-    The last that names an error, `RuntimeError: process 1 on node7 ended with code 9`: above it is the traceback, below
-    it where the logs are. Without one the first line, which has the job's state.
+    It is the last line that names an error, such as `RuntimeError: process 1 on node7 ended with code 9`, or else the
+    first line, which has the job's state.
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     named = (line for line in reversed(lines) if re.match(r"[\w.]*Error: ", line))

@@ -20,11 +20,11 @@ from polygpt.spec import counted
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """Names that clusters give to a generation of TPUs.
+    """Names of a TPU generation on managed clusters.
 
     Attributes:
-        gke: the accelerator label of its nodes.
-        prefix: its slices are called prefix-N; `topology.COUNTED` says what N counts.
+        gke: accelerator label of GKE nodes.
+        prefix: slices are named prefix-N; `topology.COUNTED` defines what N counts.
         runtime: runtime version of its TPU VMs, for SkyPilot; None if SkyPilot does not offer them.
     """
 
@@ -41,7 +41,7 @@ GENERATIONS = {
     "tpu7x": Generation("tpu7x", "tpu7x", None),
 }
 CHIPS_PER_HOST = 4
-"""Of the machine types ct4p-hightpu-4t, ct5lp-hightpu-4t, ct5p-hightpu-4t, ct6e-standard-4t and tpu7x-standard-4t."""
+"""For the machine types ct4p-hightpu-4t, ct5lp-hightpu-4t, ct5p-hightpu-4t, ct6e-standard-4t and tpu7x-standard-4t."""
 PORT = 61499
 """Port of the coordinator, on clusters where a job has its machines to itself."""
 GRACE = 300
@@ -108,7 +108,7 @@ def gke(
         restarts: number of restarts after failures; each time the run resumes.
 
     Raises:
-        UserError: the name is not one of a Kubernetes object.
+        UserError: `name` is not a valid name of a Kubernetes object.
     """
     _require_name(name)
     words = with_workdir(command, f"/runs/{name}")
@@ -263,7 +263,7 @@ def one_line_word(word: str) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes scripts as literal blocks, which a person can read and edit."""
+    """Writes scripts as literal blocks, which are easy to read and edit."""
 
     def ignore_aliases(self, data) -> bool:
         return True

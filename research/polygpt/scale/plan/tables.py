@@ -1,4 +1,4 @@
-"""A plan as tables, for the terminal and for Markdown; from its JSON data, so that committed plans can be shown."""
+"""Tables of a plan for the terminal and Markdown, made from its JSON data so that saved plans can be shown too."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,7 +10,7 @@ from polygpt.spec import counted
 
 
 def tables(data: Mapping) -> list[Table]:
-    """All of a plan."""
+    """All tables of a plan."""
     found = [_memory(data), _flops(data)]
     found += [_collectives(data)] if data["collectives"] else []
     found += [_kernels(data)] if data["kernels"] else []
@@ -44,7 +44,7 @@ def headline(data: Mapping) -> str:
 
 
 def about(data: Mapping) -> list[str]:
-    """How it runs, and what a reader has to know."""
+    """Lines on the configuration, the chip and links, the compiler, estimates and warnings."""
     settings = data["settings"]
     mesh = ", ".join(f"{axis} {size}" for axis, size in settings["mesh"].items()) or "one device"
     words = [f"mesh {mesh}"]
@@ -65,7 +65,7 @@ def about(data: Mapping) -> list[str]:
 
 
 def markdown(data: Mapping, found: Found | None = None, pictures: Sequence[str] = ()) -> str:
-    """The whole document."""
+    """The Markdown document of a plan, with the search and pictures if given."""
     parts = [f"# {headline(data)}", "\n".join(f"- {line}" for line in about(data))]
     parts += [f"![{name.rpartition('.')[0]}]({name})" for name in pictures]
     shown = tables(data) + ([searched(found)] if found else [])
@@ -76,7 +76,7 @@ def markdown(data: Mapping, found: Found | None = None, pictures: Sequence[str] 
 
 
 def searched(found: Found, shown: int = 12) -> Table:
-    """What a search compiled, and the best that it did not and that are predicted to fit."""
+    """The table of a search: compiled candidates, then the most promising others that are predicted to fit."""
     rows, same = [], f" | {found.experiment.data.batch_size} rows"
     ceilings = [] if found.target.stood_in else ["MFU ceiling"]
     others = [way for way in found.ways if way.data is None and found.memory(way) <= found.target.usable]
@@ -132,9 +132,9 @@ def _flops(data: Mapping) -> Table:
 
 
 def _collectives(data: Mapping) -> Table:
-    """Those of one kind along the same axes together; the JSON data has each."""
-    hides = [] if data.get("stand_in") else ["async"]  # a CPU's program waits for each: what a GPU's does is not known
-    timed = ["ms"] if data["chip"]["link"] else []  # nobody publishes how fast CPU devices exchange
+    """Merges collectives of the same kind along the same axes; the JSON data has each of them."""
+    hides = [] if data.get("stand_in") else ["async"]  # a CPU's are synchronous, a GPU's are unknown
+    timed = ["ms"] if data["chip"]["link"] else []  # CPU devices have no published link bandwidth
     groups: dict[tuple[str, str], list[Mapping]] = {}
     for one in data["collectives"]:
         along = "between slices" if one["kind"] == NETWORK else f"{'+'.join(one['axes']) or '?'} ({one['group']})"
@@ -201,7 +201,7 @@ def _nearest(data: Mapping) -> Table:
 
 
 def seconds(value: float) -> str:
-    """Seconds, or milliseconds where it is less than one."""
+    """Formats a time in seconds, or in milliseconds below one second."""
     return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.2f} ms"
 
 

@@ -1,4 +1,4 @@
-"""What a program is planned for: "v5e:16x16", "h100:8", "cpu:8", and which compiler stands in for it here."""
+"""Targets of a plan: "v5e:16x16", "h100:8" or "cpu:8", and the compiler that is used for each."""
 
 import dataclasses
 import math
@@ -22,18 +22,18 @@ _CPU = (
     "the speed of this CPU is not published: memory, FLOPs and collectives are those of the compiled program; there "
     "are no times"
 )
-"""What a reader has to know of targets whose compiler is not here, or whose speed nobody knows."""
+"""Notes on targets without a local compiler or published speed."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A slice of TPUs, several of them, or a number of GPUs or CPU devices.
+    """One or more TPU slices, or a number of GPUs or CPU devices.
 
     Attributes:
-        name: as `--on` has it.
-        chip: its figures.
-        torus: chips along each axis of a slice; of GPUs and CPUs their number.
-        slices: slices, joined by the data-centre network.
+        name: the name given to `--on`.
+        chip: specifications of the chip.
+        torus: chips along each axis of a slice; for GPUs and CPUs, the number of devices.
+        slices: number of slices, connected by the data-centre network.
     """
 
     name: str
@@ -48,49 +48,49 @@ class Target:
 
     @property
     def estimated(self) -> str:
-        """What is estimated because the target's own compiler is not here, in words; empty for a TPU."""
+        """Description of what is estimated because the target's own compiler is missing; empty for a TPU."""
         if self.platform == "gpu":
             return _GPU.format(reserved=self.chip.usable / self.chip.memory)
         return _CPU if self.platform == "cpu" else ""
 
     @property
     def stood_in(self) -> bool:
-        """Whether another platform's compiler stands in for its own: a CPU's for a GPU's."""
+        """Whether another platform's compiler is used: the CPU's for a GPU."""
         return self.platform == "gpu"
 
     @property
     def traced(self) -> str:
-        """The platform whose kernels the program is traced with: a CPU's stand in for a GPU's."""
+        """The platform whose kernels the program is traced with: the CPU's for a GPU."""
         return "tpu" if self.platform == "tpu" else "cpu"
 
     @property
     def count(self) -> int:
-        """JAX devices."""
+        """Number of JAX devices."""
         return math.prod(self.torus) * self.slices * self.chip.devices
 
     @property
     def usable(self) -> float:
-        """Bytes of memory that a program may take of one device."""
+        """Bytes of memory available to a program per device."""
         usable = self.chip.each(self.chip.usable)
         return usable / self.count if self.platform == "cpu" else usable
 
     @property
     def peak(self) -> float | None:
-        """FLOP/s of one device."""
+        """Peak FLOP/s per device; None if not published."""
         return self.chip.each(self.chip.flops)
 
     def prepare(self) -> None:
-        """Lets JAX make up the CPU devices that stand in for GPUs; before its first use.
+        """Configures JAX to create enough CPU devices for a GPU or CPU target; call it before JAX initialises.
 
         Raises:
-            UserError: JAX has begun with fewer.
+            UserError: JAX is already initialised with fewer devices.
         """
         if self.platform == "tpu":
             return
         try:
             jax.config.update("jax_num_cpu_devices", self.count)
         except RuntimeError:
-            pass  # it has begun
+            pass  # JAX is already initialised
         if len(jax.devices("cpu")) < self.count:
             raise UserError(
                 f"--on {self.name}: this process has {len(jax.devices('cpu'))} CPU devices: a process gets them at its "
@@ -98,27 +98,27 @@ class Target:
             )
 
     def devices(self) -> list[jax.Device]:
-        """The devices to make a mesh of; what is compiled for them cannot always be run."""
+        """The devices for the mesh. They may not be attached: programs can be compiled for them but not run."""
         if self.platform == "tpu":
             return topology.devices(self.name, self.slices)
         return jax.devices("cpu")[: self.count]
 
     def closed(self, axis: int) -> bool:
-        """Whether the ends of this axis of the torus are joined (v5p page: all of 4x4x4 and larger; 16 where flat)."""
+        """Whether this torus axis has wraparound links (v5p page: in slices of 4x4x4 and larger; 2D: axes of 16)."""
         ring = self.chip.ring
         sizes = self.torus if len(self.torus) == 3 else self.torus[axis : axis + 1]
         return all(size >= ring and size % ring == 0 for size in sizes)
 
 
 def target(name: str, slices: int = 1) -> Target:
-    """The target of that name.
+    """The target with that name.
 
     Raises:
-        UserError: there is no such chip, slice or number.
+        UserError: the chip, slice or number of devices is not valid.
     """
     kind, colon, size = name.partition(":")
     if not colon and (kind in topology.SHAPES or topology.translated(name)):
-        topology.require(name)  # which says what there is
+        topology.require(name)  # its error lists the valid slices
     if not colon:
         raise UserError(f"--on {name}: write CHIP:SIZE, such as v5e:16x16, v5p:4x4x4, h100:8 or cpu:8")
     chip = chips.chip(kind)
@@ -135,5 +135,5 @@ def target(name: str, slices: int = 1) -> Target:
 
 
 def place(device: jax.Device) -> tuple[tuple[int, ...], int, int]:
-    """Where a device of a TPU slice is: its chip's coordinates, which of the chip's devices it is, and the slice."""
+    """Location of a TPU device: (coordinates of the chip, index of the device on the chip, index of the slice)."""
     return tuple(device.coords), device.core_on_chip, getattr(device, "slice_index", None) or 0

@@ -1,4 +1,4 @@
-"""What a compiled program does on one device in a step: FLOPs of its matrix products, bytes that pass its memory."""
+"""FLOPs and memory traffic per step of a compiled program, on one device."""
 
 import base64
 import binascii
@@ -20,30 +20,30 @@ PRODUCTS = {
     "flex_backward_query": (2, 1),
     "flex_backward_key": (2, 2),
 }
-"""Attention kernels by the beginning of their names: products of size B H T S d, and of size B H T S e, in each.
+"""Number of matrix products of size B H T S d and of size B H T S e per attention kernel, by prefix of its name.
 
-d and e are the widths of queries and values. Forward: scores; weighted values. Backward: recomputed scores and dQ, or
-dK; dP, and dV. That is seven products, where the formula of useful FLOPs has four, because both kernels recompute the
-scores and dP."""
+d and e are the widths of queries and values. The forward kernel computes the scores and the weighted values. Both
+backward kernels recompute the scores and dP; one computes dQ, the other dK and dV. That is seven products, where the
+formula of useful FLOPs counts four."""
 
 _FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "iota",
          "after-all", "partition-id", "replica-id", "copy-done", "slice-done", "async-done", "async-update",
          "call-done", "async-start", "call-start", "all-gather-done", "all-reduce-done", "collective-permute-done",
          "opt-barrier", "send-done", "recv-done", "dynamic-slice-done", "dynamic-update-slice-done"}  # fmt: skip
-"""What moves no bytes of its own."""
+"""Opcodes that move no bytes of their own."""
 
 
 def products(program: Program) -> float:
-    """FLOPs of all matrix products and convolutions that XLA computes, 2 a multiply-add; kernels are not among them."""
+    """FLOPs of XLA's matrix products and convolutions, 2 per multiply-add, without custom kernels."""
     return sum(run.times * _product(run) for run in program.executed())
 
 
 def kernel_flops(program: Program) -> dict[str, float]:
-    """FLOPs of the attention kernels by name: whole blocks, as they compute them, and the rows not packed.
+    """FLOPs of attention kernels, by name, for unpacked rows. Kernels compute whole blocks, which are counted as such.
 
-    Of a causal mask the blocks above the diagonal are left out, as kernels leave them out; of others none is. Blocks
-    without pairs for other reasons, in packed rows and in slots without an item, depend on the data and are counted. An
-    unknown kernel counts 0, but its name is in the result.
+    With a causal mask, kernels skip the blocks above the diagonal, which are not counted; with other masks all blocks
+    count. Blocks that are empty because of the data, in packed rows and in slots without an item, count too. An unknown
+    kernel counts 0, but its name is in the result.
     """
     found: dict[str, float] = {}
     for run in program.executed():
@@ -69,11 +69,11 @@ def _attention(run: Executed, of_d: int, of_e: int) -> float:
 
 @functools.cache
 def _causal(body: str) -> bool:
-    """Whether a kernel asks which of two positions comes first, as masks of decoders do and those of towers do not.
+    """Whether a kernel compares the order of query and key positions, as decoder masks do and tower masks do not.
 
-    Its name does not tell, for towers whose length splash attention refuses run the same kernels as decoders. So its
-    code is read: a comparison by order of numbers of queries with numbers of keys, not of either with a constant. A
-    kernel whose code cannot be read counts as causal: that is the least that it may compute.
+    The name does not tell, because towers with a length that splash attention does not support use the same kernels as
+    decoders. So the kernel's code is searched for an order comparison of query with key positions, neither of them a
+    constant. A kernel whose code cannot be parsed counts as causal, which gives the lower bound on its FLOPs.
     """
     if not body:
         return True
@@ -95,11 +95,11 @@ def _causal(body: str) -> bool:
 
 
 _ORDER = (2, 3, 4, 5)
-"""MLIR's numbers of "<", "<=", ">" and ">=" of signed integers (`arith.cmpi`)."""
+"""MLIR's codes of the signed predicates "<", "<=", ">" and ">=" of `arith.cmpi`."""
 
 
 def _of_positions(value: ir.Value) -> bool:
-    """Whether it is a tile that numbers of a row or a column were spread over, not a scalar and not a constant."""
+    """Whether the value is a tile broadcast from a vector of positions, not a scalar or a constant."""
     made_by = value.owner
     spread = isinstance(made_by, ir.Operation | ir.OpView) and made_by.name.endswith("vector.broadcast")
     return spread and str(made_by.operands[0].type).startswith("vector")
@@ -136,7 +136,7 @@ def _window(instruction: Instruction, key: str, axis: int, otherwise: str) -> in
 
 
 def _positions(inputs: int, outputs: int, window: Mapping[str, int]) -> int:
-    """Pairs of an output and a place of the kernel where there is an input: padding and gaps are not computed."""
+    """Pairs of an output and a kernel position that meet an input element; padding and dilation gaps do not count."""
     reach = (inputs - 1) * window["lhs_dilate"] + 1
     count = 0
     for k in range(window["size"]):
@@ -153,11 +153,11 @@ def _positions(inputs: int, outputs: int, window: Mapping[str, int]) -> int:
 
 
 def traffic(program: Program) -> float:
-    """Bytes read from and written to a device's memory in a step.
+    """Bytes read from and written to a device's memory per step.
 
-    Every instruction that is not part of a fusion reads its operands and writes its results; what lies in on-chip
-    memory (VMEM) costs nothing, of what is only cut from an array the cut counts, of an array that is updated in place
-    the update. Caches, and tiles that are padded, are left out: it is what the text says, not what a profile would.
+    Each instruction outside fusions reads its operands and writes its results. Arrays in on-chip memory (VMEM) cost
+    nothing. Of a sliced array only the slice counts, and of an array updated in place only the update. Caches and tile
+    padding are ignored: this is an estimate from the HLO text, not a profile.
     """
     return sum(run.times * _moved(run, program) for run in program.executed() if not run.fused)
 
@@ -170,7 +170,7 @@ def _moved(run: Executed, program: Program) -> float:
     operands = [within[name] for name in instruction.operands if name in within]
     if opcode in _CUTS:
         return instruction.bytes * bool(_far(operands[0].results)) + _far(instruction.results)
-    if opcode in ("slice-start", "dynamic-slice-start"):  # gives ((operands), the cut, a mark of progress)
+    if opcode in ("slice-start", "dynamic-slice-start"):  # result: ((operands), slice, context)
         cut = instruction.results[-2]
         return cut.bytes * (bool(_far(operands[0].results)) + (not cut.near))
     if opcode in ("dynamic-update-slice", "dynamic-update-slice-start", "scatter"):
@@ -178,7 +178,7 @@ def _moved(run: Executed, program: Program) -> float:
         return _far(update.results) + update.bytes * bool(_far(operands[0].results))
     if opcode == "copy-start":
         return _far(operands[0].results) + _far(instruction.results[:1])
-    if opcode in ("collective-permute-start", "all-gather-start"):  # gives what it takes, too
+    if opcode in ("collective-permute-start", "all-gather-start"):  # the result includes the operands
         return _far(instruction.results)
     if opcode == "fusion":
         return _of_fusion(instruction, operands, program)
@@ -186,14 +186,14 @@ def _moved(run: Executed, program: Program) -> float:
 
 
 _RESERVED = 'custom_call_target="AllocateBuffer"'
-"""What only reserves memory, for others to write to."""
+"""Custom call that only allocates memory for other instructions to write to."""
 _CUTS = ("dynamic-slice", "slice", "gather")
 _SAME = ("bitcast", "copy", "convert")
-"""Inside a fusion: the same elements in another form, of which only those that are asked for are computed."""
+"""Elementwise or layout opcodes inside a fusion, of which only the elements in use are computed."""
 
 
 def _of_fusion(fusion: Instruction, operands: list[Instruction], program: Program) -> float:
-    """Operands that are only cut count as the cuts, results that are updated in place as the updates."""
+    """Bytes moved by a fusion. Of sliced operands only the slices count, of results updated in place the updates."""
     inside = program.computations[fusion.called()["calls"]]
     root = next(instruction for instruction in inside.values() if instruction.root)
     names = root.operands if root.opcode == "tuple" else [root.name] * len(fusion.results)
@@ -201,7 +201,7 @@ def _of_fusion(fusion: Instruction, operands: list[Instruction], program: Progra
     for name, array in zip(names, fusion.results, strict=False):
         update = _update(program, inside, name) if root.opcode == "tuple" or len(names) == 1 else None
         if update and inside[update[0]].results[0].dtype != array.dtype:
-            update = None  # in place there is room for numbers of the same size alone
+            update = None  # an update in place needs the same dtype
         updated |= {update[0]} if update else set()
         if not array.near:
             moved += min(update[1] / update[2], 1.0) * array.bytes if update else array.bytes
@@ -212,7 +212,7 @@ def _of_fusion(fusion: Instruction, operands: list[Instruction], program: Progra
 
 
 def _pairs(inside: Mapping[str, Instruction], given: list) -> Iterator[tuple[Instruction, Instruction]]:
-    """The parameters of a fusion, each with what it is given."""
+    """The parameters of a fusion, each with its argument."""
     for instruction in inside.values():
         if instruction.opcode == "parameter":
             number = int(re.search(r"parameter\((\d+)\)", instruction.text).group(1))
@@ -221,9 +221,9 @@ def _pairs(inside: Mapping[str, Instruction], given: list) -> Iterator[tuple[Ins
 
 
 def _read(program: Program, inside: Mapping[str, Instruction], name: str, updated: bool) -> float:
-    """The share of an array that a fusion reads, at most 1: less if it is only cut, there or in fusions inside of it.
+    """The share of an array that a fusion reads; below 1 if it, or fusions nested in it, only slice the array.
 
-    Of an array that the fusion updates in place nothing is read for that.
+    An update in place (`updated`) does not read the array.
     """
     share = 0.0
     for user in inside.values():
@@ -245,7 +245,7 @@ def _read(program: Program, inside: Mapping[str, Instruction], name: str, update
 
 
 def _update(program: Program, inside: Mapping[str, Instruction], name: str) -> tuple[str, int, int] | None:
-    """Where a result is a parameter with a part replaced: (the parameter, elements replaced, elements); else None."""
+    """(parameter, updated elements, all elements) if a result is a parameter updated in place; else None."""
     while inside[name].opcode in _SAME:
         name = inside[name].operands[0]
     made_by = inside[name]
@@ -262,7 +262,7 @@ def _update(program: Program, inside: Mapping[str, Instruction], name: str) -> t
 
 
 def _origin(inside: Mapping[str, Instruction], name: str) -> str | None:
-    """The parameter that an array is, in whatever form; None if it was made here."""
+    """The parameter that an array is a bitcast, copy or conversion of; None if it is none."""
     while inside[name].opcode in _SAME:
         name = inside[name].operands[0]
     return name if inside[name].opcode == "parameter" else None
