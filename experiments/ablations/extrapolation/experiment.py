@@ -4,15 +4,15 @@
     polygpt ablate extrapolation --engine processes
 
 After Train Short, Test Long: Attention with Linear Biases Enables Input Length Extrapolation (Press et al.,
-2108.12409), Figure 1: perplexities of 247M-parameter models on WikiText-103, trained on 512 or 1,024 tokens and read at
-up to 16,000. There sinusoids get worse from a few dozen tokens more on and rotary positions from a few hundred, while
-ALiBi stays where it is or improves. Learned positions, which the paper leaves out, know only those that they were
-trained on: the other rows of their table are as they were drawn. YaRN (Peng et al., 2309.00071, section 3) stretches a
-rotary encoding when training is over: here without the further training that it is published with, by as much as the
-text is longer.
+2108.12409), Figure 1: perplexity of 247M-parameter models on WikiText-103, trained on 512 or 1,024 tokens and evaluated
+at up to 16,000. In the paper, sinusoidal positions degrade a few dozen tokens beyond the training length and rotary
+positions a few hundred, while ALiBi stays constant or improves. Learned positions, which the paper does not include,
+cannot extrapolate: the embeddings of positions beyond the training length keep their initial values. YaRN (Peng et
+al., 2309.00071, section 3) rescales a rotary encoding after training; here by the ratio of the lengths, and without the
+fine-tuning of its paper.
 
-Here: a small decoder on speeches, byte by byte, trained on rows of 128 bytes, and read at 128, 256 and 512; pieces of
-text are as long as the rows. The learning rate is chosen for each encoding by the loss at 128. Expected: that order.
+Here: a small byte-level decoder on speeches, trained at seq_len 128 and evaluated at 128, 256 and 512; pieces of text
+are as long as the rows. The learning rate is tuned for each encoding by the loss at 128. Expected: the paper's order.
 On 2 CPU cores it takes under 20 minutes.
 """
 

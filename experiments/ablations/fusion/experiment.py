@@ -2,13 +2,13 @@
 
     polygpt ablate fusion
 
-Our own question, no paper's. A picture of one digit and a recording of another, `+` and `=` between and behind them,
-are to be summed in words. Compared, everything with everything: media where they are mentioned, or all of them before
-the text; media read causally, or each of them both ways (all of them as one where they come first); a projection from
-tower to decoder for each modality, or one for both, which then have only a vector of their own. A decoder of 0.2M
-parameters, embedded data, one learning rate for all, the base's; the loss is that of sums of held-out pictures and
-voices. Expected: nothing in particular, as no paper says; reading a picture both ways ought not to hurt. On 2 CPU cores
-it takes about 20 minutes.
+This question is not from a paper. The model sees an image of one digit and a recording of another, with `+` between and
+`=` after them, and writes the sum in words. It compares all combinations of three choices: media in place or all media
+before the text; causal or bidirectional attention within each item (within all media together if they come first); and
+one projection from tower to decoder per modality, or a shared one with only an embedding vector per modality. A decoder
+with 0.2M parameters, embedded data, and the base's learning rate for all variants; the loss is that of the sums for
+held-out images and voices. Expected: nothing in particular, since there is no paper; bidirectional attention within an
+image should not hurt. On 2 CPU cores it takes about 20 minutes.
 """
 
 from polygpt.ablation.bases import see_and_hear

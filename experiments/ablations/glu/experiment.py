@@ -3,11 +3,11 @@
     polygpt data fetch state-of-the-union
     polygpt ablate glu --engine processes
 
-After GLU Variants Improve Transformer (Shazeer, 2002.05202), Table 1: layers of equal parameters (a gated one has two
-thirds of the hidden width), log-perplexity on C4 of a T5 that fills in text. There all gated forms beat the ungated
-ones, GEGLU and SwiGLU most, which are as good as equal (the standard deviation over seeds was 0.010 at 65k steps).
-Here: a decoder of 0.1M parameters on speeches, byte by byte; the learning rate is chosen for each form. Expected: the
-same order between gated and ungated. On 2 CPU cores it takes 16 minutes.
+After GLU Variants Improve Transformer (Shazeer, 2002.05202), Table 1: layers with equal parameter counts (gated ones
+have two thirds of the hidden width), log-perplexity of T5 on span filling on C4. In the paper, all gated variants beat
+the ungated ones; GEGLU and SwiGLU are best and practically equal (the standard deviation over seeds was 0.010 at 65k
+steps). Here: a byte-level decoder with 0.1M parameters on speeches; the learning rate is tuned for each variant.
+Expected: the same order between gated and ungated. On 2 CPU cores it takes 16 minutes.
 """
 
 from polygpt.ablation.bases import text

@@ -4,10 +4,11 @@
     polygpt ablate mup --engine processes
 
 After Tensor Programs V (Yang et al., 2203.03466), Figure 1: in the standard parametrization the best learning rate of
-Adam falls as a transformer grows wider; under muP it stays, and wider models are the better ones at every rate. There:
-widths of 128 to 8,192 on WikiText-2. Here: decoders of 32 to 128 channels, in heads of 16, on speeches, byte by byte;
-rates are a factor of 2 apart. Expected: the same, with as much drift as a fourfold width can show. On 2 CPU cores it
-takes 26 minutes. Eight seeds: where a rate is best is a place on a grid, which is tested by signs.
+Adam decreases with the width of a transformer; under muP it stays constant, and wider models are better at every
+learning rate. The paper: widths of 128 to 8,192 on WikiText-2. Here: byte-level decoders of width 32 to 128 with heads
+of width 16 on speeches; neighbouring learning rates differ by a factor of 2. Expected: the same, with as much drift as
+a fourfold width can show. On 2 CPU cores it takes 26 minutes. It uses eight seeds, because the best learning rate is a
+point on a grid and is compared by a sign test.
 """
 
 from polygpt.ablation.bases import UNIFORM, text

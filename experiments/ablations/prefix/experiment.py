@@ -2,16 +2,16 @@
 
     polygpt ablate prefix
 
-After PaliGemma (Beyer et al., 2407.07726), section 5.2 and Figure 5, average transfer performance of a 3B model: with
-the autoregressive mask on the suffix alone (picture and prefix see all of each other) it is clearly best; a mask on the
-prefix too, and one on the picture as well, work and are worse; a loss on the prefix, which an autoregressive mask
-allows, reduces it further. The figure gives no numbers to copy.
+After PaliGemma (Beyer et al., 2407.07726), section 5.2 and Figure 5, average transfer performance of a 3B model: a
+causal mask on the suffix only (image and prefix attend to each other bidirectionally) is clearly best. A causal mask on
+the prefix, or on image and prefix, also works but is worse. A loss on the prefix, which a causal mask allows, hurts
+further. The figure has no numbers to copy.
 
-Here: a decoder of 0.2M parameters, embedded data, two kinds of question about a picture. After a handwritten digit and
-`+five=` comes the sum in words, so that the question decides what is to be made of the picture; after clip art and `:`
-comes what it shows. The loss is that of answers about held-out pictures. One learning rate, the base's, serves all: the
-variants differ in masks and loss weights alone. Expected: the same order, but for a difference between masks that may
-be too small to see where a prefix is three or four tokens long. On 2 CPU cores it takes about 20 minutes.
+Here: a decoder with 0.2M parameters, embedded data, and two kinds of question about an image. A handwritten digit and
+`+five=` are followed by the sum in words, so the question determines how to use the image; clip art and `:` are
+followed by a caption. The loss is that of answers about held-out images. All variants use the base's learning rate,
+because they differ only in masks and loss weights. Expected: the same order, except that the difference between masks
+may be too small to detect with prefixes of three or four tokens. On 2 CPU cores it takes about 20 minutes.
 """
 
 from polygpt.ablation.bases import pictures

@@ -4,12 +4,12 @@
     polygpt ablate qk_norm --engine processes
 
 After Small-scale Proxies for Large-scale Transformer Training Instabilities (Wortsman et al., 2309.14322), sections
-3.1.1 and 3.1.2: what makes large models unstable makes small ones so at high learning rates. Its measure is the
-sensitivity to the learning rate: how much worse than at the best rate the loss is on average over a range of rates,
-where a run that diverged counts as one that learned nothing. Normalised queries and keys keep scores of attention from
-growing, and lower it; the z-loss keeps logits from drifting away. There: 10M to 1.2B parameters on C4. Here: a decoder
-of 0.1M parameters on speeches, byte by byte, and without weight decay, which would be multiplied by the rate and
-restrain what is to be seen. Expected: the same order at the highest rates. On 2 CPU cores it takes 22 minutes.
+3.1.1 and 3.1.2: the instabilities of large models also occur in small models at high learning rates. The paper measures
+the learning rate sensitivity: the mean over a range of learning rates of the loss minus the loss at the best learning
+rate, where a diverged run counts as one that learned nothing. QK-norm bounds the attention logits and lowers the
+sensitivity; the z-loss keeps the output logits from drifting. The paper: 10M to 1.2B parameters on C4. Here: a
+byte-level decoder with 0.1M parameters on speeches, without weight decay, which would scale with the learning rate and
+dampen the instabilities. Expected: the same order at the highest learning rates. On 2 CPU cores it takes 22 minutes.
 """
 
 from polygpt.ablation.bases import UNIFORM, text

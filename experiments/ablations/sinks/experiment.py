@@ -4,16 +4,16 @@
     polygpt ablate sinks
 
 After Efficient Streaming Language Models with Attention Sinks (Xiao et al., 2309.17453), Table 1: perplexity of
-Llama-2-13B on a book of 65k tokens, never trained for a window. With the nearest 1,024 tokens alone it is 5,158.07;
-with the first 4 and the nearest 1,020 it is 5.40: a softmax must give its weight to something, the model has learned to
-give what it does not need to the first tokens, and a window loses them.
+Llama-2-13B, trained without a window, on a book of 65k tokens. With the latest 1,024 tokens only it is 5,158.07; with
+the first 4 and the latest 1,020 it is 5.40. The weights of a softmax sum to 1; the model has learned to put weight that
+it does not need on the first tokens, and a window drops them.
 
-Here: a small decoder on speeches, byte by byte, trained with full attention on rows of 256 bytes. Its parameters are
-then read with full attention, with a window of 32 bytes, and with 4 sinks and a window of 28. What counts are the last
-128 bytes of each piece, before which the sinks have left the window; every piece has a row of its own, whose first
-position is the token that begins a text. One training run serves all three. Expected: the window is worse than full
-attention, and sinks make good a part of that. It need not be so: such a model may be too small, or too young, to have
-learned to rest on its first position. On 2 CPU cores it takes under 10 minutes.
+Here: a small byte-level decoder on speeches, trained with full attention at seq_len 256. The same parameters are then
+evaluated with full attention, with a window of 32, and with 4 sinks and a window of 28; one training run serves all
+three. Only the last 128 bytes of each piece count, where the sinks are outside the window. Each piece has its own row,
+whose first position is the token that begins a text. Expected: the window is worse than full attention, and sinks
+recover a part of the difference. The model may, however, be too small or too briefly trained to have learned to use its
+first position as a sink. On 2 CPU cores it takes under 10 minutes.
 """
 
 from polygpt.ablation.bases import text
