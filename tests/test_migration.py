@@ -109,5 +109,5 @@ def test_a_configuration_of_schema_2_is_todays_experiment():
     train = today.train.replace(checkpoint=today.train.checkpoint.replace(every_minutes=None))
     assert spec.from_json(migrate(old, "config.json")) == today.replace(train=train)
 
-    own = {"schema": 2, "optim": old["optim"], "data": {"class": "/home/me/mine.py:Mine"}}
+    own = {"schema": 2, "optim": old["optim"], "data": {"class": "somewhere/mine.py:Mine"}}
     assert migrate(own, "config.json")["optim"]["no_decay"] == NO_DECAY, "a module of one's own may rely on it"
