@@ -180,7 +180,7 @@ def test_when_one_dies_the_others_say_who_and_end_within_the_bound(scenario, ran
             "second killed",
             r"^polygpt: process 1 \(host \S+, pid \d+\) was killed by SIGKILL: stopping; the same command",
         ),
-        ("killed at start-up", r"^polygpt: start-up: process 1 was killed by SIGKILL: stopping$"),
+        ("killed at start-up", r"^polygpt: start-up: process 1 was killed by SIGKILL: stopping"),
     ],
 )
 def test_the_launcher_tells_the_survivor_who_was_killed(tmp_path, capfd, scenario, said):

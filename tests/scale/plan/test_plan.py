@@ -301,7 +301,7 @@ def test_of_a_gpu_nothing_is_said_that_rests_on_the_bytes_of_a_cpus_program(monk
     assert data["stand_in"]["links"] == pytest.approx(2 * 7 / 8 * 4e6 / 450e9)
     text = markdown(data)
     assert not any(words in text for words in ("HBM", "bound by", "MFU ceiling", "async", "compiled program"))
-    assert "parameters and optimizer take 3.00 GiB; all, by a CPU program's temporaries 7.00 GiB of 55.88 GiB" in text
+    assert "parameters and optimizer take 3.00 GiB; all, by a CPU program 7.00 GiB of 55.88 GiB" in text
     assert "no roofline and no ceiling of the MFU" in text and "| all-reduce | fsdp (8) | 1 |" in text
     assert "activations, gradients and other temporaries, of the CPU's program" in text
     draw_plan(data, tmp_path / "plan.png")
