@@ -1,12 +1,14 @@
 """`attention check` on two devices: what is wrong there alone is found, and which way of splitting shows it."""
 
+from pathlib import Path
+
 import pytest
 
 from polygpt.lab import check as lab
 from polygpt.spec import load_class
 
 SLOW = pytest.mark.slow
-OWN = __file__.replace("test_meshes", "mesh_variants")
+OWN = str(Path(__file__).with_name("mesh_variants.py"))
 
 
 def checked(**fields):
