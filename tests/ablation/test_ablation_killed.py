@@ -16,7 +16,7 @@ from polygpt.ablation import results
 
 GLU = Path(__file__).parents[2] / "experiments" / "ablations" / "glu"
 TUNED = 'tuned=grid("optim.schedule.peak_lr", 0.01, 0.02),\n'
-MEASURED = r"\| [^|]+ \| \d+ \|$|[\d.]+ (s|min|h) of wall time"
+MEASURED = r"\| [^|]+ \| \d+ \|$|[\d.]+ (s|min|h) of total wall time"
 """Times, which differ from run to run: the end of a row of costs, and the whole."""
 
 
