@@ -12,6 +12,8 @@ FOLDERS = sorted(
     for path in PACKAGE.rglob("*")
     if path.is_dir() and not {"__pycache__", "embedded"} & set(path.parts) and any(path.iterdir())
 )
+WITHOUT_EXAMPLE = (PACKAGE / "report" / "assets",)
+"""Folders without Python."""
 PAGES = sorted(page for top in ("research", "experiments") for page in (ROOT / top).rglob("*.md"))
 PAGES += [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 
@@ -39,8 +41,17 @@ def test_the_examples_run(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")  # put back afterwards: an example sets it
     monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION", raising=False)
     text = (folder / "README.md").read_text()
-    for block in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert blocks or folder in WITHOUT_EXAMPLE
+    for block in blocks:
         exec(compile(block, f"{named(folder)}/README.md", "exec"), {"__name__": "readme"})
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=named)
+def test_the_files_that_a_table_names_exist(folder):
+    rows = re.findall(r"^\| (`.*?) \|", (folder / "README.md").read_text(), re.MULTILINE)
+    files = [path for row in rows for path in re.findall(r"`([\w/]+(?:\.py|/))`", row)]
+    assert [path for path in files if not (folder / path).exists()] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)

@@ -90,36 +90,23 @@ def migrate(data: Any, where: str) -> Any:
     schema = schema_of(data, where)
     if isinstance(data, Mapping):
         data = {name: item for name, item in data.items() if name != "schema"}
-    if schema == SCHEMA:
-        return data
-    data = _current(data, schema)
-    return data if _names_other_code(data) else _without_default_no_decay(data)
+    return data if schema == SCHEMA else _current(data, schema, _is_shipped(data))
 
 
-def _names_other_code(data: Any) -> bool:
-    """Whether any class is not of this package: its parameters may have names that the old default matched."""
+def _is_shipped(data: Any) -> bool:
+    """Whether all classes are of this package. Parameters of others may have names that NO_DECAY matches."""
     if isinstance(data, Mapping):
-        return not str(data.get("class", "polygpt.")).startswith("polygpt.") or any(
-            map(_names_other_code, data.values())
-        )
-    return isinstance(data, list) and any(map(_names_other_code, data))
+        own = str(data.get("class", "polygpt.")).startswith("polygpt.")
+        return own and all(map(_is_shipped, data.values()))
+    return not isinstance(data, list) or all(map(_is_shipped, data))
 
 
-def _without_default_no_decay(data: Any) -> Any:
-    if isinstance(data, Mapping):
-        return {
-            name: None if name == "no_decay" and item == NO_DECAY else _without_default_no_decay(item)
-            for name, item in data.items()
-        }
-    return list(map(_without_default_no_decay, data)) if isinstance(data, list) else data
-
-
-def _current(data: Any, schema: int) -> Any:
+def _current(data: Any, schema: int, shipped: bool) -> Any:
     if isinstance(data, list):
-        return [_current(item, schema) for item in data]
+        return [_current(item, schema, shipped) for item in data]
     if not isinstance(data, Mapping):
         return data
-    changed = {name: _current(item, schema) for name, item in data.items()}
+    changed = {name: _current(item, schema, shipped) for name, item in data.items()}
     if not isinstance(name := data.get("class"), str):
         return changed
     if schema < 2:
@@ -129,6 +116,8 @@ def _current(data: Any, schema: int) -> Any:
             changed = {**added.get(name, {}), **changed}
     names = RENAMED.get(name, {})
     changed = {names.get(field, field): item for field, item in changed.items()}
+    if shipped and changed.get("no_decay") == NO_DECAY:
+        changed["no_decay"] = None
     if name == "polygpt.sharding:MeshSpec":  # an axis of its rules was renamed
         changed["rules"] = {"batch" if axis == "rows" else axis: item for axis, item in changed["rules"].items()}
     return changed

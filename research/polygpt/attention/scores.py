@@ -12,7 +12,7 @@ internally, `Then` prefixes them with "first." or "second.". Terms of the attent
 
 import dataclasses
 import math
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -212,15 +212,18 @@ class KeyGate(Score):
         return score + terms.key["gate"]
 
     def build(self, width, heads, *, rngs):
-        return _KeyGate(width, heads, rngs)
+        return _LogGate("key", "gate", width, heads, rngs)
 
 
-class _KeyGate(nnx.Module):
-    def __init__(self, width: int, heads: int, rngs: nnx.Rngs):
+class _LogGate(nnx.Module):
+    """Log sigmoid of a linear map per head, [B, H, T], as the term `name` of one kind of `Terms`."""
+
+    def __init__(self, kind: Literal["key", "sum"], name: str, width: int, heads: int, rngs: nnx.Rngs):
+        self.kind, self.name = kind, name
         self.gate = Linear(width, heads, rngs=rngs, bias=True, dtype="float32")
 
     def __call__(self, x_BTD: jax.Array, meta: Meta) -> Terms:
-        return Terms(key={"gate": jax.nn.log_sigmoid(_head_numbers(self.gate, x_BTD))})
+        return Terms(**{self.kind: {self.name: jax.nn.log_sigmoid(_head_numbers(self.gate, x_BTD))}})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,15 +240,7 @@ class ForgetGate(Score):
         return score - abs(terms.query["forget"] - terms.key["forget"])
 
     def build(self, width, heads, *, rngs):
-        return _ForgetGate(width, heads, rngs)
-
-
-class _ForgetGate(nnx.Module):
-    def __init__(self, width: int, heads: int, rngs: nnx.Rngs):
-        self.gate = Linear(width, heads, rngs=rngs, bias=True, dtype="float32")
-
-    def __call__(self, x_BTD: jax.Array, meta: Meta) -> Terms:
-        return Terms(sum={"forget": jax.nn.log_sigmoid(_head_numbers(self.gate, x_BTD))})
+        return _LogGate("sum", "forget", width, heads, rngs)
 
 
 @dataclasses.dataclass(frozen=True)
