@@ -33,7 +33,6 @@ def pytest_configure(config):
     # inherit them.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    os.environ.setdefault("NUMBA_DISABLE_JIT", "1")  # librosa, a reference here, would compile for 20 s
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("jax")))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
     # Compiling takes most of a small test's time: two thirds of it go without LLVM's optimizations and without the
