@@ -263,9 +263,9 @@ def test_the_table_that_is_printed_says_the_factors():
     # text/table and three norms; the keys and values of four heads; the output; gate, up and down of 88 channels, of 24
     # in the base
     assert "query frozen output - x 0.5 - 1 1,024".split() in lines
-    assert "(all others) 1 x schedule input x 1 x 1 0 4 1,088".split() in lines
-    assert "(all others) 1 x schedule output x 0.25 x 0.5 1.2 2 2,048".split() in lines
-    assert "(all others) 1 x schedule hidden x 0.25 x 1 1.2 2 5,632".split() in lines
+    assert "(all others), not decayed 1 x schedule input x 1 x 1 0 4 1,088".split() in lines
+    assert "(all others), decayed 1 x schedule output x 0.25 x 0.5 1.2 2 2,048".split() in lines
+    assert "(all others), decayed 1 x schedule hidden x 0.25 x 1 1.2 2 5,632".split() in lines
     assert len(lines) == 7
     assert "muP" not in optim.table(model.traits)
 

@@ -181,8 +181,8 @@ def test_the_table_counts_what_each_rule_took(params):
     lines = optim.table(traits_of(params)).splitlines()
     assert [line.split() for line in lines[1:]] == [
         ["adapters/", "frozen", "-", "1", "36"],
-        ["mlp", "0.5", "x", "schedule", "0", "1", "12"],
-        ["mlp", "0.5", "x", "schedule", "0.1", "1", "72"],
+        ["mlp,", "not", "decayed", "0.5", "x", "schedule", "0", "1", "12"],
+        ["mlp,", "decayed", "0.5", "x", "schedule", "0.1", "1", "72"],
         ["(all", "others)", "1", "x", "schedule", "0", "2", "48"],
     ]
 

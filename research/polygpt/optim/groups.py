@@ -107,6 +107,7 @@ def table(traits, rules, growth=None) -> str:
     sizes = [math.prod(leaf.shape) for leaf in jax.tree.leaves(traits)]
     kinds = [(leaf.kind, f"x {leaf.initial:.3g}") for leaf in jax.tree.leaves(growth)] if mup else [()] * len(sizes)
     keys = list(zip(jax.tree.leaves(rules), kinds, strict=True))
+    decays = {(rule.index, rule.weight_decay > 0) for rule, _ in keys}
     for key in dict.fromkeys(keys):
         taken = [size for other, size in zip(keys, sizes, strict=True) if other == key]
         rule, kind = key
@@ -116,6 +117,8 @@ def table(traits, rules, growth=None) -> str:
         if kind:
             kind = (kind[0], "-" if rule.group.freeze else f"x {rule.width_factor:.3g}", kind[1])
         name = "(constants)" if rule.group is CONSTANTS else rule.group.pattern or "(all others)"
+        if {(rule.index, True), (rule.index, False)} <= decays:  # a group with parameters of both kinds has two rows
+            name += ", decayed" if rule.weight_decay else ", not decayed"
         rows.append((name, rate, *kind, decay, f"{len(taken):,}", f"{sum(taken):,}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     texts = 3 if mup else 2
