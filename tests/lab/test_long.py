@@ -1,7 +1,10 @@
 """`attention check` of mistakes that one size, short rows, equal heads and Rope hide; right variants beside them."""
 
+import dataclasses
+
 import pytest
 
+from polygpt.attention.forgetting import Forgetting
 from polygpt.lab import check as lab
 from polygpt.spec import load_class
 
@@ -9,6 +12,7 @@ OWN = __file__.replace("test_long", "long_variants")
 SIZE, GROUPS, ALIBI = "row and cache of any size", "grouped heads", "ALiBi as well as Rope"
 WEIGHTS, LEARNS, APART = "weights are those of the output", "every parameter learns", "positions told apart"
 LONG_CACHE, NARROW = "full cache = no cache, long rows", "long rows in bfloat16"
+HONOURED = "mask honoured in long rows"
 MISTAKES = {
     "SharperInLongArrays": (SIZE, "the size of the row"),
     "ClampedPositions": (APART, "does not"),
@@ -26,7 +30,11 @@ QUICK = ["ClampedPositions", "OtherPictures", "NeverLearns", "SharperInLongArray
 
 
 def failing(name, *chosen, **fields):
-    _, findings = lab.check(load_class(f"{OWN}:{name}")(**fields), chosen=chosen)
+    return failing_of(load_class(f"{OWN}:{name}")(**fields), *chosen)
+
+
+def failing_of(spec, *chosen):
+    _, findings = lab.check(spec, chosen=chosen)
     return {one.name: one.note for one in findings if one.passed is False}
 
 
@@ -47,8 +55,18 @@ def test_sums_in_float32_pass_over_long_rows():
     assert failing("SumsInBfloat16", NARROW, wide=True) == {}
 
 
+def test_gates_that_close_the_mask_are_shown_the_field_that_allows_it():
+    @dataclasses.dataclass(frozen=True)
+    class Undeclared(Forgetting):
+        mask_is_bound = False
+
+    (finding,) = lab.check(Undeclared(), chosen=[HONOURED])[1]
+    assert finding.passed is False and "gates" in finding.note and "mask_is_bound = True" in finding.note
+    assert failing_of(Forgetting(), HONOURED) == {}
+
+
 @pytest.mark.slow
 def test_right_variants_pass_all_of_them():
-    chosen = [SIZE, GROUPS, ALIBI, WEIGHTS, LEARNS, APART, LONG_CACHE, NARROW, "mask honoured in long rows"]
+    chosen = [SIZE, GROUPS, ALIBI, WEIGHTS, LEARNS, APART, LONG_CACHE, NARROW, HONOURED]
     _, findings = lab.check(load_class("polygpt.attention.multi_head:MultiHead")(), chosen=chosen)
     assert [one.result for one in findings] == ["pass"] * len(chosen)

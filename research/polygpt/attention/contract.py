@@ -104,7 +104,7 @@ class Attention(Spec):
     """Its source, for lists: an arXiv number, or "author, year, place". Subclasses must name their own."""
     mask_is_bound: ClassVar[bool] = False
     """Whether `mask` is only an upper bound on visible pairs, among which the inputs select (top-k selection of keys or
-    blocks, exactly zero weights as in ReLU attention)."""
+    blocks, exactly zero weights as in ReLU attention, gates so small that the weights of distant keys underflow)."""
     jumps: ClassVar[bool] = False
     """Whether results are discontinuous where a discrete choice changes (top-k selection, rounding). Gradients are then
     only compared with slopes between two jumps, and in bfloat16 some positions may choose differently. Kinks do not

@@ -53,7 +53,7 @@ def _silence(subject: Subject) -> Measured | None:
     if silent > SILENT:
         note = "share of visible inputs without influence"
         if _sees_no_more(subject):  # who looks elsewhere has another fault
-            note += ": if the inputs select what is visible, set mask_is_bound"
+            note += ": if the inputs select what is visible, or gates can close it, set mask_is_bound = True"
         return Measured(silent, SILENT, note)
     return None
 
