@@ -15,7 +15,9 @@ import pytest
 from PIL import Image
 
 from own_experiment import write_experiment
+from polygpt.cli.generate import printable
 from polygpt.evaluation import evaluate
+from polygpt.generation import generate as generation
 from polygpt.spec import field_help
 from polygpt.training import loop
 from polygpt.training.experiment import TrainSpec
@@ -189,7 +191,15 @@ def test_generate_reads_the_parts_in_their_order(trained, polygpt):
     assert kinds == ["text", "image", "text", "audio"] and done["prompt"][2] == {"text": "is "}
     assert done["tokens"] <= 5 and done["finish"] in ("eos", "length") and done["step"] == 3
     code, out, _ = polygpt("generate", trained.run, *words[:-1], "--temperature", "0", "--max_tokens", "5")
-    assert code == 0 and out == done["text"] + "\n", "streamed, the same text"
+    assert code == 0 and out == printable(done["text"]) + "\n", "streamed, the same text"
+
+
+def test_control_characters_are_printed_as_escapes_and_kept_in_json(trained, polygpt, monkeypatch):
+    written = "a\tb\n\x1b[2J\x07\r\x9bé\ufffd"
+    monkeypatch.setattr(generation, "_read", lambda *_: generation.Generated(written, (), "eos"))
+    words = ["generate", trained.run, "--text", "a", "--max_tokens", "4"]
+    assert polygpt(*words)[1] == "a\tb\n\\x1b[2J\\x07\\r\\x9bé\ufffd\n"
+    assert json.loads(polygpt(*words, "--json")[1])["text"] == written
 
 
 def test_a_medium_is_named_by_its_adapter(trained, polygpt):
@@ -249,9 +259,12 @@ def test_a_run_that_was_never_evaluated_has_a_report(trained, polygpt, tmp_path)
 
 
 def test_data_show_prints_and_draws_rows(trained, polygpt, tmp_path):
-    words = ["data", "show", trained.file, "--rows", "1", "--picture", tmp_path / "rows.png"]
-    code, out, _ = polygpt(*words)
-    assert code == 0 and "<bos>" in out and "row 0:" in out and "row 1:" not in out
+    words = ["data", "show", trained.file, "--rows", "2", "--picture", tmp_path / "rows.png"]
+    code, out, _ = polygpt(*words, "--all")
+    assert code == 0 and "<bos>" in out and "row 0:" in out and "row 1:" in out and "…" not in out
+    _, short, _ = polygpt(*words)
+    assert "<bos>" in short and "row 1:" not in short and short.count("\n") < 50 < out.count("\n") and "--all" in short
+    words[4] = "1"
     assert Image.open(tmp_path / "rows.png").width > 500
     code, out, err = polygpt(*words, "--json", "--data.layout.packing", "false")
     (row,) = json.loads(out)["rows"]
@@ -266,6 +279,7 @@ def test_data_check_lists_what_is_wrong(polygpt, tmp_path):
     assert code == 0 and json.loads(out)["tasks"]["own"]["records"] == 7 and json.loads(out)["fault"] is None
     longer = json.loads(polygpt("data", "check", file, "--evaluation.tasks.own.seq_len", "96", "--json")[1])
     assert list(longer["tasks"]) == ["own", "evaluation/own"] and longer["fault"] is None
+    assert "accept all 7 records" in polygpt("data", "check", file)[1]
     short = json.loads(polygpt("data", "check", file, "--evaluation.tasks.own.seq_len", "2", "--json")[1])
     assert short["tasks"]["own"]["bad"] == {} and short["tasks"]["evaluation/own"]["bad"] == {"too long": 7}
     (tmp_path / "data" / "red.png").write_bytes(b"not a picture")
@@ -286,7 +300,7 @@ def test_data_check_ends_with_settings_that_take_the_records(polygpt, tmp_path):
     metadata.write_text(metadata.read_text() * 4 + long)
     (tmp_path / "data" / "spare.png").write_bytes(b"no record names it")
     code, out, _ = polygpt("data", "check", file, "--data.batch_size", "4")
-    assert code == 2 and "image" in out and "spare.png" in out
+    assert code == 2 and "present settings accept all" not in out and "image" in out and "spare.png" in out
     *_, most, everything = out.splitlines()
     assert "95%" in most and "--data.on_bad_record skip --evaluation.on_bad_record skip" in most
     words = shlex.split(everything)

@@ -10,7 +10,7 @@ from rich.console import Console
 from polygpt.data.example import Example, Medium, Text
 from polygpt.data.layout import LayoutSpec, lay_out
 from polygpt.data.packing import Packer
-from polygpt.data.show import draw, runs, table, token_text
+from polygpt.data.show import beginning, draw, runs, table, token_text
 
 
 @pytest.fixture
@@ -51,6 +51,18 @@ def test_the_table_has_every_position_of_the_row(small, batch):
     text = printed(result)
     assert f"row 0: {used} of 48 positions, 2 examples" in text
     assert "\\n" in text and "[" in text
+
+
+def test_the_beginning_is_the_first_example_without_the_middle_of_its_media(small, batch):
+    first = int((batch.segment_BT[0] == 1).sum())
+    shown = beginning(batch, 0, 100)
+    assert shown[:8] == [*range(8)] and shown[-1] == first - 1, "pictures of 4 positions are shown whole"
+    one = {"slot_BT": np.maximum(batch.slot_BT, np.arange(48)), "span_BT": np.minimum(batch.span_BT, 1)}
+    longer = batch.replace(**one)  # one picture of 8 positions
+    assert beginning(longer, 0, 100) == [*range(7), 12, *range(13, first)]
+    assert beginning(longer, 0, 9) == [*range(7), 12, 13]
+    assert cells(table(longer, 0, small.tokenizer, [*range(7), 12, 13]), 0)[6:] == ["6", "…", "12", "13"]
+    assert beginning(batch, 1, 100) == []
 
 
 def test_a_row_of_padding_is_an_empty_table(small, batch):

@@ -6,6 +6,7 @@ from argparse import Namespace
 from polygpt.cli import experiment
 from polygpt.cli.arguments import Parser
 from polygpt.cli.output import figure, print_table
+from polygpt.spec import counted
 
 EXAMPLES = """\
 examples:
@@ -52,10 +53,12 @@ def run(arguments: Namespace) -> dict:
             print(fault)
     _print_table(found, adapters)
     fits = {f"{share:.0%}": _command(arguments, chosen, found, held_out, lengths, share) for share in SHARES}
+    bad, records = sum(len(f.faults) for f in found.values()), sum(f.records for f in found.values())
+    if not bad:
+        print(f"The present settings accept all {counted(records, 'record')}.")
     print("Smallest settings, by the share of each task's records that they accept:")
     for share, command in fits.items():
         print(f"{share:>5}  {command or 'no usable record'}")
-    bad, records = sum(len(f.faults) for f in found.values()), sum(f.records for f in found.values())
     return {
         "tasks": {
             name: findings.summary() | {"faults": [str(fault) for fault in findings.faults]}

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import unicodedata
 from argparse import Namespace
 from pathlib import Path
 
@@ -16,7 +17,8 @@ examples:
   polygpt generate runs/quadrants --medium point=point.bin
   polygpt generate runs/quickstart --interactive
 
-The prompt consists of these parts in the order given on the command line."""
+The prompt consists of these parts in the order given on the command line. Control characters in the generated text are
+printed as escapes such as \\x1b; --json has the text itself."""
 
 HELP = """Type text and press Return to generate a continuation. To build a longer prompt first, in any order:
   /image FILE             add an image
@@ -71,7 +73,7 @@ def run(arguments: Namespace) -> dict:
 
     def show(parts) -> None:
         for piece in stream(*given, parts, layout, sampling):
-            print(piece, end="", flush=True)
+            print(printable(piece), end="", flush=True)
         print()
 
     if arguments.interactive:
@@ -88,6 +90,11 @@ def run(arguments: Namespace) -> dict:
         "tokens": len(written.tokens),
         "finish": written.finish,
     }
+
+
+def printable(text: str) -> str:
+    """A text for the terminal: control characters other than newline and tab are escaped, such as \\x1b."""
+    return "".join(repr(c)[1:-1] if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text)
 
 
 def _part(kind: str, value: str):

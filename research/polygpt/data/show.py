@@ -1,6 +1,6 @@
 """Shows rows as the model sees them: a table of all positions, and an image of the layout, the media and the text."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,14 +34,34 @@ def runs(batch: Batch, row: int) -> list[tuple[int, int]]:
     return list(zip([0, *stops], stops, strict=False))
 
 
-def table(batch: Batch, row: int, tokenizer: Tokenizer) -> Table:
-    """A table of the positions of a row up to its padding, one per line."""
+def beginning(batch: Batch, row: int, limit: int) -> list[int]:
+    """Up to `limit` positions of the first example of a row: of each item of media, its first two and its last."""
+    chosen: list[int] = []
+    for start, stop in runs(batch, row):
+        if batch.segment_BT[row, start] == 1:
+            long = batch.modality_BT[row, start] > TEXT and stop - start > 4
+            chosen += [start, start + 1, stop - 1] if long else range(start, stop)
+    return chosen[:limit]
+
+
+def table(batch: Batch, row: int, tokenizer: Tokenizer, positions: Sequence[int] | None = None) -> Table:
+    """A table of the positions of a row, one per line, with a line "…" where some are left out.
+
+    Args:
+        batch: NumPy arrays.
+        row: index of the row.
+        tokenizer: decodes the text.
+        positions: the positions to show, ascending; default: all up to the padding.
+    """
     names = ["text", *batch.media]
     number = int((batch.segment_BT[row] > 0).sum())
+    positions = range(number) if positions is None else positions
     result = Table(title=f"row {row}: {number} of {batch.shape[1]} positions, {batch.segment_BT[row].max()} examples")
     for column in ("t", "modality", "token", "slot", "position", "segment", "span", "target", "weight"):
         result.add_column(column, justify="left" if column in ("modality", "token", "target") else "right")
-    for t in range(number):
+    for before, t in zip([-1, *positions], positions, strict=False):
+        if t != before + 1:
+            result.add_row("…")
         modality, weight = int(batch.modality_BT[row, t]), float(batch.weight_BT[row, t])
         text = modality == TEXT
         ends = t + 1 == number or batch.segment_BT[row, t + 1] != batch.segment_BT[row, t]
