@@ -1,9 +1,12 @@
 """Every page of documentation: short READMEs, examples that run, links and files that exist."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
+
+from polygpt.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "research" / "polygpt"
@@ -45,6 +48,31 @@ def test_the_examples_run(folder, tmp_path, monkeypatch):
     assert blocks or folder in WITHOUT_EXAMPLE
     for block in blocks:
         exec(compile(block, f"{named(folder)}/README.md", "exec"), {"__name__": "readme"})
+
+
+EXPERIMENTS = {
+    name: (code, command)
+    for folder in FOLDERS
+    for text in [(folder / "README.md").read_text()]
+    for name, code in re.findall(r"^```python\n# (\w+\.py)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    for command in re.findall(rf"`polygpt (train {re.escape(name)}.*?)`", text)
+}
+"""The experiment files in READMEs with the commands that train them."""
+
+
+def test_objectives_and_sources_are_shown_in_an_experiment():
+    assert {"confident.py", "sums.py"} <= set(EXPERIMENTS)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_trains_by_its_command(name, tmp_path, monkeypatch, capsys):
+    code, command = EXPERIMENTS[name]
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_text(code)
+    small = ["--train.steps", "2", "--data.batch_size", "2", "--model.decoder.depth", "1"]
+    assert main([*command.split(), *small, "--json"]) == 0
+    (line, *_) = Path(json.loads(capsys.readouterr().out)["workdir"], "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line)["loss"] != 0
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=named)
