@@ -1,6 +1,7 @@
 """The loop: resuming, stopping, the run folder, and what is said when something is wrong."""
 
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from polygpt.evaluation.evaluate import evaluate
 from polygpt.nn.positions import Learned
 from polygpt.optim.schedules import Constant, Schedule
 from polygpt.overrides import override
+from polygpt.runtime import manifest
 from polygpt.runtime.checkpoint import records
 from polygpt.runtime.manifest import Record
 from polygpt.spec import to_json
@@ -132,6 +134,20 @@ def test_a_run_that_breaks_off_says_what_is_not_saved_and_again_when_it_goes_on(
     assert "3 steps (8 to 10) not saved: the same command resumes at step 7" in capsys.readouterr().err
     train(smallest(), tmp_path, quiet)
     assert "steps (8 to" in (err := capsys.readouterr().err) and "lost" in err
+
+
+def test_steps_are_not_saved_if_the_last_checkpoint_fails_in_the_background(tmp_path, monkeypatch, capsys):
+    seal = manifest.seal
+
+    def full(place, record, processes):
+        if record.step == 12:
+            raise OSError(errno.ENOSPC, "No space left on device", str(place))
+        seal(place, record, processes)
+
+    monkeypatch.setattr(manifest, "seal", full)
+    with pytest.raises(UserError, match="No space left"):
+        train(smallest(), tmp_path, quiet)
+    assert "5 steps (8 to 12) not saved: the same command resumes at step 7" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("number, step", [(2, 4), (11, 12)])

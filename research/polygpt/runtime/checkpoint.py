@@ -16,7 +16,7 @@ import logging
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent import futures
 from pathlib import Path
 from typing import Any, Literal
 
@@ -98,8 +98,8 @@ class Checkpoints:
         from polygpt.runtime import stored  # local import: Orbax takes a second to import
 
         self._stored, self._writer = stored, stored.writer()
-        self._thread = ThreadPoolExecutor(1, "checkpoints")
-        self._pending: Future | None = None
+        self._thread = futures.ThreadPoolExecutor(1, "checkpoints")
+        self._pending: futures.Future | None = None
         self._failure: Exception | None = None  # why the latest save failed
 
     def save(self, state: Any, *, metric: float | None, finite: bool, data: dict[str, Any]) -> None:
@@ -191,6 +191,12 @@ class Checkpoints:
     def finite_steps(self) -> list[int]:
         """The steps of the finite checkpoints on disk."""
         return [record.step for record in records(self.folder) if record.finite]
+
+    def latest(self) -> int:
+        """Step of the latest complete checkpoint, after the save in progress; 0 without one. Raises no error of it."""
+        if self._pending is not None:
+            futures.wait([self._pending])
+        return max(self._records, default=0)
 
     def check(self) -> None:
         """Raises the error of a finished save if the run cannot continue without it. Does not block."""

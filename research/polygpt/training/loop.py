@@ -64,7 +64,8 @@ def train(
             refused = new and trainer.done == 0 and jax.process_index() == 0  # nothing to resume
             raise
         finally:
-            for line in resuming.unsaved(trainer.saved, trainer.done) if jax.process_index() == 0 else ():
+            saved = trainer.checkpoints.latest()
+            for line in resuming.unsaved(saved, trainer.done) if jax.process_index() == 0 else ():
                 print(line, file=sys.stderr)
     if seconds := goodput.summary(goodput.read(clock.path)):
         print(goodput.table(seconds), file=sys.stderr)
