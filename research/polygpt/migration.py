@@ -10,7 +10,7 @@ from typing import Any
 
 from polygpt.errors import UserError
 
-SCHEMA = 3
+SCHEMA = 4
 """The schema that this version writes."""
 
 MOVED = {
@@ -32,6 +32,7 @@ ADDED: dict[int, dict[str, dict[str, Any]]] = {
         "polygpt.optim.optim:Optim": {"schedule_steps": None, "rewarm": None},
         "polygpt.runtime.checkpoint:CheckpointSpec": {"every_minutes": None},
     },
+    3: {"polygpt.training.experiment:Experiment": {"init": {"class": "polygpt.init.base:Random"}}},
 }
 """By schema and current class name: fields that the schema lacks, with the value that keeps the old behaviour."""
 

@@ -10,15 +10,18 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 
 jax.config.update("jax_num_cpu_devices", 4)
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 
 from tiny_experiment import experiment  # noqa: E402
 
+from polygpt.init.from_run import FromRun  # noqa: E402
 from polygpt.overrides import override  # noqa: E402
 from polygpt.training.loggers import JsonLines, Silent  # noqa: E402
 from polygpt.training.loop import train  # noqa: E402
+from polygpt.training.program import assemble  # noqa: E402
 from polygpt.training.run import open_run  # noqa: E402
 
 
@@ -48,7 +51,17 @@ def run(mode: str, workdir: Path) -> dict:
         "losses": [line["loss"] for line in lines if "loss" in line],
         "metric": lines[-1]["metric"],
         "opened": open_run(workdir).step,
+        "started": started(chosen, workdir),
     }
+
+
+def started(chosen, workdir: Path) -> dict:
+    """Whether a new run in this mode starts from the one in `workdir`, with its arrays where the step wants them."""
+    program = assemble(chosen.replace(init=FromRun(path=str(workdir))), chosen.tokenizer.build().vocabulary)
+    state, target = program.first_state(), program.parallel.abstract(program.initial)
+    placed = jax.tree.map(lambda x, t: x.sharding.is_equivalent_to(t.sharding, x.ndim), state, target)
+    same = jax.tree.map(np.array_equal, state.params, open_run(workdir).params)
+    return {"equal": all(jax.tree.leaves(same)), "placed": all(jax.tree.leaves(placed))}
 
 
 if __name__ == "__main__":

@@ -88,6 +88,7 @@ def test_interrupted_and_resumed_runs_agree_in_every_mode(tmp_path):
         assert 3 <= runs[mode]["stopped"] < 6 and runs[mode]["finished"] and runs[mode]["opened"] == 6
         np.testing.assert_allclose(runs[mode]["losses"], runs["single"]["losses"], rtol=1e-6)
         np.testing.assert_allclose(runs[mode]["metric"], runs["single"]["metric"], rtol=1e-6)
+        assert runs[mode]["started"] == {"equal": True, "placed": True}
 
 
 @pytest.mark.parametrize("mode", ["single", "pmap", "sharded"])

@@ -6,6 +6,7 @@ import re
 
 import jax
 
+from polygpt.columns import aligned
 from polygpt.errors import SpecError
 from polygpt.optim.schedules import Schedule
 from polygpt.parameters import Traits, name_of
@@ -120,10 +121,4 @@ def table(traits, rules, growth=None) -> str:
         if {(rule.index, True), (rule.index, False)} <= decays:  # a group with parameters of both kinds has two rows
             name += ", decayed" if rule.weight_decay else ", not decayed"
         rows.append((name, rate, *kind, decay, f"{len(taken):,}", f"{sum(taken):,}"))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    texts = 3 if mup else 2
-    lines = []
-    for row in rows:
-        cells = [c.ljust(w) if i < texts else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+    return aligned(rows, texts=3 if mup else 2)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
+from polygpt.parameters import paths
 from polygpt.runtime import private, processes
 
 # Orbax also logs the traceback of errors that it raises; callers report them in one line.
@@ -75,6 +76,29 @@ def read_parameters(folder: Path, step: int, target: Any, averaged: bool) -> Any
     _meet_at_our_barriers()
     with ocp.StandardCheckpointer() as reader:
         return reader.restore(folder / str(step) / ("ema" if averaged else "params"), target)
+
+
+def shapes(place: Path, item: str) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and dtype of each array of an item ("params", "ema") of the checkpoint at `place`, by name."""
+    tree = ocp.PyTreeCheckpointHandler().metadata(epath.Path(place / item)).tree
+    return {name: jax.ShapeDtypeStruct(found.shape, found.dtype) for name, found in paths(tree).items()}
+
+
+def read_some(place: Path, item: str, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """Reads some arrays of an item by name; `wanted` has their dtypes and shardings."""
+    _meet_at_our_barriers()
+    tree: dict[str, Any] = {}
+    for name, target in wanted.items():
+        *outer, last = name.split("/")
+        inner = tree
+        for key in outer:
+            inner = inner.setdefault(key, {})
+        inner[last] = target
+    restore = ocp.args.PyTreeRestore(
+        tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree), partial_restore=True
+    )
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        return paths(reader.restore(place / item, args=restore))
 
 
 def _meet_at_our_barriers() -> None:

@@ -10,6 +10,7 @@ from polygpt.data.tokenizers.bytes import Bytes
 from polygpt.errors import SpecError
 from polygpt.evaluation import conditions
 from polygpt.evaluation.spec import EvaluationSpec
+from polygpt.init.base import Init, Random
 from polygpt.models.multimodal import ModelSpec
 from polygpt.objectives.base import Objective
 from polygpt.objectives.next_token import NextToken
@@ -115,6 +116,8 @@ class Experiment(Spec):
     """The held-out tasks."""
     seed: int = 0
     """Seeds initial parameters, dropout, example order and augmentation."""
+    init: Init = Random()
+    """Where the initial parameters come from: random values, or another run (polygpt.init.from_run:FromRun)."""
 
     def validate(self):
         self.require(bool(self.name) and "/" not in self.name, "name", "a name without '/'")

@@ -2,17 +2,20 @@
 
 import dataclasses
 import functools
+import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import optax
 
-from polygpt import sharding
+from polygpt import sharding, spec
 from polygpt.errors import UserError
 from polygpt.evaluation import conditions
+from polygpt.init.start import Start, start
 from polygpt.models.functional import Model, bind
+from polygpt.parameters import paths
 from polygpt.runtime import processes
 from polygpt.sharding import MeshLayout
 from polygpt.training import automatic, parallel
@@ -46,9 +49,20 @@ class Program:
     reason: str | None
     notes: tuple[str, ...] = ()
 
-    def initial(self) -> Any:
-        """The state before the first step; compile it."""
-        return _create(self.experiment, self.model, self.transformation)
+    def initial(self, given: Mapping[str, jax.Array] | None = None) -> Any:
+        """The state before the first step; compile it. `given` has the parameters that are not random, by name."""
+        return _create(self.experiment, self.model, self.transformation, given)
+
+    @functools.cached_property
+    def start(self) -> Start:
+        """The parameters that the experiment's `init` fills. Raises UserError if its source cannot be used."""
+        tokenizer = json.loads(json.dumps(spec.to_json(self.experiment.tokenizer)))
+        return start(self.experiment.init, paths(self.model.traits), tokenizer)
+
+    def first_state(self) -> Any:
+        """The state before the first step on its devices, with the parameters of `start`."""
+        target = paths(self.parallel.abstract(self.initial).params)
+        return self.parallel.create(self.initial, self.start.read(target))
 
     def about(self) -> str:
         """Model size, devices and the reason for them, and how parameters are trained."""
@@ -179,6 +193,6 @@ def _undivided_heads(layout: MeshLayout, experiment: Experiment) -> tuple[str, .
     return tuple(lines)
 
 
-def _create(experiment: Experiment, model: Model, transformation) -> Any:
+def _create(experiment: Experiment, model: Model, transformation, given: Mapping[str, jax.Array] | None = None) -> Any:
     optim, spikes = experiment.optim, experiment.train.spikes
-    return create(model, transformation, experiment.seed, optim.ema is not None, spikes)
+    return create(model, transformation, experiment.seed, optim.ema is not None, spikes, given)

@@ -1,15 +1,32 @@
-"""Messages about resuming a run: where it resumes, whether it is finished, jumps of the learning rate."""
+"""Messages about where a run starts or resumes, whether it is finished, and jumps of the learning rate."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from polygpt.files import write_atomically
 from polygpt.optim.optim import Optim
 from polygpt.runtime import goodput
 from polygpt.runtime.checkpoint import CheckpointSpec
+from polygpt.runtime.manifest import records
 from polygpt.spec import counted
 from polygpt.training.experiment import Experiment
 from polygpt.training.loggers import last_step
+from polygpt.training.program import Program
+
+
+def require_start(program: Program, workdir: Path) -> None:
+    """Raises UserError if a run without checkpoints cannot start from the source that its experiment names."""
+    if not records(workdir / "checkpoints"):
+        _ = program.start
+
+
+def started(workdir: Path, table: str) -> list[str]:
+    """What a new run starts from, which is also written to init.txt; [] if all parameters are random."""
+    if not table:
+        return []
+    write_atomically(workdir / "init.txt", table + "\n")
+    return [table]
 
 
 def lost(workdir: Path, done: int, spec: CheckpointSpec) -> list[str]:

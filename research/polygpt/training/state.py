@@ -1,12 +1,14 @@
 """The training state: everything that a step changes."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from polygpt.parameters import name_of
 from polygpt.training.randomness import INIT, derive
 from polygpt.training.spikes import SpikeSpec, Window
 
@@ -41,10 +43,21 @@ class State:
 
 
 def create(
-    model, transformation: optax.GradientTransformation, seed: int, ema: bool, spikes: SpikeSpec | None = None
+    model,
+    transformation: optax.GradientTransformation,
+    seed: int,
+    ema: bool,
+    spikes: SpikeSpec | None = None,
+    given: Mapping[str, jax.Array] | None = None,
 ) -> State:
-    """The state before the first step; compile it, so that no two leaves share a buffer."""
-    params = model.init(derive(seed, 0, INIT))
+    """The state before the first step; compile it, so that no two leaves share a buffer.
+
+    `given` has the values of the parameters that are not random, by name.
+    """
+    given = given or {}
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, random: given.get(name_of(path), random), model.init(derive(seed, 0, INIT))
+    )
     zero = jnp.zeros((), jnp.int32)
     average, window = params if ema else None, spikes.begin() if spikes else None
     return State(zero, params, transformation.init(params), average, zero, zero, window)

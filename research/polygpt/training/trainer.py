@@ -88,6 +88,7 @@ class Trainer:
         self.batches = self._train_batches()
         data_shards.require_same_data(self.batches.get_state()["examples"], experiment.evaluation)
         require_prompts(experiment.evaluation)
+        resuming.require_start(self.program, workdir)
         claim(workdir, experiment, stack)  # last, so that invalid settings or sources leave no folder behind
         self.goodput.open()
         self.checkpoints = Checkpoints(workdir / "checkpoints", self.spec.checkpoint, self.spec.better)
@@ -100,12 +101,12 @@ class Trainer:
         self.place = self.batches.get_state()  # after the last consumed batch; the prefetch thread is ahead of it
         first = jax.process_index() == 0
         if first:
-            print(self.program.about(), file=sys.stderr)
-            for line in resuming.lost(workdir, self.done, self.spec.checkpoint):
-                print(line, file=sys.stderr)
-            if data is not None and self.done:
-                given = workdir, self.done, self._finished(), data["config"]
-                print(*resuming.about(experiment, *given), sep="\n", file=sys.stderr)
+            lines = [self.program.about(), *resuming.lost(workdir, self.done, self.spec.checkpoint)]
+            if data is None:
+                lines += resuming.started(workdir, self.program.start.table)
+            elif self.done:
+                lines += resuming.about(experiment, workdir, self.done, self._finished(), data["config"])
+            print(*lines, sep="\n", file=sys.stderr)
         self.loggers = loggers(workdir, self.done, self.spec.steps) if first else []
         self.example_log = example_log(workdir, self.parallel, self.done) if experiment.data.log_examples else None
         if self.example_log:
@@ -298,7 +299,7 @@ class Trainer:
         """Restores the last checkpoint and returns its data; without a checkpoint, creates the initial state."""
         initial = self.program.initial
         found = self.checkpoints.restore(self.parallel.abstract(initial), initial, before)
-        self.state, data = found or (self.parallel.create(initial), None)
+        self.state, data = found or (self.program.first_state(), None)
         self.metric_state = MetricState(**data["standing"]) if data else MetricState()
         self.done = self.saved = int(self.state.step)
         return data
