@@ -92,14 +92,19 @@ def again(name: str, on: str, budget: float) -> None:
     """Recompiles a preset on a slice with the configuration of its existing plan."""
     path = place(name, on)
     try:
-        then, now = check.again(path, budget)
+        before, now = check.recompile(path, budget)
     except UserError as error:
         print(f"{error}; it stays as it was", file=sys.stderr)
         return
     if not (now["memory"] and now["memory"]["fits"]):
         print(f"{path}: does not fit now; it stays as it was", file=sys.stderr)
         return
-    put(path, now | {key: then[key] for key in ("best", "searched") if key in then}, then["file"], then["changes"])
+    put(
+        path,
+        now | {key: before[key] for key in ("best", "searched") if key in before},
+        before["file"],
+        before["changes"],
+    )
 
 
 def put(path: Path, data: dict, file: str, changes: dict[str, str]) -> None:
@@ -132,8 +137,8 @@ def index() -> None:
             rows.append(
                 [f"[{name}]({name}/{path.name})", data["on"], how, *figures, f"{data['compile_seconds']:.0f} s"]
             )
-    columns = ["preset", "on", "how", "memory of a device", "step at least", "bound by", "MFU ceiling"]
-    columns += ["nothing hidden", "compiled in"]
+    columns = ["preset", "on", "how", "memory per device", "step time at least", "bound by", "MFU ceiling"]
+    columns += ["MFU, no overlap", "compiled in"]
     table = markdown(Table("Plans", columns, rows, prose=frozenset(range(len(columns)))))
     text = (HERE / "about.md").read_text()
     write_atomically(HERE / "README.md", f"{text.rstrip()}\n\n{table}\n")

@@ -9,23 +9,33 @@ from polygpt.cli.plan import nothing_found
 from polygpt.scale.plan import worker
 
 TINY = str(Path(__file__).parents[1] / "scale" / "plan" / "tiny.py")
-LATE = {"failed": f"{worker.LATE} 30 s"}
+TIMED_OUT = {"failed": f"{worker.TIMED_OUT} 30 s"}
 TOO_BIG = {"memory": None, "exhausted": {"all": 1e12}}
 
 
 def found(*compiled):
-    return SimpleNamespace(compiled=[SimpleNamespace(data=data) for data in compiled], ways=range(40))
+    return SimpleNamespace(compiled=[SimpleNamespace(data=data) for data in compiled], trials=range(40))
 
 
 @pytest.mark.parametrize(
     ("compiled", "budget", "said", "unsaid"),
     [
-        ([LATE, LATE], 60, ["no compilation finished in time (2 stopped", "--budget 780"], "smaller --data.batch_size"),
-        ([LATE, LATE], 1000, ["a larger --budget than 1000 s, such as --budget 3000"], "smaller --data.batch_size"),
+        (
+            [TIMED_OUT, TIMED_OUT],
+            60,
+            ["no compilation finished in time (2 stopped", "--budget 780"],
+            "smaller --data.batch_size",
+        ),
+        (
+            [TIMED_OUT, TIMED_OUT],
+            1000,
+            ["a larger --budget than 1000 s, such as --budget 3000"],
+            "smaller --data.batch_size",
+        ),
         ([], 10, ["no compilation was started in time", "--budget 780"], "smaller --data.batch_size"),
         ([TOO_BIG, TOO_BIG], 60, ["none of 2 compiled candidates fits", "smaller --data.batch_size"], "--budget"),
         (
-            [TOO_BIG, LATE],
+            [TOO_BIG, TIMED_OUT],
             60,
             ["none of 1 compiled candidate fits", "1 compilation did not finish in time", "--budget 780"],
             "no program",
@@ -45,7 +55,7 @@ def test_it_says_that_it_is_compiling_before_it_does(polygpt, capsys, monkeypatc
         before.append(capsys.readouterr().err)
         return {"failed": "it is only pretended"}
 
-    monkeypatch.setattr(worker, "plan_apart", compiled)
+    monkeypatch.setattr(worker, "plan_in_subprocess", compiled)
     code, _, said = polygpt("plan", TINY, "--on", "cpu:1", "--train.mesh.tensor", "1")
     assert before == ["compiling tiny for cpu:1 ...\n"]
     assert code == 2 and "compilation failed: it is only pretended" in said

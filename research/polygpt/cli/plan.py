@@ -68,10 +68,10 @@ def run(arguments: Namespace) -> dict:
 
 def _planned(chosen, on) -> dict:
     from polygpt.scale.plan import search
-    from polygpt.scale.plan.worker import plan_apart
+    from polygpt.scale.plan.worker import plan_in_subprocess
 
     _report(f"compiling {chosen.name} for {on.name}{f' x {on.slices}' if on.slices > 1 else ''} ...")
-    data = plan_apart(chosen, on, LIMIT)  # in its own process: the compiler may crash or hang
+    data = plan_in_subprocess(chosen, on, LIMIT)  # in its own process: the compiler may crash or hang
     if "failed" in data:
         raise UserError(f"plan: {on.name}: compilation failed: {data['failed']}")
     if data["memory"] is None or not data["memory"]["fits"]:
@@ -87,16 +87,16 @@ def _searched(chosen, on, budget: float):
     if found.best is None:
         raise UserError(f"plan: {on.name}: {nothing_found(found, budget)}")
     best = found.best.candidate
-    return found.best.data | {"best": best.overrides(chosen), "searched": len(found.ways)}, found
+    return found.best.data | {"best": best.overrides(chosen), "searched": len(found.trials)}, found
 
 
 def nothing_found(found, budget: float) -> str:
     """Why a search within `budget` seconds found nothing, and the remedy."""
-    from polygpt.scale.plan.worker import LATE
+    from polygpt.scale.plan.worker import TIMED_OUT
     from polygpt.spec import counted
 
     failures = [way.data["failed"] for way in found.compiled if "failed" in way.data]
-    late = sum(failure.startswith(LATE) for failure in failures)
+    late = sum(failure.startswith(TIMED_OUT) for failure in failures)
     refused = len(found.compiled) - len(failures)
     longer = f"a larger --budget than {budget:g} s, such as --budget {max(BUDGET, math.ceil(3 * budget))}"
     if not found.compiled:
@@ -104,7 +104,7 @@ def nothing_found(found, budget: float) -> str:
     if refused:
         more = f"; {counted(late, 'compilation')} did not finish in time: or use {longer}" if late else ""
         return (
-            f"none of {counted(refused, 'compiled candidate')} fits ({len(found.ways)} were predicted): "
+            f"none of {counted(refused, 'compiled candidate')} fits ({len(found.trials)} were predicted): "
             f"use a larger slice or a smaller --data.batch_size{more}"
         )
     if late:
@@ -113,10 +113,10 @@ def nothing_found(found, budget: float) -> str:
 
 
 def _print(data: dict, found) -> None:
-    from polygpt.scale.plan.tables import about, headline, searched, tables
+    from polygpt.scale.plan.tables import headline, searched, summary_lines, tables
 
     print(headline(data))
-    for line in about(data):
+    for line in summary_lines(data):
         print(f"  {line}")
     for table in [*tables(data), *([searched(found)] if found else [])]:
         show_table(table)

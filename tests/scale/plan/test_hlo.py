@@ -109,7 +109,7 @@ def test_groups_are_read_in_every_notation(groups, axes, first):
     )
     assert one.axes == axes and one.group == first and one.times == 7
     n, own = len(first), 8 * 128 * 4
-    assert one.payload == n * own and one.sent_a_step == 7 * (n - 1) * own
+    assert one.payload == n * own and one.sent_per_step == 7 * (n - 1) * own
 
 
 def test_each_kind_sends_what_its_formula_says():

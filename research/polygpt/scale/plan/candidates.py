@@ -17,7 +17,7 @@ TENSOR = 16
 """Maximum degree of tensor parallelism. Beyond it, communication dominates."""
 STAGES = 16
 """Maximum number of pipeline stages. More stages mean a larger bubble."""
-CUTS = (1, 2, 4, 8)
+MICROBATCHES = (1, 2, 4, 8)
 """Pipeline microbatches per stage. More of them shrink the bubble, but each microbatch is smaller."""
 REPEATS = (1, 2)
 """How often a microbatch passes through all stages (circular pipeline)."""
@@ -92,7 +92,7 @@ class Candidate:
             found["data.batch_size"] = str(self.batch_size)
         return found
 
-    def about(self) -> str:
+    def summary(self) -> str:
         """A short description: "fsdp 64, tensor 4 | remat full | towers full | accumulate 4 | 256 rows"."""
         words = [", ".join(f"{a} {n}" for a in AXES if (n := getattr(self.mesh, a)) != 1) or "one device"]
         if self.schedule:
@@ -136,7 +136,7 @@ def candidates(experiment: Experiment, target: Target) -> Iterator[Candidate]:
     kinds = list(itertools.product(REMAT, ("none", "full") if now.towers else (None,)))  # towers are small: skip "dots"
     for mesh in _meshes(now.mesh, target.count, _stages(experiment, target.count), heads, seq_len, experts):
         for schedule in _schedules(experiment, now, mesh.stage):
-            each, left = divmod(rows, _unit(mesh, schedule))
+            each, left = divmod(rows, _row_multiple(mesh, schedule))
             if left:
                 continue
             for parts in _divisors(each):
@@ -161,13 +161,13 @@ def _schedules(experiment: Experiment, now: Candidate, stages: int) -> Iterator[
         return
     decoder = experiment.model.decoder
     own = [now.schedule] if now.schedule and now.schedule.stages == stages else []
-    usual = [Schedule(stages, repeats, stages * cut) for repeats in REPEATS for cut in CUTS]
+    usual = [Schedule(stages, repeats, stages * cut) for repeats in REPEATS for cut in MICROBATCHES]
     for schedule in dict.fromkeys([*own, *usual]):
         if decoder.depth % (stages * schedule.repeats * len(decoder.period())) == 0:
             yield schedule
 
 
-def _unit(mesh: MeshSpec, schedule: Schedule | None) -> int:
+def _row_multiple(mesh: MeshSpec, schedule: Schedule | None) -> int:
     """The number that the rows per step must be a multiple of."""
     sizes = {axis: getattr(mesh, axis) for axis in AXES}
     return rows_unit(mesh.rules, sizes, schedule.microbatches if schedule else 1)
@@ -208,25 +208,27 @@ def smaller(now: Candidate) -> dict[tuple[str, ...], list[Candidate]]:
     mesh = now.mesh
     remats = [dataclasses.replace(now, remat=remat) for remat in REMAT[REMAT.index(now.remat) :]]
     if now.towers is not None:
-        remats += [dataclasses.replace(way, towers=REMAT[-1]) for way in remats if way.towers != REMAT[-1]]
+        remats += [
+            dataclasses.replace(candidate, towers=REMAT[-1]) for candidate in remats if candidate.towers != REMAT[-1]
+        ]
     meshes = [mesh]
     for by in (2, 4, 8):
         for taken, given in (("data", "fsdp"), ("fsdp", "data"), ("fsdp", "tensor"), ("data", "tensor")):
             if getattr(mesh, taken) % by == 0 and (given != "tensor" or mesh.tensor * by <= TENSOR):
                 sizes = {taken: getattr(mesh, taken) // by, given: getattr(mesh, given) * by}
                 meshes.append(mesh.replace(**sizes))
-    each = now.batch_size // (_unit(mesh, now.schedule) * now.microbatches)
+    each = now.batch_size // (_row_multiple(mesh, now.schedule) * now.microbatches)
     halves = [by for by in (2, 4, 8, 16, 32, 64) if each % by == 0]
     found: dict[tuple[str, ...], list[Candidate]] = {}
     for chosen, remat, by in itertools.product(meshes, remats, [1, *halves]):
-        way = dataclasses.replace(remat, mesh=chosen, microbatches=now.microbatches * by)
+        candidate = dataclasses.replace(remat, mesh=chosen, microbatches=now.microbatches * by)
         same = {
             "mesh": chosen == mesh,
-            "remat": (way.remat, way.towers) == (now.remat, now.towers),
+            "remat": (candidate.remat, candidate.towers) == (now.remat, now.towers),
             "microbatches": by == 1,
         }
         if kinds := tuple(kind for kind, unchanged in same.items() if not unchanged):
-            found.setdefault(kinds, []).append(way)
+            found.setdefault(kinds, []).append(candidate)
     found["batch_size",] = [dataclasses.replace(now, batch_size=now.batch_size // by) for by in halves]
     return found
 

@@ -1,4 +1,4 @@
-"""Committed plans against what the compiler says now."""
+"""Compares committed plans with a new compilation."""
 
 import dataclasses
 import json
@@ -9,72 +9,72 @@ from pathlib import Path
 from polygpt import overrides
 from polygpt.errors import UserError
 from polygpt.scale.plan.target import target
-from polygpt.scale.plan.worker import plan_apart
+from polygpt.scale.plan.worker import plan_in_subprocess
 from polygpt.spec import load_file
 
-GROWTH = 0.05
-"""Memory of a device, or bytes that it sends in a step, may grow by this share."""
-LIMIT = 3600.0
-"""Seconds for one plan."""
+TOLERANCE = 0.05
+"""Relative growth of memory per device, or of bytes sent per step, that is accepted."""
+TIMEOUT = 3600.0
+"""Time limit per plan, in seconds."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Compared:
-    """A plan as it was committed and as it is now.
+class Comparison:
+    """A committed plan and its recompilation.
 
     Attributes:
-        path: its file.
-        memory: bytes of a device, (then, now); infinite where it does not fit now.
-        sent: bytes that a device sends in a step, (then, now).
-        gone: fused kernels that were in the program then and are not now.
+        path: the committed file.
+        memory: bytes per device, (committed, now); infinite if the program does not fit now.
+        sent: bytes that each device sends per step, (committed, now).
+        missing_kernels: fused kernels of the committed program that the new program lacks.
     """
 
     path: Path
     memory: tuple[float, float]
     sent: tuple[float, float]
-    gone: tuple[str, ...] = ()
+    missing_kernels: tuple[str, ...] = ()
 
     @property
-    def grew(self) -> bool:
-        """Whether memory or what is sent grew by more than `GROWTH`."""
-        return any(now > (1 + GROWTH) * then for then, now in (self.memory, self.sent))
-
-    @property
-    def worse(self) -> str:
-        """What is worse, in words; "" if nothing."""
-        return ", ".join(["grew"] * self.grew + [f"without {name}" for name in self.gone])
+    def regressions(self) -> str:
+        """What got worse, such as "memory per device grew, kernel flex_forward is missing"; empty if nothing."""
+        pairs = {"memory per device": self.memory, "bytes sent per step": self.sent}
+        grown = [f"{name} grew" for name, (before, now) in pairs.items() if now > (1 + TOLERANCE) * before]
+        return ", ".join(grown + [f"kernel {name} is missing" for name in self.missing_kernels])
 
 
 def plans_below(folder: Path) -> list[Path]:
-    """The files of all plans in a folder and those below it; UserError if there are none."""
+    """The files of all plans in a folder and its subfolders. Raises UserError if there are none."""
     found = sorted(path for path in folder.glob("**/*.json") if _is_plan(json.loads(path.read_text())))
     if not found:
         raise UserError(f"plan check: no plans below {folder}: write some with `polygpt plan FILE --on SLICE`")
     return found
 
 
-def again(path: Path, limit: float = LIMIT) -> tuple[dict, dict]:
-    """A plan as it was committed, and compiled again. Its experiment's file is found from the working directory.
+def recompile(path: Path, timeout: float = TIMEOUT) -> tuple[dict, dict]:
+    """A committed plan and the plan of the same configuration now.
+
+    The path of the experiment's file is relative to the working directory.
 
     Raises:
-        UserError: the experiment is not there, can no longer be divided so, or takes longer than `limit` seconds.
+        UserError: the experiment's file is missing, its mesh no longer divides it evenly, or compilation takes longer
+            than `timeout` seconds.
     """
-    then = json.loads(path.read_text())
-    experiment = overrides.override(load_file(then["file"]).experiment(), then["changes"])
-    now = plan_apart(experiment, target(then["on"], then["slices"]), limit)
+    committed = json.loads(path.read_text())
+    experiment = overrides.override(load_file(committed["file"]).experiment(), committed["changes"])
+    now = plan_in_subprocess(experiment, target(committed["on"], committed["slices"]), timeout)
     if "failed" in now:
         raise UserError(f"{path}: {now['failed']}")
-    print(f"{path}: compiled again in {now['compile_seconds']:.0f} s", file=sys.stderr, flush=True)
-    return then, now
+    print(f"{path}: recompiled in {now['compile_seconds']:.0f} s", file=sys.stderr, flush=True)
+    return committed, now
 
 
-def check(path: Path) -> Compared:
-    """Compiles a plan again and compares. Raises UserError as `again` does."""
-    then, now = again(path)
+def compare(path: Path) -> Comparison:
+    """Recompiles a plan and compares it. Raises UserError as `recompile` does."""
+    committed, now = recompile(path)
     memory = now["memory"]["total"] if now["memory"] else float("inf")
-    gone = tuple(sorted(set(then["kernels"]) - set(now["kernels"]))) if now["memory"] else ()
-    sent = then["collective_bytes"], now["collective_bytes"]
-    return Compared(path, (then["memory"]["total"], memory), sent, gone)
+    missing = tuple(sorted(set(committed["kernels"]) - set(now["kernels"]))) if now["memory"] else ()
+    sent = committed["collective_bytes"], now["collective_bytes"]
+    return Comparison(path, (committed["memory"]["total"], memory), sent, missing)
 
 
 def _is_plan(data: Mapping) -> bool:

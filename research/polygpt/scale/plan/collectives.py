@@ -56,7 +56,7 @@ class Collective:
         return self.payload * (n - 1) / n * (2 if self.kind == "all-reduce" else 1)
 
     @property
-    def sent_a_step(self) -> float:
+    def sent_per_step(self) -> float:
         """Bytes that each device sends per step."""
         return self.sent * self.times
 
@@ -70,16 +70,16 @@ def collectives(program: Program, mesh: dict[str, int]) -> list[Collective]:
     """
     found: dict[tuple, Collective] = {}
     for run in program.executed():
-        one = _collective(run, mesh) if not _goes_on(run) else None
+        one = _collective(run, mesh) if not _continues_async(run) else None
         if one is None:
             continue
         key = (one.kind, one.axes, one.payload, one.dtype, one.origin, one.hidden, one.pairs)
         before = found.get(key)
         found[key] = one if before is None else dataclasses.replace(one, times=before.times + one.times)
-    return sorted(found.values(), key=lambda one: -one.sent_a_step)
+    return sorted(found.values(), key=lambda one: -one.sent_per_step)
 
 
-def _goes_on(run: Executed) -> bool:
+def _continues_async(run: Executed) -> bool:
     """Whether the instruction continues an asynchronous collective that an earlier instruction started.
 
     The compiler splits an asynchronous collective into a chain of fusions that also do other work: the first starts it,
@@ -116,12 +116,12 @@ def _collective(run: Executed, mesh: dict[str, int]) -> Collective | None:
     group = groups[0] if groups else tuple(range(devices))
     if opcode == "all-gather":
         payload *= len(group)
-    if opcode == "all-reduce" and run.fused and _only_cut(instruction, run.within):
+    if opcode == "all-reduce" and run.fused and _only_sliced(instruction, run.within):
         opcode = "reduce-scatter"
     if payload == 0 or len(group) < 2 and opcode != NETWORK:
         return None
     origin = re.search(r'op_name="([^"]*)"', instruction.text)
-    hidden = instruction.opcode.endswith("-start") or run.beside
+    hidden = instruction.opcode.endswith("-start") or run.asynchronous
     hidden = hidden or any(mark in instruction.text for mark in ("async_collective", "chain_id="))
     return Collective(
         kind=opcode,
@@ -136,19 +136,19 @@ def _collective(run: Executed, mesh: dict[str, int]) -> Collective | None:
     )
 
 
-def _only_cut(array: Instruction, within: Mapping[str, Instruction]) -> bool:
+def _only_sliced(array: Instruction, within: Mapping[str, Instruction]) -> bool:
     """Whether an array, or each array of a tuple, is only used by slices."""
     users = [other for other in within.values() if array.name in other.operands]
     through = ("get-tuple-element", "bitcast")
     return bool(users) and all(
-        _only_cut(user, within) if user.opcode in through else user.opcode in ("dynamic-slice", "slice")
+        _only_sliced(user, within) if user.opcode in through else user.opcode in ("dynamic-slice", "slice")
         for user in users
     )
 
 
 def _origin(name: str) -> str:
     """ "jit(step)/while/body/transpose(jvp())/while/body/checkpoint/dot_general" -> "backward, dot_general"."""
-    when = "again" if "rematted_computation" in name else "backward" if "transpose(" in name else "forward"
+    when = "recompute" if "rematted_computation" in name else "backward" if "transpose(" in name else "forward"
     if "jvp(" not in name and "transpose(" not in name:
         when = "update"
     return f"{when}, {name.rpartition('/')[2]}"

@@ -16,8 +16,8 @@ from jax.sharding import SingleDeviceSharding
 from polygpt import topology
 from polygpt.attention.kernels import dispatch
 from polygpt.data.packing import POSITION_ARRAYS
-from polygpt.scale.plan import kept, memory
-from polygpt.scale.plan.kept import Kept
+from polygpt.scale.plan import cache, memory
+from polygpt.scale.plan.cache import Cached
 from polygpt.scale.plan.memory import Exhausted, Memory
 from polygpt.scale.plan.target import Target
 from polygpt.sequence import Batch, Media
@@ -111,12 +111,12 @@ def lower(experiment: Experiment, target: Target) -> Step:
             return Step(program, program.step.lower(state, batch), state, batch, mesh)
 
 
-def _compiled(step: Step, target: Target) -> Kept:
+def _compiled(step: Step, target: Target) -> Cached:
     """The compiled program, from the cache if it was compiled before."""
     where = [target.name, str(target.slices), repr([device.id for device in step.mesh.devices.flat])]
-    told = {name: os.environ.get(name) for name in FLAGS} | {name: jax.config.values[name] for name in SETTINGS}
-    path = kept.place([step.lowered.as_text(), *where, json.dumps([versions(), told], sort_keys=True)])
-    if (found := kept.read(path)) is not None:
+    settings = {name: os.environ.get(name) for name in FLAGS} | {name: jax.config.values[name] for name in SETTINGS}
+    path = cache.place([step.lowered.as_text(), *where, json.dumps([versions(), settings], sort_keys=True)])
+    if (found := cache.read(path)) is not None:
         return found
     begin, text, figures, refusal = time.perf_counter(), None, {}, ""
     try:
@@ -127,8 +127,8 @@ def _compiled(step: Step, target: Target) -> Kept:
         refusal = str(error)
         if memory.exhausted(refusal) is None:
             raise
-    made = Kept(text, figures, refusal, time.perf_counter() - begin)
-    kept.write(path, made)
+    made = Cached(text, figures, refusal, time.perf_counter() - begin)
+    cache.write(path, made)
     return made
 
 

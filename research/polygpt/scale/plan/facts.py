@@ -56,7 +56,7 @@ class Facts:
 
 
 @dataclasses.dataclass(frozen=True)
-class OfBlock:
+class BlockFacts:
     """Elements of one block on one device.
 
     Attributes:
@@ -69,21 +69,21 @@ class OfBlock:
 
 
 @dataclasses.dataclass(frozen=True)
-class Arranged:
-    """Facts shared by all candidates on one mesh; computed by `arranged`.
+class MeshFacts:
+    """Facts shared by all candidates on one mesh; computed by `mesh_facts`.
 
     Attributes:
         layout: the mesh of the target's devices.
-        own: parameters per device.
-        whole: parameters per device after the all-gather along "width".
+        sharded: parameters per device.
+        gathered: parameters per device after the all-gather along "width".
         blocks: elements of one block, by path prefix of the stack.
         schedule: pipeline schedule of the decoder; a single stage if there is no pipeline.
     """
 
     layout: MeshLayout
-    own: float
-    whole: float
-    blocks: Mapping[str, OfBlock]
+    sharded: float
+    gathered: float
+    blocks: Mapping[str, BlockFacts]
     schedule: Schedule
 
 
@@ -108,16 +108,16 @@ def facts(experiment: Experiment, target: Target) -> Facts:
     return Facts(matrices, depths, (state + average) / (4 * size), counted, vocabulary, tuple(target.devices()))
 
 
-def arranged(spec: MeshSpec, known: Facts) -> Arranged | None:
+def mesh_facts(spec: MeshSpec, known: Facts) -> MeshFacts | None:
     """The facts of a mesh of the target's devices; None if the mesh does not divide evenly."""
     try:
         layout = sharding.arrange(spec, known.devices)
     except (UserError, NotImplementedError, ValueError):
         return None
-    return Arranged(
+    return MeshFacts(
         layout,
-        own=sum(_shard(matrix, layout) for matrix in known.matrices),
-        whole=sum(_without(matrix, layout, "width") for matrix in known.matrices),
+        sharded=sum(_shard(matrix, layout) for matrix in known.matrices),
+        gathered=sum(_gathered(matrix, layout, "width") for matrix in known.matrices),
         blocks={prefix: _block(known, layout, prefix, max(depth, 1)) for prefix, depth in known.depths.items()},
         schedule=Schedule.of(layout) or Schedule(stages=1, repeats=1, microbatches=1),
     )
@@ -128,14 +128,14 @@ def _shard(matrix: Matrix, layout: MeshLayout) -> float:
     return matrix.size / _parts(layout, [axis for entry in spec for axis in mesh_axes(entry)])
 
 
-def _without(matrix: Matrix, layout: MeshLayout, name: str) -> float:
+def _gathered(matrix: Matrix, layout: MeshLayout, name: str) -> float:
     """Elements per device after an all-gather along the axis with that name."""
     spec = layout.axes(matrix.names, matrix.shape)
     kept = [axis for own, entry in zip(matrix.names, spec, strict=True) if own != name for axis in mesh_axes(entry)]
     return matrix.size / _parts(layout, kept)
 
 
-def _block(known: Facts, layout: MeshLayout, prefix: str, depth: int) -> OfBlock:
+def _block(known: Facts, layout: MeshLayout, prefix: str, depth: int) -> BlockFacts:
     held = depth / (layout.size("layers") if prefix == DECODER else 1)  # blocks
     outputs = total = 0.0
     for matrix in known.matrices:
@@ -144,8 +144,8 @@ def _block(known: Facts, layout: MeshLayout, prefix: str, depth: int) -> OfBlock
             last = layout.axes(matrix.names, matrix.shape)[-1]
             blocks = matrix.shape[0] if stacked else 1
             outputs += blocks * matrix.shape[-1] / _parts(layout, mesh_axes(last)) / depth
-            total += _without(matrix, layout, "width") / held
-    return OfBlock(outputs, total)
+            total += _gathered(matrix, layout, "width") / held
+    return BlockFacts(outputs, total)
 
 
 def _parts(layout: MeshLayout, axes) -> int:

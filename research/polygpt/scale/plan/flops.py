@@ -7,22 +7,22 @@ from polygpt.models.multimodal import ModelSpec
 from polygpt.training.experiment import Experiment
 
 FORMULA = """\
-A multiply-add is 2 FLOPs. A step's useful FLOPs are 3 x its forward pass: the backward pass takes each product twice,
-once for the gradient of its input and once for that of its matrix. Forward, of R rows of T positions:
-  matrices      2 n for each of the R T positions, n the parameters in matrices of the decoder's blocks; of a mixture of
-                experts only those of the experts that a position goes through
-  attention     for each position and head 2 d + 2 e for every key it sees, d and e the widths of queries and values:
-                (T + 1) / 2 keys on average, the exact causal half with its diagonal, if a row is one example; packed
-                rows see less, a window its width and at the beginning of a row what there is
-  head          2 D V for each position
-  towers        for every item slot of every row, used or not, as the program computes them: 2 n P for the matrices
-                applied at P positions, and attention over all of an item
-Left out: norms, biases, rotations, softmax, activations, embedding look-ups, loss and optimizer.
-Recomputed by remat, and not useful: the forward pass of blocks whose remat is full; of the decoder's attention,
-where remat is full or dots. It is what the formula gives, no bound: the compiler leaves out what it finds unused, and a
-program computes more beside it. Attention kernels compute whole blocks, on the diagonal too and where positions are
-filled up to one, and the two of their backward pass take seven products where four are useful; scores that are
-computed as a matrix have their upper half."""
+A multiply-add counts as 2 FLOPs. Useful FLOPs per step are 3 x the forward pass: the backward pass computes each matrix
+product twice, for the gradients of its input and of its weights. Forward pass, for R rows of T positions:
+  matrices      2 n for each of the R T positions; n is the number of parameters in matrices of the decoder blocks. For
+                a mixture of experts, only the experts that a position is routed to count
+  attention     2 d + 2 e per position, head and visible key, where d and e are the widths of queries and values. If a
+                row is one example, (T + 1) / 2 keys on average: the exact causal half including the diagonal. Packed
+                rows see fewer; a window sees at most its width
+  head          2 D V per position
+  towers        for every item slot of every row, used or not, since the program computes them all: 2 n P for matrices
+                applied at P positions, and attention among all positions of an item
+Not counted: norms, biases, rotary embeddings, softmax, activation functions, embedding lookups, loss and optimizer.
+Recomputed by remat, and not useful: the forward pass of blocks with remat "full", and decoder attention with remat
+"full" or "dots". This is the formula's value, not a bound: the compiler removes recomputation whose result is unused,
+and a program does other work as well. Attention kernels compute whole blocks, including the upper half of diagonal
+blocks and padding; their two backward kernels compute seven products where four are useful. Scores that are computed
+as a matrix include the upper half."""
 """The formula, printed with its result."""
 
 

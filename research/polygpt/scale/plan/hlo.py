@@ -30,12 +30,12 @@ class Array:
     Attributes:
         dtype: HLO's name, such as "bf16".
         shape: dimensions.
-        near: whether it is in on-chip memory (VMEM or scalar memory) rather than HBM.
+        on_chip: whether it is in on-chip memory (VMEM or scalar memory) rather than HBM.
     """
 
     dtype: str
     shape: tuple[int, ...]
-    near: bool = False
+    on_chip: bool = False
 
     @property
     def size(self) -> int:
@@ -95,7 +95,7 @@ class Executed:
         times: executions per call of the program.
         loops: names of the enclosing loops, outermost first.
         fused: whether it is part of a fusion, so that its operands and results are not arrays in memory.
-        beside: whether it is part of an asynchronous call.
+        asynchronous: whether it is part of an asynchronous call.
     """
 
     instruction: Instruction
@@ -103,7 +103,7 @@ class Executed:
     times: int
     loops: tuple[str, ...]
     fused: bool = False
-    beside: bool = False
+    asynchronous: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,13 +139,13 @@ class Program:
                 yield from self._executed(called["calls"], times, loops, **where | {"fused": True})
             elif opcode in ("async-start", "call-start"):
                 inside = called.get("calls") or called["to_apply"]
-                yield from self._executed(inside, times, loops, **where | {"beside": True})
+                yield from self._executed(inside, times, loops, **where | {"asynchronous": True})
             elif opcode == "call":
                 yield from self._executed(called["to_apply"], times, loops, **where)
             elif opcode == "conditional":
-                yield from self._executed(self._least(instruction), times, loops, **where)
+                yield from self._executed(self._smallest_branch(instruction), times, loops, **where)
 
-    def _least(self, conditional: Instruction) -> str:
+    def _smallest_branch(self, conditional: Instruction) -> str:
         """The branch that writes the fewest bytes, so that counts are lower bounds.
 
         In a model the other branch handles rare cases, such as padding between the positions of a row.

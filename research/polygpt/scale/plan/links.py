@@ -58,14 +58,14 @@ class Line:
     Attributes:
         axis: index of the axis.
         length: chips of the group along the axis.
-        closed: whether they form a ring.
+        ring: whether they form a ring.
         step: distance between neighbours in the group.
         hops: mean number of links between two of them, over all ordered pairs including a chip with itself.
     """
 
     axis: int
     length: int
-    closed: bool
+    ring: bool
     step: int
     hops: float
 
@@ -120,7 +120,7 @@ def _unit(kind: str, group: tuple[int, ...], pairs: tuple[tuple[int, int], ...],
         return _Unit(0.0, 1 / network, {})
     own, across = _inside(one, target, devices)
     loads = _loads(own, target, devices)
-    inside = max(_busiest(loads, target), _narrowest(own, target, devices))
+    inside = max(_busiest(loads, target), _bottleneck(own, target, devices))
     if kind in SINGLE:
         return _Unit(inside, 1 / network if across > 1 else 0.0, loads)
     # First within each slice, then between corresponding devices of the slices, for each device's share of the array.
@@ -145,18 +145,18 @@ def _inside(one: Collective, target: Target, devices: Sequence[jax.Device]) -> t
     ), across
 
 
-def _narrowest(one: Collective, target: Target, devices: Sequence[jax.Device]) -> float:
+def _bottleneck(one: Collective, target: Target, devices: Sequence[jax.Device]) -> float:
     """Seconds of the bottleneck link, at an end or in the middle of a line; 0 if the mean of all links is the bound."""
     lines = [] if target.platform == "gpu" else _lines(one.group, target, devices)
     if not lines or one.kind == "all-reduce":
         return 0.0
     if one.kind == "all-to-all":
         # The traffic across the middle of an axis, where a line has one link and a ring has two.
-        cuts = [line.length // 2 * -(-line.length // 2) / line.length * line.step / (1 + line.closed) for line in lines]
+        cuts = [line.length // 2 * -(-line.length // 2) / line.length * line.step / (1 + line.ring) for line in lines]
         return one.payload * target.chip.devices * max(cuts) / target.chip.link
     if one.kind == "collective-permute":
         return one.payload / target.chip.link
-    bandwidth = sum((2 if line.closed else 1) / line.step for line in lines) * target.chip.link
+    bandwidth = sum((2 if line.ring else 1) / line.step for line in lines) * target.chip.link
     return _received(one, target, devices) / bandwidth
 
 
@@ -195,9 +195,9 @@ def _permuted(one: Collective, target: Target, devices: Sequence[jax.Device]) ->
         ways = {("chip", (1,)): 1} if start == end else {}
         for axis, size in enumerate(target.torus):
             far = end[axis] - start[axis]
-            if target.closed(axis):
+            if target.wraps_around(axis):
                 far = (far + size // 2) % size - size // 2
-            half = target.closed(axis) and 2 * abs(far) == size  # both directions are equally long
+            half = target.wraps_around(axis) and 2 * abs(far) == size  # both directions are equally long
             if far:
                 ways[axis, (1, -1) if half else (1,) if far > 0 else (-1,)] = abs(far)
         for (axis, either), hops in ways.items():
@@ -228,7 +228,7 @@ def _bandwidth(way: Direction, target: Target) -> float:
         return target.chip.link
     if axis == "chip":
         return CHIPLETS * target.chip.link
-    return target.chip.link * (1 if target.closed(axis) else (target.torus[axis] - 1) / target.torus[axis])
+    return target.chip.link * (1 if target.wraps_around(axis) else (target.torus[axis] - 1) / target.torus[axis])
 
 
 def _lines(group: Sequence[int], target: Target, devices: Sequence[jax.Device]) -> list[Line]:
@@ -240,9 +240,9 @@ def _lines(group: Sequence[int], target: Target, devices: Sequence[jax.Device]) 
         if len(values) < 2:
             continue
         steps = {b - a for a, b in itertools.pairwise(values)}
-        closed = target.closed(axis) and len(steps) == 1 and len(values) * min(steps) == size
+        closed = target.wraps_around(axis) and len(steps) == 1 and len(values) * min(steps) == size
         far = [abs(a - b) for a in values for b in values]
-        hops = sum(min(d, size - d) if target.closed(axis) else d for d in far) / len(values) ** 2
+        hops = sum(min(d, size - d) if target.wraps_around(axis) else d for d in far) / len(values) ** 2
         found.append(Line(axis, len(values), closed, min(steps), hops))
     return found
 
@@ -255,7 +255,7 @@ def describe(target: Target) -> str:
         return f"NVLink, {chip.link / 1e9:g} GB/s one way, within {per}; {chip.network / 1e9:g} GB/s between"
     if target.platform == "cpu":
         return "memory"
-    rings = [f"{size}{' (ring)' if target.closed(axis) else ' (line)'}" for axis, size in enumerate(target.torus)]
+    rings = [f"{size}{' (ring)' if target.wraps_around(axis) else ' (line)'}" for axis, size in enumerate(target.torus)]
     text = f"{chip.shape} {' x '.join(rings)}, {chip.link / 1e9:g} GB/s per link one way"
     between = f"; {target.slices} slices, {chip.network / 1e9:g} GB/s per chip between slices"
     return text + (between if target.slices > 1 else "")

@@ -14,25 +14,31 @@ from polygpt.scale.plan.target import Target
 from polygpt.training.experiment import Experiment
 
 UNKNOWN = (
-    "the compiled program does not say how often its loop {loop} runs: what runs in it counts once, so FLOPs, memory "
-    "traffic and times of the compiled program, its collectives and its fused kernels are lower bounds; memory of a "
-    "device and the FLOPs by the formula are not affected"
+    "the trip count of the loop {loop} is unknown, so its body counts once: FLOPs, memory traffic, times, collectives "
+    "and fused kernels of the compiled program are lower bounds; memory per device and FLOPs by the formula are exact"
 )
 """Warning about a loop with an unknown trip count and the figures that it affects."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Exchange:
+class TimedCollective:
     """A collective, and a lower bound on the seconds per step of its executions without other traffic."""
 
-    what: Collective
+    collective: Collective
     seconds: float
 
     def to_json(self) -> dict:
         """As JSON data, with the size of the group instead of its members."""
-        own = dataclasses.asdict(self.what) | {"group": len(self.what.group), "axes": list(self.what.axes)}
+        own = dataclasses.asdict(self.collective) | {
+            "group": len(self.collective.group),
+            "axes": list(self.collective.axes),
+        }
         del own["pairs"]
-        return own | {"sent": self.what.sent, "sent_a_step": self.what.sent_a_step, "seconds": self.seconds}
+        return own | {
+            "sent": self.collective.sent,
+            "sent_a_step": self.collective.sent_per_step,
+            "seconds": self.seconds,
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +52,7 @@ class Plan:
         memory: memory per device; None if the compiler ran out of memory.
         exhausted: the compiler's report in that case.
         flops: FLOPs per step.
-        exchanges: collectives, largest first.
+        collectives: collectives, largest first.
         kernels: (executions, FLOPs) per step of fused kernels, by name.
         roofline: lower bound on the time of a step; None if the chip's figures are not published, or if the target's
             own compiler has not compiled the program.
@@ -62,7 +68,7 @@ class Plan:
     memory: Memory | None
     exhausted: Exhausted | None
     flops: Flops
-    exchanges: tuple[Exchange, ...]
+    collectives: tuple[TimedCollective, ...]
     kernels: Mapping[str, tuple[int, float]]
     roofline: Roofline | None
     stand_in: StandIn | None
@@ -73,7 +79,7 @@ class Plan:
     @property
     def sent(self) -> float:
         """Bytes that each device sends per step."""
-        return sum(exchange.what.sent_a_step for exchange in self.exchanges)
+        return sum(one.collective.sent_per_step for one in self.collectives)
 
     def to_json(self) -> dict:
         """As JSON data."""
@@ -91,7 +97,7 @@ class Plan:
             "memory": self.memory and self.memory.to_json(),
             "exhausted": self.exhausted and dataclasses.asdict(self.exhausted),
             "flops": self.flops.to_json(),
-            "collectives": [exchange.to_json() for exchange in self.exchanges],
+            "collectives": [one.to_json() for one in self.collectives],
             "collective_bytes": self.sent,
             "kernels": {name: {"times": n, "flops": count} for name, (n, count) in self.kernels.items()},
             "roofline": self.roofline and self.roofline.to_json(),
@@ -116,13 +122,13 @@ def plan(experiment: Experiment, target: Target) -> Plan:
         return _plan(experiment, target, built, counted)
     program = hlo.parse(built.text)
     found = collectives.collectives(program, built.mesh)
-    exchanges = tuple(Exchange(one, one.times * sum(links.seconds(one, target, built.devices))) for one in found)
+    timed = tuple(TimedCollective(one, one.times * sum(links.seconds(one, target, built.devices))) for one in found)
     times, executed = collectives.kernels(program), work.kernel_flops(program)
     roofline = stand_in = None
     if target.peak:
         linked = links.total(found, target, built.devices)
         exchanged = {"links": linked.busiest, "in_turn": linked.in_turn, "network": linked.network}
-        if target.stood_in:
+        if target.has_stand_in:
             useful, again = (count / target.count / target.peak for count in (counted.useful, counted.again))
             stand_in = StandIn(useful, again, **exchanged)
         else:
@@ -137,19 +143,19 @@ def plan(experiment: Experiment, target: Target) -> Plan:
             )
     kernels = {name: (count, executed[name]) for name, count in times.items()}
     warnings = [UNKNOWN.format(loop=name) for name in program.unknown]
-    warnings += [f"the FLOPs of the kernel {name} are not known: counted as 0" for name, n in executed.items() if not n]
-    return _plan(experiment, target, built, counted, exchanges, kernels, roofline, stand_in, warnings)
+    warnings += [f"the FLOPs of the kernel {name} are unknown and count as 0" for name, n in executed.items() if not n]
+    return _plan(experiment, target, built, counted, timed, kernels, roofline, stand_in, warnings)
 
 
 def _plan(
-    experiment, target, built: Built, counted, exchanges=(), kernels=None, roofline=None, stand_in=None, warnings=()
+    experiment, target, built: Built, counted, timed=(), kernels=None, roofline=None, stand_in=None, warnings=()
 ) -> Plan:
     warnings = list(warnings)
     if built.devices and len(built.devices) < target.count:
         idle = f"{target.count - len(built.devices)} of {target.count} devices are idle"
         warnings.append(f"train.parallel is single: {idle}; try --train.parallel auto")
     if experiment.train.parallel == "pmap":
-        warnings.append("train.parallel is pmap: planned as one program that splits rows, which computes the same")
+        warnings.append("train.parallel is pmap: planned as one sharded program, which computes the same")
     return Plan(
         name=experiment.name,
         target=target,
@@ -157,7 +163,7 @@ def _plan(
         memory=built.memory,
         exhausted=built.exhausted,
         flops=counted,
-        exchanges=tuple(exchanges),
+        collectives=tuple(timed),
         kernels=kernels or {},
         roofline=roofline,
         stand_in=stand_in,

@@ -9,14 +9,14 @@ import dataclasses
 from collections.abc import Mapping
 
 from polygpt.scale.plan import links
-from polygpt.scale.plan.exchanges import exchanges, flow
-from polygpt.scale.plan.facts import DECODER, Arranged, Facts
+from polygpt.scale.plan.facts import DECODER, Facts, MeshFacts
 from polygpt.scale.plan.flops import remat
+from polygpt.scale.plan.predicted_collectives import block_work, predicted_collectives
 from polygpt.scale.plan.roofline import Roofline
 from polygpt.scale.plan.target import Target
 from polygpt.training.experiment import Experiment
 
-KEPT = {"full": (1.0, 0.0), "dots": (1.0, 1.0), "none": (5.0, 2.2)}
+SAVED = {"full": (1.0, 0.0), "dots": (1.0, 1.0), "none": (5.0, 2.2)}
 """Saved activations per block and position, by remat policy: multiples of the model's width and of the total output
 width of the block's matrices. Without remat, norms, rotated queries and keys, and activation functions are saved too.
 """
@@ -27,13 +27,15 @@ class Prediction:
     """The estimates for one candidate.
 
     Attributes:
-        state, gradients, kept, working, head: bytes per device, see `predict`.
+        state, gradients: bytes per device of the sharded state, and of gradients.
+        activations: bytes per device of activations saved for the backward pass.
+        working, head: bytes per device of the working set of one block, and of logits.
         roofline: bounds on the time of a step.
     """
 
     state: float
     gradients: float
-    kept: float
+    activations: float
     working: float
     head: float
     roofline: Roofline
@@ -41,7 +43,7 @@ class Prediction:
     @property
     def temporaries(self) -> float:
         """Bytes per device besides the state."""
-        return self.gradients + self.kept + max(self.working, self.head)
+        return self.gradients + self.activations + max(self.working, self.head)
 
 
 BOUNDS = ("compute", "memory", "links", "in_turn", "network")
@@ -65,39 +67,41 @@ class Correction:
         return dataclasses.replace(r, **{name: getattr(r, name) * self.bounds[name] for name in BOUNDS})
 
 
-def predict(experiment: Experiment, known: Facts, target: Target, here: Arranged) -> Prediction:
+def predict(experiment: Experiment, known: Facts, target: Target, here: MeshFacts) -> Prediction:
     """The estimates for an experiment that differs from that of `known` only in mesh, remat, microbatches and batch.
 
     In a pipeline, a device applies the blocks of one stage to one microbatch in each iteration of the schedule. The
     saved activations are those of all iterations, including the bubble.
     """
     model, data, parts = experiment.model, experiment.data, experiment.optim.accumulate
-    layout, schedule, own = here.layout, here.schedule, here.own
+    layout, schedule, own = here.layout, here.schedule, here.sharded
     rows = data.batch_size / layout.size("batch") / parts  # per device and microbatch
     positions = rows * data.layout.seq_len / layout.size("positions")
     compute = 2 if model.dtype == "bfloat16" else 4
 
     state = own * 4 * (1 + known.optimizer)
     gradients = own * (4 * (2 if parts > 1 else 1) + (compute if compute < 4 else 0))
-    through = flow(positions, model.decoder.depth, layout, schedule)
-    stacks = {DECODER: (model.decoder, through.positions, through.turns)} | {
+    work = block_work(positions, model.decoder.depth, layout, schedule)
+    stacks = {DECODER: (model.decoder, work.positions, work.executions)} | {
         f"adapters/{name}/tower/": (adapter.tower, rows * adapter.items * _inner(adapter), adapter.tower.depth)
         for name, adapter in model.adapters.items()
         if hasattr(adapter, "tower")
     }
-    kept = working = passed = 0.0
+    activations = working = traffic = 0.0
     for prefix, (stack, at, turns) in stacks.items():
         block = here.blocks[prefix]
         width = stack.width / layout.size("features")
-        each = {name: compute * (a * width + b * block.outputs) for name, (a, b) in KEPT.items()}
-        kept += at * turns * each[stack.remat]
+        each = {name: compute * (a * width + b * block.outputs) for name, (a, b) in SAVED.items()}
+        activations += at * turns * each[stack.remat]
         working = max(working, 2 * at * each["none"] + block.matrices * (2 * compute + 4))
-        passed += at * turns * each["none"] * (3 + (stack.remat == "full")) * parts
+        traffic += at * turns * each["none"] * (3 + (stack.remat == "full")) * parts
     if schedule.stages > 1:  # the buffer of all microbatches, and its gradient
-        kept += 2 * through.positions * schedule.microbatches * model.decoder.width / layout.size("features") * compute
+        activations += (
+            2 * work.positions * schedule.microbatches * model.decoder.width / layout.size("features") * compute
+        )
     head = positions * known.vocabulary / layout.size("vocabulary") * 4 * 3
-    read = here.whole + here.blocks[DECODER].matrices * (through.turns - through.blocks)  # parameters read per pass
-    passed += 3 * (own * 4 * (2 + known.optimizer)) + read * compute * 6 * parts + 2 * head * parts
+    read = here.gathered + here.blocks[DECODER].matrices * (work.executions - work.blocks)  # parameters read per pass
+    traffic += 3 * (own * 4 * (2 + known.optimizer)) + read * compute * 6 * parts + 2 * head * parts
 
     counted = remat(known.flops, model)
     scores = sum(line.forward for line in counted.lines if line.name == "decoder, attention")
@@ -105,11 +109,11 @@ def predict(experiment: Experiment, known: Facts, target: Target, here: Arranged
     blocks = sum(line.forward * (3 + line.again) for line in counted.lines if line.name.startswith("decoder, "))
     wasted = (blocks + 1.7 * scores) * bubble / (1 - bubble)
     executed = (counted.useful + counted.again + 1.7 * scores + wasted) / target.count
-    exchanged = exchanges(experiment, known, here, positions, through, compute)
+    exchanged = predicted_collectives(experiment, known, here, positions, work, compute)
     linked = links.total(exchanged, target, tuple(layout.mesh.devices.flat))
     roofline = Roofline(
         compute=executed / target.peak if target.peak else 0.0,
-        memory=passed / target.chip.each(target.chip.bandwidth) if target.peak else 0.0,
+        memory=traffic / target.chip.each(target.chip.bandwidth) if target.peak else 0.0,
         links=linked.busiest,
         in_turn=linked.in_turn,
         network=linked.network,
@@ -117,7 +121,7 @@ def predict(experiment: Experiment, known: Facts, target: Target, here: Arranged
         executed=executed,
         peak=target.peak or 0.0,
     )
-    return Prediction(state, gradients, kept, working, head, roofline)
+    return Prediction(state, gradients, activations, working, head, roofline)
 
 
 def _inner(adapter) -> int:

@@ -7,20 +7,21 @@ differ. `StandIn` has the estimates that remain.
 import dataclasses
 
 CEILING = """\
-The ceiling is an upper bound for this compiled program on full rows, one example each, at the published peaks, if
-compute, memory and interconnect overlapped fully: a step takes at least as long as the longest of the three. (Packed
-rows attend to less, and kernels leave out what is not seen.) It is no forecast. Matrix products do not reach the peak,
-exchanges wait for what they send and are not all hidden, and input, host and stragglers take their time: measured MFU
-lies below it. A plan whose ceiling is low cannot be fast; one whose ceiling is high may still be slow. "Nothing hidden"
-adds the three up, each at its peak."""
+The ceiling is an upper bound on the MFU of this compiled program, on full rows of one example each and at published
+peak rates: if compute, memory traffic and communication overlap fully, a step still takes as long as the longest of
+the three. (Packed rows need less attention, and kernels skip masked blocks.) It is not a forecast. Matrix products do
+not reach the peak, collectives wait for their inputs and do not overlap fully, and input, host and stragglers take
+time, so the measured MFU is lower. A plan with a low ceiling cannot be fast; one with a high ceiling may still be slow.
+"No overlap" adds up the three times, each at its peak rate."""
 """What the MFU ceiling means; printed with it."""
 
 
 STAND_IN = """\
-There is no roofline and no ceiling of the MFU: both need the program of a GPU's compiler, and this is a CPU's. FLOPs
-are those of the formula, at the peak of the datasheet, which matrix products do not reach. Exchanges are as the
-partitioner, which both compilers share, puts them into the CPU's program, on the datasheet's links: an estimate, in
-which bfloat16 that a CPU sends as float32 counts twice, and without what a GPU's compiler merges, splits or hides."""
+There is no roofline and no ceiling of the MFU: both need a program of the GPU compiler, and this one is for CPU
+devices. FLOPs are those of the formula at the datasheet's peak, which matrix products do not reach. Collectives are
+those that the SPMD partitioner, which both compilers share, put into the CPU program, timed on the datasheet's links.
+This is an estimate: bfloat16 arrays, which a CPU sends as float32, count twice, and it ignores that the GPU compiler
+merges, splits and overlaps collectives."""
 """What the time estimates for a GPU mean; printed with them."""
 
 

@@ -14,24 +14,24 @@ from typing import Any
 
 from polygpt.errors import UserError
 from polygpt.scale.plan.candidates import Candidate, candidates, current, smaller
-from polygpt.scale.plan.facts import Facts, arranged, facts
+from polygpt.scale.plan.facts import Facts, facts, mesh_facts
 from polygpt.scale.plan.prediction import BOUNDS, Correction, Prediction, predict
 from polygpt.scale.plan.roofline import Roofline
 from polygpt.scale.plan.target import Target
-from polygpt.scale.plan.worker import plan_apart
+from polygpt.scale.plan.worker import plan_in_subprocess
 from polygpt.sharding import AXES
 from polygpt.training.experiment import Experiment
 
 ROOM = 0.98
 """Maximum share of usable memory that a candidate may be predicted to need to be compiled."""
-LOW = 1.5
+MEMORY_FACTOR = 1.5
 """Correction factor for predicted temporaries before the first compilation."""
 TRIES = 3
 """Maximum number of candidates to compile per set of changes until one fits."""
 
 
 @dataclasses.dataclass
-class Tried:
+class Trial:
     """A candidate with its prediction and, once compiled, its plan.
 
     Attributes:
@@ -66,13 +66,13 @@ def rank(roofline: Roofline) -> float:
 
 
 @dataclasses.dataclass
-class Found:
+class SearchResult:
     """State and result of a search.
 
     Attributes:
-        ways: all candidates, the most promising first.
-        low: correction factor of temporaries by (remat of the decoder, remat of towers); the key None is for any remat.
-        bounds: by (remat of the decoder, remat of towers, mesh axes), the factors of time bounds of each compiled
+        trials: all candidates, the most promising first.
+        memory_factors: correction factor of temporaries by (remat of the decoder, remat of towers); None is for any.
+        time_factors: by (remat of the decoder, remat of towers, mesh axes), the factors of time bounds of each compiled
             candidate.
         seconds: duration of the search.
         experiment, target: the arguments of the search.
@@ -81,72 +81,74 @@ class Found:
 
     experiment: Experiment
     target: Target
-    ways: list[Tried]
-    low: dict[Any, float] = dataclasses.field(default_factory=dict)
-    bounds: dict[Any, list[dict[str, float]]] = dataclasses.field(default_factory=dict)
+    trials: list[Trial]
+    memory_factors: dict[Any, float] = dataclasses.field(default_factory=dict)
+    time_factors: dict[Any, list[dict[str, float]]] = dataclasses.field(default_factory=dict)
     seconds: float = 0.0
     room: float = ROOM
 
-    def correction(self, way: Tried) -> Correction:
+    def correction(self, trial: Trial) -> Correction:
         """The correction of a candidate's predictions.
 
         The factor of memory comes from a compiled candidate with the same remat, else from any. The factors of time
         come from candidates with the same remat and mesh axes, because errors differ between kinds of mesh.
         """
-        remat, of_mesh = _kinds(way.candidate)
-        low = self.low.get(remat, self.low.get(None, LOW))
-        seen = self.bounds.get((*remat, of_mesh), [])
-        return Correction(low, {name: _mean([one[name] for one in seen if name in one]) for name in BOUNDS})
+        remat, of_mesh = _kinds(trial.candidate)
+        factor = self.memory_factors.get(remat, self.memory_factors.get(None, MEMORY_FACTOR))
+        seen = self.time_factors.get((*remat, of_mesh), [])
+        return Correction(factor, {name: _mean([one[name] for one in seen if name in one]) for name in BOUNDS})
 
-    def rank(self, way: Tried) -> float:
+    def rank(self, trial: Trial) -> float:
         """Seconds by which a candidate is compared."""
-        return way.rank(self.correction(way))
+        return trial.rank(self.correction(trial))
 
-    def memory(self, way: Tried) -> float:
+    def memory(self, trial: Trial) -> float:
         """Bytes per device of a candidate."""
-        return way.memory(self.correction(way))
+        return trial.memory(self.correction(trial))
 
     @property
-    def compiled(self) -> list[Tried]:
+    def compiled(self) -> list[Trial]:
         """Compiled candidates: first those that fit, fastest first."""
-        return sorted((way for way in self.ways if way.data), key=lambda way: (not way.fits, self.rank(way)))
+        return sorted(
+            (trial for trial in self.trials if trial.data), key=lambda trial: (not trial.fits, self.rank(trial))
+        )
 
     @property
-    def best(self) -> Tried | None:
+    def best(self) -> Trial | None:
         """The fastest compiled candidate that fits."""
-        return next((way for way in self.compiled if way.fits), None)
+        return next((trial for trial in self.compiled if trial.fits), None)
 
-    def has(self, enough: int | None) -> bool:
+    def has_enough(self, enough: int | None) -> bool:
         """Whether at least `enough` compiled candidates fit."""
-        return enough is not None and sum(way.fits for way in self.ways) >= enough
+        return enough is not None and sum(trial.fits for trial in self.trials) >= enough
 
-    def next(self) -> Tried | None:
+    def next(self) -> Trial | None:
         """The next candidate to compile: without a best, one that is likely to fit; None if none can beat the best."""
         limit = self.room * self.target.usable
-        open_ = [way for way in self.ways if way.data is None]
-        within = [way for way in open_ if self.memory(way) <= limit]
+        open_ = [trial for trial in self.trials if trial.data is None]
+        within = [trial for trial in open_ if self.memory(trial) <= limit]
         if (best := self.best) is None:  # iterates over all candidates
             return min(within, key=self.rank, default=None) or min(open_, key=self.memory, default=None)
-        way = min(within, key=self.rank, default=None)
-        return way if way and self.rank(way) < 0.995 * self.rank(best) else None
+        trial = min(within, key=self.rank, default=None)
+        return trial if trial and self.rank(trial) < 0.995 * self.rank(best) else None
 
-    def learn(self, way: Tried) -> None:
+    def learn(self, trial: Trial) -> None:
         """Updates the corrections from a compiled candidate."""
-        data, prediction = way.data, way.prediction
-        remat, of_mesh = _kinds(way.candidate)
+        data, prediction = trial.data, trial.prediction
+        remat, of_mesh = _kinds(trial.candidate)
         if memory := data.get("memory"):
             temporaries = memory["temporaries"] + memory["padding"] + memory["output"] + memory["program"]
-            low = temporaries / prediction.temporaries
+            factor = temporaries / prediction.temporaries
         else:
             said = data.get("exhausted") or {}
             needed = said.get("temporaries") or (said.get("all") or 0) - prediction.state
             least = self.target.usable - prediction.state  # it was more than that
-            low = max(needed, 1.05 * least, 0) / prediction.temporaries
-        self.low[remat] = self.low[None] = low
+            factor = max(needed, 1.05 * least, 0) / prediction.temporaries
+        self.memory_factors[remat] = self.memory_factors[None] = factor
         if roofline := data.get("roofline"):
             pairs = {name: (roofline[name], getattr(prediction.roofline, name)) for name in BOUNDS}
             errors = {name: real / guess for name, (real, guess) in pairs.items() if real and guess}
-            self.bounds.setdefault((*remat, of_mesh), []).append(errors)
+            self.time_factors.setdefault((*remat, of_mesh), []).append(errors)
 
 
 def _kinds(candidate: Candidate) -> tuple[tuple, tuple]:
@@ -169,7 +171,7 @@ def search(
     at_once: int = 2,
     enough: int | None = None,
     room: float = ROOM,
-) -> Found:
+) -> SearchResult:
     """Searches within a time limit.
 
     Args:
@@ -187,41 +189,41 @@ def search(
     """
     if target.peak is None:
         raise UserError(
-            f"--search compares times, and --on {target.name} has none: plan for a TPU or a GPU, or leave --search out"
+            f"--search ranks by time, which --on {target.name} does not have: plan for a TPU or GPU, or omit --search"
         )
     begin = time.monotonic()
     target.prepare()
     known = facts(experiment, target)
-    found = Found(experiment, target, _predicted(experiment, known, target), room=room)
-    if not found.ways:
+    found = SearchResult(experiment, target, _predicted(experiment, known, target), room=room)
+    if not found.trials:
         rows = f"data.batch_size is {experiment.data.batch_size}"
-        raise UserError(f"--search: {rows}, and no mesh of {target.count} devices divides that: change it")
-    found.ways.sort(key=found.rank)
-    fit = sum(found.memory(way) <= room * target.usable for way in found.ways)
-    share = "" if room == ROOM else f" into {room:.0%} of the memory"
-    callback(f"{len(found.ways)} ways to run, {fit} of them predicted to fit{share}; compiling the most promising")
+        raise UserError(f"--search: {rows}, which no mesh of {target.count} devices divides evenly: change it")
+    found.trials.sort(key=found.rank)
+    fit = sum(found.memory(trial) <= room * target.usable for trial in found.trials)
+    share = "" if room == ROOM else f" in {room:.0%} of the memory"
+    callback(f"{len(found.trials)} candidates, {fit} predicted to fit{share}; compiling the most promising")
 
     def left() -> float:
         return seconds - (time.monotonic() - begin)
 
-    running: dict[concurrent.futures.Future, Tried] = {}
+    running: dict[concurrent.futures.Future, Trial] = {}
     with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
         while True:
-            while len(running) < at_once and left() > 20 and not found.has(enough) and (way := found.next()):
-                callback(f"compiling {way.candidate.about()}: {_figures(found, way)} predicted")
-                way.data = {"failed": "compiling"}
+            while len(running) < at_once and left() > 20 and not found.has_enough(enough) and (trial := found.next()):
+                callback(f"compiling {trial.candidate.summary()}: {_figures(found, trial)} predicted")
+                trial.data = {"failed": "compiling"}
                 limit = min(left(), max(120.0, seconds / 2))
-                running[pool.submit(_compiled, experiment, target, way, limit)] = way
+                running[pool.submit(_compiled, experiment, target, trial, limit)] = trial
             if not running:
                 break
             done, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
             for future in done:
-                way = running.pop(future)
-                way.data = future.result()
-                if "failed" not in way.data:
-                    found.learn(way)
-                callback(f"  {_outcome(found, way)} ({seconds - left():.0f} s)")
-    found.ways.sort(key=found.rank)
+                trial = running.pop(future)
+                trial.data = future.result()
+                if "failed" not in trial.data:
+                    found.learn(trial)
+                callback(f"  {_outcome(found, trial)} ({seconds - left():.0f} s)")
+    found.trials.sort(key=found.rank)
     found.seconds = time.monotonic() - begin
     return found
 
@@ -242,72 +244,76 @@ def nearest(
         callback: receives lines of progress.
     """
     begin = time.monotonic()
-    known, mesh, found = facts(experiment, target), data["settings"]["mesh"], Found(experiment, target, [])
+    known, mesh, found = facts(experiment, target), data["settings"]["mesh"], SearchResult(experiment, target, [])
     every = math.prod(mesh.values()) == target.count  # False for a single device of several
     now = current(experiment, target.count, mesh if every else None)
     if every and (here := _predict(experiment, known, target, now)):
-        found.learn(Tried(now, here, data))
+        found.learn(Trial(now, here, data))
     answers: list[dict] = []
     for kinds, chain in sorted(smaller(now).items(), key=lambda item: len(item[0])):
-        ways = [Tried(way, guess) for way in chain if (guess := _predict(experiment, known, target, way))]
+        trials = [Trial(one, guess) for one in chain if (guess := _predict(experiment, known, target, one))]
         for _ in range(TRIES):
-            within = [way for way in ways if way.data is None and found.memory(way) <= ROOM * target.usable]
+            within = [trial for trial in trials if trial.data is None and found.memory(trial) <= ROOM * target.usable]
             if not within:
                 break
-            way = min(within, key=found.rank if target.peak else found.memory)
+            trial = min(within, key=found.rank if target.peak else found.memory)
             left = seconds - (time.monotonic() - begin)
             if left > 20:
-                callback(f"compiling {way.candidate.about()}: {_figures(found, way)} predicted")
-                way.data = _compiled(experiment, target, way, left)
-                callback(f"  {_outcome(found, way)}")
-                if "failed" in way.data:
+                callback(f"compiling {trial.candidate.summary()}: {_figures(found, trial)} predicted")
+                trial.data = _compiled(experiment, target, trial, left)
+                callback(f"  {_outcome(found, trial)}")
+                if "failed" in trial.data:
                     continue
-                found.learn(way)
-            if way.data is None or way.fits:
-                answer = {"change": list(kinds), "overrides": way.candidate.overrides(experiment), "compiled": way.fits}
-                answers.append(answer | {"memory": found.memory(way), "usable": target.usable})
+                found.learn(trial)
+            if trial.data is None or trial.fits:
+                answer = {
+                    "change": list(kinds),
+                    "overrides": trial.candidate.overrides(experiment),
+                    "compiled": trial.fits,
+                }
+                answers.append(answer | {"memory": found.memory(trial), "usable": target.usable})
                 break
         if len(answers) == 3:
             break
     return answers
 
 
-def _compiled(experiment: Experiment, target: Target, way: Tried, limit: float) -> dict:
+def _compiled(experiment: Experiment, target: Target, trial: Trial, limit: float) -> dict:
     try:
-        return plan_apart(way.candidate.apply(experiment), target, limit)
+        return plan_in_subprocess(trial.candidate.apply(experiment), target, limit)
     except UserError as error:
         return {"failed": str(error)}
 
 
-def _predicted(experiment: Experiment, known: Facts, target: Target) -> list[Tried]:
+def _predicted(experiment: Experiment, known: Facts, target: Target) -> list[Trial]:
     """All candidates, unsorted. Shared values are computed once, because there may be tens of thousands of them."""
     applied: dict[tuple, Experiment] = {}
-    ways, mesh, of_mesh = [], None, None
-    for way in candidates(experiment, target):
-        if way.mesh is not mesh:
-            mesh, of_mesh = way.mesh, arranged(way.mesh, known)
+    trials, mesh, of_mesh = [], None, None
+    for candidate in candidates(experiment, target):
+        if candidate.mesh is not mesh:
+            mesh, of_mesh = candidate.mesh, mesh_facts(candidate.mesh, known)
         if of_mesh is None:
             continue
-        without = way.remat, way.towers, way.microbatches  # arithmetic takes the mesh from `here`
+        without = candidate.remat, candidate.towers, candidate.microbatches  # arithmetic takes the mesh from `here`
         if without not in applied:
-            applied[without] = way.apply(experiment)
-        here = dataclasses.replace(of_mesh, schedule=way.schedule) if way.schedule else of_mesh
-        ways.append(Tried(way, predict(applied[without], known, target, here)))
-    return ways
+            applied[without] = candidate.apply(experiment)
+        here = dataclasses.replace(of_mesh, schedule=candidate.schedule) if candidate.schedule else of_mesh
+        trials.append(Trial(candidate, predict(applied[without], known, target, here)))
+    return trials
 
 
-def _predict(experiment: Experiment, known: Facts, target: Target, way: Candidate) -> Prediction | None:
-    here = arranged(way.piped, known)
-    return here and predict(way.apply(experiment), known, target, here)
+def _predict(experiment: Experiment, known: Facts, target: Target, candidate: Candidate) -> Prediction | None:
+    here = mesh_facts(candidate.piped, known)
+    return here and predict(candidate.apply(experiment), known, target, here)
 
 
-def _figures(found: Found, way: Tried) -> str:
-    return f"{found.memory(way) / 2**30:.1f} GiB, {found.rank(way):.3g} s"
+def _figures(found: SearchResult, trial: Trial) -> str:
+    return f"{found.memory(trial) / 2**30:.1f} GiB, {found.rank(trial):.3g} s"
 
 
-def _outcome(found: Found, way: Tried) -> str:
-    if way.fits:
-        ceiling = f", MFU ceiling {way.data['roofline']['mfu_ceiling']:.1%}" if way.data["roofline"] else ""
-        return f"fits: {_figures(found, way)}{ceiling}: {way.candidate.about()}"
-    reason = way.data.get("failed") or "does not fit"
-    return f"{reason}: {way.candidate.about()}"
+def _outcome(found: SearchResult, trial: Trial) -> str:
+    if trial.fits:
+        ceiling = f", MFU ceiling {trial.data['roofline']['mfu_ceiling']:.1%}" if trial.data["roofline"] else ""
+        return f"fits: {_figures(found, trial)}{ceiling}: {trial.candidate.summary()}"
+    reason = trial.data.get("failed") or "does not fit"
+    return f"{reason}: {trial.candidate.summary()}"

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from polygpt import markup
 from polygpt.markup import Table
 from polygpt.scale.plan.collectives import NETWORK
-from polygpt.scale.plan.search import Found
+from polygpt.scale.plan.search import SearchResult
 from polygpt.spec import counted
 
 
@@ -27,15 +27,15 @@ def headline(data: Mapping) -> str:
     if memory is None:
         said = data["exhausted"] or {}
         needed, there = said.get("temporaries") or said.get("all"), said.get("available")
-        of = "temporaries take" if said.get("temporaries") else "it takes"
+        of = "temporaries need" if said.get("temporaries") else "it needs"
         figures = f": {of} {gib(needed)} and a device has {gib(there)}" if needed else ""
         return f"{data['experiment']} on {where}: does not fit{figures}"
     fits = "fits" if memory["fits"] else "DOES NOT FIT"
     if stand_in := data.get("stand_in"):
-        state = f"parameters and optimizer take {gib(memory['parameters'] + memory['optimizer'])}"
-        estimate = f"by a CPU program {gib(memory['total'])} of {gib(memory['usable'])} per device: {fits}"
-        least = f"useful FLOPs alone take {seconds(stand_in['useful'])} per step at the peak"
-        return f"{data['experiment']} on {where}: {state}; all, {estimate}; {least}"
+        state = f"parameters and optimizer state need {gib(memory['parameters'] + memory['optimizer'])}"
+        estimate = f"estimated total {gib(memory['total'])} of {gib(memory['usable'])} per device (CPU program): {fits}"
+        least = f"useful FLOPs alone take {seconds(stand_in['useful'])} per step at peak"
+        return f"{data['experiment']} on {where}: {state}; {estimate}; {least}"
     text = f"{data['experiment']} on {where}: {fits}, {gib(memory['total'])} of {gib(memory['usable'])} per device"
     if roofline:
         text += f"; at least {seconds(roofline['step'])} per step of full rows, bound by {roofline['bound']}"
@@ -43,7 +43,7 @@ def headline(data: Mapping) -> str:
     return text
 
 
-def about(data: Mapping) -> list[str]:
+def summary_lines(data: Mapping) -> list[str]:
     """Lines on the configuration, the chip and links, the compiler, estimates and warnings."""
     settings = data["settings"]
     mesh = ", ".join(f"{axis} {size}" for axis, size in settings["mesh"].items()) or "one device"
@@ -51,9 +51,9 @@ def about(data: Mapping) -> list[str]:
     if settings.get("pipeline"):
         words += ["pipeline of {microbatches} microbatches in {repeats} rounds".format(**settings["pipeline"])]
     words += [f"remat {settings['remat']}"]
-    words += [f"towers' remat {settings['towers']}"] if settings["towers"] else []
+    words += [f"remat of towers {settings['towers']}"] if settings["towers"] else []
     words += [f"features split over {', '.join(settings['features'])}"] if settings["features"] else []
-    words += [f"sequence by {settings['context']}"] if settings["context"] else []
+    words += [f"sequence parallelism by {settings['context']}"] if settings["context"] else []
     parts = counted(settings["microbatches"], "microbatch", "microbatches")
     words += [f"{settings['batch_size']} rows of {settings['seq_len']} in {parts}"]
     versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
@@ -64,9 +64,9 @@ def about(data: Mapping) -> list[str]:
     return lines + [f"note: {warning}" for warning in data["warnings"]]
 
 
-def markdown(data: Mapping, found: Found | None = None, pictures: Sequence[str] = ()) -> str:
+def markdown(data: Mapping, found: SearchResult | None = None, pictures: Sequence[str] = ()) -> str:
     """The Markdown document of a plan, with the search and pictures if given."""
-    parts = [f"# {headline(data)}", "\n".join(f"- {line}" for line in about(data))]
+    parts = [f"# {headline(data)}", "\n".join(f"- {line}" for line in summary_lines(data))]
     parts += [f"![{name.rpartition('.')[0]}]({name})" for name in pictures]
     shown = tables(data) + ([searched(found)] if found else [])
     for table in shown:
@@ -75,22 +75,23 @@ def markdown(data: Mapping, found: Found | None = None, pictures: Sequence[str] 
     return "\n\n".join(parts) + "\n"
 
 
-def searched(found: Found, shown: int = 12) -> Table:
+def searched(found: SearchResult, shown: int = 12) -> Table:
     """The table of a search: compiled candidates, then the most promising others that are predicted to fit."""
     rows, same = [], f" | {found.experiment.data.batch_size} rows"
-    ceilings = [] if found.target.stood_in else ["MFU ceiling"]
-    others = [way for way in found.ways if way.data is None and found.memory(way) <= found.target.usable]
-    for way in [*found.compiled, *others][:shown]:
-        roofline = way.data and way.data.get("roofline")
+    ceilings = [] if found.target.has_stand_in else ["MFU ceiling"]
+    others = [trial for trial in found.trials if trial.data is None and found.memory(trial) <= found.target.usable]
+    for trial in [*found.compiled, *others][:shown]:
+        roofline = trial.data and trial.data.get("roofline")
         ceiling = f"{roofline['mfu_ceiling']:.1%}" if roofline else ""
-        what = "fits" if way.fits else (way.data.get("failed") or "does not fit") if way.data else "predicted"
-        figures = [gib(found.memory(way)), seconds(found.rank(way))] if way.fits or not way.data else ["", ""]
-        rows.append([way.candidate.about().removesuffix(same), what[:60], *figures, *(ceiling for _ in ceilings)])
-    compiled = sum(way.data is not None for way in found.ways)
-    title = f"Search: {len(found.ways)} ways to run {same[3:]} predicted, {compiled} compiled, {found.seconds:.0f} s"
-    note = "Time, by which ways are compared: the mean of a step with everything and with nothing overlapped."
-    note += "" if ceilings else " It is predicted, of compiled ways too: their program is a CPU's."
-    return Table(title, ["way", "result", "memory", "time", *ceilings], rows, notes=[note])
+        what = "fits" if trial.fits else (trial.data.get("failed") or "does not fit") if trial.data else "predicted"
+        figures = [gib(found.memory(trial)), seconds(found.rank(trial))] if trial.fits or not trial.data else ["", ""]
+        rows.append([trial.candidate.summary().removesuffix(same), what[:60], *figures, *(ceiling for _ in ceilings)])
+    compiled = sum(trial.data is not None for trial in found.trials)
+    count = f"{len(found.trials)} candidates with {same[3:]}"
+    title = f"Search: {count} predicted, {compiled} compiled, {found.seconds:.0f} s"
+    note = "Candidates are ranked by time, the mean of the step times with full overlap and with no overlap."
+    note += "" if ceilings else " Times are predicted, also of compiled candidates: their programs are for CPUs."
+    return Table(title, ["candidate", "result", "memory", "time", *ceilings], rows, notes=[note])
 
 
 def gib(count: float | None) -> str:
@@ -103,18 +104,18 @@ def gib(count: float | None) -> str:
 def _memory(data: Mapping) -> Table:
     memory = data["memory"]
     if memory is None:
-        return Table("Memory of a device", ["the compiler said"], [], notes=[data["exhausted"]["text"]])
+        return Table("Memory per device", ["compiler message"], [], notes=[data["exhausted"]["text"]])
     names = {
-        "parameters": "parameters", "optimizer": "optimizer", "batch": "batch and the rest of the state",
-        "padding": "padding of arguments", "temporaries": "activations, gradients and other temporaries",
-        "output": "results", "program": "program", "total": "all", "usable": "usable",
+        "parameters": "parameters", "optimizer": "optimizer", "batch": "batch and other state",
+        "padding": "tile padding of arguments", "temporaries": "activations, gradients and other temporaries",
+        "output": "outputs", "program": "generated code", "total": "total", "usable": "usable",
     }  # fmt: skip
     if data.get("stand_in"):
-        names |= {name: f"{names[name]}, of the CPU's program" for name in ("temporaries", "output", "program")}
-        names["total"] = "all, an estimate"
+        names |= {name: f"{names[name]} (CPU program)" for name in ("temporaries", "output", "program")}
+        names["total"] = "total (estimate)"
     share = memory["usable"]
     rows = [[text, gib(memory[name]), f"{memory[name] / share:.1%}"] for name, text in names.items()]
-    return Table("Memory of a device", ["part", "bytes", "of usable"], rows)
+    return Table("Memory per device", ["part", "size", "share of usable"], rows)
 
 
 def _flops(data: Mapping) -> Table:
@@ -124,11 +125,11 @@ def _flops(data: Mapping) -> Table:
         rows.append([line["name"], _count(line["each"]), units, _count(line["forward"])])
     rows.append(["forward", "", "", _count(flops["forward"])])
     rows.append(["useful (3 x forward)", "", "", _count(flops["useful"])])
-    rows.append(["recomputed by remat, by the formula", "", "", _count(flops["again"])])
+    rows.append(["recompute (formula)", "", "", _count(flops["again"])])
     if roofline := data["roofline"]:
         executed = roofline["executed"] * data["devices"]
-        rows.append(["in the compiled program, all devices", "", "", _count(executed)])
-    return Table("FLOPs of a step", ["part", "each", "of", "FLOPs"], rows, notes=[flops["formula"]])
+        rows.append(["compiled program, all devices", "", "", _count(executed)])
+    return Table("FLOPs per step", ["part", "FLOPs per unit", "units", "FLOPs"], rows, notes=[flops["formula"]])
 
 
 def _collectives(data: Mapping) -> Table:
@@ -150,10 +151,10 @@ def _collectives(data: Mapping) -> Table:
         figures += [f"{hidden:.0%}" for _ in hides]
         rows.append([kind, axes, *figures, most])
     seconds = sum(one["seconds"] for one in data["collectives"])
-    total = ["all", "", "", f"{data['collective_bytes'] / 1e9:,.3f}", *(f"{seconds * 1e3:,.2f}" for _ in timed)]
+    total = ["total", "", "", f"{data['collective_bytes'] / 1e9:,.3f}", *(f"{seconds * 1e3:,.2f}" for _ in timed)]
     rows.append([*total, *("" for _ in hides), ""])
-    columns = ["collective", "axes (devices)", "times", "GB sent", *timed, *hides, "most of it: array, made for"]
-    title = "Collectives of a step, for each device" + ("" if hides else ": an estimate, of the CPU's program")
+    columns = ["collective", "axes (devices)", "count", "GB sent", *timed, *hides, "largest array (share of GB)"]
+    title = "Collectives per step and device" + ("" if hides else " (estimate from the CPU program)")
     return Table(title, columns, rows, prose=frozenset({len(columns) - 1}))
 
 
@@ -163,32 +164,30 @@ def _short(origin: str) -> str:
 
 def _kernels(data: Mapping) -> Table:
     rows = [[name, f"{one['times']:,}", _count(one["flops"])] for name, one in data["kernels"].items()]
-    return Table("Fused kernels in the compiled program", ["kernel", "times", "FLOPs"], rows)
+    return Table("Fused kernels in the compiled program", ["kernel", "calls per step", "FLOPs"], rows)
 
 
 def _roofline(data: Mapping) -> Table:
     roofline = data["roofline"]
-    names = {"compute": "compute", "memory": "HBM", "links": "interconnect, its busiest links"}
-    names |= {"in_turn": "interconnect, one exchange after another", "network": "network"}
+    names = {"compute": "compute", "memory": "HBM", "links": "interconnect, busiest links"}
+    names |= {"in_turn": "interconnect, one collective after another", "network": "network"}
     rows = [[text, seconds(roofline[name])] for name, text in names.items() if roofline[name] or name != "network"]
-    rows += [["step, all overlapped", seconds(roofline["step"])]]
-    rows += [["step, nothing hidden", seconds(roofline["serial"])]]
+    rows += [["step, full overlap", seconds(roofline["step"])]]
+    rows += [["step, no overlap", seconds(roofline["serial"])]]
     rows += [["MFU ceiling", f"{roofline['mfu_ceiling']:.1%}"]]
-    rows += [["MFU if nothing is hidden", f"{roofline['mfu_nothing_hidden']:.1%}"]]
-    return Table(
-        f"Roofline: bound by {roofline['bound']}", ["part", "time or share"], rows, notes=[roofline["ceiling"]]
-    )
+    rows += [["MFU, no overlap", f"{roofline['mfu_nothing_hidden']:.1%}"]]
+    return Table(f"Roofline: bound by {roofline['bound']}", ["bound", "time or MFU"], rows, notes=[roofline["ceiling"]])
 
 
 def _stand_in(data: Mapping) -> Table:
     found, rows = data["stand_in"], []
     names = {
-        "useful": "useful FLOPs, by the formula", "again": "FLOPs recomputed by remat, by the formula",
-        "links": "interconnect, its busiest links, an estimate",
-        "in_turn": "interconnect, one exchange after another, an estimate", "network": "network, an estimate",
+        "useful": "useful FLOPs (formula)", "again": "recompute (formula)",
+        "links": "interconnect, busiest links (estimate)",
+        "in_turn": "interconnect, one collective after another (estimate)", "network": "network (estimate)",
     }  # fmt: skip
     rows = [[text, seconds(found[name])] for name, text in names.items() if found[name] or name != "network"]
-    return Table("Time of a step at published peaks", ["part", "time"], rows, notes=[found["note"]])
+    return Table("Step time at published peak rates", ["part", "time"], rows, notes=[found["note"]])
 
 
 def _nearest(data: Mapping) -> Table:
@@ -197,7 +196,7 @@ def _nearest(data: Mapping) -> Table:
         words = " ".join(f"--{name} {value}" for name, value in change["overrides"].items())
         how = "compiled" if change["compiled"] else "predicted"
         rows.append([words, f"{gib(change['memory'])} of {gib(change['usable'])}", how])
-    return Table("The nearest changes that fit", ["change", "memory", "basis"], rows)
+    return Table("Smallest changes that fit", ["change", "memory", "basis"], rows)
 
 
 def seconds(value: float) -> str:

@@ -12,15 +12,15 @@ from polygpt.scale.plan import chips
 from polygpt.scale.plan.chips import Chip
 
 _GPU = (
-    "no GPU compiler here: the sharded program is compiled for as many CPU devices, with plain XLA attention in place "
-    "of cuDNN's. Bytes of parameters, optimizer and batch are exact, and FLOPs are by formula; temporaries and "
-    "collectives are estimates, those of that program (a CPU sends bfloat16 as float32); of the time see below. Usable "
-    "memory is the {reserved:.0%} of a GPU that JAX reserves: set XLA_PYTHON_CLIENT_MEM_FRACTION, such as 0.92, for "
-    "both this command and training to use more"
+    "no GPU compiler is available here, so the sharded program is compiled for as many CPU devices, with XLA attention "
+    "instead of cuDNN's. Bytes of parameters, optimizer state and batch are exact; FLOPs come from the formula. "
+    "Temporaries and collectives are estimates from the CPU program, which sends bfloat16 as float32; for times see "
+    "below. Usable memory is the {reserved:.0%} of a GPU that JAX reserves: set XLA_PYTHON_CLIENT_MEM_FRACTION, such "
+    "as 0.92, for both this command and training to use more"
 )
 _CPU = (
-    "the speed of this CPU is not published: memory, FLOPs and collectives are those of the compiled program; there "
-    "are no times"
+    "the peak speed of this CPU is not published, so there are no times; memory, FLOPs and collectives are those of "
+    "the compiled program"
 )
 """Notes on targets without a local compiler or published speed."""
 
@@ -54,7 +54,7 @@ class Target:
         return _CPU if self.platform == "cpu" else ""
 
     @property
-    def stood_in(self) -> bool:
+    def has_stand_in(self) -> bool:
         """Whether another platform's compiler is used: the CPU's for a GPU."""
         return self.platform == "gpu"
 
@@ -103,7 +103,7 @@ class Target:
             return topology.devices(self.name, self.slices)
         return jax.devices("cpu")[: self.count]
 
-    def closed(self, axis: int) -> bool:
+    def wraps_around(self, axis: int) -> bool:
         """Whether this torus axis has wraparound links (v5p page: in slices of 4x4x4 and larger; 2D: axes of 16)."""
         ring = self.chip.ring
         sizes = self.torus if len(self.torus) == 3 else self.torus[axis : axis + 1]

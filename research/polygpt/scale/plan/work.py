@@ -3,6 +3,7 @@
 import base64
 import binascii
 import functools
+import math
 import re
 from collections.abc import Iterator, Mapping
 
@@ -111,7 +112,7 @@ def _product(run: Executed) -> float:
         left = within[instruction.operands[0]].results[0].shape
         contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.text)
         inner = [left[int(n)] for n in contracted.group(1).split(",") if n] if contracted else []
-        return 2.0 * instruction.results[0].size * _over(inner)
+        return 2.0 * instruction.results[0].size * math.prod(inner)
     if instruction.opcode != "convolution":
         return 0.0
     left, right = (within[name].results[0].shape for name in instruction.operands[:2])
@@ -159,40 +160,40 @@ def traffic(program: Program) -> float:
     nothing. Of a sliced array only the slice counts, and of an array updated in place only the update. Caches and tile
     padding are ignored: this is an estimate from the HLO text, not a profile.
     """
-    return sum(run.times * _moved(run, program) for run in program.executed() if not run.fused)
+    return sum(run.times * _bytes_moved(run, program) for run in program.executed() if not run.fused)
 
 
-def _moved(run: Executed, program: Program) -> float:
+def _bytes_moved(run: Executed, program: Program) -> float:
     instruction, within = run.instruction, run.within
     opcode = instruction.opcode
-    if opcode in _FREE or _RESERVED in instruction.text:
+    if opcode in _FREE or _ALLOCATION in instruction.text:
         return 0.0
     operands = [within[name] for name in instruction.operands if name in within]
-    if opcode in _CUTS:
-        return instruction.bytes * bool(_far(operands[0].results)) + _far(instruction.results)
+    if opcode in _SLICES:
+        return instruction.bytes * bool(_hbm_bytes(operands[0].results)) + _hbm_bytes(instruction.results)
     if opcode in ("slice-start", "dynamic-slice-start"):  # result: ((operands), slice, context)
         cut = instruction.results[-2]
-        return cut.bytes * (bool(_far(operands[0].results)) + (not cut.near))
+        return cut.bytes * (bool(_hbm_bytes(operands[0].results)) + (not cut.on_chip))
     if opcode in ("dynamic-update-slice", "dynamic-update-slice-start", "scatter"):
         update = operands[-1 if opcode == "scatter" else 1]
-        return _far(update.results) + update.bytes * bool(_far(operands[0].results))
+        return _hbm_bytes(update.results) + update.bytes * bool(_hbm_bytes(operands[0].results))
     if opcode == "copy-start":
-        return _far(operands[0].results) + _far(instruction.results[:1])
+        return _hbm_bytes(operands[0].results) + _hbm_bytes(instruction.results[:1])
     if opcode in ("collective-permute-start", "all-gather-start"):  # the result includes the operands
-        return _far(instruction.results)
+        return _hbm_bytes(instruction.results)
     if opcode == "fusion":
-        return _of_fusion(instruction, operands, program)
-    return _far(instruction.results) + sum(_far(operand.results) for operand in operands)
+        return _fusion_bytes(instruction, operands, program)
+    return _hbm_bytes(instruction.results) + sum(_hbm_bytes(operand.results) for operand in operands)
 
 
-_RESERVED = 'custom_call_target="AllocateBuffer"'
+_ALLOCATION = 'custom_call_target="AllocateBuffer"'
 """Custom call that only allocates memory for other instructions to write to."""
-_CUTS = ("dynamic-slice", "slice", "gather")
-_SAME = ("bitcast", "copy", "convert")
+_SLICES = ("dynamic-slice", "slice", "gather")
+_PASS_THROUGH = ("bitcast", "copy", "convert")
 """Elementwise or layout opcodes inside a fusion, of which only the elements in use are computed."""
 
 
-def _of_fusion(fusion: Instruction, operands: list[Instruction], program: Program) -> float:
+def _fusion_bytes(fusion: Instruction, operands: list[Instruction], program: Program) -> float:
     """Bytes moved by a fusion. Of sliced operands only the slices count, of results updated in place the updates."""
     inside = program.computations[fusion.called()["calls"]]
     root = next(instruction for instruction in inside.values() if instruction.root)
@@ -203,11 +204,11 @@ def _of_fusion(fusion: Instruction, operands: list[Instruction], program: Progra
         if update and inside[update[0]].results[0].dtype != array.dtype:
             update = None  # an update in place needs the same dtype
         updated |= {update[0]} if update else set()
-        if not array.near:
+        if not array.on_chip:
             moved += min(update[1] / update[2], 1.0) * array.bytes if update else array.bytes
     for parameter, operand in _pairs(inside, operands):
-        if whole := _far(operand.results):
-            moved += min(_read(program, inside, parameter.name, parameter.name in updated), 1.0) * whole
+        if whole := _hbm_bytes(operand.results):
+            moved += min(_read_share(program, inside, parameter.name, parameter.name in updated), 1.0) * whole
     return moved
 
 
@@ -220,7 +221,7 @@ def _pairs(inside: Mapping[str, Instruction], given: list) -> Iterator[tuple[Ins
                 yield instruction, given[number]
 
 
-def _read(program: Program, inside: Mapping[str, Instruction], name: str, updated: bool) -> float:
+def _read_share(program: Program, inside: Mapping[str, Instruction], name: str, updated: bool) -> float:
     """The share of an array that a fusion reads; below 1 if it, or fusions nested in it, only slice the array.
 
     An update in place (`updated`) does not read the array.
@@ -229,14 +230,14 @@ def _read(program: Program, inside: Mapping[str, Instruction], name: str, update
     for user in inside.values():
         if name not in user.operands:
             continue
-        if user.opcode in _CUTS and user.operands[0] == name and name not in user.operands[1:]:
+        if user.opcode in _SLICES and user.operands[0] == name and name not in user.operands[1:]:
             share += user.results[0].size / max(inside[name].results[0].size, 1)
-        elif user.opcode in _SAME and not user.root:
-            share += _read(program, inside, user.name, updated)
+        elif user.opcode in _PASS_THROUGH and not user.root:
+            share += _read_share(program, inside, user.name, updated)
         elif user.opcode == "fusion":
             within = program.computations[user.called()["calls"]]
             given = _pairs(within, list(user.operands))
-            share += sum(_read(program, within, own.name, updated) for own, what in given if what == name)
+            share += sum(_read_share(program, within, own.name, updated) for own, what in given if what == name)
         elif not (updated and user.opcode == "dynamic-update-slice" and user.operands[0] == name):
             return 1.0
         if share >= 1.0:
@@ -246,7 +247,7 @@ def _read(program: Program, inside: Mapping[str, Instruction], name: str, update
 
 def _update(program: Program, inside: Mapping[str, Instruction], name: str) -> tuple[str, int, int] | None:
     """(parameter, updated elements, all elements) if a result is a parameter updated in place; else None."""
-    while inside[name].opcode in _SAME:
+    while inside[name].opcode in _PASS_THROUGH:
         name = inside[name].operands[0]
     made_by = inside[name]
     if made_by.opcode == "dynamic-update-slice":
@@ -263,17 +264,10 @@ def _update(program: Program, inside: Mapping[str, Instruction], name: str) -> t
 
 def _origin(inside: Mapping[str, Instruction], name: str) -> str | None:
     """The parameter that an array is a bitcast, copy or conversion of; None if it is none."""
-    while inside[name].opcode in _SAME:
+    while inside[name].opcode in _PASS_THROUGH:
         name = inside[name].operands[0]
     return name if inside[name].opcode == "parameter" else None
 
 
-def _far(arrays: tuple[Array, ...]) -> float:
-    return sum(array.bytes for array in arrays if not array.near)
-
-
-def _over(sizes: list[int]) -> int:
-    product = 1
-    for size in sizes:
-        product *= size
-    return product
+def _hbm_bytes(arrays: tuple[Array, ...]) -> float:
+    return sum(array.bytes for array in arrays if not array.on_chip)

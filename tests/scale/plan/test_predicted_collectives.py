@@ -6,8 +6,8 @@ from collections import Counter
 import pytest
 import tiny
 
-from polygpt.scale.plan.exchanges import exchanges, flow
-from polygpt.scale.plan.facts import DECODER, arranged, facts
+from polygpt.scale.plan.facts import DECODER, facts, mesh_facts
+from polygpt.scale.plan.predicted_collectives import block_work, predicted_collectives
 from polygpt.scale.plan.target import target
 from polygpt.sharding import MeshSpec
 
@@ -23,34 +23,34 @@ def known():
 
 
 def foreseen(known, **mesh):
-    """The arrangement, the flow through a device's blocks, and bytes of exchanges by (kind, axes)."""
+    """The arrangement, the flow work a device's blocks, and bytes of exchanges by (kind, axes)."""
     experiment, found = known
-    here = arranged(MeshSpec(data=1, **mesh), found)
-    through = flow(POSITIONS, 8, here.layout, here.schedule)
+    here = mesh_facts(MeshSpec(data=1, **mesh), found)
+    work = block_work(POSITIONS, 8, here.layout, here.schedule)
     sums = Counter()
-    for one in exchanges(experiment, found, here, POSITIONS, through, BYTES):
+    for one in predicted_collectives(experiment, found, here, POSITIONS, work, BYTES):
         sums[one.kind, one.axes] += one.payload * one.times
-    return here, through, sums
+    return here, work, sums
 
 
 def test_without_stages_all_parameters_are_gathered_twice_and_scattered_once(known):
-    here, through, sums = foreseen(known, fsdp=8)
-    assert (through.blocks, through.turns, through.positions) == (8, 8, POSITIONS)
-    assert sums["all-gather", ("fsdp",)] == pytest.approx(2 * here.whole * BYTES)
-    assert sums["reduce-scatter", ("fsdp",)] == pytest.approx(here.whole * BYTES)
+    here, work, sums = foreseen(known, fsdp=8)
+    assert (work.blocks, work.executions, work.positions) == (8, 8, POSITIONS)
+    assert sums["all-gather", ("fsdp",)] == pytest.approx(2 * here.gathered * BYTES)
+    assert sums["reduce-scatter", ("fsdp",)] == pytest.approx(here.gathered * BYTES)
     assert set(sums) == {("all-gather", ("fsdp",)), ("reduce-scatter", ("fsdp",))}
 
 
 @pytest.mark.parametrize("microbatches, repeats", [(4, 1), (8, 1), (8, 2)])
 def test_with_stages_a_block_is_gathered_for_every_microbatch_and_the_rest_is_not(known, microbatches, repeats):
-    here, through, sums = foreseen(known, fsdp=2, stage=4, microbatches=microbatches, repeats=repeats)
+    here, work, sums = foreseen(known, fsdp=2, stage=4, microbatches=microbatches, repeats=repeats)
     iterations = microbatches * repeats + 3
-    assert (through.blocks, through.turns) == (2, iterations * 2 / repeats)
-    assert through.positions == 4 * POSITIONS / microbatches  # devices of all stages share a microbatch
+    assert (work.blocks, work.executions) == (2, iterations * 2 / repeats)
+    assert work.positions == 4 * POSITIONS / microbatches  # devices of all stages share a microbatch
     block = here.blocks[DECODER].matrices
-    rest = here.whole - 2 * block
-    assert 0 < rest < here.whole
-    assert sums["all-gather", ("fsdp",)] == pytest.approx(2 * BYTES * (through.turns * block + rest))
-    message = through.positions * 256 * BYTES
+    rest = here.gathered - 2 * block
+    assert 0 < rest < here.gathered
+    assert sums["all-gather", ("fsdp",)] == pytest.approx(2 * BYTES * (work.executions * block + rest))
+    message = work.positions * 256 * BYTES
     assert sums["collective-permute", ("stage",)] == pytest.approx(3 * iterations * message)
     assert (("all-to-all", ("stage",)) in sums) == (repeats > 1)

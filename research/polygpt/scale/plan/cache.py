@@ -20,7 +20,7 @@ MOST = 300
 
 
 @dataclasses.dataclass(frozen=True)
-class Kept:
+class Cached:
     """The result of a compilation.
 
     Attributes:
@@ -44,22 +44,22 @@ def place(parts: Sequence[str]) -> Path:
     return cache_folder() / "plans" / f"{digest.hexdigest()}.json.gz"
 
 
-def read(path: Path) -> Kept | None:
+def read(path: Path) -> Cached | None:
     """The cached result; None if the file is missing or unreadable."""
     try:
         with gzip.open(path, "rt", encoding="utf-8") as file:
-            found = Kept(**json.load(file))
+            found = Cached(**json.load(file))
         path.touch()
     except (OSError, EOFError, ValueError, TypeError):
         return None
     return found
 
 
-def write(path: Path, kept: Kept) -> None:
+def write(path: Path, cached: Cached) -> None:
     """Writes a result. Ignores errors of the file system, because the cache only saves time."""
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, gzip.compress(json.dumps(dataclasses.asdict(kept)).encode(), 3))
+        write_atomically(path, gzip.compress(json.dumps(dataclasses.asdict(cached)).encode(), 3))
         by_age = sorted(path.parent.glob("*.json.gz"), key=lambda file: file.stat().st_mtime, reverse=True)
         for old in by_age[MOST:]:
             old.unlink(missing_ok=True)

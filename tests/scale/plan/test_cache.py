@@ -6,8 +6,8 @@ import jax
 import tiny
 
 from polygpt import topology
-from polygpt.scale.plan import compilation, kept
-from polygpt.scale.plan.kept import Kept
+from polygpt.scale.plan import cache, compilation
+from polygpt.scale.plan.cache import Cached
 from polygpt.scale.plan.target import target
 from polygpt.sharding import MeshSpec
 
@@ -37,11 +37,11 @@ def test_a_step_is_compiled_once(tmp_path, monkeypatch):
 
 def test_a_damaged_file_counts_as_none_and_the_oldest_go(tmp_path, monkeypatch):
     monkeypatch.setenv("POLYGPT_CACHE", str(tmp_path))
-    monkeypatch.setattr(kept, "MOST", 2)
-    made = Kept("text", {"temp_size_in_bytes": 1}, "", 2.0)
-    places = [kept.place(["same", name]) for name in "abc"]
+    monkeypatch.setattr(cache, "MOST", 2)
+    made = Cached("text", {"temp_size_in_bytes": 1}, "", 2.0)
+    places = [cache.place(["same", name]) for name in "abc"]
     for place in places:
-        kept.write(place, dataclasses.replace(made, text=place.name))
-    assert kept.read(places[0]) is None and kept.read(places[2]).text == places[2].name
+        cache.write(place, dataclasses.replace(made, text=place.name))
+    assert cache.read(places[0]) is None and cache.read(places[2]).text == places[2].name
     places[2].write_bytes(places[2].read_bytes()[:-9])
-    assert kept.read(places[2]) is None
+    assert cache.read(places[2]) is None

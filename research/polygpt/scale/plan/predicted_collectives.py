@@ -8,35 +8,35 @@ import numpy as np
 
 from polygpt.blocks.pipeline import Schedule
 from polygpt.scale.plan.collectives import Collective
-from polygpt.scale.plan.facts import DECODER, Arranged, Facts
+from polygpt.scale.plan.facts import DECODER, Facts, MeshFacts
 from polygpt.sharding import AXES, MeshLayout
 from polygpt.training.experiment import Experiment
 
 
 @dataclasses.dataclass(frozen=True)
-class Flow:
-    """Work of a device's decoder blocks, per microbatch of gradient accumulation.
+class BlockWork:
+    """Work of the decoder blocks on a device, per microbatch of gradient accumulation.
 
     Attributes:
         blocks: decoder blocks on the device.
         positions: positions that pass through a block at once: of all rows, or of one pipeline microbatch.
-        turns: number of block executions.
+        executions: number of block executions.
     """
 
     blocks: float
     positions: float
-    turns: float
+    executions: float
 
 
-def flow(positions: float, depth: int, layout: MeshLayout, schedule: Schedule) -> Flow:
-    """The flow for `positions` per device outside the pipeline. Inside it, the devices of all stages share rows."""
+def block_work(positions: float, depth: int, layout: MeshLayout, schedule: Schedule) -> BlockWork:
+    """The work for `positions` per device outside the pipeline. Inside it, the devices of all stages share rows."""
     P, R, M = schedule.stages, schedule.repeats, schedule.microbatches
     shared = math.prod(layout.mesh.shape[axis] for axis in set(layout.names("batch")) & set(layout.names("stages")))
-    return Flow(depth / P, positions * shared / M, schedule.iterations * depth / (P * R))
+    return BlockWork(depth / P, positions * shared / M, schedule.iterations * depth / (P * R))
 
 
-def exchanges(
-    experiment: Experiment, known: Facts, here: Arranged, positions: float, through: Flow, compute: int
+def predicted_collectives(
+    experiment: Experiment, known: Facts, here: MeshFacts, positions: float, work: BlockWork, compute: int
 ) -> list[Collective]:
     """The collectives that a sharding needs at least: all-gathers and reduce-scatters of parameters and gradients,
     all-reduces of activations and gradients, and transfers between pipeline stages.
@@ -46,12 +46,12 @@ def exchanges(
         known: facts of the experiment.
         here: facts of the mesh.
         positions: positions per device that are processed at once outside the pipeline.
-        through: flow through the decoder's blocks.
+        work: the work of the device's decoder blocks.
         compute: bytes per element of the compute dtype.
     """
     layout, schedule = here.layout, here.schedule
     model, parts, sizes = experiment.model, experiment.optim.accumulate, dict(layout.mesh.shape)
-    decoder, turns, shape = model.decoder, through.turns, layout.mesh.devices.shape
+    decoder, turns, shape = model.decoder, work.executions, layout.mesh.devices.shape
     again = decoder.remat == "full"
     found = []
 
@@ -62,18 +62,18 @@ def exchanges(
 
     sharded = tuple(axis for axis in layout.spec.rules["width"] if sizes[axis] > 1)
     block = here.blocks[DECODER].matrices
-    rest = here.whole - block * through.blocks  # towers, embedding, head
+    rest = here.gathered - block * work.blocks  # towers, embedding, head
     for elements, uses in ((block, turns), (rest, 1)):
         add("all-gather", sharded, elements * compute, 2 * uses * parts)
         add("reduce-scatter", sharded, elements * compute, uses * parts)
     copies = tuple(axis for axis in ("data", "expert", "sequence") if sizes[axis] > 1 and axis not in sharded)
-    add("all-reduce", copies, here.own * 4, parts)
-    stream = through.positions * decoder.width * compute
+    add("all-reduce", copies, here.sharded * 4, parts)
+    stream = work.positions * decoder.width * compute
     add("all-reduce", ("tensor",) if sizes["tensor"] > 1 else (), stream, turns * (4 + 2 * again) * parts)
     if sizes["sequence"] > 1:
         keys = sum(m.shape[-1] for m in known.matrices if m.path.startswith(DECODER) and "kv_heads" in m.names)
         keys /= max(len(decoder.period()), 1) * layout.size("kv_heads")
-        gathered = through.positions * sizes["sequence"] * keys * compute
+        gathered = work.positions * sizes["sequence"] * keys * compute
         add("all-gather", ("sequence",), gathered, turns * (2 + again) * parts)
     if sizes["expert"] > 1:
         add("all-to-all", ("expert",), stream * getattr(decoder.mlp, "top_k", 1), turns * (4 + 2 * again) * parts)
@@ -83,9 +83,9 @@ def exchanges(
         # Rows of one stage's devices go to those of all stages, and back; the backward pass does the reverse.
         add("all-gather", stages, positions * P * decoder.width * compute, 2 * parts)
         add("all-reduce", stages, positions * P * decoder.width * compute, parts)
-        add("all-reduce", stages, rest * here.own / here.whole * 4, parts)
+        add("all-reduce", stages, rest * here.sharded / here.gathered * 4, parts)
         if schedule.repeats > 1:
-            add("all-to-all", stages, block * through.blocks * compute, 2 * parts)
+            add("all-to-all", stages, block * work.blocks * compute, 2 * parts)
     return found
 
 
