@@ -68,9 +68,9 @@ class Parallel:
         # One program sees the whole batch; the compiler partitions it and inserts the collectives.
         return jax.jit(split_step, out_shardings=(self.places(initial), self.layout.replicated()), **options)
 
-    def create(self, initial: Callable, given: Any = None) -> Any:
-        """The state from `initial(given)`, created with its final sharding."""
-        return jax.jit(initial, out_shardings=self.places(initial))(given)
+    def create(self, initial: Callable, *given: Any) -> Any:
+        """The state from `initial(*given)`, created with its final sharding."""
+        return jax.jit(initial, out_shardings=self.places(initial))(*given)
 
     def abstract(self, initial: Callable) -> Any:
         """Shapes, dtypes and shardings of the result of `create`."""
