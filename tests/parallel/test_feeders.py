@@ -25,7 +25,7 @@ def goes_on(workdir: Path, processes: int, steps: int) -> None:
     changes = [word for name, value in CHANGES.items() for word in (f"--{name}", value)]
     command = ["train", str(FILE), "--workdir", str(workdir), "--train.steps", str(steps), *changes]
     outcome = local.run(command, processes, 1, workdir.with_name("logs"))
-    assert outcome.codes == (0,) * processes, outcome.cause
+    assert outcome.exit_codes == (0,) * processes, outcome.cause
 
 
 @pytest.mark.slow

@@ -186,7 +186,7 @@ def test_when_one_dies_the_others_say_who_and_end_within_the_bound(scenario, ran
 def test_the_launcher_tells_the_survivor_who_was_killed(tmp_path, capfd, scenario, said):
     begun = time.monotonic()
     outcome = local.run([], 2, 1, tmp_path, grace=300, program=[sys.executable, str(SCRIPT), scenario])
-    assert outcome.codes == (1, -9) and re.search(said, capfd.readouterr().err, re.MULTILINE)
+    assert outcome.exit_codes == (1, -9) and re.search(said, capfd.readouterr().err, re.MULTILINE)
     assert time.monotonic() - begun < 200  # neither the heartbeats, 600 s, nor the grace period are waited for
 
 

@@ -37,11 +37,11 @@ def run(arguments: Namespace) -> dict:
     require_many(arguments.command, arguments.processes)
     logs = Path(arguments.logs) if arguments.logs else workdir(arguments.command) / "logs"
     outcome = local.run(arguments.command, arguments.processes, arguments.devices, logs, arguments.grace)
-    done = {"codes": list(outcome.codes), "logs": logs}
+    done = {"codes": list(outcome.exit_codes), "logs": logs}
     if outcome.cause is None:
         return done
-    if outcome.asked:
+    if outcome.stopped:
         return done | {"interrupted": "interrupted: the same command resumes"}
-    if local.AT_FAULT in outcome.codes:
+    if local.AT_FAULT in outcome.exit_codes:
         return done | {"fault": f"the processes exited: see the logs in {logs}"}
     return done | {"interrupted": f"{outcome.cause}: see {logs}; the same command resumes"}

@@ -39,7 +39,7 @@ time.sleep(60)
 LAUNCHER = f"""
 import pathlib, sys
 from polygpt.scale.launch import local
-sys.exit(local.run([], 2, 1, pathlib.Path("logs"), 20, [sys.executable, "-c", {LEAVES_WORD!r}]).codes != (1, 1))
+sys.exit(local.run([], 2, 1, pathlib.Path("logs"), 20, [sys.executable, "-c", {LEAVES_WORD!r}]).exit_codes != (1, 1))
 """
 DEAF = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: print('heard', flush=True)); time.sleep(60)"
 
@@ -51,7 +51,7 @@ def launch(code, words, count, folder, grace=0.2, devices=1):
 def test_each_process_knows_its_place_and_writes_its_log(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
     outcome = launch(PLACE, ["train", "x.py"], 2, tmp_path / "logs", devices=2)
-    assert outcome == local.Outcome((0, 0), None, False)
+    assert outcome == local.LaunchResult((0, 0), None, False)
     told = [(tmp_path / "logs" / f"p{rank}.log").read_text().splitlines() for rank in range(2)]
     for rank, (head, line) in enumerate(told):
         assert head.startswith("--- ") and head.endswith(": train x.py")
@@ -67,7 +67,7 @@ def test_one_that_fails_is_named_and_the_others_are_ended(tmp_path, capfd, how, 
     begun = time.monotonic()
     outcome = launch(ONE_ENDS, ["1", str(how)], 3, tmp_path)
     assert time.monotonic() - begun < 20
-    assert outcome.cause == f"process 1 {text}" and outcome.codes[1] in (-9, 2) and all(outcome.codes)
+    assert outcome.cause == f"process 1 {text}" and outcome.exit_codes[1] in (-9, 2) and all(outcome.exit_codes)
     said = capfd.readouterr().err
     assert (f"process 1 {text}: the others have 0 s to exit" in said) == (
         how == 9
@@ -86,7 +86,7 @@ sys.exit(2)
 
 
 def test_what_all_processes_say_is_heard_once(tmp_path, capfd):
-    assert launch(SAME_FAULT, [], 3, tmp_path, grace=7).codes == (2, 2, 2)
+    assert launch(SAME_FAULT, [], 3, tmp_path, grace=7).exit_codes == (2, 2, 2)
     lines = capfd.readouterr().err.splitlines()
     (fault,) = (line for line in lines if line.endswith("train.mesh.tensor 3: choose 2"))
     assert fault.removeprefix("[p1] ") == "polygpt: train.mesh.tensor 3: choose 2" and len(lines) == 4
@@ -106,7 +106,7 @@ sys.exit(7 if open(int(os.environ["POLYGPT_REPORTS"])).readline() == "1 -9 was k
 def test_survivors_are_told_at_once_who_died(tmp_path):
     begun = time.monotonic()
     outcome = launch(HEARS, [], 3, tmp_path, grace=60)
-    assert outcome.codes == (7, -9, 7) and outcome.cause == "process 1 was killed by SIGKILL"
+    assert outcome.exit_codes == (7, -9, 7) and outcome.cause == "process 1 was killed by SIGKILL"
     assert time.monotonic() - begun < 30  # neither waits for the grace period to pass
 
 
@@ -125,7 +125,7 @@ time.sleep(60)
 
 def test_processes_that_were_asked_to_stop_are_not_reported(tmp_path):
     stop_when_ready(tmp_path)
-    assert launch(ONE_STOPS_FIRST, [], 2, tmp_path, grace=20).codes == (1, 1)
+    assert launch(ONE_STOPS_FIRST, [], 2, tmp_path, grace=20).exit_codes == (1, 1)
 
 
 def test_one_that_does_not_listen_is_killed_in_the_end(tmp_path, capfd):
@@ -141,7 +141,7 @@ ready.touch()
 time.sleep(60)
 """
     outcome = launch(code, [], 2, tmp_path)
-    assert outcome.codes == (-9, 3) and outcome.cause == "process 1 exited with code 3"
+    assert outcome.exit_codes == (-9, 3) and outcome.cause == "process 1 exited with code 3"
     assert "SIGKILL to process 0" in capfd.readouterr().err
 
 
@@ -165,7 +165,7 @@ def test_a_signal_is_passed_on(tmp_path, capfd):
     code += "print('ready'); time.sleep(60)"
     stop_when_ready(tmp_path)
     outcome = launch(code, [], 2, tmp_path, grace=20)
-    assert outcome.codes == (1, 1) and outcome.asked and capfd.readouterr().err == ""
+    assert outcome.exit_codes == (1, 1) and outcome.stopped and capfd.readouterr().err == ""
 
 
 def launcher(folder, before=None):

@@ -20,12 +20,12 @@ from polygpt.runtime.liveness import AT_FAULT, REPORTS
 from polygpt.runtime.processes import COORDINATOR, GRACE, PROCESS, PROCESSES
 
 PROGRAM = (sys.executable, "-m", "polygpt.cli.main")
-"""The program that gets the words of the command."""
+"""The program that runs the command."""
 
 ESCALATION = (signal.SIGTERM, signal.SIGKILL)
 """Signals that the launcher sends to processes that outlive their grace period, in this order."""
 
-BOUND = """
+CHILD_PRELUDE = """
 import ctypes, os, signal, sys
 if sys.platform == "linux":
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
@@ -44,23 +44,23 @@ RELAYED = re.compile(rb"polygpt: process (\d+): ")
 
 
 @dataclasses.dataclass(frozen=True)
-class Outcome:
-    """How the processes ended.
+class LaunchResult:
+    """The result of `run`.
 
     Attributes:
-        codes: exit codes by rank; -N if signal N killed the process.
+        exit_codes: exit codes by rank; -N if signal N killed the process.
         cause: the process that ended the run and how, None if every process succeeded.
-        asked: whether the launcher received a signal to stop.
+        stopped: whether the launcher received a signal to stop.
     """
 
-    codes: tuple[int, ...]
+    exit_codes: tuple[int, ...]
     cause: str | None
-    asked: bool
+    stopped: bool
 
 
 @dataclasses.dataclass(frozen=True)
 class Child:
-    """One process of the run, and the pipe on which the launcher reports failures of the others to it."""
+    """One process of the run, and the pipe that tells it about failures of the others."""
 
     process: subprocess.Popen
     reports: int
@@ -78,7 +78,7 @@ class Child:
     def report(self, rank: int, code: int) -> None:
         """Reports that process `rank` failed (see `liveness.hear_launcher`); one that has exited does not hear it."""
         with contextlib.suppress(OSError):
-            os.write(self.reports, f"{rank} {code} {describe(code)}\n".encode())
+            os.write(self.reports, f"{rank} {code} {describe_exit(code)}\n".encode())
 
     def close(self) -> None:
         """Kills the process if it still runs."""
@@ -93,7 +93,7 @@ def run(
     logs: Path,
     grace: float = 20.0,
     program: Sequence[str] = PROGRAM,
-) -> Outcome:
+) -> LaunchResult:
     """Runs `command` in `count` processes that form one run, until the last one has exited.
 
     Prints what process 0 prints, and warnings and errors of the others. Each process has a log file, where every line
@@ -102,12 +102,12 @@ def run(
     Linux).
 
     Args:
-        command: words after `program`.
+        command: arguments of `program`.
         count: number of processes.
         devices: devices per process: CPU devices, or GPUs of this machine.
         logs: folder of p0.log, p1.log, ...
         grace: seconds.
-        program: the program and its first words.
+        program: the program and its first arguments.
 
     Raises:
         UserError: the folder cannot be written, there are too few GPUs, or a process cannot be started.
@@ -124,11 +124,11 @@ def run(
     with contextlib.ExitStack() as stack:
         for file in files:
             stack.enter_context(file)
-        asked = stack.enter_context(_forwarding(children))
+        signals = stack.enter_context(_forwarding(children))
         for rank, variables in enumerate(environments):
             children.append(_start([*program, *command], rank, variables))
             stack.callback(children[-1].close)
-        for number in asked:  # a child that was started after the signal has not received it
+        for number in signals:  # a child that was started after the signal has not received it
             _signal(children, number)
         listeners, seen = [], {}
         for rank, (child, file) in enumerate(zip(children, files, strict=True)):
@@ -137,15 +137,17 @@ def run(
             for pipe, terminal in ((process.stdout, sys.stdout), (process.stderr, sys.stderr)):
                 listeners.append(threading.Thread(target=_listen, args=(rank, pipe, file, terminal, seen), daemon=True))
                 listeners[-1].start()
-        first = _wait(children, grace, asked)
+        first = _wait(children, grace, signals)
         for listener in listeners:
             listener.join(5)  # a grandchild may keep the pipe open
-    codes = tuple(child.process.returncode for child in children)
-    failed = [rank for rank in range(count) if codes[rank]]
+    exit_codes = tuple(child.process.returncode for child in children)
+    failed = [rank for rank in range(count) if exit_codes[rank]]
     # A process that was killed, or reports a fault of its input, is the cause; the others exited because of it.
-    failed.sort(key=lambda rank: (codes[rank] != AT_FAULT, rank != first) if codes[first] >= 0 else rank != first)
-    cause = f"process {failed[0]} {describe(codes[failed[0]])}" if failed else None
-    return Outcome(codes, cause, bool(asked))
+    failed.sort(
+        key=lambda rank: (exit_codes[rank] != AT_FAULT, rank != first) if exit_codes[first] >= 0 else rank != first
+    )
+    cause = f"process {failed[0]} {describe_exit(exit_codes[failed[0]])}" if failed else None
+    return LaunchResult(exit_codes, cause, bool(signals))
 
 
 def environment(rank: int, count: int, devices: int, port: int) -> Mapping[str, str]:
@@ -181,8 +183,8 @@ def gpus(rank: int, count: int, devices: int) -> str:
     return ",".join(visible[mine])
 
 
-def describe(code: int) -> str:
-    """How a process ended, in words."""
+def describe_exit(code: int) -> str:
+    """An exit code as text, such as "was killed by SIGKILL"."""
     return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
 
 
@@ -196,7 +198,7 @@ def _start(words: Sequence[str], rank: int, variables: Mapping[str, str]) -> Chi
     theirs, ours = os.pipe()
     try:
         process = subprocess.Popen(
-            [sys.executable, "-Sc", BOUND, str(os.getpid()), *words],
+            [sys.executable, "-Sc", CHILD_PRELUDE, str(os.getpid()), *words],
             env={**variables, REPORTS: str(theirs)},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -231,12 +233,12 @@ def _listen(rank: int, pipe, file, terminal, seen: dict[bytes, int]) -> None:
 @contextlib.contextmanager
 def _forwarding(children: Sequence[Child]) -> Iterator[list[int]]:
     """Forwards signals to the children, which may grow in number; yields the list of the signals sent."""
-    asked: list[int] = []
+    signals: list[int] = []
 
     def handle(number, _):
         # SIGTERM for SIGHUP: a run saves on SIGTERM, but SIGHUP would kill it.
-        asked.append(signal.SIGTERM if number == signal.SIGHUP else number)
-        _signal(children, asked[-1])
+        signals.append(signal.SIGTERM if number == signal.SIGHUP else number)
+        _signal(children, signals[-1])
 
     in_main_thread = threading.current_thread() is threading.main_thread()
     handled = [signal.SIGINT, signal.SIGTERM]
@@ -244,13 +246,13 @@ def _forwarding(children: Sequence[Child]) -> Iterator[list[int]]:
         handled.append(signal.SIGHUP)
     before = {number: signal.signal(number, handle) for number in handled if in_main_thread}
     try:
-        yield asked
+        yield signals
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _wait(children: Sequence[Child], grace: float, asked: Sequence[int]) -> int:
+def _wait(children: Sequence[Child], grace: float, signals: Sequence[int]) -> int:
     """Waits until all have exited, and ends those that outlive the grace period after a failure.
 
     Returns:
@@ -261,15 +263,15 @@ def _wait(children: Sequence[Child], grace: float, asked: Sequence[int]) -> int:
         if first is None and (failed := _failed(children)):
             first, deadline = failed[0], time.monotonic() + grace
             code = children[first].code
-            if not asked and code != AT_FAULT:
-                _say(f"process {first} {describe(code)}: the others have {grace:.0f} s to exit")
-            if not asked or code < 0 and -code not in asked:  # processes that were asked to stop exit one by one
+            if not signals and code != AT_FAULT:
+                _report(f"process {first} {describe_exit(code)}: the others have {grace:.0f} s to exit")
+            if not signals or code < 0 and -code not in signals:  # processes that were asked to stop exit one by one
                 for child in children:
                     child.report(first, code)
         if deadline is not None and time.monotonic() > deadline and left:
             number = left.pop(0)
             alive = [rank for rank, child in enumerate(children) if child.code is None]
-            _say(f"{number.name} to process {', '.join(map(str, alive))}")
+            _report(f"{number.name} to process {', '.join(map(str, alive))}")
             _signal(children, number)
             deadline = time.monotonic() + grace / 2
         time.sleep(0.02)
@@ -287,6 +289,6 @@ def _signal(children: Sequence[Child], number: int) -> None:
         child.signal(number)
 
 
-def _say(text: str) -> None:
+def _report(text: str) -> None:
     with contextlib.suppress(OSError):  # the terminal may be gone
         print(f"polygpt: launch: {text}", file=sys.stderr, flush=True)

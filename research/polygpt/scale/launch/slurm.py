@@ -1,7 +1,7 @@
 """A SLURM job of several nodes, through submitit.
 
 One process per node (or task) runs the command. Before the time limit, or when the job is preempted, the run saves and
-the job is queued again; the same command then resumes.
+the job is requeued; the same command then resumes.
 """
 
 import contextlib
@@ -21,13 +21,13 @@ from polygpt.errors import UserError
 from polygpt.runtime.processes import COORDINATOR, PROCESS, PROCESSES
 from polygpt.scale.launch.local import PROGRAM, gpus
 
-OFTEN = 10_000
-"""Default number of times that a job is queued again at its time limit."""
+REQUEUES = 10_000
+"""Default number of times that a job is requeued at its time limit."""
 REMEDIES = {
     'Could not detect "srun"': ": submit from a login node, or try it here with --cluster local",
     "can use only one node": ": with --cluster local, leave --nodes out and give --tasks",
 }
-"""Remedies for errors of submitit, by words of their messages."""
+"""Remedies for errors of submitit, by a part of the message."""
 PORTS = (61440, 4096)
 """First port for coordinators and number of ports. The job id chooses one, as in JAX."""
 
@@ -37,8 +37,8 @@ class Task:
     """The callable that submitit runs in each task of a job.
 
     Attributes:
-        command: words after `program`.
-        program: the program and its first words.
+        command: arguments of `program`.
+        program: the program and its first arguments.
         gpus: GPUs of the node per process; None for all that SLURM assigns.
     """
 
@@ -62,23 +62,23 @@ class Task:
             place["CUDA_VISIBLE_DEVICES"] = gpus(self.here.local_rank, tasks, self.gpus)
         # A child process, because submitit handles the signals of this one.
         self.process = subprocess.Popen([*self.program, *self.command], env=os.environ | place)
-        code = self._end()
+        code = self._wait()
         if code:
             raise RuntimeError(f"process {self.here.global_rank} on {self.here.hostname} ended with code {code}")
         return code
 
     def checkpoint(self):
-        """Called by submitit before the job is stopped: the run saves and the same task is queued again.
+        """Called by submitit before the job is stopped: the run saves and the same task is requeued.
 
         It runs in a signal handler that interrupts __call__.
         """
         import submitit
 
         self.process.send_signal(signal.SIGTERM)
-        self._end()
+        self._wait()
         return submitit.helpers.DelayedSubmission(dataclasses.replace(self))
 
-    def _end(self) -> int:
+    def _wait(self) -> int:
         """Waits for the process; returns its exit code. Takes no lock, because `checkpoint` interrupts it."""
         threading.Thread(target=self.process.wait, daemon=True).start()
         while self.process.returncode is None:
@@ -109,7 +109,7 @@ def submit(
         more: further parameters of submitit, "gpus_per_node", "cpus_per_task", "slurm_partition", ...
 
     Raises:
-        UserError: if submitit is not installed, the GPUs of a node cannot be divided, or SLURM refuses.
+        UserError: if submitit is not installed, the GPUs of a node cannot be divided, or SLURM rejects the job.
     """
     more = more or {}
     count = more.get("slurm_gpus_per_node", more.get("gpus_per_node"))
@@ -118,7 +118,7 @@ def submit(
             raise UserError(f"{count} GPUs cannot be divided among {tasks} tasks of a node: choose another --tasks")
         task = dataclasses.replace(task, gpus=count // tasks)
     made = executor(folder, cluster, name, nodes, tasks, minutes, more)
-    with refusals():
+    with submission_errors():
         return made.submit(task)
 
 
@@ -129,12 +129,12 @@ def executor(folder: Path, cluster: str, name: str, nodes: int, tasks: int, minu
     except ImportError:
         raise UserError("SLURM needs submitit, which is not installed: pip install -e '.[slurm]'") from None
     # submitit's default is three times, too few for long training.
-    often = {"slurm_max_num_timeout": OFTEN}
-    often |= {name: more[name] for name in often if name in more}
-    more = {name: value for name, value in more.items() if name not in often}
-    with refusals():
-        made = submitit.AutoExecutor(folder, cluster=cluster, **often)
-        # A stopped task exits with an error; SLURM must not then kill the one that queues the job again.
+    requeues = {"slurm_max_num_timeout": REQUEUES}
+    requeues |= {name: more[name] for name in requeues if name in more}
+    more = {name: value for name, value in more.items() if name not in requeues}
+    with submission_errors():
+        made = submitit.AutoExecutor(folder, cluster=cluster, **requeues)
+        # A stopped task exits with an error; SLURM must not then kill the one that requeues the job.
         given = more.get("slurm_srun_args", [])
         given = shlex.split(given) if isinstance(given, str) else given
         more = more | {"slurm_srun_args": ["--kill-on-bad-exit=0", *given]}
@@ -145,8 +145,8 @@ def executor(folder: Path, cluster: str, name: str, nodes: int, tasks: int, minu
 
 
 @contextlib.contextmanager
-def refusals() -> Iterator[None]:
-    """Turns a refusal by submitit or SLURM into a UserError."""
+def submission_errors() -> Iterator[None]:
+    """Turns an error of submitit or SLURM into a UserError."""
     import submitit
 
     try:

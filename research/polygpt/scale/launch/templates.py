@@ -112,14 +112,14 @@ def gke(
     """
     _require_name(name)
     words = with_workdir(command, f"/runs/{name}")
-    text = " ".join(map(one_line_word, ["polygpt", *words]))
+    text = " ".join(map(quote_on_one_line, ["polygpt", *words]))
     size = f"{counted(slice.chips * slices, 'chip')}, {counted(slice.hosts * slices, 'host')}"
     xpk = [
         f"xpk workload create --cluster={cluster} --project={project} --zone={zone} --workload={name}",
         f"--tpu-type={slice.type} --num-slices={slices} --docker-image={image} --max-restarts={restarts}",
         f"--command={shlex.quote(text)}",
     ]
-    about = f"""\
+    comment = f"""\
 A run on {slices} x {slice.name}: {size}, one process per host.
 
   kubectl apply -f {name}.yaml
@@ -174,7 +174,7 @@ The same run with xpk, on a cluster that has the bucket attached at /runs (xpk s
             "replicatedJobs": [{"name": "slice", "replicas": slices, "template": {"spec": job}}],
         },
     }
-    return _document(about, jobset)
+    return _document(comment, jobset)
 
 
 def skypilot(
@@ -220,7 +220,7 @@ def skypilot(
 export {COORDINATOR}="$(echo "$SKYPILOT_NODE_IPS" | head -n 1):{PORT}"
 export {PROCESSES}="$SKYPILOT_NUM_NODES" {PROCESS}="$SKYPILOT_NODE_RANK"
 """
-    about = f"""\
+    comment = f"""\
 {nodes} x {on}, one process per machine; {where}.
 
   sky jobs launch {name}.yaml       restarts after preemptions and failures; the run resumes
@@ -239,7 +239,7 @@ export {PROCESSES}="$SKYPILOT_NUM_NODES" {PROCESS}="$SKYPILOT_NODE_RANK"
         "setup": f"pip install --editable '.[{extra}]'\n",
         "run": f"{place}{text}\n",
     }
-    return _document(about, task)
+    return _document(comment, task)
 
 
 def machines(on: str, nodes: int) -> int:
@@ -253,7 +253,7 @@ def with_workdir(command: Sequence[str], workdir: str) -> list[str]:
     return [*command] if named else [*command, "--workdir", workdir]
 
 
-def one_line_word(word: str) -> str:
+def quote_on_one_line(word: str) -> str:
     """A word quoted for bash on one line: control characters become escapes of $'...'."""
     if word.isprintable():
         return shlex.quote(word)
@@ -276,10 +276,10 @@ def _script(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
 _Dumper.add_representer(str, _script)
 
 
-def _document(about: str, data: dict) -> str:
+def _document(comment: str, data: dict) -> str:
     """YAML below a comment."""
-    comment = "".join(f"# {line}".rstrip() + "\n" for line in about.splitlines())
-    return comment + yaml.dump(data, Dumper=_Dumper, sort_keys=False, width=10**6, allow_unicode=True)
+    lines = "".join(f"# {line}".rstrip() + "\n" for line in comment.splitlines())
+    return lines + yaml.dump(data, Dumper=_Dumper, sort_keys=False, width=10**6, allow_unicode=True)
 
 
 def _require_name(name: str) -> None:
