@@ -19,8 +19,9 @@ from polygpt.cli.generate import printable
 from polygpt.evaluation import evaluate
 from polygpt.generation import generate as generation
 from polygpt.spec import field_help
-from polygpt.training import loop
+from polygpt.training import loop, trainer
 from polygpt.training.experiment import TrainSpec
+from polygpt.training.program import assemble
 
 POLYGPT = str(Path(sys.executable).with_name("polygpt"))
 
@@ -63,6 +64,27 @@ def test_an_interrupted_run_is_code_1_so_that_nothing_follows_it(trained, polygp
     code, out, err = polygpt("train", trained.file, "--workdir", tmp_path / "run", "--json")
     assert (code, err) == (1, "polygpt: interrupted at step 2, saved: the same command resumes\n")
     assert json.loads(out)["step"] == 2 and "interrupted at step 2" in json.loads(out)["interrupted"]
+
+
+def test_sigterm_during_the_start_ends_with_one_line_and_code_1(tmp_path):
+    file = tmp_path / "starts.py"
+    file.write_text("import os, signal\nos.kill(os.getpid(), signal.SIGTERM)\n")
+    done = subprocess.run([POLYGPT, "train", file], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1 and re.fullmatch(r"polygpt: interrupted by SIGTERM: .*resumes\n", done.stderr)
+    assert os.listdir(tmp_path) == ["starts.py"]
+
+
+def test_sigterm_before_the_first_step_ends_without_waiting_for_data(trained, polygpt, tmp_path, monkeypatch):
+    started = []
+
+    def assembled(*given):
+        started.append(os.kill(os.getpid(), signal.SIGTERM))
+        return assemble(*given)
+
+    monkeypatch.setattr(trainer, "assemble", assembled)
+    code, _, err = polygpt("train", trained.file, "--workdir", tmp_path / "run", "--no-report")
+    assert code == 1 and err.endswith("polygpt: interrupted before the first step: the same command resumes\n")
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and "Traceback" not in err
 
 
 def test_a_signal_ends_the_last_evaluation_and_the_same_command_goes_on(trained, polygpt, tmp_path, monkeypatch):

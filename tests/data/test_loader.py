@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import logging
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
@@ -99,6 +101,22 @@ def test_packing_fills_rows(small):
         (batch.segment_BT > 0).mean() for batch in take(train_batches(data, small.tokenizer, adapters, seed=0), 20)
     ]
     assert np.mean(filled) > 0.93
+
+
+def test_grain_is_imported_before_a_thread_reads(tmp_path):
+    (tmp_path / "a.txt").write_text("a text " * 99)
+    code = """
+import sys
+from polygpt.data.layout import LayoutSpec
+from polygpt.data.loader import DataSpec, Task, train_batches
+from polygpt.data.sources.text_files import TextFiles
+from polygpt.data.tokenizers.bytes import Bytes
+data = DataSpec({"text": Task(TextFiles(["a.txt"]))}, LayoutSpec(seq_len=1024), batch_size=1)
+assert "grain" not in sys.modules
+train_batches(data, Bytes().build(), {}, seed=0)
+assert "grain" in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
 
 
 def test_the_stream_repeats_itself_and_the_seed_changes_it(small):

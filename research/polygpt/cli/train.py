@@ -1,7 +1,12 @@
 """polygpt train FILE: train, evaluate, report."""
 
+import contextlib
 import itertools
+import os
+import signal
+import threading
 from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
 
 from polygpt.cli import experiment
@@ -36,6 +41,29 @@ def parser(prog: str, about: str) -> Parser:
 
 def run(arguments: Namespace) -> dict:
     """Trains; returns the results of `evaluate` and the paths of the run and its report."""
+    with _sigterm_exits():
+        return _run(arguments)
+
+
+@contextlib.contextmanager
+def _sigterm_exits() -> Iterator[None]:
+    """Makes SIGTERM end the process with one line and code 1, wherever the run does not handle it to save first."""
+
+    def leave(*_):
+        os.write(2, b"polygpt: interrupted by SIGTERM: the same command resumes\n")
+        os._exit(1)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _run(arguments: Namespace) -> dict:
     chosen = experiment.load(arguments.file, arguments.changes, arguments.options)
 
     from polygpt.runtime import processes
@@ -54,7 +82,8 @@ def _train(chosen, arguments: Namespace) -> dict:
     outcome = train(chosen, workdir, begun=process_begun(), code=arguments.code)
     done = {"step": outcome.step, "workdir": workdir}
     if not outcome.finished:
-        return done | {"interrupted": f"interrupted at step {outcome.step}, saved: the same command resumes"}
+        where = f"at step {outcome.step}, saved" if outcome.step else "before the first step"
+        return done | {"interrupted": f"interrupted {where}: the same command resumes"}
     if arguments.no_report:
         print(f"step {outcome.step}, {workdir}")
         return done

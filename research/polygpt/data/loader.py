@@ -122,6 +122,8 @@ def train_batches(
                 has = f"the model's adapters are {', '.join(adapters)}" if adapters else "the model reads only text"
                 raise UserError(f"task {name!r}: {type(one).__name__} needs an adapter for {one.modality}: {has}")
     examples = {name: open_task(name, task) for name, task in data.tasks.items()}
+    import grain  # noqa: F401  (in the caller's thread: a process that exits while a thread imports prints tracebacks)
+
     return TrainBatches(data, examples, tokenizer, adapters, seed, data_shard, data_shards)
 
 
