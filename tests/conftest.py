@@ -1,6 +1,7 @@
 """Settings that all tests share, and the one run of a small experiment."""
 
 import contextlib
+import gc
 import io
 import os
 import shutil
@@ -44,6 +45,8 @@ def pytest_configure(config):
     flags = os.environ.get("XLA_FLAGS", "")
     new = [f"--{name}={value}" for name, value in quick.items() if name not in flags]
     os.environ["XLA_FLAGS"] = " ".join([flags, *new]).strip()
+    # Full collections, which look at all that jax holds, took a twentieth of the time.
+    gc.set_threshold(gc.get_threshold()[0], gc.get_threshold()[1], 100)
     if "POLYGPT_CACHE" not in os.environ:  # the embedded data is prepared once a session
         config.polygpt_cache = os.environ["POLYGPT_CACHE"] = tempfile.mkdtemp(prefix="polygpt-tests-")
 

@@ -23,6 +23,7 @@ from polygpt.training import loop, trainer
 from polygpt.training.experiment import TrainSpec
 from polygpt.training.program import assemble
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
 POLYGPT = str(Path(sys.executable).with_name("polygpt"))
 
 
