@@ -81,10 +81,6 @@ def at(array, index, value):
     return array
 
 
-def test_check_takes_a_sound_batch():
-    check(batch(), vocabulary=6, positions={"image": P})
-
-
 @pytest.mark.parametrize(
     ("name", "index", "value", "words"),
     [

@@ -1,8 +1,11 @@
 """Costs as metrics: what they are, against counts made another way, and runs that measure them."""
 
+from types import SimpleNamespace
+
 import pytest
 from tiny_runs import experiment
 
+from polygpt.ablation import measures
 from polygpt.ablation.budget import costs
 from polygpt.ablation.measures import MEASURES, cache_bytes, decode_seconds, figures, lacks, measure
 from polygpt.ablation.results import read
@@ -22,10 +25,18 @@ def test_the_cache_is_keys_and_values_and_what_is_known_of_positions():
     assert cache_bytes(longer) == pytest.approx(2 * cache_bytes(whole), rel=0.02)
 
 
-def test_decoding_time_is_per_token_and_grows_with_the_model():
-    small = decode_seconds(experiment())
-    assert 0 < small < 0.1
-    assert decode_seconds(experiment(model__decoder__depth=12, model__decoder__width=128)) > 1.5 * small
+def test_decoding_time_is_the_median_per_token_without_the_run_that_compiles(monkeypatch):
+    clock, counts, spans = [0.0], [], iter([100.0, 0.9, 0.1, 0.2, 0.3, 0.4])  # seconds a token
+
+    def decode(model, choice, params, state, never, size):
+        counts.append(int(size))
+        clock[0] += next(spans) * (size - 1)  # the first token comes of the prompt
+        return state
+
+    monkeypatch.setattr(measures, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(measures.decoding, "decode", decode)
+    assert decode_seconds(experiment()) == pytest.approx(0.3)
+    assert counts == [48 - 1 - 2 * 12] * 6, "what a row of 48 has left behind <bos> and a dozen of letters and spaces"
 
 
 def test_figures_of_a_line_hold_its_costs_and_an_older_line_lacks_what_nobody_measured():

@@ -6,8 +6,9 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from wrong_variants import Decaying, DecayingModule
 
-from polygpt.api import Attention, MultiHead, Score
+from polygpt.api import MultiHead, Score
 from polygpt.attention.kernels import reference
 from polygpt.attention.multi_head import MultiHeadModule
 from polygpt.attention.scores import Terms
@@ -139,11 +140,11 @@ class NamesTermsItselfModule(MultiHeadModule):
 
 
 @dataclasses.dataclass(frozen=True)
-class SumsInBfloat16(Attention):
+class SumsInBfloat16(Decaying):
     """y_t = W mean of V x_s over s <= t, summed position by position in the model's dtype."""
 
-    family = "linear"
-
+    decay: float = 1.0
+    """Nothing is forgotten."""
     wide: bool = False
     """Whether the sum is kept in float32, as is right."""
 
@@ -154,31 +155,13 @@ class SumsInBfloat16(Attention):
         dtype = "float32" if self.wide else dims.dtype
         return jnp.zeros((rows, dims.width + 1), dtype), jnp.zeros((rows,), jnp.int32)
 
-    def score_flops(self, width, keys):
-        return 2 * width
 
-    def cost(self):
-        return "2 D"
+class SumsInBfloat16Module(DecayingModule):
+    """Sums a one beside the values, by which it divides."""
 
+    def values(self, x_BTD):
+        value_BTD = super().values(x_BTD)
+        return jnp.concatenate([value_BTD, jnp.ones_like(value_BTD[..., :1])], axis=-1)
 
-class SumsInBfloat16Module(nnx.Module):
-    def __init__(self, spec, dims, rngs):
-        self.spec, self.dims = spec, dims
-        self.value = Linear(dims.width, dims.width, rngs=rngs, bias=False, dtype=dims.dtype)
-        self.output = Linear(dims.width, dims.width, rngs=rngs, bias=False, dtype=dims.dtype)
-
-    def __call__(self, x_BTD, context, cache=None):
-        def step(carry, now):
-            (sum_BE, last_B), (value_BE, segment_B) = carry, now
-            real_B1, new_B1 = (segment_B > 0)[:, None], (segment_B != last_B)[:, None]
-            sum_BE = jnp.where(real_B1, jnp.where(new_B1, 0, sum_BE) + value_BE.astype(sum_BE.dtype), sum_BE)
-            mean_BD = sum_BE[:, :-1] / jnp.maximum(sum_BE[:, -1:], 1)
-            return (sum_BE, jnp.where(segment_B > 0, segment_B, last_B)), mean_BD
-
-        value_BTD = self.value(x_BTD)
-        value_BTE = jnp.concatenate([value_BTD, jnp.ones_like(value_BTD[..., :1])], axis=-1)
-        start = self.spec.init_cache(self.dims, x_BTD.shape[0], 1) if cache is None else cache
-        columns = value_BTE.swapaxes(0, 1), context.query.segment.swapaxes(0, 1)
-        end, mean_TBD = jax.lax.scan(step, start, columns)
-        y_BTD = self.output(mean_TBD.swapaxes(0, 1).astype(x_BTD.dtype))
-        return jnp.where((context.query.segment > 0)[..., None], y_BTD, 0), None if cache is None else end
+    def read(self, state_TBE):
+        return state_TBE[..., :-1] / jnp.maximum(state_TBE[..., -1:], 1)

@@ -257,11 +257,16 @@ class DecayingModule(nnx.Module):
                 new_BD = jnp.where(real_B1, new_BD, state_BD)
             return (new_BD, jnp.where(segment_B > 0, segment_B, last_B)), new_BD
 
-        value_BTD = self.value(x_BTD)
-        columns = value_BTD.swapaxes(0, 1), context.query.segment.swapaxes(0, 1)
+        columns = self.values(x_BTD).swapaxes(0, 1), context.query.segment.swapaxes(0, 1)
         start = self.spec.init_cache(self.dims, x_BTD.shape[0], 1) if cache is None else cache
         end, state_TBD = jax.lax.scan(step, start, columns)
-        return self.output(state_TBD.swapaxes(0, 1).astype(x_BTD.dtype)), None if cache is None else end
+        return self.output(self.read(state_TBD).swapaxes(0, 1).astype(x_BTD.dtype)), None if cache is None else end
+
+    def values(self, x_BTD):
+        return self.value(x_BTD)
+
+    def read(self, state_TBD):
+        return state_TBD
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ from tiny_experiment import experiment
 from polygpt.errors import UserError
 from polygpt.overrides import override
 from polygpt.runtime.manifest import Record, seal
-from polygpt.spec import load_file
+from polygpt.spec import load_file, to_json
 from polygpt.training.workdir import SAME_MATHEMATICS, claim, require_same
 
 
@@ -45,7 +45,9 @@ def quickstart():
     ],
 )
 def test_a_run_goes_on_elsewhere_and_with_another_rhythm(workdir, changes):
-    require_same(workdir, override(experiment(), changes))
+    chosen = override(experiment(), changes)
+    assert to_json(chosen) != to_json(experiment())
+    require_same(workdir, chosen)
 
 
 def test_towers_may_be_computed_twice_when_a_run_goes_on(tmp_path):
