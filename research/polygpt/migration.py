@@ -32,7 +32,10 @@ ADDED: dict[int, dict[str, dict[str, Any]]] = {
         "polygpt.optim.optim:Optim": {"schedule_steps": None, "rewarm": None},
         "polygpt.runtime.checkpoint:CheckpointSpec": {"every_minutes": None},
     },
-    3: {"polygpt.training.experiment:Experiment": {"init": {"class": "polygpt.init.base:Random"}}},
+    3: {
+        "polygpt.training.experiment:Experiment": {"init": {"class": "polygpt.init.base:Random"}},
+        "polygpt.models.multimodal:ModelSpec": {"logits_block": None},
+    },
 }
 """By schema and current class name: fields that the schema lacks, with the value that keeps the old behaviour."""
 

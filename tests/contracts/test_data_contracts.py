@@ -12,10 +12,11 @@ from batches import build, example
 from polygpt.data.example import Example
 from polygpt.data.sources.base import Source
 from polygpt.errors import UserError
-from polygpt.objectives.base import Objective
+from polygpt.objectives.base import Objective, TokenObjective
 from polygpt.objectives.routing import RoutingObjective
 
-OBJECTIVES = [found for found in specs("polygpt.objectives", Objective) if found.values[0] is not RoutingObjective]
+BASES = (TokenObjective, RoutingObjective)
+OBJECTIVES = [found for found in specs("polygpt.objectives", Objective) if found.values[0] not in BASES]
 ROWS = [[example(6, seed=1), example(3, seed=2)], [example(9, seed=3)], [example(("image", 4), 2, seed=4)], []]
 
 

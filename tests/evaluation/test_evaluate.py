@@ -35,6 +35,7 @@ from polygpt.models.decoder import DecoderSpec
 from polygpt.models.functional import bind
 from polygpt.models.multimodal import ModelSpec
 from polygpt.nn.positions import NoPosition
+from polygpt.objectives.base import scores_and_best
 from polygpt.report import page
 from polygpt.runtime.interruption import Interrupted
 from polygpt.spec import from_json, to_json
@@ -68,6 +69,9 @@ class Looks:
 
     def apply(self, params, batch, key=None):
         return types.SimpleNamespace(logits_BTV=self.decode(params, batch, None)[0])
+
+    def token_scores(self, params, batch):
+        return scores_and_best(self.apply(params, batch).logits_BTV, batch.target_BT)
 
     def replicated(self, tree):
         return tree

@@ -8,6 +8,7 @@ import pytest
 
 from polygpt.data.packing import collate
 from polygpt.evaluation.likelihood import Likelihoods, score, summary, token_scores
+from polygpt.objectives.base import scores_and_best
 
 V, T = 11, 9
 
@@ -17,6 +18,9 @@ class Table:
 
     def apply(self, params, batch, key=None):
         return types.SimpleNamespace(logits_BTV=params[batch.tokens_BT])
+
+    def token_scores(self, params, batch):
+        return scores_and_best(self.apply(params, batch).logits_BTV, batch.target_BT)
 
     def replicated(self, tree):
         return tree

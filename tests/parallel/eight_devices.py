@@ -48,8 +48,12 @@ WAYS = {
     "stage 2, sequence 2 (gather), data 2": (DENSE, MeshSpec(stage=2, sequence=2)),
     "stage 2, sequence 2 (ring), data 2": (DENSE, MeshSpec(stage=2, sequence=2, context="ring")),
     "stage 2, fsdp 2, expert 2": (ROUTED, MeshSpec(data=1, stage=2, fsdp=2, expert=2)),
+    "pmap (blocks)": (DENSE, None),
+    "data 2, fsdp 2, tensor 2 (blocks)": (DENSE, MeshSpec(fsdp=2, tensor=2)),
+    "fsdp 2, sequence 2, tensor 2 (blocks)": (DENSE, MeshSpec(data=1, fsdp=2, sequence=2, tensor=2)),
+    "stage 2, fsdp 2, expert 2 (blocks)": (ROUTED, MeshSpec(data=1, stage=2, fsdp=2, expert=2)),
 }
-"""By name, the feed-forward layer and the mesh; None is pmap."""
+"""By name, the feed-forward layer and the mesh; None is pmap. Blocks: logits exist for some positions at a time."""
 OBJECTIVES = {"next_token": (NextToken(), 1.0), "z": (ZLoss(), 1e-2)}
 ROWS, LENGTH = 16, 32
 IDS = 52
@@ -77,12 +81,12 @@ def packed_rows():
     return build(rows, LENGTH, bidirectional=True)
 
 
-def run(mlp, mode: str, mesh: MeshSpec | None, devices: int) -> dict:
-    model = bind(tiny(mlp=mlp, depth=4, width=32, heads=4, kv_heads=4, tied=False), IDS)
+def run(mlp, mode: str, mesh: MeshSpec | None, devices: int, block: int | None = None) -> dict:
+    spec = tiny(mlp=mlp, depth=4, width=32, heads=4, kv_heads=4, tied=False).replace(logits_block=block)
+    model = bind(spec, IDS)
     transformation, params = gradients_kept(), jax.tree.map(jnp.asarray, lively(model))
-    recipe = Recipe(
-        model, OBJECTIVES, transformation, lambda step: 0.0, jax.tree.map(lambda _: True, params), accumulate=1
-    )
+    trainable = jax.tree.map(lambda _: True, params)
+    recipe = Recipe(model, OBJECTIVES, transformation, lambda step: 0.0, trainable, logits_block=block)
     runs = parallel.build(mode, model.axes(), mesh, jax.devices()[:devices])
     runs.check(ROWS, LENGTH, 1)
 
@@ -110,5 +114,6 @@ if __name__ == "__main__":
         mlp, mesh = WAYS[name]
         if (single := f"single {type(mlp).__name__} {getattr(mlp, 'capacity', '')}") not in found:
             found[single] = run(mlp, "single", None, 1)
-        found[name] = run(mlp, "sharded" if mesh else "pmap", mesh, 8) | {"single": single}
+        block = 8 if "(blocks)" in name else None
+        found[name] = run(mlp, "sharded" if mesh else "pmap", mesh, 8, block) | {"single": single}
     print(json.dumps(found))

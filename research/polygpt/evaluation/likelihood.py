@@ -31,11 +31,10 @@ there was no room for more. The last two are absent if 0."""
 @partial(jax.jit, static_argnames="model")
 def token_scores(model, params, batch: Batch):
     """(loss_BT in nats, float32, 0 without a target; correct_BT, bool: the target is the most likely token)."""
-    logits_BTV = model.apply(params, batch).logits_BTV.astype(jnp.float32)
-    target_BT = jnp.take_along_axis(logits_BTV, batch.target_BT[..., None], axis=-1)[..., 0]
+    scores, best_BT = model.token_scores(params, batch)
     predicted_BT = batch.weight_BT > 0
-    loss_BT = jax.nn.logsumexp(logits_BTV, axis=-1) - target_BT
-    correct_BT = predicted_BT & (logits_BTV.argmax(axis=-1) == batch.target_BT)
+    correct_BT = predicted_BT & (best_BT == batch.target_BT)
+    loss_BT = scores.log_z - scores.target
     return model.replicated((jnp.where(predicted_BT, loss_BT, 0), correct_BT))
 
 

@@ -16,6 +16,9 @@ from polygpt.errors import SpecError
 from polygpt.models.decoder import Cache, init_cache
 from polygpt.models.multimodal import ModelSpec, MultimodalModel
 from polygpt.nn.losses import Losses
+from polygpt.objectives import blocked
+from polygpt.objectives.base import TokenScores, scores_and_best
+from polygpt.objectives.blocked import Head
 from polygpt.optim import mup
 from polygpt.overrides import replaced
 from polygpt.parameters import paths
@@ -123,6 +126,23 @@ class Model:
         with self._split(), self._merged(params) as module:
             hidden_BTD, _, losses = module.hidden(batch, key=key)
             return Outputs(module.logits(hidden_BTD), hidden_BTD, losses)
+
+    def head(self, params: Params) -> Head:
+        """The output head, for losses that compute logits in blocks."""
+        with self._merged(params) as module:
+            return module.output_head()
+
+    def token_scores(self, params: Params, batch: Batch) -> tuple[TokenScores, jax.Array]:
+        """The scores of the targets [B, T], without means, and the most likely tokens, int32 [B, T].
+
+        Computed in blocks of `spec.logits_block` positions if that is set. Has no gradient then.
+        """
+        outputs = self.apply(params, batch)
+        if self.spec.logits_block is not None:
+            with self._split():
+                given = outputs.hidden_BTD, self.head(params), batch.target_BT
+                return blocked.token_scores(*given, self.spec.logits_block)
+        return scores_and_best(outputs.logits_BTV, batch.target_BT)
 
     def module(self, params: Params) -> MultimodalModel:
         """The module with these parameters, to call its parts one by one; works under the transformations of JAX."""

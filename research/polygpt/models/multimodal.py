@@ -14,6 +14,7 @@ from polygpt.blocks.stack import StackSpec
 from polygpt.models.decoder import Cache, Decoder, DecoderSpec
 from polygpt.nn.linear import Linear
 from polygpt.nn.losses import Losses, add
+from polygpt.objectives.blocked import Head
 from polygpt.optim.mup import MuP
 from polygpt.sequence import Batch, scatter_media
 from polygpt.sharding import LOGITS, RESIDUAL, constrain
@@ -37,7 +38,12 @@ class ModelSpec(Spec):
     """A connector shared by all adapters, after their own; null for none. Adapters then output vectors of its width; if
     their own connectors have kind "none", the shared projection is the only one."""
 
+    logits_block: int | None = None
+    """Number of positions per device whose logits exist at a time, in training and scoring; null for all. Saves memory
+    if the vocabulary is large, without computing anything twice. Objectives that read all logits still need them."""
+
     def validate(self):
+        self.require(self.logits_block is None or self.logits_block >= 1, "logits_block", "null or at least 1")
         self.decoder.mlp.check_modalities(("text", *self.adapters))
         self.base()
 
@@ -113,6 +119,12 @@ class MultimodalModel(nnx.Module):
         if self.head is None:
             return constrain(self.text.logits(hidden_BTD), *LOGITS)
         return constrain(self.head(hidden_BTD, output_dtype="float32"), *LOGITS)
+
+    def output_head(self) -> Head:
+        """What `logits` multiplies with, for losses that compute them in blocks."""
+        if self.head is None:
+            return Head(self.text.table[...], ("vocabulary", "width"), self.text.multiplier, self.text.dtype)
+        return Head(self.head.kernel[...], ("width", "vocabulary"), dtype=self.head.dtype)
 
     def weights(self, batch: Batch, chosen_R: jax.Array | None = None) -> dict[int, jax.Array]:
         """Attention weights of the chosen positions by decoder block, float32 [B, H, R, T]."""

@@ -30,6 +30,60 @@ class Objective(Spec):
         return self.total(outputs, batch), self.weight(batch)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TokenScores:
+    """What a prediction says about its target, for any number of positions.
+
+    Attributes:
+        log_z: float32, logarithm of the sum of the exponentials of the logits.
+        target: float32, the logit of the target.
+        mean: float32, the mean of the logits, or None if no objective uses it.
+    """
+
+    log_z: jax.Array
+    target: jax.Array
+    mean: jax.Array | None
+
+
+def scores_and_best(logits_BTV: jax.Array, target_BT: jax.Array) -> tuple[TokenScores, jax.Array]:
+    """The scores of the targets, without means, and the most likely tokens, int32 [B, T]; for evaluation."""
+    logits_BTV = logits_BTV.astype(jnp.float32)
+    target = jnp.take_along_axis(logits_BTV, target_BT[..., None], axis=-1)[..., 0]
+    return TokenScores(jax.nn.logsumexp(logits_BTV, axis=-1), target, None), logits_BTV.argmax(axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenObjective(Objective):
+    """An objective that depends on the logits of a position only through its `TokenScores`.
+
+    Such an objective never needs the logits of a whole batch: see `blocked.py`.
+    """
+
+    @property
+    def uses_mean(self) -> bool:
+        """Whether `per_token` reads the mean of the logits, which takes another pass over them."""
+        return False
+
+    def per_token(self, scores: TokenScores) -> jax.Array:
+        """The loss of each position, before its weight: float32, of the shape of `scores.log_z`."""
+        raise NotImplementedError(f"{type(self).__name__} defines no per_token")
+
+    def total(self, outputs, batch: Batch) -> jax.Array:
+        logits_BTV = weighted_logits(outputs, batch)
+        # A one-hot comparison fuses with the sum; the gradient of a gather would be a scatter.
+        at_target_BTV = jax.nn.one_hot(batch.target_BT, logits_BTV.shape[-1], dtype=bool)
+        target_BT = jnp.sum(jnp.where(at_target_BTV, logits_BTV, 0.0), axis=-1)
+        mean_BT = jnp.mean(logits_BTV, axis=-1) if self.uses_mean else None
+        scores = TokenScores(jax.nn.logsumexp(logits_BTV, axis=-1), target_BT, mean_BT)
+        return jnp.sum(batch.weight_BT * self.per_token(scores))
+
+
+def depends_on_scores_only(objective: Objective) -> bool:
+    """Whether `per_token` defines the objective: it is a `TokenObjective` that keeps the definition of `total`."""
+    return isinstance(objective, TokenObjective) and type(objective).total is TokenObjective.total
+
+
 def weighted_logits(outputs, batch: Batch) -> jax.Array:
     """float32 [B, T, V]: the logits, set to 0 where the loss weight is 0.
 

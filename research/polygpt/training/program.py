@@ -157,9 +157,8 @@ def assemble(
         notes = _undivided_heads(runs.layout, experiment)
     rate, trainable = optim.learning_rate(train.steps), optim.trainable(model.traits)
     seed, accumulate = experiment.seed, optim.accumulate
-    recipe = Recipe(
-        model, experiment.objectives, transformation, rate, trainable, seed, accumulate, optim.ema, train.spikes
-    )
+    given = model, experiment.objectives, transformation, rate, trainable, seed, accumulate, optim.ema, train.spikes
+    recipe = Recipe(*given, experiment.model.logits_block)
     return Program(experiment, model, shapes, recipe, transformation, runs, reason, notes)
 
 

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from polygpt.objectives.base import Objective
+from polygpt.objectives.base import Objective, TokenObjective, depends_on_scores_only
+from polygpt.objectives.blocked import token_losses
 from polygpt.sequence import Batch
 from polygpt.training.randomness import DROPOUT, derive
 from polygpt.training.spikes import SpikeSpec
@@ -31,6 +32,7 @@ class Recipe:
         accumulate: number of microbatches; must divide the batch size.
         ema: decay of the moving average of the parameters, or None.
         spikes: when a step counts as a loss spike, or None for no detection.
+        logits_block: number of positions whose logits exist at a time, or None for all.
     """
 
     model: Any
@@ -42,6 +44,15 @@ class Recipe:
     accumulate: int = 1
     ema: float | None = None
     spikes: SpikeSpec | None = None
+    logits_block: int | None = None
+
+    def blocked(self) -> dict[str, TokenObjective]:
+        """The objectives that are computed without the logits of the whole batch."""
+        return {
+            name: objective
+            for name, (objective, _) in self.objectives.items()
+            if self.logits_block is not None and depends_on_scores_only(objective)
+        }
 
 
 def make_step(recipe: Recipe, reduce: Callable = lambda tree: tree, shard: Callable = lambda: 0) -> Step:
@@ -60,11 +71,20 @@ def make_step(recipe: Recipe, reduce: Callable = lambda tree: tree, shard: Calla
     def loss(params, batch, key, weights):
         params = jax.tree.map(lambda p, train: p if train else jax.lax.stop_gradient(p), params, recipe.trainable)
         outputs = recipe.model.apply(params, batch, key)
+        counts = {name: jnp.where(weight > 0, weight, 1.0) for name, weight in weights.items()}
+        blocked = recipe.blocked()
         means = {
-            name: objective.total(outputs, batch) / jnp.where(weights[name] > 0, weights[name], 1.0)
+            name: objective.total(outputs, batch) / counts[name]
             for name, (objective, _) in recipe.objectives.items()
+            if name not in blocked
         }
-        return sum(share * means[name] for name, (_, share) in recipe.objectives.items()), means
+        value = sum(recipe.objectives[name][1] * mean for name, mean in means.items())
+        if blocked:
+            shares = {name: recipe.objectives[name][1] / counts[name] for name in blocked}
+            head = recipe.model.head(params)
+            own, totals = token_losses(blocked, shares, outputs.hidden_BTD, head, batch, recipe.logits_block)
+            value, means = value + own, means | {name: total / counts[name] for name, total in totals.items()}
+        return value, means
 
     def kept(new, old):
         """`new` for trained variables; the others keep their exact value."""

@@ -51,6 +51,7 @@ SAME_MATHEMATICS = (
     "data.log_examples",
     "train.watchdog",
     "model.decoder.remat",  # recomputation
+    "model.logits_block",
     "model.adapters.*.tower.remat",
 )
 """Settings (and everything below them) that may change on resume, because they do not change results."""

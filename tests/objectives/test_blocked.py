@@ -1,0 +1,156 @@
+"""Losses without the logits of a whole batch equal those with them, and take the memory of a block."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from batches import build, example, lively, tiny
+from polygpt.evaluation.likelihood import token_scores
+from polygpt.models.functional import bind
+from polygpt.objectives import blocked
+from polygpt.objectives.base import TokenObjective, depends_on_scores_only
+from polygpt.objectives.blocked import Head
+from polygpt.objectives.next_token import NextToken
+from polygpt.objectives.z_loss import ZLoss
+
+B, T, D, V = 3, 12, 16, 37
+OBJECTIVES = {"next_token": NextToken(), "smooth": NextToken(label_smoothing=0.2), "z": ZLoss()}
+SHARES = {"next_token": 0.7, "smooth": 0.2, "z": 0.05}
+HEADS = {"tied": (("vocabulary", "width"), 0.5), "own": (("width", "vocabulary"), 1.0)}
+
+
+@pytest.fixture
+def batch():
+    rng = np.random.default_rng(1)
+    weight_BT = rng.choice([0.0, 0.5, 1.0, -0.5], size=(B, T)).astype(np.float32)
+    weight_BT[-1] = 0.0  # a padding row
+    return SimpleNamespace(target_BT=rng.integers(0, V, (B, T), np.int32), weight_BT=weight_BT)
+
+
+def given(kind, dtype="float32"):
+    """Hidden vectors, the weight of the head, and how they become a head."""
+    rng, (axes, multiplier) = np.random.default_rng(0), HEADS[kind]
+    hidden_BTD = jnp.asarray(rng.normal(size=(B, T, D)), dtype)
+    weight = jnp.asarray(rng.normal(size=(V, D) if axes[0] == "vocabulary" else (D, V)) / 2, jnp.float32)
+    return hidden_BTD, weight, lambda weight: Head(weight, axes, multiplier, dtype)
+
+
+def plain(hidden_BTD, head, batch):
+    """The same losses from all logits."""
+    logits_BTV = jnp.einsum(
+        f"btd,{head.letters}->btv", hidden_BTD, head.weight.astype(head.dtype), preferred_element_type=jnp.float32
+    )
+    outputs = SimpleNamespace(logits_BTV=logits_BTV * head.multiplier)
+    totals = {name: objective.total(outputs, batch) for name, objective in OBJECTIVES.items()}
+    return sum(SHARES[name] * total for name, total in totals.items()), totals
+
+
+@pytest.mark.parametrize("block", [1, 7, 12, 10_000])
+@pytest.mark.parametrize("kind, dtype", [("tied", "float32"), ("own", "float32"), ("own", "bfloat16")])
+def test_values_and_gradients_are_those_from_all_logits(kind, dtype, block, batch):
+    hidden_BTD, weight, head = given(kind, dtype)
+
+    def ours(hidden_BTD, weight):
+        return blocked.token_losses(OBJECTIVES, SHARES, hidden_BTD, head(weight), batch, block)
+
+    def theirs(hidden_BTD, weight):
+        return plain(hidden_BTD, head(weight), batch)
+
+    (value, totals), gradients = jax.jit(jax.value_and_grad(ours, (0, 1), has_aux=True))(hidden_BTD, weight)
+    (expected, expected_totals), reference = jax.value_and_grad(theirs, (0, 1), has_aux=True)(hidden_BTD, weight)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(ours)(hidden_BTD, weight)[0], expected, rtol=1e-6)
+    for name, total in totals.items():
+        np.testing.assert_allclose(total, expected_totals[name], rtol=1e-6, err_msg=name)
+    # The plain gradients are rounded to the compute dtype.
+    off = 1e-6 if dtype == "float32" else 2**-8
+    for ours, theirs in zip(gradients, reference, strict=True):
+        assert ours.dtype == theirs.dtype
+        gap = np.linalg.norm(np.float64(ours) - np.float64(theirs)) / np.linalg.norm(np.float64(theirs))
+        assert gap < off, gap
+
+
+def test_gradients_in_bfloat16_are_nearer_to_float32_than_those_from_all_logits(batch):
+    hidden_BTD, weight, head = given("own", "bfloat16")
+    exact = given("own", "float32")[2]
+    rounded = weight.astype("bfloat16").astype("float32")
+    of = jax.grad(lambda w: plain(hidden_BTD.astype("float32"), exact(w), batch)[0])(rounded)
+    theirs = jax.grad(lambda w: plain(hidden_BTD, head(w), batch)[0])(weight)
+    ours = jax.grad(lambda w: blocked.token_losses(OBJECTIVES, SHARES, hidden_BTD, head(w), batch, 8)[0])(weight)
+    assert np.linalg.norm(ours - of) < 1e-5 * np.linalg.norm(of) < np.linalg.norm(theirs - of)
+
+
+@pytest.mark.parametrize("garbage", [np.nan, np.inf, 3e38])
+def test_positions_without_weight_reach_neither_sum_nor_gradient(garbage, batch):
+    hidden_BTD, weight, head = given("tied")
+    dirty_BTD = jnp.where((batch.weight_BT == 0)[..., None], garbage, hidden_BTD)
+
+    @jax.jit
+    def loss(hidden_BTD, weight):
+        return blocked.token_losses(OBJECTIVES, SHARES, hidden_BTD, head(weight), batch, 8)[0]
+
+    clean, dirty = (jax.value_and_grad(loss, (0, 1))(x, weight) for x in (hidden_BTD, dirty_BTD))
+    for ours, theirs in zip(jax.tree.leaves(clean), jax.tree.leaves(dirty), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert not np.any(np.asarray(clean[1][0])[batch.weight_BT == 0]) and np.any(clean[1][0])
+
+
+def test_an_objective_with_a_total_of_its_own_reads_all_logits():
+    class Own(NextToken):
+        def total(self, outputs, batch):
+            return 2 * super().total(outputs, batch)
+
+    class Fewer(TokenObjective):
+        def per_token(self, scores):
+            return scores.log_z
+
+    assert [depends_on_scores_only(o) for o in (NextToken(), ZLoss(), Fewer(), Own())] == [True, True, True, False]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_scores_and_most_likely_tokens_are_those_from_all_logits(tied):
+    batch = build([(example(9, ("image", 4), 6, seed=1),), (example(3, seed=2), example(12, seed=3))], 32)
+    spec = tiny(tied=tied)
+    model = bind(spec, 31)
+    params = lively(model)
+    whole_BT = token_scores(model, params, batch)
+    block_BT = token_scores(bind(spec.replace(logits_block=5), 31), params, batch)
+    np.testing.assert_allclose(block_BT[0], whole_BT[0], rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(block_BT[1], whole_BT[1])
+    assert np.any(whole_BT[0])
+
+
+def test_the_first_of_equally_likely_tokens_is_the_most_likely():
+    weight = jnp.asarray([[0.0], [1.0], [1.0], [-1.0]])
+    hidden_BTD, head = jnp.ones((1, 4, 1)), Head(weight, ("vocabulary", "width"))
+    _, best_BT = blocked.token_scores(hidden_BTD, head, jnp.zeros((1, 4), jnp.int32), 2)
+    assert best_BT.tolist() == [[1] * 4]
+
+
+def test_a_large_vocabulary_takes_less_than_a_tenth_of_the_memory_of_all_logits():
+    """V 50,304, T 1,024, B 8; the memory is what the compiler allocates besides arguments and results."""
+    rows, length, width, vocabulary = 8, 1024, 64, 50_304
+    batch = SimpleNamespace(
+        target_BT=jax.ShapeDtypeStruct((rows, length), jnp.int32),
+        weight_BT=jax.ShapeDtypeStruct((rows, length), jnp.float32),
+    )
+    arguments = (
+        jax.ShapeDtypeStruct((rows, length, width), jnp.float32),
+        jax.ShapeDtypeStruct((vocabulary, width), jnp.float32),
+        batch.target_BT,
+        batch.weight_BT,
+    )
+
+    def memory(loss):
+        def value(hidden_BTD, weight, target_BT, weight_BT):
+            inner = SimpleNamespace(target_BT=target_BT, weight_BT=weight_BT)
+            return loss(hidden_BTD, Head(weight, ("vocabulary", "width")), inner)[0]
+
+        program = jax.jit(jax.value_and_grad(value, (0, 1))).lower(*arguments).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    ours = memory(lambda *given: blocked.token_losses(OBJECTIVES, SHARES, *given, 256))
+    assert ours < 0.1 * memory(plain)
