@@ -13,12 +13,13 @@ from polygpt.models.functional import bind
 from polygpt.objectives import blocked
 from polygpt.objectives.base import TokenObjective, depends_on_scores_only
 from polygpt.objectives.blocked import Head
+from polygpt.objectives.focal import Focal
 from polygpt.objectives.next_token import NextToken
 from polygpt.objectives.z_loss import ZLoss
 
 B, T, D, V = 3, 12, 16, 37
-OBJECTIVES = {"next_token": NextToken(), "smooth": NextToken(label_smoothing=0.2), "z": ZLoss()}
-SHARES = {"next_token": 0.7, "smooth": 0.2, "z": 0.05}
+OBJECTIVES = {"next_token": NextToken(), "smooth": NextToken(label_smoothing=0.2), "z": ZLoss(), "focal": Focal()}
+SHARES = {"next_token": 0.7, "smooth": 0.2, "z": 0.05, "focal": 0.3}
 HEADS = {"tied": (("vocabulary", "width"), 0.5), "own": (("width", "vocabulary"), 1.0)}
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from polygpt.errors import SpecError
 from polygpt.objectives.base import Objective
+from polygpt.objectives.focal import Focal
 from polygpt.objectives.next_token import NextToken
 from polygpt.objectives.z_loss import ZLoss
 
@@ -62,6 +63,22 @@ def test_z_loss_is_the_square_of_the_log_normaliser(logits_BTV, batch):
     total, _ = ZLoss()(outputs(logits_BTV), batch)
     log_z_BT = np.log(np.exp(logits_BTV.astype(np.float64)).sum(-1))
     np.testing.assert_allclose(total, (log_z_BT**2 * batch.weight_BT).sum(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 1.0, 2.5])
+def test_focal_loss_weights_the_cross_entropy_by_what_is_missing_to_certainty(gamma, logits_BTV, batch):
+    total, _ = Focal(gamma)(outputs(logits_BTV), batch)
+    log_p_BT = np.take_along_axis(log_probabilities(logits_BTV), batch.target_BT[..., None], -1)[..., 0]
+    expected_BT = -((1 - np.exp(log_p_BT)) ** gamma) * log_p_BT
+    np.testing.assert_allclose(total, (expected_BT * batch.weight_BT).sum(), rtol=1e-6)
+
+
+def test_focal_loss_of_a_certain_token_has_a_gradient_of_zero():
+    batch = SimpleNamespace(target_BT=jnp.asarray([[0]]), weight_BT=jnp.ones((1, 1)))
+    gradient = jax.grad(lambda logits: Focal()(outputs(logits), batch)[0])(jnp.asarray([[[60.0, 0.0, -5.0]]]))
+    np.testing.assert_allclose(gradient, np.zeros((1, 1, 3)), atol=1e-12)
+    with pytest.raises(SpecError, match="gamma is 0.5"):
+        Focal(0.5)
 
 
 @pytest.mark.parametrize("objective", [NextToken(label_smoothing=0.1), ZLoss()], ids=["next_token", "z_loss"])
