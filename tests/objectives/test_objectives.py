@@ -73,10 +73,14 @@ def test_focal_loss_weights_the_cross_entropy_by_what_is_missing_to_certainty(ga
     np.testing.assert_allclose(total, (expected_BT * batch.weight_BT).sum(), rtol=1e-6)
 
 
-def test_focal_loss_of_a_certain_token_has_a_gradient_of_zero():
+@pytest.mark.parametrize("gamma", [0.0, 1.0, 2.0])
+def test_focal_loss_of_a_certain_token_has_a_gradient_of_zero(gamma):
     batch = SimpleNamespace(target_BT=jnp.asarray([[0]]), weight_BT=jnp.ones((1, 1)))
-    gradient = jax.grad(lambda logits: Focal()(outputs(logits), batch)[0])(jnp.asarray([[[60.0, 0.0, -5.0]]]))
+    gradient = jax.grad(lambda logits: Focal(gamma)(outputs(logits), batch)[0])(jnp.asarray([[[60.0, 0.0, -5.0]]]))
     np.testing.assert_allclose(gradient, np.zeros((1, 1, 3)), atol=1e-12)
+
+
+def test_an_exponent_without_a_finite_gradient_is_refused():
     with pytest.raises(SpecError, match="gamma is 0.5"):
         Focal(0.5)
 

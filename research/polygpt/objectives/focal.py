@@ -21,4 +21,6 @@ class Focal(TokenObjective):
 
     def per_token(self, scores: TokenScores) -> jax.Array:
         log_p = scores.target - scores.log_z
+        if self.gamma == 0:  # the power would have no gradient where p is 1
+            return -log_p
         return -jnp.power(-jnp.expm1(log_p), self.gamma) * log_p
