@@ -10,7 +10,7 @@ from polygpt.errors import SpecError, UserError
 from polygpt.lab.catalogue import variants
 from polygpt.models.functional import bind
 from polygpt.parameters import paths
-from polygpt.sharding import AXES, RULES, TOGETHER, MeshLayout, MeshSpec, arrange, constrain, splits, using
+from polygpt.sharding import ARRAY_AXES, AXES, RULES, MeshLayout, MeshSpec, constrain, is_split, make_layout, use_layout
 
 
 def layout(**sizes) -> MeshLayout:
@@ -68,7 +68,7 @@ def test_every_parameter_of_every_variant_can_be_placed(variant, scan):
     everywhere = layout(data=2, fsdp=2, tensor=2, stage=2)
     shapes = paths(model.abstract())
     for path, names in _flat(model.axes()).items():
-        everywhere.place(names, shapes[path].shape)
+        everywhere.sharding(names, shapes[path].shape)
         if path.startswith("decoder/blocks"):
             assert names[:1] == ("layers",) if scan else "layers" not in names, path
             assert "layers" not in names[1:], path
@@ -82,7 +82,7 @@ def test_every_parameter_of_a_model_names_axes_that_may_meet():
     assert set(named) == set(shapes) and all(len(named[path]) == len(shapes[path].shape) for path in shapes)
     for names in named.values():
         real = {name for name in names if name is not None}
-        assert any(real <= set(together) for together in TOGETHER) or len(real) <= 1
+        assert any(real <= set(together) for together in ARRAY_AXES) or len(real) <= 1
     assert named["decoder/blocks/mlp/up/kernel"] == ("layers", "width", "hidden")
     assert named["adapters/image/tower/blocks/attention/output/kernel"] == (None, "heads", "width")
 
@@ -95,29 +95,29 @@ def _flat(tree, prefix=""):
 
 def test_an_axis_is_split_as_far_as_the_devices_divide_it():
     split = layout(data=2, fsdp=4, tensor=2)
-    assert split.axes(("batch", "positions", "vocabulary"), (16, 8, 30)) == PartitionSpec(
+    assert split.partition_spec(("batch", "positions", "vocabulary"), (16, 8, 30)) == PartitionSpec(
         ("data", "fsdp"), None, "tensor"
     )
-    assert split.axes(("batch", None), (2, 8)) == PartitionSpec("data", None)
-    assert split.axes(("vocabulary", "width"), (31, 16)) == PartitionSpec(None, "fsdp")
+    assert split.partition_spec(("batch", None), (2, 8)) == PartitionSpec("data", None)
+    assert split.partition_spec(("vocabulary", "width"), (31, 16)) == PartitionSpec(None, "fsdp")
     assert split.size("batch") == 8 and split.names("hidden") == ("tensor",) and split.size("positions") == 1
 
 
 def test_a_rule_of_the_experiment_moves_an_axis():
     rules = RULES | {"batch": ("data",), "width": (), "hidden": ("tensor", "fsdp")}
     moved = MeshLayout(AbstractMesh((1, 1, 2, 1, 1, 2), AXES), MeshSpec(data=1, fsdp=2, tensor=2, rules=rules))
-    assert moved.axes(("width", "hidden"), (16, 32)) == PartitionSpec(None, ("tensor", "fsdp"))
+    assert moved.partition_spec(("width", "hidden"), (16, 32)) == PartitionSpec(None, ("tensor", "fsdp"))
 
 
 def test_without_a_layout_nothing_happens_and_inside_one_it_can_be_put_aside():
     x = jnp.zeros((4, 4))
-    assert constrain(x, "batch", None) is x and not splits("batch")
-    with using(layout(data=4)):
-        assert splits("batch")
-        with using(None):
-            assert constrain(x, "batch", None) is x and not splits("batch")
+    assert constrain(x, "batch", None) is x and not is_split("batch")
+    with use_layout(layout(data=4)):
+        assert is_split("batch")
+        with use_layout(None):
+            assert constrain(x, "batch", None) is x and not is_split("batch")
 
 
 def test_one_device_is_a_mesh_too():
-    alone = arrange(MeshSpec(), jax.devices()[:1])
-    assert alone.about() == "data 1" and alone.size("batch") == 1
+    alone = make_layout(MeshSpec(), jax.devices()[:1])
+    assert alone.summary() == "data 1" and alone.size("batch") == 1

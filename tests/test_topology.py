@@ -35,7 +35,7 @@ def test_a_name_that_no_slice_has_is_refused_in_one_line(name):
     ],
 )
 def test_what_google_calls_a_slice_is_translated(name, said):
-    assert topology.translated(name) == said
+    assert topology.explain_name(name) == said
 
 
 def test_without_libtpu_one_line_says_what_to_install(monkeypatch):

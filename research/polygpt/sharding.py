@@ -2,7 +2,7 @@
 
 Modules name the axes of their arrays, such as `("width", "hidden")`, and are independent of devices. An experiment's
 `MeshSpec` sets the size of each mesh axis and which logical axes are split over which. The compiler partitions programs
-traced `using` a layout accordingly; without a layout, the same program runs on one device.
+traced under a layout accordingly; without a layout, the same program runs on one device.
 
 The table follows GSPMD (2105.04663) and the "logical axes" of T5X and Flax.
 """
@@ -47,7 +47,7 @@ RESIDUAL = ("batch", "positions", "features")
 LOGITS = ("batch", "positions", "vocabulary")
 """The axes of logits: if the vocabulary is split, no device ever holds all of them."""
 
-TOGETHER = (
+ARRAY_AXES = (
     ("vocabulary", "width"),
     ("layers", "width", "hidden"),
     ("layers", "width", "heads"),
@@ -118,7 +118,7 @@ class MeshSpec(Spec):
                     raise SpecError(f"MeshSpec.rules[{name!r}] names {axis!r}: {nearest(axis, AXES)}")
             if len(set(axes)) < len(axes):
                 raise SpecError(f"MeshSpec.rules[{name!r}] names an axis twice: {', '.join(axes)}")
-        for array in TOGETHER:
+        for array in ARRAY_AXES:
             for i, one in enumerate(array):
                 for other in array[:i]:
                     if both := set(self.rules[one]) & set(self.rules[other]):
@@ -176,7 +176,7 @@ class MeshLayout:
         """The number of shards of this logical axis."""
         return math.prod(self.mesh.shape[axis] for axis in self.names(logical))
 
-    def axes(self, logical: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
+    def partition_spec(self, logical: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
         """The partitioning of an array with these logical axes; None for an axis that is not split.
 
         If the devices do not divide the size of an axis, it is split over as many leading mesh axes as possible.
@@ -189,20 +189,20 @@ class MeshLayout:
             entries.append(names if len(names) > 1 else names[0] if names else None)
         return PartitionSpec(*entries)
 
-    def place(self, logical: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:
+    def sharding(self, logical: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:
         """The sharding of an array with these logical axes."""
-        return NamedSharding(self.mesh, self.axes(logical, shape))
+        return NamedSharding(self.mesh, self.partition_spec(logical, shape))
 
     def replicated(self) -> NamedSharding:
         """The sharding with a copy on every device."""
         return NamedSharding(self.mesh, PartitionSpec())
 
-    def about(self) -> str:
+    def summary(self) -> str:
         """The axes with more than one device, such as "data 2, tensor 4"."""
         return ", ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items() if size > 1) or "data 1"
 
 
-def arrange(spec: MeshSpec, devices: Sequence[jax.Device]) -> MeshLayout:
+def make_layout(spec: MeshSpec, devices: Sequence[jax.Device]) -> MeshLayout:
     """The mesh of these devices, with network neighbours adjacent.
 
     TPU slices and hosts are connected by slower links, so the outermost axis that they divide runs across them.
@@ -227,7 +227,7 @@ def arrange(spec: MeshSpec, devices: Sequence[jax.Device]) -> MeshLayout:
     return MeshLayout(Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES)), spec)
 
 
-def rows_unit(rules: Mapping[str, tuple[str, ...]], sizes: Mapping[str, int], microbatches: int) -> int:
+def row_multiple(rules: Mapping[str, tuple[str, ...]], sizes: Mapping[str, int], microbatches: int) -> int:
     """The batch size must be a multiple of this, given the sizes of the mesh axes and the pipeline's microbatches.
 
     In the pipeline, the devices of all stages hold parts of the same microbatch.
@@ -243,7 +243,7 @@ _active: ContextVar[MeshLayout | None] = ContextVar("layout", default=None)
 
 
 @contextlib.contextmanager
-def using(layout: MeshLayout | None) -> Iterator[None]:
+def use_layout(layout: MeshLayout | None) -> Iterator[None]:
     """Traces under this layout; None, as inside `shard_map`, traces for a single device."""
     token = _active.set(layout)
     try:
@@ -260,10 +260,10 @@ def active() -> MeshLayout | None:
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     """Constrains the sharding of `x` by its logical axes under the active layout; does nothing without a layout."""
     layout = active()
-    return x if layout is None else jax.lax.with_sharding_constraint(x, layout.place(logical, x.shape))
+    return x if layout is None else jax.lax.with_sharding_constraint(x, layout.sharding(logical, x.shape))
 
 
-def splits(logical: str) -> bool:
+def is_split(logical: str) -> bool:
     """Whether the active layout splits this logical axis."""
     layout = active()
     return layout is not None and layout.size(logical) > 1
@@ -274,6 +274,6 @@ def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return (entry,) if isinstance(entry, str) else entry or ()
 
 
-def tree(layout: MeshLayout, shapes: Any, axes: Any) -> Any:
+def tree_shardings(layout: MeshLayout, shapes: Any, axes: Any) -> Any:
     """The sharding of every leaf; `shapes` contains arrays or their shapes, `axes` a tuple of logical axes for each."""
-    return jax.tree.map(lambda leaf, names: layout.place(names, leaf.shape), shapes, axes)
+    return jax.tree.map(lambda leaf, names: layout.sharding(names, leaf.shape), shapes, axes)

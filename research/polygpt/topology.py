@@ -18,11 +18,11 @@ from jax.experimental import topologies
 
 from polygpt.errors import UserError
 
-FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-SOLID = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16")
-SHAPES = {"v4": SOLID, "v5e": FLAT, "v5p": SOLID, "v6e": FLAT, "tpu7x": SOLID}
+SHAPES_2D = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+SHAPES_3D = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16")
+SHAPES = {"v4": SHAPES_3D, "v5e": SHAPES_2D, "v5p": SHAPES_3D, "v6e": SHAPES_2D, "tpu7x": SHAPES_3D}
 """Slice shapes in chips, by generation; 3D slices may also have any three multiples of 4."""
-COUNTED = {"v4": 2, "v5e": 1, "v5p": 2, "v6e": 1, "tpu7x": 2}
+UNITS_PER_CHIP = {"v4": 2, "v5e": 1, "v5p": 2, "v6e": 1, "tpu7x": 2}
 """What the number in a name such as v5p-128 counts: cores of a chip, or chips (Cloud TPU's page of each generation)."""
 MEGACORE = {"v4": {"chip_config_name": "megacore"}}
 """Generations whose two cores per chip act as one device, where that is not libtpu's own default."""
@@ -67,17 +67,17 @@ def require(name: str) -> None:
     """Raises UserError unless a slice with that name exists; does not use libtpu."""
     generation, _, shape = name.partition(":")
     shapes = SHAPES.get(generation)
-    if said := translated(name):
+    if said := explain_name(name):
         raise UserError(f"no TPU slice is called {name!r}: {said}; {_accepted(_numbered(name)[0])}")
     # libtpu reads an empty name as v2, and accepts shapes that are not offered.
     if shapes is None:
         examples = ", ".join(f"{generation}:{shapes[1]}" for generation, shapes in SHAPES.items())
         raise UserError(f"no TPU slice is called {name!r}: accepted are GENERATION:SHAPE, such as {examples}")
-    if shape not in shapes and not (shapes is SOLID and _multiples_of_4(shape)):
+    if shape not in shapes and not (shapes is SHAPES_3D and _multiples_of_4(shape)):
         raise UserError(f"no TPU slice is called {name!r}: {_accepted(generation)}")
 
 
-def translated(name: str) -> str | None:
+def explain_name(name: str) -> str | None:
     """What a name that ends with a number, as Google's tools call slices, is here; None for any other name.
 
     "v5p-128" is "v5p-128 counts cores, 2 per chip: 64 chips are v5p:4x4x4".
@@ -85,7 +85,7 @@ def translated(name: str) -> str | None:
     generation, number = _numbered(name)
     if generation not in SHAPES or not number.isdecimal():
         return None
-    each = COUNTED[generation]
+    each = UNITS_PER_CHIP[generation]
     chips, counts = int(number) // each, f"{name} counts " + ("chips" if each == 1 else f"cores, {each} per chip")
     shapes = [shape for shape in SHAPES[generation] if math.prod(map(int, shape.split("x"))) == chips]
     if int(number) % each or not shapes:
@@ -130,7 +130,8 @@ def compiled(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
 
 def _accepted(generation: str) -> str:
     shapes = SHAPES[generation]
-    return f"accepted for {generation} are {', '.join(shapes)}" + (", three multiples of 4" if shapes is SOLID else "")
+    more = ", three multiples of 4" if shapes is SHAPES_3D else ""
+    return f"accepted for {generation} are {', '.join(shapes)}{more}"
 
 
 def _multiples_of_4(shape: str) -> bool:

@@ -16,7 +16,7 @@ from problems import assert_agrees, problem  # noqa: E402
 from polygpt import sharding  # noqa: E402
 from polygpt.attention.kernels import dispatch  # noqa: E402
 
-LAYOUT = sharding.arrange(sharding.MeshSpec(), jax.devices())
+LAYOUT = sharding.make_layout(sharding.MeshSpec(), jax.devices())
 
 
 @functools.cache
@@ -24,7 +24,7 @@ def split(backend: str):
     """`attend` with its rows over both devices."""
 
     def attend(rule, operands):
-        with sharding.using(LAYOUT):
+        with sharding.use_layout(LAYOUT):
             return dispatch.attend(rule, operands, backend, strict=True)
 
     return attend

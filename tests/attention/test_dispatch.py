@@ -122,14 +122,14 @@ def test_a_backend_refuses_in_one_line_or_not_at_all(backend):
 
 
 def test_every_backend_is_described_and_can_be_asked_for():
-    about = dispatch.about()
+    about = dispatch.describe()
     assert list(about) == ["auto", *dispatch.BACKENDS] and all(about.values())
     for backend in about:
         MultiHead(2, backend=backend)
 
 
 def test_on_a_tpu_the_library_is_said_to_refuse_decoders_and_does():
-    about = dispatch.about()
+    about = dispatch.describe()
     assert "not decoders, whose mask has spans" in about["library"]
     assert "flex if that does not apply, as for decoders" in about["auto"]
     with dispatch.compiling_for("tpu"):
@@ -154,8 +154,8 @@ def test_rows_over_two_devices_change_nothing():
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install 'polygpt[tpu]'")
 @pytest.mark.parametrize("backend", ["library", "flex"])
 def test_kernels_compile_for_rows_over_several_tpus(backend):
-    layout = sharding.arrange(sharding.MeshSpec(), topology.devices("v5e:2x2"))
-    rows = layout.place(("batch",), (8,))
+    layout = sharding.make_layout(sharding.MeshSpec(), topology.devices("v5e:2x2"))
+    rows = layout.sharding(("batch",), (8,))
     operands = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), shapes(1024, B=8))
 
     def loss(operands):
@@ -168,7 +168,7 @@ def test_kernels_compile_for_rows_over_several_tpus(backend):
     with dispatch.compiling_for("tpu"):
         with pytest.raises(NotImplementedError, match="cannot be automatically partitioned"):
             compiled()
-        with sharding.using(layout):
+        with sharding.use_layout(layout):
             text = compiled()
     assert "tpu_custom_call" in text and "all-gather" not in text, "each device computes its own rows"
 

@@ -61,7 +61,7 @@ def test_a_finished_run_is_neither_trained_nor_evaluated_again(trained, polygpt,
 
 
 def test_an_interrupted_run_is_code_1_so_that_nothing_follows_it(trained, polygpt, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "train", lambda *_, **__: loop.Outcome(2, finished=False, skipped={}))
+    monkeypatch.setattr(loop, "train", lambda *_, **__: loop.TrainResult(2, finished=False, skipped={}))
     code, out, err = polygpt("train", trained.file, "--workdir", tmp_path / "run", "--json")
     assert (code, err) == (1, "polygpt: interrupted at step 2, saved: the same command resumes\n")
     assert json.loads(out)["step"] == 2 and "interrupted at step 2" in json.loads(out)["interrupted"]

@@ -25,7 +25,7 @@ def test_a_preset_names_the_slices_that_its_plans_are_for(path):
     suits, said = load_file(ROOT / "plans" / "write.py").SLICES[path.stem], load_file(path).__doc__
     on = re.search(r"polygpt plan \S+ --on (\S+)", said)[1]
     assert on == suits[0]
-    names = {topology.translated(name).rpartition(" ")[2] for name in re.findall(r"\bv\w+-\d+", said)}
+    names = {topology.explain_name(name).rpartition(" ")[2] for name in re.findall(r"\bv\w+-\d+", said)}
     assert on in names and names <= set(suits)
 
 

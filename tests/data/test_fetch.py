@@ -11,7 +11,7 @@ from tiny_corpus import TEXTS
 
 from polygpt.cli.main import main
 from polygpt.data import corpora
-from polygpt.data.fetch import Unreachable, about, fetch
+from polygpt.data.fetch import Unreachable, fetch, metadata
 from polygpt.data.sources.corpus import Corpus
 from polygpt.errors import UserError
 
@@ -34,7 +34,7 @@ def test_a_corpus_is_fetched_once(registry):
     assert all(file.parent.name == corpora.split_of(name) for name, file in files.items())
     assert files["1803_president_3"].read_text() == corpora.clean(TEXTS["1803_president_3"]) + "\n"
     assert {path.name for path in folder.iterdir()} == {"train", "test", "corpus.json"}
-    said = about(NAME)
+    said = metadata(NAME)
     assert said["package"] == "@tiny/corpus" and said["licence"] == "public domain"
     assert sum(count["documents"] for count in said["splits"].values()) == len(TEXTS)
     assert said["splits"]["test"]["characters"] == sum(
@@ -128,7 +128,7 @@ def test_a_damaged_corpus_says_what_to_remove(registry):
     fetch(NAME)
     (corpora.place(NAME) / "corpus.json").write_text("{")
     with pytest.raises(UserError, match="is damaged .*: remove it, and fetch state-of-the-union again"):
-        about(NAME)
+        metadata(NAME)
 
 
 def test_the_verb_lists_and_fetches(registry, capsys):

@@ -22,5 +22,5 @@ class HalvesWhereSplit(MultiHead):
 
 class HalvesWhereSplitModule(MultiHeadModule):
     def mixed(self, y_BHTe, lse_BHT, x_BTD, context):
-        factor = 1 + self.spec.by if sharding.splits(self.spec.axis) else 1.0
+        factor = 1 + self.spec.by if sharding.is_split(self.spec.axis) else 1.0
         return super().mixed(y_BHTe * factor, lse_BHT, x_BTD, context)

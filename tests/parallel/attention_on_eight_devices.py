@@ -85,10 +85,10 @@ def problem(name: str) -> tuple[Rule, Operands]:
 @functools.cache
 def split(mesh: str, context: str, backend: str):
     """`attend` over this mesh."""
-    layout = sharding.arrange(sharding.MeshSpec(data=1, context=context).replace(**MESHES[mesh]), jax.devices())
+    layout = sharding.make_layout(sharding.MeshSpec(data=1, context=context).replace(**MESHES[mesh]), jax.devices())
 
     def attend(rule, operands):
-        with sharding.using(layout), dispatch.in_blocks_of(2):
+        with sharding.use_layout(layout), dispatch.in_blocks_of(2):
             return dispatch.attend(rule, operands, backend, strict=True)
 
     return attend
@@ -113,16 +113,16 @@ def refusal() -> str:
 
 def compiled(context: str, length: int):
     """A program with gradients of rows of this length, over eight devices."""
-    layout = sharding.arrange(sharding.MeshSpec(data=1, sequence=8, context=context), jax.devices())
+    layout = sharding.make_layout(sharding.MeshSpec(data=1, sequence=8, context=context), jax.devices())
 
     def shape(dtype, names, *sizes):
-        return jax.ShapeDtypeStruct(sizes, dtype, sharding=layout.place(names, sizes))
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=layout.sharding(names, sizes))
 
     arrays = [shape(jnp.float32, ("batch", "heads", "positions", None), 1, 2, length, 64)] * 3
     meta = Meta(*[shape(jnp.int32, ("batch", "positions"), 1, length)] * 5)
 
     def loss(operands):
-        with sharding.using(layout):
+        with sharding.use_layout(layout):
             return jnp.sum(dispatch.attend(Rule(DECODER), operands, "chunked", strict=True)[0])
 
     return jax.jit(jax.grad(loss, allow_int=True)).lower(Operands(*arrays, meta, meta)).compile()

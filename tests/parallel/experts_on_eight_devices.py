@@ -20,7 +20,7 @@ from polygpt.nn.experts import MixtureOfExperts  # noqa: E402
 from polygpt.objectives.load_balance import LoadBalance  # noqa: E402
 from polygpt.objectives.next_token import NextToken  # noqa: E402
 from polygpt.objectives.router_z import RouterZLoss  # noqa: E402
-from polygpt.sharding import MeshSpec, arrange, tree, using  # noqa: E402
+from polygpt.sharding import MeshSpec, make_layout, tree_shardings, use_layout  # noqa: E402
 
 T = 16
 LIGHT = {name: adapter.replace(tower=TOWER.replace(depth=0)) for name, adapter in ADAPTERS.items()}
@@ -69,12 +69,12 @@ def run(form: str, meshes: list[str]) -> dict:
     expected, gradient = jax.jit(step)(params, batch)
     results = {"loss": float(expected), "meshes": {}}
     for name in meshes:
-        layout = arrange(MESHES[name], jax.devices())
-        places = tree(layout, params, model.axes())
-        rows = jax.tree.map(lambda x: layout.place(("batch",) + (None,) * (x.ndim - 1), x.shape), batch)  # noqa: B023
+        layout = make_layout(MESHES[name], jax.devices())
+        places = tree_shardings(layout, params, model.axes())
+        rows = jax.tree.map(lambda x: layout.sharding(("batch",) + (None,) * (x.ndim - 1), x.shape), batch)  # noqa: B023
 
         def split(params, batch):
-            with using(layout):  # noqa: B023
+            with use_layout(layout):  # noqa: B023
                 return step(params, batch)
 
         compiled = jax.jit(split, in_shardings=(places, rows), out_shardings=(None, places))

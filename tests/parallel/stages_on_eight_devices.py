@@ -60,17 +60,17 @@ if __name__ == "__main__":
     loss, expected = jax.jit(gradients(model, batch))(params)
     found = {}
     for name, mesh in MESHES.items():
-        layout = sharding.arrange(mesh, jax.devices())
-        places = sharding.tree(layout, params, model.axes())
+        layout = sharding.make_layout(mesh, jax.devices())
+        places = sharding.tree_shardings(layout, params, model.axes())
 
         def split(params, batch, layout=layout):
-            with sharding.using(layout):
+            with sharding.use_layout(layout):
                 return gradients(model, batch)(params)
 
         here = (
             jax.device_put(params, places),
             jax.tree.map(
-                lambda x, layout=layout: jax.device_put(x, layout.place(("batch", *[None] * (x.ndim - 1)), x.shape)),
+                lambda x, layout=layout: jax.device_put(x, layout.sharding(("batch", *[None] * (x.ndim - 1)), x.shape)),
                 batch,
             ),
         )

@@ -68,7 +68,7 @@ def test_every_variant_is_the_same_with_rows_positions_and_heads_split():
 
 def shapes(layout, T: int) -> Operands:
     def shape(dtype, names, *sizes):
-        return jax.ShapeDtypeStruct(sizes, dtype, sharding=layout.place(names, sizes))
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=layout.sharding(names, sizes))
 
     meta = Meta(*[shape(jnp.int32, ("batch", "positions"), 1, T)] * 5)
     heads = [(8, "heads"), (2, "kv_heads"), (2, "kv_heads")]
@@ -80,12 +80,12 @@ def shapes(layout, T: int) -> Operands:
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install 'polygpt[tpu]'")
 def test_a_ring_of_kernels_compiles_for_tpus():
     spec = MeshSpec(data=1, sequence=4, tensor=2, context="ring")
-    layout = sharding.arrange(spec, topology.devices("v5e:2x4"))
+    layout = sharding.make_layout(spec, topology.devices("v5e:2x4"))
 
     def loss(operands, backend="auto"):
         return jnp.sum(dispatch.attend(Rule(DECODER), operands, backend, strict=True)[0].astype(jnp.float32))
 
-    with dispatch.compiling_for("tpu"), sharding.using(layout):
+    with dispatch.compiling_for("tpu"), sharding.use_layout(layout):
         operands = shapes(layout, 8192)
         text = topology.compiled(jax.jit(jax.grad(loss, allow_int=True)).lower(operands)).as_text()
         refused = "positions are split in a ring, but library cannot compute gradients for a part of the keys"

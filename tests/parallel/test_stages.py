@@ -65,9 +65,9 @@ def test_stages_compile_for_tpus_with_their_kernels(mesh):
     attention = MultiHead(4, head_width=64, backend="flex", strict=True)
     model = bind(tiny(adapters={}, depth=8, width=256, attention=attention, dtype="bfloat16", remat="full"), 512)
     batch = build([[example(400, seed=i), example(112, seed=i)] for i in range(16)], 512, adapters={})
-    layout = sharding.arrange(mesh, topology.devices("v5e:2x4"))
+    layout = sharding.make_layout(mesh, topology.devices("v5e:2x4"))
     shapes = model.abstract()
-    places = sharding.tree(layout, shapes, model.axes())
+    places = sharding.tree_shardings(layout, shapes, model.axes())
 
     def place(x, where):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
@@ -76,10 +76,10 @@ def test_stages_compile_for_tpus_with_their_kernels(mesh):
         return jnp.sum(model.apply(params, batch).logits_BTV * batch.weight_BT[..., None])
 
     def gradients(params, batch):
-        with sharding.using(layout):
+        with sharding.use_layout(layout):
             return jax.grad(loss)(params, batch)
 
-    rows = jax.tree.map(lambda x: place(x, layout.place(("batch", *[None] * (x.ndim - 1)), x.shape)), batch)
+    rows = jax.tree.map(lambda x: place(x, layout.sharding(("batch", *[None] * (x.ndim - 1)), x.shape)), batch)
     with dispatch.compiling_for("tpu"):
         lowered = jax.jit(gradients, out_shardings=places).lower(jax.tree.map(place, shapes, places), rows)
         text = topology.compiled(lowered).as_text()

@@ -76,8 +76,8 @@ if __name__ == "__main__":
         params = lively(model)
         found[what] = {"single": use(model, jax.device_put(params, jax.devices()[0]))}
         for name, mesh in MESHES.items():
-            layout = sharding.arrange(mesh, jax.devices())
-            split = jax.tree.map(jax.device_put, params, sharding.tree(layout, params, model.axes()))
+            layout = sharding.make_layout(mesh, jax.devices())
+            split = jax.tree.map(jax.device_put, params, sharding.tree_shardings(layout, params, model.axes()))
             assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(split))
             found[what][name] = use(model.on(layout), split)
     print(json.dumps(jax.tree.map(lambda x: x.tolist() if isinstance(x, np.ndarray) else x, found)))

@@ -53,14 +53,14 @@ def compared(cls, context_name: str) -> float:
     rng = np.random.default_rng(0)
     state = jax.tree.map(lambda x: x + jnp.float32(rng.normal(0, 0.3, x.shape)), state)
     x_BTD, y_BTD = (jnp.float32(rng.normal(size=(2, T, WIDTH))) for _ in range(2))
-    layout = sharding.arrange(sharding.MeshSpec(data=2, sequence=2, tensor=2, context=context_name), jax.devices())
+    layout = sharding.make_layout(sharding.MeshSpec(data=2, sequence=2, tensor=2, context=context_name), jax.devices())
 
     def total(state, x_BTD, context):
         got_BTD, _ = nnx.merge(graphdef, state)(sharding.constrain(x_BTD, *sharding.RESIDUAL), context)
         return jnp.sum(got_BTD * y_BTD), got_BTD
 
     def answers(layout):
-        with sharding.using(layout):
+        with sharding.use_layout(layout):
             return jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True))(state, x_BTD, context())
 
     def difference(a, b):

@@ -13,7 +13,7 @@ def test_every_check_has_a_finding_and_all_that_is_missing_a_remedy(tmp_path, mo
     checks, figures = zip(*doctor.examine(seconds=0.01, runs=tmp_path / "runs"), strict=True)
     names = [check.name for check in checks]
     assert len(set(names)) == len(names) and {"Python", "packages", "devices", "matmul float32"} <= set(names)
-    assert {name.removeprefix("extra ") for name in names if name.startswith("extra")} == set(doctor.ABOUT)
+    assert {name.removeprefix("extra ") for name in names if name.startswith("extra")} == set(doctor.EXTRAS)
     assert all(check.found and bool(check.remedy) == (check.status != "ok") for check in checks)
     found = {key: value for one in figures for key, value in one.items()}
     assert found["gflops_float32"] > 0 and found["versions"]["jax"] == metadata.version("jax")
@@ -21,7 +21,7 @@ def test_every_check_has_a_finding_and_all_that_is_missing_a_remedy(tmp_path, mo
 
 
 def test_extras_are_those_of_the_package():
-    assert set(doctor.ABOUT) == set(metadata.metadata("polygpt").get_all("Provides-Extra"))
+    assert set(doctor.EXTRAS) == set(metadata.metadata("polygpt").get_all("Provides-Extra"))
 
 
 def test_rate_counts_the_operations_of_products(monkeypatch):

@@ -23,9 +23,9 @@ def test_every_moment_goes_to_one_category_and_the_inner_one_counts(tmp_path):
     clock = Goodput(tmp_path / "goodput.jsonl", begun=time.time() - 5)
     clock.begin(0)
     clock.switch("other")
-    with clock.doing("evaluation"):
+    with clock.track("evaluation"):
         time.sleep(0.02)
-        with clock.doing("checkpoint"):
+        with clock.track("checkpoint"):
             time.sleep(0.05)
     clock.record(1)
     clock.record(2, least=60.0)

@@ -9,7 +9,7 @@ import pytest
 from polygpt.errors import UserError
 from polygpt.runtime import liveness as module
 from polygpt.runtime import processes
-from polygpt.runtime.liveness import FAULT, Liveness, hear_launcher
+from polygpt.runtime.liveness import FAULT, Liveness, listen_to_launcher
 
 
 class Service:
@@ -41,8 +41,8 @@ def test_only_an_error_of_a_collective_waits_to_hear_whose_it_is(error, waits):
     service = Service()
     liveness = Liveness(service, "host:1", 0, ["process 0"], bound=1.0)
     begun = time.monotonic()
-    said = liveness.fail(error)
-    assert (time.monotonic() - begun > 1.0) == waits == bool(said)  # FAREWELL is a tenth
+    said = liveness.announce_failure(error)
+    assert (time.monotonic() - begun > 1.0) == waits == bool(said)  # LINGER is a tenth
     why = said or f"{type(error).__name__}: {error}"
     assert service.texts["polygpt/verdict/0"] == f"process 0 failed: {why}: stopping"
     liveness.close()
@@ -52,7 +52,7 @@ def test_the_text_of_a_collective_is_for_the_log_and_no_wait_is_longer_than_the_
     monkeypatch.setenv(processes.GRACE, "1")
     liveness = Liveness(Service(), "host:1", 0, ["process 0"], 100.0, processes._patience())
     begun = time.monotonic()
-    said = liveness.fail(jax.errors.JaxRuntimeError("Gloo: Connection\nclosed by peer, pair.cc:12"))
+    said = liveness.announce_failure(jax.errors.JaxRuntimeError("Gloo: Connection\nclosed by peer, pair.cc:12"))
     assert "pair.cc" not in said and 0.7 < time.monotonic() - begun < 10
     log, told = capfd.readouterr().err.splitlines()
     assert log == "INFO a collective failed: JaxRuntimeError: Gloo: Connection closed by peer, pair.cc:12"
@@ -64,7 +64,7 @@ def test_the_text_of_a_collective_is_for_the_log_and_no_wait_is_longer_than_the_
 def test_a_fault_of_the_user_is_told_without_host_and_class():
     service = Service()
     liveness = Liveness(service, "host:1", 1, ["process 0 (host a, pid 1)", "process 1 (host a, pid 2)"], bound=4.0)
-    assert liveness.fail(UserError("data.batch_size is 3")) is None
+    assert liveness.announce_failure(UserError("data.batch_size is 3")) is None
     assert service.texts["polygpt/verdict/0"] == f"{FAULT}process 1: data.batch_size is 3"
     liveness.close()
 
@@ -78,8 +78,8 @@ def liveness(monkeypatch):
     def leave(code):
         raise Left(code)
 
-    monkeypatch.setattr(module, "leave", leave)
-    monkeypatch.setattr(module, "FAREWELL", 0.2)
+    monkeypatch.setattr(module, "exit_now", leave)
+    monkeypatch.setattr(module, "LINGER", 0.2)
     made = Liveness(Service(), "host:1", 0, ["process 0", "process 1 (host a, pid 2)"], bound=100.0)
     yield made
     made.close()
@@ -95,14 +95,14 @@ def liveness(monkeypatch):
 )
 def test_a_reported_death_ends_this_process_and_names_the_dead(liveness, capfd, code, how, ends, leaves):
     with pytest.raises(Left) as left:
-        liveness.died(1, code, how)
+        liveness.peer_died(1, code, how)
     assert left.value.args == (leaves,)
     assert capfd.readouterr().err == f"polygpt: process 1 (host a, pid 2) {how}: {ends}\n"
 
 
 def test_a_reported_failure_gives_way_to_an_end_of_its_own(liveness, capfd):
     liveness.closing.set()  # as when this process has left its own verdict, or is done
-    liveness.died(1, 3, "exited with code 3")
+    liveness.peer_died(1, 3, "exited with code 3")
     assert capfd.readouterr().err == ""
 
 
@@ -110,7 +110,7 @@ def test_reports_of_the_launcher_are_read_from_its_pipe(monkeypatch):
     theirs, ours = os.pipe()
     monkeypatch.setenv(module.REPORTS, str(theirs))
     died, came = [], module.threading.Event()
-    hear_launcher(lambda *report: (died.append(report), came.set()))
+    listen_to_launcher(lambda *report: (died.append(report), came.set()))
     assert module.REPORTS not in os.environ and not os.get_inheritable(theirs)
     os.write(ours, b"1 -9 was killed by SIGKILL\n")
     assert came.wait(10) and died == [(1, -9, "was killed by SIGKILL")]

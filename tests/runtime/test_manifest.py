@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from polygpt.runtime.manifest import NAME, Damaged, HalfWritten, Record, read, records, seal, survey, verify
+from polygpt.runtime.manifest import NAME, Damaged, Incomplete, Record, read, records, seal, survey, verify
 
 RECORD = Record(40, 1.5, True)
 
@@ -68,7 +68,7 @@ def test_each_bit_of_the_manifest_itself_counts(place):
 
 def test_without_a_manifest_it_is_half_written(place):
     (place / NAME).unlink()
-    with pytest.raises(HalfWritten, match="incomplete, without manifest.json"):
+    with pytest.raises(Incomplete, match="incomplete, without manifest.json"):
         read(place)
 
 
@@ -114,6 +114,6 @@ def test_a_folder_is_surveyed_in_the_order_of_steps(place):
     (place.parent / "unusable-7").mkdir()
     found = dict(survey(place.parent))
     assert list(found) == [5, 40, 100]
-    assert isinstance(found[100], HalfWritten)
+    assert isinstance(found[100], Incomplete)
     assert records(place.parent) == [Record(5, None, False), RECORD]
     assert json.loads((place / NAME).read_text())["metric"] == 1.5

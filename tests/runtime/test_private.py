@@ -32,11 +32,11 @@ def test_both_kinds_of_orbaxs_barriers_are_met_at_ours(monkeypatch):
     for name in ("sync_global_processes", "get_barrier_sync_fn"):
         monkeypatch.setattr(multihost, name, getattr(multihost, name))  # so that it is put back
     met = []
-    private.orbax_meets_at(met.append)
+    private.set_orbax_barrier(met.append)
     multihost.sync_global_processes("Checkpointer:save", timeout=3, processes={0})
     multihost.get_barrier_sync_fn(processes={0})(key="commit", timeout_ms=5)
     assert met == ["Checkpointer:save", "commit"]
 
 
 def test_a_machine_that_is_no_pod_is_alone():
-    assert private.pod() is None
+    assert private.pod_cluster() is None

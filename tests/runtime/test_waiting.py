@@ -34,11 +34,11 @@ def test_a_warning_has_the_voice_of_the_command_line_and_what_is_for_the_log_its
 def test_what_cannot_be_given_up_ends_with_the_process_at_its_bound():
     waits = """
 import time
-from polygpt.runtime.waiting import Bound, saying
-with saying("quick", bound=Bound(60.0, "never said")):
+from polygpt.runtime.waiting import Deadline, report_waiting
+with report_waiting("quick", deadline=Deadline(60.0, "never said")):
     pass
-with saying("start-up: still waiting", bound=Bound(0.3, "start-up: not here after 0.3 s (train.processes.x)")):
+with report_waiting("start-up: still waiting", deadline=Deadline(0.3, "not here after 0.3 s (train.processes.x)")):
     time.sleep(60)
 """
     done = subprocess.run([sys.executable, "-c", waits], capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stderr) == (2, "polygpt: start-up: not here after 0.3 s (train.processes.x)\n")
+    assert (done.returncode, done.stderr) == (2, "polygpt: not here after 0.3 s (train.processes.x)\n")

@@ -41,27 +41,27 @@ def test_a_step_may_take_a_multiple_of_the_median_and_other_things_have_their_ow
     spec = WatchdogSpec(factor=5, minimum=2, compile=100, checkpoint=200, evaluation=300)
     dog = Watchdog(spec, clock, tmp_path)
     clock.time = 7.0
-    assert dog.halt() == (7.0, 100.0), "starting up counts as compiling"
-    with clock.doing("compile"):
+    assert dog.stalled() == (7.0, 100.0), "starting up counts as compiling"
+    with clock.track("compile"):
         clock.time = 57.0
-        assert dog.halt() == (50.0, 100.0)
+        assert dog.stalled() == (50.0, 100.0)
     clock.switch("other")
-    dog.finished(1)
+    dog.step_finished(1)
     for step in range(2, 5):
         clock.time += 1.0 if step < 4 else 60.0
-        dog.finished(step)
+        dog.step_finished(step)
     clock.time += 4.0
-    assert dog.halt() == (4.0, 5.0), "the median of 1, 1 and 60"
-    with clock.doing("evaluation"):
+    assert dog.stalled() == (4.0, 5.0), "the median of 1, 1 and 60"
+    with clock.track("evaluation"):
         clock.time += 250.0
-        assert dog.halt() == (250.0, 300.0)
-        dog.rest()
-    assert dog.halt() == (0.0, 5.0)
-    with clock.doing("checkpoint"):
-        assert dog.halt()[1] == 200.0
-    with clock.doing("input_wait"):
+        assert dog.stalled() == (250.0, 300.0)
+        dog.restart_timer()
+    assert dog.stalled() == (0.0, 5.0)
+    with clock.track("checkpoint"):
+        assert dog.stalled()[1] == 200.0
+    with clock.track("input_wait"):
         clock.time += 9.0
-        assert dog.halt() == (9.0, 5.0)
+        assert dog.stalled() == (9.0, 5.0)
 
 
 def test_what_hangs_is_named_with_the_step_the_activity_and_the_barrier(tmp_path, capsys, monkeypatch):
@@ -69,12 +69,12 @@ def test_what_hangs_is_named_with_the_step_the_activity_and_the_barrier(tmp_path
     clock, release = Goodput(None), threading.Event()
 
     def a_source_that_hangs():
-        with clock.doing("input_wait"):
+        with clock.track("input_wait"):
             release.wait(30)
 
     clock.switch("other")
     with Watchdog(WatchdogSpec(minimum=0.1), clock, tmp_path) as dog:
-        dog.finished(17)
+        dog.step_finished(17)
         thread = threading.Thread(target=a_source_that_hangs)
         thread.start()
         wait_for(lambda: stacks(tmp_path) and "a_source_that_hangs" in stacks(tmp_path)[0].read_text())
@@ -111,7 +111,7 @@ def test_it_ends_the_process_though_nobody_reads_what_it_says(tmp_path, monkeypa
         flush = write
 
     left = []
-    monkeypatch.setattr(watchdog, "leave", left.append)
+    monkeypatch.setattr(watchdog, "exit_now", left.append)
     dog = Watchdog(WatchdogSpec(action="exit"), Clock(), tmp_path)
     dog._goodput.switch("other")
     monkeypatch.setattr(watchdog.sys, "stderr", Closed())

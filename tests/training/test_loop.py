@@ -25,10 +25,10 @@ from polygpt.runtime.checkpoint import records
 from polygpt.runtime.manifest import Record
 from polygpt.spec import to_json
 from polygpt.training import held_out, trainer
-from polygpt.training.held_out import MetricState, pick
+from polygpt.training.held_out import MetricState, select_metric
 from polygpt.training.loggers import JsonLines, Silent
 from polygpt.training.loop import train
-from polygpt.training.resuming import about
+from polygpt.training.resuming import resume_messages
 from polygpt.training.run import open_run
 from polygpt.training.trainer import Trainer
 from polygpt.training.workdir import load_experiment
@@ -229,7 +229,7 @@ def test_a_run_that_stopped_early_goes_on_when_its_patience_is_lifted(stale, tmp
 
 def said(chosen, workdir, done, finished, **before):
     """What a person is told; `before` is what was set when the checkpoint was written."""
-    return about(chosen, workdir, done, finished, to_json(override(chosen, before)))
+    return resume_messages(chosen, workdir, done, finished, to_json(override(chosen, before)))
 
 
 def test_a_person_is_told_what_more_steps_do_to_the_learning_rate(tmp_path):
@@ -260,7 +260,7 @@ def test_the_options_that_a_person_is_told_end_the_jump(tmp_path, chosen):
     for words in (r"--optim.schedule_steps (\d+) keeps", r"--optim.schedule_steps (\d+) --optim.rewarm (\d+)"):
         told = dict(zip(("schedule_steps", "rewarm"), map(int, re.search(words, again).groups()), strict=False))
         more = extended.replace(train=extended.train.replace(steps=400), optim=plain.optim.replace(**told))
-        assert len(about(more, tmp_path, 200, False, to_json(extended))) == 1, f"{words} jumps"
+        assert len(resume_messages(more, tmp_path, 200, False, to_json(extended))) == 1, f"{words} jumps"
 
 
 def test_more_steps_keep_the_learning_rate_or_raise_it_again_and_resume_to_the_bit(tmp_path):
@@ -508,10 +508,10 @@ def test_rows_longer_than_the_position_encoding_are_refused():
 
 def test_the_metric_is_the_mean_loss_or_a_tasks_figure():
     tasks = {"sum": {"loss": 1.0, "accuracy": 0.75}, "text": {"loss": 2.0}}
-    assert pick(tasks, "loss") == 1.5 and pick(tasks, "loss", ["sum"]) == 1.0
-    assert pick(tasks, "sum/accuracy") == 0.75
+    assert select_metric(tasks, "loss") == 1.5 and select_metric(tasks, "loss", ["sum"]) == 1.0
+    assert select_metric(tasks, "sum/accuracy") == 0.75
     with pytest.raises(UserError, match="train.metric is 'text/accuracy', but text has only loss: choose one of these"):
-        pick(tasks, "text/accuracy")
+        select_metric(tasks, "text/accuracy")
 
 
 def test_a_checkpoint_that_cannot_be_read_is_one_clear_line(tmp_path):

@@ -49,7 +49,7 @@ def test_a_held_out_task_that_changes_parameters_is_refused_before_training():
 def test_what_is_printed_when_a_run_begins_names_the_base_of_mup_and_its_factors():
     tiny = experiment()
     grown = tiny.replace(model=tiny.model.replace(mup=MuP({"decoder.width": 4})))
-    first, base, header, *rows = assemble(grown, vocabulary=256).about().splitlines()
+    first, base, header, *rows = assemble(grown, vocabulary=256).summary().splitlines()
     assert first.startswith("tiny: ") and base == "muP, relative to a base model with decoder.width 4"
     assert "muP" in header and any("hidden x 0.25" in " ".join(row.split()) for row in rows)
-    assert "muP" not in assemble(tiny, vocabulary=256).about()
+    assert "muP" not in assemble(tiny, vocabulary=256).summary()

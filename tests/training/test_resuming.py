@@ -6,7 +6,7 @@ import re
 import pytest
 
 from polygpt.runtime.checkpoint import CheckpointSpec
-from polygpt.training.resuming import lost, unsaved
+from polygpt.training.resuming import lost_steps, unsaved_steps
 
 SPEC = CheckpointSpec(every=500, every_minutes=2.5)
 
@@ -18,18 +18,18 @@ SPEC = CheckpointSpec(every=500, every_minutes=2.5)
 def test_steps_that_were_not_saved_are_told(tmp_path, done, words, name):
     lines = [{"from": 0, "step": 100, "seconds": {}}, {"from": 100, "step": 370, "seconds": {}}]
     (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"st')
-    (line,) = lost(tmp_path, done, SPEC)
+    (line,) = lost_steps(tmp_path, done, SPEC)
     assert re.search(words, line) and "checkpoint.every 500, every_minutes 2.5" in line
-    assert lost(tmp_path, 370, SPEC) == []
-    assert lost(tmp_path / "none", 0, SPEC) == []
+    assert lost_steps(tmp_path, 370, SPEC) == []
+    assert lost_steps(tmp_path / "none", 0, SPEC) == []
 
 
 def test_a_step_that_a_rewind_is_to_take_again_is_not_lost(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 50}\n{"step": 51, "rewound_from": 57}\n')
-    assert lost(tmp_path, 50, SPEC) == []
+    assert lost_steps(tmp_path, 50, SPEC) == []
 
 
 def test_a_process_that_ends_says_what_it_has_not_saved():
-    assert unsaved(370, 370) == []
-    assert re.search(r"1 step \(370 to 370\) not saved.*resumes at step 369", *unsaved(369, 370))
-    assert re.search(r"370 steps \(1 to 370\) not saved.*starts over", *unsaved(0, 370))
+    assert unsaved_steps(370, 370) == []
+    assert re.search(r"1 step \(370 to 370\) not saved.*resumes at step 369", *unsaved_steps(369, 370))
+    assert re.search(r"370 steps \(1 to 370\) not saved.*starts over", *unsaved_steps(0, 370))

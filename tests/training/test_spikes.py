@@ -115,13 +115,13 @@ def test_settings_that_make_no_sense_are_refused(field, value):
 def test_rewinds_are_counted_with_the_spikes_that_they_undid_and_are_not_endless():
     rewinds = Rewinds(SpikeSpec(action="rewind", patience=2, rewinds=2), Rewound(times=1, spikes=3))
     metrics = {"spikes": 4.0, "spikes_in_row": 1.0}
-    rewinds.see(8, "after 8", metrics)
+    rewinds.observe(8, "after 8", metrics)
     assert not rewinds.due and metrics == {"spikes": 7.0, "spikes_in_row": 1.0, "rewinds": 1.0}
-    rewinds.see(9, "after 9", {"spikes": 5.0, "spikes_in_row": 2.0})
+    rewinds.observe(9, "after 9", {"spikes": 5.0, "spikes_in_row": 2.0})
     assert rewinds.due and rewinds.begin() == (9, "after 9")
     rewinds.end(spikes=1)
-    assert not rewinds.due and rewinds.undone == Rewound(times=2, spikes=3 + 4)
-    rewinds.see(12, "after 12", {"spikes": 3.0, "spikes_in_row": 2.0})
+    assert not rewinds.due and rewinds.totals == Rewound(times=2, spikes=3 + 4)
+    rewinds.observe(12, "after 12", {"spikes": 3.0, "spikes_in_row": 2.0})
     with pytest.raises(Diverged, match="step 12: the loss spiked 2 times in a row, after 2 rewinds: "):
         rewinds.begin()
 
@@ -129,5 +129,5 @@ def test_rewinds_are_counted_with_the_spikes_that_they_undid_and_are_not_endless
 @pytest.mark.parametrize("spec", [None, SpikeSpec(action="skip", patience=1)])
 def test_without_the_action_there_are_no_rewinds(spec):
     rewinds, metrics = Rewinds(spec), {"spikes": 2.0, "spikes_in_row": 2.0}
-    rewinds.see(3, None, metrics)
+    rewinds.observe(3, None, metrics)
     assert not rewinds.due and metrics.get("rewinds", 0) == 0 and metrics["spikes"] == 2

@@ -119,7 +119,7 @@ def test_the_moving_average_follows_its_formula():
         decay = min(0.5, (1 + i) / (10 + i))
         average = decay * average + (1 - decay) * state.params["hidden"]["kernel"]
     np.testing.assert_allclose(state.ema["hidden"]["kernel"], average, rtol=1e-5)
-    assert state.averaged is state.ema and prepare()[0].averaged is not None
+    assert state.eval_params is state.ema and prepare()[0].eval_params is not None
 
 
 def test_frozen_parameters_stay_and_get_no_gradient():

@@ -11,7 +11,7 @@ from polygpt.errors import UserError
 from polygpt.overrides import override
 from polygpt.runtime.manifest import Record, seal
 from polygpt.spec import load_file, to_json
-from polygpt.training.workdir import SAME_MATHEMATICS, claim, require_same
+from polygpt.training.workdir import EQUIVALENT_SETTINGS, claim, require_same
 
 
 def saved(folder, made):
@@ -74,7 +74,7 @@ def test_other_mathematics_are_another_run(workdir, changes, named):
 
 
 def test_the_settings_that_may_change_exist():
-    for name in SAME_MATHEMATICS:
+    for name in EQUIVALENT_SETTINGS:
         spec = quickstart()
         for part in name.split("."):
             if part == "*":

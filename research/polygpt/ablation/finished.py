@@ -17,7 +17,7 @@ from polygpt.overrides import override
 from polygpt.report.finish import RESULTS
 from polygpt.training.experiment import Experiment
 from polygpt.training.held_out import MetricState
-from polygpt.training.workdir import drop_same_mathematics, load_experiment
+from polygpt.training.workdir import drop_equivalent_settings, load_experiment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +82,7 @@ def _out_of_patience(experiment: Experiment, chosen: Mapping[int, float | None])
 def _config(experiment) -> dict[str, Any]:
     """The experiment as JSON, plus the code of user classes by file name."""
     data = json.loads(json.dumps(spec.to_json(experiment.replace(seed=0, name="any"))))
-    drop_same_mathematics(data)
+    drop_equivalent_settings(data)
     files = {file for cls in sources.user_classes(experiment) if (file := sources.file_of(cls))}
     code = {file.stem.replace(".", "_"): sources.code_hash(file)[:8] for file in sorted(files)}
     return data | ({"code": code} if code else {})

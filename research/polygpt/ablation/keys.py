@@ -16,7 +16,7 @@ from polygpt import spec
 from polygpt.sources import code_hash, file_of, user_classes
 from polygpt.spec import Spec
 from polygpt.training.experiment import Experiment
-from polygpt.training.workdir import drop_same_mathematics
+from polygpt.training.workdir import drop_equivalent_settings
 
 FORMER_CLASSES: dict[str, str] = {}
 """Former locations of moved classes, by "module:Class"; keys still use them."""
@@ -28,7 +28,7 @@ keys."""
 def key(experiment: Experiment) -> str:
     """The key of a run: a SHA-256 of its configuration, VERSION and the code of classes outside the package.
 
-    Excludes the name, settings that do not change results (`workdir.SAME_MATHEMATICS`), and the location of code files.
+    Excludes the name, settings that do not change results (`workdir.EQUIVALENT_SETTINGS`), and paths of code files.
     Of a file of code everything counts except comments, the module docstring, and the functions `ablation` and
     `experiment`. Fields at their defaults are omitted, so results stay valid when a field is added whose default keeps
     the old behaviour. They also survive renames listed in `migration.RENAMED` or FORMER_CLASSES.
@@ -44,7 +44,7 @@ def key_of(configured: str, seed: int) -> str:
 def configured(experiment: Experiment) -> str:
     """Everything that the key depends on except the seed, as text."""
     data = _given(experiment.replace(seed=0, name="any"))
-    drop_same_mathematics(data)
+    drop_equivalent_settings(data)
     sources = {
         f"{file.name}:{cls.__qualname__}": code_hash(file) for cls in user_classes(experiment) if (file := file_of(cls))
     }

@@ -179,7 +179,7 @@ class _Group:
         given = self.tokenizer, experiment.model.adapters, experiment.data.layout, plan
         tasks = []
         for i, stopped in enumerate(self.course.stopped):
-            params = self.pick(self.state.averaged, i)
+            params = self.pick(self.state.eval_params, i)
             tasks.append({} if stopped else evaluate(self.program.evaluated, params, *given, cache=self.cache)["tasks"])
         self.course.evaluations.append((self.course.done, tasks))
 

@@ -37,7 +37,7 @@ class TextEmbedding(nnx.Module):
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """[B, T, D] -> float32 [B, T, V]."""
         flat = x_BTD.astype(self.dtype)
-        if not sharding.splits("positions"):
+        if not sharding.is_split("positions"):
             flat = flat.reshape(-1, x_BTD.shape[-1])
         table = self.table[...].astype(self.dtype)
         logits = jnp.einsum("...d,vd->...v", flat, table, preferred_element_type=jnp.float32)
@@ -52,8 +52,8 @@ def _sharded_lookup(table_VD: jax.Array, tokens_BT: jax.Array, layout: sharding.
     Megatron-LM (1909.08053), section 3. Left to itself, the compiler would all-gather the whole table and all-reduce
     the whole gradient.
     """
-    table = layout.axes(("vocabulary", "width"), table_VD.shape)
-    rows = layout.axes(("batch", "positions", None), (*tokens_BT.shape, 1))
+    table = layout.partition_spec(("vocabulary", "width"), table_VD.shape)
+    rows = layout.partition_spec(("batch", "positions", None), (*tokens_BT.shape, 1))
 
     def per_device(table_VD, tokens_BT):
         if table[1] is not None:  # a lookup reads whole rows of the table

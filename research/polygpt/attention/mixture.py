@@ -67,7 +67,7 @@ def _by_set(linear: Linear, x_BTD: jax.Array, context: Context) -> jax.Array:
     own_BTs = jax.nn.one_hot(jnp.clip(context.query.modality, 0, sets - 1), sets, dtype=bool)
     wide_BTE = jnp.where(own_BTs[..., None], x_BTD[:, :, None, :], 0).astype(linear.dtype)
     # Flatten the leading axes as in `Linear`, unless positions are split over devices.
-    rows = (B, T) if sharding.splits("positions") else (B * T,)
+    rows = (B, T) if sharding.is_split("positions") else (B * T,)
     kernel = linear.kernel[...].astype(linear.dtype).reshape(sets * D, -1)
     y_BTE = (wide_BTE.reshape(*rows, sets * D) @ kernel).reshape(B, T, -1)
     if linear.bias is None:

@@ -113,7 +113,7 @@ def pipeline(
             copy of its own.
     """
     P, R, M = schedule.stages, schedule.repeats, schedule.microbatches
-    with sharding.using(_within(sharding.active())):
+    with sharding.use_layout(_within(sharding.active())):
         params = jax.tree.map(lambda leaf: _by_stage(leaf, P, R), params)
         all_stages = jax.vmap(_stage(body, schedule, policy), spmd_axis_name=_names() or None)
         # Stage 0 reads each microbatch from the microbatch buffer and finds it there again one repeat later. The
@@ -208,7 +208,7 @@ def _on_stages(x, *names: str | None):
     layout = sharding.active()
     if layout is None:
         return x
-    split = layout.axes(("stages", *names), x.shape[: 1 + len(names)])
+    split = layout.partition_spec(("stages", *names), x.shape[: 1 + len(names)])
     rest = [PartitionSpec.UNCONSTRAINED] * (x.ndim - len(split))
     return jax.lax.with_sharding_constraint(x, NamedSharding(layout.mesh, PartitionSpec(*split, *rest)))
 

@@ -31,7 +31,7 @@ def run(arguments: Namespace) -> dict:
     from polygpt.lab import catalogue
 
     entries = [catalogue.entry(cls) for cls in catalogue.variants()]
-    backends = dispatch.about()
+    backends = dispatch.describe()
     if arguments.markdown:
         print(catalogue.markdown(entries))
     else:

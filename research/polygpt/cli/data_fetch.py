@@ -25,13 +25,13 @@ def run(arguments: Namespace) -> dict:
     """Fetches or lists; returns the folders and sizes of the corpora."""
     from polygpt.cli.progress import Progress
     from polygpt.data.corpora import CATALOGUE, place
-    from polygpt.data.fetch import about, fetch
+    from polygpt.data.fetch import fetch, metadata
 
     if arguments.name is None:
         return _list()
     with Progress("fetching") as progress:
         fetched = fetch(arguments.name, progress)
-    folder, found = place(arguments.name), about(arguments.name)
+    folder, found = place(arguments.name), metadata(arguments.name)
     sizes = ", ".join(
         f"{split} {count['documents']} documents of {count['characters']:,} characters"
         for split, count in found["splits"].items()

@@ -42,6 +42,6 @@ def run(arguments: Namespace) -> dict:
         return done
     if outcome.stopped:
         return done | {"interrupted": "interrupted: the same command resumes"}
-    if local.AT_FAULT in outcome.exit_codes:
+    if local.INVALID_INPUT in outcome.exit_codes:
         return done | {"fault": f"the processes exited: see the logs in {logs}"}
     return done | {"interrupted": f"{outcome.cause}: see {logs}; the same command resumes"}

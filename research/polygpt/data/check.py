@@ -126,14 +126,14 @@ def _walk(name, task, data, tokenizer, adapters, progress) -> Findings:
     named: set[Path] = set()
     for i in range(len(examples)):
         example: Example | None = None
-        watched = {modality: fit.Watched(adapter) for modality, adapter in adapters.items()}
+        watched = {modality: fit.FrameCounter(adapter) for modality, adapter in adapters.items()}
         try:
             example = examples[i]
             named |= {p.source for p in example.parts if isinstance(p, Medium) and isinstance(p.source, Path)}
             row = lay_out(example, data.layout, tokenizer, watched, prompt_weight=task.prompt_weight)
         except BadRecord as fault:
             faults.append(fault)
-            if example is not None and fit.mendable(fault):
+            if example is not None and fit.fixable_by_settings(fault):
                 needs.append(fit.need_beyond(example, data.layout, tokenizer, adapters))
         else:
             lengths.append(len(row))

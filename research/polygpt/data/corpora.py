@@ -14,7 +14,7 @@ from pathlib import Path
 
 from polygpt.cache_folder import cache_folder
 
-ABOUT = "corpus.json"
+METADATA = "corpus.json"
 HELD_OUT = 10  # one document in ten is held out for testing
 
 

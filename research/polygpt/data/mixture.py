@@ -62,7 +62,7 @@ class Order:
             self._epochs[name] = epoch, numbers
         return name, position, numbers[i]
 
-    def drawn(self, index: int) -> dict[str, int]:
+    def drawn_before(self, index: int) -> dict[str, int]:
         """Number of examples of each task drawn in this resharding before an index."""
         return {name: turn - self._before[name] for name, turn in self._turns(index).items()}
 
@@ -107,7 +107,7 @@ def reshard(
         The new resharding. It depends only on the arguments, so all processes compute the same one.
     """
     old = orders[0].resharding
-    drawn = [order.drawn(index) for order, index in zip(orders, following, strict=True)]
+    drawn = [order.drawn_before(index) for order, index in zip(orders, following, strict=True)]
     kept = [order[index][:2] for order, indices in zip(orders, waiting, strict=True) for index in indices]
     frontier, left = {}, {}
     for task in orders[0].tasks:

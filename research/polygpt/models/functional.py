@@ -180,7 +180,7 @@ class Model:
             return self.replicated(module.weights(batch, chosen_R))
 
     def _split(self) -> contextlib.AbstractContextManager:
-        return contextlib.nullcontext() if self.layout is None else sharding.using(self.layout)
+        return contextlib.nullcontext() if self.layout is None else sharding.use_layout(self.layout)
 
     def _build(self, key: jax.Array) -> MultimodalModel:
         return MultimodalModel(self.spec, self.vocabulary, nnx.Rngs(key))

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from polygpt.nn.grouping import through_sorted
 from polygpt.nn.router import Routing
-from polygpt.sharding import active, mesh_axes, using
+from polygpt.sharding import active, mesh_axes, use_layout
 
 Kernels = tuple[jax.Array, jax.Array, jax.Array]
 """gate and up [E, D, F], down [E, F, D]."""
@@ -34,7 +34,7 @@ def _buffers(x_BECD, *logical):
     layout = active()
     if layout is None:
         return x_BECD
-    rows, experts, *rest = layout.axes(logical, x_BECD.shape)
+    rows, experts, *rest = layout.partition_spec(logical, x_BECD.shape)
     # A mesh axis that splits the experts cannot split the rows too.
     rows = tuple(axis for axis in mesh_axes(rows) if axis not in mesh_axes(experts))
     return jax.lax.with_sharding_constraint(x_BECD, NamedSharding(layout.mesh, PartitionSpec(rows, experts, *rest)))
@@ -50,9 +50,9 @@ def dropless(
     layout = active()
     if layout is None:
         return _sorted(x_BTD, routing, kernels, function)
-    rows, positions, _ = layout.axes(("batch", "positions", None), x_BTD.shape)
+    rows, positions, _ = layout.partition_spec(("batch", "positions", None), x_BTD.shape)
     local = PartitionSpec(rows, positions, None)
-    experts, _, hidden = layout.axes(("experts", None, "hidden"), kernels[0].shape)
+    experts, _, hidden = layout.partition_spec(("experts", None, "hidden"), kernels[0].shape)
     inward, outward = PartitionSpec(experts, None, hidden), PartitionSpec(experts, hidden, None)
     gathered = tuple(axis for axis in mesh_axes(experts) if axis in mesh_axes(rows))
     summed = tuple(axis for axis in (*mesh_axes(experts), *mesh_axes(hidden)) if axis not in gathered)
@@ -67,7 +67,7 @@ def dropless(
             local_BTk = routing.expert_BTk - own * jax.lax.axis_index(experts)
             mine_BTk = (local_BTk >= 0) & (local_BTk < own)
             routing = Routing(jnp.where(mine_BTk, local_BTk, own), routing.weight_BTk)
-        with using(None):
+        with use_layout(None):
             y_BTD = _sorted(x_BTD, routing, kernels, function)
         if summed:
             y_BTD = jax.lax.psum(y_BTD, summed)

@@ -43,7 +43,7 @@ class Linear(nnx.Module):
         """[..., inputs] -> [..., outputs], computed in `dtype`; `output_dtype="float32"` returns the unrounded sums."""
         kernel = self.kernel[...].astype(self.dtype)
         flat = x.astype(self.dtype)
-        if not sharding.splits("positions"):
+        if not sharding.is_split("positions"):
             flat = flat.reshape(-1, kernel.shape[0])
         y = jnp.matmul(flat, kernel, preferred_element_type=output_dtype).reshape(*x.shape[:-1], kernel.shape[1])
         return y if self.bias is None else y + broadcast_to_rank(self.bias[...].astype(y.dtype), y.ndim)

@@ -101,9 +101,9 @@ class _Plan:
         self.vocabulary = head.weight.shape[head.axes.index("vocabulary")]
         self.rows = self.columns = self.split = ()
         if layout is not None:
-            place = layout.axes(("batch", "positions"), (B, T))
+            place = layout.partition_spec(("batch", "positions"), (B, T))
             self.rows, self.columns = map(sharding.mesh_axes, place)
-            self.place, self.weight_place = place, layout.axes(head.axes, head.weight.shape)
+            self.place, self.weight_place = place, layout.partition_spec(head.axes, head.weight.shape)
             by_name = dict(zip(head.axes, self.weight_place, strict=True))
             self.split, self.width = (sharding.mesh_axes(by_name[name]) for name in ("vocabulary", "width"))
             B, T = (
@@ -258,7 +258,7 @@ class _Plan:
 
     def _on_mesh(self, function, inputs: Any, outputs: Any):
         def alone(*arguments):
-            with sharding.using(None):
+            with sharding.use_layout(None):
                 return function(*arguments)
 
         return jax.shard_map(alone, mesh=self.layout.mesh, in_specs=inputs, out_specs=outputs, check_vma=False)

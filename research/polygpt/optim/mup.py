@@ -54,7 +54,7 @@ class MuP(Spec):
         except SpecError as error:
             raise SpecError(f"model.mup.base: {str(error).removeprefix('--')}") from None
 
-    def about(self) -> str:
+    def summary(self) -> str:
         """A one-line description."""
         return "muP, relative to a base model with " + ", ".join(f"{name} {value}" for name, value in self.base.items())
 

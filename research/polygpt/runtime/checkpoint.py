@@ -24,7 +24,7 @@ import jax
 
 from polygpt.errors import UserError
 from polygpt.runtime import manifest
-from polygpt.runtime.manifest import Damaged, HalfWritten, Record, records
+from polygpt.runtime.manifest import Damaged, Incomplete, Record, records
 from polygpt.runtime.processes import agree, barrier, first_fault
 from polygpt.runtime.storage import storage_fault
 from polygpt.spec import Spec
@@ -184,7 +184,7 @@ class Checkpoints:
         self._records[step] = record = dataclasses.replace(record, metric=float(metric))
         if self._primary:
             try:
-                manifest.rerecord(self.folder / str(step), record)
+                manifest.update_record(self.folder / str(step), record)
             except (OSError, Damaged) as error:
                 log.warning("cannot add the metric to checkpoint %s/%d: %s", self.folder, step, first_line(error))
 
@@ -223,7 +223,7 @@ class Checkpoints:
         for leftover in [*self.folder.glob("*.orbax-checkpoint-tmp*"), *self.folder.glob("removed-*")]:
             _remove(leftover)
         for step, found in manifest.survey(self.folder):
-            if isinstance(found, HalfWritten):
+            if isinstance(found, Incomplete):
                 _set_aside(self.folder / str(step), str(found))
             elif isinstance(found, Damaged):
                 self._damaged[step] = str(found)

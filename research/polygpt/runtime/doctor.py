@@ -18,7 +18,7 @@ from polygpt.cache_folder import cache_folder
 
 LITTLE, NOTHING = 5e9, 1e8
 """Bytes of free disk space below which a run may run out of space for checkpoints, or cannot start."""
-ABOUT = {
+EXTRAS = {
     "gpu": "JAX for NVIDIA GPUs",
     "tpu": "JAX for TPUs, and polygpt plan on any machine",
     "slurm": "polygpt launch slurm, and the SLURM engine of ablations",
@@ -64,7 +64,7 @@ def examine(seconds: float = 2.0, runs: str | Path = "runs") -> Iterator[tuple[C
     yield _media()
     yield _writable(cache_folder())
     yield _disk(Path(runs))
-    for extra, about in ABOUT.items():
+    for extra, about in EXTRAS.items():
         yield _extra(extra, about)
 
 

@@ -78,7 +78,7 @@ class Goodput:
                 os.utime(self.path)
 
     @contextlib.contextmanager
-    def doing(self, activity: str) -> Iterator[None]:
+    def track(self, activity: str) -> Iterator[None]:
         """Context manager: counts the time inside for this category."""
         before = self.switch(activity)
         try:
@@ -134,7 +134,7 @@ class Goodput:
             self._begin, self._step = self.since, step
             self._seconds = dict.fromkeys(CATEGORIES, 0.0)
 
-    def back(self, step: int) -> None:
+    def rewind(self, step: int) -> None:
         """The run rewinds to this earlier step: the time of later steps is lost."""
         self._step = step
 

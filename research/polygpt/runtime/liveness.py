@@ -23,13 +23,13 @@ from polygpt.errors import UserError
 REPORTS = "POLYGPT_REPORTS"
 """Set by `polygpt launch local`: the file descriptor of a pipe on which it reports processes that failed."""
 
-AT_FAULT = 2
+INVALID_INPUT = 2
 """Exit code for invalid input."""
 
-BEATS = 10
+BEATS_PER_BOUND = 10
 """Heartbeats per bound. A process that misses six of them is dead; the seventh at the latest finds out."""
 
-FAREWELL = 2.0
+LINGER = 2.0
 """Seconds, one heartbeat at most, that process 0 stays after a verdict: it hosts the service that the others read."""
 
 FOREVER = 10**9
@@ -90,7 +90,7 @@ class Liveness:
         for thread in self.threads:
             thread.join(self.bound)
 
-    def fail(self, error: BaseException) -> str | None:
+    def announce_failure(self, error: BaseException) -> str | None:
         """Tells the others about an error in this process; a failed collective first waits to learn who caused it.
 
         Returns:
@@ -116,7 +116,7 @@ class Liveness:
             self._announce(f"{self.names[self.rank]} failed: {text[:500]}: stopping")
         return said
 
-    def died(self, rank: int, code: int, how: str) -> None:
+    def peer_died(self, rank: int, code: int, how: str) -> None:
         """The launcher reports that another process has ended with an error; ends this process.
 
         Args:
@@ -125,9 +125,9 @@ class Liveness:
             how: the same in words, "was killed by SIGKILL".
         """
         if code > 0:  # it may have left a more detailed verdict
-            self.closing.wait(FAREWELL)
+            self.closing.wait(LINGER)
         if not self.closing.is_set():
-            prefix, ends = (FAULT, "stopping") if code == AT_FAULT else ("", RESUMES if code < 0 else "stopping")
+            prefix, ends = (FAULT, "stopping") if code == INVALID_INPUT else ("", RESUMES if code < 0 else "stopping")
             self._end(f"{prefix}{self.names[rank]} {how}: {ends}")
 
     def _beat(self) -> None:
@@ -146,14 +146,14 @@ class Liveness:
                 value = beats.get(rank)
                 if rank not in seen or seen[rank][0] != value:
                     seen[rank] = (value, now)
-                elif now - seen[rank][1] > self.bound * 6 / BEATS:
+                elif now - seen[rank][1] > self.bound * 6 / BEATS_PER_BOUND:
                     silent = f"{now - seen[rank][1]:.0f} s"
                     self._end(f"{self.names[rank]} has sent no heartbeat for {silent}: {RESUMES}", announce=True)
-            self.closing.wait(self.bound / BEATS)
+            self.closing.wait(self.bound / BEATS_PER_BOUND)
 
     def _watch_the_first(self) -> None:
-        while not self.closing.wait(self.bound / BEATS):
-            if (silent := time.monotonic() - self.answered) > self.bound * 6 / BEATS:
+        while not self.closing.wait(self.bound / BEATS_PER_BOUND):
+            if (silent := time.monotonic() - self.answered) > self.bound * 6 / BEATS_PER_BOUND:
                 self._end(f"{self.names[0]}, the coordinator, has sent no heartbeat for {silent:.0f} s: {RESUMES}")
 
     def _listen(self) -> None:
@@ -173,7 +173,7 @@ class Liveness:
         silent = time.monotonic() - self.answered
         if not self.closing.is_set() and (silent > self.bound / 2 or not self._reachable()):
             self._say(f"{self.names[0]}, the coordinator, is gone: {RESUMES}")
-            leave(1)
+            exit_now(1)
         ctypes.CDLL(None).signal(int(signal.SIGABRT), None)  # some other fault: let the abort proceed
 
     def _reachable(self) -> bool:
@@ -195,8 +195,8 @@ class Liveness:
             if announce:
                 self._announce(why)
             elif self.rank == 0:
-                time.sleep(min(FAREWELL, self.bound / BEATS))
-            leave(AT_FAULT if why.startswith(FAULT) else 1)
+                time.sleep(min(LINGER, self.bound / BEATS_PER_BOUND))
+            exit_now(INVALID_INPUT if why.startswith(FAULT) else 1)
 
     def _announce(self, why: str) -> None:
         self.closing.set()
@@ -204,7 +204,7 @@ class Liveness:
             with contextlib.suppress(Exception):  # a verdict exists already
                 self.client.key_value_set(f"polygpt/verdict/{rank}", why)
         if self.rank == 0:
-            time.sleep(min(FAREWELL, self.bound / BEATS))
+            time.sleep(min(LINGER, self.bound / BEATS_PER_BOUND))
 
     def _say(self, text: str) -> None:
         self._write(f"polygpt: {text}")
@@ -214,7 +214,7 @@ class Liveness:
             os.write(2, f"{line}\n".encode())
 
 
-def hear_launcher(died: Callable[[int, int, str], None]) -> None:
+def listen_to_launcher(died: Callable[[int, int, str], None]) -> None:
     """Calls `died(rank, code, how)` in a thread for each process that the launcher, if there is one, reports as failed.
 
     A report is a line "RANK CODE HOW" on the pipe whose descriptor `REPORTS` names.
@@ -233,7 +233,7 @@ def hear_launcher(died: Callable[[int, int, str], None]) -> None:
     threading.Thread(target=read, daemon=True).start()
 
 
-def leave(code: int) -> None:
+def exit_now(code: int) -> None:
     """Exits at once, even if other threads are blocked."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):

@@ -28,7 +28,7 @@ class Damaged(Exception):
     """What is wrong with a checkpoint, in one line."""
 
 
-class HalfWritten(Damaged):
+class Incomplete(Damaged):
     """There is no manifest: the checkpoint was not completed."""
 
 
@@ -74,7 +74,7 @@ def seal(place: Path, record: Record, processes: int) -> None:
     _to_disk(place.parent)
 
 
-def rerecord(place: Path, record: Record) -> None:
+def update_record(place: Path, record: Record) -> None:
     """Rewrites the manifest with another record and the same files. Raises Damaged like `read`."""
     _write(place, dataclasses.replace(read(place), record=record))
 
@@ -87,7 +87,7 @@ def _write(place: Path, manifest: Manifest) -> None:
 
 
 def read(place: Path) -> Manifest:
-    """Reads the manifest of a checkpoint. Raises HalfWritten if it is missing, Damaged if it has changed."""
+    """Reads the manifest of a checkpoint. Raises Incomplete if it is missing, Damaged if it has changed."""
     try:
         body = json.loads((place / NAME).read_bytes())
         if body.pop("checksum") != _of(body) or str(body["step"]) != place.name:
@@ -95,7 +95,7 @@ def read(place: Path) -> Manifest:
         record = Record(**{field.name: body[field.name] for field in dataclasses.fields(Record)})
         return Manifest(record, body["processes"], {name: tuple(pair) for name, pair in body["files"].items()})
     except FileNotFoundError:
-        raise HalfWritten(f"incomplete, without {NAME}") from None
+        raise Incomplete(f"incomplete, without {NAME}") from None
     except OSError as error:
         raise Damaged(f"{NAME} cannot be read: {os.strerror(error.errno)}") from None
     except (ValueError, KeyError, TypeError, AttributeError):

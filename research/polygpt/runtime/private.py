@@ -12,7 +12,7 @@ from typing import Any
 from jax._src import clusters, distributed
 
 
-def service() -> Any:
+def coordination_service() -> Any:
     """The coordination service as this process sees it: `client`, `process_id`, `num_processes`, `coordinator_address`.
 
     `jax.distributed` starts the service and offers no client of it, so neither keys and values nor barriers with a
@@ -22,7 +22,7 @@ def service() -> Any:
     return distributed.global_state
 
 
-def pod() -> str | None:
+def pod_cluster() -> str | None:
     """The name of the TPU pod's cluster that this process is one of several in; None without.
 
     `jax.distributed.initialize` detects clusters and cannot be asked beforehand whether it would find one: a process
@@ -47,7 +47,7 @@ def register_timeout(seconds: int) -> Iterator[None]:
         module.get_distributed_runtime_service = make
 
 
-def orbax_meets_at(meet: Callable[[str], None]) -> None:
+def set_orbax_barrier(meet: Callable[[str], None]) -> None:
     """From now on, Orbax's processes wait for each other by `meet`, which is called with a barrier's name.
 
     `AsyncOptions.barrier_sync_fn` takes a function for the barriers of the background thread alone; the others are

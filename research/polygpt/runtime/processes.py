@@ -23,8 +23,8 @@ import jax
 
 from polygpt.errors import UserError
 from polygpt.runtime import private
-from polygpt.runtime.liveness import AT_FAULT, Liveness, hear_launcher, leave
-from polygpt.runtime.waiting import Bound, log_to_stderr, saying
+from polygpt.runtime.liveness import INVALID_INPUT, Liveness, exit_now, listen_to_launcher
+from polygpt.runtime.waiting import Deadline, log_to_stderr, report_waiting
 from polygpt.spec import Spec
 
 COORDINATOR, PROCESSES, PROCESS = "POLYGPT_COORDINATOR", "POLYGPT_PROCESSES", "POLYGPT_PROCESS"
@@ -73,7 +73,7 @@ class _Group:
 
     @property
     def client(self):
-        return private.service().client
+        return private.coordination_service().client
 
 
 _group: _Group | None = None
@@ -89,13 +89,13 @@ def initialize(spec: ProcessesSpec = ProcessesSpec()) -> None:
     if _group is not None:
         _group.spec = spec
         return
-    if private.service().client is None:
+    if private.coordination_service().client is None:
         where = _place()
         if where is None:
             return
-        hear_launcher(_died)
+        listen_to_launcher(_died)
         _start(spec, **where)
-    state = private.service()
+    state = private.coordination_service()
     if state.num_processes == 1:
         return
     names = [f"process {rank}" for rank in range(state.num_processes)]
@@ -108,7 +108,7 @@ def initialize(spec: ProcessesSpec = ProcessesSpec()) -> None:
     why = f"start-up: not all devices are known after {seconds} s"
     why += " (train.processes.initialization_timeout): look at the logs of the others"
     # GPU and TPU libraries have their own timeouts, if any.
-    with saying("start-up: still waiting for the devices of other processes", bound=Bound(seconds, why)):
+    with report_waiting("start-up: still waiting for the devices of other processes", deadline=Deadline(seconds, why)):
         log.info("start-up: %d devices, %d local", jax.device_count(), jax.local_device_count())
 
 
@@ -125,7 +125,7 @@ def together(spec: ProcessesSpec = ProcessesSpec()) -> Iterator[None]:
         well = isinstance(error, SystemExit) and error.code in (0, None)
         if _group is not None and _group.failed is None and not well:
             _group.failed = error
-            if said := _group.liveness.fail(error):
+            if said := _group.liveness.announce_failure(error):
                 raise RuntimeError(said) from error
         raise
 
@@ -151,7 +151,7 @@ def first_exchange(step: Callable, *given: Any) -> Any:
     seconds, begun = _group.spec.initialization_timeout, time.monotonic()
     why = f"start-up: the first step, with the first collectives, is not done after {seconds} s"
     why += " (train.processes.initialization_timeout): look at the logs of the others"
-    with saying("start-up: still waiting for the first step", bound=Bound(seconds, why)):
+    with report_waiting("start-up: still waiting for the first step", deadline=Deadline(seconds, why)):
         done = jax.block_until_ready(step(*given))
     log.info("start-up: the first collectives are done after %.2f s", time.monotonic() - begun)
     return done
@@ -234,17 +234,17 @@ def _place() -> dict | None:
         return place | {"cluster_detection_method": "deactivate"} if int(count) > 1 else None
     if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # SLURM_NTASKS is also set in the shell of a batch script
         return {"cluster_detection_method": "slurm"}
-    pod = private.pod()
+    pod = private.pod_cluster()
     return {"cluster_detection_method": pod} if pod else None
 
 
 def _died(rank: int, code: int, how: str) -> None:
     """Called when the launcher reports a failed process: during start-up only the launcher can know."""
     if _group is not None and _group.liveness is not None:
-        _group.liveness.died(rank, code, how)
+        _group.liveness.peer_died(rank, code, how)
     else:
         print(f"polygpt: start-up: process {rank} {how}: stopping", file=sys.stderr, flush=True)
-        leave(AT_FAULT if code == AT_FAULT else 1)
+        exit_now(INVALID_INPUT if code == INVALID_INPUT else 1)
 
 
 def _start(spec: ProcessesSpec, **where) -> None:
@@ -256,7 +256,7 @@ def _start(spec: ProcessesSpec, **where) -> None:
         jax.config.update(f"jax_cpu_get_{whose}_topology_timeout_minutes", math.ceil(seconds / 60))
     log.info("start-up: waiting for the other processes, %d s at most: %s", seconds, where)
     try:
-        with private.register_timeout(seconds), saying("start-up: still waiting for other processes"):
+        with private.register_timeout(seconds), report_waiting("start-up: still waiting for other processes"):
             jax.distributed.initialize(
                 **where,
                 initialization_timeout=seconds + 30,  # the service, which knows who is missing, times out first
@@ -285,7 +285,7 @@ def _meet(group: _Group, name: str, bound: str = "barrier_timeout") -> None:
     log.info("barrier %r: waiting", name)
     group.client.key_value_set(f"{place}/{group.rank}", "")
     try:
-        with saying(f"barrier {name!r}: still waiting for", missing):
+        with report_waiting(f"barrier {name!r}: still waiting for", missing):
             group.client.wait_at_barrier(place, seconds * 1000)
     except jax.errors.JaxRuntimeError as error:
         if "DEADLINE_EXCEEDED" not in str(error):
@@ -315,10 +315,10 @@ def _finish() -> None:
     """At exit: waits for the other processes, or after an error exits without them."""
     group = _group
     if group.failed is not None or getattr(sys, "last_value", None) is not None:
-        leave(2 if isinstance(group.failed, UserError) else 1)
+        exit_now(2 if isinstance(group.failed, UserError) else 1)
     try:
         _meet(group, "end", "shutdown_timeout")
     except Exception as error:
         print(f"polygpt: {error}", file=sys.stderr)
-        leave(1)
+        exit_now(1)
     group.liveness.close()

@@ -110,7 +110,7 @@ def _meet_at_our_barriers() -> None:
             processes.barrier(f"checkpoint: {key.strip('_')}")
 
     if processes.last_barrier() is not None:  # this process is one of several
-        private.orbax_meets_at(meet)
+        private.set_orbax_barrier(meet)
 
 
 def _items(state: Any) -> dict[str, Any]:

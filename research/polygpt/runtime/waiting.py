@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import jax
 
 from polygpt.errors import one_line
-from polygpt.runtime.liveness import leave
+from polygpt.runtime.liveness import exit_now
 
 SLOW = 30.0
 """Seconds between messages during a wait."""
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
-class Bound:
+class Deadline:
     """Limit of a wait that can only be ended by exiting the process.
 
     Attributes:
@@ -33,15 +33,17 @@ class Bound:
 
 
 @contextlib.contextmanager
-def saying(what: str, whom=lambda: "", bound: Bound | None = None) -> Iterator[None]:
-    """Reports a long wait every SLOW seconds, with what it waits for. Beyond a bound the process exits with code 2."""
+def report_waiting(what: str, whom=lambda: "", deadline: Deadline | None = None) -> Iterator[None]:
+    """Reports a long wait every SLOW seconds, with what it waits for. After the deadline, exits with code 2."""
     done, begun = threading.Event(), time.monotonic()
 
     def say():
-        while not done.wait(SLOW if bound is None else min(SLOW, max(0.0, begun + bound.seconds - time.monotonic()))):
-            if bound and time.monotonic() >= begun + bound.seconds:
-                print(f"polygpt: {bound.why}", file=sys.stderr, flush=True)
-                leave(2)
+        while not done.wait(
+            SLOW if deadline is None else min(SLOW, max(0.0, begun + deadline.seconds - time.monotonic()))
+        ):
+            if deadline and time.monotonic() >= begun + deadline.seconds:
+                print(f"polygpt: {deadline.why}", file=sys.stderr, flush=True)
+                exit_now(2)
             with contextlib.suppress(jax.errors.JaxRuntimeError):
                 log.warning("%s", f"{what} {whom()} after {time.monotonic() - begun:.0f} s".replace("  ", " "))
 

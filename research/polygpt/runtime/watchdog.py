@@ -15,7 +15,7 @@ import jax
 
 from polygpt.runtime import processes
 from polygpt.runtime.goodput import CATEGORIES, Goodput
-from polygpt.runtime.liveness import leave
+from polygpt.runtime.liveness import exit_now
 from polygpt.spec import Spec
 
 
@@ -77,18 +77,18 @@ class Watchdog:
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
 
-    def finished(self, step: int) -> None:
+    def step_finished(self, step: int) -> None:
         """A step has finished."""
         now = self._goodput.now()
         if self._step is not None:  # the first step of a process is mostly compilation
             self._taken.append(now - self._since)
         self._step, self._since = step, now
 
-    def rest(self) -> None:
+    def restart_timer(self) -> None:
         """Something other than a step has finished: time the next step from here."""
         self._since = self._goodput.now()
 
-    def halt(self) -> tuple[float, float]:
+    def stalled(self) -> tuple[float, float]:
         """(seconds since anything finished, limit in seconds)."""
         own = self._own.get(self._goodput.activity)
         if own is not None:
@@ -100,7 +100,7 @@ class Watchdog:
         pause = min(5.0, self.spec.minimum / 4)
         while not self._closing.wait(pause):
             self._goodput.touch()  # a hanging process is alive: its time counts as lost, not as down
-            seconds, patience = self.halt()
+            seconds, patience = self.stalled()
             self._reported = self._reported if seconds > self._reported else 0.0
             if seconds > max(patience, 2 * self._reported):  # report again when it has lasted twice as long
                 self._reported = seconds
@@ -129,4 +129,4 @@ class Watchdog:
         with contextlib.suppress(OSError, ValueError):  # stderr may be closed
             print(f"polygpt watchdog: {text}", file=sys.stderr, flush=True)
         if self.spec.action == "exit":
-            leave(1)
+            exit_now(1)

@@ -34,12 +34,12 @@ def require_same_data(train: Mapping[str, int], evaluation: EvaluationSpec) -> N
                 )
 
 
-def everywhere(place: dict[str, Any]) -> list[dict[str, Any]]:
+def gather_positions(place: dict[str, Any]) -> list[dict[str, Any]]:
     """Every process's position in the data, given this one's."""
     return [json.loads(text) for text in processes.gather("places in the data", json.dumps(place))]
 
 
 def skipped(place: dict[str, Any]) -> dict[str, int]:
     """Records skipped by all data shards, by reason, given this process's position in the data."""
-    by_shard = {place["data_shard"]: place["skipped"] for place in everywhere(place)}
+    by_shard = {place["data_shard"]: place["skipped"] for place in gather_positions(place)}
     return dict(sum(map(collections.Counter, by_shard.values()), collections.Counter()))

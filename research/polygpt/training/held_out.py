@@ -54,17 +54,17 @@ def measure(
         UserError: a held-out record is invalid, or `train.metric` was not measured.
     """
     experiment = program.experiment
-    model, params = program.evaluated, state.averaged
+    model, params = program.evaluated, state.eval_params
     if model.layout is None:  # pmap keeps a copy on every device
         params = jax.tree.map(lambda x: x.addressable_data(0), params)
     given = params, tokenizer, experiment.model.adapters, experiment.data.layout, plan(experiment)
     results = evaluate(model, *given, proceed=proceed)
     as_trained = [name for name, task in experiment.evaluation.tasks.items() if task.as_trained]
-    metric = pick(results["tasks"], experiment.train.metric, as_trained)
+    metric = select_metric(results["tasks"], experiment.train.metric, as_trained)
     return float(processes.agree("metric", repr(metric))), results
 
 
-def pick(tasks: dict[str, dict[str, Any]], metric: str, mean_of: Sequence[str] = ()) -> float:
+def select_metric(tasks: dict[str, dict[str, Any]], metric: str, mean_of: Sequence[str] = ()) -> float:
     """The metric with that name: "loss" is the mean over the tasks in `mean_of`, or over all if it is empty.
 
     Raises:

@@ -18,7 +18,7 @@ from polygpt.runtime.watchdog import Watchdog
 from polygpt.training import resuming
 from polygpt.training.experiment import Experiment
 from polygpt.training.loggers import JsonLines, Logger, Terminal
-from polygpt.training.trainer import Outcome, Trainer
+from polygpt.training.trainer import Trainer, TrainResult
 from polygpt.training.workdir import Code, local, require_same, with_code
 
 
@@ -28,7 +28,7 @@ def train(
     loggers: Callable[[Path, int, int], list[Logger]] | None = None,
     begun: float | None = None,
     code: Code = "run",
-) -> Outcome:
+) -> TrainResult:
     """Trains, or resumes where the last call with this folder ended, stopped or was killed.
 
     Args:
@@ -65,7 +65,7 @@ def train(
             raise
         finally:
             saved = trainer.checkpoints.latest()
-            for line in resuming.unsaved(saved, trainer.done) if jax.process_index() == 0 else ():
+            for line in resuming.unsaved_steps(saved, trainer.done) if jax.process_index() == 0 else ():
                 print(line, file=sys.stderr)
     if seconds := goodput.summary(goodput.read(clock.path)):
         print(goodput.table(seconds), file=sys.stderr)

@@ -12,7 +12,7 @@ from polygpt import sharding
 from polygpt.errors import UserError
 from polygpt.runtime.compilation import compiler_options
 from polygpt.sequence import Batch
-from polygpt.sharding import MeshLayout, MeshSpec, rows_unit
+from polygpt.sharding import MeshLayout, MeshSpec, row_multiple
 from polygpt.spec import counted
 
 AXIS = "data"
@@ -62,33 +62,33 @@ class Parallel:
             return jax.jit(step, **options)
 
         def split_step(state, batch):
-            with sharding.using(self.layout):
+            with sharding.use_layout(self.layout):
                 return step(state, batch)
 
         # One program sees the whole batch; the compiler partitions it and inserts the collectives.
-        return jax.jit(split_step, out_shardings=(self.places(initial), self.layout.replicated()), **options)
+        return jax.jit(split_step, out_shardings=(self.shardings(initial), self.layout.replicated()), **options)
 
     def create(self, initial: Callable, *given: Any) -> Any:
         """The state from `initial(*given)`, created with its final sharding."""
-        return jax.jit(initial, out_shardings=self.places(initial))(*given)
+        return jax.jit(initial, out_shardings=self.shardings(initial))(*given)
 
     def abstract(self, initial: Callable) -> Any:
         """Shapes, dtypes and shardings of the result of `create`."""
         return jax.tree.map(
             lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
             jax.eval_shape(initial),
-            self.places(initial),
+            self.shardings(initial),
         )
 
-    def places(self, initial: Callable) -> Any:
+    def shardings(self, initial: Callable) -> Any:
         """The sharding of every leaf of the state."""
         shapes = jax.eval_shape(initial)
         if self.layout is None:
             whole = SingleDeviceSharding(self.devices[0]) if self.mode == "single" else self._over_rows(())
             return jax.tree.map(lambda _: whole, shapes)
-        return places(shapes, self.axes, self.layout)
+        return state_shardings(shapes, self.axes, self.layout)
 
-    def of_all(self, state: Any) -> Any:
+    def as_global_arrays(self, state: Any) -> Any:
         """The state as global arrays: a pmap that was not compiled ahead of time returns process-local copies."""
         if self.mode != "pmap" or jax.process_count() == 1:
             return state
@@ -110,12 +110,12 @@ class Parallel:
             return jax.tree.map(lambda x: jax.make_array_from_process_local_data(self._over_rows(AXIS), x), split)
         return jax.tree.map(self._put_rows, batch)
 
-    def put_whole(self, batch: Batch) -> Batch:
+    def put_global_batch(self, batch: Batch) -> Batch:
         """Moves a batch with all rows, equal in every process, to the mesh, split as far as it divides."""
         layout = self.layout
 
         def put(x):
-            place = layout.place(("batch", *[None] * (x.ndim - 1)), x.shape)
+            place = layout.sharding(("batch", *[None] * (x.ndim - 1)), x.shape)
             return jax.make_array_from_callback(x.shape, place, lambda index: x[index])
 
         return jax.tree.map(put, batch)
@@ -126,7 +126,7 @@ class Parallel:
         cut = f"split over {counted(parts, 'device')}, {counted(accumulate, 'microbatch', 'microbatches')}"
         if self.layout and (stages := self.layout.size("stages")) > 1:
             microbatches = self.layout.spec.microbatches or stages
-            parts = rows_unit(self.layout.spec.rules, self.layout.mesh.shape, microbatches)
+            parts = row_multiple(self.layout.spec.rules, self.layout.mesh.shape, microbatches)
             cut = f"{cut}, {microbatches} of the pipeline"
         if batch_size % (parts * accumulate):
             raise UserError(f"data.batch_size is {batch_size}: it must be a multiple of {parts * accumulate} ({cut})")
@@ -143,7 +143,7 @@ class Parallel:
 
     def _put_rows(self, x: np.ndarray) -> jax.Array:
         shape = (x.shape[0] * self.data_shards, *x.shape[1:])
-        place = self.layout.place(("batch", *[None] * (x.ndim - 1)), shape)
+        place = self.layout.sharding(("batch", *[None] * (x.ndim - 1)), shape)
         if self.data_shards == 1:
             return jax.make_array_from_callback(shape, place, lambda index: x[index])
         size = shape[0] // self.rows
@@ -175,11 +175,11 @@ def build(mode: Mode, axes: Any, mesh: MeshSpec | None = None, devices: list | N
         return Parallel(mode, devices[:1], 1, 1, 0, None, axes)
     if mode == "pmap":
         return Parallel(mode, devices, len(devices), len(processes), jax.process_index(), None, axes)
-    layout = sharding.arrange(mesh or MeshSpec(), devices)
+    layout = sharding.make_layout(mesh or MeshSpec(), devices)
     groups = sorted({blocks for blocks in _blocks_by_process(layout).values()})
     if sum(map(len, groups)) != layout.size("batch"):
         raise UserError(
-            f"train.mesh ({layout.about()}) gives processes partially overlapping rows: make data and fsdp "
+            f"train.mesh ({layout.summary()}) gives processes partially overlapping rows: make data and fsdp "
             "multiples or divisors of the number of processes"
         )
     here = _blocks_by_process(layout).get(jax.process_index(), groups[0])  # planned devices belong to no process
@@ -192,7 +192,7 @@ def require_many(mode: str, processes: int) -> None:
         raise UserError(f"train.parallel is 'single', but there are {processes} processes: choose 'sharded'")
 
 
-def places(state: Any, axes: Any, layout: MeshLayout) -> Any:
+def state_shardings(state: Any, axes: Any, layout: MeshLayout) -> Any:
     """The sharding of every leaf of a state: parameters by the names of their axes, optimizer state like its parameter.
 
     An optimizer leaf belongs to the parameter whose path is a suffix of its own path. If it has the parameter's shape,
@@ -211,9 +211,9 @@ def places(state: Any, axes: Any, layout: MeshLayout) -> Any:
             return layout.replicated()
         names, shape = named[owner], shapes[owner]
         if leaf.shape == shape:
-            return layout.place(names, shape)
+            return layout.sharding(names, shape)
         shorter = {names[:i] + names[i + 1 :] for i in range(len(shape)) if shape[:i] + shape[i + 1 :] == leaf.shape}
-        return layout.place(shorter.pop(), leaf.shape) if len(shorter) == 1 else layout.replicated()
+        return layout.sharding(shorter.pop(), leaf.shape) if len(shorter) == 1 else layout.replicated()
 
     return jax.tree_util.tree_map_with_path(place, state)
 
@@ -227,6 +227,6 @@ def _blocks_by_process(layout: MeshLayout) -> dict[int, tuple[int, ...]]:
     """Batch shards held by each process's devices."""
     parts = layout.size("batch")
     held: dict[int, set[int]] = {}
-    for device, (index,) in layout.place(("batch",), (parts,)).devices_indices_map((parts,)).items():
+    for device, (index,) in layout.sharding(("batch",), (parts,)).devices_indices_map((parts,)).items():
         held.setdefault(device.process_index, set()).add(index.start or 0)
     return {process: tuple(sorted(blocks)) for process, blocks in held.items()}

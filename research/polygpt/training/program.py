@@ -64,17 +64,17 @@ class Program:
         target = paths(self.parallel.abstract(self.initial).params)
         return self.parallel.create(self.initial, self.start.read(target))
 
-    def about(self) -> str:
+    def summary(self) -> str:
         """Model size, devices and the reason for them, and how parameters are trained."""
         count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.model.traits) if leaf.trained)
         runs, layout = self.parallel, self.parallel.layout
         place = f"{len(runs.devices)} x {runs.devices[0].device_kind}, {runs.mode}"
-        place += f" ({layout.about()})" if layout else ""
+        place += f" ({layout.summary()})" if layout else ""
         model = self.experiment.model
         lines = [
             *([self.reason] if self.reason else []),
             f"{self.experiment.name}: {count:,} parameters on {place}",
-            *([model.mup.about()] if model.mup else []),
+            *([model.mup.summary()] if model.mup else []),
             self.experiment.optim.table(self.model.traits, self.model.growth),
         ]
         unused = automatic.unused(self.experiment.train.parallel, runs.devices[0], model.dtype)
@@ -168,7 +168,7 @@ def _require_splits(layout: MeshLayout, shapes: Any, axes: Any) -> None:
     Computation on such an axis would be replicated on each of its devices.
     """
     wanted = {axis for name in jax.tree.leaves(axes) for axis in layout.names(name)}
-    places = jax.tree.leaves(sharding.tree(layout, shapes, axes))
+    places = jax.tree.leaves(sharding.tree_shardings(layout, shapes, axes))
     split = set(jax.tree.leaves([tuple(place.spec) for place in places]))
     if idle := sorted(wanted - split):
         raise UserError(

@@ -29,7 +29,7 @@ def started(workdir: Path, table: str) -> list[str]:
     return [table]
 
 
-def lost(workdir: Path, done: int, spec: CheckpointSpec) -> list[str]:
+def lost_steps(workdir: Path, done: int, spec: CheckpointSpec) -> list[str]:
     """A message if the previous process got further than the last checkpoint.
 
     Args:
@@ -49,7 +49,7 @@ def lost(workdir: Path, done: int, spec: CheckpointSpec) -> list[str]:
     return [f"{steps} lost and will be repeated: {saved} ({interval})"]
 
 
-def unsaved(saved: int, done: int) -> list[str]:
+def unsaved_steps(saved: int, done: int) -> list[str]:
     """A message if a process ends with unsaved steps."""
     if done <= saved:
         return []
@@ -57,7 +57,9 @@ def unsaved(saved: int, done: int) -> list[str]:
     return [f"{counted(done - saved, 'step')} ({saved + 1} to {done}) not saved: the same command {kept}"]
 
 
-def about(experiment: Experiment, workdir: Path, done: int, finished: bool, config: Mapping[str, Any]) -> list[str]:
+def resume_messages(
+    experiment: Experiment, workdir: Path, done: int, finished: bool, config: Mapping[str, Any]
+) -> list[str]:
     """Messages about a resumed run.
 
     Args:

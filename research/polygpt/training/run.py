@@ -97,7 +97,7 @@ def open_run(
         place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         places = jax.tree.map(lambda x: place, target)
     else:
-        model, places = model.on(layout), sharding.tree(layout, target, model.axes())
+        model, places = model.on(layout), sharding.tree_shardings(layout, target, model.axes())
     target = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), target, places)
     averaged, faults = experiment.optim.ema is not None, {}
     for record in [chosen, *(record for record in reversed(found) if record != chosen)]:

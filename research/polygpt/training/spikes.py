@@ -105,11 +105,11 @@ class Rewinds:
 
     Args:
         spec: when a step is a spike; None for no detection.
-        undone: as stored in the checkpoint that the run resumes from.
+        totals: as stored in the checkpoint that the run resumes from.
     """
 
-    def __init__(self, spec: SpikeSpec | None, undone: Rewound = Rewound()):
-        self.spec, self.undone = spec, undone
+    def __init__(self, spec: SpikeSpec | None, totals: Rewound = Rewound()):
+        self.spec, self.totals = spec, totals
         self._spiked: tuple[int, Any, int] | None = None  # step, place in the data, spikes
 
     @property
@@ -117,7 +117,7 @@ class Rewinds:
         """Whether the loop must rewind."""
         return self._spiked is not None
 
-    def see(self, step: int, place: Any, metrics: dict[str, float]) -> None:
+    def observe(self, step: int, place: Any, metrics: dict[str, float]) -> None:
         """Records whether a rewind is due after a step, and adds the counts from before the last rewind to its metrics.
 
         Args:
@@ -129,13 +129,13 @@ class Rewinds:
             return
         if self.spec.action == "rewind" and metrics["spikes_in_row"] >= self.spec.patience:
             self._spiked = step, place, int(metrics["spikes"])
-        metrics["spikes"] += self.undone.spikes
-        metrics["rewinds"] = float(self.undone.times)
+        metrics["spikes"] += self.totals.spikes
+        metrics["rewinds"] = float(self.totals.times)
 
     def begin(self) -> tuple[int, Any]:
         """The step of the last spike and the position in the data after it. Raises Diverged after too many rewinds."""
         step, place, _ = self._spiked
-        if self.undone.times == self.spec.rewinds:
+        if self.totals.times == self.spec.rewinds:
             raise Diverged(
                 f"step {step}: the loss spiked {self.spec.patience} times in a row, after {self.spec.rewinds} rewinds: "
                 "lower the learning rate or look at the data (train.spikes.rewinds sets this limit)"
@@ -145,4 +145,4 @@ class Rewinds:
     def end(self, spikes: int) -> None:
         """Called after the rewind, with the number of spikes counted by the restored window."""
         lost = self._spiked[2] - spikes
-        self.undone, self._spiked = Rewound(self.undone.times + 1, self.undone.spikes + lost), None
+        self.totals, self._spiked = Rewound(self.totals.times + 1, self.totals.spikes + lost), None

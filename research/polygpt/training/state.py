@@ -37,7 +37,7 @@ class State:
     window: Window | None = None
 
     @property
-    def averaged(self):
+    def eval_params(self):
         """The parameters for evaluation: the moving average if there is one."""
         return self.params if self.ema is None else self.ema
 

@@ -40,7 +40,7 @@ from polygpt.training.workdir import claim
 
 
 @dataclasses.dataclass(frozen=True)
-class Outcome:
+class TrainResult:
     """How training ended.
 
     Attributes:
@@ -101,11 +101,11 @@ class Trainer:
         self.place = self.batches.get_state()  # after the last consumed batch; the prefetch thread is ahead of it
         first = jax.process_index() == 0
         if first:
-            lines = [self.program.about(), *resuming.lost(workdir, self.done, self.spec.checkpoint)]
+            lines = [self.program.summary(), *resuming.lost_steps(workdir, self.done, self.spec.checkpoint)]
             if data is None:
                 lines += resuming.started(workdir, self.program.start.table)
             elif self.done:
-                lines += resuming.about(experiment, workdir, self.done, self._finished(), data["config"])
+                lines += resuming.resume_messages(experiment, workdir, self.done, self._finished(), data["config"])
             print(*lines, sep="\n", file=sys.stderr)
         self.loggers = loggers(workdir, self.done, self.spec.steps) if first else []
         self.example_log = example_log(workdir, self.parallel, self.done) if experiment.data.log_examples else None
@@ -122,11 +122,11 @@ class Trainer:
         self.begun = 0  # steps and evaluation batches that this process has dispatched to its devices
         self.throughput = Throughput(self.parallel.data_shards)
 
-    def run(self) -> Outcome:
+    def run(self) -> TrainResult:
         """Trains to the last step, or until stopped."""
         if not self._finished():
             self.goodput.begin(self.done)
-            self.watchdog.rest()
+            self.watchdog.restart_timer()
             self.goodput.switch("other")
         if self.metric_state.owed:
             self._rerun_evaluation()
@@ -145,20 +145,20 @@ class Trainer:
         if skipped and jax.process_index() == 0:
             counts = ", ".join(f"{reason} {count}" for reason, count in sorted(skipped.items()))
             print(f"records skipped: {counts}", file=sys.stderr)
-        return Outcome(self.done, finished, skipped)
+        return TrainResult(self.done, finished, skipped)
 
     def _advance(self) -> None:
         """Runs one step and whatever is due after it."""
         self.checkpoints.check()  # other processes may be waiting for this one to write its part
         if not self.feed.ready:
             self._flush_metrics()  # flush first, so that the input wait below is time in which the device is idle
-        with self.goodput.doing("input_wait"):
+        with self.goodput.track("input_wait"):
             # No process may stop before a step that others have started: they would wait for it.
             fed = self.feed.take(lambda: jax.process_count() == 1 and self.interruption.requested)
         if fed is None:
             return
         self.throughput.waited(fed.waited)
-        doing = self.goodput.doing("productive") if self.step else self._compiling()
+        doing = self.goodput.track("productive") if self.step else self._compiling()
         with doing, jax.transfer_guard("disallow"):  # all inputs must be on the device already
             if self.step is None:
                 self.step = self.program.ready(self.state, fed.batch)
@@ -189,11 +189,11 @@ class Trainer:
         if self.pending is None:
             return
         (step, fed, metrics), self.pending = self.pending, None
-        with self.goodput.doing("productive"):
+        with self.goodput.track("productive"):
             metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self.throughput.finished(fed)
-        self.watchdog.finished(step)
-        self.rewinds.see(step, fed.state, metrics)
+        self.watchdog.step_finished(step)
+        self.rewinds.observe(step, fed.state, metrics)
         if self.example_log:
             self.example_log.examples(step, fed.examples)
         if step % self.spec.log_every == 0 or step == self.spec.steps:
@@ -228,9 +228,9 @@ class Trainer:
             due = (step - 1) // self.spec.checkpoint.every * self.spec.checkpoint.every
             self._restore(before=due + 1)
             self.rewinds.end(int(self.state.window.spikes))
-            self.batches.set_state(data_shards.everywhere(place))
+            self.batches.set_state(data_shards.gather_positions(place))
             self.place, self.feed = place, self._prefetch()
-        self.goodput.back(self.done)
+        self.goodput.rewind(self.done)
         self._log("rewind", self.done, step)
         if self.metric_state.owed:
             self._rerun_evaluation()
@@ -281,13 +281,13 @@ class Trainer:
             for logger in self.loggers:
                 logger.flush()  # before the checkpoint, so that a restored run finds its lines
             self.checkpoints.save(
-                self.parallel.of_all(self.state),
+                self.parallel.as_global_arrays(self.state),
                 metric=self.metric,
                 finite=bool(self.all_finite((self.state.params, self.state.ema))),
                 data={
-                    "batches": data_shards.everywhere(self.place),
+                    "batches": data_shards.gather_positions(self.place),
                     "standing": dataclasses.asdict(self.metric_state),
-                    "rewound": dataclasses.asdict(self.rewinds.undone),
+                    "rewound": dataclasses.asdict(self.rewinds.totals),
                     "config": spec.to_json(self.experiment),
                 },
             )
@@ -324,9 +324,9 @@ class Trainer:
     @contextlib.contextmanager
     def _doing(self, what: str) -> Iterator[None]:
         """Tells the watchdog that no step will finish meanwhile."""
-        with self.goodput.doing(what):
+        with self.goodput.track(what):
             yield
-            self.watchdog.rest()
+            self.watchdog.restart_timer()
 
     @contextlib.contextmanager
     def _compiling(self) -> Iterator[None]:

@@ -36,9 +36,9 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "nump
 """Packages whose versions are recorded."""
 
 
-GOING_ON = ("train.patience", "optim.schedule_steps", "optim.rewarm")
+CHANGEABLE_ON_RESUME = ("train.patience", "optim.schedule_steps", "optim.rewarm")
 """Settings that control how a run continues; they may change on resume."""
-SAME_MATHEMATICS = (
+EQUIVALENT_SETTINGS = (
     "train.parallel",  # devices: results agree up to rounding
     "train.mesh",
     "train.processes",
@@ -57,9 +57,9 @@ SAME_MATHEMATICS = (
 """Settings (and everything below them) that may change on resume, because they do not change results."""
 
 
-def drop_same_mathematics(data: dict[str, Any]) -> None:
-    """Removes the settings in SAME_MATHEMATICS from an experiment's JSON data."""
-    for name in SAME_MATHEMATICS:
+def drop_equivalent_settings(data: dict[str, Any]) -> None:
+    """Removes the settings in EQUIVALENT_SETTINGS from an experiment's JSON data."""
+    for name in EQUIVALENT_SETTINGS:
         *outer, last = name.split(".")
         trees = [data]
         for part in outer:
@@ -100,16 +100,17 @@ def local(workdir: str | Path) -> Path:
 def require_same(workdir: Path, experiment: Experiment) -> None:
     """Raises UserError if the folder has checkpoints of a different experiment.
 
-    `train.steps` may grow, settings in GOING_ON may change on resume, and settings in SAME_MATHEMATICS at any time.
+    `train.steps` may grow, settings in CHANGEABLE_ON_RESUME may change on resume, and those in EQUIVALENT_SETTINGS at
+    any time.
     """
     path = workdir / "config.json"
     if not path.exists() or not records(workdir / "checkpoints"):
         return
     config = json.loads(json.dumps(spec.to_json(experiment)))
     for name, old, new in differences(migrate(_read(path), str(path)), config):
-        if name == "train.steps" and isinstance(old, int) and new > old or name in GOING_ON:
+        if name == "train.steps" and isinstance(old, int) and new > old or name in CHANGEABLE_ON_RESUME:
             continue
-        if any(fnmatchcase(name, same) or fnmatchcase(name, f"{same}.*") for same in SAME_MATHEMATICS):
+        if any(fnmatchcase(name, same) or fnmatchcase(name, f"{same}.*") for same in EQUIVALENT_SETTINGS):
             continue
         raise UserError(
             f"{workdir} is a run with a different configuration: {name} is {_short(old)} there, {_short(new)} here: "

@@ -18,7 +18,7 @@ from polygpt.attention.kernels import sharded
 from polygpt.attention.kernels.problem import Operands, Rule
 from polygpt.errors import SpecError
 
-ABOUT = {
+DESCRIPTIONS = {
     "reference": "materialises the matrix of scores: supports everything on every platform; memory O(T S)",
     "chunked": "blocks of queries and keys in plain XLA, skips empty blocks: supports everything on every platform; "
     "memory O(T + S)",
@@ -32,7 +32,7 @@ ABOUT = {
     "TPUs, and interpreted on CPU for tests; not on GPUs; memory O(T + S)",
 }
 """The backends, one file of this folder each (see `problem.py`): what they are and what they support."""
-BACKENDS = tuple(ABOUT)
+BACKENDS = tuple(DESCRIPTIONS)
 """Their names."""
 LONG = 512
 """From this number of keys on, the automatic choice avoids the reference, which materialises the matrix of scores."""
@@ -121,14 +121,14 @@ def choose(rule: Rule, operands: Operands, backend: str = "auto", strict: bool =
     return instead
 
 
-def about() -> dict[str, str]:
+def describe() -> dict[str, str]:
     """A description of each backend and of the automatic choice."""
     automatic = (
         f"reference below {LONG} keys and for single queries; otherwise, on TPU library, or flex if that does not "
         "apply, as for decoders; "
         f"on GPU library, if the mask B T S has at most {DENSE:,} elements; chunked everywhere else"
     )
-    return {"auto": automatic, **ABOUT}
+    return {"auto": automatic, **DESCRIPTIONS}
 
 
 def _refuses(backend: str, rule: Rule, operands: Operands, part: bool) -> str | None:

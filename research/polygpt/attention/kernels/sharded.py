@@ -37,7 +37,7 @@ def attend(
         choose: returns the backend for the problem of one device; the last argument says whether the keys are a part.
     """
     (B, H, T, _), S = operands.query_BHTd.shape, operands.key_BKSd.shape[2]
-    rows, heads, positions = layout.axes(("batch", "heads", "positions"), (B, H, math.gcd(T, S)))
+    rows, heads, positions = layout.partition_spec(("batch", "heads", "positions"), (B, H, math.gcd(T, S)))
     if operands.terms.pair and positions and layout.spec.context == "ring":
         raise SpecError(
             "pair terms are stored with their queries and cannot follow keys around a ring: set train.mesh.context to "
@@ -56,7 +56,7 @@ def attend(
     )
 
     def per_device(operands):
-        with sharding.using(None):
+        with sharding.use_layout(None):
             if not positions:
                 return choose(rule, operands, False).attend(rule, operands)
             if layout.spec.context == "ring":

@@ -54,12 +54,12 @@ def two_devices(subject: Subject) -> Measured:
 def off_by(subject: Subject, mesh: str) -> float:
     """The largest relative difference of results and gradients between two of this process's devices and one."""
     rows, form = subject.rows.packed, subject.form
-    layout = sharding.arrange(MESHES[mesh], jax.devices()[:2])
+    layout = sharding.make_layout(MESHES[mesh], jax.devices()[:2])
 
     def split(params, x_BTD, meta, cotangent_BTD):
         return form.pull_back(params, sharding.constrain(x_BTD, *sharding.RESIDUAL), meta, cotangent_BTD)
 
     arguments = subject.params, jnp.asarray(rows.x_BTD), rows.meta, subject.cotangent_BTD
-    with sharding.using(layout):
+    with sharding.use_layout(layout):
         got = compiled(split)(*arguments)
     return max(map(difference, got, form.gradient(*arguments)))

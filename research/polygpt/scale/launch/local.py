@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from polygpt.errors import UserError
-from polygpt.runtime.liveness import AT_FAULT, REPORTS
+from polygpt.runtime.liveness import INVALID_INPUT, REPORTS
 from polygpt.runtime.processes import COORDINATOR, GRACE, PROCESS, PROCESSES
 
 PROGRAM = (sys.executable, "-m", "polygpt.cli.main")
@@ -76,7 +76,7 @@ class Child:
             self.process.send_signal(number)
 
     def report(self, rank: int, code: int) -> None:
-        """Reports that process `rank` failed (see `liveness.hear_launcher`); one that has exited does not hear it."""
+        """Reports that process `rank` failed (`liveness.listen_to_launcher`). Does nothing if this one has exited."""
         with contextlib.suppress(OSError):
             os.write(self.reports, f"{rank} {code} {describe_exit(code)}\n".encode())
 
@@ -144,7 +144,7 @@ def run(
     failed = [rank for rank in range(count) if exit_codes[rank]]
     # A process that was killed, or reports a fault of its input, is the cause; the others exited because of it.
     failed.sort(
-        key=lambda rank: (exit_codes[rank] != AT_FAULT, rank != first) if exit_codes[first] >= 0 else rank != first
+        key=lambda rank: (exit_codes[rank] != INVALID_INPUT, rank != first) if exit_codes[first] >= 0 else rank != first
     )
     cause = f"process {failed[0]} {describe_exit(exit_codes[failed[0]])}" if failed else None
     return LaunchResult(exit_codes, cause, bool(signals))
@@ -263,7 +263,7 @@ def _wait(children: Sequence[Child], grace: float, signals: Sequence[int]) -> in
         if first is None and (failed := _failed(children)):
             first, deadline = failed[0], time.monotonic() + grace
             code = children[first].code
-            if not signals and code != AT_FAULT:
+            if not signals and code != INVALID_INPUT:
                 _report(f"process {first} {describe_exit(code)}: the others have {grace:.0f} s to exit")
             if not signals or code < 0 and -code not in signals:  # processes that were asked to stop exit one by one
                 for child in children:

@@ -24,7 +24,7 @@ class Generation:
 
     Attributes:
         gke: accelerator label of GKE nodes.
-        prefix: slices are named prefix-N; `topology.COUNTED` defines what N counts.
+        prefix: slices are named prefix-N; `topology.UNITS_PER_CHIP` defines what N counts.
         runtime: runtime version of its TPU VMs, for SkyPilot; None if SkyPilot does not offer them.
     """
 
@@ -80,7 +80,7 @@ class Slice:
     @property
     def type(self) -> str:
         """Its name in Google's tools, "v5litepod-256"."""
-        return f"{self.generation.prefix}-{self.chips * topology.COUNTED[self.name.partition(':')[0]]}"
+        return f"{self.generation.prefix}-{self.chips * topology.UNITS_PER_CHIP[self.name.partition(':')[0]]}"
 
 
 def gke(
@@ -211,7 +211,7 @@ def skypilot(
         place = ""
     else:
         if not re.fullmatch(r"[A-Za-z][\w.-]*:\d+", on):
-            if said := topology.translated(on):
+            if said := topology.explain_name(on):
                 raise UserError(f"--on is {on!r}: {said}")
             raise UserError(f"--on is {on!r}: it must be a TPU slice such as v5e:4x8 or GPUs of a node such as H100:8")
         extra, where = "gpu", "the first node coordinates"

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from polygpt.blocks.pipeline import Schedule
 from polygpt.errors import SpecError
 from polygpt.scale.plan.target import Target
-from polygpt.sharding import AXES, MeshSpec, rows_unit
+from polygpt.sharding import AXES, MeshSpec, row_multiple
 from polygpt.training.experiment import Experiment
 
 REMAT = ("none", "dots", "full")
@@ -170,7 +170,7 @@ def _schedules(experiment: Experiment, now: Candidate, stages: int) -> Iterator[
 def _row_multiple(mesh: MeshSpec, schedule: Schedule | None) -> int:
     """The number that the rows per step must be a multiple of."""
     sizes = {axis: getattr(mesh, axis) for axis in AXES}
-    return rows_unit(mesh.rules, sizes, schedule.microbatches if schedule else 1)
+    return row_multiple(mesh.rules, sizes, schedule.microbatches if schedule else 1)
 
 
 def _meshes(

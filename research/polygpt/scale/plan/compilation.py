@@ -169,7 +169,7 @@ def abstract_batch(experiment: Experiment, runs: Parallel) -> Batch:
 
     def array(shape: tuple[int, ...], dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
         rows = ("batch", *[None] * (len(shape) - 1))
-        place = runs.layout.place(rows, shape) if runs.layout else SingleDeviceSharding(runs.devices[0])
+        place = runs.layout.sharding(rows, shape) if runs.layout else SingleDeviceSharding(runs.devices[0])
         return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
     arrays = {name: array((B, T)) for name in POSITION_ARRAYS.values()}

@@ -111,7 +111,7 @@ def facts(experiment: Experiment, target: Target) -> Facts:
 def mesh_facts(spec: MeshSpec, known: Facts) -> MeshFacts | None:
     """The facts of a mesh of the target's devices; None if the mesh does not divide evenly."""
     try:
-        layout = sharding.arrange(spec, known.devices)
+        layout = sharding.make_layout(spec, known.devices)
     except (UserError, NotImplementedError, ValueError):
         return None
     return MeshFacts(
@@ -124,13 +124,13 @@ def mesh_facts(spec: MeshSpec, known: Facts) -> MeshFacts | None:
 
 
 def _shard(matrix: Matrix, layout: MeshLayout) -> float:
-    spec = layout.axes(matrix.names, matrix.shape)
+    spec = layout.partition_spec(matrix.names, matrix.shape)
     return matrix.size / _parts(layout, [axis for entry in spec for axis in mesh_axes(entry)])
 
 
 def _gathered(matrix: Matrix, layout: MeshLayout, name: str) -> float:
     """Elements per device after an all-gather along the axis with that name."""
-    spec = layout.axes(matrix.names, matrix.shape)
+    spec = layout.partition_spec(matrix.names, matrix.shape)
     kept = [axis for own, entry in zip(matrix.names, spec, strict=True) if own != name for axis in mesh_axes(entry)]
     return matrix.size / _parts(layout, kept)
 
@@ -141,7 +141,7 @@ def _block(known: Facts, layout: MeshLayout, prefix: str, depth: int) -> BlockFa
     for matrix in known.matrices:
         if matrix.path.startswith(prefix) and matrix.path.endswith("kernel"):
             stacked = matrix.names[0] == "layers" or len(matrix.shape) == 3 and matrix.names[0] is None
-            last = layout.axes(matrix.names, matrix.shape)[-1]
+            last = layout.partition_spec(matrix.names, matrix.shape)[-1]
             blocks = matrix.shape[0] if stacked else 1
             outputs += blocks * matrix.shape[-1] / _parts(layout, mesh_axes(last)) / depth
             total += _gathered(matrix, layout, "width") / held

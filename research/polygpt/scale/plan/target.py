@@ -117,7 +117,7 @@ def target(name: str, slices: int = 1) -> Target:
         UserError: the chip, slice or number of devices is not valid.
     """
     kind, colon, size = name.partition(":")
-    if not colon and (kind in topology.SHAPES or topology.translated(name)):
+    if not colon and (kind in topology.SHAPES or topology.explain_name(name)):
         topology.require(name)  # its error lists the valid slices
     if not colon:
         raise UserError(f"--on {name}: write CHIP:SIZE, such as v5e:16x16, v5p:4x4x4, h100:8 or cpu:8")
