@@ -161,7 +161,7 @@ def test_children_that_do_not_end_are_killed():
     deaf = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True); signal.pause()"
     process = children.start(["-c", deaf])
     assert process.stdout.readline() == "1\n"
-    with children.ended([process], grace=0.3):
+    with children.terminated_on_exit([process], grace=0.3):
         pass
     assert process.returncode == -signal.SIGKILL
 
@@ -189,7 +189,7 @@ def test_a_child_runs_on_its_cores_alone():
     core = children.cores()[-1]
     asked = "import os, sys; sys.stdin.readline(); print(os.sched_getaffinity(0))"
     process = children.start(["-c", asked], children.Share(cores=(core,)))
-    with children.ended([process]):
+    with children.terminated_on_exit([process]):
         assert process.communicate("\n", timeout=60)[0] == f"{{{core}}}\n"
 
 

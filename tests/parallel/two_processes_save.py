@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 
 from polygpt.runtime import manifest  # noqa: E402
 from polygpt.runtime.checkpoint import Checkpoints, CheckpointSpec  # noqa: E402
-from polygpt.runtime.processes import ProcessesSpec, agree, together  # noqa: E402
+from polygpt.runtime.processes import ProcessesSpec, broadcast, together  # noqa: E402
 from polygpt.training.state import State  # noqa: E402
 
 
@@ -46,7 +46,7 @@ def main(folder):
     checkpoints.wait()
     checkpoints.close()
     # The first process seals after Orbax's last barrier: the second may be here before.
-    named = agree("harm", harm(folder / "2") if jax.process_index() == 0 else "")
+    named = broadcast("harm", harm(folder / "2") if jax.process_index() == 0 else "")
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state(0))
     again = Checkpoints(folder, CheckpointSpec(keep=3), "lower")
     found, data = again.restore(target)
@@ -60,7 +60,7 @@ def main(folder):
     again.save(state(2), metric=0.5, finite=True, data={"of": 2})
     again.wait()
     again.close()
-    agree("end", "")
+    broadcast("end", "")
     print(json.dumps({"from": data["of"], "equal": all(equal), "harmed": named, "steps": again.finite_steps()}))
 
 

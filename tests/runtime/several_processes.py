@@ -50,7 +50,7 @@ def sums():
 
 def talk():
     print("gathered", processes.gather("names", f"{RANK}"), processes.gather("names", f"again {RANK}"))
-    print("agreed", processes.agree("word", f"of {RANK}"), processes.agree("word", f"of {RANK}, again"))
+    print("agreed", processes.broadcast("word", f"of {RANK}"), processes.broadcast("word", f"of {RANK}, again"))
     assert processes.published("stop") is None
     processes.barrier("asked")
     if RANK == 1:
@@ -82,7 +82,7 @@ def stuck():
     processes.barrier("compiled")
     if RANK == 1:
         time.sleep(40)
-    processes.first_exchange(add, ones)
+    processes.run_first_step(add, ones)
 
 
 def error():

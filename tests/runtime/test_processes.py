@@ -62,7 +62,7 @@ def test_alone_nothing_waits(monkeypatch):
     with processes.together():
         processes.barrier("b")
         processes.publish("t", "x")
-        assert processes.gather("g", "mine") == ["mine"] and processes.agree("a", "mine") == "mine"
+        assert processes.gather("g", "mine") == ["mine"] and processes.broadcast("a", "mine") == "mine"
         assert processes.published("t") is None and processes.last_barrier() is None
 
 

@@ -25,7 +25,7 @@ import jax
 from polygpt.errors import UserError
 from polygpt.runtime import manifest
 from polygpt.runtime.manifest import Damaged, Incomplete, Record, records
-from polygpt.runtime.processes import agree, barrier, first_fault
+from polygpt.runtime.processes import barrier, broadcast, first_fault
 from polygpt.runtime.storage import storage_fault
 from polygpt.spec import Spec
 
@@ -93,7 +93,7 @@ class Checkpoints:
         if self._primary:
             self._survey()
         seen = [dataclasses.astuple(record) for record in self._records.values()], list(self._damaged.items())
-        seen, damaged = json.loads(agree("checkpoints", json.dumps(seen)))
+        seen, damaged = json.loads(broadcast("checkpoints", json.dumps(seen)))
         self._records, self._damaged = {step: Record(step, *rest) for step, *rest in seen}, dict(damaged)
         from polygpt.runtime import stored  # local import: Orbax takes a second to import
 

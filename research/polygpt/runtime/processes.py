@@ -140,7 +140,7 @@ def barrier(name: str) -> None:
         _meet(_group, name)
 
 
-def first_exchange(step: Callable, *given: Any) -> Any:
+def run_first_step(step: Callable, *given: Any) -> Any:
     """Runs the first step, which has the first collectives between all devices, and waits for its result.
 
     After `initialization_timeout` the process exits with code 2: a hanging process still sends heartbeats, and NCCL
@@ -175,17 +175,17 @@ def first_fault(name: str, fault: str) -> str:
     return next(filter(None, gather(name, fault)), "")
 
 
-def agree(name: str, text: str) -> str:
+def broadcast(name: str, text: str) -> str:
     """Process 0's text, in all processes. Raises UserError like `barrier`."""
     if _group is None:
         return text
     group, use = _group, _group.uses[name]
     if group.rank == 0:
-        group.client.key_value_set(f"polygpt/agree/{name}/{use}", text)
+        group.client.key_value_set(f"polygpt/broadcast/{name}/{use}", text)
     _meet(group, name)
-    agreed = group.client.blocking_key_value_get(f"polygpt/agree/{name}/{use}", group.spec.barrier_timeout * 1000)
+    agreed = group.client.blocking_key_value_get(f"polygpt/broadcast/{name}/{use}", group.spec.barrier_timeout * 1000)
     if group.rank == 0 and use:
-        group.client.key_value_delete(f"polygpt/agree/{name}/{use - 1}")
+        group.client.key_value_delete(f"polygpt/broadcast/{name}/{use - 1}")
     return agreed
 
 

@@ -61,7 +61,7 @@ def measure(
     results = evaluate(model, *given, proceed=proceed)
     as_trained = [name for name, task in experiment.evaluation.tasks.items() if task.as_trained]
     metric = select_metric(results["tasks"], experiment.train.metric, as_trained)
-    return float(processes.agree("metric", repr(metric))), results
+    return float(processes.broadcast("metric", repr(metric))), results
 
 
 def select_metric(tasks: dict[str, dict[str, Any]], metric: str, mean_of: Sequence[str] = ()) -> float:

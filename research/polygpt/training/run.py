@@ -18,7 +18,7 @@ from polygpt.models.functional import Model, bind
 from polygpt.runtime import manifest
 from polygpt.runtime.checkpoint import best, first_line, listed
 from polygpt.runtime.manifest import Record
-from polygpt.runtime.processes import agree, first_fault
+from polygpt.runtime.processes import broadcast, first_fault
 from polygpt.runtime.stored import read_parameters
 from polygpt.training.experiment import Experiment
 from polygpt.training.program import assemble
@@ -82,7 +82,7 @@ def open_run(
     folder = (workdir / "checkpoints").absolute()
     found = _finite(folder)
     if spread:  # all processes choose from what process 0 found
-        seen = agree("checkpoints to open", json.dumps([dataclasses.astuple(record) for record in found]))
+        seen = broadcast("checkpoints to open", json.dumps([dataclasses.astuple(record) for record in found]))
         found = [Record(*record) for record in json.loads(seen)]
     if not found:
         raise UserError(f"{workdir} has no complete checkpoint: resume it with polygpt train")

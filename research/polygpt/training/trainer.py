@@ -162,7 +162,7 @@ class Trainer:
         with doing, jax.transfer_guard("disallow"):  # all inputs must be on the device already
             if self.step is None:
                 self.step = self.program.ready(self.state, fed.batch)
-                self.state, metrics = processes.first_exchange(self.step, self.state, fed.batch)
+                self.state, metrics = processes.run_first_step(self.step, self.state, fed.batch)
             else:
                 self.state, metrics = self.step(self.state, fed.batch)
         self.begun += 1

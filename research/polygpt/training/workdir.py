@@ -80,7 +80,7 @@ def _by_the_first(action: Callable[..., None]) -> Callable[..., None]:
                 action(*arguments)
             except UserError as error:
                 fault = str(error)
-        if fault := processes.agree(action.__name__, fault):
+        if fault := processes.broadcast(action.__name__, fault):
             raise UserError(fault)
 
     return done_by_the_first
@@ -125,7 +125,7 @@ def with_code(workdir: Path, experiment: Experiment, code: Code) -> Experiment:
         SpecError: if the experiment does not fit the run's copies of its classes.
     """
     trained = jax.process_index() == 0 and bool(records(workdir / "checkpoints"))
-    if not processes.agree("code", "kept" * trained) or code == "current":
+    if not processes.broadcast("code", "kept" * trained) or code == "current":
         return experiment
     kept = Snapshot(workdir / CODE)
     if not kept.needed:

@@ -23,7 +23,7 @@ def known():
 
 
 def foreseen(known, **mesh):
-    """The arrangement, the flow work a device's blocks, and bytes of exchanges by (kind, axes)."""
+    """The facts of the mesh, the work of a device's blocks, and bytes of collectives by (kind, axes)."""
     experiment, found = known
     here = mesh_facts(MeshSpec(data=1, **mesh), found)
     work = block_work(POSITIONS, 8, here.layout, here.schedule)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from polygpt.scale.launch.local import gpus
+from polygpt.scale.launch.local import describe_exit, gpus
 
 GRACE = 30.0
 """Seconds that a process has to save and exit before it is killed."""
@@ -56,7 +56,7 @@ def start(words: Sequence[str], share: Share = Share(), log: Path | None = None)
 
 
 @contextlib.contextmanager
-def ended(children: Iterable[subprocess.Popen], grace: float = GRACE) -> Iterator[None]:
+def terminated_on_exit(children: Iterable[subprocess.Popen], grace: float = GRACE) -> Iterator[None]:
     """On exit, ends all children: first asks them to stop, then kills them."""
     try:
         yield
@@ -75,12 +75,10 @@ def ended(children: Iterable[subprocess.Popen], grace: float = GRACE) -> Iterato
                 child.wait()
 
 
-def how(code: int) -> str:
-    """Describes how a process ended."""
-    if code >= 0:
-        return f"exited with code {code}"
+def describe_failure(code: int) -> str:
+    """Describes how a worker process ended, with the likely cause of SIGKILL."""
     more = ": possibly too little memory for this many workers" if -code == signal.SIGKILL else ""
-    return f"was killed by {signal.Signals(-code).name}{more}"
+    return f"{describe_exit(code)}{more}"
 
 
 def count_gpus() -> int:

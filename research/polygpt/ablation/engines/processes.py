@@ -36,7 +36,7 @@ class Processes(Engine):
     def run(self, tasks: Sequence[Task], callback: Callback) -> Iterator[tuple[Task, list[dict[str, Any]] | Failure]]:
         count = min(self.workers or children.count_gpus() or len(children.cores()) or os.cpu_count() or 1, len(tasks))
         pool = _Pool(self.retries, children.shares(count), Watch(callback))
-        with children.ended(pool.started), contextlib.closing(pool.selector):
+        with children.terminated_on_exit(pool.started), contextlib.closing(pool.selector):
             yield from pool.run(tasks)
 
 
@@ -98,4 +98,6 @@ class _Pool:
         if times <= self.retries:
             return None
         tried = f", {times} times" if times > 1 else ""
-        return Failure(f"its process {children.how(code)}{tried}: see {made.task.folder / worker.LOG}", False)
+        return Failure(
+            f"its process {children.describe_failure(code)}{tried}: see {made.task.folder / worker.LOG}", False
+        )

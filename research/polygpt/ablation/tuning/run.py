@@ -78,7 +78,7 @@ def _apart(storage: Storage, workers: int, callback: Callback) -> None:
     alive: dict[int, subprocess.Popen] = {}  # by index of its share
     started: list[subprocess.Popen] = []
     shares = children.shares(workers)
-    with children.ended(started):
+    with children.terminated_on_exit(started):
         while True:
             for number, child in [(number, child) for number, child in alive.items() if child.poll() is not None]:
                 del alive[number]

@@ -127,16 +127,16 @@ def plan(experiment: Experiment, target: Target) -> Plan:
     roofline = stand_in = None
     if target.peak:
         linked = links.total(found, target, built.devices)
-        exchanged = {"links": linked.busiest, "in_turn": linked.in_turn, "network": linked.network}
+        times_on_links = {"links": linked.busiest, "in_turn": linked.in_turn, "network": linked.network}
         if target.has_stand_in:
             useful, again = (count / target.count / target.peak for count in (counted.useful, counted.again))
-            stand_in = StandIn(useful, again, **exchanged)
+            stand_in = StandIn(useful, again, **times_on_links)
         else:
             products = work.products(program) + sum(executed.values())
             roofline = Roofline(
                 compute=products / target.peak,
                 memory=work.traffic(program) / target.chip.each(target.chip.bandwidth),
-                **exchanged,
+                **times_on_links,
                 useful=counted.useful / target.count,
                 executed=products,
                 peak=target.peak,

@@ -109,8 +109,8 @@ def predict(experiment: Experiment, known: Facts, target: Target, here: MeshFact
     blocks = sum(line.forward * (3 + line.again) for line in counted.lines if line.name.startswith("decoder, "))
     wasted = (blocks + 1.7 * scores) * bubble / (1 - bubble)
     executed = (counted.useful + counted.again + 1.7 * scores + wasted) / target.count
-    exchanged = predicted_collectives(experiment, known, here, positions, work, compute)
-    linked = links.total(exchanged, target, tuple(layout.mesh.devices.flat))
+    expected = predicted_collectives(experiment, known, here, positions, work, compute)
+    linked = links.total(expected, target, tuple(layout.mesh.devices.flat))
     roofline = Roofline(
         compute=executed / target.peak if target.peak else 0.0,
         memory=traffic / target.chip.each(target.chip.bandwidth) if target.peak else 0.0,
