@@ -52,6 +52,7 @@ MISTAKES = {
     "PositionOff": {"full cache = no cache", "ragged decoding = each alone"},
     "RingTooSmall": {RING},
     "NotANumber": {"finite gradients beside padding"},
+    "UnitQueries": {"finite gradients beside padding"},
     "DependsOnBackend": {CHUNKED},
     "Rounds": {SLOPES},
     "StopsGradient": {SLOPES},

@@ -128,6 +128,20 @@ class NotANumberModule(MultiHeadModule):
 
 
 @dataclasses.dataclass(frozen=True)
+class UnitQueries(MultiHead):
+    """Queries of unit length: 0 / 0 at padding, where a model has vectors of zeros."""
+
+    def build(self, dims, rngs):
+        return UnitQueriesModule(self, dims, rngs)
+
+
+class UnitQueriesModule(MultiHeadModule):
+    def queries(self, x_BTD, context):
+        q_BHTd = super().queries(x_BTD, context)
+        return q_BHTd / jnp.linalg.norm(q_BHTd, axis=-1, keepdims=True)
+
+
+@dataclasses.dataclass(frozen=True)
 class DependsOnBackend(MultiHead):
     """Scales queries for one of the backends."""
 

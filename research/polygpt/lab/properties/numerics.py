@@ -22,11 +22,19 @@ GROWTH = 4.0
 
 
 def finite_gradients(subject: Subject) -> Measured:
-    """Results and all gradients are finite even if whole rows are padding; the error is the number of other values."""
-    rows = subject.rows.masked.with_garbage()
-    found = subject.form.gradient(subject.params, rows.x_BTD, rows.meta, subject.cotangent_BTD)
-    wrong = sum(int((~np.isfinite(np.asarray(x, np.float32))).sum()) for x in jax.tree.leaves(found))
-    return Measured(float(wrong), 0.0, "numbers that are NaN or infinite" if wrong else "")
+    """Results and all gradients are finite even if whole rows are padding; the error is the number of other values.
+
+    Vectors at padding are zero, as in a model, or large.
+    """
+    zeros = subject.rows.masked
+    wrong = {
+        contents: sum(int((~np.isfinite(np.asarray(x, np.float32))).sum()) for x in jax.tree.leaves(found))
+        for contents, rows in {"zero": zeros, "large": zeros.with_garbage()}.items()
+        for found in [subject.form.gradient(subject.params, rows.x_BTD, rows.meta, subject.cotangent_BTD)]
+    }
+    contents = " or ".join(contents for contents, count in wrong.items() if count)
+    note = f"numbers that are NaN or infinite where vectors at padding are {contents}" if contents else ""
+    return Measured(float(max(wrong.values())), 0.0, note)
 
 
 def bfloat16(subject: Subject) -> Measured:
