@@ -97,7 +97,17 @@ def test_every_parameter_has_the_rule_that_is_written_out_by_hand():
         }
 
 
-def test_initial_values_are_as_large_as_the_rules_say():
+@pytest.fixture
+def drawn_by_numpy(monkeypatch):
+    """Initial values without the generator of jax, which takes longer to compile than the rest of a model."""
+
+    def normal(key, shape=()):
+        return jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
+
+    monkeypatch.setattr(jax.random, "normal", normal)
+
+
+def test_initial_values_are_as_large_as_the_rules_say(drawn_by_numpy):
     params = bind(multimodal(BASE), 500).init(jax.random.key(0))
     sizes = {name: float(jnp.std(leaf)) for name, leaf in paths(params).items()}
     want = {
@@ -127,7 +137,7 @@ def test_initial_values_are_as_large_as_the_rules_say():
     ],
     ids=["scores", "T5", "Transformer-XL", "pattern", "differential"],
 )
-def test_initial_values_of_tables_and_vectors_are_those_of_the_base_model(fields):
+def test_initial_values_of_tables_and_vectors_are_those_of_the_base_model(drawn_by_numpy, fields):
     def values(width, mup=None):
         spec = tiny(adapters={}, width=width, depth=2, **fields).replace(mup=mup)
         return paths(bind(spec, VOCABULARY).init(jax.random.key(0)))
@@ -194,7 +204,7 @@ def test_at_the_width_of_the_base_all_rules_are_the_standard_ones(optimizer):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_at_the_width_of_the_base_all_is_the_standard_parametrization_to_the_bit(tied):
+def test_at_the_width_of_the_base_all_is_the_standard_parametrization_to_the_bit(drawn_by_numpy, tied):
     plain = tiny(adapters={"image": ADAPTERS["image"]}, tied=tied, depth=1)
     grown = plain.replace(mup=MuP({"decoder.width": 16, "adapters.image.tower.width": 8}))
     optim, batch = Optim(Constant(0.1)), build([[example(3, ("image", 4), 4)]], T, adapters=plain.adapters)
