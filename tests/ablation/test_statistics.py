@@ -57,6 +57,7 @@ def test_the_bootstrap_interval_of_a_few_seeds_covers_the_truth_as_often_as_it_s
     assert 0.93 <= coverage(*interval_bootstrap(normal(n, 1000, seed=2))) <= 0.97
 
 
+@pytest.mark.slow
 def test_the_bootstrap_interval_of_five_skewed_seeds_covers_what_its_docstring_says():
     x = np.random.default_rng(3).exponential(size=(5, 4000))
     assert coverage(*interval_bootstrap(x), truth=1.0) == pytest.approx(0.932, abs=0.012)  # three standard errors

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from polygpt.ablation import tune
+from polygpt.ablation import budget, tune
 from polygpt.ablation.tune import Choice, Float, Int, Search
 from polygpt.ablation.tuning import report, summary, trials
 from polygpt.ablation.tuning import storage as storages
@@ -32,6 +32,7 @@ from polygpt.nn.mlp import MLP, GatedMLP
 from polygpt.optim.optim import Optim
 from polygpt.optim.schedules import WarmupCosine
 from polygpt.runtime.storage import storage_faults
+from polygpt.spec import to_json
 from polygpt.training.experiment import Experiment, TrainSpec
 
 optuna = pytest.importorskip("optuna")
@@ -62,9 +63,21 @@ def loss_of(made):
     return 2 + abs(math.log10(made.optim.schedule.peak_lr) + 2) + 0.2 * (3 - made.model.decoder.depth)
 
 
+COSTS = {}
+
+
+def costs_once(made):
+    """The costs of an experiment, which depend on its model alone here, counted once a model."""
+    model = json.dumps(to_json(made.model))
+    if model not in COSTS:
+        COSTS[model] = budget.costs(made)
+    return COSTS[model]
+
+
 @pytest.fixture
 def trained(monkeypatch):
     """Training of no time, in place of the real one: the loss falls by the formula. `hook` may raise at any step."""
+    monkeypatch.setattr(trials, "costs", costs_once)
     made = SimpleNamespace(runs=[], hook=lambda experiment, step: None)
 
     def train(experiment, workdir, loggers):
@@ -284,6 +297,8 @@ def test_loss_against_flops_gives_a_front(tmp_path, trained):
     storage = run(search(trials=12, against="flops", seed=1), tmp_path)
     found = summary.summarize(storage)
     points = {t["number"]: tuple(t["objectives"].values()) for t in found.trials}
+    for trial in found.trials:
+        assert points[trial["number"]][1] == 20 * costs_once(search().experiment(trial["values"])).flops
     beaten = {a for a, p in points.items() for q in points.values() if q[0] <= p[0] and q[1] <= p[1] and q != p}
     assert set(found.best) == set(points) - beaten and len(found.best) > 1
     assert [points[n][1] for n in found.best] == sorted(points[n][1] for n in found.best)

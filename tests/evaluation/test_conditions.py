@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from batches import lively
 from polygpt.attention.multi_head import MultiHead
 from polygpt.attention.sinks import SinksAndWindow
 from polygpt.attention.sliding import SlidingWindow
@@ -66,7 +67,7 @@ def model():
 @pytest.fixture(scope="module")
 def params(model):
     """Large enough that it matters who sees whom."""
-    return jax.tree.map(lambda x: 4 * x if x.ndim > 1 else x, model.init(jax.random.key(0)))
+    return lively(model, scale=1.0)
 
 
 def measured(model, params, tasks, layout=LAYOUT, **options):

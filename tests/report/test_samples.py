@@ -11,6 +11,7 @@ import soundfile
 from flax import nnx
 from PIL import Image
 
+from batches import lively
 from polygpt.adapters.audio import AudioAdapter
 from polygpt.adapters.image import ImageAdapter
 from polygpt.attention.contract import Attention
@@ -105,8 +106,7 @@ def run():
     experiment = SimpleNamespace(
         evaluation=evaluation, data=SimpleNamespace(layout=LayoutSpec(seq_len=160)), train=SimpleNamespace(steps=1)
     )
-    params = model.init(jax.random.key(0))
-    return SimpleNamespace(experiment=experiment, model=model, params=params, tokenizer=tokenizer, step=1)
+    return SimpleNamespace(experiment=experiment, model=model, params=lively(model), tokenizer=tokenizer, step=1)
 
 
 def test_samples_of_every_task_with_their_media(run):

@@ -6,6 +6,7 @@ import jax
 import tiny
 
 from polygpt import topology
+from polygpt.overrides import override
 from polygpt.scale.plan import cache, compilation
 from polygpt.scale.plan.cache import Cached
 from polygpt.scale.plan.target import target
@@ -16,7 +17,8 @@ def test_a_step_is_compiled_once(tmp_path, monkeypatch):
     monkeypatch.setenv("POLYGPT_CACHE", str(tmp_path))
     compiled, real = [], topology.compiled
     monkeypatch.setattr(topology, "compiled", lambda lowered: compiled.append(lowered) or real(lowered))
-    chosen = tiny.experiment()
+    small = {"model.decoder.width": "8", "model.decoder.depth": "0", "data.batch_size": "1", "data.layout.seq_len": "8"}
+    chosen = override(tiny.experiment(), small)
     chosen = chosen.replace(train=chosen.train.replace(parallel="single", mesh=MeshSpec()))
     first, second = (compilation.build(chosen, target("cpu:1")) for _ in range(2))
     assert len(compiled) == 1 and first.text
