@@ -34,7 +34,7 @@ ADDED: dict[int, dict[str, dict[str, Any]]] = {
     },
     3: {
         "polygpt.training.experiment:Experiment": {"init": {"class": "polygpt.init.base:Random"}},
-        "polygpt.models.multimodal:ModelSpec": {"logits_block": None},
+        "polygpt.models.multimodal:ModelSpec": {"logits_block": None, "low_rank": None},
     },
 }
 """By schema and current class name: fields that the schema lacks, with the value that keeps the old behaviour."""

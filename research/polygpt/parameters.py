@@ -11,7 +11,7 @@ Only an `nnx.Param` is trained. Other variables are constants: they are saved wi
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -49,6 +49,18 @@ def name_of(path) -> str:
 def paths(tree: Any) -> dict[str, Any]:
     """The leaves of a tree by name."""
     return {name_of(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def tree_of(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dicts of leaves by name: the inverse of `paths`."""
+    tree: dict[str, Any] = {}
+    for name, leaf in leaves.items():
+        *outer, last = name.split("/")
+        inner = tree
+        for key in outer:
+            inner = inner.setdefault(key, {})
+        inner[last] = leaf
+    return tree
 
 
 def stack(make: Callable[[jax.Array], Made], keys: jax.Array, axis: str | None = None) -> Made:

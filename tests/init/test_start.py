@@ -129,6 +129,18 @@ def test_without_strict_what_is_missing_stays_random_and_is_told():
     )
 
 
+def test_low_rank_updates_need_no_source_but_take_those_that_it_has():
+    update = {"low_rank/decoder/a/up": Traits((1, 3), (None, None), True)}
+    assert set(start(Given(), MODEL | update, BYTES).taken) == set(MODEL)
+    with_some = {name: own for name, own in MODEL.items() if name != "decoder/b"} | update
+    taken = start(
+        Given(rename={"^decoder/b$": "low_rank/decoder/a/up"}),
+        with_some | {"low_rank/decoder/a/up": MODEL["decoder/b"]},
+        BYTES,
+    )
+    assert taken.taken["low_rank/decoder/a/up"] == "decoder/b"
+
+
 def test_the_pattern_that_the_error_proposes_is_a_remedy():
     model = {n: own for n, own in MODEL.items() if n != "head/kernel"} | {DIGITS: Traits((5, 2), (None, None), True)}
     with pytest.raises(UserError) as error:

@@ -11,6 +11,7 @@ import jax
 from polygpt.columns import aligned
 from polygpt.errors import UserError
 from polygpt.init.base import Init, Source, Weights
+from polygpt.models import low_rank
 from polygpt.parameters import Traits
 
 
@@ -62,9 +63,14 @@ def start(init: Init, traits: Mapping[str, Traits], tokenizer: Any) -> Start:
     for ours, theirs in taken.items():
         _require_shape(ours, traits[ours].shape, theirs, source)
     if init.strict:
-        unfilled = [ours for ours in traits if ours not in taken and _selected(init, ours)]
+        new = [] if any(map(_is_update, given)) else list(filter(_is_update, traits))  # low-rank updates begin at 0
+        unfilled = [ours for ours in traits if not (ours in new or ours in taken) and _selected(init, ours)]
         _require_all(source, unfilled, {ours: theirs for ours, theirs in chosen.items() if ours not in traits})
     return Start(source, taken, _table(source, taken, traits))
+
+
+def _is_update(name: str) -> bool:
+    return name.startswith(f"{low_rank.KEY}/")
 
 
 def _selected(init: Weights, name: str) -> bool:

@@ -21,7 +21,7 @@ from polygpt.objectives.base import TokenScores, scores_and_best
 from polygpt.objectives.blocked import Head
 from polygpt.optim import mup
 from polygpt.overrides import replaced
-from polygpt.parameters import paths
+from polygpt.parameters import paths, tree_of
 from polygpt.sequence import Batch
 from polygpt.spec import to_json
 
@@ -108,14 +108,14 @@ class Model:
             return parameter if growth.initial == 1 else parameter * growth.initial
 
         def initial(key):
-            params = _pure(nnx.state(self._build(key)))
+            params = self._initial(key)
             return params if self.growth is None else jax.tree.map(scaled, params, self.growth)
 
         return jax.jit(initial)(key)
 
     def abstract(self) -> Params:
         """Shapes and dtypes of the parameters, without allocating them."""
-        return jax.eval_shape(lambda: _pure(nnx.state(self._build(jax.random.key(0)))))
+        return jax.eval_shape(lambda: self._initial(jax.random.key(0)))
 
     def axes(self) -> Params:
         """Logical axis names of every parameter, which decide its sharding; a tree of tuples."""
@@ -144,9 +144,20 @@ class Model:
                 return blocked.token_scores(*given, self.spec.logits_block)
         return scores_and_best(outputs.logits_BTV, batch.target_BT)
 
+    @functools.cached_property
+    def merged(self) -> "Model":
+        """The model without low-rank updates, for the parameters that `merge` returns; without updates, itself."""
+        if self.spec.low_rank is None:
+            return self
+        return bind(self.spec.replace(low_rank=None), self.vocabulary).on(self.layout)
+
+    def merge(self, params: Params) -> Params:
+        """The parameters of `merged`, with all updates added to their matrices."""
+        return params if self.spec.low_rank is None else self.spec.low_rank.merged(params)
+
     def module(self, params: Params) -> MultimodalModel:
         """The module with these parameters, to call its parts one by one; works under the transformations of JAX."""
-        return nnx.merge(self.graphdef, _state(params))
+        return nnx.merge(self.graphdef, _state(self.merge(params)))
 
     def init_cache(self, batch_size: int, size: int) -> Cache:
         """An empty cache for `batch_size` rows of at most `size` positions."""
@@ -186,7 +197,14 @@ class Model:
         return MultimodalModel(self.spec, self.vocabulary, nnx.Rngs(key))
 
     def _merged(self, params: Params) -> contextlib.AbstractContextManager[MultimodalModel]:
-        return parameters.merged(self.graphdef, _state(params))
+        return parameters.merged(self.graphdef, _state(self.merge(params)))
+
+    def _initial(self, key: jax.Array) -> Params:
+        params = _pure(nnx.state(self._build(key)))
+        if self.spec.low_rank is None:
+            return params
+        given = jax.random.fold_in(key, 1), paths(self.merged.traits)
+        return params | self.spec.low_rank.initial(*given)
 
 
 def bind(spec: ModelSpec, vocabulary: int) -> Model:
@@ -197,7 +215,10 @@ def bind(spec: ModelSpec, vocabulary: int) -> Model:
     """
     module = nnx.eval_shape(lambda: MultimodalModel(spec, vocabulary, nnx.Rngs(0)))
     traits = parameters.traits(module)  # completes the metadata, which are part of the graph
-    return Model(spec, vocabulary, nnx.graphdef(module), _pure(traits))
+    traits = _pure(traits)
+    if spec.low_rank is not None:
+        traits = tree_of(spec.low_rank.traits(paths(traits)))
+    return Model(spec, vocabulary, nnx.graphdef(module), traits)
 
 
 def _require_same(trained: Mapping[str, Any], changed: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ from polygpt.adapters.base import Adapter, SharedConnector
 from polygpt.adapters.text import TextEmbedding
 from polygpt.blocks.stack import StackSpec
 from polygpt.models.decoder import Cache, Decoder, DecoderSpec
+from polygpt.models.low_rank import LowRank
 from polygpt.nn.linear import Linear
 from polygpt.nn.losses import Losses, add
 from polygpt.objectives.blocked import Head
@@ -42,7 +43,11 @@ class ModelSpec(Spec):
     """Number of positions per device whose logits exist at a time, in training and scoring; null for all. Saves memory
     if the vocabulary is large, without computing anything twice. Objectives that read all logits still need them."""
 
+    low_rank: LowRank | None = None
+    """Trains low-rank updates of matrices and freezes all other parameters; null trains all."""
+
     def validate(self):
+        self.require(self.low_rank is None or self.mup is None, "low_rank", "null with mup")
         self.require(self.logits_block is None or self.logits_block >= 1, "logits_block", "null or at least 1")
         self.decoder.mlp.check_modalities(("text", *self.adapters))
         self.base()

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
-from polygpt.parameters import paths
+from polygpt.parameters import paths, tree_of
 from polygpt.runtime import private, processes
 
 # Orbax also logs the traceback of errors that it raises; callers report them in one line.
@@ -87,13 +87,7 @@ def shapes(place: Path, item: str) -> dict[str, jax.ShapeDtypeStruct]:
 def read_some(place: Path, item: str, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
     """Reads some arrays of an item by name; `wanted` has their dtypes and shardings."""
     _meet_at_our_barriers()
-    tree: dict[str, Any] = {}
-    for name, target in wanted.items():
-        *outer, last = name.split("/")
-        inner = tree
-        for key in outer:
-            inner = inner.setdefault(key, {})
-        inner[last] = target
+    tree = tree_of(wanted)
     restore = ocp.args.PyTreeRestore(
         tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree), partial_restore=True
     )

@@ -57,6 +57,7 @@ def measure(
     model, params = program.evaluated, state.eval_params
     if model.layout is None:  # pmap keeps a copy on every device
         params = jax.tree.map(lambda x: x.addressable_data(0), params)
+    model, params = model.merged, program.merge(params)
     given = params, tokenizer, experiment.model.adapters, experiment.data.layout, plan(experiment)
     results = evaluate(model, *given, proceed=proceed)
     as_trained = [name for name, task in experiment.evaluation.tasks.items() if task.as_trained]

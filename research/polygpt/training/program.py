@@ -66,14 +66,16 @@ class Program:
 
     def summary(self) -> str:
         """Model size, devices and the reason for them, and how parameters are trained."""
-        count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.model.traits) if leaf.trained)
+        traits = jax.tree.leaves(self.model.traits)
+        count = sum(math.prod(leaf.shape) for leaf in traits if leaf.trained)
         runs, layout = self.parallel, self.parallel.layout
         place = f"{len(runs.devices)} x {runs.devices[0].device_kind}, {runs.mode}"
         place += f" ({layout.summary()})" if layout else ""
         model = self.experiment.model
+        of_all = f" of {sum(math.prod(leaf.shape) for leaf in traits):,}" if model.low_rank else ""
         lines = [
             *([self.reason] if self.reason else []),
-            f"{self.experiment.name}: {count:,} parameters on {place}",
+            f"{self.experiment.name}: {count:,}{of_all} parameters on {place}",
             *([model.mup.summary()] if model.mup else []),
             self.experiment.optim.table(self.model.traits, self.model.growth),
         ]
@@ -84,6 +86,11 @@ class Program:
     def evaluated(self) -> Model:
         """The model for evaluation, on the training mesh."""
         return self.model.on(self.parallel.layout)
+
+    @functools.cached_property
+    def merge(self) -> Callable:
+        """`Model.merge`, compiled: evaluation adds low-rank updates to their matrices once."""
+        return self.model.merge if self.model.merged is self.model else jax.jit(self.model.merge)
 
     @functools.cached_property
     def step(self) -> Callable:

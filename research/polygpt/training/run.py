@@ -104,7 +104,8 @@ def open_run(
         place = folder / str(record.step)
         params, said = _read(place, target, averaged, spread)
         if not said:
-            return Run(experiment, model, tokenizer, params, record.step, workdir)
+            params = params if model.merged is model else jax.jit(model.merge)(params)
+            return Run(experiment, model.merged, tokenizer, params, record.step, workdir)
         log.warning("skipping checkpoint %s: %s", place, said)
         faults[record.step] = said
     raise UserError(f"no checkpoint in {folder} can be read ({listed(faults)}): train the run again, or open another")

@@ -1,0 +1,105 @@
+"""Low-rank updates: fine-tune a model by training two thin matrices beside each of its large ones, which are frozen."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from polygpt.errors import SpecError
+from polygpt.optim.groups import check_pattern
+from polygpt.parameters import Traits, paths, tree_of
+from polygpt.spec import Spec
+
+KEY = "low_rank"
+"""Where the added parameters are in the tree: "low_rank/decoder/blocks/attention/query/kernel/down"."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LowRank(Spec):
+    """Trains W + scale * down @ up instead of W: LoRA (Hu et al., 2106.09685, section 4.1).
+
+    All other parameters are frozen, except those in `also`. At first `up` is 0, so the model is the one before.
+    """
+
+    pattern: str
+    """Regular expression, searched in the names of parameters: matrices that get an update. Vectors and embeddings that
+    match do not."""
+    rank: int = 8
+    """Rank of the update."""
+    alpha: float = 16.0
+    """The scale of an update is alpha / rank."""
+    rank_stabilized: bool = False
+    """Whether the scale is alpha / sqrt(rank) instead, so that high ranks learn as fast: rsLoRA (2312.03732)."""
+    magnitude: bool = False
+    """Whether to train the length of each column of W apart from its direction: DoRA (2402.09353, section 4)."""
+    also: str | None = None
+    """Regular expression: further parameters to train in full, such as those of a new adapter; null for none."""
+
+    def validate(self):
+        check_pattern(self, "pattern")
+        check_pattern(self, "also")
+        self.require(self.rank >= 1, "rank", "at least 1")
+
+    @property
+    def scale(self) -> float:
+        """Factor on an update."""
+        return self.alpha / (self.rank**0.5 if self.rank_stabilized else self.rank)
+
+    def matrices(self, traits: Mapping[str, Traits]) -> dict[str, Traits]:
+        """The matrices that get an update, by name.
+
+        Raises:
+            SpecError: if there are none.
+        """
+        found = {name: own for name, own in traits.items() if own.decays and re.search(self.pattern, name)}
+        if not found:
+            names = [name for name, own in traits.items() if own.decays]
+            raise SpecError(f"model.low_rank.pattern {self.pattern!r} matches no matrix: names are like {names[0]}")
+        return found
+
+    def traits(self, traits: Mapping[str, Traits]) -> dict[str, Traits]:
+        """The traits of all parameters by name, given those of the model without updates."""
+        trained = {
+            name: dataclasses.replace(
+                own, trained=own.trained and self.also is not None and bool(re.search(self.also, name))
+            )
+            for name, own in traits.items()
+        }
+        for name, own in self.matrices(traits).items():
+            (*outer, inputs, outputs), (*names, axis, other) = own.shape, own.axes
+            trained[f"{KEY}/{name}/down"] = Traits((*outer, inputs, self.rank), (*names, axis, None), decays=True)
+            trained[f"{KEY}/{name}/up"] = Traits((*outer, self.rank, outputs), (*names, None, other), decays=True)
+            if self.magnitude:
+                trained[f"{KEY}/{name}/magnitude"] = Traits((*outer, outputs), (*names, other), decays=False)
+        return trained
+
+    def initial(self, key: jax.Array, traits: Mapping[str, Traits]) -> dict[str, Any]:
+        """Initial values of the added parameters, a tree: `down` is normal with variance 1 / inputs, the rest is 0."""
+        values = {}
+        for number, (name, own) in enumerate(self.traits(traits).items()):
+            if name.startswith(f"{KEY}/"):
+                down = name.endswith("/down")
+                normal = jax.random.normal(jax.random.fold_in(key, number), own.shape) if down else jnp.zeros(own.shape)
+                values[name] = normal * own.shape[-2] ** -0.5 if down else normal
+        return tree_of(values)
+
+    def merged(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """The parameters of the model without updates that computes the same; accumulated in float32."""
+        base = {name: value for name, value in params.items() if name != KEY}
+        values, updates = paths(base), paths(params[KEY])
+        for name in {name.rpartition("/")[0] for name in updates}:
+            matrix, down, up = values[name], updates[f"{name}/down"], updates[f"{name}/up"]
+            changed = matrix + self.scale * jnp.matmul(down, up)
+            if self.magnitude:
+                scaled = 1 + updates[f"{name}/magnitude"][..., None, :]
+                changed = changed * (_lengths(matrix) / _lengths(changed)) * scaled
+            values[name] = changed
+        return tree_of(values)
+
+
+def _lengths(matrix: jax.Array) -> jax.Array:
+    """The Euclidean norm of each column [..., 1, outputs]; tiny rather than 0, where it would have no gradient."""
+    return jnp.sqrt(jnp.sum(jnp.square(matrix), axis=-2, keepdims=True) + 1e-30)

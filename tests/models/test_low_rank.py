@@ -1,0 +1,123 @@
+"""Low-rank updates: the model before them at first, the merged matrices afterwards, and nothing else trained."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from batches import build, example, lively, tiny
+from polygpt.errors import SpecError
+from polygpt.models.functional import bind
+from polygpt.models.low_rank import LowRank
+from polygpt.optim.mup import MuP
+from polygpt.parameters import paths, tree_of
+
+KINDS = {
+    "LoRA": LowRank("attention|mlp", rank=3),
+    "rank stabilized": LowRank("attention|mlp", rank=3, rank_stabilized=True),
+    "DoRA": LowRank("attention|mlp", rank=3, magnitude=True),
+}
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return build([(example(9, ("image", 4), 6, seed=1),), (example(3, seed=2), example(12, seed=3))], 24)
+
+
+def models(kind, **changes):
+    spec = tiny(depth=2, **changes)
+    return bind(spec.replace(low_rank=KINDS[kind]), 31), bind(spec, 31)
+
+
+def updated(model):
+    """Lively parameters, with updates that are not 0."""
+    rng = np.random.default_rng(0)
+    params = model.init(jax.random.key(0)) | jax.tree.map(jnp.asarray, lively(model.merged))
+    noise = jax.tree.map(lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), jnp.float32), params["low_rank"])
+    return params | {"low_rank": noise}
+
+
+def test_tree_of_is_the_inverse_of_paths():
+    tree = {"a": {"b": 1, "c": {"d": 2}}, "e": 3}
+    assert tree_of(paths(tree)) == tree
+
+
+@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_at_first_it_is_the_model_without_updates(kind, scan, batch):
+    model, plain = models(kind, scan=scan)
+    key = jax.random.key(3)
+    params, expected = model.init(key), plain.init(key)
+    assert paths(model.abstract()).keys() == paths(params).keys() == paths(model.traits).keys()
+    for name, value in paths(expected).items():
+        np.testing.assert_array_equal(paths(params)[name], value, err_msg=name)
+    merged = paths(jax.jit(model.merge)(params))
+    for name, value in paths(expected).items():
+        ulp = 2e-7 if kind == "DoRA" else 0  # its lengths cancel up to rounding
+        np.testing.assert_allclose(merged[name], value, rtol=ulp, atol=0, err_msg=name)
+    ours = jax.jit(model.apply)(params, batch).logits_BTV
+    np.testing.assert_allclose(ours, jax.jit(plain.apply)(expected, batch).logits_BTV, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merged_matrices_are_those_of_the_paper_and_predict_the_same(kind, batch):
+    model, plain = models(kind)
+    params, low_rank = updated(model), KINDS[kind]
+    merged, values, updates = paths(model.merge(params)), paths(params), paths(params["low_rank"])
+    changed = {name.rpartition("/")[0] for name in updates}
+    assert merged.keys() == paths(plain.abstract()).keys() and model.merged.spec == plain.spec
+    for name, value in merged.items():
+        expected = np.float64(values[name])
+        if name in changed:
+            scale = low_rank.alpha / (np.sqrt(3) if kind == "rank stabilized" else 3)
+            expected = expected + scale * np.float64(updates[f"{name}/down"]) @ np.float64(updates[f"{name}/up"])
+            if kind == "DoRA":  # m V / ||V||, where m is a length of its own for each column
+                m = np.linalg.norm(np.float64(values[name]), axis=-2, keepdims=True)
+                m *= 1 + np.float64(updates[f"{name}/magnitude"])[..., None, :]
+                expected = m * expected / np.linalg.norm(expected, axis=-2, keepdims=True)
+        np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-6, err_msg=name)
+    ours = jax.jit(model.apply)(params, batch).logits_BTV
+    np.testing.assert_allclose(ours, jax.jit(plain.apply)(model.merge(params), batch).logits_BTV, rtol=0, atol=1e-5)
+
+
+def test_matrices_that_match_get_an_update_and_only_these_are_trained():
+    model, plain = models("DoRA")
+    added = {name for name in paths(model.traits) if name.startswith("low_rank/")}
+    matrices = {
+        name for name, own in paths(plain.traits).items() if own.decays and ("attention" in name or "mlp" in name)
+    }
+    assert added == {f"low_rank/{name}/{part}" for name in matrices for part in ("down", "up", "magnitude")}
+    assert {name for name, own in paths(model.traits).items() if own.trained} == added
+    for name in matrices:
+        own, down, up = (paths(model.traits)[n] for n in (name, f"low_rank/{name}/down", f"low_rank/{name}/up"))
+        assert (*down.shape[:-1], up.shape[-1]) == own.shape and down.shape[-1] == up.shape[-2] == 3
+        assert (down.axes[:-1], up.axes[-1], down.axes[-1]) == (own.axes[:-1], own.axes[-1], None)
+
+
+def test_parameters_named_in_also_are_trained_in_full():
+    spec = tiny(depth=1).replace(low_rank=LowRank("decoder/.*attention", also="^adapters/image/"))
+    trained = {name.split("/")[0] for name, own in paths(bind(spec, 31).traits).items() if own.trained}
+    assert trained == {"low_rank", "adapters"}
+
+
+def test_columns_of_zeros_keep_a_finite_gradient():
+    low_rank = LowRank("w", rank=1, magnitude=True)
+    updates = {"down": jnp.ones((2, 1)), "up": jnp.zeros((1, 3)), "magnitude": jnp.zeros(3)}
+    params = {"w": jnp.zeros((2, 3)), "low_rank": {"w": updates}}
+    gradient = jax.grad(lambda params: jnp.sum(low_rank.merged(params)["w"] ** 2))(params)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+
+
+@pytest.mark.parametrize("field", [{"pattern": "nowhere"}, {"pattern": "norm"}])
+def test_a_pattern_that_matches_no_matrix_is_refused(field):
+    with pytest.raises(SpecError, match="matches no matrix: names are like"):
+        bind(tiny().replace(low_rank=LowRank(**field)), 31)
+
+
+def test_invalid_fields_are_refused():
+    with pytest.raises(SpecError, match="rank is 0"):
+        LowRank("x", rank=0)
+    with pytest.raises(SpecError, match="regular expression"):
+        LowRank("(")
+    with pytest.raises(SpecError, match="low_rank"):
+        tiny(width=32).replace(low_rank=LowRank("x"), mup=MuP({"decoder.width": 16}))
