@@ -1,5 +1,8 @@
 """Overrides by dotted names: all at once, in any order, another class by its name."""
 
+import dataclasses
+from collections.abc import Mapping
+
 import pytest
 
 from polygpt.attention.multi_head import MultiHead
@@ -9,9 +12,12 @@ from polygpt.data.sources.embedded import Embedded
 from polygpt.errors import SpecError
 from polygpt.evaluation.spec import EvalTask, EvaluationSpec
 from polygpt.lab import catalogue
+from polygpt.objectives.base import Objective
+from polygpt.objectives.next_token import NextToken
+from polygpt.objectives.z_loss import ZLoss
 from polygpt.optim.mup import MuP
 from polygpt.overrides import leaves, override, replaced
-from polygpt.spec import class_name
+from polygpt.spec import Spec, class_name
 
 
 @pytest.mark.parametrize("cls", catalogue.variants(), ids=lambda cls: cls.__name__)
@@ -70,6 +76,30 @@ def test_a_mapping_takes_a_new_entry_of_the_right_type_alone():
         replaced(spec, {"tasks.digits": 7})
     with pytest.raises(SpecError, match="--tasks.txt: no entry 'txt': did you mean text"):
         replaced(spec, {"tasks.txt.limit": 7})
+
+
+@dataclasses.dataclass(frozen=True)
+class Losses(Spec):
+    losses: Mapping[str, tuple[Objective, float]] = dataclasses.field(default_factory=lambda: {"z": (ZLoss(), 1e-4)})
+
+
+def test_classes_are_named_at_any_depth_of_json():
+    named, built = '"polygpt.objectives.next_token:NextToken"', '{"class": "polygpt.objectives.z_loss:ZLoss"}'
+    both = f'{{"next": [{named}, 1], "z": [{built}, 2]}}'
+    assert override(Losses(), {"losses": both}).losses == {"next": (NextToken(), 1.0), "z": (ZLoss(), 2.0)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"losses": '{"z": ["polygpt.objectives.z_loss:ZLoss", "x"]}'}, r"--losses\['z'\]\[1\] is 'x'.* float"),
+        ({"losses": "[1]"}, r"--losses is .*1.*mapping from names to \[Objective, float\]"),
+        ({"losses.next.1": "2"}, r"no entry 'next': there are z; .*--losses '\{"),
+    ],
+)
+def test_what_json_lacks_is_told_by_its_place(changes, fault):
+    with pytest.raises(SpecError, match=fault):
+        override(Losses(), changes)
 
 
 def test_an_entry_of_a_mapping_may_have_dots_in_its_name():

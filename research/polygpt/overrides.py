@@ -73,7 +73,9 @@ def _set(value: Any, annotation: Any, changes: Changes, name: str) -> Any:
     if isinstance(value, Mapping):
         for key in inside:
             if key not in value and not isinstance(inside[key].get(()), _Value):
-                raise SpecError(f"--{_join(name, key)}: no entry {key!r}: {nearest(key, value)}")
+                said = nearest(key, value)
+                whole = "" if said.endswith("?") else f"; to add one, write all entries as JSON: --{name} '{{...}}'"
+                raise SpecError(f"--{_join(name, key)}: no entry {key!r}: {said}{whole}")
         changed = {key: _set(value.get(key), _inner(annotation), own, _join(name, key)) for key, own in inside.items()}
         return {**value, **changed}
     for key in inside:
@@ -149,19 +151,24 @@ def _read(text: str) -> Any:
 
 
 def _parse(data: Any, annotation: Any, text: str, name: str) -> Any:
-    if isinstance(data, list) and typing.get_origin(annotation) is tuple:
-        data = [
-            _made(load_class(item), {}, _inner(annotation, i), {}, _join(name, str(i)))
-            if isinstance(item, str) and _holds_spec(_inner(annotation, i), None)
-            else from_json(item, f"--{name}[{i}]")
-            for i, item in enumerate(data)
-        ]
-    else:
-        data = from_json(data, f"--{name}")
     try:
-        return conform(annotation, data, f"--{name}")
-    except SpecError:
-        return conform(annotation, text, f"--{name}")  # a string field whose value looks like JSON: --name 12
+        return conform(annotation, _built(data, annotation, name), f"--{name}")
+    except SpecError as fault:
+        try:
+            return conform(annotation, text, f"--{name}")  # a string field whose value looks like JSON: --name 12
+        except SpecError:
+            raise fault from None
+
+
+def _built(data: Any, annotation: Any, name: str) -> Any:
+    """JSON data with its specifications: objects with a "class", and names of classes where the annotation has one."""
+    if isinstance(data, str) and _holds_spec(annotation, None):
+        return _made(load_class(data), {}, annotation, {}, name)
+    if isinstance(data, list):
+        return tuple(_built(item, _inner(annotation, i), _join(name, str(i))) for i, item in enumerate(data))
+    if isinstance(data, dict) and "class" not in data:
+        return {key: _built(item, _inner(annotation), _join(name, key)) for key, item in data.items()}
+    return from_json(data, f"--{name}")
 
 
 def _holds_spec(annotation: Any, value: Any) -> bool:

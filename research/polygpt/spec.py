@@ -93,6 +93,8 @@ def describe(annotation: Any) -> str:
         return " or ".join(map(describe, arguments))
     if annotation is type(None):
         return "null"
+    if origin is tuple and arguments[-1] is not Ellipsis:
+        return f"[{', '.join(map(describe, arguments))}]"
     if origin is tuple:
         return f"a list of {describe(arguments[0])}"
     if origin is not None and issubclass(origin, Mapping):
