@@ -72,6 +72,7 @@ def compiled_once():
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """The outcome of `polygpt train FILE --json`: code, out, err, and the places of the experiment and the run."""
+    import compiled_once
     from own_experiment import write_experiment
     from polygpt.cli.main import main  # imports jax, which is to find the settings above
 
@@ -81,7 +82,7 @@ def trained(tmp_path_factory):
     before = os.getcwd()
     os.chdir(folder)
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with compiled_once.used(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = main(["train", str(file), "--json"])
     finally:
         os.chdir(before)

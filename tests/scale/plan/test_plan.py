@@ -202,21 +202,12 @@ def test_ways_to_run_divide_the_devices_and_their_overrides_make_them():
 
 
 def test_the_command_prints_writes_and_says_what_is_not_known(tmp_path, capsys):
-    words = [
-        "plan",
-        str(HERE / "tiny.py"),
-        "--on",
-        "cpu:1",
-        "--output",
-        str(tmp_path),
-        "--json",
-        "--train.mesh.tensor",
-        "1",
-    ]
-    assert main(words) == 0
+    changes = {"train.mesh.tensor": "1", "data.layout.seq_len": "32", "model.decoder.width": "32"}
+    words = ["plan", str(HERE / "tiny.py"), "--on", "cpu:1", "--output", str(tmp_path), "--json"]
+    assert main([*words, *(f"--{name}={value}" for name, value in changes.items())]) == 0
     data = json.loads(capsys.readouterr().out)
     assert data["memory"]["fits"] and data["roofline"] is None and "not published" in data["estimated"]
-    assert data["changes"] == {"train.mesh.tensor": "1"} and data["settings"]["mesh"] == {}
+    assert data["changes"] == changes and data["settings"]["mesh"] == {}
     assert json.loads((tmp_path / "plan.json").read_text())["flops"] == data["flops"]
     assert headline(data) in (tmp_path / "plan.md").read_text() and (tmp_path / "plan.png").stat().st_size > 10_000
     assert markdown(data).count("\n## ") >= 2
