@@ -35,6 +35,7 @@ from polygpt.data.sources.text_files import TextFiles
 from polygpt.data.sources.tfds import TfdsSource
 from polygpt.data.tokenizers.bpe import BPE
 from polygpt.data.tokenizers.bytes import Bytes
+from polygpt.errors import BadRecord, UserError
 from polygpt.evaluation.classification import Classification
 from polygpt.evaluation.spec import EvalTask, EvaluationSpec
 from polygpt.evaluation.transcription import Transcription
@@ -87,6 +88,7 @@ __all__ = [
     "Attention",
     "AudioAdapter",
     "BPE",
+    "BadRecord",
     "Budget",
     "Bytes",
     "CheckpointSpec",
@@ -158,6 +160,7 @@ __all__ = [
     "TfdsSource",
     "TrainSpec",
     "Transcription",
+    "UserError",
     "WSD",
     "WarmupCosine",
     "WarmupExponential",

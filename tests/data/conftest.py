@@ -4,7 +4,7 @@ import http.server
 import threading
 
 import pytest
-from small_data import ADAPTERS, SmallSource, flac, make_example, png
+from small_data import ADAPTERS, FaultySource, SmallSource, flac, make_example, png
 from tiny_corpus import Registry, package, tarball
 
 from polygpt.data import corpora
@@ -16,7 +16,7 @@ def small():
     """What `small_data` has, and a byte tokenizer."""
 
     class Small:
-        adapters, tokenizer, source = ADAPTERS, Bytes().build(), SmallSource
+        adapters, tokenizer, source, faulty_source = ADAPTERS, Bytes().build(), SmallSource, FaultySource
         positions = {name: adapter.positions for name, adapter in ADAPTERS.items()}
         png, flac, example = staticmethod(png), staticmethod(flac), staticmethod(make_example)
 

@@ -86,6 +86,22 @@ class Examples(Sequence):
 
 
 @dataclasses.dataclass(frozen=True)
+class FaultySource(Source):
+    """Indexing fails as a mistake in a user's source does."""
+
+    def open(self):
+        return FaultyExamples()
+
+
+class FaultyExamples:
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, i):
+        return {}["answer"]
+
+
+@dataclasses.dataclass(frozen=True)
 class SmallSource(Source):
     """A source of `Examples`."""
 

@@ -75,6 +75,12 @@ def test_a_task_of_bad_records_alone_has_no_lengths(small):
     assert len(found["bad"].faults) == 3 and found["bad"].summary()["positions"] == {}
 
 
+def test_the_record_is_named_at_which_a_source_fails(small):
+    data = DataSpec({"faulty": Task(small.faulty_source())}, LayoutSpec(seq_len=64), 2)
+    with pytest.raises(RuntimeError, match=r"FaultyExamples\[0\] raised KeyError: 'answer'.*BadRecord"):
+        check(data, small.tokenizer, small.adapters)
+
+
 def test_an_empty_source_is_named(small):
     with pytest.raises(UserError, match="task 'nothing'"):
         check(DataSpec({"nothing": Task(small.source(0))}, LayoutSpec(seq_len=64), 2), small.tokenizer, small.adapters)

@@ -256,8 +256,16 @@ def test_a_waiting_example_whose_file_is_gone_is_raised(small, tmp_path):
 
 def test_bad_records_are_raised_by_default(small):
     iterator = batches_of(small, make_data(small, on_bad_record="raise"))
-    with pytest.raises(BadRecord, match="^example [0-9]+: (made up|too long)"):
+    with pytest.raises(BadRecord, match="^example [0-9]+: (made up|too long).*data check.*on_bad_record=skip"):
         take(iterator, 20)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_record_is_named_at_which_a_source_fails(small, workers):
+    iterator = batches_of(small, make_data(small, tasks={"faulty": Task(small.faulty_source())}, workers=workers))
+    with pytest.raises(RuntimeError, match=r"FaultyExamples\[[0-9]\] raised KeyError: 'answer'"):
+        next(iterator)
+    iterator.close()
 
 
 def test_skipped_records_are_counted_and_logged_by_reason(small, caplog):

@@ -11,9 +11,9 @@ from polygpt.errors import UserError
 
 EXAMPLES = """\
 examples:
-    polygpt ablate --list                                 ablations with their questions and verdicts
+  polygpt ablate --list                                 ablations with their questions and verdicts
   polygpt ablate glu
-    polygpt ablate glu --seeds 10                         more seeds than the default
+  polygpt ablate glu --seeds 10                         more seeds than the default
   polygpt ablate mine.py --engine processes --workers 4
   polygpt ablate glu --engine slurm --slurm.minutes 60
   polygpt ablate glu --only geglu --json

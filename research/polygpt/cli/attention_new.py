@@ -8,8 +8,8 @@ from polygpt.cli.arguments import Parser
 EXAMPLES = """\
 examples:
   polygpt attention new NearFirst                 near_first.py: a mask and a score modification
-    polygpt attention new Gated --kind module       gated.py: a custom module around the inherited kernels
-    polygpt attention new Fading --kind recurrent   fading.py: a recurrent state with a custom decay"""
+  polygpt attention new Gated --kind module       gated.py: a custom module around the inherited kernels
+  polygpt attention new Fading --kind recurrent   fading.py: a recurrent state with a custom decay"""
 
 
 KINDS = ("mask", "module", "recurrent")

@@ -7,7 +7,7 @@ from polygpt.cli.output import print_table
 
 EXAMPLES = """\
 examples:
-    polygpt data fetch                         list corpora, their licences, and which are downloaded
+  polygpt data fetch                         list corpora, their licences, and which are downloaded
   polygpt data fetch state-of-the-union
 
 An experiment reads it with Corpus("state-of-the-union"), and the held-out documents with split="test". It is downloaded

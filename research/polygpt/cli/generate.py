@@ -23,8 +23,8 @@ printed as escapes such as \\x1b; --json has the text itself."""
 HELP = """Type text and press Return to generate a continuation. To build a longer prompt first, in any order:
   /image FILE             add an image
   /audio FILE             add a recording
-    /medium NAME=FILE       add a media file for any adapter
-    /text TEXT              add text
+  /medium NAME=FILE       add a media file for any adapter
+  /text TEXT              add text
   /go                     generate from the prompt so far
   /clear                  discard the prompt          /quit or Ctrl-D    leave"""
 

@@ -10,7 +10,7 @@ EXAMPLES = """\
 examples:
   polygpt launch slurm --nodes 4 --gpus 8 --hours 24 --partition gpu -- train mine.py --train.parallel sharded
   polygpt launch slurm --nodes 2 --set slurm_account=lab --set cpus_per_task=32 -- train mine.py --train.parallel auto
-    polygpt launch slurm --cluster local --tasks 2 -- train mine.py --train.parallel sharded test it on this machine
+  polygpt launch slurm --cluster local --tasks 2 -- train mine.py --train.parallel sharded    # on this machine
 
 Runs one process per node with all its GPUs; --tasks splits them between several processes. Before the time limit or on
 preemption the run saves, the job is requeued and resumes, any number of times (--set slurm_max_num_timeout=3 limits

@@ -44,7 +44,7 @@ EXAMPLES = """\
 examples:
   polygpt train experiments/quickstart.py
   polygpt train experiments/quickstart.py --train.steps 200 --model.decoder.depth 2 --workdir runs/small
-    polygpt train experiments/quickstart.py --help        every field that can be set, with its value and meaning
+  polygpt train experiments/quickstart.py --help        every field that can be set, with its value and meaning
   polygpt evaluate runs/quickstart --json
   polygpt generate runs/quickstart --image digit.png --text "plus" --audio seven.wav --text "is"
   polygpt report runs/quickstart

@@ -26,7 +26,7 @@ NEXT = """\
 try next:
   polygpt generate {workdir} --interactive
   polygpt data show {file}
-  polygpt train {file} --model.decoder.attention polygpt.attention.sliding:SlidingWindow --workdir runs/sliding"""
+  polygpt train {file} --model.decoder.attention polygpt.attention.sliding:SlidingWindow --workdir {workdir}-sliding"""
 
 
 def parser(prog: str, about: str) -> Parser:

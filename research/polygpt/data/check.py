@@ -11,6 +11,7 @@ from polygpt.data import fit
 from polygpt.data.example import Example, Medium
 from polygpt.data.layout import LayoutSpec, lay_out
 from polygpt.data.loader import DataSpec, open_task
+from polygpt.data.sources.base import example_at
 from polygpt.data.tokenizers.base import Tokenizer
 from polygpt.errors import BadRecord
 
@@ -128,7 +129,7 @@ def _walk(name, task, data, tokenizer, adapters, progress) -> Findings:
         example: Example | None = None
         watched = {modality: fit.FrameCounter(adapter) for modality, adapter in adapters.items()}
         try:
-            example = examples[i]
+            example = example_at(examples, i)
             named |= {p.source for p in example.parts if isinstance(p, Medium) and isinstance(p.source, Path)}
             row = lay_out(example, data.layout, tokenizer, watched, prompt_weight=task.prompt_weight)
         except BadRecord as fault:

@@ -269,7 +269,8 @@ class TrainBatches(Iterator[Batch]):
 
     def _skip(self, error: BadRecord, failures: int) -> None:
         if self._data.on_bad_record == "raise":
-            raise error
+            remedy = "polygpt data check lists all such records, and data.on_bad_record=skip leaves them out"
+            raise BadRecord(error.reason, error.place, f"{error.detail}; {remedy}" if error.detail else remedy)
         self.skipped[error.reason] += 1
         if self.skipped[error.reason] <= LOGGED:
             log.warning("skipped %s", error)

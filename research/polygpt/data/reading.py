@@ -8,6 +8,7 @@ from polygpt.data.layout import MediaCache, lay_out
 from polygpt.data.mixture import Order
 from polygpt.data.packing import Row
 from polygpt.data.pickling import dumps
+from polygpt.data.sources.base import example_at
 from polygpt.data.tokenizers.base import Tokenizer
 from polygpt.errors import BadRecord
 
@@ -33,7 +34,7 @@ class LaidOut:
         task, layout = self.data.tasks[name], self.data.layout
         rng = self.order.generator(name, position) if task.augment else None
         try:
-            example = self.examples[name][number]
+            example = example_at(self.examples[name], number)
             given = (example, layout, self.tokenizer, self.adapters, rng, task.augment, self.cache)
             return lay_out(*given, prompt_weight=task.prompt_weight)
         except BadRecord as error:

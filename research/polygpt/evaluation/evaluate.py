@@ -10,6 +10,7 @@ import numpy as np
 from polygpt.data.example import Example
 from polygpt.data.layout import LayoutSpec, MediaCache, lay_out
 from polygpt.data.packing import Packer
+from polygpt.data.sources.base import example_at
 from polygpt.errors import BadRecord, UserError
 from polygpt.evaluation import conditions
 from polygpt.evaluation.bootstrap import bootstrap_mean
@@ -160,7 +161,7 @@ def _read(name: str, task: EvalTask, spec: EvaluationSpec, reader: _Reader) -> t
     chosen = np.random.default_rng(spec.seed).permutation(len(source))[: task.limit]
     for i in sorted(chosen):
         try:
-            examples.append(source[int(i)])
+            examples.append(example_at(source, int(i)))
         except BadRecord:
             if spec.on_bad_record == "raise":
                 raise

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from polygpt.data.example import Example
+from polygpt.errors import UserError
 from polygpt.spec import Spec
 
 
@@ -22,3 +23,20 @@ class Source(Spec):
             UserError: if the data cannot be found. `examples[i]` raises BadRecord for an unusable record.
         """
         raise NotImplementedError
+
+
+def example_at(examples: Sequence[Example], index: int) -> Example:
+    """`examples[index]`.
+
+    Raises:
+        UserError: from the source, such as BadRecord.
+        RuntimeError: any other error of the source, with the index.
+    """
+    try:
+        return examples[index]
+    except UserError:
+        raise
+    except Exception as error:
+        remedy = "mend the source, or raise BadRecord in it for a record that cannot be used"
+        what = f"{type(error).__name__}: {error}"
+        raise RuntimeError(f"{type(examples).__name__}[{index}] raised {what}: {remedy}") from error
