@@ -140,6 +140,14 @@ def test_the_benchmark_sets_fields_of_both_and_says_where_they_differ(own, capsy
     assert "--against.heads" in capsys.readouterr().err
 
 
+def test_the_signs_in_the_table_of_the_benchmark_are_explained(own, capsys):
+    other = "polygpt.attention.multi_head:MultiHead"
+    words = [other, "--backend", "chunked", "--lengths", "16", "--model_width", "16"]
+    assert main(["attention", "bench", *words, "--against", other]) == 0
+    table, _, legend = capsys.readouterr().out.partition("\n+: or more")
+    assert "+" in table and "relative speed" in table and "relative speed: that of MultiHead is 1" in legend
+
+
 def test_a_formula_that_the_compiled_program_refutes_is_told(own, capsys):
     found, _ = run(capsys, "bench", "own.py:Boastful", "--lengths", "256", "--model_width", "64")
     assert any("Boastful: score_flops() " in remark and "check the formula" in remark for remark in found["remarks"])

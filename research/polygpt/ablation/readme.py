@@ -207,9 +207,8 @@ def _run(frame: Frame, tuned: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     steps = sorted({record["steps"] for record in records if not record["diverged"]})
     if steps:
         yield f"Steps: {steps[0]:,}{f' to {steps[-1]:,}' if len(steps) > 1 else ''}. {costs_table(frame).notes[0]}"
-    lacking, asked = missing(frame)
-    if lacking > 0:
-        yield f"{lacking} of {asked} runs are missing."
+    if lacking := missing(frame):
+        yield lacking
     if gone := sum(record["diverged"] for record in records):
         yield f"{gone} of {len(records)} runs diverged."
     yield f"On {_distinct(record['made']['device'] for record in records)}; {_distinct(r['how'] for r in records)}."

@@ -12,6 +12,7 @@ from polygpt.ablation.intervals import complete, interval_bootstrap, interval_t
 from polygpt.ablation.results import Frame
 from polygpt.ablation.statistics import Compared, compare
 from polygpt.ablation.variants import Name
+from polygpt.spec import counted
 
 _TAKES = ("parameters", "flops", "steps", "tokens")
 
@@ -160,11 +161,13 @@ def best_place(frame: Frame, variant: str) -> dict[str, Name]:
     return {factor: frame.axes[factor][i] for factor, i in zip(frame.ablation.over, index, strict=True)}
 
 
-def missing(frame: Frame) -> tuple[int, int]:
-    """(missing runs of the comparison, all its runs)."""
+def missing(frame: Frame) -> str:
+    """A sentence about the runs of the comparison that are missing, or ""."""
     places = math.prod(len(values) for values in frame.ablation.over.values())
-    asked = len(frame.ablation.variants) * places * max(frame.ablation.seeds, len(frame.seeds))
-    return asked - len(frame.records), asked
+    seeds = max(frame.ablation.seeds, len(frame.seeds))
+    asked = len(frame.ablation.variants) * places * seeds
+    lacking = asked - len(frame.records)
+    return f"{lacking} of {asked} runs are missing ({counted(seeds, 'seed')} of each)." if lacking > 0 else ""
 
 
 def combinations(frame: Frame) -> Iterator[dict[str, Name]]:

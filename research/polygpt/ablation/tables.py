@@ -179,10 +179,9 @@ def _effect(value: float | None) -> str:
 
 
 def _said(frame: Frame) -> list[str]:
-    lacking, asked = missing(frame)
     seeds = f"{len(frame.seeds)} seeds, the same for all variants" if len(frame.seeds) > 1 else "one seed: no intervals"
     notes = [f"Means over {seeds}; ± and intervals 95 %, Student's t; differences are paired by seed."]
     notes += caveats(len(frame.seeds), len(frame.values) > 1)
     if frame.ablation.diverged is not None:
         notes.append(f"Runs that diverged or did worse count as {alone(frame.ablation.diverged)}.")
-    return notes + ([f"{lacking} of {asked} runs are missing."] if lacking else [])
+    return notes + list(filter(None, [missing(frame)]))

@@ -76,12 +76,16 @@ def run(arguments: Namespace) -> dict:
                 more = "" if cost.whole else "+"
                 cells += [f"{cost.moved:,.1f}{more}", bench.flops_text(1e9 * cost.gflops)]
                 rows.append([*cells, f"{bench.flops_text(1e9 * cost.counted)}{more}"])
-    columns = ["T", "pass", "variant", "ms", "fastest to slowest", "first / this", "peak MB", "moved MB"]
+    columns = ["T", "pass", "variant", "ms", "fastest to slowest", "relative speed", "peak MB", "moved MB"]
     columns += ["FLOPs, formula", "compiled"]
     device = jax.devices()[0].device_kind
     title = f"width {arguments.model_width}, "
     title += f"batch size {arguments.batch_size}, {arguments.dtype}, {device}, jax {jax.__version__}"
     print_table(title, columns, rows)
+    if not all(cost.whole for cost in costs):
+        print("+: or more; the compiler counts the body of a loop once, and fused kernels hardly at all")
+    if len(specs) > 1:
+        print(f"relative speed: that of {next(iter(specs))} is 1")
     remarks += bench.doubts(costs)
     print("".join(f"{remark}\n" for remark in remarks), end="")
     bench.plot(costs, picture, title)

@@ -72,7 +72,9 @@ class {name}(pg.MultiHead):
 
 
 class {name}Module(pg.MultiHeadModule):
-    """Override `queries`, `keys`, `values` or `mixed`; the rest is inherited, including all backends and caches."""
+    """Override `queries`, `keys` or `values`, called as `(x_BTD, context)`, or `mixed`; the rest is inherited, with all
+    backends and caches. Vectors at padding may be zero: a norm needs an epsilon.
+    """
 
     def __init__(self, spec, dims, rngs: nnx.Rngs):
         super().__init__(spec, dims, rngs)
