@@ -1,15 +1,14 @@
 """Programs that are assembled and compiled once per test process, however many runs train by them or are opened."""
 
 import contextlib
-import functools
 
 import pytest
 
-from polygpt.ablation import stacked, together
+from polygpt.ablation import memory
 from polygpt.models.functional import bind
-from polygpt.training import automatic, parallel, program, run, state, step, trainer
+from polygpt.training import automatic, parallel, program, run, seeds, state, step, trainer
 
-MODULES = (automatic, parallel, program, state, step)
+MODULES = (automatic, parallel, program, seeds, state, step)
 MOST = 16
 """Programs that are kept."""
 
@@ -23,12 +22,13 @@ class Programs:
     def __init__(self):
         self.kept = []
 
-    def __call__(self, *given):
+    def __call__(self, *args, seeds=()):
+        given = (*args, seeds)
         replaced = [value for module in MODULES for value in vars(module).values()]
         for before, modules, found in self.kept:
             if before == given and len(modules) == len(replaced) and all(map(lambda a, b: a is b, modules, replaced)):
                 return found
-        found = program.assemble(*given)
+        found = program.assemble(*args, seeds=seeds)
         object.__setattr__(found, "initial", found.initial)  # one function, so that jax traces it once
         self.kept = [*self.kept[1 - MOST :], (given, replaced, found)]
         return found
@@ -51,15 +51,13 @@ class Models:
 
 PROGRAMS = Programs()
 MODELS = Models()
-OVER_SEEDS = functools.lru_cache(MOST)(stacked.over_seeds)
 
 
 @contextlib.contextmanager
 def used():
     """From here on runs of this process train by programs that are kept, and are opened with models that are."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (trainer, together):
+        for module in (trainer, memory):
             patch.setattr(module, "assemble", PROGRAMS)
-        patch.setattr(stacked, "over_seeds", OVER_SEEDS)
         patch.setattr(run, "bind", MODELS)
         yield

@@ -16,6 +16,10 @@ class Diverged(UserError):
     """Training diverged: too many consecutive non-finite steps, or too many loss spikes."""
 
 
+class Unreadable(UserError):
+    """A run has complete checkpoints, but none can be read."""
+
+
 class BadRecord(UserError, ValueError):
     """A record of a data source is unusable.
 

@@ -35,7 +35,7 @@ def package(tmp_path, monkeypatch, forget):
     place = tmp_path / "polygpt"
     monkeypatch.setattr(provenance, "PACKAGE", place)
     files = {
-        "ablation/single.py": "from polygpt import loop\nfrom polygpt.ablation import tables\n",
+        "ablation/seeds.py": "from polygpt import loop\nfrom polygpt.ablation import tables\n",
         "ablation/tables.py": "import polygpt.drawing\n",
         "attention/sliding.py": "from polygpt.attention.multi_head import head\n",
         "attention/multi_head.py": "def head():\n    return 1\n",
@@ -99,7 +99,7 @@ def test_the_place_of_the_package_does_not_count(package, tmp_path, monkeypatch)
 
 def test_the_real_core_trains_and_evaluates_and_variants_add_their_own_modules():
     core = provenance._closure(provenance.ROOTS)
-    assert {"polygpt.training.step", "polygpt.evaluation.likelihood", "polygpt.ablation.together"} <= set(core)
+    assert {"polygpt.training.step", "polygpt.evaluation.likelihood", "polygpt.ablation.seeds"} <= set(core)
     assert not [name for name in core if name.startswith(("polygpt.cli", "polygpt.report", "polygpt.ablation.claims"))]
     kinds = MultiHead(2), SlidingWindow(2)
     whole, near = (provenance.of(experiment(model__decoder__attention=kind)) for kind in kinds)

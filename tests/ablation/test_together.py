@@ -1,11 +1,14 @@
 """All seeds in one program: equal to runs of their own, each by itself, and to the bit the same after a kill."""
 
+import gc
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +17,7 @@ import numpy as np
 import pytest
 from tiny_runs import TEXT, Poisoned, experiment
 
-from polygpt.ablation import single, stacked, together
+from polygpt.ablation import memory, seeds
 from polygpt.ablation.budget import costs
 from polygpt.ablation.engines.base import Task
 from polygpt.ablation.engines.worker import work
@@ -22,7 +25,9 @@ from polygpt.attention.sliding import SlidingWindow
 from polygpt.data.loader import train_batches
 from polygpt.evaluation import likelihood
 from polygpt.evaluation.spec import EvalTask
+from polygpt.runtime import manifest
 from polygpt.training.experiment import Experiment
+from polygpt.training.program import Program
 from polygpt.training.spikes import SpikeSpec
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -65,7 +70,7 @@ def assert_near(one: dict, other: dict):
 @pytest.mark.parametrize("index", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_seed_in_the_group_is_its_run_alone(grouped, tmp_path, index):
     records = grouped.records
-    alone = single.run_once(experiment().replace(seed=SEEDS[index]), tmp_path / "run")
+    alone = seeds.alone(experiment().replace(seed=SEEDS[index]), tmp_path / "run")
     assert_near(records[index], alone)
     assert records[index]["how"] == "3 seeds in one program" and alone["how"] == "a run of its own"
 
@@ -104,14 +109,14 @@ def test_tasks_under_other_conditions_are_those_of_runs_alone(tmp_path):
     likelihood.token_scores.clear_cache()
     records = run(tmp_path / "together", made, SEEDS[:2])
     assert likelihood.token_scores._cache_size() == 2, "one program for both seeds of a task"
-    alone = single.run_once(made.replace(seed=SEEDS[1]), tmp_path / "alone")
+    alone = seeds.alone(made.replace(seed=SEEDS[1]), tmp_path / "alone")
     assert_near(records[1], alone)
     assert len({record["metrics"][name] for record in records for name in ("at_96/loss", "near/loss")}) == 4
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
 def test_stopped_at_any_step_and_begun_again_it_gives_the_same_numbers(grouped, tmp_path, monkeypatch, error):
-    monkeypatch.setattr(together, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(seeds, "EVERY_MINUTES", 1e-9)
     seen = []
 
     def stop(progress):
@@ -129,12 +134,19 @@ def test_stopped_at_any_step_and_begun_again_it_gives_the_same_numbers(grouped, 
     assert 1 < again[0] <= 8 and again[-1] == 12, "it went on from where it was"
 
 
-def test_a_saved_state_that_cannot_be_read_is_made_anew(grouped, tmp_path, monkeypatch, caplog):
-    folder = tmp_path / "seeds-0-1000"
-    folder.mkdir()
-    (folder / together.STATE).write_bytes(b"PK\x03\x04 cut")
-    assert lasting(run(tmp_path, experiment())) == lasting(grouped.records)
-    assert "restarting training" in caplog.text
+@pytest.mark.parametrize("name", [manifest.NAME, "params"])
+def test_checkpoints_that_cannot_be_read_are_made_anew(grouped, tmp_path, caplog, name):
+    """Without a manifest they are incomplete; without parameters they are damaged."""
+    folder = shutil.copytree(grouped.folder, tmp_path / "again")
+    (folder / "seeds-0-1000" / seeds.RECORDS).unlink()
+    for damaged in folder.glob(f"seeds-0-1000/checkpoints/*/{name}"):
+        shutil.rmtree(damaged) if damaged.is_dir() else damaged.unlink()
+    told = []
+    assert lasting(run(folder, experiment(), callback=lambda progress: told.append(progress.step))) == lasting(
+        grouped.records
+    )
+    assert told == list(range(1, 13))
+    assert "resuming" not in caplog.text and ("restarting training" in caplog.text) == (name == "params")
 
 
 def test_a_signal_saves_and_the_same_task_goes_on(grouped, tmp_path):
@@ -142,7 +154,7 @@ def test_a_signal_saves_and_the_same_task_goes_on(grouped, tmp_path):
         if progress.step == 6:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.raises(KeyboardInterrupt, match="saved at step"):
+    with pytest.raises(KeyboardInterrupt, match="saved"):
         run(tmp_path, experiment(), callback=interrupt)
     again = []
     assert lasting(run(tmp_path, experiment(), callback=lambda progress: again.append(progress.step))) == lasting(
@@ -162,8 +174,8 @@ def test_a_seed_that_diverges_leaves_the_others_as_they_are(tmp_path):
     assert ill["evaluations"]["step"] == [5] and "text/loss" not in ill["metrics"]
     for well in (first, last):
         assert not well["diverged"] and well["steps"] == 12 and well["evaluations"]["step"] == [5, 10, 12]
-    assert_near(last, single.run_once(poisoned.replace(seed=1000), tmp_path / "1000"))
-    alone = single.run_once(poisoned.replace(seed=3), tmp_path / "3")
+    assert_near(last, seeds.alone(poisoned.replace(seed=1000), tmp_path / "1000"))
+    alone = seeds.alone(poisoned.replace(seed=3), tmp_path / "3")
     assert (alone["diverged"], alone["steps"]) == (True, 7)
     np.testing.assert_allclose(alone["curve"]["loss"][:6], ill["curve"]["loss"][:6], rtol=1e-5)
 
@@ -178,7 +190,31 @@ def test_all_that_diverge_end_at_once(tmp_path):
 
 @pytest.mark.slow
 def test_seeds_that_do_not_fit_together_are_trained_in_groups(grouped, tmp_path, monkeypatch):
-    monkeypatch.setattr(stacked, "most", lambda experiment: 2)
+    monkeypatch.setattr(seeds, "most", lambda experiment: 2)
+    found = run(tmp_path, experiment())
+    assert [record["how"] for record in found] == ["2 seeds in one program"] * 2 + ["1 seed in one program"]
+    for one, other in zip(found, grouped.records, strict=True):
+        assert_near(one, other)
+
+
+def test_a_group_that_exhausts_the_memory_is_halved_without_its_state(grouped, tmp_path, monkeypatch, request):
+    """The error comes from the first step, when the state of all seeds is on the device."""
+    real, held = Program.step.func, []
+    gc.collect()
+    request.addfinalizer(gc.enable)
+    gc.disable()  # memory must be free at once
+
+    def step(program):
+        def exhausted(state, batch):
+            held.extend(weakref.ref(leaf) for leaf in jax.tree.leaves(state))
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.")
+
+        if len(program.seeds) > 2:
+            return exhausted
+        assert held and not any(leaf() is not None for leaf in held), "the state that did not fit is still there"
+        return real(program)
+
+    monkeypatch.setattr(Program, "step", property(step))
     found = run(tmp_path, experiment())
     assert [record["how"] for record in found] == ["2 seeds in one program"] * 2 + ["1 seed in one program"]
     for one, other in zip(found, grouped.records, strict=True):
@@ -188,10 +224,10 @@ def test_seeds_that_do_not_fit_together_are_trained_in_groups(grouped, tmp_path,
 def test_the_memory_decides_how_many(monkeypatch):
     made = experiment()
     state = 3 * 4 * 16 * 258  # Adam's moments and the moving average beside the parameters, of the table alone
-    monkeypatch.setattr(stacked.automatic, "memory_of_all", lambda: 2**34)
-    assert stacked.most(made) > 1000
-    monkeypatch.setattr(stacked.automatic, "memory_of_all", lambda: state)
-    assert stacked.most(made) == 1
+    monkeypatch.setattr(memory.automatic, "memory_of_all", lambda: 2**34)
+    assert memory.most(made) > 1000
+    monkeypatch.setattr(memory.automatic, "memory_of_all", lambda: state)
+    assert memory.most(made) == 1
 
 
 @pytest.mark.parametrize(
@@ -205,23 +241,29 @@ def test_the_memory_decides_how_many(monkeypatch):
     ],
 )
 def test_what_cannot_be_trained_together_has_a_reason(changes, reason):
-    found = together.reason_against(experiment(**changes))
+    found = seeds.reason_against(experiment(**changes))
     assert found is None if reason is None else reason in found
 
 
 def test_of_several_devices_one_trains_all_seeds_where_they_fit(monkeypatch):
-    monkeypatch.setattr(together.jax, "device_count", lambda: 8)
-    assert together.reason_against(experiment()) is None
-    monkeypatch.setattr(stacked.automatic, "memory_of_all", lambda: 100)
-    assert "more than one device's memory" in together.reason_against(experiment())
+    monkeypatch.setattr(seeds.jax, "device_count", lambda: 8)
+    assert seeds.reason_against(experiment()) is None
+    monkeypatch.setattr(memory.automatic, "memory_of_all", lambda: 100)
+    assert "more than one device's memory" in seeds.reason_against(experiment())
 
 
 KILLED = """
-import sys
-from polygpt.ablation import together
-from polygpt.ablation.engines.worker import work
-together.SAVE_EVERY = 0.0
-print(work(sys.stdin.read()))
+import sys, time
+from polygpt.ablation import seeds
+from polygpt.ablation.engines import worker
+from polygpt.ablation.engines.base import Task
+seeds.EVERY_MINUTES = 1 / 300
+text = sys.stdin.read()
+note = worker._Notes(Task.from_json(text))
+def slowly(progress):
+    note(progress)
+    time.sleep(0.02)
+print(worker.work(text, slowly))
 """
 
 
@@ -245,7 +287,7 @@ def test_killed_twice_and_begun_again_equals_never_killed_to_the_bit(tmp_path):
         return lasting(json.loads(output)), errors
 
     whole, _ = finish(start("whole"))
-    state = tmp_path / "killed" / "seeds-0-1000" / together.STATE
+    checkpoints = tmp_path / "killed" / "seeds-0-1000" / "checkpoints"
     for least in (10, 60):
         process, deadline = start("killed"), time.monotonic() + 300
         while (progress := task(tmp_path / "killed", made).progress()) is None or progress.step < least:
@@ -253,7 +295,7 @@ def test_killed_twice_and_begun_again_equals_never_killed_to_the_bit(tmp_path):
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        assert state.exists()
+        assert manifest.records(checkpoints)
     found, errors = finish(start("killed"))
     assert found == whole
     assert "resuming at step" in errors
@@ -263,21 +305,21 @@ def test_killed_twice_and_begun_again_equals_never_killed_to_the_bit(tmp_path):
 def test_together_takes_less_time_than_one_after_the_other(tmp_path, capsys):
     """Measured by the processor's time, which does not count what else the machine is at."""
     made = experiment(train__steps=200, train__evaluate_every=None, data__batch_size=8)
-    seeds = range(5)
+    five = range(5)
 
     def times(function):
         """Of the whole, and of all steps but the first ten."""
         begin, marks = time.process_time(), {}
         function(lambda progress: marks.setdefault((progress.seeds, progress.step), time.process_time()))
-        steps = sum(marks[seeds, 200] - marks[seeds, 10] for seeds, step in marks if step == 200)
+        steps = sum(marks[some, 200] - marks[some, 10] for some, step in marks if step == 200)
         return time.process_time() - begin, steps
 
     jax.config.update("jax_enable_compilation_cache", False)
     try:
-        whole, steps = times(lambda callback: run(tmp_path / "together", made, seeds, callback))
+        whole, steps = times(lambda callback: run(tmp_path / "together", made, five, callback))
         apart = [
-            times(lambda callback, seed=seed: single.run_once(made.replace(seed=seed), tmp_path / str(seed), callback))
-            for seed in seeds
+            times(lambda callback, seed=seed: seeds.alone(made.replace(seed=seed), tmp_path / str(seed), callback))
+            for seed in five
         ]
     finally:
         jax.config.update("jax_enable_compilation_cache", True)
@@ -301,8 +343,8 @@ def test_as_many_seeds_are_trained_together_as_fit_by_the_estimate(monkeypatch, 
     state = 4 * parameters  # parameters, two moments and the moving average
     each = state + 2 * parameters + layers + logits
 
-    def memory(share):
-        monkeypatch.setattr(stacked.automatic, "memory_of_all", lambda: share * each / stacked.automatic.SPLIT)
-        return stacked.most(made)
+    def fitted(share):
+        monkeypatch.setattr(memory.automatic, "memory_of_all", lambda: share * each / memory.automatic.SPLIT)
+        return memory.most(made)
 
-    assert memory(count + 0.02) == count and memory(count - 0.02) == max(1, count - 1)
+    assert fitted(count + 0.02) == count and fitted(count - 0.02) == max(1, count - 1)

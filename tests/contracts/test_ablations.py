@@ -6,18 +6,16 @@ import json
 import statistics
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import pytest
 
-from polygpt.ablation import claims, results, stacked, summary
+from polygpt.ablation import claims, results, summary
 from polygpt.ablation.study import FILE, load_ablation, places, points
 from polygpt.data.fetch import Unreachable, fetch
-from polygpt.data.loader import train_batches
 from polygpt.evaluation import conditions
 from polygpt.models.functional import bind
 from polygpt.spec import from_json, to_json
 from polygpt.training.program import assemble
+from polygpt.training.seeds import Streams
 
 FILES = sorted((Path(__file__).parents[2] / "experiments" / "ablations").glob(f"*/{FILE}"))
 
@@ -73,12 +71,11 @@ def test_what_is_recorded_is_what_the_code_trains(path):
             pytest.skip(str(error))
     steps = record["curve"]["step"][0]
     tokenizer = experiment.tokenizer.build()
-    program = assemble(experiment, tokenizer.vocabulary, jax.devices()[:1])
-    seeds = jnp.asarray([experiment.seed])
-    batches = train_batches(experiment.data, tokenizer, experiment.model.adapters, seed=experiment.seed)
-    state, step, losses = jax.vmap(stacked.initial(program))(seeds), stacked.over_seeds(program), []
-    with contextlib.closing(stacked.Streams([batches])) as streams:
+    program = assemble(experiment, tokenizer.vocabulary, seeds=[experiment.seed])
+    state, losses = program.parallel.create(program.initial), []
+    streams = Streams(experiment.data, tokenizer, experiment.model.adapters, program.seeds)
+    with contextlib.closing(streams):
         for batch in itertools.islice(streams, steps):
-            state, figures = step(state, batch, seeds)
-            losses.append(float(figures[0, 0]))
+            state, metrics = program.step(state, batch)
+            losses.append(float(metrics["loss"][0]))
     assert statistics.fmean(losses) == pytest.approx(record["curve"]["loss"][0], rel=1e-3)

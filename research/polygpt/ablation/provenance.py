@@ -24,7 +24,7 @@ from polygpt.spec import Spec
 from polygpt.training.workdir import environment
 
 PACKAGE = Path(polygpt.__file__).parent
-ROOTS = tuple(f"polygpt.ablation.{name}" for name in ("single", "together", "stacked", "record"))
+ROOTS = tuple(f"polygpt.ablation.{name}" for name in ("seeds", "memory", "figures", "record"))
 """Modules that train and measure. The others in this folder only decide what to run and report results."""
 DIRTY = "-dirty"
 """Suffix of a commit with uncommitted changes."""

@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import jax
 
-from polygpt.errors import UserError
+from polygpt.errors import Unreadable
 from polygpt.runtime import manifest
 from polygpt.runtime.manifest import Damaged, Incomplete, Record, records
 from polygpt.runtime.processes import barrier, broadcast, first_fault
@@ -147,7 +147,7 @@ class Checkpoints:
             before: use only checkpoints before this step, to rewind a running run; later ones are set aside.
 
         Raises:
-            UserError: if there are complete checkpoints, but none is usable.
+            Unreadable: if there are complete checkpoints, but none is usable.
         """
         self._join()
         barrier("checkpoints to be read")  # process 0 may still be sealing the latest one
@@ -167,7 +167,7 @@ class Checkpoints:
             faults[step] = fault
             log.warning("skipping checkpoint %s/%d: %s", self.folder, step, fault)
         if faults:
-            raise UserError(f"no checkpoint can be read ({listed(faults)}): remove {self.folder} to start over")
+            raise Unreadable(f"no checkpoint can be read ({listed(faults)}): remove {self.folder} to start over")
         self._set_aside_after(-1)
         return None
 

@@ -8,12 +8,14 @@ from typing import Any
 
 import jax
 
+from polygpt.data.layout import MediaCache
 from polygpt.errors import UserError
 from polygpt.evaluation.evaluate import evaluate
 from polygpt.evaluation.spec import EvaluationSpec
 from polygpt.runtime import processes
 from polygpt.training.experiment import Experiment
 from polygpt.training.program import Program
+from polygpt.training.seeds import select_seed, stopped_seeds
 from polygpt.training.state import State
 
 
@@ -50,16 +52,26 @@ def measure(
 
     `proceed` is called before each batch; an exception from it ends the evaluation.
 
+    Several seeds have no common metric: it is NaN, and the results are {"seeds": results of each, {} where stopped}.
+
     Raises:
         UserError: a held-out record is invalid, or `train.metric` was not measured.
     """
-    experiment = program.experiment
-    model, params = program.evaluated, state.eval_params
+    experiment, model, params = program.experiment, program.evaluated, state.eval_params
     if model.layout is None:  # pmap keeps a copy on every device
         params = jax.tree.map(lambda x: x.addressable_data(0), params)
-    model, params = model.merged, program.merge(params)
-    given = params, tokenizer, experiment.model.adapters, experiment.data.layout, plan(experiment)
-    results = evaluate(model, *given, proceed=proceed)
+    data, cache = experiment.data, MediaCache(experiment.data.cache)
+
+    def results_of(params) -> dict[str, Any]:
+        given = program.merge(params), tokenizer, experiment.model.adapters, data.layout, plan(experiment)
+        return evaluate(model.merged, *given, proceed=proceed, cache=cache)
+
+    if program.seeds:
+        stopped = stopped_seeds(state, experiment.train.max_nonfinite)
+        return math.nan, {
+            "seeds": [{} if stopped[i] else results_of(select_seed(params, i)) for i in range(len(stopped))]
+        }
+    results = results_of(params)
     as_trained = [name for name, task in experiment.evaluation.tasks.items() if task.as_trained]
     metric = select_metric(results["tasks"], experiment.train.metric, as_trained)
     return float(processes.broadcast("metric", repr(metric))), results

@@ -19,7 +19,11 @@ from polygpt.files import plain
 
 
 class Logger(Protocol):
-    """Receives events of a run. Steps increase, except after a rewind. `flush` is called before each checkpoint."""
+    """Receives events of a run. Steps increase, except after a rewind. `flush` is called before each checkpoint.
+
+    Where several seeds are trained together, losses and metrics are lists, and the results of an evaluation are a list
+    "seeds", in which those of a stopped seed are {}.
+    """
 
     def compiling(self, step: int, seconds: float | None) -> None:
         """The process's first step is about to compile (None), or took this many seconds to compile."""

@@ -3,7 +3,7 @@
 import contextlib
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -28,6 +28,8 @@ def train(
     loggers: Callable[[Path, int, int], list[Logger]] | None = None,
     begun: float | None = None,
     code: Code = "run",
+    seeds: Sequence[int] = (),
+    on_message: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
 ) -> TrainResult:
     """Trains, or resumes where the last call with this folder ended, stopped or was killed.
 
@@ -39,15 +41,20 @@ def train(
         begun: when the work for this call began, in seconds since the epoch, to account for startup time; default: now.
         code: for a resumed run, "run" keeps the user classes that it started with, "current" loads them from the files
             as they are now.
+        seeds: trains the experiment with each of these seeds, all in one program on one device (see `seeds.py`), in
+            place of its own. Needs `loggers` that take lists: losses and metrics are then one per seed. No checkpoint
+            is the best, there is no patience and there are no rewinds.
+        on_message: shows messages for the user.
 
     Raises:
-        Diverged: too many consecutive non-finite steps, or too many loss spikes.
+        Diverged: too many consecutive non-finite steps (of all seeds), or too many loss spikes.
         UserError: the folder belongs to a different experiment, data or settings are invalid, or the disk is full.
     """
     workdir, settings = local(workdir), experiment.train
     enable_cache()
     with processes.together(settings.processes), storage_faults(workdir), contextlib.ExitStack() as stack:
         new, refused = not workdir.exists(), False
+        on_message = on_message if jax.process_index() == 0 else lambda text: None
         stack.callback(lambda: refused and shutil.rmtree(workdir, ignore_errors=True))  # after all files are closed
         interruption = stack.enter_context(Interruption())
         clock = Goodput(workdir / "goodput.jsonl" if jax.process_index() == 0 else None, begun)
@@ -57,18 +64,18 @@ def train(
             stack.enter_context(watchdog)
         require_same(workdir, experiment)
         experiment = with_code(workdir, experiment, code)
-        trainer = Trainer(experiment, workdir, loggers or default_loggers, interruption, clock, watchdog, stack)
+        given = experiment, workdir, loggers or default_loggers, interruption, clock, watchdog, stack
+        trainer = Trainer(*given, seeds, on_message)
         try:
             outcome = trainer.run()
         except UserError:
             refused = new and trainer.done == 0 and jax.process_index() == 0  # nothing to resume
             raise
         finally:
-            saved = trainer.checkpoints.latest()
-            for line in resuming.unsaved_steps(saved, trainer.done) if jax.process_index() == 0 else ():
-                print(line, file=sys.stderr)
+            for line in resuming.unsaved_steps(trainer.checkpoints.latest(), trainer.done):
+                on_message(line)
     if seconds := goodput.summary(goodput.read(clock.path)):
-        print(goodput.table(seconds), file=sys.stderr)
+        on_message(goodput.table(seconds))
     return outcome
 
 

@@ -9,8 +9,10 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 import numpy as np
 
+from polygpt import sequence
 from polygpt.errors import UserError
 from polygpt.sequence import Batch
 
@@ -38,6 +40,26 @@ class Fed:
     examples: tuple[tuple[str, int, int], ...]
     tokens: int
     waited: float = 0.0
+
+
+class Checks:
+    """Checks a first NumPy batch fully, and the token ids of all others, which a device would clip silently.
+
+    Args:
+        vocabulary, positions: see `sequence.check`.
+    """
+
+    def __init__(self, vocabulary: int, positions: dict[str, int]):
+        self._vocabulary, self._positions, self._checked = vocabulary, positions, False
+
+    def __call__(self, batch: Batch) -> None:
+        """Raises UserError for an invalid batch, [B, T] or [seeds, B, T]."""
+        if self._checked and sequence.ids_in_range(batch, self._vocabulary):
+            return
+        seeds = len(batch.tokens_BT) if batch.tokens_BT.ndim == 3 else 0
+        for one in [jax.tree.map(lambda x, i=i: x[i], batch) for i in range(seeds)] or [batch]:
+            sequence.check(one, self._vocabulary, self._positions)
+        self._checked = True
 
 
 class Prefetch:

@@ -21,6 +21,7 @@ from polygpt.sharding import MeshLayout
 from polygpt.training import automatic, parallel
 from polygpt.training.experiment import Experiment
 from polygpt.training.parallel import Parallel
+from polygpt.training.seeds import initial_states, make_vmapped_step, reason_against
 from polygpt.training.state import create
 from polygpt.training.step import Recipe, make_step
 
@@ -38,6 +39,7 @@ class Program:
         parallel: how the step is parallelised.
         reason: why that mode was chosen, for "auto".
         notes: requests of the mesh that the model cannot meet.
+        seeds: several seeds trained together, see `seeds.py`; empty for the experiment's own.
     """
 
     experiment: Experiment
@@ -48,10 +50,12 @@ class Program:
     parallel: Parallel
     reason: str | None
     notes: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = ()
 
     def initial(self, given: Mapping[str, jax.Array] | None = None) -> Any:
         """The state before the first step; compile it. `given` has the parameters that are not random, by name."""
-        return _create(self.experiment, self.model, self.transformation, given)
+        begin = functools.partial(_create, self.experiment, self.model, self.transformation, given=given)
+        return initial_states(begin, self.seeds) if self.seeds else begin(self.experiment.seed)
 
     @functools.cached_property
     def start(self) -> Start:
@@ -61,8 +65,12 @@ class Program:
 
     def first_state(self) -> Any:
         """The state before the first step on its devices, with the parameters of `start`."""
-        target = paths(self.parallel.abstract(self.initial).params)
-        return self.parallel.create(self.initial, self.start.read(target))
+        target = jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+            self.shapes,
+            self.parallel.shardings(self.initial).params,
+        )
+        return self.parallel.create(self.initial, self.start.read(paths(target)))
 
     def summary(self) -> str:
         """Model size, devices and the reason for them, and how parameters are trained."""
@@ -71,6 +79,7 @@ class Program:
         runs, layout = self.parallel, self.parallel.layout
         place = f"{len(runs.devices)} x {runs.devices[0].device_kind}, {runs.mode}"
         place += f" ({layout.summary()})" if layout else ""
+        place += f", {len(self.seeds)} seeds in one program" if self.seeds else ""
         model = self.experiment.model
         of_all = f" of {sum(math.prod(leaf.shape) for leaf in traits):,}" if model.low_rank else ""
         lines = [
@@ -95,7 +104,13 @@ class Program:
     @functools.cached_property
     def step(self) -> Callable:
         """The compiled step, `(state, batch) -> (state, metrics)`; the state is donated."""
-        return self.parallel.compile(lambda **wiring: make_step(self.recipe, **wiring), self.initial)
+
+        def make(**wiring):
+            if self.seeds:
+                return make_vmapped_step(self.recipe, self.seeds, self.experiment.train.max_nonfinite)
+            return make_step(self.recipe, **wiring)
+
+        return self.parallel.compile(make, self.initial)
 
     def ready(self, state: Any, batch: Any) -> Callable:
         """The step, compiled for these arguments in every process before any process continues.
@@ -116,6 +131,7 @@ def assemble(
     vocabulary: int,
     devices: Sequence[jax.Device] | None = None,
     memory: int | None = None,
+    seeds: Sequence[int] = (),
 ) -> Program:
     """Builds the program. Allocates nothing; devices may be virtual, as from `topology.devices`.
 
@@ -124,10 +140,12 @@ def assemble(
         vocabulary: V, the tokenizer's vocabulary size.
         devices: default: all devices.
         memory: bytes per device, for `train.parallel="auto"`; default: measured in all processes.
+        seeds: trains these together on one device, in place of the experiment's seed.
 
     Raises:
         UserError: the mesh does not divide the batch, the positions or the blocks; a mesh axis meant to split
-            parameters splits none; or a held-out task changes the shapes of parameters.
+            parameters splits none; a held-out task changes the shapes of parameters; or several seeds cannot be
+            trained together.
     """
     optim, train, layout = experiment.optim, experiment.train, experiment.data.layout
     model = bind(experiment.model, vocabulary)
@@ -136,11 +154,17 @@ def assemble(
     mode, mesh, reason = train.parallel, train.mesh, None
     spare = devices is None and jax.process_count() == 1  # on local devices, leave some idle rather than fail
     devices = list(devices or jax.devices())
+    if seeds:
+        if why := reason_against(train):
+            raise UserError(f"{len(seeds)} seeds cannot be trained together: {why}")
+        mode, devices = "single", devices[:1]
     if mode == "auto" and len(devices) == 1:
         mode = "single"
     elif mode == "auto":
         placement = automatic.choose(
-            state=automatic.bytes_of(jax.eval_shape(lambda: _create(experiment, model, transformation))),
+            state=automatic.bytes_of(
+                jax.eval_shape(lambda: _create(experiment, model, transformation, experiment.seed))
+            ),
             gradient=automatic.bytes_of(shapes),
             memory=memory or automatic.memory_of_all(),
             devices=len(devices),
@@ -166,7 +190,7 @@ def assemble(
     seed, accumulate = experiment.seed, optim.accumulate
     given = model, experiment.objectives, transformation, rate, trainable, seed, accumulate, optim.ema, train.spikes
     recipe = Recipe(*given, experiment.model.logits_block)
-    return Program(experiment, model, shapes, recipe, transformation, runs, reason, notes)
+    return Program(experiment, model, shapes, recipe, transformation, runs, reason, notes, tuple(seeds))
 
 
 def _require_splits(layout: MeshLayout, shapes: Any, axes: Any) -> None:
@@ -199,6 +223,12 @@ def _undivided_heads(layout: MeshLayout, experiment: Experiment) -> tuple[str, .
     return tuple(lines)
 
 
-def _create(experiment: Experiment, model: Model, transformation, given: Mapping[str, jax.Array] | None = None) -> Any:
+def _create(
+    experiment: Experiment,
+    model: Model,
+    transformation: optax.GradientTransformation,
+    seed: int | jax.Array,
+    given: Mapping[str, jax.Array] | None = None,
+) -> Any:
     optim, spikes = experiment.optim, experiment.train.spikes
-    return create(model, transformation, experiment.seed, optim.ema is not None, spikes, given)
+    return create(model, transformation, seed, optim.ema is not None, spikes, given)

@@ -3,21 +3,23 @@
 Resuming is bit-exact at any step: every value in metrics.jsonl is a function of the state and the data, and a
 checkpoint stores both, with the state of the data iterator right after the batch of its step.
 
+Several seeds are trained together by the same loop: their state and metrics only have another axis (`seeds.py`).
+
 With several processes, each runs this loop and all do the same at the same steps, because every decision depends on
 global values only. Only process 0 writes metrics.
 """
 
 import contextlib
 import dataclasses
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from polygpt import sequence, spec
+from polygpt import spec
 from polygpt.data.loader import TrainBatches, train_batches
 from polygpt.errors import Diverged
 from polygpt.evaluation.evaluate import require_prompts
@@ -32,8 +34,9 @@ from polygpt.training.example_log import example_log
 from polygpt.training.experiment import Experiment
 from polygpt.training.held_out import MetricState, measure
 from polygpt.training.loggers import Logger
-from polygpt.training.prefetch import Fed, Prefetch
+from polygpt.training.prefetch import Checks, Fed, Prefetch
 from polygpt.training.program import assemble
+from polygpt.training.seeds import Streams
 from polygpt.training.spikes import Rewinds, Rewound
 from polygpt.training.throughput import Throughput
 from polygpt.training.workdir import claim
@@ -65,6 +68,8 @@ class Trainer:
         clock: accounts for wall-clock time.
         watchdog: notified of every step.
         stack: closes the resources opened here.
+        seeds: see `loop.train`.
+        on_message: shows a message in process 0.
     """
 
     def __init__(
@@ -76,11 +81,14 @@ class Trainer:
         clock: Goodput,
         watchdog: Watchdog,
         stack: contextlib.ExitStack,
+        seeds: Sequence[int],
+        on_message: Callable[[str], None],
     ):
         self.experiment, self.spec, self.workdir = experiment, experiment.train, workdir
         self.interruption, self.goodput, self.watchdog = interruption, clock, watchdog
+        self.on_message = on_message
         self.tokenizer = experiment.tokenizer.build()
-        self.program = assemble(experiment, self.tokenizer.vocabulary)
+        self.program = assemble(experiment, self.tokenizer.vocabulary, seeds=seeds)
         self.parallel = self.program.parallel
         self.all_finite = jax.jit(
             lambda params: jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(params)]))
@@ -94,10 +102,10 @@ class Trainer:
         self.checkpoints = Checkpoints(workdir / "checkpoints", self.spec.checkpoint, self.spec.better)
         stack.callback(self.checkpoints.close)
         self.metric: float | None = None  # of the last step, if it was evaluated
-        self.rewinds = Rewinds(self.spec.spikes)
+        self.rewinds = Rewinds(None if seeds else self.spec.spikes)
         if (data := self._restore()) is not None:
             self.batches.set_state(data["batches"])
-            self.rewinds = Rewinds(self.spec.spikes, Rewound(**data.get("rewound", {})))
+            self.rewinds.totals = Rewound(**data.get("rewound", {}))
         self.place = self.batches.get_state()  # after the last consumed batch; the prefetch thread is ahead of it
         first = jax.process_index() == 0
         if first:
@@ -106,14 +114,14 @@ class Trainer:
                 lines += resuming.started(workdir, self.program.start.table)
             elif self.done:
                 lines += resuming.resume_messages(experiment, workdir, self.done, self._finished(), data["config"])
-            print(*lines, sep="\n", file=sys.stderr)
+            on_message("\n".join(lines))
         self.loggers = loggers(workdir, self.done, self.spec.steps) if first else []
         self.example_log = example_log(workdir, self.parallel, self.done) if experiment.data.log_examples else None
         if self.example_log:
             self.loggers.append(self.example_log)
         for logger in self.loggers:
             stack.callback(logger.close)
-        self.checked = False  # whether one batch has had the full check
+        self.checks = Checks(self.tokenizer.vocabulary, self.program.model.positions)
         self.feed = self._prefetch()
         stack.callback(lambda: self.feed.close())
         self.pending: tuple[int, Fed, dict[str, jax.Array]] | None = None
@@ -142,9 +150,9 @@ class Trainer:
         finished = self._finished()
         self.goodput.end(self.done, finished)
         skipped = data_shards.skipped(self.place)
-        if skipped and jax.process_index() == 0:
+        if skipped:
             counts = ", ".join(f"{reason} {count}" for reason, count in sorted(skipped.items()))
-            print(f"records skipped: {counts}", file=sys.stderr)
+            self.on_message(f"records skipped: {counts}")
         return TrainResult(self.done, finished, skipped)
 
     def _advance(self) -> None:
@@ -190,7 +198,7 @@ class Trainer:
             return
         (step, fed, metrics), self.pending = self.pending, None
         with self.goodput.track("productive"):
-            metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            metrics = {name: value.tolist() for name, value in jax.device_get(metrics).items()}
         self.throughput.finished(fed)
         self.watchdog.step_finished(step)
         self.rewinds.observe(step, fed.state, metrics)
@@ -203,7 +211,7 @@ class Trainer:
             self.throughput.restart()
         self._log("step", step, metrics["loss"])
         self.goodput.record(step, least=INTERVAL)
-        if metrics["skipped_in_row"] >= self.spec.max_nonfinite:
+        if np.min(metrics["skipped_in_row"]) >= self.spec.max_nonfinite:  # of several seeds, all
             self.checkpoints.wait()
             kept = max(self.checkpoints.finite_steps(), default=None)
             raise Diverged(
@@ -304,18 +312,15 @@ class Trainer:
         self.done = self.saved = int(self.state.step)
         return data
 
-    def _train_batches(self) -> TrainBatches:
-        return train_batches(
-            self.experiment.data,
-            self.tokenizer,
-            self.experiment.model.adapters,
-            seed=self.experiment.seed,
-            data_shard=self.parallel.data_shard,
-            data_shards=self.parallel.data_shards,
-        )
+    def _train_batches(self) -> TrainBatches | Streams:
+        given = self.experiment.data, self.tokenizer, self.experiment.model.adapters
+        if self.program.seeds:
+            return Streams(*given, self.program.seeds)
+        shard = {"data_shard": self.parallel.data_shard, "data_shards": self.parallel.data_shards}
+        return train_batches(*given, seed=self.experiment.seed, **shard)
 
     def _prefetch(self) -> Prefetch:
-        return Prefetch(self.batches, self.parallel.put, self._check, self.spec.prefetch)
+        return Prefetch(self.batches, self.parallel.put, self.checks, self.spec.prefetch)
 
     def _finished(self) -> bool:
         out_of_patience = self.spec.patience is not None and self.metric_state.stale >= self.spec.patience
@@ -341,10 +346,3 @@ class Trainer:
     def _log(self, what: str, step: int, value: Any) -> None:
         for logger in self.loggers:
             getattr(logger, what)(step, value)
-
-    def _check(self, batch: sequence.Batch) -> None:
-        """Checks the first batch fully and the token ids of all others, which a device would clip silently."""
-        vocabulary = self.tokenizer.vocabulary
-        if not (self.checked and sequence.ids_in_range(batch, vocabulary)):
-            sequence.check(batch, vocabulary, self.program.model.positions)
-            self.checked = True

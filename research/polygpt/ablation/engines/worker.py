@@ -40,7 +40,7 @@ def work(task_json: str, callback: Callback | None = None) -> str:
         UserError: the experiment, its data or the folder is invalid.
         KeyboardInterrupt: SIGINT or SIGTERM asked the process to stop; the task can be resumed.
     """
-    from polygpt.ablation import single, together  # local import: a process that only sends tasks does not need them
+    from polygpt.ablation import seeds  # local import: a process that only sends tasks does not need it
     from polygpt.ablation.measures import DECODING, decode_seconds
     from polygpt.ablation.provenance import made
 
@@ -48,8 +48,7 @@ def work(task_json: str, callback: Callback | None = None) -> str:
     task.folder.mkdir(parents=True, exist_ok=True)
     callback = callback or _Notes(task)
     made(task.experiments[0])  # hash the source now; files may be edited during training
-    runs = together.run if together.reason_against(task.experiments[0]) is None else single.run
-    records = runs(task, callback)
+    records = seeds.run(task, callback)
     if DECODING in task.measured:
         seconds = decode_seconds(task.experiments[0])
         records = [{**record, "metrics": {**record["metrics"], DECODING: seconds}} for record in records]
