@@ -199,7 +199,7 @@ def test_constants_are_kept_to_the_bit_and_parameters_train(fields):
     assert not any(path for path in paths(state.opt_state) if path.endswith("mlp/norm/mean")), "it has no moments"
     counted = sum(leaf.size for name, leaf in start.items() if name not in constants)
     assert describe(model.spec, 31, 12).parameters == counted
-    assert "(constants)" in optim.table(model.traits)
+    assert "(not trained)" in optim.table(model.traits)
 
 
 @pytest.mark.parametrize("fields", BLOCKS.values(), ids=BLOCKS)

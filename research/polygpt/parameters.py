@@ -30,7 +30,7 @@ class Traits:
         shape: its shape.
         axes: a logical name or None for each axis.
         decays: whether it takes weight decay. By default vectors do not, even if stacked.
-        trained: whether it is an `nnx.Param`; all other variables are constants.
+        trained: whether it may be trained: an `nnx.Param`, unless `model.low_rank` freezes it.
         std: standard deviation of its initial values, if that depends on a width other than its fan-in.
     """
 

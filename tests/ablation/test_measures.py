@@ -13,6 +13,7 @@ from polygpt.ablation.runner import run_all
 from polygpt.ablation.study import Ablation
 from polygpt.attention.multi_head import MultiHead
 from polygpt.errors import SpecError
+from polygpt.models.low_rank import LowRank
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -29,13 +30,14 @@ def test_decoding_time_is_the_median_per_token_without_the_run_that_compiles(mon
     clock, counts, spans = [0.0], [], iter([100.0, 0.9, 0.1, 0.2, 0.3, 0.4])  # seconds a token
 
     def decode(model, choice, params, state, never, size):
+        assert model.spec.low_rank is None, "merged, as in an opened run"
         counts.append(int(size))
         clock[0] += next(spans) * (size - 1)  # the first token comes of the prompt
         return state
 
     monkeypatch.setattr(measures, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     monkeypatch.setattr(measures.decoding, "decode", decode)
-    assert decode_seconds(experiment()) == pytest.approx(0.3)
+    assert decode_seconds(experiment(model__low_rank=LowRank("query"))) == pytest.approx(0.3)
     assert counts == [48 - 1 - 2 * 12] * 6, "what a row of 48 has left behind <bos> and a dozen of letters and spaces"
 
 

@@ -19,6 +19,7 @@ from polygpt.init.from_run import FromRun
 from polygpt.models.functional import bind
 from polygpt.overrides import override
 from polygpt.parameters import paths
+from polygpt.runtime import processes
 from polygpt.runtime.stored import read_parameters
 from polygpt.training.loggers import JsonLines, Silent
 from polygpt.training.loop import train
@@ -74,6 +75,11 @@ def stored_parameters(run, step):
     return read_parameters(run / "checkpoints", step, target, averaged=True)
 
 
+def test_all_processes_read_the_checkpoint_that_the_first_one_chose(former, monkeypatch):
+    monkeypatch.setattr(processes, "broadcast", lambda name, text: "2")
+    assert following(former, checkpoint="latest").init.open().place.name == "2"
+
+
 def test_excluded_parameters_are_those_of_the_seed(former):
     state = first_state(following(former, exclude="^text/"))
     random = first_state(override(experiment(), SMALL))
@@ -112,6 +118,7 @@ CANNOT = {
     "not a run": (of_something_else, {}, ["does not describe"]),
     "half a file": (lambda run: (run / "config.json").write_text("{"), {}, ["does not describe"]),
     "no such step": (lambda run: None, {"checkpoint": 3}, ["init.checkpoint is 3", "2, 4"]),
+    "step 0": (lambda run: None, {"checkpoint": 0}, ["init.checkpoint is 0", "2, 4"]),
     "another width": (lambda run: None, {}, ["[16]", "[8]", "init.exclude"]),
     "another tokenizer": (lambda run: None, {}, ["another tokenizer", "init.exclude"]),
 }

@@ -9,6 +9,7 @@ from polygpt.errors import SpecError
 from polygpt.models.decoder import DecoderSpec
 from polygpt.models.describe import describe
 from polygpt.models.functional import bind
+from polygpt.models.low_rank import LowRank
 from polygpt.models.multimodal import ModelSpec
 from polygpt.models.presets import PRESETS, preset
 from polygpt.nn.mlp import MLP
@@ -94,6 +95,13 @@ def test_flops_of_a_text_token(tied, kv_heads):
     keys = np.mean([t + 1 for t in range(T)])
     expected = 3 * (2 * matrices + L * 4 * H * d * keys)
     assert describe(spec, V, T).flops_per_token == expected
+
+
+def test_low_rank_updates_add_parameters_and_leave_the_flops_of_the_model():
+    spec, low_rank = tiny(tied=False), LowRank("decoder/.*query", rank=2)
+    whole, tuned = (describe(made, 31, 16) for made in (spec, spec.replace(low_rank=low_rank)))
+    assert tuned.parts[:-1] == whole.parts and tuned.flops_per_token == whole.flops_per_token > 0
+    assert tuned.parameters - whole.parameters == tuned.parts[-1].parameters == 2 * 2 * (16 + 16)
 
 
 def test_flops_of_media_items():

@@ -10,7 +10,7 @@ from polygpt.errors import SpecError
 from polygpt.models.functional import bind
 from polygpt.models.low_rank import LowRank
 from polygpt.optim.mup import MuP
-from polygpt.parameters import paths, tree_of
+from polygpt.parameters import Traits, paths, tree_of
 
 KINDS = {
     "LoRA": LowRank("attention|mlp", rank=3),
@@ -114,7 +114,30 @@ def test_a_pattern_that_matches_no_matrix_is_refused(field):
         bind(tiny().replace(low_rank=LowRank(**field)), 31)
 
 
+def test_a_pattern_in_also_that_matches_no_parameter_is_refused():
+    with pytest.raises(SpecError, match="low_rank.also.*matches no parameter"):
+        bind(tiny().replace(low_rank=LowRank("attention", also="^adapter/")), 31)
+
+
+def test_a_decayed_vector_is_no_matrix():
+    traits = {"scale": Traits((3,), (None,), decays=True), "kernel": Traits((2, 3), (None, None), decays=True)}
+    assert set(LowRank(".").matrices(traits)) == {"kernel"}
+
+
+def test_matrices_are_merged_in_the_same_order_in_every_process():
+    """Or else processes compile different programs: the order of a set of strings differs between processes."""
+    low_rank, sizes = LowRank(".", rank=1), range(2, 14)
+    matrices = {f"w{size}": Traits((1, size), (None, None), decays=True) for size in sizes}
+    params = {name: jnp.zeros(own.shape) for name, own in matrices.items()}
+    params |= low_rank.initial(jax.random.key(0), matrices)
+    program = jax.make_jaxpr(low_rank.merged)(params)
+    products = [line.outvars[0].aval.shape[1] for line in program.eqns if line.primitive.name == "dot_general"]
+    assert products == [int(name.split("/")[0][1:]) for name in paths(params["low_rank"]) if name.endswith("down")]
+
+
 def test_invalid_fields_are_refused():
+    with pytest.raises(SpecError, match="alpha is 0"):
+        LowRank("x", alpha=0.0)
     with pytest.raises(SpecError, match="rank is 0"):
         LowRank("x", rank=0)
     with pytest.raises(SpecError, match="regular expression"):

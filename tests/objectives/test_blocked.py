@@ -1,5 +1,6 @@
 """Losses without the logits of a whole batch equal those with them, and take the memory of a block."""
 
+import re
 from types import SimpleNamespace
 
 import jax
@@ -17,7 +18,7 @@ from polygpt.objectives.focal import Focal
 from polygpt.objectives.next_token import NextToken
 from polygpt.objectives.z_loss import ZLoss
 
-B, T, D, V = 3, 12, 16, 37
+B, T, D, V = 3, 13, 16, 37
 OBJECTIVES = {"next_token": NextToken(), "smooth": NextToken(label_smoothing=0.2), "z": ZLoss(), "focal": Focal()}
 SHARES = {"next_token": 0.7, "smooth": 0.2, "z": 0.05, "focal": 0.3}
 HEADS = {"tied": (("vocabulary", "width"), 0.5), "own": (("width", "vocabulary"), 1.0)}
@@ -122,6 +123,17 @@ def test_scores_and_most_likely_tokens_are_those_from_all_logits(tied):
     np.testing.assert_allclose(block_BT[0], whole_BT[0], rtol=1e-6, atol=1e-6)
     np.testing.assert_array_equal(block_BT[1], whole_BT[1])
     assert np.any(whole_BT[0])
+
+
+@pytest.mark.parametrize("block, blocks", [(12, 4), (1, 13), (10_000, 1)])
+def test_a_length_without_divisors_is_cut_into_as_few_blocks(block, blocks, batch):
+    hidden_BTD, weight, head = given("tied")
+
+    def value(hidden_BTD):
+        return blocked.token_losses(OBJECTIVES, SHARES, hidden_BTD, head(weight), batch, block)[0]
+
+    text = str(jax.make_jaxpr(jax.grad(value))(hidden_BTD))
+    assert re.findall(r"length=(\d+)", text) == [str(blocks)]
 
 
 def test_the_first_of_equally_likely_tokens_is_the_most_likely():

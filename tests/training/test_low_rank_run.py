@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from tiny_experiment import experiment
 
+from polygpt.errors import SpecError
 from polygpt.evaluation.evaluate import evaluate
 from polygpt.init.from_run import FromRun
 from polygpt.models.functional import bind
@@ -17,6 +18,7 @@ from polygpt.runtime.stored import read_parameters
 from polygpt.training.held_out import plan
 from polygpt.training.loggers import JsonLines, Silent
 from polygpt.training.loop import train
+from polygpt.training.program import assemble
 from polygpt.training.run import open_run
 
 SMALL = {
@@ -67,6 +69,30 @@ def test_an_opened_run_has_the_updates_merged(runs):
     assert paths(opened.params).keys() == expected.keys()
     for name, value in paths(opened.params).items():
         np.testing.assert_allclose(value, expected[name], rtol=1e-6, atol=1e-7, err_msg=name)
+
+
+def test_a_run_that_starts_from_it_has_the_updates_merged(runs):
+    base, chosen, tuned = runs
+    init = FromRun(path=str(tuned), exclude="attention/value")
+    plain = override(experiment(), SMALL).replace(init=init)
+    for model in (plain.model, chosen.model):
+        following = plain.replace(model=model)
+        state = assemble(following, following.tokenizer.build().vocabulary).first_state()
+        found = paths(state.params)
+        for name, value in paths(open_run(tuned).params).items():
+            if "attention/value" not in name:
+                np.testing.assert_allclose(found[name], value, rtol=1e-6, atol=1e-7, err_msg=name)
+        new = [value for name, value in found.items() if name.startswith("low_rank/") and not name.endswith("/down")]
+        assert not np.any([np.any(value) for value in new]) and bool(new) == (model.low_rank is not None)
+    changed = paths(open_run(tuned).params)["decoder/blocks/attention/query/kernel"]
+    assert not np.allclose(changed, paths(open_run(base).params)["decoder/blocks/attention/query/kernel"], rtol=1e-3)
+
+
+def test_an_evaluation_that_changes_updates_is_refused_before_training(runs):
+    _, chosen, _ = runs
+    tasks = {"text": chosen.evaluation.tasks["text"].replace(model={"low_rank.alpha": 1.0})}
+    with pytest.raises(SpecError, match="task 'text'.*low_rank"):
+        chosen.replace(evaluation=chosen.evaluation.replace(tasks=tasks))
 
 
 def test_the_evaluation_during_training_is_that_of_the_opened_run(runs):

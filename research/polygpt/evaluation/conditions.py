@@ -33,7 +33,8 @@ def check(name: str, task: EvalTask, spec: ModelSpec, layout: LayoutSpec) -> Non
     Cheap: it does not bind the model, so changed parameters are detected only later.
     """
     try:
-        limit = replaced(spec, task.model).decoder.position.limit()
+        # Evaluation merges low-rank updates.
+        limit = replaced(spec.replace(low_rank=None), task.model).decoder.position.limit()
     except SpecError as error:
         raise _of(name, error) from None
     length = layout_of(task, layout).seq_len

@@ -7,18 +7,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from polygpt.errors import UserError
 from polygpt.init.base import Source, Weights
 from polygpt.migration import migrate
-from polygpt.runtime import manifest
+from polygpt.models import low_rank
+from polygpt.models.low_rank import LowRank
+from polygpt.parameters import paths, tree_of
+from polygpt.runtime import manifest, processes
 from polygpt.runtime.checkpoint import best
-from polygpt.runtime.manifest import Damaged, Record
+from polygpt.runtime.manifest import Record
+from polygpt.spec import from_json
 
 
 @dataclasses.dataclass(frozen=True)
 class FromRun(Weights):
-    """The parameters of a run folder, or their moving average if the run kept one."""
+    """The parameters of a run folder, or their moving average if the run kept one. Low-rank updates are merged."""
 
     path: str = dataclasses.field(kw_only=True)
     """The run folder."""
@@ -27,25 +32,25 @@ class FromRun(Weights):
 
     def open(self) -> Source:
         config = self._config()
-        record = self._chosen(config)
-        place = Path(self.path).absolute() / "checkpoints" / str(record.step)
-        item = "params" if config.get("optim", {}).get("ema") is None else "ema"
-        try:
-            manifest.verify(place, (item,))
-        except Damaged as damage:
-            raise UserError(f"init.path: {place} is damaged: {damage}: set init.checkpoint to another step") from None
+        step = processes.broadcast("init.checkpoint", str(self._chosen(config).step))  # the source may still train
+        place = Path(self.path).absolute() / "checkpoints" / step
+        item = "params" if config["optim"].get("ema") is None else "ema"
+        if fault := manifest.verified_by_all(place, (item,)):
+            raise UserError(f"init.path: {place} is damaged: {fault}: set init.checkpoint to another step")
         from polygpt.runtime import stored  # local import: Orbax takes a second to import
 
-        return _Checkpoint(
-            f"{self.path}, step {record.step}", stored.shapes(place, item), config["tokenizer"], place, item
-        )
+        shapes = stored.shapes(place, item)
+        updates = {name: shape for name, shape in shapes.items() if name.startswith(f"{low_rank.KEY}/")}
+        own = {name: shape for name, shape in shapes.items() if name not in updates}
+        added = from_json(config["model"]["low_rank"]) if updates else None
+        return _Checkpoint(f"{self.path}, step {step}", own, config["tokenizer"], place, item, added, updates)
 
     def _config(self) -> Mapping[str, Any]:
         """The configuration of the run, as JSON: its classes need not be importable."""
         path = Path(self.path) / "config.json"
         try:
             config = migrate(json.loads(path.read_text(encoding="utf-8")), str(path))
-            if {"tokenizer", "train", "optim"} <= config.keys():
+            if {"tokenizer", "train", "optim", "model"} <= config.keys():
                 return config
         except FileNotFoundError:
             raise UserError(f"init.path: {self.path} is not a run folder: it has no config.json") from None
@@ -57,7 +62,7 @@ class FromRun(Weights):
         found = [record for record in manifest.records(Path(self.path) / "checkpoints") if record.finite]
         if not found:
             raise UserError(f"init.path: {self.path} has no complete checkpoint: resume it with polygpt train")
-        use = self.checkpoint or config["train"].get("use", "best")
+        use = config["train"].get("use", "best") if self.checkpoint is None else self.checkpoint
         if isinstance(use, int):
             steps = {record.step: record for record in found}
             if use not in steps:
@@ -69,15 +74,39 @@ class FromRun(Weights):
 
 @dataclasses.dataclass(frozen=True)
 class _Checkpoint:
-    """A `Source`: an item of a checkpoint."""
+    """A `Source`: an item of a checkpoint, with low-rank updates merged into their matrices.
+
+    Attributes:
+        place: folder of the checkpoint.
+        item: the item.
+        added: the low-rank updates of the run's model, or None.
+        updates: shape and dtype of each of their parameters, by name.
+    """
 
     origin: str
     shapes: Mapping[str, jax.ShapeDtypeStruct]
     tokenizer: Any
     place: Path
     item: str
+    added: LowRank | None
+    updates: Mapping[str, jax.ShapeDtypeStruct]
 
     def read(self, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> Mapping[str, jax.Array]:
         from polygpt.runtime import stored
 
-        return stored.read_some(self.place, self.item, wanted)
+        def replicated(shape, like):
+            place = like.sharding
+            place = NamedSharding(place.mesh, PartitionSpec()) if isinstance(place, NamedSharding) else place
+            return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place)
+
+        matrix_of = {name: name.removeprefix(f"{low_rank.KEY}/").rpartition("/")[0] for name in self.updates}
+        updates = {
+            name: replicated(self.updates[name], wanted[matrix])
+            for name, matrix in matrix_of.items()
+            if matrix in wanted
+        }
+        found = stored.read_some(self.place, self.item, {**wanted, **updates})
+        if not updates:
+            return found
+        places = tree_of({name: like.sharding for name, like in wanted.items()})
+        return paths(jax.jit(self.added.merged, out_shardings=places)(tree_of(found)))

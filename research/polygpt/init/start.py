@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -59,18 +59,15 @@ def start(init: Init, traits: Mapping[str, Traits], tokenizer: Any) -> Start:
             f"init takes nothing from {source.origin}: its parameters are named like {next(iter(given), 'nothing')}, "
             f"this model's like {next(iter(traits))}: see init.include, init.exclude and init.rename"
         )
-    _require_tokenizer(source, [ours for ours in taken if "vocabulary" in traits[ours].axes], tokenizer)
+    _require_tokenizer(init, source, [ours for ours in taken if "vocabulary" in traits[ours].axes], tokenizer)
     for ours, theirs in taken.items():
         _require_shape(ours, traits[ours].shape, theirs, source)
     if init.strict:
-        new = [] if any(map(_is_update, given)) else list(filter(_is_update, traits))  # low-rank updates begin at 0
-        unfilled = [ours for ours in traits if not (ours in new or ours in taken) and _selected(init, ours)]
-        _require_all(source, unfilled, {ours: theirs for ours, theirs in chosen.items() if ours not in traits})
+        needed = [name for name in traits if not name.startswith(f"{low_rank.KEY}/")]  # low-rank updates begin at 0
+        unfilled = [ours for ours in needed if ours not in taken and _selected(init, ours)]
+        unused = {ours: theirs for ours, theirs in chosen.items() if ours not in traits}
+        _require_all(init, source, unfilled, unused)
     return Start(source, taken, _table(source, taken, traits))
-
-
-def _is_update(name: str) -> bool:
-    return name.startswith(f"{low_rank.KEY}/")
 
 
 def _selected(init: Weights, name: str) -> bool:
@@ -103,7 +100,7 @@ def _require_shape(ours: str, shape: tuple[int, ...], theirs: str, source: Sourc
         )
 
 
-def _require_all(source: Source, unfilled: list[str], unused: dict[str, str]) -> None:
+def _require_all(init: Weights, source: Source, unfilled: list[str], unused: dict[str, str]) -> None:
     """Raises UserError for parameters that nothing fills, and those of the source, by new name, that fill nothing."""
     faults = []
     if unfilled:
@@ -112,24 +109,29 @@ def _require_all(source: Source, unfilled: list[str], unused: dict[str, str]) ->
         faults.append(f"{_some(list(unused.values()))} of {source.origin} fill{'s' * (len(unused) == 1)} nothing here")
     if faults:
         parts = dict.fromkeys(_part(name) for name in (*unfilled, *unused))
-        pattern = "|".join(f"^{re.escape(part)}(/|$)" for part in parts)
+        pattern = _excluding(init, (f"^{re.escape(part)}(/|$)" for part in parts))
         raise UserError(
             f"init: {', and '.join(faults)}: exclude these (init.exclude '{pattern}' excludes all of their parts), map "
             "names with init.rename, or set init.strict to false"
         )
 
 
+def _excluding(init: Weights, patterns: Iterable[str]) -> str:
+    """A value for `init.exclude` that excludes more than now."""
+    return "|".join([*([init.exclude] if init.exclude else []), *patterns])
+
+
 def _some(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
-def _require_tokenizer(source: Source, tables: list[str], tokenizer: Any) -> None:
+def _require_tokenizer(init: Weights, source: Source, tables: list[str], tokenizer: Any) -> None:
     """Raises UserError if parameters with a row per token id come from a run with other token ids."""
     if tables and source.tokenizer is not None and source.tokenizer != tokenizer:
         raise UserError(
             f"init: {source.origin} was trained with another tokenizer ({_short(source.tokenizer)}, here "
             f"{_short(tokenizer)}), so the rows of {tables[0]} belong to other tokens: set tokenizer to that one, or "
-            f"init.exclude to {'|'.join(f'^{name}$' for name in tables)!r}"
+            f"init.exclude to {_excluding(init, (f'^{name}$' for name in tables))!r}"
         )
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 from math import prod
 
+from polygpt.models import low_rank
 from polygpt.models.functional import bind
 from polygpt.models.multimodal import ModelSpec
 from polygpt.parameters import paths
@@ -69,13 +70,16 @@ def describe(spec: ModelSpec, vocabulary: int, seq_len: int) -> Description:
     A matrix of n parameters costs 2 n FLOPs per position; experts that a position did not choose cost nothing. Scores
     and weighted values cost 2 d FLOPs each per head and visible key: (seq_len + 1) / 2 keys on average in the causal
     decoder, all positions of an item in a tower (Kaplan et al., 2001.08361, table 1, without masked keys). Norms,
-    biases, activations and table lookups are not counted.
+    biases, activations and table lookups are not counted. Nor are low-rank updates, which are added to matrices, not
+    applied to positions.
 
     Args:
         spec: the model.
         vocabulary: V.
         seq_len: T, the row length for which to count the decoder's attention.
     """
+    updates = paths(bind(spec, vocabulary).abstract().get(low_rank.KEY, {}))
+    spec = spec.replace(low_rank=None)
     shapes = {path: leaf.shape for path, leaf in paths(bind(spec, vocabulary).traits).items() if leaf.trained}
 
     def count(prefix: str) -> int:
@@ -109,4 +113,7 @@ def describe(spec: ModelSpec, vocabulary: int, seq_len: int) -> Description:
     parts.append(part("decoder", matrices + round(scores), "token", decoder.idle()))
     if not decoder.tied:
         parts.append(part("head", head, "token"))
+    if updates:
+        size = sum(prod(leaf.shape) for leaf in updates.values())
+        parts.append(Part(low_rank.KEY, size, size, 0, "token"))
     return Description(tuple(parts), vocabulary, seq_len)

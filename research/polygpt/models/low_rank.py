@@ -42,6 +42,7 @@ class LowRank(Spec):
         check_pattern(self, "pattern")
         check_pattern(self, "also")
         self.require(self.rank >= 1, "rank", "at least 1")
+        self.require(self.alpha > 0, "alpha", "greater than 0")
 
     @property
     def scale(self) -> float:
@@ -54,14 +55,22 @@ class LowRank(Spec):
         Raises:
             SpecError: if there are none.
         """
-        found = {name: own for name, own in traits.items() if own.decays and re.search(self.pattern, name)}
+        matrices = {name: own for name, own in traits.items() if own.decays and len(own.shape) > 1}
+        found = {name: own for name, own in matrices.items() if re.search(self.pattern, name)}
         if not found:
-            names = [name for name, own in traits.items() if own.decays]
-            raise SpecError(f"model.low_rank.pattern {self.pattern!r} matches no matrix: names are like {names[0]}")
+            like = next(iter(matrices))
+            raise SpecError(f"model.low_rank.pattern {self.pattern!r} matches no matrix: names are like {like}")
         return found
 
     def traits(self, traits: Mapping[str, Traits]) -> dict[str, Traits]:
-        """The traits of all parameters by name, given those of the model without updates."""
+        """The traits of all parameters by name, given those of the model without updates.
+
+        Raises:
+            SpecError: if `pattern` matches no matrix, or `also` no parameter.
+        """
+        names = [name for name, own in traits.items() if own.trained]
+        if self.also is not None and not any(re.search(self.also, name) for name in names):
+            raise SpecError(f"model.low_rank.also {self.also!r} matches no parameter: names are like {names[0]}")
         trained = {
             name: dataclasses.replace(
                 own, trained=own.trained and self.also is not None and bool(re.search(self.also, name))
@@ -90,7 +99,7 @@ class LowRank(Spec):
         """The parameters of the model without updates that computes the same; accumulated in float32."""
         base = {name: value for name, value in params.items() if name != KEY}
         values, updates = paths(base), paths(params[KEY])
-        for name in {name.rpartition("/")[0] for name in updates}:
+        for name in dict.fromkeys(name.rpartition("/")[0] for name in updates):  # the same order in every process
             matrix, down, up = values[name], updates[f"{name}/down"], updates[f"{name}/up"]
             changed = matrix + self.scale * jnp.matmul(down, up)
             if self.magnitude:

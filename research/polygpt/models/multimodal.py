@@ -40,8 +40,9 @@ class ModelSpec(Spec):
     their own connectors have kind "none", the shared projection is the only one."""
 
     logits_block: int | None = None
-    """Number of positions per device whose logits exist at a time, in training and scoring; null for all. Saves memory
-    if the vocabulary is large, without computing anything twice. Objectives that read all logits still need them."""
+    """Number of positions per device whose logits exist at a time, in training and scoring, at least one per row; null
+    for all. Saves memory if the vocabulary is large, without computing anything twice. Objectives that read all logits
+    still need them."""
 
     low_rank: LowRank | None = None
     """Trains low-rank updates of matrices and freezes all other parameters; null trains all."""

@@ -110,7 +110,9 @@ class _Plan:
                 size // math.prod(layout.mesh.shape[axis] for axis in axes)
                 for size, axes in zip((B, T), (self.rows, self.columns), strict=True)
             )
-        self.count = next(n for n in range(1, T + 1) if T % n == 0 and (B * T // n <= block or n == T))
+        self.length = T
+        self.count = -(-T // max(1, block // B))
+        self.size = -(-T // self.count)
 
     def run(self, gradients: bool, hidden_BTD, weight, target_BT, weight_BT, coefficients_K):
         """(value, totals), and with `gradients` also those of hidden vectors and weight, float32."""
@@ -224,12 +226,13 @@ class _Plan:
         return jax.lax.psum(x, axes) if axes else x
 
     def _blocks(self, x):
-        """[B, T, ...] -> [blocks, B, C, ...]."""
-        return jnp.moveaxis(x.reshape(x.shape[0], self.count, -1, *x.shape[2:]), 1, 0)
+        """[B, T, ...] -> [blocks, B, C, ...], with zeros, which have no weight, after the last positions."""
+        x = jnp.pad(x, [(0, 0), (0, self.count * self.size - self.length), *[(0, 0)] * (x.ndim - 2)])
+        return jnp.moveaxis(x.reshape(x.shape[0], self.count, self.size, *x.shape[2:]), 1, 0)
 
     def _joined(self, x):
         """[blocks, B, C, ...] -> [B, T, ...]."""
-        return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])
+        return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])[:, : self.length]
 
     def _whole_width(self, weight):
         """The weight with its width gathered from all devices that split it."""

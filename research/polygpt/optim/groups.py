@@ -45,7 +45,7 @@ class Group(Spec):
 REST = Group("")
 """The group of all parameters that match no other group."""
 CONSTANTS = Group("", freeze=True)
-"""The group of all variables other than parameters."""
+"""The group of all variables that are not trained: see `Traits.trained`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +117,7 @@ def table(traits, rules, growth=None) -> str:
         decay = "-" if rule.group.freeze else f"{rule.weight_decay:g}"
         if kind:
             kind = (kind[0], "-" if rule.group.freeze else f"x {rule.width_factor:.3g}", kind[1])
-        name = "(constants)" if rule.group is CONSTANTS else rule.group.pattern or "(all others)"
+        name = "(not trained)" if rule.group is CONSTANTS else rule.group.pattern or "(all others)"
         if {(rule.index, True), (rule.index, False)} <= decays:  # a group with parameters of both kinds has two rows
             name += ", decayed" if rule.weight_decay else ", not decayed"
         rows.append((name, rate, *kind, decay, f"{len(taken):,}", f"{sum(taken):,}"))

@@ -180,7 +180,7 @@ def assemble(
     runs = parallel.build(mode, model.axes(), mesh, devices)
     runs.check(experiment.data.batch_size, layout.seq_len, optim.accumulate)
     for name, task in experiment.evaluation.tasks.items():
-        conditions.model_of(name, task, model)  # fail before training if evaluation is impossible
+        conditions.model_of(name, task, model.merged)  # fail before training if evaluation is impossible
         runs.check_seq_len(task.seq_len or layout.seq_len, f"evaluation.tasks.{name}.seq_len")
     notes = ()
     if runs.layout:
