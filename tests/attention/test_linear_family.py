@@ -265,6 +265,15 @@ class _Biased(Position):
         return _Slope()
 
 
+def test_under_mup_wider_heads_need_a_norm_and_equal_ones_do_not():
+    wide, base = Retention(norm=None, heads=2), Retention(norm=None, heads=2)
+    with pytest.raises(SpecError, match="norm is None.*wider than in muP's base"):
+        wide.mup_scaled(32, base, 16)
+    assert wide.mup_scaled(16, base, 16).norm is None
+    Retention(heads=2).mup_scaled(32, Retention(heads=2), 16)
+    Retention(norm=None, heads=4).mup_scaled(32, base, 16)  # more heads, none wider
+
+
 def test_what_it_cannot_do_is_an_error_of_one_line():
     with pytest.raises(SpecError, match=r"^Retention.position: _Biased acts on scores, .*: set it to Rope\(\)"):
         Retention().build(Dims(WIDTH, position=_Biased()), nnx.Rngs(0))
