@@ -6,7 +6,7 @@ import re
 import pytest
 
 from polygpt.runtime.checkpoint import CheckpointSpec
-from polygpt.training.resuming import lost_steps, unsaved_steps
+from polygpt.training.resuming import diverged, lost_steps, unsaved_steps
 
 SPEC = CheckpointSpec(every=500, every_minutes=2.5)
 
@@ -33,3 +33,12 @@ def test_a_process_that_ends_says_what_it_has_not_saved():
     assert unsaved_steps(370, 370) == []
     assert re.search(r"1 step \(370 to 370\) not saved.*resumes at step 369", *unsaved_steps(369, 370))
     assert re.search(r"370 steps \(1 to 370\) not saved.*starts over", *unsaved_steps(0, 370))
+
+
+def test_what_was_not_finite_is_named_with_a_remedy_that_fits():
+    metrics = {"loss": 2.0, "gradient_norm": float("nan"), "update_norm": [float("inf"), 1.0], "skipped_in_row": 10}
+    later = diverged(40, metrics, 10, [20, 30])
+    assert "step 40: the gradient, the update not finite" in later and "checkpoint of step 30" in later
+    assert "learning rate" in later and "loss" not in later.split(";")[0]
+    first = diverged(10, metrics, 10, [])
+    assert "no checkpoint" in first and "attention check" in first and "learning rate" not in first

@@ -1,8 +1,10 @@
 """Messages about where a run starts or resumes, whether it is finished, and jumps of the learning rate."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from polygpt.files import write_atomically
 from polygpt.optim.optim import Optim
@@ -47,6 +49,20 @@ def lost_steps(workdir: Path, done: int, spec: CheckpointSpec) -> list[str]:
         interval += f", every_minutes {spec.every_minutes:g}"
     steps = f"{counted(reached - done, 'step')} ({done + 1} to {reached})"
     return [f"{steps} lost and will be repeated: {saved} ({interval})"]
+
+
+def diverged(step: int, metrics: Mapping[str, Any], limit: int, kept: Sequence[int]) -> str:
+    """The message if `limit` steps in a row were not finite; `kept` are the steps of the finite checkpoints."""
+    names = {"loss": "the loss", "gradient_norm": "the gradient", "update_norm": "the update"}
+    faults = [said for name, said in names.items() if not np.all(np.isfinite(metrics[name]))]
+    saved = f"the checkpoint of step {max(kept)} is intact" if kept else "there is no checkpoint yet"
+    remedy = "lower the learning rate or look at the data"
+    if step == limit:  # from the first step on, before a learning rate could do harm
+        remedy = "no step was finite, so look at the model (polygpt attention check) and at the data"
+    return (
+        f"step {step}: {', '.join(faults) or 'loss, gradient or update'} not finite, {limit} times in a row; {saved}: "
+        f"{remedy} (train.max_nonfinite sets this limit)"
+    )
 
 
 def unsaved_steps(saved: int, done: int) -> list[str]:

@@ -213,12 +213,7 @@ class Trainer:
         self.goodput.record(step, least=INTERVAL)
         if np.min(metrics["skipped_in_row"]) >= self.spec.max_nonfinite:  # of several seeds, all
             self.checkpoints.wait()
-            kept = max(self.checkpoints.finite_steps(), default=None)
-            raise Diverged(
-                f"step {step}: loss, gradient or update was not finite {self.spec.max_nonfinite} times in a row; "
-                + ("there is no checkpoint yet" if kept is None else f"the checkpoint of step {kept} is intact")
-                + ": lower the learning rate or look at the data (train.max_nonfinite sets this limit)"
-            )
+            raise Diverged(resuming.diverged(step, metrics, self.spec.max_nonfinite, self.checkpoints.finite_steps()))
 
     def _rewind(self) -> None:
         """Goes back to the last checkpoint and continues with the data after the last spike.
