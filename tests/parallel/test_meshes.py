@@ -78,7 +78,9 @@ def test_models_that_lie_split_score_and_answer_as_on_one_device():
         single = runs.pop("single")
         assert len(runs) == 2 and any(single["answers"])
         for mesh, used in runs.items():
-            np.testing.assert_allclose(used["loss"], single["loss"], rtol=1e-5, err_msg=f"{what}, {mesh}")
+            for loss in ("loss", "loss in blocks"):
+                np.testing.assert_allclose(used[loss], single["loss"], rtol=1e-5, err_msg=f"{what}, {mesh}, {loss}")
+            assert used["correct"] == [single["correct"][0]] * 2, (what, mesh)
             assert used["answers"] == single["answers"], (what, mesh)
             split = 8 if "data 2, fsdp 2" in mesh else 2  # rows and heads; heads, and perhaps blocks
             assert used["held"] <= 1 / split, f"{what}, {mesh}: the cache is not split as rows and heads are"

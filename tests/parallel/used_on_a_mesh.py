@@ -51,13 +51,18 @@ decode = decoding.decode
 def use(model, params) -> dict:
     tokenizer = Bytes(multiple=4).build()
     rows = [(example(9, ("image", 4), 6, seed=row),) for row in range(5)]  # no axis divides five rows
-    scores = score(model, params, build(rows, 32, adapters=ADAPTERS), tokenizer.token_bytes)
+    batch = build(rows, 32, adapters=ADAPTERS)
+    scores, in_blocks = (
+        score(model.changed({"logits_block": block}), params, batch, tokenizer.token_bytes) for block in (None, 7)
+    )
     prompts = [[Text("one")], [Text("and a longer one")], [Text("x")], [Text("four")]]
     caches = []
     with mock.patch.object(decoding, "decode", lambda *given: caches.append(held(given[3].cache)) or decode(*given)):
         answers = generate(model, params, tokenizer, prompts, LayoutSpec(32), Sampling(temperature=0.0, max_tokens=6))
     return {
         "loss": scores.loss.tolist(),
+        "loss in blocks": in_blocks.loss.tolist(),
+        "correct": [scores.correct.tolist(), in_blocks.correct.tolist()],
         "answers": [list(answer.tokens) for answer in answers],
         "held": max(map(max, caches)),
     }

@@ -21,7 +21,9 @@ KEY = "low_rank"
 class LowRank(Spec):
     """Trains W + scale * down @ up instead of W: LoRA (Hu et al., 2106.09685, section 4.1).
 
-    All other parameters are frozen, except those in `also`. At first `up` is 0, so the model is the one before.
+    All other parameters are frozen, except those in `also`. At first `up` is 0, so the model is the one before. This
+    saves optimizer state, not gradients: a step computes with the merged matrices, which take memory, as do their
+    gradients.
     """
 
     pattern: str

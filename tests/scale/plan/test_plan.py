@@ -167,6 +167,17 @@ def test_of_a_program_that_does_not_fit_the_nearest_changes_are_ways_to_run(monk
 
 
 @needs_libtpu
+def test_logits_take_the_memory_of_a_block():
+    chosen, on = tiny.experiment(), target("v5e:2x2")
+    known, here = facts(chosen, on), mesh_facts(current(chosen, 4).mesh, facts(chosen, on))
+    positions = chosen.data.batch_size * chosen.data.layout.seq_len / here.layout.size("batch")
+    made = [chosen.replace(model=chosen.model.replace(logits_block=block)) for block in (None, 4, 10**6)]
+    whole, some, more = (predict(one, known, on, here) for one in made)
+    assert some.head == whole.head * 4 / positions and more.head == whole.head
+    assert some.roofline.memory == whole.roofline.memory
+
+
+@needs_libtpu
 def test_the_next_of_tens_of_thousands_of_ways_is_found_in_seconds():
     """All are looked at once for it, and not once for each: that would take hours here."""
     chosen, on = tiny.experiment(), target("v5e:2x2")

@@ -99,9 +99,10 @@ def predict(experiment: Experiment, known: Facts, target: Target, here: MeshFact
         activations += (
             2 * work.positions * schedule.microbatches * model.decoder.width / layout.size("features") * compute
         )
-    head = positions * known.vocabulary / layout.size("vocabulary") * 4 * 3
+    logits = 4 * 3 * known.vocabulary / layout.size("vocabulary")  # bytes per position
+    head = logits * min(positions, model.logits_block or positions)
     read = here.gathered + here.blocks[DECODER].matrices * (work.executions - work.blocks)  # parameters read per pass
-    traffic += 3 * (own * 4 * (2 + known.optimizer)) + read * compute * 6 * parts + 2 * head * parts
+    traffic += 3 * (own * 4 * (2 + known.optimizer)) + read * compute * 6 * parts + 2 * logits * positions * parts
 
     counted = remat(known.flops, model)
     scores = sum(line.forward for line in counted.lines if line.name == "decoder, attention")
