@@ -165,3 +165,13 @@ def test_rows_of_another_tokenizer_are_refused_and_the_remedy_works(before):
 def test_a_pattern_that_is_none_is_refused(field):
     with pytest.raises(SpecError, match=f"{next(iter(field))}.*regular expression"):
         Given(**field)
+
+
+def test_what_stays_random_must_be_trained_beside_low_rank_updates():
+    frozen = {name: dataclasses.replace(own, trained=False) for name, own in MODEL.items()}
+    model = frozen | {"low_rank/decoder/a/up": Traits((1, 3), (None, None), True)}
+    start(Given(), model, BYTES)
+    new = {DIGITS: Traits((5, 2), (None, None), True, trained=False)}
+    with pytest.raises(UserError, match="leaves adapters/digits/kernel random.*model.low_rank.also"):
+        start(Given(exclude="digits"), model | new, BYTES)
+    start(Given(exclude="digits"), model | {DIGITS: Traits((5, 2), (None, None), True)}, BYTES)

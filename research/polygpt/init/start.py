@@ -67,7 +67,21 @@ def start(init: Init, traits: Mapping[str, Traits], tokenizer: Any) -> Start:
         unfilled = [ours for ours in needed if ours not in taken and _selected(init, ours)]
         unused = {ours: theirs for ours, theirs in chosen.items() if ours not in traits}
         _require_all(init, source, unfilled, unused)
+    _require_trained(traits, taken)
     return Start(source, taken, _table(source, taken, traits))
+
+
+def _require_trained(traits: Mapping[str, Traits], taken: Mapping[str, str]) -> None:
+    """Raises UserError for parameters that stay random although low-rank updates freeze them."""
+    prefix = f"{low_rank.KEY}/"
+    updated = {name.removeprefix(prefix).rpartition("/")[0] for name in traits if name.startswith(prefix)}
+    idle = [name for name, own in traits.items() if not (own.trained or name in taken or name in updated)]
+    if updated and idle:
+        parts = "|".join(f"^{re.escape(part)}(/|$)" for part in dict.fromkeys(map(_part, idle)))
+        raise UserError(
+            f"init leaves {_some(idle)} random, and model.low_rank freezes what it does not update: name such "
+            f"parameters in model.low_rank.also ({parts!r})"
+        )
 
 
 def _selected(init: Weights, name: str) -> bool:
