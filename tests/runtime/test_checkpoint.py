@@ -305,3 +305,11 @@ def test_a_damaged_checkpoint_gives_way_to_an_older_one_and_is_written_anew(tmp_
         damage(tmp_path / place)
     with pytest.raises(UserError, match=rf"no checkpoint can be read \(2: .*; 1: .*\): remove {tmp_path} to"):
         restore(tmp_path)
+
+
+def test_closing_stops_the_writer(tmp_path, monkeypatch):
+    checkpoints = open_folder(tmp_path)
+    closed = []
+    monkeypatch.setattr(checkpoints._writer, "close", lambda: closed.append(True))
+    checkpoints.close()
+    assert closed == [True]

@@ -1,6 +1,7 @@
 """What a process tells the others of its own failure."""
 
 import os
+import socket
 import time
 
 import jax
@@ -115,3 +116,18 @@ def test_reports_of_the_launcher_are_read_from_its_pipe(monkeypatch):
     os.write(ours, b"1 -9 was killed by SIGKILL\n")
     assert came.wait(10) and died == [(1, -9, "was killed by SIGKILL")]
     os.close(ours)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "[::1]"])
+def test_a_service_can_be_reached_while_it_listens(host):
+    alive = Liveness.__new__(Liveness)  # without its threads
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as service:
+        try:
+            service.bind((host.strip("[]"), 0))
+        except OSError:
+            pytest.skip(f"no address {host} here")
+        service.listen()
+        alive.address = f"{host}:{service.getsockname()[1]}"
+        assert alive._reachable()
+    assert not alive._reachable()

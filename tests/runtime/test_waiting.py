@@ -4,9 +4,11 @@ import logging
 import re
 import subprocess
 import sys
+import time
 
 import pytest
 
+from polygpt.runtime import waiting
 from polygpt.runtime.waiting import log_to_stderr
 from polygpt.scale.launch.local import LOG_ONLY
 
@@ -42,3 +44,12 @@ with report_waiting("start-up: still waiting", deadline=Deadline(0.3, "not here 
 """
     done = subprocess.run([sys.executable, "-c", waits], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (2, "polygpt: not here after 0.3 s (train.processes.x)\n")
+
+
+def test_a_long_wait_is_reported_and_does_not_end_the_process_before_its_bound(monkeypatch, caplog):
+    monkeypatch.setattr(waiting, "SLOW", 0.02)
+    monkeypatch.setattr(waiting, "exit_now", lambda code: pytest.fail("exits before the deadline"))
+    with waiting.report_waiting("still waiting", lambda: "for process 1", waiting.Deadline(60.0, "never said")):
+        while len(caplog.records) < 2:
+            time.sleep(0.01)
+    assert re.fullmatch(r"still waiting for process 1 after \d+ s", caplog.records[0].getMessage())

@@ -70,7 +70,7 @@ def test_a_run_folder_says_what_happened(finished):
     assert all(line["loss"] == line["loss/next_token"] > 0 and line["gradient_norm"] > 0 for line in trained)
     assert not any("second" in name for line in lines for name in line)
     timing = [json.loads(line) for line in (finished / "timing.jsonl").read_text().splitlines()]
-    assert all(line["tokens_per_second"] > 0 and 0 <= line["input_wait"] <= 1 for line in timing)
+    assert timing and all(line["tokens_per_second"] > 0 and 0 <= line["input_wait"] <= 1 for line in timing)
     environment = json.loads((finished / "environment.json").read_text())
     assert environment["jax"] == jax.__version__ and environment["device"] == "cpu"
 
