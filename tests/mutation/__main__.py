@@ -124,6 +124,10 @@ def _try(tests: Forked, folder: str, path: str, mutant: Mutant, limit: float, un
     return {"status": status, "seconds": time.monotonic() - begun, "by": by}
 
 
+REQUIREMENTS = "tests/contracts/test_requirements.py"
+"""Tests what all specifications refuse, without naming their modules."""
+
+
 def naming(root: Path, folder: str, path: str) -> list[str]:
     """The test files that name the module at `path`, themselves or through a helper, short ones first.
 
@@ -139,7 +143,8 @@ def naming(root: Path, folder: str, path: str) -> list[str]:
         while more := {file for file in texts if file.startswith("tests/") and _helped(texts[file], found)} - found:
             found |= more
         if found & set(tests) or named <= wanted:
-            return sorted(found & set(tests) or tests, key=lambda file: (len(texts[file]), file))
+            chosen = sorted(found & set(tests) or tests, key=lambda file: (len(texts[file]), file))
+            return [*chosen, *([REQUIREMENTS] if "self.require(" in texts[path] else [])]
         wanted |= {file for file in named if file.startswith("research/")}
 
 
