@@ -64,7 +64,12 @@ def test_objectives_and_sources_are_shown_in_an_experiment():
     assert {"confident.py", "sums.py"} <= set(EXPERIMENTS)
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+QUICK = "confident.py"
+
+
+@pytest.mark.parametrize(
+    "name", [QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in EXPERIMENTS if name != QUICK)]
+)
 def test_an_experiment_trains_by_its_command(name, tmp_path, monkeypatch, capsys):
     code, command = EXPERIMENTS[name]
     monkeypatch.chdir(tmp_path)

@@ -28,6 +28,10 @@ def test_every_group_has_its_turn_within_any_three_commits_and_waits_no_longer_t
             assert due == [number + commits]
 
 
+def test_a_group_without_slow_tests_is_sorted_among_the_others():
+    assert [rotation.wait("adapters", number) for number in (0, 1, 5, 10**40)] == [0] * 4
+
+
 def test_every_file_with_slow_tests_belongs_to_one_group():
     files = [path for path in ROOT.rglob("test_*.py") if re.search(r"mark\.slow\b", path.read_text())]
     assert {rotation.group_of(path) for path in files} == set(GROUPS)

@@ -244,6 +244,7 @@ FALSE = (
 TRUE = f"{AT('base')} < {AT('worse')}"
 
 
+@pytest.mark.slow
 def test_false_claims_are_held_in_at_most_five_ablations_of_a_hundred():
     rng = np.random.default_rng(8)
     claims = list(map(Claim, (*FALSE, TRUE)))

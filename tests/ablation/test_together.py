@@ -114,7 +114,7 @@ def test_tasks_under_other_conditions_are_those_of_runs_alone(tmp_path):
     assert len({record["metrics"][name] for record in records for name in ("at_96/loss", "near/loss")}) == 4
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, pytest.param(ValueError, marks=pytest.mark.slow)])
 def test_stopped_at_any_step_and_begun_again_it_gives_the_same_numbers(grouped, tmp_path, monkeypatch, error):
     monkeypatch.setattr(seeds, "EVERY_MINUTES", 1e-9)
     seen = []
@@ -197,6 +197,7 @@ def test_seeds_that_do_not_fit_together_are_trained_in_groups(grouped, tmp_path,
         assert_near(one, other)
 
 
+@pytest.mark.slow
 def test_a_group_that_exhausts_the_memory_is_halved_without_its_state(grouped, tmp_path, monkeypatch, request):
     """The error comes from the first step, when the state of all seeds is on the device."""
     real, held = Program.step.func, []

@@ -78,9 +78,9 @@ def test_sigterm_during_the_start_ends_with_one_line_and_code_1(tmp_path):
 def test_sigterm_before_the_first_step_ends_without_waiting_for_data(trained, polygpt, tmp_path, monkeypatch):
     started = []
 
-    def assembled(*given):
+    def assembled(*given, **named):
         started.append(os.kill(os.getpid(), signal.SIGTERM))
-        return assemble(*given)
+        return assemble(*given, **named)
 
     monkeypatch.setattr(trainer, "assemble", assembled)
     code, _, err = polygpt("train", trained.file, "--workdir", tmp_path / "run", "--no-report")

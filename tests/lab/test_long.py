@@ -55,6 +55,7 @@ def test_sums_in_float32_pass_over_long_rows():
     assert failing("SumsInBfloat16", NARROW, wide=True) == {}
 
 
+@pytest.mark.slow
 def test_gates_that_close_the_mask_are_shown_the_field_that_allows_it():
     @dataclasses.dataclass(frozen=True)
     class Undeclared(Forgetting):

@@ -32,9 +32,10 @@ def models(kind, **changes):
 def updated(model):
     """Lively parameters, with updates that are not 0."""
     rng = np.random.default_rng(0)
-    params = model.init(jax.random.key(0)) | jax.tree.map(jnp.asarray, lively(model.merged))
-    noise = jax.tree.map(lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), jnp.float32), params["low_rank"])
-    return params | {"low_rank": noise}
+    noise = jax.tree.map(
+        lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), jnp.float32), model.abstract()["low_rank"]
+    )
+    return jax.tree.map(jnp.asarray, lively(model.merged)) | {"low_rank": noise}
 
 
 def test_tree_of_is_the_inverse_of_paths():
@@ -42,21 +43,30 @@ def test_tree_of_is_the_inverse_of_paths():
     assert tree_of(paths(tree)) == tree
 
 
-@pytest.mark.parametrize("scan", [True, False])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind, scan", [("LoRA", True), ("DoRA", False)])
 def test_at_first_it_is_the_model_without_updates(kind, scan, batch):
     model, plain = models(kind, scan=scan)
-    key = jax.random.key(3)
-    params, expected = model.init(key), plain.init(key)
-    assert paths(model.abstract()).keys() == paths(params).keys() == paths(model.traits).keys()
-    for name, value in paths(expected).items():
-        np.testing.assert_array_equal(paths(params)[name], value, err_msg=name)
-    merged = paths(jax.jit(model.merge)(params))
+    expected = jax.tree.map(jnp.asarray, lively(plain))
+    params = expected | KINDS[kind].initial(jax.random.key(0), paths(plain.traits))
+    merged = paths(model.merge(params))
     for name, value in paths(expected).items():
         ulp = 2e-7 if kind == "DoRA" else 0  # its lengths cancel up to rounding
         np.testing.assert_allclose(merged[name], value, rtol=ulp, atol=0, err_msg=name)
     ours = jax.jit(model.apply)(params, batch).logits_BTV
     np.testing.assert_allclose(ours, jax.jit(plain.apply)(expected, batch).logits_BTV, rtol=0, atol=1e-5)
+
+
+def test_initial_parameters_are_those_of_the_model_without_updates_and_the_updates():
+    model, plain = models("DoRA", adapters={})
+    params, expected = paths(model.init(jax.random.key(3))), paths(plain.init(jax.random.key(3)))
+    assert paths(model.abstract()).keys() == params.keys() == paths(model.traits).keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(params[name], value, err_msg=name)
+    for name in params.keys() - expected.keys():
+        if name.endswith("/down"):  # of variance 1 / inputs
+            assert 0.5 < np.std(params[name]) * params[name].shape[-2] ** 0.5 < 1.5, name
+        else:
+            assert not np.any(params[name]), name
 
 
 @pytest.mark.parametrize("kind", KINDS)
