@@ -122,7 +122,11 @@ def test_texts_reach_all_and_all_end_together():
 
 
 @pytest.mark.parametrize(
-    ("scenario", "count", "name"), [("missing", 3, "early"), ("unsaved", 2, "checkpoint: Checkpointer:save_start")]
+    ("scenario", "count", "name"),
+    [
+        pytest.param("missing", 3, "early", marks=pytest.mark.slow),
+        ("unsaved", 2, "checkpoint: Checkpointer:save_start"),
+    ],
 )
 def test_a_barrier_names_who_did_not_come(scenario, count, name):
     codes, outputs, _ = run(scenario, count)
@@ -146,6 +150,7 @@ def test_an_error_in_one_process_is_told_by_all():
     assert re.search(r"^polygpt: process 1: the disk is full$", outputs[0], re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_at_the_start_the_absent_are_numbered():
     codes, outputs, _ = run("absent", count=3, absent=1)
     assert all(codes)

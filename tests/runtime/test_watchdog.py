@@ -143,6 +143,7 @@ train(chosen.replace(train=chosen.train.replace(watchdog=dog)), sys.argv[1], lam
 """
 
 
+@pytest.mark.slow
 def test_a_sink_that_hangs_ends_the_process_where_that_is_asked_for(tmp_path):
     script = HANGING.format(tests=str(Path(__file__).parents[1] / "training"))
     done = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True, timeout=120)

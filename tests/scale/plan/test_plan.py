@@ -42,7 +42,8 @@ def hasty():
 
 
 @needs_libtpu
-@pytest.mark.parametrize("name", [SLICES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in SLICES[1:])])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLICES)
 def test_a_tiny_model_takes_no_more_than_it_did(name, hasty):
     if not name.startswith("tpu7x"):
         hasty()
