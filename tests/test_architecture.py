@@ -1,9 +1,12 @@
 """The house rules that a machine can check: floors, thin packages, short files, plain words."""
 
 import ast
+import functools
+import importlib.util
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -61,3 +64,36 @@ def test_the_words_are_the_projects_own():
 def test_every_module_says_what_it_is():
     unspoken = [str(p.relative_to(ROOT)) for p in FILES if not ast.get_docstring(ast.parse(p.read_text()))]
     assert [name for name in unspoken if not name.endswith("__init__.py")] == []
+
+
+def modules_of(tree: ast.Module) -> dict[str, types.ModuleType]:
+    """The modules of the package that a file imports, by the names that they have there."""
+    found = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "polygpt":
+            for alias in node.names:
+                if importlib.util.find_spec(f"{node.module}.{alias.name}") if _is_package(node.module) else None:
+                    found[alias.asname or alias.name] = importlib.import_module(f"{node.module}.{alias.name}")
+    return found
+
+
+@functools.cache
+def _is_package(name: str) -> bool:
+    return importlib.util.find_spec(name).submodule_search_locations is not None
+
+
+@pytest.mark.parametrize("folder", ["research", "tests", "experiments"])
+def test_what_a_file_takes_from_a_module_is_there(folder):
+    """A renamed function is also renamed where only a slow test would call it."""
+    missing = []
+    for path in (ROOT / folder).rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        modules = modules_of(tree)
+        bound = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+        bound |= {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id not in bound:
+                module = modules.get(node.value.id)
+                if module is not None and not hasattr(module, node.attr):
+                    missing.append(f"{path.relative_to(ROOT)}:{node.lineno}: {module.__name__}.{node.attr}")
+    assert missing == []

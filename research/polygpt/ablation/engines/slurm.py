@@ -77,7 +77,7 @@ class _Array:
             (task.folder / ANSWER).unlink(missing_ok=True)
             (task.folder / TASK).write_text(task.to_json(), encoding="utf-8")
             calls.append(slurm.Task([str(task.folder / TASK), str(task.folder / ANSWER)], PROGRAM))
-        with slurm.refusals(), self.executor.batch():
+        with slurm.submission_errors(), self.executor.batch():
             jobs = [self.executor.submit(call) for call in calls]
         self.jobs |= {task.name: (task, job) for task, job in zip(tasks, jobs, strict=True)}
 
