@@ -156,7 +156,8 @@ def test_an_interruption_ends_all_processes_which_save_first(tmp_path):
         with pytest.raises(KeyboardInterrupt):
             run(Processes(workers=2), tasks, callback)
     assert len(started) == 2 and all(process.poll() is not None for process in started)
-    assert len(list(tmp_path.glob("*/seeds-0/state.npz"))) == 2
+    saved = tmp_path.glob("*/seeds-0/checkpoints/*/manifest.json")
+    assert {path.relative_to(tmp_path).parts[0] for path in saved} == {"a", "b"}
 
 
 def test_children_that_do_not_end_are_killed():
