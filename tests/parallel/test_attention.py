@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from many_devices import VARIABLES
 from polygpt import sharding, topology
 from polygpt.attention.kernels import dispatch
 from polygpt.attention.kernels.problem import Operands, Rule
@@ -21,8 +22,8 @@ from polygpt.sharding import MeshSpec
 
 
 def run(script: str, *arguments) -> dict:
-    """What a script prints as JSON. It compiles with fewer optimizations, which takes half the time."""
-    environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    """What a script prints as JSON."""
+    environment = os.environ | VARIABLES
     command = [sys.executable, Path(__file__).with_name(script), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+from many_devices import VARIABLES
 from polygpt.runtime import manifest
 from polygpt.runtime.processes import COORDINATOR, PROCESS, PROCESSES
 from polygpt.runtime.stored import read_parameters
@@ -19,7 +20,7 @@ SCRIPT = Path(__file__).with_name("elsewhere.py")
 
 
 def start(*arguments, script=SCRIPT, **variables):
-    environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} | variables
+    environment = os.environ | VARIABLES | variables
     command = [sys.executable, script, *map(str, arguments)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

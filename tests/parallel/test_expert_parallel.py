@@ -10,13 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from many_devices import VARIABLES
+
 SCRIPT = Path(__file__).with_name("experts_on_eight_devices.py")
 EXPERTS_AND_WIDTHS = [{8, 16, 48}, {2, 16, 48}, {4, 16, 48}, {8, 16, 24}, {4, 16, 24}]
 """The axes of the experts' kernels, whole, or as a device has them."""
 
 
 def run(*meshes: str) -> dict:
-    environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    environment = os.environ | VARIABLES
     done = subprocess.run(
         [sys.executable, SCRIPT, *meshes], env=environment, capture_output=True, text=True, timeout=900
     )

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from many_devices import VARIABLES
+
 SCRIPT = Path(__file__).with_name("eight_devices.py")
 QUICK = ["pmap", "data 2, fsdp 2, tensor 2", "data 2, fsdp 2, tensor 2 (blocks)"]
 SLOW = [
@@ -23,8 +25,7 @@ SLOW = [
 
 def differences(names: list[str]) -> dict[str, dict]:
     """By way to run: relative differences from one device, in the loss and in the gradient of the worst parameter."""
-    # Fewer optimizations compile in half the time.
-    environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    environment = os.environ | VARIABLES
     done = subprocess.run(
         [sys.executable, SCRIPT, *names], env=environment, capture_output=True, text=True, timeout=900
     )
@@ -71,7 +72,7 @@ def test_loss_and_gradients_equal_those_of_one_device_on_every_mesh(names):
 @pytest.mark.slow
 def test_models_that_lie_split_score_and_answer_as_on_one_device():
     script = SCRIPT.with_name("used_on_a_mesh.py")
-    environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    environment = os.environ | VARIABLES
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     for what, runs in json.loads(done.stdout).items():

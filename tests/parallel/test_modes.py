@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from many_devices import VARIABLES
 from polygpt.errors import UserError
 from polygpt.training.parallel import build, require_many
 
@@ -18,8 +19,8 @@ MODES = ["single/1", "pmap/2", "sharded/2"]
 
 
 def run(*command):
-    """What a script prints as JSON. It compiles with fewer optimizations, which takes half the time."""
-    environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    """What a script prints as JSON."""
+    environment = os.environ | VARIABLES
     done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

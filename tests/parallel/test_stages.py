@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 from batches import build, example, tiny
+from many_devices import VARIABLES
 from polygpt import sharding, topology
 from polygpt.attention.kernels import dispatch
 from polygpt.attention.multi_head import MultiHead
@@ -22,7 +23,7 @@ from polygpt.sharding import MeshSpec
 @pytest.fixture(scope="module")
 def runs():
     script = Path(__file__).with_name("stages_on_eight_devices.py")
-    environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # compiles in half the time
+    environment = os.environ | VARIABLES
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
