@@ -103,7 +103,10 @@ def _bind(equation, arguments: list) -> list:
 
 
 def _scan(params: dict, arguments: list) -> list:
-    constants, carried = params["num_consts"], params["num_carry"]
+    if "num_consts" in params:
+        constants, carried = params["num_consts"], params["num_carry"]
+    else:  # from JAX 0.12 on: flat trees of constants, carry and columns
+        constants, carried, _ = map(len, params["ft_in"].unpack())
     fixed, start, columns = (
         arguments[:constants],
         arguments[constants : constants + carried],
