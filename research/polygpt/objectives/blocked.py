@@ -67,7 +67,7 @@ def token_losses(
         block: number of positions whose logits exist at a time, per device; at least one of every row.
     """
     names = tuple(objectives)
-    plan = _Plan(head, tuple(objectives[name] for name in names), block, *hidden_BTD.shape, sharding.active())
+    plan = _Plan(head, tuple(objectives[name] for name in names), block, *hidden_BTD.shape[:2], sharding.active())
 
     @jax.custom_vjp
     def losses(hidden_BTD, weight, target_BT, weight_BT, coefficients_K):
@@ -89,14 +89,14 @@ def token_losses(
 
 def token_scores(hidden_BTD: jax.Array, head: Head, target_BT: jax.Array, block: int) -> tuple[TokenScores, jax.Array]:
     """The scores of all positions [B, T], without means, and the most likely token, int32 [B, T]. Has no gradient."""
-    plan = _Plan(head, (), block, *hidden_BTD.shape, sharding.active())
+    plan = _Plan(head, (), block, *hidden_BTD.shape[:2], sharding.active())
     return plan.scores(hidden_BTD, head.weight, target_BT)
 
 
 class _Plan:
     """How a computation is cut into blocks, and over the devices of a layout."""
 
-    def __init__(self, head: Head, objectives: Sequence[TokenObjective], block: int, B: int, T: int, D: int, layout):
+    def __init__(self, head: Head, objectives: Sequence[TokenObjective], block: int, B: int, T: int, layout):
         self.head, self.objectives, self.layout = head, objectives, layout
         self.vocabulary = head.weight.shape[head.axes.index("vocabulary")]
         self.rows = self.columns = self.split = ()
