@@ -16,7 +16,7 @@ from polygpt.models import low_rank
 from polygpt.models.low_rank import LowRank
 from polygpt.parameters import paths, tree_of
 from polygpt.runtime import manifest, processes
-from polygpt.runtime.checkpoint import best
+from polygpt.runtime.checkpoint import choose
 from polygpt.runtime.manifest import Record
 from polygpt.spec import from_json
 
@@ -69,7 +69,7 @@ class FromRun(Weights):
                 there = ", ".join(map(str, steps))
                 raise UserError(f"init.checkpoint is {use}, but {self.path} has the checkpoints {there}")
             return steps[use]
-        return (best(found, config["train"].get("better", "lower")) if use == "best" else None) or found[-1]
+        return choose(found, use, config["train"].get("better", "lower"))
 
 
 @dataclasses.dataclass(frozen=True)

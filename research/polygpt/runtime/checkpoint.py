@@ -59,6 +59,11 @@ def best(found: Sequence[Record], better: Literal["lower", "higher"]) -> Record 
     return min(ranked, key=lambda record: (sign * record.metric, record.step), default=None)
 
 
+def choose(found: Sequence[Record], use: str, better: Literal["lower", "higher"]) -> Record:
+    """The best of these checkpoints if `use` is "best" and one was evaluated, otherwise the latest."""
+    return (best(found, better) if use == "best" else None) or found[-1]
+
+
 def kept(found: Sequence[Record], spec: CheckpointSpec, better: Literal["lower", "higher"]) -> set[int]:
     """The steps that rotation keeps: the latest, every n-th, the best, and always the last finite one.
 

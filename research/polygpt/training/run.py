@@ -16,7 +16,7 @@ from polygpt.generation.generate import Generated, Prompt, generate
 from polygpt.generation.sampling import Sampling
 from polygpt.models.functional import Model, bind
 from polygpt.runtime import manifest
-from polygpt.runtime.checkpoint import best, first_line, listed
+from polygpt.runtime.checkpoint import choose, first_line, listed
 from polygpt.runtime.manifest import Record
 from polygpt.runtime.processes import broadcast, first_fault
 from polygpt.runtime.stored import read_parameters
@@ -87,7 +87,7 @@ def open_run(
     if not found:
         raise UserError(f"{workdir} has no complete checkpoint: resume it with polygpt train")
     use = checkpoint or experiment.train.use
-    chosen = (best(found, experiment.train.better) if use == "best" else None) or found[-1]
+    chosen = choose(found, use, experiment.train.better)
     tokenizer = experiment.tokenizer.build()
     model = bind(experiment.model, tokenizer.vocabulary)
     target, layout = model.abstract(), None
