@@ -12,8 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from polygpt.errors import UserError
 from polygpt.init.base import Source, Weights
 from polygpt.migration import migrate
-from polygpt.models import low_rank
-from polygpt.models.low_rank import LowRank
+from polygpt.models.low_rank import LowRank, matrix_of
 from polygpt.parameters import paths, tree_of
 from polygpt.runtime import manifest, processes
 from polygpt.runtime.checkpoint import choose
@@ -40,7 +39,7 @@ class FromRun(Weights):
         from polygpt.runtime import stored  # local import: Orbax takes a second to import
 
         shapes = stored.shapes(place, item)
-        updates = {name: shape for name, shape in shapes.items() if name.startswith(f"{low_rank.KEY}/")}
+        updates = {name: shape for name, shape in shapes.items() if matrix_of(name)}
         own = {name: shape for name, shape in shapes.items() if name not in updates}
         added = from_json(config["model"]["low_rank"]) if updates else None
         return _Checkpoint(f"{self.path}, step {step}", own, config["tokenizer"], place, item, added, updates)
@@ -99,11 +98,10 @@ class _Checkpoint:
             place = NamedSharding(place.mesh, PartitionSpec()) if isinstance(place, NamedSharding) else place
             return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place)
 
-        matrix_of = {name: name.removeprefix(f"{low_rank.KEY}/").rpartition("/")[0] for name in self.updates}
         updates = {
-            name: replicated(self.updates[name], wanted[matrix])
-            for name, matrix in matrix_of.items()
-            if matrix in wanted
+            name: replicated(shape, wanted[matrix_of(name)])
+            for name, shape in self.updates.items()
+            if matrix_of(name) in wanted
         }
         found = stored.read_some(self.place, self.item, {**wanted, **updates})
         if not updates:

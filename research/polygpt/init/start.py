@@ -11,7 +11,7 @@ import jax
 from polygpt.columns import aligned
 from polygpt.errors import UserError
 from polygpt.init.base import Init, Source, Weights
-from polygpt.models import low_rank
+from polygpt.models.low_rank import matrix_of
 from polygpt.parameters import Traits
 
 
@@ -63,7 +63,7 @@ def start(init: Init, traits: Mapping[str, Traits], tokenizer: Any) -> Start:
     for ours, theirs in taken.items():
         _require_shape(ours, traits[ours].shape, theirs, source)
     if init.strict:
-        needed = [name for name in traits if not name.startswith(f"{low_rank.KEY}/")]  # low-rank updates begin at 0
+        needed = [name for name in traits if not matrix_of(name)]  # low-rank updates begin at 0
         unfilled = [ours for ours in needed if ours not in taken and _selected(init, ours)]
         unused = {ours: theirs for ours, theirs in chosen.items() if ours not in traits}
         _require_all(init, source, unfilled, unused)
@@ -73,14 +73,12 @@ def start(init: Init, traits: Mapping[str, Traits], tokenizer: Any) -> Start:
 
 def _require_trained(traits: Mapping[str, Traits], taken: Mapping[str, str]) -> None:
     """Raises UserError for parameters that stay random although low-rank updates freeze them."""
-    prefix = f"{low_rank.KEY}/"
-    updated = {name.removeprefix(prefix).rpartition("/")[0] for name in traits if name.startswith(prefix)}
+    updated = {matrix for name in traits if (matrix := matrix_of(name))}
     idle = [name for name, own in traits.items() if not (own.trained or name in taken or name in updated)]
     if updated and idle:
-        parts = "|".join(f"^{re.escape(part)}(/|$)" for part in dict.fromkeys(map(_part, idle)))
         raise UserError(
             f"init leaves {_some(idle)} random, and model.low_rank freezes what it does not update: name such "
-            f"parameters in model.low_rank.also ({parts!r})"
+            f"parameters in model.low_rank.also ('{'|'.join(_patterns(idle))}')"
         )
 
 
@@ -122,12 +120,16 @@ def _require_all(init: Weights, source: Source, unfilled: list[str], unused: dic
     if unused:
         faults.append(f"{_some(list(unused.values()))} of {source.origin} fill{'s' * (len(unused) == 1)} nothing here")
     if faults:
-        parts = dict.fromkeys(_part(name) for name in (*unfilled, *unused))
-        pattern = _excluding(init, (f"^{re.escape(part)}(/|$)" for part in parts))
+        pattern = _excluding(init, _patterns([*unfilled, *unused]))
         raise UserError(
             f"init: {', and '.join(faults)}: exclude these (init.exclude '{pattern}' excludes all of their parts), map "
             "names with init.rename, or set init.strict to false"
         )
+
+
+def _patterns(names: Iterable[str]) -> list[str]:
+    """Regular expressions of the parts of a model that these parameters belong to."""
+    return [f"^{re.escape(part)}(/|$)" for part in dict.fromkeys(map(_part, names))]
 
 
 def _excluding(init: Weights, patterns: Iterable[str]) -> str:

@@ -17,6 +17,11 @@ KEY = "low_rank"
 """Where the added parameters are in the tree: "low_rank/decoder/blocks/attention/query/kernel/down"."""
 
 
+def matrix_of(name: str) -> str | None:
+    """The matrix that an added parameter updates, by name; None for any other parameter."""
+    return name.removeprefix(f"{KEY}/").rpartition("/")[0] if name.startswith(f"{KEY}/") else None
+
+
 @dataclasses.dataclass(frozen=True)
 class LowRank(Spec):
     """Trains W + scale * down @ up instead of W: LoRA (Hu et al., 2106.09685, section 4.1).
@@ -91,7 +96,7 @@ class LowRank(Spec):
         """Initial values of the added parameters, a tree: `down` is normal with variance 1 / inputs, the rest is 0."""
         values = {}
         for number, (name, own) in enumerate(self.traits(traits).items()):
-            if name.startswith(f"{KEY}/"):
+            if matrix_of(name):
                 down = name.endswith("/down")
                 normal = jax.random.normal(jax.random.fold_in(key, number), own.shape) if down else jnp.zeros(own.shape)
                 values[name] = normal * own.shape[-2] ** -0.5 if down else normal
