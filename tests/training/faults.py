@@ -252,10 +252,11 @@ class Chain:
         stood, delay = self.at, self.rng.choice([0.0, self.rng.uniform(0.001, 0.2)])
         end = stood + self.rng.randint(1, 2 * EVERY)
         second = threading.Timer(delay, terminate) if delay else None
+        before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the second signal may come after the run's end
         self.go(end, saves={end: second.start if second else terminate})
         if second:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # where it comes after the run's end
             second.join()
+        signal.signal(signal.SIGTERM, before)
         self.expect(end <= self.at <= end + 1, f"ended at {self.at}")
         injected = f"at step {end}, and {delay:.3f} s into the save"
         return {"injected": injected, "happened": f"saved {self.at} and ended", "lost": self.again(self.at)}
