@@ -70,7 +70,29 @@ def hash_of_code(text: bytes) -> str:
     tree = ast.parse(text)
     body = tree.body[1:] if ast.get_docstring(tree) is not None else tree.body
     kept = [part for part in body if not (isinstance(part, ast.FunctionDef) and part.name in ENTRIES)]
-    return hashlib.sha256("\n".join(map(ast.dump, kept)).encode()).hexdigest()
+    return hashlib.sha256("\n".join(map(_dump, kept)).encode()).hexdigest()
+
+
+def _dump(node: Any) -> str:
+    """`ast.dump` of Python 3.11, by every version.
+
+    3.12 adds a field for type parameters and ends some format specifications with an empty text; 3.13 omits empty
+    lists.
+    """
+    if isinstance(node, list):
+        return f"[{', '.join(map(_dump, node))}]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = {name: getattr(node, name) for name in node._fields}
+    if isinstance(node, ast.JoinedStr):
+        fields["values"] = [part for part in node.values if not (isinstance(part, ast.Constant) and part.value == "")]
+    shown = [f"{name}={_dump(value)}" for name, value in fields.items() if not _is_left_out(node, name, value)]
+    return f"{type(node).__name__}({', '.join(shown)})"
+
+
+def _is_left_out(node: ast.AST, field: str, value: Any) -> bool:
+    """Whether a field is optional and not set, or unknown to Python 3.11 and empty."""
+    return (value is None and getattr(type(node), field, ...) is None) or (field == "type_params" and not value)
 
 
 @dataclasses.dataclass(frozen=True)

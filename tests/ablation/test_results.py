@@ -18,6 +18,7 @@ from polygpt.errors import UserError
 from polygpt.optim.schedules import WarmupCosine
 from polygpt.overrides import replaced
 from polygpt.runtime.checkpoint import CheckpointSpec
+from polygpt.sources import hash_of_code
 from polygpt.spec import Spec, load_file
 
 OWN = '''"""An objective of one's own."""
@@ -59,9 +60,9 @@ def test_a_key_changes_with_what_changes_the_results_and_with_nothing_else():
 
 def test_a_key_outlives_a_field_that_is_added_until_it_is_set():
     schedule = WarmupCosine(3e-3, warmup=4)
-    place = {"__module__": WarmupCosine.__module__}
     field = ("restarts", int, dataclasses.field(default=0))
-    later = dataclasses.make_dataclass("WarmupCosine", [field], bases=(WarmupCosine,), frozen=True, namespace=place)
+    later = dataclasses.make_dataclass("WarmupCosine", [field], bases=(WarmupCosine,), frozen=True)
+    later.__module__ = WarmupCosine.__module__  # make_dataclass of Python 3.12 sets its caller's
     before = key(experiment(optim__schedule=schedule))
     assert key(experiment(optim__schedule=later(3e-3, warmup=4))) == before
     assert key(experiment(optim__schedule=later(3e-3, warmup=4, restarts=1))) != before
@@ -69,8 +70,9 @@ def test_a_key_outlives_a_field_that_is_added_until_it_is_set():
 
 def test_keys_know_a_renamed_field_and_a_moved_class_by_their_former_names(monkeypatch):
     def spec(name, field):
-        place = {"__module__": "polygpt.somewhere"}
-        return dataclasses.make_dataclass(name, [(field, float)], bases=(Spec,), frozen=True, namespace=place)(3e-3)
+        cls = dataclasses.make_dataclass(name, [(field, float)], bases=(Spec,), frozen=True)
+        cls.__module__ = "polygpt.somewhere"
+        return cls(3e-3)
 
     old, new = spec("Old", "peak"), spec("New", "peak_lr")
     before = keys._given(old)
@@ -91,6 +93,24 @@ def test_a_key_changes_with_the_code_of_own_classes_and_not_with_its_place_comme
     assert key(own(tmp_path / "two", comment="elsewhere", asked=2)) == first
     assert key(own(tmp_path / "three", factor=1.5)) != first
     assert key(experiment()) != first
+
+
+CODE = b'''
+@dataclass(frozen=True)
+class Mine(Base):
+    field: int = None
+
+    async def call(self, *x, sep=None, **rest):
+        """Has a docstring."""
+        match x:
+            case None | [1.5, *_]:
+                yield lambda: f"{self!r:>{x}}"
+'''
+
+
+def test_the_hash_of_code_is_the_same_in_every_version_of_python():
+    assert hash_of_code(CODE) == "14ab5e1c6b95767b2bb16397605b6df406d34499e0cbc24224186b166da11df6"  # by 3.11
+    assert hash_of_code(CODE.replace(b"1.5", b"1.25")) != hash_of_code(CODE)
 
 
 NOW = {"schema": 2}
