@@ -22,6 +22,7 @@ from polygpt.models.describe import describe
 from polygpt.models.functional import bind
 from polygpt.nn.mlp import FeedForward
 from polygpt.nn.positions import Learned
+from polygpt.objectives.loss import Loss
 from polygpt.objectives.next_token import NextToken
 from polygpt.optim.groups import Group
 from polygpt.optim.optim import Optim
@@ -179,10 +180,8 @@ def test_constants_are_kept_to_the_bit_and_parameters_train(fields):
     model = bind(tiny(adapters={}, mlp=Averaging(), **fields), 31)
     optim, batch = Optim(Constant(0.01), accumulate=2, ema=0.9), build([[example(9)]] * 2, 12, adapters={})
     transformation = optim.build(model.traits, 5)
-    recipe = Recipe(
-        model, {"next": (NextToken(), 1.0)}, transformation, optim.learning_rate(5), optim.trainable(model.traits),
-        accumulate=2, ema=0.9,
-    )  # fmt: skip
+    loss = Loss(model, {"next": (NextToken(), 1.0)}, optim.trainable(model.traits), accumulate=2)
+    recipe = Recipe(loss, transformation, optim.learning_rate(5), ema=0.9)
     first = create(model, transformation, 0, ema=True)
     state, step = first, jax.jit(make_step(recipe))
     losses = []

@@ -31,6 +31,7 @@ from polygpt.models.multimodal import ModelSpec
 from polygpt.nn.mlp import MLP
 from polygpt.nn.norms import LayerNorm
 from polygpt.nn.positions import Learned
+from polygpt.objectives.loss import Loss
 from polygpt.objectives.next_token import NextToken
 from polygpt.optim.optim import Optim
 from polygpt.optim.optimizers import AdamW
@@ -66,13 +67,8 @@ def polygpt_step():
     model = bind(ModelSpec(decoder), VOCABULARY)
     optim = Optim(Constant(1e-3), AdamW())
     transformation = optim.build(model.traits, steps=1000)
-    recipe = Recipe(
-        model,
-        {"next_token": (NextToken(), 1.0)},
-        transformation,
-        optim.schedule.build(1000),
-        optim.trainable(model.traits),
-    )
+    loss = Loss(model, {"next_token": (NextToken(), 1.0)}, optim.trainable(model.traits))
+    recipe = Recipe(loss, transformation, optim.schedule.build(1000))
     parallel = build("single", model.axes())
     batch = parallel.put(text_batch())
 

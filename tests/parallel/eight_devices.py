@@ -21,6 +21,7 @@ from batches import build, example, lively, tiny  # noqa: E402
 from polygpt.models.functional import bind  # noqa: E402
 from polygpt.nn.experts import MixtureOfExperts  # noqa: E402
 from polygpt.nn.mlp import GatedMLP  # noqa: E402
+from polygpt.objectives.loss import Loss  # noqa: E402
 from polygpt.objectives.next_token import NextToken  # noqa: E402
 from polygpt.objectives.z_loss import ZLoss  # noqa: E402
 from polygpt.parameters import paths  # noqa: E402
@@ -86,7 +87,7 @@ def run(mlp, mode: str, mesh: MeshSpec | None, devices: int, block: int | None =
     model = bind(spec, IDS)
     transformation, params = gradients_kept(), jax.tree.map(jnp.asarray, lively(model))
     trainable = jax.tree.map(lambda _: True, params)
-    recipe = Recipe(model, OBJECTIVES, transformation, lambda step: 0.0, trainable, logits_block=block)
+    recipe = Recipe(Loss(model, OBJECTIVES, trainable, logits_block=block), transformation, lambda step: 0.0)
     runs = parallel.build(mode, model.axes(), mesh, jax.devices()[:devices])
     runs.check(ROWS, LENGTH, 1)
 

@@ -20,6 +20,7 @@ from polygpt.attention.multi_head import MultiHead  # noqa: E402
 from polygpt.models.decoder import DecoderSpec  # noqa: E402
 from polygpt.models.functional import bind  # noqa: E402
 from polygpt.models.multimodal import ModelSpec  # noqa: E402
+from polygpt.objectives.loss import Loss  # noqa: E402
 from polygpt.objectives.next_token import NextToken  # noqa: E402
 from polygpt.objectives.z_loss import ZLoss  # noqa: E402
 from polygpt.optim.mup import MuP  # noqa: E402
@@ -39,7 +40,7 @@ def run(mode: str, accumulate: int) -> dict:
     transformation = optim.build(model.traits, STEPS, model.growth)
     objectives = {"next_token": (NextToken(), 1.0), "z": (ZLoss(), 1e-2)}
     rate, trainable = optim.schedule.build(STEPS), optim.trainable(model.traits)
-    recipe = Recipe(model, objectives, transformation, rate, trainable, 0, accumulate, optim.ema)
+    recipe = Recipe(Loss(model, objectives, trainable, accumulate), transformation, rate, 0, optim.ema)
     parallel = build(mode, model.axes())
 
     def initial():

@@ -1,7 +1,6 @@
 """A model of the two tokens before, small enough that a step compiles at once, and batches for it."""
 
 import dataclasses
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -26,14 +25,17 @@ class Bigram:
             "head": {"kernel": jax.random.normal(keys[2], (WIDTH, VOCABULARY))},
         }
 
-    def apply(self, params, batch, key=None):
+    def hidden(self, params, batch, key=None):
         x_BTD = params["embedding"][batch.tokens_BT]
         x_BTD = x_BTD + 0.5 * jnp.pad(x_BTD, ((0, 0), (1, 0), (0, 0)))[:, :-1]
         bias = params["hidden"]["bias"].reshape(1, 1, -1)
         x_BTD = jnp.tanh(jnp.einsum("btd,de->bte", x_BTD, params["hidden"]["kernel"]) + bias)
         if key is not None and self.dropout:
             x_BTD = jnp.where(jax.random.bernoulli(key, 1 - self.dropout, x_BTD.shape), x_BTD / (1 - self.dropout), 0)
-        return SimpleNamespace(logits_BTV=jnp.einsum("btd,dv->btv", x_BTD, params["head"]["kernel"]))
+        return x_BTD, {}
+
+    def logits(self, params, hidden_BTD):
+        return jnp.einsum("btd,dv->btv", hidden_BTD, params["head"]["kernel"])
 
 
 def random_batch(rows=8, length=6, seed=0, weight=None) -> Batch:

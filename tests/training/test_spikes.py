@@ -10,6 +10,7 @@ from bigram import Bigram, random_batch
 
 from batches import traits_of
 from polygpt.errors import Diverged, SpecError
+from polygpt.objectives.loss import Loss
 from polygpt.objectives.next_token import NextToken
 from polygpt.optim.optim import Optim
 from polygpt.optim.schedules import WarmupLinear
@@ -76,7 +77,7 @@ def prepare(spikes):
     made = optim.build(traits_of(shapes), 100)
     objectives = {"next_token": (NextToken(), 1.0)}
     rate, trainable = optim.schedule.build(100), optim.trainable(traits_of(shapes))
-    recipe = Recipe(model, objectives, made, rate, trainable, ema=0.9, spikes=spikes)
+    recipe = Recipe(Loss(model, objectives, trainable), made, rate, ema=0.9, spikes=spikes)
     return create(model, made, 0, True, spikes), jax.jit(make_step(recipe))
 
 

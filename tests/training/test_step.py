@@ -9,6 +9,8 @@ import pytest
 from bigram import Bigram, random_batch
 
 from batches import traits_of
+from polygpt.objectives.forward import Forward
+from polygpt.objectives.loss import Loss
 from polygpt.objectives.next_token import NextToken
 from polygpt.objectives.z_loss import ZLoss
 from polygpt.optim.groups import Group
@@ -26,16 +28,8 @@ def prepare(optim=None, model=None, objectives=OBJECTIVES, seed=0):
     model, optim = model or Bigram(), optim or Optim(Constant(0.01))
     params = jax.eval_shape(model.init, jax.random.key(0))
     transformation = optim.build(traits_of(params), 100)
-    recipe = Recipe(
-        model,
-        objectives,
-        transformation,
-        optim.schedule.build(100),
-        optim.trainable(traits_of(params)),
-        seed,
-        optim.accumulate,
-        optim.ema,
-    )
+    loss = Loss(model, objectives, optim.trainable(traits_of(params)), optim.accumulate)
+    recipe = Recipe(loss, transformation, optim.schedule.build(100), seed, optim.ema)
     return create(model, transformation, seed, optim.ema is not None), jax.jit(make_step(recipe))
 
 
@@ -60,7 +54,7 @@ def test_a_few_steps_lower_the_loss_and_count():
 def test_the_loss_is_the_weighted_sum_of_global_means():
     state, step = prepare()
     batch = random_batch()
-    logits_BTV = np.asarray(Bigram().apply(state.params, batch).logits_BTV, np.float64)
+    logits_BTV = np.asarray(Forward(Bigram(), state.params, batch).logits_BTV, np.float64)
     log_z_BT = np.log(np.exp(logits_BTV).sum(-1))
     loss_BT = log_z_BT - np.take_along_axis(logits_BTV, batch.target_BT[..., None], -1)[..., 0]
     cross_entropy = (loss_BT * batch.weight_BT).sum() / batch.weight_BT.sum()

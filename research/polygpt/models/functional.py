@@ -123,11 +123,21 @@ class Model:
 
     def apply(self, params: Params, batch: Batch, key: jax.Array | None = None) -> Outputs:
         """All predictions for a batch. A key enables training behaviour: dropout and expert capacities."""
+        hidden_BTD, losses = self.hidden(params, batch, key)
+        return Outputs(self.logits(params, hidden_BTD), hidden_BTD, losses)
+
+    def hidden(self, params: Params, batch: Batch, key: jax.Array | None = None) -> tuple[jax.Array, Losses]:
+        """The decoder's normalised output [B, T, D], and the losses of routed layers. The key is as in `apply`."""
         with self._split(), self._merged(params) as module:
             hidden_BTD, _, losses = module.hidden(batch, key=key)
-            return Outputs(module.logits(hidden_BTD), hidden_BTD, losses)
+            return hidden_BTD, losses
 
-    def head(self, params: Params) -> Head:
+    def logits(self, params: Params, hidden_BTD: jax.Array) -> jax.Array:
+        """float32 [B, T, V], unnormalised log-probabilities of the next token."""
+        with self._split(), self._merged(params) as module:
+            return module.logits(hidden_BTD)
+
+    def output_head(self, params: Params) -> Head:
         """The output head, for losses that compute logits in blocks."""
         with self._merged(params) as module:
             return module.output_head()
@@ -140,7 +150,7 @@ class Model:
         outputs = self.apply(params, batch)
         if self.spec.logits_block is not None:
             with self._split():
-                given = outputs.hidden_BTD, self.head(params), batch.target_BT
+                given = outputs.hidden_BTD, self.output_head(params), batch.target_BT
                 return blocked.token_scores(*given, self.spec.logits_block)
         return scores_and_best(outputs.logits_BTV, batch.target_BT)
 

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from polygpt.objectives.view import View
 from polygpt.sequence import Batch
 from polygpt.spec import Spec
 
@@ -17,8 +18,24 @@ class Objective(Spec):
     the batch, never on the model's outputs, because it is needed before the first gradient is computed.
     """
 
+    @property
+    def view(self) -> View | None:
+        """How the batch that this objective reads is derived from that of the data; None reads the data's own.
+
+        Objectives with equal views share a forward pass.
+        """
+        return None
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        """Names of the models that are not trained and whose passes it reads, see `Forward.other`."""
+        return ()
+
     def total(self, outputs, batch: Batch) -> jax.Array:
-        """The weighted sum of the loss over the positions of `batch`: float32 scalar. `outputs` holds logits_BTV."""
+        """The weighted sum of the loss over the positions of `batch`: float32 scalar.
+
+        `outputs` is the `Forward` of the model over `batch`, which is the view if there is one.
+        """
         raise NotImplementedError(f"{type(self).__name__} defines no total")
 
     def weight(self, batch: Batch) -> jax.Array:
@@ -77,6 +94,26 @@ class TokenObjective(Objective):
         mean_BT = jnp.mean(logits_BTV, axis=-1) if self.uses_mean else None
         scores = TokenScores(jax.nn.logsumexp(logits_BTV, axis=-1), target_BT, mean_BT)
         return jnp.sum(batch.weight_BT * self.per_token(scores))
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchObjective(Objective):
+    """An objective that compares rows of the whole global batch, such as a contrastive loss.
+
+    It sees all rows, however they are split over devices and microbatches. With microbatches, each is embedded twice:
+    once to compare all rows, and once for the gradient (GradCache: Gao et al., 2101.06983, section 3).
+    """
+
+    def embed(self, outputs, batch: Batch):
+        """What is compared: a tree of float32 arrays [B, ...]."""
+        raise NotImplementedError(f"{type(self).__name__} defines no embed")
+
+    def compare(self, embedded) -> jax.Array:
+        """The sum of the loss over all rows, given `embed` of the whole batch: float32 scalar."""
+        raise NotImplementedError(f"{type(self).__name__} defines no compare")
+
+    def total(self, outputs, batch: Batch) -> jax.Array:
+        return self.compare(self.embed(outputs, batch))
 
 
 def depends_on_scores_only(objective: Objective) -> bool:

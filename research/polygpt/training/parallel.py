@@ -48,11 +48,15 @@ class Parallel:
         """The compiled step. It donates its input state, which is invalid afterwards.
 
         Args:
-            make_step: builds a step from `reduce` and `shard`.
+            make_step: builds a step from `reduce`, `shard` and `gather`, see `step.make_step`.
             initial: returns the state before the first step.
         """
         if self.mode == "pmap":
-            step = make_step(reduce=lambda tree: jax.lax.psum(tree, AXIS), shard=lambda: jax.lax.axis_index(AXIS))
+            step = make_step(
+                reduce=lambda tree: jax.lax.psum(tree, AXIS),
+                shard=lambda: jax.lax.axis_index(AXIS),
+                gather=lambda tree: jax.tree.map(lambda x: jax.lax.all_gather(x, AXIS, tiled=True), tree),
+            )
             # The state is replicated (axis None): pmap is jit of shard_map and keeps a copy on every device.
             axes = {"in_axes": (None, 0), "out_axes": (None, None)}
             return jax.pmap(step, AXIS, donate_argnums=0, devices=self.devices, **axes)

@@ -15,6 +15,7 @@ from polygpt.errors import UserError
 from polygpt.evaluation import conditions
 from polygpt.init.start import Start, start
 from polygpt.models.functional import Model, bind
+from polygpt.objectives.loss import Loss
 from polygpt.parameters import paths
 from polygpt.runtime import processes
 from polygpt.sharding import MeshLayout
@@ -186,10 +187,11 @@ def assemble(
     if runs.layout:
         _require_splits(runs.layout, shapes, model.axes())
         notes = _undivided_heads(runs.layout, experiment)
-    rate, trainable = optim.learning_rate(train.steps), optim.trainable(model.traits)
-    seed, accumulate = experiment.seed, optim.accumulate
-    given = model, experiment.objectives, transformation, rate, trainable, seed, accumulate, optim.ema, train.spikes
-    recipe = Recipe(*given, experiment.model.logits_block)
+    loss = Loss(
+        model, experiment.objectives, optim.trainable(model.traits), optim.accumulate, experiment.model.logits_block
+    )
+    rate = optim.learning_rate(train.steps)
+    recipe = Recipe(loss, transformation, rate, experiment.seed, optim.ema, train.spikes)
     return Program(experiment, model, shapes, recipe, transformation, runs, reason, notes, tuple(seeds))
 
 

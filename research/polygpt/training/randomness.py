@@ -6,6 +6,8 @@ INIT = 0
 """Purpose: initial parameters."""
 DROPOUT = 1
 """Purpose: dropout in training."""
+VIEW = 2
+"""Purpose: views, the batches that objectives derive from the batch of the data."""
 
 
 def derive(seed: int, step, purpose: int) -> jax.Array:

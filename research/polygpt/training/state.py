@@ -1,13 +1,14 @@
 """The training state: everything that a step changes."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from polygpt.objectives.forward import AVERAGE
 from polygpt.parameters import name_of
 from polygpt.training.randomness import INIT, derive
 from polygpt.training.spikes import SpikeSpec, Window
@@ -26,6 +27,7 @@ class State:
         skipped: int32, skipped updates (non-finite loss, gradient or update, or a loss spike).
         skipped_in_row: int32, consecutive non-finite steps.
         window: recent losses for spike detection, or None without it.
+        references: parameters of the models that are not trained, by name. Checkpoints do not hold them.
     """
 
     step: jax.Array
@@ -35,11 +37,17 @@ class State:
     skipped: jax.Array
     skipped_in_row: jax.Array
     window: Window | None = None
+    references: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def eval_params(self):
         """The parameters for evaluation: the moving average if there is one."""
         return self.params if self.ema is None else self.ema
+
+    @property
+    def others(self) -> dict[str, Any]:
+        """Parameters that objectives may read and that are not trained, by name."""
+        return self.references if self.ema is None else {**self.references, AVERAGE: self.ema}
 
 
 def create(
@@ -49,10 +57,12 @@ def create(
     ema: bool,
     spikes: SpikeSpec | None = None,
     given: Mapping[str, jax.Array] | None = None,
+    references: Callable[[Any], dict[str, Any]] = lambda params: {},
 ) -> State:
     """The state before the first step; compile it, so that no two leaves share a buffer.
 
-    `given` has the values of the parameters that are not random, by name.
+    `given` has the values of the parameters that are not random, by name. `references` returns the parameters of the
+    models that are not trained, given the initial ones.
     """
     given = given or {}
     params = jax.tree_util.tree_map_with_path(
@@ -60,4 +70,5 @@ def create(
     )
     zero = jnp.zeros((), jnp.int32)
     average, window = params if ema else None, spikes.begin() if spikes else None
-    return State(zero, params, transformation.init(params), average, zero, zero, window)
+    opt_state = transformation.init(params)
+    return State(zero, params, opt_state, average, zero, zero, window, references(params))

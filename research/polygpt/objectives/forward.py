@@ -1,0 +1,98 @@
+"""What objectives see of a model: forward passes over a batch, each computed when it is first read."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from polygpt.errors import SpecError
+from polygpt.objectives.blocked import Head
+from polygpt.sequence import Batch
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Forward:
+    """A forward pass. Objectives that read the same pass share it.
+
+    Args:
+        model: has the pure functions `hidden`, `logits` and `output_head` of `models.functional.Model`.
+        params: the model's parameters.
+        batch: what the model reads.
+        key: enables dropout; None for evaluation behaviour.
+        others: models that are not trained, and their parameters, by name; see `other`.
+    """
+
+    model: Any
+    params: Any
+    batch: Batch
+    key: jax.Array | None = None
+    others: Mapping[str, tuple[Any, Any]] = dataclasses.field(default_factory=dict)
+    _passes: dict = dataclasses.field(default_factory=dict, init=False, repr=False)
+
+    @functools.cached_property
+    def _hidden(self):
+        return self.model.hidden(self.params, self.batch, self.key)
+
+    @property
+    def hidden_BTD(self) -> jax.Array:
+        """The decoder's normalised output, in the compute dtype."""
+        return self._hidden[0]
+
+    @property
+    def losses(self) -> Mapping[str, jax.Array]:
+        """Losses of routed layers by name, summed over real positions, see `nn/losses.py`."""
+        return self._hidden[1]
+
+    @functools.cached_property
+    def logits_BTV(self) -> jax.Array:
+        """float32, unnormalised log-probabilities of the next token. Takes B T V floats of memory."""
+        return self.model.logits(self.params, self.hidden_BTD)
+
+    @functools.cached_property
+    def output_head(self) -> Head:
+        """What `logits_BTV` multiplies with, to compute the logits of some positions only."""
+        return self.model.output_head(self.params)
+
+    def repeat(self, number: int) -> "Forward":
+        """Another pass over the same batch with other dropout; the same number gives the same pass. 0 is this one."""
+        if number == 0:
+            return self
+        key = None if self.key is None else jax.random.fold_in(self.key, number)
+        return self._pass(("repeat", number), key=key)
+
+    def over(self, batch: Batch) -> "Forward":
+        """The pass over another batch with the same dropout key; the same object gives the same pass."""
+        return self if batch is self.batch else self._pass(("over", id(batch)), batch=batch)
+
+    def other(self, name: str) -> "Forward":
+        """The pass of a model that is not trained over the same batch: without gradient and dropout.
+
+        Args:
+            name: of an experiment's `references`, or "average" for the moving average of the parameters.
+
+        Raises:
+            SpecError: if there is no such model.
+        """
+        if name not in self.others:
+            raise SpecError(f"an objective reads the model {name!r}: {missing(name, self.others)}")
+        model, params = self.others[name]
+        return self._pass(("other", name), model=model, params=jax.lax.stop_gradient(params), key=None)
+
+    def _pass(self, name, **changes) -> "Forward":
+        if name not in self._passes:
+            self._passes[name] = dataclasses.replace(self, **changes)
+        return self._passes[name]
+
+
+AVERAGE = "average"
+"""The name of the moving average of the trained parameters among the models of `Forward.other`."""
+
+
+def missing(name: str, there) -> str:
+    """What to do about a model that an objective reads and an experiment lacks."""
+    if name == AVERAGE:
+        return "set optim.ema"
+    named = [other for other in there if other != AVERAGE]
+    return f"add it to references, which has {', '.join(named) or 'none'}"
