@@ -40,6 +40,9 @@ from polygpt.evaluation.classification import Classification
 from polygpt.evaluation.spec import EvalTask, EvaluationSpec
 from polygpt.evaluation.transcription import Transcription
 from polygpt.generation.sampling import Sampling
+from polygpt.init.base import Random
+from polygpt.init.from_run import FromRun
+from polygpt.init.reference import Reference
 from polygpt.models.decoder import DecoderSpec
 from polygpt.models.multimodal import ModelSpec
 from polygpt.models.presets import preset
@@ -48,10 +51,12 @@ from polygpt.nn.linear import Linear
 from polygpt.nn.mlp import MLP, GatedMLP
 from polygpt.nn.norms import LayerNorm, RMSNorm
 from polygpt.nn.positions import Learned, MRope, NoPosition, Position, Rope, Rope2D, Sinusoidal
-from polygpt.objectives.base import Objective
+from polygpt.objectives.base import BatchObjective, Objective, TokenObjective
 from polygpt.objectives.load_balance import LoadBalance
+from polygpt.objectives.masked_lm import MaskedLM, MaskTokens
 from polygpt.objectives.next_token import NextToken
 from polygpt.objectives.router_z import RouterZLoss
+from polygpt.objectives.view import View
 from polygpt.objectives.z_loss import ZLoss
 from polygpt.optim.groups import Group
 from polygpt.optim.mup import MuP
@@ -89,6 +94,7 @@ __all__ = [
     "AudioAdapter",
     "BPE",
     "BadRecord",
+    "BatchObjective",
     "Budget",
     "Bytes",
     "CheckpointSpec",
@@ -104,6 +110,7 @@ __all__ = [
     "EvaluationSpec",
     "Example",
     "Experiment",
+    "FromRun",
     "GatedMLP",
     "Group",
     "ImageAdapter",
@@ -118,6 +125,8 @@ __all__ = [
     "MLP",
     "MRope",
     "Mask",
+    "MaskTokens",
+    "MaskedLM",
     "MediaFolder",
     "Medium",
     "MeshSpec",
@@ -136,8 +145,10 @@ __all__ = [
     "Position",
     "ProcessesSpec",
     "RMSNorm",
+    "Random",
     "RandomResizedCrop",
     "RandomShift",
+    "Reference",
     "Rope",
     "Rope2D",
     "RouterZLoss",
@@ -158,9 +169,11 @@ __all__ = [
     "Text",
     "TextFiles",
     "TfdsSource",
+    "TokenObjective",
     "TrainSpec",
     "Transcription",
     "UserError",
+    "View",
     "WSD",
     "WarmupCosine",
     "WarmupExponential",

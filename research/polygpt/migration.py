@@ -10,7 +10,7 @@ from typing import Any
 
 from polygpt.errors import UserError
 
-SCHEMA = 4
+SCHEMA = 5
 """The schema that this version writes."""
 
 MOVED = {
@@ -35,6 +35,9 @@ ADDED: dict[int, dict[str, dict[str, Any]]] = {
     3: {
         "polygpt.training.experiment:Experiment": {"init": {"class": "polygpt.init.base:Random"}},
         "polygpt.models.multimodal:ModelSpec": {"logits_block": None, "low_rank": None},
+    },
+    4: {
+        "polygpt.training.experiment:Experiment": {"references": {}},
     },
 }
 """By schema and current class name: fields that the schema lacks, with the value that keeps the old behaviour."""

@@ -21,7 +21,13 @@ FOLDERS = ("attention", "nn", "adapters", "blocks", "models", "data", "optim", "
 FOLDERS += ("runtime", "init", "training")
 CLASSES = {found.id: found.values[0] for folder in FOLDERS for found in specs(f"polygpt.{folder}", Spec)}
 RELATIVE = {"MultiHead.position", "Recurrent.norm", "Stateful.position", "TalkingHeads.backend", "ModelSpec.low_rank"}
-RELATIVE |= {"MixtureOfExperts.normalize", "MixtureOfExperts.groups", "EvalTask.metrics", "MRope.sections"}
+RELATIVE |= {
+    "MixtureOfExperts.normalize",
+    "MixtureOfExperts.groups",
+    "EvalTask.metrics",
+    "MRope.sections",
+    "Reference.model",
+}
 """Refused for what another field holds: tested with their classes."""
 ROWS = [(name, field, *values) for name, row in TABLE.items() for field, values in row.items()]
 

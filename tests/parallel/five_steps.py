@@ -14,13 +14,14 @@ import numpy as np
 jax.config.update("jax_num_cpu_devices", 4)
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 
-from bigram import VOCABULARY, random_batch  # noqa: E402
+from bigram import VOCABULARY, Apart, random_batch  # noqa: E402
 
 from polygpt.attention.multi_head import MultiHead  # noqa: E402
 from polygpt.models.decoder import DecoderSpec  # noqa: E402
 from polygpt.models.functional import bind  # noqa: E402
 from polygpt.models.multimodal import ModelSpec  # noqa: E402
 from polygpt.objectives.loss import Loss  # noqa: E402
+from polygpt.objectives.masked_lm import MaskedLM, MaskTokens  # noqa: E402
 from polygpt.objectives.next_token import NextToken  # noqa: E402
 from polygpt.objectives.z_loss import ZLoss  # noqa: E402
 from polygpt.optim.mup import MuP  # noqa: E402
@@ -39,6 +40,7 @@ def run(mode: str, accumulate: int) -> dict:
     optim = Optim(Constant(3e-3), accumulate=accumulate, ema=0.9)
     transformation = optim.build(model.traits, STEPS, model.growth)
     objectives = {"next_token": (NextToken(), 1.0), "z": (ZLoss(), 1e-2)}
+    objectives |= {"masked": (MaskedLM(MaskTokens(0, VOCABULARY)), 0.5), "apart": (Apart(), 0.1)}
     rate, trainable = optim.schedule.build(STEPS), optim.trainable(model.traits)
     recipe = Recipe(Loss(model, objectives, trainable, accumulate), transformation, rate, 0, optim.ema)
     parallel = build(mode, model.axes())

@@ -1,4 +1,4 @@
-"""A model of the two tokens before, small enough that a step compiles at once, and batches for it."""
+"""A model of the two tokens before, small enough that a step compiles at once, batches and an objective for it."""
 
 import dataclasses
 
@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from polygpt.objectives.base import BatchObjective
 from polygpt.sequence import Batch
 
 VOCABULARY, WIDTH = 13, 8
@@ -36,6 +37,21 @@ class Bigram:
 
     def logits(self, params, hidden_BTD):
         return jnp.einsum("btd,dv->btv", hidden_BTD, params["head"]["kernel"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Apart(BatchObjective):
+    """Pushes the mean vectors of rows apart: the sum over rows of the log of the summed similarities."""
+
+    def embed(self, outputs, batch):
+        return {"mean": jnp.mean(outputs.hidden_BTD, axis=1), "scale_B": jnp.full(batch.shape[0], 2.0)}
+
+    def compare(self, embedded):
+        x_BD = embedded["mean"]
+        return jnp.sum(jax.nn.logsumexp(jnp.mean(embedded["scale_B"]) * x_BD @ x_BD.T, axis=1))
+
+    def weight(self, batch):
+        return jnp.float32(batch.shape[0])
 
 
 def random_batch(rows=8, length=6, seed=0, weight=None) -> Batch:

@@ -66,6 +66,10 @@ class Weights(Init):
             except re.error as error:
                 self.require(False, "rename", f"regular expressions and replacements ({pattern!r}: {error})")
 
+    def model(self) -> Any:
+        """The specification of the model whose parameters these are, or None if it is unknown."""
+        return None
+
     def open(self) -> Source:
         """The source. Raises UserError if it is missing or damaged."""
         raise NotImplementedError(f"{type(self).__name__} defines no open")

@@ -13,6 +13,7 @@ from polygpt.errors import UserError
 from polygpt.init.base import Source, Weights
 from polygpt.migration import migrate
 from polygpt.models.low_rank import LowRank, matrix_of
+from polygpt.models.multimodal import ModelSpec
 from polygpt.parameters import paths, tree_of
 from polygpt.runtime import manifest, processes
 from polygpt.runtime.checkpoint import choose
@@ -43,6 +44,9 @@ class FromRun(Weights):
         own = {name: shape for name, shape in shapes.items() if name not in updates}
         added = from_json(config["model"]["low_rank"]) if updates else None
         return _Checkpoint(f"{self.path}, step {step}", own, config["tokenizer"], place, item, added, updates)
+
+    def model(self) -> ModelSpec:
+        return from_json(self._config()["model"])
 
     def _config(self) -> Mapping[str, Any]:
         """The configuration of the run, as JSON: its classes need not be importable."""

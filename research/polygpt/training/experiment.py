@@ -11,8 +11,10 @@ from polygpt.errors import SpecError
 from polygpt.evaluation import conditions
 from polygpt.evaluation.spec import EvaluationSpec
 from polygpt.init.base import Init, Random
+from polygpt.init.reference import Reference
 from polygpt.models.multimodal import ModelSpec
 from polygpt.objectives.base import Objective
+from polygpt.objectives.forward import AVERAGE, missing
 from polygpt.objectives.next_token import NextToken
 from polygpt.optim.optim import Optim
 from polygpt.runtime.checkpoint import CheckpointSpec
@@ -118,12 +120,15 @@ class Experiment(Spec):
     """Seeds initial parameters, dropout, example order and augmentation."""
     init: Init = Random()
     """Where the initial parameters come from: random values, or another run (polygpt.init.from_run:FromRun)."""
+    references: Mapping[str, Reference] = dataclasses.field(default_factory=dict)
+    """Models by name that objectives read and that are not trained, such as a teacher."""
 
     def validate(self):
         self.require(bool(self.name) and "/" not in self.name, "name", "a name without '/'")
         self.require(bool(self.objectives), "objectives", "at least one objective")
         self.require(self.seed >= 0, "seed", "at least 0")
         self._validate_metric()
+        self._validate_references()
         limit = self.model.decoder.position.limit()
         self.data.layout.require(
             limit is None or self.data.layout.seq_len <= limit,
@@ -137,6 +142,16 @@ class Experiment(Spec):
             "evaluate_every",
             "null when there are no evaluation tasks",
         )
+
+    def _validate_references(self):
+        """Requires the models that objectives read, and rejects those that none reads."""
+        there = {*self.references, *([AVERAGE] if self.optim.ema is not None else [])}
+        for name, (objective, _) in self.objectives.items():
+            if unknown := next((other for other in objective.others if other not in there), None):
+                raise SpecError(f"objectives.{name} reads the model {unknown!r}: {missing(unknown, there)}")
+        read = {other for objective, _ in self.objectives.values() for other in objective.others}
+        if unread := sorted(self.references.keys() - read):
+            raise SpecError(f"references.{unread[0]} is read by no objective: remove it, or name it in an objective")
 
     def _validate_metric(self):
         task, slash, measure = self.train.metric.rpartition("/")

@@ -199,6 +199,8 @@ def require_many(mode: str, processes: int) -> None:
 def state_shardings(state: Any, axes: Any, layout: MeshLayout) -> Any:
     """The sharding of every leaf of a state: parameters by the names of their axes, optimizer state like its parameter.
 
+    `axes` has the axes of all references too, by their names.
+
     An optimizer leaf belongs to the parameter whose path is a suffix of its own path. If it has the parameter's shape,
     it is split the same way; if it lacks one axis, like a factored moment (Adafactor, 1804.04235, section 3), it is
     split like the remaining axes.
@@ -206,7 +208,8 @@ def state_shardings(state: Any, axes: Any, layout: MeshLayout) -> Any:
     named = {}
     for path, names in jax.tree_util.tree_flatten_with_path(axes, is_leaf=lambda leaf: isinstance(leaf, tuple))[0]:
         named[_keys(path)] = names
-    shapes = {_keys(path): leaf.shape for path, leaf in jax.tree_util.tree_flatten_with_path(state.params)[0]}
+    parameters = state.params | state.references
+    shapes = {_keys(path): leaf.shape for path, leaf in jax.tree_util.tree_flatten_with_path(parameters)[0]}
 
     def place(path, leaf):
         keys = _keys(path)

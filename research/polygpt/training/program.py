@@ -13,8 +13,10 @@ import optax
 from polygpt import sharding, spec
 from polygpt.errors import UserError
 from polygpt.evaluation import conditions
+from polygpt.init.reference import BoundReference, require_same
 from polygpt.init.start import Start, start
 from polygpt.models.functional import Model, bind
+from polygpt.objectives.forward import AVERAGE
 from polygpt.objectives.loss import Loss
 from polygpt.parameters import paths
 from polygpt.runtime import processes
@@ -41,6 +43,7 @@ class Program:
         reason: why that mode was chosen, for "auto".
         notes: requests of the mesh that the model cannot meet.
         seeds: several seeds trained together, see `seeds.py`; empty for the experiment's own.
+        references: the models that are not trained, by name.
     """
 
     experiment: Experiment
@@ -52,26 +55,53 @@ class Program:
     reason: str | None
     notes: tuple[str, ...] = ()
     seeds: tuple[int, ...] = ()
+    references: Mapping[str, BoundReference] = dataclasses.field(default_factory=dict)
 
     def initial(self, given: Mapping[str, jax.Array] | None = None) -> Any:
-        """The state before the first step; compile it. `given` has the parameters that are not random, by name."""
-        begin = functools.partial(_create, self.experiment, self.model, self.transformation, given=given)
+        """The state before the first step; compile it. `given` has the parameters that are not random, by name.
+
+        The parameters of references are placeholders: see `with_references`.
+        """
+        begin = functools.partial(_create, self.experiment, self.model, self.transformation, self.references)
+        begin = functools.partial(begin, given=given)
         return initial_states(begin, self.seeds) if self.seeds else begin(self.experiment.seed)
 
     @functools.cached_property
     def start(self) -> Start:
         """The parameters that the experiment's `init` fills. Raises UserError if its source cannot be used."""
-        tokenizer = json.loads(json.dumps(spec.to_json(self.experiment.tokenizer)))
-        return start(self.experiment.init, paths(self.model.traits), tokenizer)
+        return start(self.experiment.init, paths(self.model.traits), _tokenizer(self.experiment))
 
     def first_state(self) -> Any:
         """The state before the first step on its devices, with the parameters of `start`."""
-        target = jax.tree.map(
-            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-            self.shapes,
-            self.parallel.shardings(self.initial).params,
-        )
-        return self.parallel.create(self.initial, self.start.read(paths(target)))
+
+        def initial(given=None):
+            return dataclasses.replace(self.initial(given), references={})
+
+        state = self.parallel.create(initial, self.start.read(paths(self._target().params)))
+        return self.with_references(state)
+
+    @property
+    def origins(self) -> dict[str, str]:
+        """Where the parameters of each reference come from."""
+        return {name: one.origin for name, one in self.references.items()}
+
+    def resumed(self, state: Any, origins: Mapping[str, str]) -> Any:
+        """A restored state with its references. Raises UserError if they are others than at the checkpoint."""
+        require_same(origins, self.origins)
+        return self.with_references(state)
+
+    def with_references(self, state: Any) -> Any:
+        """The state with the parameters of all references, which no checkpoint holds."""
+        target = self._target()
+        found = {name: one.read(target.references[name]) for name, one in self.references.items() if one.start}
+        if own := [name for name in self.references if name not in found]:
+            places = self.parallel.shardings(self.initial).params
+            initial = jax.jit(lambda given: self.initial(given).params, out_shardings=places)
+            found |= {name: initial(self.start.read(paths(target.params))) for name in own}
+        return dataclasses.replace(state, references=found)
+
+    def _target(self) -> Any:
+        return self.parallel.abstract(self.initial)
 
     def summary(self) -> str:
         """Model size, devices and the reason for them, and how parameters are trained."""
@@ -152,11 +182,12 @@ def assemble(
     model = bind(experiment.model, vocabulary)
     shapes = model.abstract()
     transformation = optim.build(model.traits, train.steps, model.growth)
+    references = _references(experiment, model)
     mode, mesh, reason = train.parallel, train.mesh, None
     spare = devices is None and jax.process_count() == 1  # on local devices, leave some idle rather than fail
     devices = list(devices or jax.devices())
     if seeds:
-        if why := reason_against(train):
+        if why := reason_against(train) or (references and "references are one model for all seeds"):
             raise UserError(f"{len(seeds)} seeds cannot be trained together: {why}")
         mode, devices = "single", devices[:1]
     if mode == "auto" and len(devices) == 1:
@@ -164,7 +195,7 @@ def assemble(
     elif mode == "auto":
         placement = automatic.choose(
             state=automatic.bytes_of(
-                jax.eval_shape(lambda: _create(experiment, model, transformation, experiment.seed))
+                jax.eval_shape(lambda: _create(experiment, model, transformation, references, experiment.seed))
             ),
             gradient=automatic.bytes_of(shapes),
             memory=memory or automatic.memory_of_all(),
@@ -178,7 +209,8 @@ def assemble(
         mode, mesh = placement.mode, placement.mesh
         reason = f"train.parallel auto: {placement.mode}: {placement.reason}"
         devices = devices[: placement.devices]
-    runs = parallel.build(mode, model.axes(), mesh, devices)
+    axes = model.axes() | {name: one.model.axes() for name, one in references.items()}
+    runs = parallel.build(mode, axes, mesh, devices)
     runs.check(experiment.data.batch_size, layout.seq_len, optim.accumulate)
     for name, task in experiment.evaluation.tasks.items():
         conditions.model_of(name, task, model.merged)  # fail before training if evaluation is impossible
@@ -188,11 +220,16 @@ def assemble(
         _require_splits(runs.layout, shapes, model.axes())
         notes = _undivided_heads(runs.layout, experiment)
     loss = Loss(
-        model, experiment.objectives, optim.trainable(model.traits), optim.accumulate, experiment.model.logits_block
+        model,
+        experiment.objectives,
+        optim.trainable(model.traits),
+        optim.accumulate,
+        experiment.model.logits_block,
+        {name: one.model for name, one in references.items()},
     )
     rate = optim.learning_rate(train.steps)
     recipe = Recipe(loss, transformation, rate, experiment.seed, optim.ema, train.spikes)
-    return Program(experiment, model, shapes, recipe, transformation, runs, reason, notes, tuple(seeds))
+    return Program(experiment, model, shapes, recipe, transformation, runs, reason, notes, tuple(seeds), references)
 
 
 def _require_splits(layout: MeshLayout, shapes: Any, axes: Any) -> None:
@@ -229,8 +266,24 @@ def _create(
     experiment: Experiment,
     model: Model,
     transformation: optax.GradientTransformation,
+    references: Mapping[str, BoundReference],
     seed: int | jax.Array,
     given: Mapping[str, jax.Array] | None = None,
 ) -> Any:
     optim, spikes = experiment.optim, experiment.train.spikes
-    return create(model, transformation, seed, optim.ema is not None, spikes, given)
+    state = create(model, transformation, seed, optim.ema is not None, spikes, given)
+    others = {name: one.model.init(jax.random.key(0)) for name, one in references.items()}
+    return dataclasses.replace(state, references=others)
+
+
+def _references(experiment: Experiment, model: Model) -> dict[str, BoundReference]:
+    """The experiment's references. Raises UserError if one cannot be used."""
+    if taken := sorted(experiment.references.keys() & {AVERAGE, *model.traits}):
+        raise UserError(f"references.{taken[0]}: the name is taken, for a part of the model or its average: rename it")
+    tokenizer = _tokenizer(experiment)
+    return {name: one.bind(name, model, tokenizer) for name, one in experiment.references.items()}
+
+
+def _tokenizer(experiment: Experiment) -> Any:
+    """The tokenizer as JSON data."""
+    return json.loads(json.dumps(spec.to_json(experiment.tokenizer)))

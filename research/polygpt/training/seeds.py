@@ -21,7 +21,7 @@ from polygpt.training.experiment import TrainSpec
 from polygpt.training.state import State
 from polygpt.training.step import Recipe, Step, make_step
 
-AXES = State(step=None, params=0, opt_state=0, ema=0, skipped=0, skipped_in_row=0, window=0)
+AXES = State(step=None, params=0, opt_state=0, ema=0, skipped=0, skipped_in_row=0, window=0, references=None)
 """The axis of seeds in each field of the state."""
 
 

@@ -1,7 +1,7 @@
 """The training state: everything that a step changes."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -57,12 +57,10 @@ def create(
     ema: bool,
     spikes: SpikeSpec | None = None,
     given: Mapping[str, jax.Array] | None = None,
-    references: Callable[[Any], dict[str, Any]] = lambda params: {},
 ) -> State:
     """The state before the first step; compile it, so that no two leaves share a buffer.
 
-    `given` has the values of the parameters that are not random, by name. `references` returns the parameters of the
-    models that are not trained, given the initial ones.
+    `given` has the values of the parameters that are not random, by name.
     """
     given = given or {}
     params = jax.tree_util.tree_map_with_path(
@@ -70,5 +68,4 @@ def create(
     )
     zero = jnp.zeros((), jnp.int32)
     average, window = params if ema else None, spikes.begin() if spikes else None
-    opt_state = transformation.init(params)
-    return State(zero, params, opt_state, average, zero, zero, window, references(params))
+    return State(zero, params, transformation.init(params), average, zero, zero, window)

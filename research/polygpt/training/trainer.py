@@ -284,7 +284,7 @@ class Trainer:
             for logger in self.loggers:
                 logger.flush()  # before the checkpoint, so that a restored run finds its lines
             self.checkpoints.save(
-                self.parallel.as_global_arrays(self.state),
+                self.parallel.as_global_arrays(dataclasses.replace(self.state, references={})),
                 metric=self.metric,
                 finite=bool(self.all_finite((self.state.params, self.state.ema))),
                 data={
@@ -292,6 +292,7 @@ class Trainer:
                     "standing": dataclasses.asdict(self.metric_state),
                     "rewound": dataclasses.asdict(self.rewinds.totals),
                     "config": spec.to_json(self.experiment),
+                    "references": self.program.origins,
                 },
             )
         self.saved = self.done
@@ -301,8 +302,9 @@ class Trainer:
     def _restore(self, before: int | None = None) -> dict[str, Any] | None:
         """Restores the last checkpoint and returns its data; without a checkpoint, creates the initial state."""
         initial = self.program.initial
-        found = self.checkpoints.restore(self.parallel.abstract(initial), initial, before)
-        self.state, data = found or (self.program.first_state(), None)
+        target = dataclasses.replace(self.parallel.abstract(initial), references={})
+        state, data = self.checkpoints.restore(target, initial, before) or (None, None)
+        self.state = self.program.resumed(state, data.get("references", {})) if data else self.program.first_state()
         self.metric_state = MetricState(**data["standing"]) if data else MetricState()
         self.done = self.saved = int(self.state.step)
         return data

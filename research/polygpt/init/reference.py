@@ -1,0 +1,86 @@
+"""Models that objectives read and that are not trained: teachers of a distillation, references of a preference loss."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from polygpt.errors import UserError
+from polygpt.init.base import Weights
+from polygpt.init.start import Start, start
+from polygpt.models.functional import Model, bind
+from polygpt.models.multimodal import ModelSpec
+from polygpt.parameters import paths
+from polygpt.spec import Spec
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference(Spec):
+    """A model that is not trained, averaged or saved. A resumed run reads it again."""
+
+    init: Weights | None = None
+    """Its parameters; null for the initial parameters of the run."""
+    model: ModelSpec | None = None
+    """Its architecture; null for that of the run that `init` names, or the experiment's."""
+
+    def validate(self):
+        self.require(self.model is None or self.init is not None, "model", "null without init")
+
+    def bind(self, name: str, own: Model, tokenizer: Any) -> "BoundReference":
+        """The model, with what fills its parameters.
+
+        Args:
+            name: its name among the references.
+            own: the trained model.
+            tokenizer: JSON of the experiment's tokenizer.
+
+        Raises:
+            UserError: its source cannot be used, or does not fill all of its parameters.
+        """
+        if self.init is None:
+            return BoundReference(own, None)
+        try:
+            model = bind(self.model or self.init.model() or own.spec, own.vocabulary).merged
+            found = start(self.init, paths(model.traits), tokenizer)
+        except UserError as error:
+            raise UserError(f"references.{name}: {error}") from None
+        if missing := paths(model.traits).keys() - found.taken.keys():
+            raise UserError(
+                f"references.{name}: nothing in {found.source.origin} fills {min(missing)}: a reference has no random "
+                "parameters"
+            )
+        return BoundReference(model, found)
+
+
+@dataclasses.dataclass(frozen=True)
+class BoundReference:
+    """See `Reference.bind`.
+
+    Attributes:
+        model: the model.
+        start: what fills its parameters; None for the initial parameters of the run.
+    """
+
+    model: Model
+    start: Start | None
+
+    @property
+    def origin(self) -> str:
+        """Where its parameters come from, for messages."""
+        return "the initial parameters" if self.start is None else self.start.source.origin
+
+    def read(self, target: Any) -> Any:
+        """Its parameters; `target` has their dtypes and shardings."""
+        found = self.start.read(paths(target))
+        return jax.tree.unflatten(jax.tree.structure(target), [found[name] for name in paths(target)])
+
+
+def require_same(before: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Raises UserError if a reference of a resumed run has changed, given their origins by name."""
+    for name, origin in before.items():
+        if now.get(name) != origin:
+            raise UserError(
+                f"references.{name} was {origin} and is now {now.get(name, 'missing')}: name that checkpoint "
+                f"(references.{name}.init.checkpoint), or use another workdir"
+            )

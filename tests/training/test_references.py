@@ -1,0 +1,126 @@
+"""Runs whose objectives read models that are not trained: teachers and the run's own initial parameters."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_experiment import experiment
+
+from polygpt.errors import SpecError, UserError
+from polygpt.init.from_run import FromRun
+from polygpt.init.reference import Reference
+from polygpt.objectives.base import Objective
+from polygpt.objectives.next_token import NextToken
+from polygpt.overrides import override
+from polygpt.parameters import paths
+from polygpt.spec import from_json, to_json
+from polygpt.training.loggers import JsonLines, Silent
+from polygpt.training.loop import train
+from polygpt.training.program import assemble
+from polygpt.training.run import open_run
+
+SMALL = {"model.decoder.depth": "0", "optim.accumulate": "1", "train.steps": "4", "train.evaluate_every": "null"}
+SMALL |= {"train.checkpoint.every": "2", "train.parallel": "single"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Toward(Objective):
+    """Squared distance of the logits to those of another model."""
+
+    name: str = "teacher"
+    """The other model."""
+
+    @property
+    def others(self):
+        return (self.name,)
+
+    def total(self, outputs, batch):
+        distance_BT = jnp.mean(jnp.square(outputs.logits_BTV - outputs.other(self.name).logits_BTV), axis=-1)
+        return jnp.sum(batch.weight_BT * distance_BT)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """A finished run of a wider model."""
+    workdir = tmp_path_factory.mktemp("teacher") / "run"
+    train(override(experiment(), SMALL | {"model.decoder.width": "32"}), workdir, lambda *_: [Silent()])
+    return workdir
+
+
+def student(teacher, **changes):
+    objectives = {"next": (NextToken(), 1.0), "teacher": (Toward(), 2.0), "start": (Toward("start"), 0.5)}
+    references = {"teacher": Reference(FromRun(path=str(teacher))), "start": Reference()}
+    chosen = override(experiment(), SMALL).replace(objectives=objectives, references=references)
+    return chosen.replace(**changes)
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def json_lines(workdir, step, steps):
+    return [JsonLines(workdir, step)]
+
+
+def test_references_keep_their_parameters_and_a_run_resumes_to_the_bit(teacher, tmp_path):
+    chosen = student(teacher)
+    assert from_json(json.loads(json.dumps(to_json(chosen)))) == chosen
+    train(chosen, tmp_path / "whole", json_lines)
+    train(chosen.replace(train=chosen.train.replace(steps=2)), tmp_path / "halves", json_lines)
+    train(chosen, tmp_path / "halves", json_lines)
+    whole, halves = lines(tmp_path / "whole"), lines(tmp_path / "halves")
+    assert halves[-1] == whole[-1] and whole[-1]["loss/start"] > 0
+    items = {path.name for path in (tmp_path / "whole/checkpoints/4").iterdir()}
+    assert not any("reference" in name or "teacher" in name for name in items)
+
+
+def test_the_state_has_the_teacher_s_parameters_and_a_copy_of_the_first(teacher):
+    program = assemble(student(teacher), 258)
+    state = program.first_state()
+    theirs = open_run(teacher)
+    assert {"teacher", "start"} == state.references.keys()
+    for name, value in paths(state.references["teacher"]).items():
+        np.testing.assert_array_equal(value, paths(theirs.params)[name])
+    jax.tree.map(np.testing.assert_array_equal, state.references["start"], state.params)
+    pointers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state)]
+    assert len(pointers) == len(set(pointers)), "a donated buffer must not be shared"
+
+
+def test_a_reference_that_changed_is_told_when_a_run_resumes(teacher, tmp_path):
+    source = shutil.copytree(teacher, tmp_path / "teacher")
+    chosen = student(source)
+    train(chosen.replace(train=chosen.train.replace(steps=2)), tmp_path / "run", json_lines)
+    shutil.rmtree(source / "checkpoints/4")
+    with pytest.raises(UserError, match=r"references\.teacher was .*step 4 and is now .*step 2: .*init\.checkpoint"):
+        train(chosen, tmp_path / "run", json_lines)
+    assert len(lines(tmp_path / "run")) == 1
+
+
+def test_what_cannot_be_a_reference_is_one_line_and_leaves_nothing(teacher, tmp_path):
+    with pytest.raises(SpecError, match=r"objectives\.teacher reads the model 'teacher': add it to references"):
+        student(teacher, references={"start": Reference()})
+    with pytest.raises(SpecError, match=r"references\.more is read by no objective"):
+        student(teacher, references={name: Reference() for name in ("teacher", "start", "more")})
+    for reference, words in (
+        (Reference(FromRun(path=str(tmp_path / "none"))), r"references\.teacher: .*not a run folder"),
+        (
+            Reference(FromRun(path=str(teacher), exclude="^text/")),
+            r"references\.teacher: nothing in .* fills text/table",
+        ),
+    ):
+        with pytest.raises(UserError, match=words):
+            train(
+                student(teacher, references={"teacher": reference, "start": Reference()}), tmp_path / "run", json_lines
+            )
+    decoder = {"decoder": Reference()}
+    with pytest.raises(UserError, match=r"references\.decoder: the name is taken"):
+        train(
+            student(teacher, objectives={"a": (Toward("decoder"), 1.0)}, references=decoder),
+            tmp_path / "run",
+            json_lines,
+        )
+    assert not (tmp_path / "run").exists()
