@@ -16,7 +16,7 @@ from polygpt.models.decoder import DecoderSpec
 from polygpt.models.functional import Model, Params, bind
 from polygpt.models.multimodal import ModelSpec
 from polygpt.parameters import Traits, name_of
-from polygpt.sequence import PADDING, TEXT, Batch, Media, check, coordinates
+from polygpt.sequence import NAMED_ARRAYS, PADDING, TEXT, Batch, Media, check, coordinates
 
 VOCABULARY = 31
 TOWER = StackSpec(width=8, depth=1, attention=MultiHead(heads=2))
@@ -94,7 +94,7 @@ def build(rows, length: int, *, adapters=ADAPTERS, bidirectional: bool = False, 
 
 def columns(batch: Batch, start: int, stop: int, *, media: bool) -> Batch:
     """The positions from `start` to `stop`, with all media or none."""
-    arrays = {name: value[:, start:stop] for name, value in vars(batch).items() if name != "media"}
+    arrays = {name: value[:, start:stop] for name, value in vars(batch).items() if name not in NAMED_ARRAYS}
     return Batch(**arrays, media=batch.media if media else {})
 
 

@@ -23,6 +23,7 @@ from polygpt.attention.scores import Score, Terms
 from polygpt.blocks.stack import StackSpec
 from polygpt.data.augment import Noise, RandomResizedCrop, RandomShift, SpecAugment, Speed
 from polygpt.data.example import Example, Medium, Text
+from polygpt.data.labels import Label
 from polygpt.data.layout import LayoutSpec
 from polygpt.data.loader import DataSpec, Task
 from polygpt.data.media.audio import LogMel
@@ -115,6 +116,7 @@ __all__ = [
     "Group",
     "ImageAdapter",
     "ImageFeatures",
+    "Label",
     "LayerNorm",
     "LayoutSpec",
     "Learned",

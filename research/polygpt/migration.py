@@ -38,6 +38,10 @@ ADDED: dict[int, dict[str, dict[str, Any]]] = {
     },
     4: {
         "polygpt.training.experiment:Experiment": {"references": {}},
+        "polygpt.data.layout:LayoutSpec": {"labels": {}},
+        "polygpt.data.sources.folder:MediaFolder": {"labels": {}},
+        "polygpt.data.sources.embedded:Embedded": {"labels": False},
+        "polygpt.data.sources.tfds:TfdsSource": {"labels": []},
     },
 }
 """By schema and current class name: fields that the schema lacks, with the value that keeps the old behaviour."""

@@ -59,6 +59,7 @@ class Batch:
         coordinate_BT3: int32 (time, row, column), for multidimensional position encodings; restarted for each packed
             example. Text advances in all three, the positions of a medium along its grid: see `coordinates`. None means
             `position_BT` in all three.
+        extra: by name, further arrays [B, T, ...], such as labels: float32, NaN where there is no label.
     """
 
     tokens_BT: jax.Array | np.ndarray
@@ -71,6 +72,7 @@ class Batch:
     weight_BT: jax.Array | np.ndarray
     media: dict[str, Media]
     coordinate_BT3: jax.Array | np.ndarray | None = None
+    extra: dict[str, jax.Array | np.ndarray] = dataclasses.field(default_factory=dict)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -80,6 +82,10 @@ class Batch:
     def replace(self, **changes) -> "Batch":
         """A copy with some arrays replaced."""
         return dataclasses.replace(self, **changes)
+
+
+NAMED_ARRAYS = ("media", "extra")
+"""The fields of `Batch` that hold arrays by name."""
 
 
 @functools.cache
@@ -137,11 +143,14 @@ def check(batch: Batch, vocabulary: int, positions: dict[str, int]) -> None:
     B, T = batch.shape
     for field in dataclasses.fields(Batch):
         array = getattr(batch, field.name)
-        if field.name == "media" or array is None:
+        if field.name in NAMED_ARRAYS or array is None:
             continue
         expected = (B, T, 3) if field.name == "coordinate_BT3" else (B, T)
         if array.shape != expected:
             raise UserError(f"batch: {field.name} has shape {array.shape}, but must have {expected}")
+    for name, array in batch.extra.items():
+        if array.shape[:2] != (B, T):
+            raise UserError(f"batch: extra[{name!r}] has shape {array.shape}, but must begin with {(B, T)}")
     if set(batch.media) != set(positions):
         raise UserError(f"batch: media are {list(batch.media)}, but the model's adapters are {list(positions)}")
 
@@ -157,6 +166,10 @@ def check(batch: Batch, vocabulary: int, positions: dict[str, int]) -> None:
     fail_where((modality == PADDING) != (segment == 0), "padding and segment 0 do not coincide")
     fail_where((segment == 0) & (batch.weight_BT != 0), "a loss weight on padding")
     fail_where(batch.span_BT < 0, "a span below 0")
+    for name, array in batch.extra.items():
+        if np.issubdtype(array.dtype, np.floating):
+            given_BT = np.isfinite(array).reshape(B, T, -1).any(axis=-1)
+            fail_where((segment == 0) & given_BT, f"a label {name!r} on padding")
     _check_segments(segment, np.asarray(batch.position_BT), fail_where)
     for number, (name, P) in enumerate(positions.items(), start=1):
         length_BN = np.asarray(batch.media[name].length_BN)

@@ -27,6 +27,8 @@ RELATIVE |= {
     "EvalTask.metrics",
     "MRope.sections",
     "Reference.model",
+    "Embedded.labels",
+    "MediaFolder.labels",
 }
 """Refused for what another field holds: tested with their classes."""
 ROWS = [(name, field, *values) for name, row in TABLE.items() for field, values in row.items()]

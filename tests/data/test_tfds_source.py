@@ -10,7 +10,7 @@ import pytest
 
 from polygpt.data.embedded import builder
 from polygpt.data.example import Medium, Text
-from polygpt.data.sources.tfds import Field, Fixed, TfdsSource, _part, find_dataset
+from polygpt.data.sources.tfds import Field, Fixed, TfdsSource, _label, _part, find_dataset
 from polygpt.errors import BadRecord, SpecError, UserError
 from polygpt.spec import from_json, to_json
 
@@ -188,3 +188,15 @@ def test_specifications_travel_as_json_and_examples_pickle(prepared):
     assert pickle.loads(pickle.dumps(examples))[2] == examples[2]
     with pytest.raises(SpecError, match="parts"):
         source(prepared, Fixed("only this"))
+
+
+def test_fields_become_labels(prepared):
+    spec = TfdsSource("tiny_pets", "train", (Field("words/short"),), str(prepared), ("label", "legs", "sizes"))
+    for example in spec.open():
+        number = int(example.answer.split()[1])
+        assert (example.labels["label"], example.labels["legs"]) == (number % 2, 4)
+        assert list(example.labels["sizes"]) == [number, number]
+    assert _label("label", {"label": -1}, {"label": ["cat", "dog"]}) is None
+    assert _label("legs", {"legs": -1}, {"label": ["cat", "dog"]}) == -1
+    with pytest.raises(UserError, match="has no field 'leg': did you mean legs"):
+        spec.replace(labels=("leg",)).open()

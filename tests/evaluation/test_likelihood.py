@@ -9,6 +9,7 @@ import pytest
 from polygpt.data.packing import collate
 from polygpt.evaluation.likelihood import Likelihoods, score, summary, token_scores
 from polygpt.objectives.base import scores_and_best
+from polygpt.sequence import NAMED_ARRAYS
 
 V, T = 11, 9
 
@@ -64,7 +65,7 @@ def reference(batch):
 
 
 def rows(batch, start, stop):
-    arrays = {name: array[start:stop] for name, array in vars(batch).items() if name != "media"}
+    arrays = {name: array[start:stop] for name, array in vars(batch).items() if name not in NAMED_ARRAYS}
     return type(batch)(**arrays, media={})
 
 
@@ -94,7 +95,7 @@ def test_packed_examples_are_scored_apart():
     scores = score(MODEL, jnp.asarray(TABLE), batch, BYTES)
     parts = [(0, slice(0, 4)), (0, slice(4, T)), (1, slice(0, 6))]
     for i, (b, t) in enumerate(parts):
-        part = type(batch)(**{k: v[b : b + 1, t] for k, v in vars(batch).items() if k != "media"}, media={})
+        part = type(batch)(**{k: v[b : b + 1, t] for k, v in vars(batch).items() if k not in NAMED_ARRAYS}, media={})
         assert summary(scores[i : i + 1]) == pytest.approx(reference(part) | {"n": 1}, rel=1e-6)
     assert len(scores.loss) == 3
 

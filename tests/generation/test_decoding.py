@@ -18,7 +18,7 @@ from polygpt.models.decoder import DecoderSpec
 from polygpt.models.functional import bind
 from polygpt.models.multimodal import ModelSpec
 from polygpt.nn.positions import Learned, MRope, Rope
-from polygpt.sequence import PADDING, Batch, Media, coordinates
+from polygpt.sequence import NAMED_ARRAYS, PADDING, Batch, Media, coordinates
 
 V = 40
 ROPE = Rope()
@@ -85,7 +85,7 @@ def batch_of(rows, T, spans=False, seed=0):
 
 
 def columns(batch, start, stop, media):
-    arrays = {name: array[:, start:stop] for name, array in vars(batch).items() if name != "media"}
+    arrays = {name: array[:, start:stop] for name, array in vars(batch).items() if name not in NAMED_ARRAYS}
     return Batch(**arrays, media=batch.media if media else {})
 
 

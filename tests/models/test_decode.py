@@ -6,7 +6,7 @@ import pytest
 
 from batches import ADAPTERS, TOWER, build, columns, example, tiny_model
 from polygpt.nn.positions import Learned, MRope, NoPosition, Rope, Sinusoidal
-from polygpt.sequence import PADDING, Batch
+from polygpt.sequence import NAMED_ARRAYS, PADDING, Batch
 
 # Towers without blocks: what a cache must remember does not depend on them, and they take long to compile.
 LIGHT = {name: adapter.replace(tower=TOWER.replace(depth=0)) for name, adapter in ADAPTERS.items()}
@@ -47,7 +47,7 @@ def piece(batch: Batch, bounds, length: int) -> Batch:
     """Of every row the positions between its two bounds, right-padded to `length`."""
     arrays = {}
     for name, value in vars(batch).items():
-        if name != "media":
+        if name not in NAMED_ARRAYS:
             shape = (len(bounds), length, *value.shape[2:])
             arrays[name] = np.full(shape, PADDING if name == "modality_BT" else 0, value.dtype)
             for row, (start, stop) in enumerate(bounds):

@@ -36,22 +36,23 @@ def run(arguments: Namespace) -> dict:
     from polygpt.evaluation.conditions import layout_of
 
     data, tokenizer, adapters = chosen.data, chosen.tokenizer.build(), chosen.model.adapters
-    known = {(data.layout, task.source): name for name, task in data.tasks.items()}
+    known = {repr((data.layout, task.source)): name for name, task in data.tasks.items()}  # mappings have no hash
     held_out, lengths = set(), dict.fromkeys(data.tasks, "data.layout.seq_len")
     with Progress("checking") as progress:
         found = check(data, tokenizer, adapters, progress)
         for name, task in chosen.evaluation.tasks.items():
             layout, walked = layout_of(task, data.layout), f"evaluation/{name}"
-            if (layout, task.source) not in known:
+            key = repr((layout, task.source))
+            if key not in known:
                 alone = data.replace(tasks={walked: Task(task.source)}, layout=layout)
                 found |= check(alone, tokenizer, adapters, progress)
-                known[layout, task.source] = walked
+                known[key] = walked
                 lengths[walked] = "data.layout.seq_len" if task.seq_len is None else f"evaluation.tasks.{name}.seq_len"
-            held_out.add(known[layout, task.source])
+            held_out.add(known[key])
     for findings in found.values():
         for fault in findings.faults:
             print(fault)
-    _print_table(found, adapters)
+    _print_table(found, adapters, data.layout.labels)
     fits = {f"{share:.0%}": _command(arguments, chosen, found, held_out, lengths, share) for share in SHARES}
     bad, records = sum(len(f.faults) for f in found.values()), sum(f.records for f in found.values())
     if not bad:
@@ -69,20 +70,25 @@ def run(arguments: Namespace) -> dict:
     }
 
 
-def _print_table(found, adapters) -> None:
+def _print_table(found, adapters, labels) -> None:
     rows = []
     for name, findings in found.items():
         lengths = findings.summary()["positions"]
         positions = f"{figure(lengths['median'])}, at most {lengths['max']}" if lengths else "–"
         media = [f"{findings.media[modality]:,}" for modality in adapters]
-        rows.append([name, f"{findings.records:,}", f"{len(findings.faults):,}", *media, positions])
-    print_table("Records", ["task", "records", "unusable", *adapters, "positions (median)"], rows)
+        labelled = [f"{findings.labelled[label]:,}" for label in labels]
+        rows.append([name, f"{findings.records:,}", f"{len(findings.faults):,}", *media, *labelled, positions])
+    headings = ["task", "records", "unusable", *adapters, *(f"with {label}" for label in labels), "positions (median)"]
+    print_table("Records", headings, rows)
     for name, findings in found.items():
         if files := findings.unread:
             print(f"{name}: no record refers to {len(files)} media files in its folder, such as {files[0]}")
     for modality in adapters:
         if not any(findings.media[modality] for findings in found.values()):
             print(f"no record has media for the adapter {modality!r}, so it is not trained")
+    for label in labels:
+        if not any(findings.labelled[label] for findings in found.values()):
+            print(f"no record has the label {label!r} of data.layout.labels")
 
 
 def _command(arguments, chosen, found, held_out, lengths, share) -> str | None:

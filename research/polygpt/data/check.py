@@ -27,6 +27,7 @@ class Findings:
         lengths: int32, number of positions of each usable record.
         predicted: int32, number of positions with a loss weight in each usable record.
         media: number of items in usable records, by modality.
+        labelled: number of usable records with a label, by name.
         needs: float64 [n, columns], the requirements of each record that is usable or would be with other settings; see
             `fit.columns`.
         unread: media files in the source's folder that no record names.
@@ -40,6 +41,7 @@ class Findings:
     media: Mapping[str, int]
     needs: np.ndarray
     unread: tuple[Path, ...] = ()
+    labelled: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def reasons(self) -> Counter[str]:
@@ -58,6 +60,7 @@ class Findings:
             "positions": lengths,
             "predicted": int(self.predicted.sum()),
             "media": dict(self.media),
+            "labelled": dict(self.labelled),
             "unread": [str(file) for file in self.unread],
         }
 
@@ -125,6 +128,7 @@ def _walk(name, task, data, tokenizer, adapters, progress) -> Findings:
     examples = open_task(name, task)
     faults, lengths, predicted, media, needs = [], [], [], dict.fromkeys(adapters, 0), []
     named: set[Path] = set()
+    labelled = dict.fromkeys(data.layout.labels, 0)
     for i in range(len(examples)):
         example: Example | None = None
         watched = {modality: fit.FrameCounter(adapter) for modality, adapter in adapters.items()}
@@ -141,9 +145,13 @@ def _walk(name, task, data, tokenizer, adapters, progress) -> Findings:
             predicted.append(np.count_nonzero(row.weight))
             for modality, items in row.media.items():
                 media[modality] += len(items)
+            for label, array in row.extra.items():
+                labelled[label] += bool(np.isfinite(array).any())
             needs.append(fit.need(row, {modality: one.frames for modality, one in watched.items()}, adapters))
         progress(name, i + 1, len(examples))
     needs = np.array([some for some in needs if some is not None], float).reshape(-1, len(fit.columns(adapters)))
     unread = tuple(file for file in getattr(examples, "files", tuple)() if file not in named)
     lengths, predicted = np.array(lengths, np.int32), np.array(predicted, np.int32)
-    return Findings(data.layout, len(examples), tuple(faults), lengths, predicted, media, needs, unread)
+    counts = {"records": len(examples), "media": media, "labelled": labelled}
+    counts |= {"lengths": lengths, "predicted": predicted, "needs": needs}
+    return Findings(data.layout, faults=tuple(faults), unread=unread, **counts)

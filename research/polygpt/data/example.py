@@ -1,7 +1,9 @@
 """What a data source returns: examples, each a sequence of texts and media in reading order."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -11,10 +13,12 @@ class Text:
     Attributes:
         text: the text, of any length.
         weight: loss weight of its tokens. 0 marks a prompt, which the model reads and is not scored on.
+        labels: labels of each of its tokens, as in `Example`.
     """
 
     text: str
     weight: float = 1.0
+    labels: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,10 +45,18 @@ class Example:
     Attributes:
         parts: the texts and media.
         place: the file and the record, as error messages name them.
+        labels: labels of the whole example, by name: a number or a list of numbers, with None or NaN where there is
+            none. `LayoutSpec.labels` declares them. They are placed at the last position, `eos`.
     """
 
     parts: tuple[Text | Medium, ...]
     place: str
+    labels: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether it or one of its texts has labels."""
+        return bool(self.labels) or any(isinstance(part, Text) and part.labels for part in self.parts)
 
     @property
     def prompt(self) -> tuple[Text | Medium, ...]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from polygpt.data.augment import Augment
 from polygpt.data.example import Example, Medium, Text
+from polygpt.data.labels import Label, label_arrays
 from polygpt.data.packing import Row, collate
 from polygpt.data.tokenizers.base import Tokenizer
 from polygpt.errors import BadRecord
@@ -35,6 +36,9 @@ class LayoutSpec(Spec):
     model: T5 (1910.10683), section 3.2.1, and PaliGemma (2407.07726), Figure 2."""
     packing: bool = True
     """Whether to pack several short examples into a row, with no attention between them."""
+    labels: Mapping[str, Label] = dataclasses.field(default_factory=dict)
+    """Labels by name. Those of a whole example are at its last position, `eos`, those of a text at each of its tokens;
+    `Batch.extra` has them, with NaN where there is none."""
 
     def validate(self):
         self.require(self.seq_len >= 2, "seq_len", "at least 2")
@@ -80,10 +84,10 @@ def lay_out(
         prompt_weight: loss weight of texts whose own weight is 0.
 
     Raises:
-        BadRecord: if a medium is unusable, there are too many media, no text has a loss weight, or the row is longer
-            than the layout allows.
+        BadRecord: if a medium is unusable, there are too many media, a label is not as declared, the row is longer
+            than the layout allows, or there is nothing to learn: no text with a loss weight and no label.
     """
-    if not example.answer:
+    if not example.answer and not example.labelled:
         raise BadRecord("empty text", example.place, "no text with a loss weight")
     randomness = (rng, augment if rng is not None else ())
     row = _assemble(example, layout, tokenizer, adapters, *randomness, cache, end=True, prompt_weight=prompt_weight)
@@ -145,12 +149,13 @@ def _assemble(example, layout, tokenizer, adapters, rng, augment, cache, end: bo
     spans = prompt_span = int(layout.prompt_span == "bidirectional")  # indices of the last span and the prompt's span
     # Runs of positions: token ids (zeros for media), modality, first slot, span, weight of the tokens, media grid.
     runs = [(np.array([tokenizer.bos], np.int32), TEXT, 0, prompt_span, 0.0, None)]
-    weight = 0.0
+    weight, labelled = 0.0, []
     for part in parts:
         if isinstance(part, Text):
             if end and part.weight > 0:
                 prompt_span = 0
             weight = part.weight or prompt_weight
+            labelled.append((len(runs), part.labels))
             runs.append((tokenizer.encode(part.text), TEXT, 0, prompt_span, weight, None))
             continue
         name = part.modality
@@ -173,8 +178,14 @@ def _assemble(example, layout, tokenizer, adapters, rng, augment, cache, end: bo
         runs.append((np.zeros(length, np.int32), numbers[name], first_slot, span, 0.0, adapter.grid))
         items.append((features, length))
     if end:
+        labelled.append((len(runs), example.labels))
         runs.append((np.array([tokenizer.eos], np.int32), TEXT, 0, 0, weight, None))
-    return _row(runs, media)
+    row = _row(runs, media)
+    if not end or not (layout.labels or example.labelled):
+        return row
+    stops = np.cumsum([len(run[0]) for run in runs])
+    places = ((slice(stops[i] - len(runs[i][0]), stops[i]), labels) for i, labels in labelled)
+    return dataclasses.replace(row, extra=label_arrays(layout.labels, places, len(row), example.place))
 
 
 def _row(runs: list[tuple], media: dict) -> Row:

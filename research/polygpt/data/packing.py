@@ -24,6 +24,7 @@ class Row:
         weight: float32 [t].
         coordinate: int32 [t, 3].
         media: by adapter name, (features, number of positions) of each item.
+        extra: by name, arrays [t, ...], the same for all rows of a batch.
     """
 
     tokens: np.ndarray
@@ -36,6 +37,7 @@ class Row:
     weight: np.ndarray
     coordinate: np.ndarray
     media: Mapping[str, Sequence[tuple[np.ndarray, int]]]
+    extra: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -62,7 +64,9 @@ def pack(rows: Sequence[Row], adapters: Mapping) -> Row:
         segments.append(row.segment + np.int32(count))
         count += int(row.segment[-1])
     joined = {name: np.concatenate([getattr(row, name) for row in rows]) for name in POSITION_ARRAYS}
-    return Row(**{**joined, "slot": np.concatenate(slots), "segment": np.concatenate(segments)}, media=media)
+    joined |= {"slot": np.concatenate(slots), "segment": np.concatenate(segments)}
+    extra = {name: np.concatenate([row.extra[name] for row in rows]) for name in rows[0].extra}
+    return Row(**joined, media=media, extra=extra)
 
 
 def collate(rows: Sequence[Row], seq_len: int, adapters: Mapping) -> Batch:
@@ -82,16 +86,25 @@ def collate(rows: Sequence[Row], seq_len: int, adapters: Mapping) -> Batch:
         name: Media(np.zeros((B, a.items, *a.features.shape), np.float32), np.zeros((B, a.items), np.int32))
         for name, a in adapters.items()
     }
+    like = next((row.extra for row in rows if row is not None), {})
+    extra = {name: padding((B, seq_len, *array.shape[1:]), array.dtype) for name, array in like.items()}
     for b, row in enumerate(rows):
         if row is None:
             continue
+        for name, array in row.extra.items():
+            extra[name][b, : len(row)] = array
         for name in POSITION_ARRAYS:
             arrays[name][b, : len(row)] = getattr(row, name)
         for name, items in row.media.items():
             for n, (features, positions) in enumerate(items):
                 media[name].features[b, n] = features
                 media[name].length_BN[b, n] = positions
-    return Batch(**{POSITION_ARRAYS[name]: array for name, array in arrays.items()}, media=media)
+    return Batch(**{POSITION_ARRAYS[name]: array for name, array in arrays.items()}, media=media, extra=extra)
+
+
+def padding(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array of `Batch.extra` with nothing in it: NaN, or zeros if its numbers are whole."""
+    return np.full(shape, np.nan if np.issubdtype(dtype, np.floating) else 0, dtype)
 
 
 class Packer:

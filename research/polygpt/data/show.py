@@ -59,6 +59,8 @@ def table(batch: Batch, row: int, tokenizer: Tokenizer, positions: Sequence[int]
     result = Table(title=f"row {row}: {number} of {batch.shape[1]} positions, {batch.segment_BT[row].max()} examples")
     for column in ("t", "modality", "token", "slot", "position", "segment", "span", "target", "weight"):
         result.add_column(column, justify="left" if column in ("modality", "token", "target") else "right")
+    for name in batch.extra:
+        result.add_column(Text(name), justify="right")
     for before, t in zip([-1, *positions], positions, strict=False):
         if t != before + 1:
             result.add_row("…")
@@ -76,13 +78,21 @@ def table(batch: Batch, row: int, tokenizer: Tokenizer, positions: Sequence[int]
             batch.span_BT[row, t] or "",
             token_text(tokenizer, int(batch.target_BT[row, t])) if predicts else "",
             f"{weight:g}" if weight else "",
+            *(_label(array[row, t]) for array in batch.extra.values()),
         ]
         # Text objects, because rich would interpret a string such as "[red]" as markup.
-        styles = [COLOURS[modality % len(COLOURS)]] * 7 + ["bold" if weight else "dim"] * 2
+        styles = (
+            [COLOURS[modality % len(COLOURS)]] * 7 + ["bold" if weight else "dim"] * 2 + ["bold"] * len(batch.extra)
+        )
         result.add_row(
             *(Text(str(cell), style) for cell, style in zip(cells, styles, strict=True)), end_section=bool(ends)
         )
     return result
+
+
+def _label(value: np.ndarray) -> str:
+    """A label of any shape; empty if there is none."""
+    return "" if np.isnan(value).all() else ", ".join("–" if np.isnan(one) else f"{one:g}" for one in value.ravel())
 
 
 def draw(batch: Batch, tokenizer: Tokenizer, adapters: Mapping, path: str | Path, rows: int = 4) -> Path:

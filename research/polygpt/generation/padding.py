@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from polygpt.sequence import PADDING, Batch, Media
+from polygpt.sequence import NAMED_ARRAYS, PADDING, Batch, Media
 
 
 def bucket(n: int, least: int) -> int:
@@ -13,7 +13,7 @@ def bucket(n: int, least: int) -> int:
 
 
 def pad(batch: Batch, batch_size: int, seq_len: int) -> Batch:
-    """The batch with padding rows up to `batch_size` and padding positions up to `seq_len`; NumPy arrays.
+    """The batch with padding rows up to `batch_size` and padding positions up to `seq_len`; NumPy arrays, no labels.
 
     Media arrays are cut to the largest number of items that a row uses, rounded up to a power of two: encoding an
     unused item costs as much as a used one.
@@ -24,7 +24,7 @@ def pad(batch: Batch, batch_size: int, seq_len: int) -> Batch:
         widths = [(0, batch_size - array.shape[0]), (0, seq_len - array.shape[1])][:axes]
         return np.pad(array, widths + [(0, 0)] * (array.ndim - axes), constant_values=value)
 
-    arrays = {f.name: getattr(batch, f.name) for f in dataclasses.fields(Batch) if f.name != "media"}
+    arrays = {f.name: getattr(batch, f.name) for f in dataclasses.fields(Batch) if f.name not in NAMED_ARRAYS}
     arrays = {
         name: None if array is None else grow(array, PADDING if name == "modality_BT" else 0, axes=2)
         for name, array in arrays.items()

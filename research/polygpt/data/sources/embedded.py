@@ -20,15 +20,15 @@ NUMBERS = (
 class Embedded(Source):
     """One task of the embedded data. Except in the task text, only the answer (bold) has a loss weight.
 
-    | task | example |
-    |---|---|
-    | text | a piece of the King James Bible or of WordNet's definitions |
-    | digits | image of a handwritten digit `=` **seven** |
-    | pictures | clip art `:` **christmas tree** |
-    | speech | recording of a number `=` **seven** (in the language spoken) |
-    | utterances | recording `:` **Thank you for calling** |
-    | fusion | image of a digit `+` recording of another `=` **twelve**, in either order |
-    | sums | image of a digit `+five=` **twelve** |
+    | task | example | label |
+    |---|---|---|
+    | text | a piece of the King James Bible or of WordNet's definitions | `corpus`: 0 or 1 |
+    | digits | image of a handwritten digit `=` **seven** | `number`: 0 to 9 |
+    | pictures | clip art `:` **christmas tree** | |
+    | speech | recording of a number `=` **seven** (in the language spoken) | `number`: 0 to 9, or to 20 |
+    | utterances | recording `:` **Thank you for calling** | |
+    | fusion | image of a digit `+` recording of another `=` **twelve**, in either order | `number`: 0 to 18 |
+    | sums | image of a digit `+five=` **twelve** | `number`: 0 to 18 |
 
     The images, voices and texts of the test split do not occur in the training split.
     """
@@ -51,9 +51,14 @@ class Embedded(Source):
     """Number of leading characters of a piece that form a prompt for generation."""
     seed: int = 0
     """Random seed of the pairs."""
+    labels: bool = False
+    """Whether the answer is a label (last column) and not a text. Pieces of text keep their text."""
 
     def validate(self) -> None:
         self.require(len(self.languages) > 0, "languages", "at least one language")
+        self.require(
+            not self.labels or self.task not in ("pictures", "utterances"), "labels", f"false: {self.task} have none"
+        )
         self.require(self.seconds > 0, "seconds", "above 0")
         self.require(self.examples > 0, "examples", "at least 1")
         self.require(self.characters > 0, "characters", "at least 1")
@@ -83,23 +88,28 @@ class EmbeddedExamples(Sequence[Example]):
         if not -length <= i < length:
             raise IndexError(f"example {index} of {length}")
         i %= length
-        parts, file = make(i)
-        return Example(parts, f"embedded {self.spec.task}/{self.spec.split}, example {i}: {file}")
+        parts, file, label = make(i)
+        place = f"embedded {self.spec.task}/{self.spec.split}, example {i}: {file}"
+        if not self.spec.labels:
+            return Example(parts, place)
+        if self.spec.task == "text":
+            return Example(parts, place, {"corpus": label})
+        return Example(parts[:-1], place, {"number": label})
 
 
-Maker = Callable[[int], tuple[tuple[Text | Medium, ...], str]]
+Maker = Callable[[int], tuple[tuple[Text | Medium, ...], str, int]]
 
 
 @functools.lru_cache(maxsize=64)
 def _open(spec: Embedded) -> tuple[int, Maker]:
-    """(number of examples, a function from an index to the parts and the file of an example)."""
+    """(number of examples, a function from an index to the parts, the file and the label of an example)."""
     if spec.task == "text":
         pieces = _pieces(_records(spec, "text"), spec.characters)
 
         def make_text(i):
-            file, text = pieces[i]
+            file, text, source = pieces[i]
             prompt = (Text(text[: spec.prompt], 0.0),) if spec.prompt else ()
-            return (*prompt, Text(text[spec.prompt :])), file
+            return (*prompt, Text(text[spec.prompt :])), file, int(source != "bible")
 
         return len(pieces), make_text
     if spec.task == "fusion":
@@ -119,7 +129,8 @@ def _open(spec: Embedded) -> tuple[int, Maker]:
         answers = [row["text"] for row in rows]
 
     def make(i):
-        return (Medium(modality, rows[i][modality]), Text(sign, 0.0), Text(answers[i])), rows[i]["file"]
+        parts = Medium(modality, rows[i][modality]), Text(sign, 0.0), Text(answers[i])
+        return parts, rows[i]["file"], rows[i].get("number", 0)
 
     return len(rows), make
 
@@ -144,15 +155,15 @@ def _spoken(spec: Embedded, numbers: str) -> list[dict[str, Any]]:
     return [row for row in _records(spec, "speech") if numbers == "all" or row["number"] < 10]
 
 
-def _pieces(documents: list[dict[str, Any]], characters: int) -> list[tuple[str, str]]:
-    """(file, text) of the pieces of documents. A last piece of less than half the length is left out."""
+def _pieces(documents: list[dict[str, Any]], characters: int) -> list[tuple[str, str, str]]:
+    """(file, text, source) of the pieces of documents. A last piece of less than half the length is left out."""
     pieces = []
     for row in documents:
         text = row["text"]
         for start in range(0, len(text), characters):
             piece = text[start : start + characters]
             if start == 0 or 2 * len(piece) >= characters:
-                pieces.append((row["file"], piece))
+                pieces.append((row["file"], piece, row["source"]))
     return pieces
 
 
@@ -161,7 +172,7 @@ def _drawn(spec: Embedded, i: int) -> bytes:
     return hashlib.blake2b(f"{spec.seed}/{spec.split}/{i}".encode(), digest_size=17).digest()
 
 
-def _seen_and_heard(spec: Embedded, pictures, recordings, i: int) -> tuple[tuple[Text | Medium, ...], str]:
+def _seen_and_heard(spec: Embedded, pictures, recordings, i: int) -> tuple[tuple[Text | Medium, ...], str, int]:
     """Pair `i` of the fusion task: an image and a recording in either order."""
     digest = _drawn(spec, i)
     picture = pictures[int.from_bytes(digest[:8]) % len(pictures)]
@@ -171,14 +182,16 @@ def _seen_and_heard(spec: Embedded, pictures, recordings, i: int) -> tuple[tuple
     if digest[16] % 2:
         media.reverse()
         files.reverse()
-    answer = Text(NUMBERS[picture["number"] + recording["number"]])
-    return (media[0], Text("+", 0.0), media[1], Text("=", 0.0), answer), " + ".join(files)
+    total = picture["number"] + recording["number"]
+    parts = media[0], Text("+", 0.0), media[1], Text("=", 0.0), Text(NUMBERS[total])
+    return parts, " + ".join(files), total
 
 
-def _seen_and_read(spec: Embedded, pictures, i: int) -> tuple[tuple[Text | Medium, ...], str]:
+def _seen_and_read(spec: Embedded, pictures, i: int) -> tuple[tuple[Text | Medium, ...], str, int]:
     """Pair `i` of the sums task: an image and a number in words."""
     digest = _drawn(spec, i)
     picture = pictures[int.from_bytes(digest[:8]) % len(pictures)]
     number = int.from_bytes(digest[8:16]) % 10
-    question, answer = f"+{NUMBERS[number]}=", NUMBERS[picture["number"] + number]
-    return (Medium("image", picture["image"]), Text(question, 0.0), Text(answer)), picture["file"]
+    total = picture["number"] + number
+    parts = Medium("image", picture["image"]), Text(f"+{NUMBERS[number]}=", 0.0), Text(NUMBERS[total])
+    return parts, picture["file"], total

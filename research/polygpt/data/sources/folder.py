@@ -5,8 +5,9 @@ import json
 import os
 import re
 import unicodedata
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
+from typing import Any
 
 from polygpt.data.example import Example, Medium, Text
 from polygpt.data.pieces import BOM, Pieces, is_blank
@@ -48,6 +49,14 @@ class MediaFolder(Source):
     """Whether to follow symbolic links out of the folder, as in hub caches."""
     ignore: tuple[str, ...] = ()
     """Metadata fields to ignore. Any other unknown field makes its row a bad record."""
+    labels: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    """Metadata fields that are labels of the whole example: the names of its classes, in the order of their numbers, or
+    [] if it holds numbers. The name of a class becomes its number, a list of names a list of 0 and 1, one per class. A
+    row may lack labels, and then has none of that name; a row with labels may lack `text`."""
+
+    def validate(self):
+        read = [name for name in self.labels if name in FIELDS or name in self.ignore]
+        self.require(not read, "labels", f"fields other than {', '.join((*FIELDS, *self.ignore))}")
 
     def open(self) -> Sequence[Example]:
         """The examples, one per non-blank line of the metadata.
@@ -101,10 +110,30 @@ class _FolderExamples(Sequence):
         media = [self._medium(name, place) for name in names]
         present = {medium.modality for medium in media}
         prompt = _marked(row.get("prompt", self.spec.prompt), present)
-        text = _marked(row["text"], present) if self.spec.text_placeholders else [row["text"]]
-        if all(is_blank(piece) for piece in text[::2]):
-            raise BadRecord("empty text", place)
-        return Example(_interleave([(prompt, 0.0), (text, 1.0)], media, place), place)
+        labels = {name: self._label(name, row[name], place) for name in self.spec.labels if name in row}
+        written = row.get("text", "")
+        text = _marked(written, present) if self.spec.text_placeholders else [written]
+        if all(is_blank(piece) for piece in text[::2]) and ("text" in row or not labels):
+            raise BadRecord("empty text", place, "" if "text" in row else "the row has no field 'text'")
+        return Example(_interleave([(prompt, 0.0), (text, 1.0)], media, place), place, labels)
+
+    def _label(self, name: str, value: Any, place: str) -> Any:
+        """A label with the names of classes replaced by numbers."""
+        classes = self.spec.labels[name]
+
+        def number(one: Any) -> int:
+            if one not in classes:
+                there = nearest(str(one), classes)
+                remedy = f"{there}; list all classes in this source's `labels`"
+                raise BadRecord("malformed label", place, f"{name} is {one!r}: {remedy}")
+            return classes.index(one)
+
+        if not classes or value is None:
+            return value
+        if not isinstance(value, list):
+            return number(value)
+        chosen = set(map(number, value))
+        return [int(i in chosen) for i in range(len(classes))]
 
     def _row(self, i: int, place: str) -> dict:
         """A line of the metadata, with its fields checked."""
@@ -124,10 +153,8 @@ class _FolderExamples(Sequence):
             if key in row and not isinstance(row[key], str):
                 raise BadRecord("malformed metadata", place, f"{key} is {row[key]!r}: it must be a string")
         for key in row:
-            if key not in FIELDS and key not in self.spec.ignore:
+            if key not in FIELDS and key not in self.spec.ignore and key not in self.spec.labels:
                 raise BadRecord("unread field", place, self._unread(key, row[key]))
-        if "text" not in row:
-            raise BadRecord("empty text", place, "the row has no field 'text'")
         for key in ("text", "prompt"):
             if any("\ud800" <= letter <= "\udfff" for letter in row.get(key, "")):
                 raise BadRecord("invalid UTF-8", place, f"{key} holds half of a surrogate pair")
@@ -139,7 +166,7 @@ class _FolderExamples(Sequence):
         for name in names:
             if PurePath(name).suffix.lower() in MODALITIES and os.path.isfile(self.folder / name):
                 return f"{key!r} names the file {name!r}: call the field file_name, or list files in file_names"
-        return f"{key!r}: {nearest(key, FIELDS)}; list fields to ignore in this source's `ignore`"
+        return f"{key!r}: {nearest(key, FIELDS)}; list fields to ignore in this source's `ignore`, labels in `labels`"
 
     def _medium(self, name: str, place: str) -> Medium:
         modality = MODALITIES.get(PurePath(name).suffix.lower())  # of the given name: a link may lead to a hash

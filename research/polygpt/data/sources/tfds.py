@@ -54,6 +54,9 @@ class TfdsSource(Source):
     """The parts of each example, in reading order."""
     data_dir: str = ""
     """The folder of prepared datasets; if empty, TFDS_DATA_DIR or else ~/tensorflow_datasets."""
+    labels: tuple[str, ...] = ()
+    """Fields that are labels of the whole example, under their own names: numbers, or the numbers of classes, of which
+    negative ones are none."""
 
     def validate(self) -> None:
         self.require(any(isinstance(part, Field) for part in self.parts), "parts", "at least one Field among others")
@@ -78,31 +81,41 @@ class TfdsExamples(Sequence[Example]):
 
     def check(self) -> None:
         """Raises UserError if the dataset lacks a field that the specification names."""
-        _, labels, known = _open(self.spec)
-        for part in self.spec.parts:
-            if isinstance(part, Field) and part.name not in known:
-                where = f"dataset {self.spec.dataset!r}"
-                raise UserError(f"{where} has no field {part.name!r}: {nearest(part.name, known)}")
+        *_, known = _open(self.spec)
+        for name in (*(part.name for part in self.spec.parts if isinstance(part, Field)), *self.spec.labels):
+            if name not in known:
+                raise UserError(f"dataset {self.spec.dataset!r} has no field {name!r}: {nearest(name, known)}")
 
     def __len__(self) -> int:
         return len(_open(self.spec)[0])
 
     def __getitem__(self, index: int) -> Example:
-        source, labels, _ = _open(self.spec)
+        source, classes, _ = _open(self.spec)
         i = operator.index(index)
         if not -len(source) <= i < len(source):
             raise IndexError(f"example {index} of {len(source)}")
         i %= len(source)
         record, place = source[i], f"{self.spec.dataset} {self.spec.split}, example {i}"
-        return Example(tuple(_part(part, record, labels, place) for part in self.spec.parts), place)
+        labels = {name: _label(name, record, classes) for name in self.spec.labels}
+        return Example(tuple(_part(part, record, classes, place) for part in self.spec.parts), place, labels)
+
+
+def _value(name: str, record: Any) -> Any:
+    """The value of a field; a number or bytes rather than an array without axes."""
+    value = functools.reduce(lambda inner, key: inner[key], name.split("/"), record)
+    return value.item() if getattr(value, "ndim", None) == 0 else value
+
+
+def _label(name: str, record: Any, classes: dict[str, list[str]]) -> Any:
+    """The value of a label; None for a class that TFDS stores as -1, which is unknown."""
+    value = _value(name, record)
+    return None if name in classes and value < 0 else value
 
 
 def _part(part: Field | Fixed, record: Any, labels: dict[str, list[str]], place: str) -> Text | Medium:
     if isinstance(part, Fixed):
         return Text(part.text, part.weight)
-    value = functools.reduce(lambda inner, key: inner[key], part.name.split("/"), record)
-    if getattr(value, "ndim", None) == 0:
-        value = value.item()
+    value = _value(part.name, record)
     if part.modality != "text":
         if not isinstance(value, bytes):
             raise BadRecord("not encoded", f"{place}, field {part.name}", "media must be stored as encoded bytes")

@@ -178,4 +178,5 @@ def abstract_batch(experiment: Experiment, runs: Parallel) -> Batch:
         name: Media(array((B, adapter.items, *adapter.features.shape), jnp.float32), array((B, adapter.items)))
         for name, adapter in experiment.model.adapters.items()
     }
-    return Batch(**arrays | {"coordinate_BT3": array((B, T, 3))}, media=media)
+    extra = {name: array((B, T, *label.shape), jnp.float32) for name, label in experiment.data.layout.labels.items()}
+    return Batch(**arrays | {"coordinate_BT3": array((B, T, 3))}, media=media, extra=extra)
