@@ -53,6 +53,7 @@ from polygpt.nn.mlp import MLP, GatedMLP
 from polygpt.nn.norms import LayerNorm, RMSNorm
 from polygpt.nn.positions import Learned, MRope, NoPosition, Position, Rope, Rope2D, Sinusoidal
 from polygpt.objectives.base import BatchObjective, Objective, TokenObjective
+from polygpt.objectives.distillation import Distillation
 from polygpt.objectives.load_balance import LoadBalance
 from polygpt.objectives.masked_lm import MaskedLM, MaskTokens
 from polygpt.objectives.next_token import NextToken
@@ -106,6 +107,7 @@ __all__ = [
     "Corpus",
     "DataSpec",
     "DecoderSpec",
+    "Distillation",
     "Embedded",
     "EvalTask",
     "EvaluationSpec",

@@ -189,6 +189,12 @@ class MeshLayout:
             entries.append(names if len(names) > 1 else names[0] if names else None)
         return PartitionSpec(*entries)
 
+    def local_shape(self, logical: Sequence[str | None], shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape of each device's part of an array with these logical axes."""
+        entries = map(mesh_axes, self.partition_spec(logical, shape))
+        parts = (math.prod(self.mesh.shape[axis] for axis in entry) for entry in entries)
+        return tuple(size // count for size, count in zip(shape, parts, strict=True))
+
     def sharding(self, logical: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:
         """The sharding of an array with these logical axes."""
         return NamedSharding(self.mesh, self.partition_spec(logical, shape))

@@ -20,6 +20,7 @@ from polygpt.attention.multi_head import MultiHead  # noqa: E402
 from polygpt.models.decoder import DecoderSpec  # noqa: E402
 from polygpt.models.functional import bind  # noqa: E402
 from polygpt.models.multimodal import ModelSpec  # noqa: E402
+from polygpt.objectives.distillation import Distillation  # noqa: E402
 from polygpt.objectives.loss import Loss  # noqa: E402
 from polygpt.objectives.masked_lm import MaskedLM, MaskTokens  # noqa: E402
 from polygpt.objectives.next_token import NextToken  # noqa: E402
@@ -41,8 +42,9 @@ def run(mode: str, accumulate: int) -> dict:
     transformation = optim.build(model.traits, STEPS, model.growth)
     objectives = {"next_token": (NextToken(), 1.0), "z": (ZLoss(), 1e-2)}
     objectives |= {"masked": (MaskedLM(MaskTokens(0, VOCABULARY)), 0.5), "apart": (Apart(), 0.1)}
+    objectives |= {"average": (Distillation("average", temperature=2.0), 0.3)}
     rate, trainable = optim.schedule.build(STEPS), optim.trainable(model.traits)
-    recipe = Recipe(Loss(model, objectives, trainable, accumulate), transformation, rate, 0, optim.ema)
+    recipe = Recipe(Loss(model, objectives, trainable, accumulate, logits_block=8), transformation, rate, 0, optim.ema)
     parallel = build(mode, model.axes())
 
     def initial():

@@ -10,7 +10,6 @@ exchanged per block, the gradient of the head once.
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -93,6 +92,12 @@ def token_scores(hidden_BTD: jax.Array, head: Head, target_BT: jax.Array, block:
     return plan.scores(hidden_BTD, head.weight, target_BT)
 
 
+def blocks(B: int, T: int, block: int) -> tuple[int, int]:
+    """The number of blocks of at most `block` positions, and the positions of each row in a block, at least one."""
+    count = -(-T // max(1, block // B))
+    return count, -(-T // count)
+
+
 class _Plan:
     """How a computation is cut into blocks, and over the devices of a layout."""
 
@@ -106,13 +111,9 @@ class _Plan:
             self.place, self.weight_place = place, layout.partition_spec(head.axes, head.weight.shape)
             by_name = dict(zip(head.axes, self.weight_place, strict=True))
             self.split, self.width = (sharding.mesh_axes(by_name[name]) for name in ("vocabulary", "width"))
-            B, T = (
-                size // math.prod(layout.mesh.shape[axis] for axis in axes)
-                for size, axes in zip((B, T), (self.rows, self.columns), strict=True)
-            )
+            B, T = layout.local_shape(("batch", "positions"), (B, T))
         self.length = T
-        self.count = -(-T // max(1, block // B))
-        self.size = -(-T // self.count)
+        self.count, self.size = blocks(B, T, block)
 
     def run(self, gradients: bool, hidden_BTD, weight, target_BT, weight_BT, coefficients_K):
         """(value, totals), and with `gradients` also those of hidden vectors and weight, float32."""

@@ -22,6 +22,7 @@ class Forward:
         batch: what the model reads.
         key: enables dropout; None for evaluation behaviour.
         others: models that are not trained, and their parameters, by name; see `other`.
+        logits_block: number of positions whose logits exist at a time, see `positions.py`; None for all.
     """
 
     model: Any
@@ -29,6 +30,7 @@ class Forward:
     batch: Batch
     key: jax.Array | None = None
     others: Mapping[str, tuple[Any, Any]] = dataclasses.field(default_factory=dict)
+    logits_block: int | None = None
     _passes: dict = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     @functools.cached_property
