@@ -34,8 +34,15 @@ from polygpt.data.sources.embedded import Embedded
 from polygpt.data.sources.folder import MediaFolder
 from polygpt.data.sources.text_files import TextFiles
 from polygpt.data.sources.tfds import TfdsSource
+from polygpt.data.sources.transformed import Transformed
 from polygpt.data.tokenizers.bpe import BPE
 from polygpt.data.tokenizers.bytes import Bytes
+from polygpt.data.tokenizers.special_tokens import SpecialTokens
+from polygpt.data.transforms.base import Transform
+from polygpt.data.transforms.fill_in_the_middle import FillInTheMiddle
+from polygpt.data.transforms.prefix_lm import PrefixLM
+from polygpt.data.transforms.span_corruption import SpanCorruption
+from polygpt.data.transforms.ul2 import UL2
 from polygpt.errors import BadRecord, UserError
 from polygpt.evaluation.classification import Classification
 from polygpt.evaluation.spec import EvalTask, EvaluationSpec
@@ -113,6 +120,7 @@ __all__ = [
     "EvaluationSpec",
     "Example",
     "Experiment",
+    "FillInTheMiddle",
     "FromRun",
     "GatedMLP",
     "Group",
@@ -147,6 +155,7 @@ __all__ = [
     "Optim",
     "Paper",
     "Position",
+    "PrefixLM",
     "ProcessesSpec",
     "RMSNorm",
     "Random",
@@ -163,7 +172,9 @@ __all__ = [
     "SharedConnector",
     "Sinusoidal",
     "Source",
+    "SpanCorruption",
     "SpecAugment",
+    "SpecialTokens",
     "Speed",
     "SpikeSpec",
     "StackSpec",
@@ -176,6 +187,9 @@ __all__ = [
     "TokenObjective",
     "TrainSpec",
     "Transcription",
+    "Transform",
+    "Transformed",
+    "UL2",
     "UserError",
     "View",
     "WSD",

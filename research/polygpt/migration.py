@@ -42,6 +42,7 @@ ADDED: dict[int, dict[str, dict[str, Any]]] = {
         "polygpt.data.sources.folder:MediaFolder": {"labels": {}},
         "polygpt.data.sources.embedded:Embedded": {"labels": False},
         "polygpt.data.sources.tfds:TfdsSource": {"labels": []},
+        "polygpt.data.loader:Task": {"transform": []},
     },
 }
 """By schema and current class name: fields that the schema lacks, with the value that keeps the old behaviour."""

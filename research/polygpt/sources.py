@@ -12,13 +12,13 @@ import logging
 import os
 import sys
 import sysconfig
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
 from polygpt import notebook
-from polygpt.spec import Spec
+from polygpt.spec import Spec, specs_in
 
 log = logging.getLogger(__name__)
 
@@ -31,16 +31,8 @@ INSTALLED = tuple({Path(sysconfig.get_path(kind)).resolve() for kind in ("stdlib
 
 def classes_of(value: Any) -> Iterator[type]:
     """The classes of all specifications inside a value, with their bases."""
-    if isinstance(value, Spec):
-        yield from (cls for cls in type(value).__mro__ if issubclass(cls, Spec) and cls is not Spec)
-        for name in value.__dataclass_fields__:
-            yield from classes_of(getattr(value, name))
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from classes_of(item)
-    elif isinstance(value, tuple):
-        for item in value:
-            yield from classes_of(item)
+    for found in specs_in(value):
+        yield from (cls for cls in type(found).__mro__ if issubclass(cls, Spec) and cls is not Spec)
 
 
 def user_classes(value: Any) -> list[type]:

@@ -58,6 +58,17 @@ def hints(cls: type) -> dict[str, Any]:
     return {field.name: resolved[field.name] for field in dataclasses.fields(cls)}
 
 
+def specs_in(value: Any) -> Iterator[Spec]:
+    """All specifications inside a value, itself first, in the order of their fields."""
+    if isinstance(value, Spec):
+        yield value
+        value = tuple(getattr(value, name) for name in value.__dataclass_fields__)
+    if isinstance(value, Mapping):
+        value = tuple(value.values())
+    for item in value if isinstance(value, tuple) else ():
+        yield from specs_in(item)
+
+
 @functools.cache
 def field_help(cls: type) -> dict[str, str]:
     """Help texts of a specification's fields: the string literal that follows each, base classes included."""

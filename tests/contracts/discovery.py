@@ -9,7 +9,14 @@ from collections.abc import Mapping
 
 import pytest
 
+from polygpt.data.sources.base import Source
+from polygpt.data.sources.embedded import Embedded
+from polygpt.data.transforms.base import Transform
+from polygpt.data.transforms.fill_in_the_middle import FillInTheMiddle
 from polygpt.spec import Spec, hints
+
+PLAIN = {Source: Embedded, Transform: FillInTheMiddle}
+"""The classes that stand for base classes without behaviour."""
 
 
 def specs(package: str, base: type) -> list:
@@ -45,5 +52,5 @@ def simplest(annotation, name: str):
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return {name: simplest(arguments[1], name)}
     if issubclass(annotation, Spec):
-        return minimal(annotation)
+        return minimal(PLAIN.get(annotation, annotation))
     return annotation(name if annotation is str else 8)

@@ -13,6 +13,7 @@ from polygpt.data.layout import LayoutSpec, lay_out
 from polygpt.data.loader import DataSpec, open_task
 from polygpt.data.sources.base import example_at
 from polygpt.data.tokenizers.base import Tokenizer
+from polygpt.data.transforms.base import transformed
 from polygpt.errors import BadRecord
 
 
@@ -71,7 +72,7 @@ def check(
     adapters: Mapping,
     progress: Callable[[str, int, int], None] = lambda task, done, total: None,
 ) -> dict[str, Findings]:
-    """Lays out every example of every task as training would, without augmentation.
+    """Lays out every example of every task as training would, with one draw of the transformations and no augmentation.
 
     Args:
         data, tokenizer, adapters: as in `train_batches`.
@@ -133,7 +134,7 @@ def _walk(name, task, data, tokenizer, adapters, progress) -> Findings:
         example: Example | None = None
         watched = {modality: fit.FrameCounter(adapter) for modality, adapter in adapters.items()}
         try:
-            example = example_at(examples, i)
+            example = transformed(example_at(examples, i), task.transform, np.random.default_rng(i))
             named |= {p.source for p in example.parts if isinstance(p, Medium) and isinstance(p.source, Path)}
             row = lay_out(example, data.layout, tokenizer, watched, prompt_weight=task.prompt_weight)
         except BadRecord as fault:

@@ -8,17 +8,19 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """A piece of text.
+    """A piece of text, or a special token.
 
     Attributes:
-        text: the text, of any length.
+        text: the text, of any length, or the name of the special token.
         weight: loss weight of its tokens. 0 marks a prompt, which the model reads and is not scored on.
         labels: labels of each of its tokens, as in `Example`.
+        special: whether it is one of the tokenizer's special tokens; see `SpecialTokens`.
     """
 
     text: str
     weight: float = 1.0
     labels: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+    special: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,5 +70,7 @@ class Example:
 
     @property
     def answer(self) -> str:
-        """The texts of positive weight, joined, with which generated text is compared."""
-        return "".join(part.text for part in self.parts if isinstance(part, Text) and part.weight > 0)
+        """The texts of positive weight, joined, with which generated text is compared. It has no special tokens."""
+        return "".join(
+            part.text for part in self.parts if isinstance(part, Text) and part.weight > 0 and not part.special
+        )

@@ -154,9 +154,10 @@ def _assemble(example, layout, tokenizer, adapters, rng, augment, cache, end: bo
         if isinstance(part, Text):
             if end and part.weight > 0:
                 prompt_span = 0
-            weight = part.weight or prompt_weight
             labelled.append((len(runs), part.labels))
-            runs.append((tokenizer.encode(part.text), TEXT, 0, prompt_span, weight, None))
+            weight = part.weight or (0.0 if part.special else prompt_weight)
+            ids = np.array([tokenizer.special_id(part.text)], np.int32) if part.special else tokenizer.encode(part.text)
+            runs.append((ids, TEXT, 0, prompt_span, weight, None))
             continue
         name = part.modality
         if name not in adapters:

@@ -1,6 +1,6 @@
 """The loader: a weighted mixture of tasks as an endless, exactly reproducible stream of batches.
 
-The order of examples (reshuffled every epoch, divided among data shards, mixed by weight) and the augmentation of each
+The order of examples (reshuffled every epoch, divided among data shards, mixed by weight) and the changes of each
 example are functions of an index into the stream. The state of an iterator is therefore a few integers, and the batches
 do not depend on the number of workers. Grain runs the workers but does not determine the order: its chain of map
 datasets takes longer to compute an index than it takes to lay out an example. Packing happens in the training process.
@@ -24,6 +24,7 @@ from polygpt.data.reading import Groups, LaidOut, read_ahead
 from polygpt.data.resharding import Resharding
 from polygpt.data.sources.base import Source
 from polygpt.data.tokenizers.base import Tokenizer
+from polygpt.data.transforms.base import Transform
 from polygpt.errors import BadRecord, SpecError, UserError
 from polygpt.migration import batches_state
 from polygpt.sequence import Batch
@@ -50,6 +51,8 @@ class Task(Spec):
     prompt_weight: float = 0.0
     """Loss weight of prompts in training: PaliGemma (2407.07726), section 5.2, "loss on the prefix". Evaluation scores
     only answers."""
+    transform: tuple[Transform, ...] = ()
+    """Random changes of whole examples in training, applied in order, before media are decoded."""
 
     def validate(self):
         self.require(self.weight > 0, "weight", "positive")
@@ -104,7 +107,7 @@ def train_batches(
         data: the training data.
         tokenizer: the tokenizer.
         adapters: the model's adapters, by modality.
-        seed: determines the order of examples and their augmentations.
+        seed: determines the order of examples and their random changes.
         data_shard, data_shards: index of this data shard, and number of data shards.
 
     Raises:

@@ -10,6 +10,7 @@ from polygpt.data.packing import Row
 from polygpt.data.pickling import dumps
 from polygpt.data.sources.base import example_at
 from polygpt.data.tokenizers.base import Tokenizer
+from polygpt.data.transforms.base import transformed
 from polygpt.errors import BadRecord
 
 GROUP = 16
@@ -32,9 +33,9 @@ class LaidOut:
     def __getitem__(self, index: int) -> Row | BadRecord:
         name, position, number = self.order[index]
         task, layout = self.data.tasks[name], self.data.layout
-        rng = self.order.generator(name, position) if task.augment else None
+        rng = self.order.generator(name, position) if task.augment or task.transform else None
         try:
-            example = example_at(self.examples[name], number)
+            example = transformed(example_at(self.examples[name], number), task.transform, rng)
             given = (example, layout, self.tokenizer, self.adapters, rng, task.augment, self.cache)
             return lay_out(*given, prompt_weight=task.prompt_weight)
         except BadRecord as error:

@@ -17,8 +17,9 @@ COLOURS = ("white", "green", "magenta", "cyan", "yellow", "blue", "red")
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:
     """A readable form of a token: special tokens by name, control characters and partial characters escaped."""
-    if token in (tokenizer.bos, tokenizer.eos):
-        return "<bos>" if token == tokenizer.bos else "<eos>"
+    for name, number in {"<bos>": tokenizer.bos, "<eos>": tokenizer.eos, **tokenizer.special}.items():
+        if token == number:
+            return name
     text = tokenizer.decode([token])
     return f"#{token}" if "\ufffd" in text else repr(text)[1:-1] if not text.isprintable() else text
 

@@ -7,6 +7,7 @@ from typing import Literal
 from polygpt.data.loader import DataSpec
 from polygpt.data.tokenizers.base import TokenizerSpec
 from polygpt.data.tokenizers.bytes import Bytes
+from polygpt.data.transforms.base import Transform
 from polygpt.errors import SpecError
 from polygpt.evaluation import conditions
 from polygpt.evaluation.spec import EvaluationSpec
@@ -21,7 +22,7 @@ from polygpt.runtime.checkpoint import CheckpointSpec
 from polygpt.runtime.processes import ProcessesSpec
 from polygpt.runtime.watchdog import WatchdogSpec
 from polygpt.sharding import MeshSpec
-from polygpt.spec import Spec, hints
+from polygpt.spec import Spec, hints, specs_in
 from polygpt.training.spikes import SpikeSpec
 
 
@@ -129,6 +130,7 @@ class Experiment(Spec):
         self.require(self.seed >= 0, "seed", "at least 0")
         self._validate_metric()
         self._validate_references()
+        self._validate_special_tokens()
         limit = self.model.decoder.position.limit()
         self.data.layout.require(
             limit is None or self.data.layout.seq_len <= limit,
@@ -152,6 +154,18 @@ class Experiment(Spec):
         read = {other for objective, _ in self.objectives.values() for other in objective.others}
         if unread := sorted(self.references.keys() - read):
             raise SpecError(f"references.{unread[0]} is read by no objective: remove it, or name it in an objective")
+
+    def _validate_special_tokens(self):
+        there = self.tokenizer.special()
+        for transform in specs_in((self.data, self.evaluation)):
+            names = transform.special if isinstance(transform, Transform) else ()
+            if lacking := [name for name in names if name not in there]:
+                more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+                name = type(transform).__name__
+                raise SpecError(
+                    f"{name} needs the special tokens {lacking[0]!r}{more}, which the tokenizer lacks: set tokenizer "
+                    f"to SpecialTokens(..., {name}(...).special)"
+                )
 
     def _validate_metric(self):
         task, slash, measure = self.train.metric.rpartition("/")

@@ -56,7 +56,7 @@ def find_files(paths: Sequence[str]) -> list[Path]:
 
 class _TextExamples(Sequence):
     def __init__(self, files: list[Pieces]):
-        self.files = files
+        self._pieces = files  # `files` would be the method that lists media
         self.starts = np.concatenate([[0], np.cumsum([len(file) for file in files])])
 
     def __len__(self) -> int:
@@ -66,5 +66,5 @@ class _TextExamples(Sequence):
         if not 0 <= i < len(self):
             raise IndexError(i)
         number = int(np.searchsorted(self.starts, i, side="right")) - 1
-        file, i = self.files[number], i - int(self.starts[number])
+        file, i = self._pieces[number], i - int(self.starts[number])
         return Example((Text(file.text(i)),), file.place(i))

@@ -1,10 +1,12 @@
-"""The tokenizer contract: text to ids and back, plus two special ids that never result from text."""
+"""The tokenizer contract: text to ids and back, plus special ids that never result from text."""
 
 import dataclasses
+from collections.abc import Iterable
 
 import numpy as np
 
-from polygpt.spec import Spec
+from polygpt.errors import UserError
+from polygpt.spec import Spec, nearest
 
 
 class Tokenizer:
@@ -17,6 +19,7 @@ class Tokenizer:
         used: number of ids that can occur; the ids from `used` on are unused.
         bos: the id that begins every example.
         eos: the id that ends every example.
+        special: ids of further special tokens, by name; see `SpecialTokens`.
         token_bytes: int32 [vocabulary], number of UTF-8 bytes of each token; 0 for special and unused ids.
     """
 
@@ -25,6 +28,7 @@ class Tokenizer:
         self._pieces = [*pieces, b"", b""]
         self.bos, self.eos = len(pieces), len(pieces) + 1
         self.used = self.vocabulary = len(pieces) + 2
+        self.special: dict[str, int] = {}
         self.token_bytes = np.array([len(piece) for piece in self._pieces], np.int32)
 
     def padded(self, multiple: int) -> "Tokenizer":
@@ -34,6 +38,22 @@ class Tokenizer:
         self.vocabulary += more
         self.token_bytes = np.pad(self.token_bytes, (0, more))
         return self
+
+    def with_special(self, names: Iterable[str]) -> "Tokenizer":
+        """Adds special tokens after the ids in use; unused ids come first. Returns this tokenizer."""
+        for name in names:
+            if self.used == self.vocabulary:
+                self.padded(self.vocabulary + 1)
+            self.special[name] = self.used
+            self.used += 1
+        return self
+
+    def special_id(self, name: str) -> int:
+        """The id of a special token. Raises UserError if there is none of this name."""
+        if name not in self.special:
+            there = f": {nearest(name, self.special)}" if self.special else ""
+            raise UserError(f"the tokenizer has no special token {name!r}{there}: add it with SpecialTokens")
+        return self.special[name]
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids, int32. Lone surrogates, which UTF-8 cannot represent, become question marks."""
@@ -54,6 +74,10 @@ class TokenizerSpec(Spec):
 
     def validate(self):
         self.require(self.multiple >= 1, "multiple", "at least 1")
+
+    def special(self) -> tuple[str, ...]:
+        """Names of its special tokens, without `bos` and `eos`."""
+        return ()
 
     def build(self) -> Tokenizer:
         """The tokenizer.
