@@ -109,5 +109,8 @@ def test_a_configuration_of_schema_2_is_todays_experiment():
     train = today.train.replace(checkpoint=today.train.checkpoint.replace(every_minutes=None))
     assert spec.from_json(migrate(old, "config.json")) == today.replace(train=train)
 
+    task = {name: value for name, value in spec.to_json(Task(Embedded("text"))).items() if name != "transform"}
+    assert spec.from_json(migrate({"schema": 4, "task": task}, "config.json"))["task"] == Task(Embedded("text"))
+
     own = {"schema": 2, "optim": old["optim"], "data": {"class": "somewhere/mine.py:Mine"}}
     assert migrate(own, "config.json")["optim"]["no_decay"] == NO_DECAY, "a module of one's own may rely on it"

@@ -258,6 +258,8 @@ def test_generate_refuses_what_the_model_cannot_take(trained, polygpt):
     assert (code, out) == (2, "") and "the model takes 1 of image" in err and err.count("\n") == 1
     code, _, err = polygpt("generate", trained.run, "--audio", data / "red.png")
     assert code == 2 and err.count("\n") == 1 and "prompt 0" in err
+    code, out, err = polygpt("generate", trained.run, "--text", "a", "--suffix", "c")
+    assert (code, out) == (2, "") and "was not trained to fill in the middle" in err and err.count("\n") == 1
 
 
 def test_report_is_written_where_asked(trained, polygpt, tmp_path):

@@ -15,6 +15,7 @@ examples:
   polygpt generate runs/quickstart --text "Once upon a time" --temperature 0.8 --top_p 0.95
   polygpt generate runs/quickstart --image digit.png --text " plus " --audio seven.wav --text " is " --temperature 0
   polygpt generate runs/quadrants --medium point=point.bin
+  polygpt generate runs/fill-in-the-middle --text "In the beginning God" --suffix " the heaven and the earth."
   polygpt generate runs/quickstart --interactive
 
 The prompt consists of these parts in the order given on the command line. Control characters in the generated text are
@@ -46,6 +47,8 @@ def parser(prog: str, about: str) -> Parser:
     words.add_argument("--audio", action=Part, metavar="FILE", help="add a recording: short for --medium audio=FILE")
     anything = "add a media file to the prompt: the name of an adapter of the model, and a file that it can decode"
     words.add_argument("--medium", action=Part, metavar="NAME=FILE", help=anything)
+    between = "write what lies between the prompt and this text, if the model was trained to fill in the middle"
+    words.add_argument("--suffix", metavar="TEXT", help=between)
     words.add_argument("--interactive", action="store_true", help="read prompts from the terminal, one after another")
     return words
 
@@ -59,10 +62,12 @@ def _sampling(run, changes, options):
 def run(arguments: Namespace) -> dict:
     """Generates; returns the text and the reason why it ended."""
     sampling = _sampling(arguments.run, arguments.changes, arguments.options)
-    if not arguments.interactive and not arguments.parts:
+    if not arguments.interactive and not arguments.parts and arguments.suffix is None:
         raise UserError("generate: empty prompt: give --text, --image, --audio or --medium, or --interactive")
     if arguments.interactive and arguments.json:
         raise UserError("generate: --interactive and --json cannot be combined")
+    if arguments.interactive and arguments.suffix is not None:
+        raise UserError("generate: --interactive and --suffix cannot be combined")
     prompt = [_part(kind, value) for kind, value in arguments.parts]
 
     from polygpt.generation.generate import stream
@@ -70,6 +75,8 @@ def run(arguments: Namespace) -> dict:
     opened = open_named(arguments)
     given = (opened.model, opened.params, opened.tokenizer)
     layout = opened.experiment.data.layout
+    if arguments.suffix is not None:
+        prompt = opened.infill_prompt(prompt, [_part("text", arguments.suffix)])
 
     def show(parts) -> None:
         for piece in stream(*given, parts, layout, sampling):
@@ -86,6 +93,7 @@ def run(arguments: Namespace) -> dict:
     return {
         "step": opened.step,
         "prompt": [{kind: value} for kind, value in arguments.parts],
+        **({} if arguments.suffix is None else {"suffix": arguments.suffix}),
         "text": written.text,
         "tokens": len(written.tokens),
         "finish": written.finish,

@@ -11,6 +11,7 @@ import jax
 
 from polygpt import sharding
 from polygpt.data.tokenizers.base import Tokenizer
+from polygpt.data.transforms.fill_in_the_middle import FillInTheMiddle
 from polygpt.errors import UserError
 from polygpt.generation.generate import Generated, Prompt, generate
 from polygpt.generation.sampling import Sampling
@@ -20,6 +21,7 @@ from polygpt.runtime.checkpoint import choose, first_line, listed
 from polygpt.runtime.manifest import Record
 from polygpt.runtime.processes import broadcast, first_fault
 from polygpt.runtime.stored import read_parameters
+from polygpt.spec import specs_in
 from polygpt.training.experiment import Experiment
 from polygpt.training.program import assemble
 from polygpt.training.workdir import Code, load_experiment
@@ -55,6 +57,25 @@ class Run:
         """
         layout, chosen = self.experiment.data.layout, sampling or self.experiment.evaluation.sampling
         return generate(self.model, self.params, self.tokenizer, prompts, layout, chosen)
+
+    def infill(self, gaps: Sequence[tuple[Prompt, Prompt]], sampling: Sampling | None = None) -> list[Generated]:
+        """What lies in each gap, which is given as what comes before it and what comes after it.
+
+        Raises:
+            UserError: if the model was not trained to fill in the middle.
+            BadRecord: if a gap cannot be laid out.
+        """
+        return self.generate([self.infill_prompt(before, after) for before, after in gaps], sampling)
+
+    def infill_prompt(self, before: Prompt, after: Prompt) -> Prompt:
+        """The prompt whose continuation lies between two others. Raises UserError as `infill` does."""
+        trained = [one for one in specs_in(self.experiment.data) if isinstance(one, FillInTheMiddle) and one.rate > 0]
+        if not trained:
+            raise UserError(
+                f"{self.workdir}: the model was not trained to fill in the middle: train it with FillInTheMiddle in "
+                "the transform of a task, or give no suffix"
+            )
+        return trained[0].prompt(before, after)
 
 
 def open_run(
