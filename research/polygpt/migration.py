@@ -20,6 +20,9 @@ MOVED = {
 }
 """Names of classes in schema 1, and their current names."""
 
+STACK = {"block": {"class": "polygpt.blocks.block:Sequential"}, "drop_path": 0.0}
+"""Fields of stacks that schema 4 lacks."""
+
 ADDED: dict[int, dict[str, dict[str, Any]]] = {
     1: {
         "polygpt.data.sources.folder:MediaFolder": {
@@ -38,6 +41,8 @@ ADDED: dict[int, dict[str, dict[str, Any]]] = {
     },
     4: {
         "polygpt.training.experiment:Experiment": {"references": {}},
+        "polygpt.blocks.stack:StackSpec": STACK,
+        "polygpt.models.decoder:DecoderSpec": {**STACK, "mask": "spans", "embedding_noise": 0.0},
         "polygpt.data.layout:LayoutSpec": {"labels": {}},
         "polygpt.data.sources.folder:MediaFolder": {"labels": {}},
         "polygpt.data.sources.embedded:Embedded": {"labels": False},

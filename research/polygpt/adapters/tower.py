@@ -20,7 +20,8 @@ class Tower(Stack):
         """Args: grid: (times, rows, columns) of an item's positions; None for a sequence in time."""
         super().__init__(spec, rngs=rngs, dtype=dtype)
         self.grid = grid
-        spec.mlp.check_modalities(("the tower's one modality",))
+        for layer in spec.period():
+            layer.mlp.check_modalities(("the tower's one modality",))
         self.position = spec.position.build(spec.width, rngs=rngs)
 
     def __call__(self, x_BTD: jax.Array, length_B: jax.Array, key: jax.Array | None = None) -> tuple[jax.Array, Losses]:

@@ -1,6 +1,7 @@
-"""The transformer block: attention and a feed-forward layer as residual branches, with pre- or post-normalisation."""
+"""The transformer block: attention and a feed-forward layer as residual branches. How they are joined is a spec."""
 
-from typing import Any, Literal
+import dataclasses
+from typing import Any, ClassVar, Literal
 
 import jax
 from flax import nnx
@@ -11,32 +12,96 @@ from polygpt.nn.losses import Losses
 from polygpt.nn.mlp import FeedForward
 from polygpt.nn.norms import Norm
 from polygpt.sharding import RESIDUAL, constrain
+from polygpt.spec import Spec
 
 NormPlacement = Literal["pre", "post"]
 """Whether to normalise the input of a residual branch, or the sum after adding its output."""
 
 
-class Block(nnx.Module):
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What a block is built from.
+
+    Attributes:
+        attention: the attention variant.
+        mlp: the feed-forward layer.
+        norm: the normalisation.
+        norm_placement: that of the stack.
+        dropout: probability of dropping an element of a branch's output, in training.
+        dims: the dimensions that attention needs.
+    """
+
+    attention: Attention
+    mlp: FeedForward
+    norm: Norm
+    norm_placement: NormPlacement
+    dropout: float
+    dims: Dims
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSpec(Spec):
+    """How attention and the feed-forward layer are joined. A new form derives from this class and needs no other edits.
+
+    `build` returns a module with the call of `Block`. Where attention can return weights, it has `weights` too.
+    """
+
+    norm_placements: ClassVar[tuple[NormPlacement, ...]] = ("pre",)
+    """The values of a stack's `norm_placement` that it supports."""
+
+    def build(self, parts: Parts, rngs: nnx.Rngs) -> nnx.Module:
+        """The module of one block."""
+        raise NotImplementedError(f"{type(self).__name__} defines no build")
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer(Spec):
+    """One block of a pattern. What is null is that of the stack."""
+
+    attention: Attention | None = None
+    """The attention variant."""
+    mlp: FeedForward | None = None
+    """The feed-forward layer."""
+    norm: Norm | None = None
+    """The normalisation."""
+    block: BlockSpec | None = None
+    """How they are joined."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sequential(BlockSpec):
+    """Attention, then the feed-forward layer, with the stack's `norm_placement`."""
+
+    norm_placements = ("pre", "post")
+
+    def build(self, parts: Parts, rngs: nnx.Rngs) -> "Block":
+        return Block(parts, rngs)
+
+
+class Branches(nnx.Module):
+    """Base of blocks with one attention and one feed-forward branch."""
+
+    def __init__(self, parts: Parts, rngs: nnx.Rngs):
+        dims = parts.dims
+        self.dropout, self.routed = parts.dropout, parts.mlp.routed
+        self.attention_norm = parts.norm.build(dims.width)
+        self.attention = parts.attention.build(dims, rngs)
+        self.mlp = parts.mlp.build(dims.width, rngs=rngs, dtype=dims.dtype, output_scale=dims.output_scale)
+
+    def _mlp(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, Losses]:
+        return self.mlp(x_BTD, context) if self.routed else (self.mlp(x_BTD), {})
+
+
+class Block(Branches):
     """Attention, then a feed-forward layer. For each branch f, pre-norm is x + f(norm(x)), post-norm norm(x + f(x)).
 
     Xiong et al. (2002.04745), Figures 1b and 1a; Vaswani et al. (1706.03762) use post-norm.
     """
 
-    def __init__(
-        self,
-        attention: Attention,
-        mlp: FeedForward,
-        norm: Norm,
-        norm_placement: NormPlacement,
-        dropout: float,
-        dims: Dims,
-        rngs: nnx.Rngs,
-    ):
-        self.dropout, self.routed, self.pre = dropout, mlp.routed, norm_placement == "pre"
-        self.attention_norm = norm.build(dims.width)
-        self.attention = attention.build(dims, rngs)
-        self.mlp_norm = norm.build(dims.width)
-        self.mlp = mlp.build(dims.width, rngs=rngs, dtype=dims.dtype, output_scale=dims.output_scale)
+    def __init__(self, parts: Parts, rngs: nnx.Rngs):
+        super().__init__(parts, rngs)
+        self.mlp_norm = parts.norm.build(parts.dims.width)
+        self.pre = parts.norm_placement == "pre"
 
     def __call__(
         self, x_BTD: jax.Array, context: Context, cache: Any = None, key: jax.Array | None = None
@@ -45,8 +110,7 @@ class Block(nnx.Module):
         attention_key, mlp_key = (None, None) if key is None else jax.random.split(key)
         y_BTD, cache = self.attention(self._branch_input(x_BTD, self.attention_norm), context, cache)
         x_BTD = self._add_branch(x_BTD, y_BTD, self.attention_norm, attention_key)
-        input_BTD = self._branch_input(x_BTD, self.mlp_norm)
-        y_BTD, losses = self.mlp(input_BTD, context) if self.routed else (self.mlp(input_BTD), {})
+        y_BTD, losses = self._mlp(self._branch_input(x_BTD, self.mlp_norm), context)
         return self._add_branch(x_BTD, y_BTD, self.mlp_norm, mlp_key), cache, losses
 
     def weights(self, x_BTD: jax.Array, context: Context, chosen_R: jax.Array | None = None) -> jax.Array:

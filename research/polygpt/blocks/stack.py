@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from polygpt import sharding
 from polygpt.attention.contract import Attention, Context, Dims, causal_mean
 from polygpt.attention.multi_head import MultiHead
-from polygpt.blocks.block import Block, NormPlacement
+from polygpt.blocks.block import BlockSpec, Layer, NormPlacement, Parts, Sequential
 from polygpt.blocks.pipeline import INPUT, KEPT, Schedule, pipeline
 from polygpt.errors import SpecError
 from polygpt.nn.losses import Losses, add
@@ -24,7 +24,7 @@ from polygpt.spec import Spec
 
 @dataclasses.dataclass(frozen=True)
 class StackSpec(Spec):
-    """A stack of blocks that differ at most in their attention, followed by a final norm if they are pre-norm."""
+    """A stack of blocks in a repeating pattern, followed by a final norm if they are pre-norm."""
 
     width: int = 128
     """D, the model width."""
@@ -44,17 +44,27 @@ class StackSpec(Spec):
     """Compile one pattern of blocks and scan it over stacked parameters: compiles faster, but runs slower on CPU."""
     remat: Literal["none", "dots", "full"] = "none"
     """What to recompute in the backward pass: nothing, all but matrix products, or everything inside a block."""
-    pattern: tuple[Attention | None, ...] = ()
-    """Attention variants of successive blocks, repeated to the depth, such as [null, null, null, "FILE:CLASS"]; null
-    stands for `attention`."""
+    pattern: tuple[Attention | Layer | None, ...] = ()
+    """Successive blocks, repeated to the depth, such as [null, null, null, "FILE:CLASS"]. null is the block set here; an
+    attention variant, or a Layer (polygpt.blocks.block:Layer), changes parts of it."""
     norm_placement: NormPlacement = "pre"
     """pre is x + f(norm(x)) for each residual branch f, post is norm(x + f(x)). Post-norm stacks usually need a
     learning-rate warm-up, and have no norm after the last block (2002.04745)."""
+    block: BlockSpec = Sequential()
+    """How attention and the feed-forward layer of a block are joined."""
+    drop_path: float = 0.0
+    """Probability in training that a row skips the last block; that of earlier blocks is lower, in proportion to their
+    number: stochastic depth (1603.09382), section 3."""
 
     def validate(self):
         self.require(self.width >= 1, "width", "at least 1")
         self.require(self.depth >= 0, "depth", "at least 0")
         self.require(0 <= self.dropout < 1, "dropout", "at least 0 and below 1")
+        self.require(0 <= self.drop_path < 1, "drop_path", "at least 0 and below 1")
+        for layer in self.period():
+            names = " or ".join(map(repr, layer.block.norm_placements))
+            fits = self.norm_placement in layer.block.norm_placements
+            self.require(fits, "norm_placement", f"{names} with {type(layer.block).__name__} blocks")
         short = len(self.pattern) <= max(self.depth, 1)
         self.require(short, "depth", f"at least the pattern's length, {len(self.pattern)}")
         whole = self.depth % len(self.period()) == 0
@@ -64,20 +74,32 @@ class StackSpec(Spec):
             f"a multiple of the pattern's length, {len(self.pattern)} (or set scan to false)",
         )
 
-    def period(self) -> tuple[Attention, ...]:
-        """The repeating sequence of attention variants."""
-        return tuple(variant or self.attention for variant in self.pattern) or (self.attention,)
+    def period(self) -> tuple[Layer, ...]:
+        """The repeating sequence of blocks; no field of a layer is None."""
+        whole = Layer(self.attention, self.mlp, self.norm, self.block)
+
+        def resolved(item):
+            given = {"attention": item} if isinstance(item, Attention) else vars(item or Layer())
+            return whole.replace(**{name: value for name, value in given.items() if value is not None})
+
+        return tuple(map(resolved, self.pattern)) or (whole,)
+
+    def layers(self) -> tuple[Layer, ...]:
+        """Each of the L blocks."""
+        period = self.period()
+        return tuple(period[layer % len(period)] for layer in range(self.depth))
 
     def variants(self) -> tuple[Attention, ...]:
         """The attention variant of each of the L blocks."""
-        period = self.period()
-        return tuple(period[layer % len(period)] for layer in range(self.depth))
+        return tuple(layer.attention for layer in self.layers())
 
     def mup_scaled(self, base: "StackSpec") -> "StackSpec":
         """The stack with its attention scaled by muP relative to the `base` stack: see `Attention.mup_scaled`."""
 
-        def at(variant, of_base):
-            return variant and variant.mup_scaled(self.width, of_base, base.width)
+        def at(item, of_base):
+            if isinstance(item, Layer):
+                return item.replace(attention=at(item.attention, of_base.attention))
+            return item and item.mup_scaled(self.width, of_base, base.width)
 
         pattern = tuple(at(*pair) for pair in zip(self.pattern, base.pattern, strict=True))
         return self.replace(attention=at(self.attention, base.attention), pattern=pattern)
@@ -101,7 +123,7 @@ class StackSpec(Spec):
 
     def idle(self) -> int:
         """Feed-forward kernel elements that a given position does not use, over all blocks."""
-        return self.depth * self.mlp.idle(self.width)
+        return sum(layer.mlp.idle(self.width) for layer in self.layers())
 
     def init_cache(self, batch_size: int, size: int, dtype: str) -> tuple:
         """Empty caches for `size` positions: one per block; if scanned, one per block of the pattern, stacked."""
@@ -114,7 +136,7 @@ class StackSpec(Spec):
             one = variant.init_cache(dims, batch_size, size)
             return jax.tree.map(lambda x: jnp.broadcast_to(x, (times, *x.shape)), one)
 
-        return tuple(stacked(variant) for variant in self.period()) if self.depth else ()
+        return tuple(stacked(layer.attention) for layer in self.period()) if self.depth else ()
 
 
 class Stack(nnx.Module):
@@ -130,22 +152,22 @@ class Stack(nnx.Module):
     def __init__(self, spec: StackSpec, *, rngs: nnx.Rngs, dtype: str):
         self.spec, self.dtype = spec, dtype
         dims, period = spec.dims(dtype), spec.period()
-        shared = spec.mlp, spec.norm, spec.norm_placement, spec.dropout
 
-        def block(variant):
-            return lambda key: Block(variant, *shared, dims, nnx.Rngs(key))
+        def block(layer):
+            parts = Parts(layer.attention, layer.mlp, layer.norm, spec.norm_placement, spec.dropout, dims)
+            return lambda key: layer.block.build(parts, nnx.Rngs(key))
 
         keys = jax.random.split(rngs.params(), max(spec.depth, 1))
         layers = "layers" if self.pipelined else None
         if spec.depth == 0:
             self.blocks = None
         elif not spec.scan:
-            self.blocks = nnx.List([block(variant)(key) for variant, key in zip(spec.variants(), keys, strict=True)])
+            self.blocks = nnx.List([block(layer)(key) for layer, key in zip(spec.layers(), keys, strict=True)])
         elif len(period) == 1:
             self.blocks = stack(block(period[0]), keys, layers)
         else:
             p = len(period)
-            self.blocks = nnx.List([stack(block(variant), keys[i::p], layers) for i, variant in enumerate(period)])
+            self.blocks = nnx.List([stack(block(layer), keys[i::p], layers) for i, layer in enumerate(period)])
         self.norm = spec.norm.build(spec.width) if spec.norm_placement == "pre" else None
 
     def __call__(
@@ -156,7 +178,8 @@ class Stack(nnx.Module):
         x_BTD = x_BTD.astype(self.dtype)
 
         def call(block, x_BTD, layer, cache):
-            return block(x_BTD, context, cache, None if key is None else jax.random.fold_in(key, layer))
+            own = None if key is None else jax.random.fold_in(key, layer)
+            return self._with_drop_path(block(x_BTD, context, cache, own), x_BTD, layer, own)
 
         losses = {}
         if self.blocks is None:
@@ -189,7 +212,7 @@ class Stack(nnx.Module):
         def body(params, x_bTD, period, context, microbatch):
             def call(block, x_bTD, layer, cache):
                 own = None if key is None else jax.random.fold_in(jax.random.fold_in(key, layer), microbatch)
-                return block(x_bTD, context, cache, own)
+                return self._with_drop_path(block(x_bTD, context, cache, own), x_bTD, layer, own)
 
             x_bTD, _, losses = self._over_period(call, graphdefs, params, x_bTD, period, None)
             return x_bTD, losses
@@ -197,6 +220,18 @@ class Stack(nnx.Module):
         policy = KEPT[self.spec.remat] if schedule.repeats > 1 else None
         y_BTD, losses = pipeline(body, params, x_BTD, context, schedule, policy)
         return y_BTD[:batch_size], losses
+
+    def _with_drop_path(self, output, x_BTD, layer, key):
+        """The output of a block, or its input for the rows that skip it: Huang et al. (1603.09382), eqs. 2 and 4.
+
+        What the block adds is scaled by 1 / (1 - rate) in training, where the paper scales it by 1 - rate afterwards.
+        """
+        if key is None or self.spec.drop_path == 0:
+            return output
+        rate = self.spec.drop_path * (layer + 1) / self.spec.depth
+        y_BTD, *rest = output
+        kept_B11 = jax.random.bernoulli(jax.random.fold_in(key, 2), 1 - rate, (x_BTD.shape[0], 1, 1))
+        return (jnp.where(kept_B11, x_BTD + ((y_BTD - x_BTD) / (1 - rate)).astype(x_BTD.dtype), x_BTD), *rest)
 
     def weights(self, x_BTD: jax.Array, context: Context, chosen_R: jax.Array | None = None) -> dict[int, jax.Array]:
         """Attention weights of the chosen queries by block, float32 [B, H, R, T]; `chosen_R=None` selects all queries.
@@ -206,7 +241,8 @@ class Stack(nnx.Module):
         context = dataclasses.replace(context, inputs_BTD=x_BTD)
 
         def call(block, x_BTD, layer, cache):
-            found = block.weights(x_BTD, context, chosen_R) if hasattr(block.attention, "weights") else None
+            able = hasattr(getattr(block, "attention", None), "weights") and hasattr(block, "weights")
+            found = block.weights(x_BTD, context, chosen_R) if able else None
             return block(x_BTD, context)[0], found, {}
 
         if self.blocks is None:

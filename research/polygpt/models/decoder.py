@@ -1,15 +1,16 @@
-"""The decoder: a stack of causal blocks over the sequence layout, and its cache for generation."""
+"""The decoder: a stack of blocks over the sequence layout, causal by default, and its cache for generation."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from polygpt.attention.contract import Context
-from polygpt.attention.masks import DECODER, Meta
+from polygpt.attention.masks import DECODER, ENCODER, Causal, Meta, SameSegment
 from polygpt.blocks.stack import Stack, StackSpec
+from polygpt.errors import SpecError
 from polygpt.nn.dropout import dropout
 from polygpt.nn.losses import Losses
 from polygpt.nn.mlp import FeedForward, GatedMLP
@@ -30,6 +31,17 @@ class DecoderSpec(StackSpec):
     """The position encoding."""
     tied: bool = True
     """Whether the output head shares the token embedding table."""
+    mask: Literal["causal", "spans", "bidirectional"] = "spans"
+    """What a position sees of its own example: causal: itself and earlier positions. spans: all positions of its
+    bidirectional span too, if it is in one (`data.layout.media_span`, `prompt_span`). bidirectional: all positions: an
+    encoder, which cannot generate."""
+    embedding_noise: float = 0.0
+    """Scale alpha of uniform noise that is added to the embeddings in training: NEFTune (2310.05914), algorithm 1; the
+    paper uses 5 to 15."""
+
+    def validate(self):
+        super().validate()
+        self.require(self.embedding_noise >= 0, "embedding_noise", "at least 0")
 
 
 @jax.tree_util.register_dataclass
@@ -61,10 +73,16 @@ def metadata(batch: Batch, cursor: jax.Array | int) -> Meta:
 
 
 def init_cache(spec: DecoderSpec, batch_size: int, size: int, dtype: str) -> Cache:
-    """An empty cache of `size` positions."""
+    """An empty cache of `size` positions. Raises SpecError if positions see later ones, which are not there yet."""
+    if spec.mask == "bidirectional":
+        raise SpecError("model.decoder.mask is 'bidirectional': only a model with 'causal' or 'spans' can generate")
     # One array per field: a shared buffer could not be donated.
     seen = Meta(*(jnp.zeros((batch_size, size), jnp.int32) for _ in range(5)))
     return Cache(spec.init_cache(batch_size, size, dtype), seen, jnp.zeros((), jnp.int32))
+
+
+MASKS = {"causal": SameSegment() & Causal(), "spans": DECODER, "bidirectional": ENCODER}
+"""The masks that `DecoderSpec.mask` names."""
 
 
 class Decoder(Stack):
@@ -81,6 +99,8 @@ class Decoder(Stack):
     ) -> tuple[jax.Array, Cache | None, Losses]:
         """Reads `batch` after the positions in `cache`; returns hidden vectors, the updated cache and the losses."""
         embedding_key, stack_key = (None, None) if key is None else jax.random.split(key)
+        if key is not None and self.spec.embedding_noise:
+            x_BTD = x_BTD + self._noise(x_BTD, batch, jax.random.fold_in(embedding_key, 1))
         x_BTD = dropout(self._add_positions(x_BTD, batch), self.spec.dropout, embedding_key)
         context, seen = self._context(batch, cache)
         context = dataclasses.replace(context, training=key is not None)
@@ -93,6 +113,13 @@ class Decoder(Stack):
         """Attention weights of the chosen positions by block, float32 [B, H, R, T]; `chosen_R=None` selects all."""
         return super().weights(self._add_positions(x_BTD, batch), self._context(batch, None)[0], chosen_R)
 
+    def _noise(self, x_BTD, batch, key):
+        """Uniform in -1..1, times alpha / sqrt(length of the example x width); 0 at padding."""
+        same_BTT = batch.segment_BT[:, :, None] == batch.segment_BT[:, None, :]
+        length_BT = jnp.sum(same_BTT, axis=-1)
+        scale_BT = self.spec.embedding_noise * jnp.where(batch.segment_BT > 0, (length_BT * x_BTD.shape[-1]) ** -0.5, 0)
+        return (jax.random.uniform(key, x_BTD.shape, minval=-1) * scale_BT[..., None]).astype(x_BTD.dtype)
+
     def _add_positions(self, x_BTD, batch):
         if self.position is None:
             return x_BTD
@@ -101,9 +128,9 @@ class Decoder(Stack):
     def _context(self, batch, cache):
         if cache is None:
             meta = metadata(batch, 0)
-            return Context(meta, meta, DECODER, coordinate_BT3=batch.coordinate_BT3), None
+            return Context(meta, meta, MASKS[self.spec.mask], coordinate_BT3=batch.coordinate_BT3), None
         query = metadata(batch, cache.cursor)
         seen = jax.tree.map(
             lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, cache.cursor, axis=1), cache.seen, query
         )
-        return Context(query, seen, DECODER, cache.cursor, batch.coordinate_BT3), seen
+        return Context(query, seen, MASKS[self.spec.mask], cache.cursor, batch.coordinate_BT3), seen

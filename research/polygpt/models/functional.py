@@ -204,7 +204,7 @@ class Model:
         return contextlib.nullcontext() if self.layout is None else sharding.use_layout(self.layout)
 
     def _build(self, key: jax.Array) -> MultimodalModel:
-        return MultimodalModel(self.spec, self.vocabulary, nnx.Rngs(key))
+        return self.spec.build(self.vocabulary, nnx.Rngs(key))
 
     def _merged(self, params: Params) -> contextlib.AbstractContextManager[MultimodalModel]:
         return parameters.merged(self.graphdef, _state(self.merge(params)))
@@ -223,7 +223,7 @@ def bind(spec: ModelSpec, vocabulary: int) -> Model:
     Raises:
         SpecError: for a module that holds the state of a random stream: see `parameters.traits`.
     """
-    module = nnx.eval_shape(lambda: MultimodalModel(spec, vocabulary, nnx.Rngs(0)))
+    module = nnx.eval_shape(lambda: spec.build(vocabulary, nnx.Rngs(0)))
     traits = parameters.traits(module)  # completes the metadata, which are part of the graph
     traits = _pure(traits)
     if spec.low_rank is not None:

@@ -50,8 +50,14 @@ class ModelSpec(Spec):
     def validate(self):
         self.require(self.low_rank is None or self.mup is None, "low_rank", "null with mup")
         self.require(self.logits_block is None or self.logits_block >= 1, "logits_block", "null or at least 1")
-        self.decoder.mlp.check_modalities(("text", *self.adapters))
+        for layer in self.decoder.period():
+            layer.mlp.check_modalities(("text", *self.adapters))
         self.base()
+
+    def build(self, vocabulary: int, rngs: nnx.Rngs) -> "MultimodalModel":
+        """The module for `vocabulary` token ids. A model of another kind is a subclass that builds another module, with
+        the methods `hidden`, `logits`, `output_head` and `weights` of `MultimodalModel`."""
+        return MultimodalModel(self, vocabulary, rngs)
 
     def base(self) -> "ModelSpec":
         """The base model of `mup`; without muP, the model itself."""

@@ -132,7 +132,7 @@ def candidates(experiment: Experiment, target: Target) -> Iterator[Candidate]:
     decoder = experiment.model.decoder
     heads, kv_heads = (getattr(decoder.attention, name, None) for name in ("heads", "kv_heads"))
     heads = math.gcd(heads or 1, kv_heads or heads or 1)
-    experts = getattr(decoder.mlp, "experts", 1)
+    experts = math.gcd(*(layer.mlp.experts for layer in decoder.period() if hasattr(layer.mlp, "experts"))) or 1
     kinds = list(itertools.product(REMAT, ("none", "full") if now.towers else (None,)))  # towers are small: skip "dots"
     for mesh in _meshes(now.mesh, target.count, _stages(experiment, target.count), heads, seq_len, experts):
         for schedule in _schedules(experiment, now, mesh.stage):

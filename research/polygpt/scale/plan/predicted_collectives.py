@@ -76,7 +76,9 @@ def predicted_collectives(
         gathered = work.positions * sizes["sequence"] * keys * compute
         add("all-gather", ("sequence",), gathered, turns * (2 + again) * parts)
     if sizes["expert"] > 1:
-        add("all-to-all", ("expert",), stream * getattr(decoder.mlp, "top_k", 1), turns * (4 + 2 * again) * parts)
+        period = decoder.period()
+        copies = sum(getattr(layer.mlp, "top_k", 0) for layer in period) / len(period) or 1
+        add("all-to-all", ("expert",), stream * copies, turns * (4 + 2 * again) * parts)
     if schedule.stages > 1:
         P, stages = schedule.stages, layout.names("stages")
         add("collective-permute", stages, stream, 3 * schedule.iterations * parts)  # one forward, two backward
