@@ -27,6 +27,7 @@ RELATIVE |= {
     "EvalTask.metrics",
     "MRope.sections",
     "Reference.model",
+    "StackSpec.norm_placement",
     "Embedded.labels",
     "MediaFolder.labels",
 }

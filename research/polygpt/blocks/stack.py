@@ -45,8 +45,8 @@ class StackSpec(Spec):
     remat: Literal["none", "dots", "full"] = "none"
     """What to recompute in the backward pass: nothing, all but matrix products, or everything inside a block."""
     pattern: tuple[Attention | Layer | None, ...] = ()
-    """Successive blocks, repeated to the depth, such as [null, null, null, "FILE:CLASS"]. null is the block set here; an
-    attention variant, or a Layer (polygpt.blocks.block:Layer), changes parts of it."""
+    """Successive blocks, repeated to the depth, such as [null, null, null, "FILE:CLASS"]. null is the block set here;
+    an attention variant, or a Layer (polygpt.blocks.block:Layer), changes parts of it."""
     norm_placement: NormPlacement = "pre"
     """pre is x + f(norm(x)) for each residual branch f, post is norm(x + f(x)). Post-norm stacks usually need a
     learning-rate warm-up, and have no norm after the last block (2002.04745)."""

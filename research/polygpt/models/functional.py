@@ -14,6 +14,7 @@ from flax import nnx
 from polygpt import parameters, sharding
 from polygpt.errors import SpecError
 from polygpt.models.decoder import Cache, init_cache
+from polygpt.models.initial import chosen, initialised
 from polygpt.models.multimodal import ModelSpec, MultimodalModel
 from polygpt.nn.losses import Losses
 from polygpt.objectives import blocked
@@ -128,7 +129,11 @@ class Model:
 
     def hidden(self, params: Params, batch: Batch, key: jax.Array | None = None) -> tuple[jax.Array, Losses]:
         """The decoder's normalised output [B, T, D], and the losses of routed layers. The key is as in `apply`."""
-        with self._split(), self._merged(params) as module:
+        params = self.merge(params)
+        if key is not None and self.spec.drop_connect:
+            given = paths(self.merged.traits), jax.random.fold_in(key, 1)
+            params = self.spec.drop_connect.dropped(params, *given)
+        with self._split(), parameters.merged(self.graphdef, _state(params)) as module:
             hidden_BTD, _, losses = module.hidden(batch, key=key)
             return hidden_BTD, losses
 
@@ -211,6 +216,9 @@ class Model:
 
     def _initial(self, key: jax.Array) -> Params:
         params = _pure(nnx.state(self._build(key)))
+        if self.spec.initial:
+            given = paths(self.merged.traits), jax.random.fold_in(key, 2), self.spec.decoder.depth
+            params = initialised(self.spec.initial, params, *given)
         if self.spec.low_rank is None:
             return params
         given = jax.random.fold_in(key, 1), paths(self.merged.traits)
@@ -226,6 +234,8 @@ def bind(spec: ModelSpec, vocabulary: int) -> Model:
     module = nnx.eval_shape(lambda: spec.build(vocabulary, nnx.Rngs(0)))
     traits = parameters.traits(module)  # completes the metadata, which are part of the graph
     traits = _pure(traits)
+    if spec.drop_connect is not None:
+        chosen("model.drop_connect.pattern", spec.drop_connect.pattern, paths(traits))
     if spec.low_rank is not None:
         traits = tree_of(spec.low_rank.traits(paths(traits)))
     return Model(spec, vocabulary, nnx.graphdef(module), traits)

@@ -12,6 +12,8 @@ from polygpt.adapters.base import Adapter, SharedConnector
 from polygpt.adapters.text import TextEmbedding
 from polygpt.blocks.stack import StackSpec
 from polygpt.models.decoder import Cache, Decoder, DecoderSpec
+from polygpt.models.drop_connect import DropConnect
+from polygpt.models.initial import Initial
 from polygpt.models.low_rank import LowRank
 from polygpt.nn.linear import Linear
 from polygpt.nn.losses import Losses, add
@@ -43,6 +45,12 @@ class ModelSpec(Spec):
     """Number of positions per device whose logits exist at a time, in training and scoring, at least one per row; null
     for all. Saves memory if the vocabulary is large, without computing anything twice. Objectives that read all logits
     still need them."""
+
+    initial: tuple[Initial, ...] = ()
+    """How matrices are initialised that these patterns match; others as their layers define."""
+
+    drop_connect: DropConnect | None = None
+    """Drops elements of matrices in training; null for none."""
 
     low_rank: LowRank | None = None
     """Trains low-rank updates of matrices and freezes all other parameters; null trains all."""
