@@ -25,7 +25,7 @@ def lasting(record):
 
 
 def test_a_signal_saves_and_the_same_task_goes_on(tmp_path):
-    made = experiment(train__patience=5, train__evaluate_every=6)
+    made = experiment(train__patience=5, train__evaluate_every=6, optim__accumulate=1, model__decoder__depth=0)
 
     def interrupt(progress):
         if progress.step == 7:

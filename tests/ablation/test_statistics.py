@@ -52,7 +52,7 @@ def test_the_t_interval_of_five_seeds_covers_the_truth_as_often_as_it_says():
     assert 0.93 <= coverage(low, high) <= 0.97
 
 
-@pytest.mark.parametrize("n", [4, 5, 8])
+@pytest.mark.parametrize("n", [pytest.param(4, marks=pytest.mark.slow), 5, pytest.param(8, marks=pytest.mark.slow)])
 def test_the_bootstrap_interval_of_a_few_seeds_covers_the_truth_as_often_as_it_says(n):
     assert 0.93 <= coverage(*interval_bootstrap(normal(n, 1000, seed=2))) <= 0.97
 

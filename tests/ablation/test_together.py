@@ -33,6 +33,13 @@ from polygpt.training.spikes import SpikeSpec
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
 SEEDS = (0, 3, 1000)
+LONGER = EvalTask(TEXT.replace(bytes=80), limit=8, seq_len=96)
+TASKS = {
+    "text": EvalTask(TEXT, limit=8),
+    "at_96": LONGER,
+    "near": LONGER.replace(model={"decoder.attention": SlidingWindow(heads=2, window=4)}, last=20),
+}
+MADE = experiment(evaluation__tasks=TASKS)
 VARYING = ("seconds", "how", "made")
 
 
@@ -52,7 +59,7 @@ def lasting(records: list[dict]) -> list[dict]:
 def grouped(tmp_path_factory):
     told, folder = [], tmp_path_factory.mktemp("grouped")
     likelihood.token_scores.clear_cache()
-    found = run(folder, experiment(), callback=told.append)
+    found = run(folder, MADE, callback=told.append)
     return SimpleNamespace(records=found, told=told, folder=folder, evaluations=likelihood.token_scores._cache_size())
 
 
@@ -70,7 +77,7 @@ def assert_near(one: dict, other: dict):
 @pytest.mark.parametrize("index", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_seed_in_the_group_is_its_run_alone(grouped, tmp_path, index):
     records = grouped.records
-    alone = seeds.alone(experiment().replace(seed=SEEDS[index]), tmp_path / "run")
+    alone = seeds.alone(MADE.replace(seed=SEEDS[index]), tmp_path / "run")
     assert_near(records[index], alone)
     assert records[index]["how"] == "3 seeds in one program" and alone["how"] == "a run of its own"
 
@@ -92,26 +99,16 @@ def test_a_record_says_what_was_measured(grouped):
 
 
 def test_what_is_done_is_not_done_again(grouped):
-    assert run(grouped.folder, experiment(), callback=pytest.fail) == grouped.records
+    assert run(grouped.folder, MADE, callback=pytest.fail) == grouped.records
 
 
-def test_evaluation_is_compiled_once_for_all_seeds(grouped):
-    assert grouped.evaluations == 1
+def test_evaluation_is_compiled_once_per_task_for_all_seeds(grouped):
+    assert grouped.evaluations == len(TASKS)
 
 
-def test_tasks_under_other_conditions_are_those_of_runs_alone(tmp_path):
-    near = {"decoder.attention": SlidingWindow(heads=2, window=4)}
-    longer = EvalTask(TEXT.replace(bytes=80), limit=8, seq_len=96)
-    tasks = {"at_96": longer, "near": longer.replace(model=near, last=20)}
-    made = experiment(
-        train__steps=2, train__evaluate_every=None, optim__accumulate=1, optim__ema=None, evaluation__tasks=tasks
-    )
-    likelihood.token_scores.clear_cache()
-    records = run(tmp_path / "together", made, SEEDS[:2])
-    assert likelihood.token_scores._cache_size() == 2, "one program for both seeds of a task"
-    alone = seeds.alone(made.replace(seed=SEEDS[1]), tmp_path / "alone")
-    assert_near(records[1], alone)
-    assert len({record["metrics"][name] for record in records for name in ("at_96/loss", "near/loss")}) == 4
+def test_tasks_under_other_conditions_have_losses_of_their_own(grouped):
+    names = [f"{task}/loss" for task in TASKS]
+    assert len({record["metrics"][name] for record in grouped.records for name in names}) == len(names) * len(SEEDS)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, pytest.param(ValueError, marks=pytest.mark.slow)])
@@ -126,9 +123,10 @@ def test_stopped_at_any_step_and_begun_again_it_gives_the_same_numbers(grouped, 
             raise error
 
     with pytest.raises(error):
-        run(tmp_path, experiment(), callback=stop)
+        run(tmp_path, MADE, callback=stop)
+    monkeypatch.undo()
     again = []
-    assert lasting(run(tmp_path, experiment(), callback=lambda progress: again.append(progress.step))) == lasting(
+    assert lasting(run(tmp_path, MADE, callback=lambda progress: again.append(progress.step))) == lasting(
         grouped.records
     )
     assert 1 < again[0] <= 8 and again[-1] == 12, "it went on from where it was"
@@ -142,7 +140,7 @@ def test_checkpoints_that_cannot_be_read_are_made_anew(grouped, tmp_path, caplog
     for damaged in folder.glob(f"seeds-0-1000/checkpoints/*/{name}"):
         shutil.rmtree(damaged) if damaged.is_dir() else damaged.unlink()
     told = []
-    assert lasting(run(folder, experiment(), callback=lambda progress: told.append(progress.step))) == lasting(
+    assert lasting(run(folder, MADE, callback=lambda progress: told.append(progress.step))) == lasting(
         grouped.records
     )
     assert told == list(range(1, 13))
@@ -155,9 +153,9 @@ def test_a_signal_saves_and_the_same_task_goes_on(grouped, tmp_path):
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(KeyboardInterrupt, match="saved"):
-        run(tmp_path, experiment(), callback=interrupt)
+        run(tmp_path, MADE, callback=interrupt)
     again = []
-    assert lasting(run(tmp_path, experiment(), callback=lambda progress: again.append(progress.step))) == lasting(
+    assert lasting(run(tmp_path, MADE, callback=lambda progress: again.append(progress.step))) == lasting(
         grouped.records
     )
     assert again[0] >= 7
@@ -191,7 +189,7 @@ def test_all_that_diverge_end_at_once(tmp_path):
 @pytest.mark.slow
 def test_seeds_that_do_not_fit_together_are_trained_in_groups(grouped, tmp_path, monkeypatch):
     monkeypatch.setattr(seeds, "most", lambda experiment: 2)
-    found = run(tmp_path, experiment())
+    found = run(tmp_path, MADE)
     assert [record["how"] for record in found] == ["2 seeds in one program"] * 2 + ["1 seed in one program"]
     for one, other in zip(found, grouped.records, strict=True):
         assert_near(one, other)
@@ -216,7 +214,7 @@ def test_a_group_that_exhausts_the_memory_is_halved_without_its_state(grouped, t
         return real(program)
 
     monkeypatch.setattr(Program, "step", property(step))
-    found = run(tmp_path, experiment())
+    found = run(tmp_path, MADE)
     assert [record["how"] for record in found] == ["2 seeds in one program"] * 2 + ["1 seed in one program"]
     for one, other in zip(found, grouped.records, strict=True):
         assert_near(one, other)
