@@ -64,12 +64,8 @@ def test_objectives_and_sources_are_shown_in_an_experiment():
     assert {"confident.py", "sums.py"} <= set(EXPERIMENTS)
 
 
-QUICK = "confident.py"
-
-
-@pytest.mark.parametrize(
-    "name", [QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in EXPERIMENTS if name != QUICK)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_experiment_trains_by_its_command(name, tmp_path, monkeypatch, capsys):
     code, command = EXPERIMENTS[name]
     monkeypatch.chdir(tmp_path)

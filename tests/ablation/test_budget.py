@@ -50,7 +50,7 @@ def test_a_budget_that_steps_cannot_meet_is_told():
     assert Budget("tokens", tolerance=0.34).applied(experiment(data__batch_size=64), experiment()).train.steps == 1
 
 
-@pytest.mark.parametrize("factor", [1.0, 20.0])
+@pytest.mark.parametrize("factor", [pytest.param(1.0, marks=pytest.mark.slow), 20.0])
 def test_equal_parameters_by_a_number(factor):
     base = experiment(model__decoder__mlp=MLP(4.0))
     gated = experiment(model__decoder__mlp=GatedMLP(factor, multiple=1))

@@ -140,9 +140,7 @@ def test_checkpoints_that_cannot_be_read_are_made_anew(grouped, tmp_path, caplog
     for damaged in folder.glob(f"seeds-0-1000/checkpoints/*/{name}"):
         shutil.rmtree(damaged) if damaged.is_dir() else damaged.unlink()
     told = []
-    assert lasting(run(folder, MADE, callback=lambda progress: told.append(progress.step))) == lasting(
-        grouped.records
-    )
+    assert lasting(run(folder, MADE, callback=lambda progress: told.append(progress.step))) == lasting(grouped.records)
     assert told == list(range(1, 13))
     assert "resuming" not in caplog.text and ("restarting training" in caplog.text) == (name == "params")
 

@@ -149,6 +149,7 @@ def test_a_file_that_makes_no_experiment(polygpt, tmp_path, source, expected):
     assert re.search(expected if "\\" in expected else re.escape(expected), err) and str(file) in err
 
 
+@pytest.mark.slow
 def test_evaluate_prints_one_json_object_as_a_process(trained):
     words = [POLYGPT, "evaluate", str(trained.run), "--json"]
     done = subprocess.run(words, capture_output=True, text=True, stdin=subprocess.DEVNULL)

@@ -110,6 +110,7 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path, capsys):
     assert "near.py cannot be written" in err and err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_the_benchmark_compares_two_variants(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(jax.random, "normal", lambda key, shape: jnp.ones(shape))  # compiles sooner, costs the same

@@ -89,7 +89,7 @@ def test_groups_have_to_fit_the_model():
         bind(tiny(adapters=towers), 31)
 
 
-@pytest.mark.parametrize("capacity", [None, 0.5], ids=["dropless", "capacity"])
+@pytest.mark.parametrize("capacity", [pytest.param(None, marks=pytest.mark.slow), 0.5], ids=["dropless", "capacity"])
 def test_token_by_token_equals_the_whole_row(capacity):
     """Where training drops choices decoding does not, and is equal to what the model without a capacity computes."""
     mlp = MixtureOfExperts(6, 2, groups=(2, 2, 1), shared=1, capacity=capacity)

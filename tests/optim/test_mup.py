@@ -203,7 +203,7 @@ def test_at_the_width_of_the_base_all_rules_are_the_standard_ones(optimizer):
     assert optim.rules(ours.traits, ours.growth) == optim.rules(other.traits)
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_at_the_width_of_the_base_all_is_the_standard_parametrization_to_the_bit(drawn_by_numpy, tied):
     plain = tiny(adapters={"image": ADAPTERS["image"]}, tied=tied, depth=1)
     grown = plain.replace(mup=MuP({"decoder.width": 16, "adapters.image.tower.width": 8}))

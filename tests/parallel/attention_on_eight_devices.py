@@ -1,7 +1,7 @@
 """Attends with rows, heads and positions split over eight CPU devices, in problems of every kind of mask and term.
 
-Prints, as JSON, what was compared and what the compiled programs hold. Run as a process of its own: the number of
-devices is set once a process.
+Argument: "quick" or "slow", to print as JSON what was compared, or "programs", for what the compiled programs hold. Run
+as a process of its own: the number of devices is set once a process.
 """
 
 import dataclasses
@@ -163,6 +163,8 @@ SLOW = [
 
 if __name__ == "__main__":
     assert len(jax.devices()) == 8
-    slow = sys.argv[1:] == ["slow"]
-    done = [line for chosen in (SLOW if slow else QUICK) for line in compared(*chosen)]
-    print(json.dumps({"compared": done, "refused": refusal(), "programs": None if slow else programs()}))
+    if sys.argv[1] == "programs":
+        print(json.dumps(programs()))
+    else:
+        done = [line for chosen in (SLOW if sys.argv[1] == "slow" else QUICK) for line in compared(*chosen)]
+        print(json.dumps({"compared": done, "refused": refusal()}))

@@ -1,6 +1,6 @@
 """A decoder in stages on eight CPU devices beside the same on one, and what its devices tell each other, as JSON.
 
-Run as a process of its own: the number of devices is set once a process.
+Argument: one of `MESHES`. Run as a process of its own: the number of devices is set once a process.
 """
 
 import json
@@ -58,29 +58,27 @@ if __name__ == "__main__":
     params = lively(model, scale=0.2)
     batch = build([[example(9, seed=i), example(4, seed=i + 50)] for i in range(ROWS)], LENGTH, adapters={})
     loss, expected = jax.jit(gradients(model, batch))(params)
-    found = {}
-    for name, mesh in MESHES.items():
-        layout = sharding.make_layout(mesh, jax.devices())
-        places = sharding.tree_shardings(layout, params, model.axes())
+    layout = sharding.make_layout(MESHES[sys.argv[1]], jax.devices())
+    places = sharding.tree_shardings(layout, params, model.axes())
 
-        def split(params, batch, layout=layout):
-            with sharding.use_layout(layout):
-                return gradients(model, batch)(params)
+    def split(params, batch):
+        with sharding.use_layout(layout):
+            return gradients(model, batch)(params)
 
-        here = (
-            jax.device_put(params, places),
-            jax.tree.map(
-                lambda x, layout=layout: jax.device_put(x, layout.sharding(("batch", *[None] * (x.ndim - 1)), x.shape)),
-                batch,
-            ),
-        )
-        step = jax.jit(split, out_shardings=(None, places)).lower(*here).compile()
-        ours, gradient = step(*here)
-        off = jax.tree.map(lambda a, b: float(np.linalg.norm(a - b) / np.linalg.norm(b)), gradient, expected)
-        found[name] = {
-            "loss_off": abs(float(ours) / float(loss) - 1),
-            "off": max(jax.tree.leaves(off)),
-            **{where: told(text) for where, text in zip(("looped", "around"), parts(step.as_text()), strict=True)},
-            "kernels": [leaf.shape for leaf in jax.tree.leaves(params["decoder"]["blocks"]) if leaf.ndim == 3],
-        }
+    here = (
+        jax.device_put(params, places),
+        jax.tree.map(
+            lambda x: jax.device_put(x, layout.sharding(("batch", *[None] * (x.ndim - 1)), x.shape)),
+            batch,
+        ),
+    )
+    step = jax.jit(split, out_shardings=(None, places)).lower(*here).compile()
+    ours, gradient = step(*here)
+    off = jax.tree.map(lambda a, b: float(np.linalg.norm(a - b) / np.linalg.norm(b)), gradient, expected)
+    found = {
+        "loss_off": abs(float(ours) / float(loss) - 1),
+        "off": max(jax.tree.leaves(off)),
+        **{where: told(text) for where, text in zip(("looped", "around"), parts(step.as_text()), strict=True)},
+        "kernels": [leaf.shape for leaf in jax.tree.leaves(params["decoder"]["blocks"]) if leaf.ndim == 3],
+    }
     print(json.dumps(found))

@@ -41,6 +41,7 @@ def test_states_written_on_eight_devices_are_read_on_four_and_the_other_way_roun
         assert (what["split"] > 10) == ("-> fsdp" in way or "tensor" in way.split("->")[1]), way
 
 
+@pytest.mark.slow
 def test_two_processes_pass_over_what_one_of_them_finds_damaged(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

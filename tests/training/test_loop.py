@@ -114,6 +114,7 @@ def test_a_signal_saves_and_ends_and_the_same_call_goes_on_to_the_same_end(finis
     assert signal.getsignal(signal.SIGINT) is before
 
 
+@pytest.mark.slow
 def test_checkpoints_by_the_clock_change_no_figure(finished, tmp_path):
     chosen = tiny(
         **{"train.evaluate_every": "4", "train.checkpoint.keep": "20", "train.checkpoint.every_minutes": "1e-9"}
