@@ -48,6 +48,9 @@ from polygpt.evaluation.classification import Classification
 from polygpt.evaluation.spec import EvalTask, EvaluationSpec
 from polygpt.evaluation.transcription import Transcription
 from polygpt.generation.sampling import Sampling
+from polygpt.heads.base import Head
+from polygpt.heads.linear import LinearHead
+from polygpt.heads.projection import ProjectionHead
 from polygpt.init.base import Random
 from polygpt.init.from_run import FromRun
 from polygpt.init.reference import Reference
@@ -60,10 +63,13 @@ from polygpt.nn.mlp import MLP, GatedMLP
 from polygpt.nn.norms import LayerNorm, RMSNorm
 from polygpt.nn.positions import Learned, MRope, NoPosition, Position, Rope, Rope2D, Sinusoidal
 from polygpt.objectives.base import BatchObjective, Objective, TokenObjective
+from polygpt.objectives.classification import LabelClassification
 from polygpt.objectives.distillation import Distillation
 from polygpt.objectives.load_balance import LoadBalance
 from polygpt.objectives.masked_lm import MaskedLM, MaskTokens
+from polygpt.objectives.multi_label import MultiLabel
 from polygpt.objectives.next_token import NextToken
+from polygpt.objectives.regression import Regression
 from polygpt.objectives.router_z import RouterZLoss
 from polygpt.objectives.view import View
 from polygpt.objectives.z_loss import ZLoss
@@ -124,13 +130,16 @@ __all__ = [
     "FromRun",
     "GatedMLP",
     "Group",
+    "Head",
     "ImageAdapter",
     "ImageFeatures",
     "Label",
+    "LabelClassification",
     "LayerNorm",
     "LayoutSpec",
     "Learned",
     "Linear",
+    "LinearHead",
     "Lion",
     "LoadBalance",
     "LogMel",
@@ -147,6 +156,7 @@ __all__ = [
     "MuP",
     "MultiHead",
     "MultiHeadModule",
+    "MultiLabel",
     "Muon",
     "NextToken",
     "NoPosition",
@@ -157,11 +167,13 @@ __all__ = [
     "Position",
     "PrefixLM",
     "ProcessesSpec",
+    "ProjectionHead",
     "RMSNorm",
     "Random",
     "RandomResizedCrop",
     "RandomShift",
     "Reference",
+    "Regression",
     "Rope",
     "Rope2D",
     "RouterZLoss",

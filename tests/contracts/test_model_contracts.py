@@ -11,10 +11,12 @@ from batches import build, columns, example, lively, tiny
 from polygpt.adapters.base import Adapter
 from polygpt.attention.contract import Attention
 from polygpt.attention.masks import Mask
+from polygpt.heads.base import Head
 from polygpt.models.functional import bind
 from polygpt.nn.mlp import FeedForward
 from polygpt.nn.norms import Norm
 from polygpt.nn.positions import Position
+from polygpt.objectives.forward import Forward
 from polygpt.sequence import Media
 from polygpt.spec import Spec, field_help, from_json, hints, to_json
 
@@ -22,7 +24,7 @@ ATTENTION = [one for one in specs("polygpt.attention", Attention) if one.values[
 ADAPTERS = specs("polygpt.adapters", Adapter)
 PARTS = specs("polygpt.nn", Norm) + specs("polygpt.nn", FeedForward) + specs("polygpt.nn", Position)
 PARTS += specs("polygpt.attention", Position)
-FOLDERS = ("nn", "attention", "blocks", "adapters", "models", "data", "objectives")
+FOLDERS = ("nn", "attention", "blocks", "adapters", "heads", "models", "data", "objectives")
 ALL = [parameter for folder in FOLDERS for parameter in specs(f"polygpt.{folder}", Spec)]
 
 
@@ -149,3 +151,39 @@ def test_an_adapter_is_blind_to_unused_items(cls):
         for a, b in zip(jax.tree.leaves(clean_gradient), jax.tree.leaves(gradient), strict=True):
             np.testing.assert_array_equal(a, b)
             assert np.isfinite(b).all()
+
+
+# --- heads ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cls", specs("polygpt.heads", Head))
+@pytest.mark.parametrize("pool", ["last", "mean", "first"])
+def test_a_head_gives_the_same_numbers_to_an_example_alone_and_packed(cls, pool):
+    heads = {"own": cls(outputs=3, pool=pool)}
+    model = bind(tiny(adapters={}).replace(heads=heads), 31)
+    params = lively(model)
+
+    @jax.jit
+    def outputs(params, batch):
+        return Forward(model, params, batch).head("own")
+
+    packed = build(ROWS, T, adapters={})
+    found = outputs(params, packed)
+    assert found.shape == (3, T, 3) and found.dtype == jnp.float32 and np.isfinite(found).all()
+    alone = outputs(params, build([[example(6, seed=1)], [example(3, seed=2)], [example(9, seed=3)]], T, adapters={}))
+    for row, here, there in (
+        (0, (0, slice(6)), slice(6)),
+        (1, (0, slice(6, 9)), slice(3)),
+        (2, (1, slice(9)), slice(9)),
+    ):
+        np.testing.assert_allclose(found[here], alone[row, there], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("cls", specs("polygpt.heads", Head))
+def test_a_head_reads_bfloat16_and_gives_float32(cls):
+    model = bind(tiny(adapters={}, dtype="bfloat16").replace(heads={"own": cls(outputs=3, pool="mean")}), 31)
+    batch = build(ROWS, T, adapters={})
+    found = jax.eval_shape(lambda params: Forward(model, params, batch).head("own"), model.abstract())
+    assert found.shape == (3, T, 3) and found.dtype == jnp.float32
+    scalars = jax.eval_shape(lambda params: Forward(model, params, batch).head_scalars("own"), model.abstract())
+    assert all(scalar.shape == () and scalar.dtype == jnp.float32 for scalar in scalars.values())

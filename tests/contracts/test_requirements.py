@@ -18,7 +18,7 @@ from polygpt.spec import Spec
 
 TABLE = json.loads(Path(__file__).with_name("requirements.json").read_text())
 FOLDERS = ("attention", "nn", "adapters", "blocks", "models", "data", "optim", "objectives", "generation", "evaluation")
-FOLDERS += ("runtime", "init", "training")
+FOLDERS += ("runtime", "init", "training", "heads")
 CLASSES = {found.id: found.values[0] for folder in FOLDERS for found in specs(f"polygpt.{folder}", Spec)}
 RELATIVE = {"MultiHead.position", "Recurrent.norm", "Stateful.position", "TalkingHeads.backend", "ModelSpec.low_rank"}
 RELATIVE |= {

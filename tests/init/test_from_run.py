@@ -15,6 +15,7 @@ from tiny_experiment import experiment
 
 from polygpt.data.tokenizers.bytes import Bytes
 from polygpt.errors import UserError
+from polygpt.heads.linear import LinearHead
 from polygpt.init.from_run import FromRun
 from polygpt.models.functional import bind
 from polygpt.overrides import override
@@ -138,3 +139,21 @@ def test_what_cannot_be_started_from_is_one_line_and_leaves_nothing(what, former
         train(chosen, workdir, lambda *_: [Silent()])
     assert all(word in str(error.value) for word in words), str(error.value)
     assert "\n" not in str(error.value) and not workdir.exists()
+
+
+def test_a_head_is_added_to_a_trained_model_by_excluding_it(former):
+    heads = {"own": LinearHead(3)}
+    chosen = following(former)
+    chosen = chosen.replace(model=chosen.model.replace(heads=heads))
+    with pytest.raises(
+        UserError, match=r"nothing in .* fills heads/own/map/bias and 1 more: .*init.exclude '\^heads/own"
+    ):
+        first_state(chosen)
+    chosen = chosen.replace(init=FromRun(path=str(former), exclude="^heads/own(/|$)"))
+    found, program = paths(first_state(chosen).params), assemble(chosen, 258)
+    own = paths(program.model.init(jax.random.key(chosen.seed)))
+    trained = paths(first_state(following(former)).params)
+    assert equal({name: value for name, value in found.items() if name in trained}, trained)
+    assert found.keys() - trained.keys() == {"heads/own/map/kernel", "heads/own/map/bias"}
+    assert found["heads/own/map/kernel"].shape == own["heads/own/map/kernel"].shape
+    assert "heads/own" in program.start.table

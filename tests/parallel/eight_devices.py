@@ -18,9 +18,11 @@ jax.config.update("jax_num_cpu_devices", 8)
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from batches import build, example, lively, tiny  # noqa: E402
+from polygpt.heads.linear import LinearHead  # noqa: E402
 from polygpt.models.functional import bind  # noqa: E402
 from polygpt.nn.experts import MixtureOfExperts  # noqa: E402
 from polygpt.nn.mlp import GatedMLP  # noqa: E402
+from polygpt.objectives.classification import LabelClassification  # noqa: E402
 from polygpt.objectives.loss import Loss  # noqa: E402
 from polygpt.objectives.next_token import NextToken  # noqa: E402
 from polygpt.objectives.z_loss import ZLoss  # noqa: E402
@@ -55,7 +57,7 @@ WAYS = {
     "stage 2, fsdp 2, expert 2 (blocks)": (ROUTED, MeshSpec(data=1, stage=2, fsdp=2, expert=2)),
 }
 """By name, the feed-forward layer and the mesh; None is pmap. Blocks: logits exist for some positions at a time."""
-OBJECTIVES = {"next_token": (NextToken(), 1.0), "z": (ZLoss(), 1e-2)}
+OBJECTIVES = {"next_token": (NextToken(), 1.0), "z": (ZLoss(), 1e-2), "kind": (LabelClassification("kind"), 0.5)}
 ROWS, LENGTH = 16, 32
 IDS = 52
 """Of the vocabulary; no other axis is as long, so that it can be found in a compiled program."""
@@ -79,11 +81,14 @@ def packed_rows():
         (example(5, ("image", 4), 2, ("image", 4), 3, seed=7), example(1, ("audio", 2), 6, seed=8)),
     ]
     rows = [kinds[i % 4] for i in range(ROWS - 1)] + [()]  # the last row is padding alone
-    return build(rows, LENGTH, bidirectional=True)
+    batch = build(rows, LENGTH, bidirectional=True)
+    kind_BT = np.random.default_rng(0).choice([0, 1, 2, np.nan], batch.shape)
+    return batch.replace(extra={"kind": np.float32(np.where(batch.segment_BT > 0, kind_BT, np.nan))})
 
 
 def run(mlp, mode: str, mesh: MeshSpec | None, devices: int, block: int | None = None) -> dict:
-    spec = tiny(mlp=mlp, depth=4, width=32, heads=4, kv_heads=4, tied=False).replace(logits_block=block)
+    spec = tiny(mlp=mlp, depth=4, width=32, heads=4, kv_heads=4, tied=False)
+    spec = spec.replace(logits_block=block, heads={"kind": LinearHead(3, pool="mean")})
     model = bind(spec, IDS)
     transformation, params = gradients_kept(), jax.tree.map(jnp.asarray, lively(model))
     trainable = jax.tree.map(lambda _: True, params)

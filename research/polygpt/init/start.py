@@ -160,7 +160,7 @@ def _short(tokenizer: Mapping[str, Any]) -> str:
 def _part(name: str) -> str:
     """The part of a model that a parameter belongs to: "decoder", "adapters/image"."""
     parts = name.split("/")
-    return "/".join(parts[: 2 if parts[0] in ("adapters", "modality") else 1])
+    return "/".join(parts[: 2 if parts[0] in ("adapters", "modality", "heads") else 1])
 
 
 def _table(source: Source, taken: Mapping[str, str], traits: Mapping[str, Traits]) -> str:

@@ -113,6 +113,8 @@ def describe(spec: ModelSpec, vocabulary: int, seq_len: int) -> Description:
     parts.append(part("decoder", matrices + round(scores), "token", decoder.idle()))
     if not decoder.tied:
         parts.append(part("head", head, "token"))
+    for name in spec.heads:
+        parts.append(part(f"heads/{name}", 2 * kernels(f"heads/{name}/"), "token"))
     if updates:
         size = sum(prod(leaf.shape) for leaf in updates.values())
         parts.append(Part(low_rank.KEY, size, size, 0, "token"))

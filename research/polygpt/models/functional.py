@@ -142,6 +142,20 @@ class Model:
         with self._split(), self._merged(params) as module:
             return module.logits(hidden_BTD)
 
+    def head(self, params: Params, name: str, hidden_BTD: jax.Array, batch: Batch) -> jax.Array:
+        """The outputs of a head of `spec.heads` for the hidden vectors of a batch, float32 [B, T, K].
+
+        Raises:
+            SpecError: if there is no head of that name.
+        """
+        with self._split(), self._merged(params) as module:
+            return module.head_of(name)(hidden_BTD, batch)
+
+    def head_scalars(self, params: Params, name: str) -> dict[str, jax.Array]:
+        """The learned numbers of a head, see `heads.base.HeadModule.scalars`."""
+        with self._merged(params) as module:
+            return module.head_of(name).scalars()
+
     def output_head(self, params: Params) -> Head:
         """The output head, for losses that compute logits in blocks."""
         with self._merged(params) as module:

@@ -11,17 +11,19 @@ from flax import nnx
 from polygpt.adapters.base import Adapter, SharedConnector
 from polygpt.adapters.text import TextEmbedding
 from polygpt.blocks.stack import StackSpec
+from polygpt.errors import SpecError
+from polygpt.heads.base import Head, HeadModule
 from polygpt.models.decoder import Cache, Decoder, DecoderSpec
 from polygpt.models.drop_connect import DropConnect
 from polygpt.models.initial import Initial
 from polygpt.models.low_rank import LowRank
 from polygpt.nn.linear import Linear
 from polygpt.nn.losses import Losses, add
-from polygpt.objectives.blocked import Head
+from polygpt.objectives import blocked
 from polygpt.optim.mup import MuP
 from polygpt.sequence import Batch, scatter_media
 from polygpt.sharding import LOGITS, RESIDUAL, constrain
-from polygpt.spec import Spec
+from polygpt.spec import Spec, nearest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +57,9 @@ class ModelSpec(Spec):
     low_rank: LowRank | None = None
     """Trains low-rank updates of matrices and freezes all other parameters; null trains all."""
 
+    heads: Mapping[str, Head] = dataclasses.field(default_factory=dict)
+    """Heads by name, besides that of the vocabulary, which objectives read: for classes, numbers and contrast."""
+
     def validate(self):
         self.require(self.low_rank is None or self.mup is None, "low_rank", "null with mup")
         self.require(self.logits_block is None or self.logits_block >= 1, "logits_block", "null or at least 1")
@@ -64,7 +69,7 @@ class ModelSpec(Spec):
 
     def build(self, vocabulary: int, rngs: nnx.Rngs) -> "MultimodalModel":
         """The module for `vocabulary` token ids. A model of another kind is a subclass that builds another module, with
-        the methods `hidden`, `logits`, `output_head` and `weights` of `MultimodalModel`."""
+        the methods `hidden`, `logits`, `output_head` and `weights` of `MultimodalModel`, and `head_of` for `heads`."""
         return MultimodalModel(self, vocabulary, rngs)
 
     def base(self) -> "ModelSpec":
@@ -89,7 +94,7 @@ def _mup_scaled(value, base):
 
 class MultimodalModel(nnx.Module):
     """Parameters: `text/...`, `adapters/<name>/...`, `connector/...` if adapters share one, `modality/<name>`,
-    `decoder/...` and, if not tied, `head/...`."""
+    `decoder/...`, `head/...` if it is not tied, and `heads/<name>/...`."""
 
     def __init__(self, spec: ModelSpec, vocabulary: int, rngs: nnx.Rngs):
         width, options = spec.decoder.width, {"rngs": rngs, "dtype": spec.dtype}
@@ -104,6 +109,7 @@ class MultimodalModel(nnx.Module):
         self.decoder = Decoder(spec.decoder, **options)
         head = {"bias": False, "axes": ("width", "vocabulary")}
         self.head = None if spec.decoder.tied else Linear(width, vocabulary, **head, **options)
+        self.heads = nnx.Dict({name: one.build(width, **options) for name, one in spec.heads.items()})
 
     def embed(self, batch: Batch, key: jax.Array | None = None) -> tuple[jax.Array, Losses]:
         """The decoder's input [B, T, D], and the losses of the adapters.
@@ -140,11 +146,18 @@ class MultimodalModel(nnx.Module):
             return constrain(self.text.logits(hidden_BTD), *LOGITS)
         return constrain(self.head(hidden_BTD, output_dtype="float32"), *LOGITS)
 
-    def output_head(self) -> Head:
+    def head_of(self, name: str) -> HeadModule:
+        """The head with that name. Raises SpecError if there is none."""
+        if name not in self.heads:
+            there = nearest(name, self.heads) if self.heads else "there are none"
+            raise SpecError(f"an objective reads the head {name!r}, which is not in model.heads: {there}")
+        return self.heads[name]
+
+    def output_head(self) -> blocked.Head:
         """What `logits` multiplies with, for losses that compute them in blocks."""
         if self.head is None:
-            return Head(self.text.table[...], ("vocabulary", "width"), self.text.multiplier, self.text.dtype)
-        return Head(self.head.kernel[...], ("width", "vocabulary"), dtype=self.head.dtype)
+            return blocked.Head(self.text.table[...], ("vocabulary", "width"), self.text.multiplier, self.text.dtype)
+        return blocked.Head(self.head.kernel[...], ("width", "vocabulary"), dtype=self.head.dtype)
 
     def weights(self, batch: Batch, chosen_R: jax.Array | None = None) -> dict[int, jax.Array]:
         """Attention weights of the chosen positions by decoder block, float32 [B, H, R, T]."""

@@ -31,6 +31,13 @@ class Objective(Spec):
         """Names of the models that are not trained and whose passes it reads, see `Forward.other`."""
         return ()
 
+    def check_with(self, model, layout) -> None:
+        """Called before an experiment is built, with its `ModelSpec` and `LayoutSpec`.
+
+        Raises:
+            SpecError: if the objective reads something that they lack.
+        """
+
     def total(self, outputs, batch: Batch) -> jax.Array:
         """The weighted sum of the loss over the positions of `batch`: float32 scalar.
 

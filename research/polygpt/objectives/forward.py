@@ -17,7 +17,8 @@ class Forward:
     """A forward pass. Objectives that read the same pass share it.
 
     Args:
-        model: has the pure functions `hidden`, `logits` and `output_head` of `models.functional.Model`.
+        model: has the pure functions `hidden`, `logits`, `output_head`, `head` and `head_scalars` of
+            `models.functional.Model`.
         params: the model's parameters.
         batch: what the model reads.
         key: enables dropout; None for evaluation behaviour.
@@ -32,6 +33,7 @@ class Forward:
     others: Mapping[str, tuple[Any, Any]] = dataclasses.field(default_factory=dict)
     logits_block: int | None = None
     _passes: dict = dataclasses.field(default_factory=dict, init=False, repr=False)
+    _heads: dict = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     @functools.cached_property
     def _hidden(self):
@@ -56,6 +58,16 @@ class Forward:
     def output_head(self) -> Head:
         """What `logits_BTV` multiplies with, to compute the logits of some positions only."""
         return self.model.output_head(self.params)
+
+    def head(self, name: str) -> jax.Array:
+        """The outputs of a head of `model.heads`, float32 [B, T, K]. Raises SpecError if there is none of that name."""
+        if name not in self._heads:
+            self._heads[name] = self.model.head(self.params, name, self.hidden_BTD, self.batch)
+        return self._heads[name]
+
+    def head_scalars(self, name: str) -> Mapping[str, jax.Array]:
+        """The learned numbers of a head, such as the `scale` of a projection: float32 scalars by name."""
+        return self.model.head_scalars(self.params, name)
 
     def repeat(self, number: int) -> "Forward":
         """Another pass over the same batch with other dropout; the same number gives the same pass. 0 is this one."""

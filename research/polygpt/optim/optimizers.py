@@ -134,7 +134,7 @@ class Muon(Optimizer):
     axes of a kernel form the matrix; leading axes, such as that of scanned layers, are batch axes.
     """
 
-    matrices: str = r"^(?!head/)(?!.*convolve/).*kernel$"
+    matrices: str = r"^(?!heads?/)(?!.*convolve/).*kernel$"
     """Regular expression of the paths that Muon optimises, if they have at least two axes. AdamW takes the rest,
     including depthwise convolutions, which are one filter per channel and no matrix."""
     momentum: float = 0.95

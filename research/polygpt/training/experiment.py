@@ -131,6 +131,11 @@ class Experiment(Spec):
         self._validate_metric()
         self._validate_references()
         self._validate_special_tokens()
+        for name, (objective, _) in self.objectives.items():
+            try:
+                objective.check_with(self.model, self.data.layout)
+            except SpecError as error:
+                raise SpecError(f"objectives.{name}: {error}") from None
         limit = self.model.decoder.position.limit()
         self.data.layout.require(
             limit is None or self.data.layout.seq_len <= limit,

@@ -1,0 +1,70 @@
+"""Base of the objectives that compare a head of the model with a label."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from polygpt.errors import SpecError
+from polygpt.objectives.base import Objective
+from polygpt.sequence import Batch
+from polygpt.spec import nearest
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelObjective(Objective):
+    """The mean loss over all numbers of a label that are known, at whichever positions.
+
+    A label may be of whole examples or of tokens; the loss is the same. Its weight is the count of known numbers: for a
+    single number the labelled positions. Loss weights of tokens do not matter.
+    """
+
+    head: str
+    """Name of the head in `model.heads`."""
+    label: str | None = None
+    """Name of the label in `data.layout.labels`; null for that of the head."""
+
+    @property
+    def named(self) -> str:
+        """The name of the label."""
+        return self.head if self.label is None else self.label
+
+    def check_with(self, model, layout) -> None:
+        if self.head not in model.heads:
+            there = nearest(self.head, model.heads) if model.heads else "there are none"
+            raise SpecError(f"reads the head {self.head!r}, which is not in model.heads: {there}")
+        if self.named not in layout.labels:
+            there = nearest(self.named, layout.labels) if layout.labels else "there are none"
+            raise SpecError(f"reads the label {self.named!r}, which is not in data.layout.labels: {there}")
+        if must := self.mismatch(model.heads[self.head].outputs, layout.labels[self.named]):
+            raise SpecError(f"{self.named!r} and its head {self.head!r} do not fit: {must}")
+
+    def mismatch(self, outputs: int, label) -> str | None:
+        """What must change for a head with `outputs` to predict a label (`data.labels.Label`); None if it can."""
+        raise NotImplementedError(f"{type(self).__name__} defines no mismatch")
+
+    def per_number(self, scores_BTK: jax.Array, label_BTn: jax.Array) -> jax.Array:
+        """The loss of each number, [B, T, n]. At numbers that are not known, labels are 0 and the loss is not used."""
+        raise NotImplementedError(f"{type(self).__name__} defines no per_number")
+
+    def total(self, outputs, batch: Batch) -> jax.Array:
+        label_BTn, known_BTn = self._label(batch)
+        # Outputs at positions without a label reach neither sum nor gradient.
+        scores_BTK = jnp.where(known_BTn.any(axis=-1, keepdims=True), outputs.head(self.head), 0.0)
+        loss_BTn = self.per_number(scores_BTK, jnp.where(known_BTn, label_BTn, 0.0))
+        return jnp.sum(jnp.where(known_BTn, loss_BTn, 0.0))
+
+    def weight(self, batch: Batch) -> jax.Array:
+        return jnp.sum(self._label(batch)[1], dtype=jnp.float32)
+
+    def _label(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """The numbers of the label and whether they are known, [B, T, n]."""
+        label = jnp.asarray(batch.extra[self.named])
+        label_BTn = label.reshape(*label.shape[:2], -1)
+        return label_BTn, ~jnp.isnan(label_BTn)
+
+
+def numbers(label) -> int:
+    """n, how many numbers a label is."""
+    return math.prod(label.shape)
