@@ -17,7 +17,7 @@ from polygpt.data.sources.text_files import TextFiles
 from polygpt.data.sources.transformed import Transformed
 from polygpt.data.tokenizers.bytes import Bytes
 from polygpt.data.tokenizers.special_tokens import SpecialTokens
-from polygpt.data.transforms.base import units
+from polygpt.data.transforms.base import Transform, transformed, units
 from polygpt.data.transforms.deletion import Deletion
 from polygpt.data.transforms.fill_in_the_middle import MIDDLE, PREFIX, SUFFIX, FillInTheMiddle
 from polygpt.data.transforms.prefix_lm import PrefixLM
@@ -207,6 +207,25 @@ def test_rows_that_become_too_long_and_examples_of_media_alone_are_bad_records(t
         example = transform(Example((Medium("image", b""),), "a picture"), np.random.default_rng(0))
         with pytest.raises(BadRecord, match="a picture: empty text"):
             lay_out(example, LayoutSpec(32), BUILT, ADAPTERS)
+
+
+class Faulty(Transform):
+    """Fails, or returns nothing, as a mistake in a user's transformation does."""
+
+    def __call__(self, example, rng):
+        return {"parts": None}[rng.choice(["parts", "part"])]
+
+
+def test_a_faulty_transformation_is_named_with_the_example():
+    said = set()
+    for seed in range(10):
+        with pytest.raises(RuntimeError) as caught:
+            transformed(make_example(seed), (Faulty(),), np.random.default_rng(seed))
+        said.add(str(caught.value).partition(": ")[2])
+        assert str(caught.value).startswith(f"example {seed}: ")
+    failed, returned = sorted(said)
+    assert failed.startswith("Faulty raised KeyError: ") and "raise BadRecord in it" in failed
+    assert returned == "Faulty returned NoneType: it must return an Example"
 
 
 # --- sources ----------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 
 from polygpt.data.example import Example, Medium, Text
+from polygpt.errors import UserError
 from polygpt.spec import Spec
 
 Unit = Literal["character", "word"]
@@ -40,9 +41,25 @@ class Transform(Spec):
 
 
 def transformed(example: Example, transforms: Sequence[Transform], rng: np.random.Generator) -> Example:
-    """The example after all transformations, in order."""
+    """The example after all transformations, in order.
+
+    Raises:
+        UserError: from a transformation, such as BadRecord.
+        RuntimeError: any other error of a transformation, with the place of the example.
+    """
     for transform in transforms:
-        example = transform(example, rng)
+        try:
+            changed = transform(example, rng)
+        except UserError:
+            raise
+        except Exception as error:
+            what = f"{type(transform).__name__} raised {type(error).__name__}: {error}"
+            remedy = "mend the transformation, or raise BadRecord in it for a record that cannot be used"
+            raise RuntimeError(f"{example.place}: {what}: {remedy}") from error
+        if not isinstance(changed, Example):
+            what = f"{type(transform).__name__} returned {type(changed).__name__}"
+            raise RuntimeError(f"{example.place}: {what}: it must return an Example")
+        example = changed
     return example
 
 

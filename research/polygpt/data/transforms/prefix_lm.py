@@ -10,7 +10,7 @@ from polygpt.data.transforms.base import Transform, Unit, at_weight, scored, uni
 
 @dataclasses.dataclass(frozen=True)
 class PrefixLM(Transform):
-    """Takes the loss weights from a random beginning of the example. T5 (1910.10683), section 3.2.1.
+    """Takes the loss weights from a random beginning of the example. T5 (1910.10683), section 3.2.3.
 
     With `LayoutSpec.prompt_span` "bidirectional", the positions of that beginning see each other. Everything keeps its
     place.

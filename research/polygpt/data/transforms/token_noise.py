@@ -14,7 +14,7 @@ from polygpt.data.transforms.text_noise import TextNoise, words
 class TokenNoise(TextNoise):
     """Replaces units by others of the same text: noise of its unigram frequencies. White space between words stays.
 
-    Xie et al., "Data Noising as Smoothing in Neural Network Language Models" (1703.02573), section 3.3. A replaced unit
+    Xie et al., "Data Noising as Smoothing in Neural Network Language Models" (1703.02573), section 3. A replaced unit
     has no loss weight: the model reads it and does not learn to write it.
     """
 
