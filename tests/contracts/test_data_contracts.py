@@ -15,13 +15,15 @@ from polygpt.data.sources.base import Source
 from polygpt.errors import UserError
 from polygpt.objectives.base import BatchObjective, Objective, TokenObjective
 from polygpt.objectives.labelled import LabelObjective
+from polygpt.objectives.preference import PreferenceObjective
 from polygpt.objectives.routing import RoutingObjective
 
-BASES = (TokenObjective, RoutingObjective, BatchObjective, LabelObjective)
+BASES = (TokenObjective, RoutingObjective, BatchObjective, LabelObjective, PreferenceObjective)
 ALL_OBJECTIVES = [found for found in specs("polygpt.objectives", Objective) if found.values[0] not in BASES]
 LABELLED = [found for found in ALL_OBJECTIVES if issubclass(found.values[0], LabelObjective)]
 OTHERS = [found for found in ALL_OBJECTIVES if minimal(found.values[0]).others]
-"""Read other models too: tested with their files."""
+OTHERS += [found for found in ALL_OBJECTIVES if issubclass(found.values[0], PreferenceObjective)]
+"""Read other models or pairs of answers: tested with their files."""
 OBJECTIVES = [found for found in ALL_OBJECTIVES if found not in (*LABELLED, *OTHERS)]
 ROWS = [[example(6, seed=1), example(3, seed=2)], [example(9, seed=3)], [example(("image", 4), 2, seed=4)], []]
 

@@ -49,11 +49,13 @@ class Example:
         place: the file and the record, as error messages name them.
         labels: labels of the whole example, by name: a number or a list of numbers, with None or NaN where there is
             none. `LayoutSpec.labels` declares them. They are placed at the last position, `eos`.
+        rejected: an answer to the same prompt that is worse than `answer`; None if there is none.
     """
 
     parts: tuple[Text | Medium, ...]
     place: str
     labels: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+    rejected: str | None = None
 
     @property
     def labelled(self) -> bool:
@@ -74,3 +76,8 @@ class Example:
         return "".join(
             part.text for part in self.parts if isinstance(part, Text) and part.weight > 0 and not part.special
         )
+
+    @property
+    def with_rejected(self) -> "Example":
+        """The prompt with the rejected answer in place of the preferred one, without labels."""
+        return Example((*self.prompt, Text(self.rejected)), self.place)

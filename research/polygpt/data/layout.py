@@ -1,12 +1,14 @@
 """The layout: turns the texts and media of an example into a row of positions."""
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
+from polygpt.data import pairs
 from polygpt.data.augment import Augment
 from polygpt.data.example import Example, Medium, Text
 from polygpt.data.labels import Label, label_arrays
@@ -39,6 +41,11 @@ class LayoutSpec(Spec):
     labels: Mapping[str, Label] = dataclasses.field(default_factory=dict)
     """Labels by name. Those of a whole example are at its last position, `eos`, those of a text at each of its tokens;
     `Batch.extra` has them, with NaN where there is none."""
+
+    pairs: bool = False
+    """Whether every example is a pair: its preferred and its rejected answer are two segments with the same prompt, one
+    after the other in a row. `Batch.extra["preference"]` marks what preference objectives score. Only the preferred
+    answer has loss weights. Evaluation scores the answers one by one."""
 
     def validate(self):
         self.require(self.seq_len >= 2, "seq_len", "at least 2")
@@ -85,12 +92,20 @@ def lay_out(
 
     Raises:
         BadRecord: if a medium is unusable, there are too many media, a label is not as declared, the row is longer
-            than the layout allows, or there is nothing to learn: no text with a loss weight and no label.
+            than the layout allows, an example is no pair although `layout.pairs` is set, or there is nothing to learn:
+            no text with a loss weight and no label.
     """
     if not example.answer and not example.labelled:
         raise BadRecord("empty text", example.place, "no text with a loss weight")
-    randomness = (rng, augment if rng is not None else ())
-    row = _assemble(example, layout, tokenizer, adapters, *randomness, cache, end=True, prompt_weight=prompt_weight)
+    read = functools.partial(
+        _read, place=example.place, rng=rng, augment=augment if rng is not None else (), cache=cache
+    )
+    if layout.pairs:
+        read = _once(read)
+    row = _assemble(example, layout, tokenizer, adapters, read, end=True, prompt_weight=prompt_weight)
+    if layout.pairs:
+        rejected = pairs.rejected(example)
+        row = pairs.joined(row, _assemble(rejected, layout, tokenizer, adapters, read, end=True))
     if len(row) > layout.seq_len:
         raise BadRecord(
             "too long",
@@ -123,7 +138,8 @@ def prompt_batch(
     rows = []
     for i, parts in enumerate(prompts):
         example = Example(tuple(parts), places[i] if places else f"prompt {i}")
-        row = _assemble(example, layout, tokenizer, adapters, None, (), None, end=False)
+        read = functools.partial(_read, place=example.place, rng=None, augment=(), cache=None)
+        row = _assemble(example, layout, tokenizer, adapters, read, end=False)
         if len(row) > layout.seq_len:
             raise BadRecord(
                 "too long",
@@ -134,10 +150,11 @@ def prompt_batch(
     return collate(rows, max((len(row) for row in rows), default=1), adapters)
 
 
-def _assemble(example, layout, tokenizer, adapters, rng, augment, cache, end: bool, prompt_weight: float = 0.0) -> Row:
+def _assemble(example, layout, tokenizer, adapters, read, end: bool, prompt_weight: float = 0.0) -> Row:
     """The row of an example of any length t, arrays [t].
 
     Args:
+        read: gives the features of a medium, and the number of their real frames.
         end: whether to append `eos`; if not, the whole example is a prompt.
         prompt_weight: see `lay_out`.
     """
@@ -170,7 +187,7 @@ def _assemble(example, layout, tokenizer, adapters, rng, augment, cache, end: bo
                 example.place,
                 f"the model takes {adapter.items} of {name} per row: raise the adapter's items",
             )
-        features, frames = _read(part, adapter.features, example.place, rng, augment, cache)
+        features, frames = read(part, adapter.features)
         length = adapter.length(frames)
         span = prompt_span
         if not span and layout.media_span == "bidirectional":
@@ -212,6 +229,18 @@ def _row(runs: list[tuple], media: dict) -> Row:
         origin = int(coordinate[start:stop].max(initial=origin - 1)) + 1
     target[:-1] = tokens[1:]
     return Row(tokens, modality, slot, position, np.ones_like(tokens), span, target, weight[1:], coordinate, media)
+
+
+def _once(read):
+    """`read` that augments each medium once: both segments of a pair have the same."""
+    kept = {}
+
+    def again(medium, features):
+        if id(medium) not in kept:
+            kept[id(medium)] = read(medium, features)
+        return kept[id(medium)]
+
+    return again
 
 
 def _read(medium: Medium, features, place: str, rng, augment, cache) -> tuple[np.ndarray, int]:

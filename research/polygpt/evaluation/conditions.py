@@ -9,8 +9,8 @@ from polygpt.overrides import replaced
 
 
 def layout_of(task: EvalTask, layout: LayoutSpec) -> LayoutSpec:
-    """The layout of a task, given that of training."""
-    return layout if task.seq_len is None else layout.replace(seq_len=task.seq_len)
+    """The layout of a task, given that of training. The answers of a pair are scored one by one."""
+    return layout.replace(pairs=False, seq_len=task.seq_len or layout.seq_len)
 
 
 def model_of(name: str, task: EvalTask, model: Model) -> Model:

@@ -16,6 +16,7 @@ from polygpt.evaluation import conditions
 from polygpt.evaluation.bootstrap import bootstrap_mean
 from polygpt.evaluation.likelihood import Likelihoods, score, summary
 from polygpt.evaluation.modality_gain import modalities, shuffle
+from polygpt.evaluation.preference import preference
 from polygpt.evaluation.spec import EvalTask, EvaluationSpec
 from polygpt.generation.generate import generate
 
@@ -76,6 +77,8 @@ def evaluate(
         tasks[name] = summary(scores) | ({"skipped": skipped} if skipped else {})
         for i, example in enumerate(examples if task.as_trained else ()):
             pooled.setdefault("+".join(sorted(modalities([example]))) or "text", []).append(scores[i : i + 1])
+        if pairs := [i for i, example in enumerate(examples) if example.rejected is not None]:
+            tasks[name] |= _preference(name, [examples[i] for i in pairs], scores[pairs], spec, reader)
         if task.generate:
             tasks[name] |= _judge(name, task, spec, examples, reader)
         for modality in modalities(examples) if spec.modality_gain else []:
@@ -202,6 +205,13 @@ def _judge(name: str, task: EvalTask, spec: EvaluationSpec, examples: list[Examp
     truths = [example.answer for example in examples]
     figures = {key: value for metric in task.metrics for key, value in metric(answers, truths).items()}
     return figures | ({"cut": cut} if cut else {})
+
+
+def _preference(name: str, examples: list[Example], scores: Likelihoods, spec: EvaluationSpec, reader: _Reader) -> dict:
+    """The preference between the answers of pairs, given the scores of the preferred ones."""
+    rejected = [example.with_rejected for example in examples]
+    kept, others = reader(f"{name}: rejected answers", rejected, lambda error: spec.on_bad_record == "skip")
+    return preference(scores[kept], others) if kept else {}
 
 
 def cut_answers(tasks: Mapping[str, Mapping[str, Any]]) -> list[str]:

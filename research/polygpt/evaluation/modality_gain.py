@@ -51,4 +51,5 @@ def _with_media(example: Example, other: Example, modality: str) -> Example:
         tuple(next(media) if isinstance(p, Medium) and p.modality == modality else p for p in example.parts),
         f"{example.place} with the {modality} of {other.place}",
         example.labels,
+        example.rejected,
     )

@@ -9,6 +9,7 @@ from polygpt.errors import SpecError
 from polygpt.evaluation.classification import Classification
 from polygpt.evaluation.likelihood import MEASURES
 from polygpt.evaluation.metric import Measure, Metric
+from polygpt.evaluation.preference import PREFERENCE
 from polygpt.generation.sampling import GREEDY, Sampling
 from polygpt.spec import Spec, nearest
 
@@ -40,7 +41,8 @@ class EvalTask(Spec):
 
     def measures(self) -> dict[str, Measure]:
         """Its measures by name, in table order: those of its metrics, then likelihoods."""
-        return {one.name: one for one in (*(one for metric in self.metrics for one in metric.measures), *MEASURES)}
+        own = (one for metric in self.metrics for one in metric.measures)
+        return {one.name: one for one in (*own, *PREFERENCE, *MEASURES)}
 
     def validate(self):
         self.require(self.limit is None or self.limit >= 1, "limit", "at least 1, or null for all examples")

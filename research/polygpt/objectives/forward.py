@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import jax
@@ -33,7 +33,7 @@ class Forward:
     others: Mapping[str, tuple[Any, Any]] = dataclasses.field(default_factory=dict)
     logits_block: int | None = None
     _passes: dict = dataclasses.field(default_factory=dict, init=False, repr=False)
-    _heads: dict = dataclasses.field(default_factory=dict, init=False, repr=False)
+    _values: dict = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     @functools.cached_property
     def _hidden(self):
@@ -61,9 +61,7 @@ class Forward:
 
     def head(self, name: str) -> jax.Array:
         """The outputs of a head of `model.heads`, float32 [B, T, K]. Raises SpecError if there is none of that name."""
-        if name not in self._heads:
-            self._heads[name] = self.model.head(self.params, name, self.hidden_BTD, self.batch)
-        return self._heads[name]
+        return self.once(("head", name), lambda: self.model.head(self.params, name, self.hidden_BTD, self.batch))
 
     def head_scalars(self, name: str) -> Mapping[str, jax.Array]:
         """The learned numbers of a head, such as the `scale` of a projection: float32 scalars by name."""
@@ -93,6 +91,12 @@ class Forward:
             raise SpecError(f"an objective reads the model {name!r}: {missing(name, self.others)}")
         model, params = self.others[name]
         return self._pass(("other", name), model=model, params=jax.lax.stop_gradient(params), key=None)
+
+    def once(self, name: Hashable, compute: Callable[[], Any]) -> Any:
+        """What `compute` gives, computed when an objective first asks this pass for `name`."""
+        if name not in self._values:
+            self._values[name] = compute()
+        return self._values[name]
 
     def _pass(self, name, **changes) -> "Forward":
         if name not in self._passes:

@@ -10,6 +10,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from polygpt.data.example import Example, Medium, Text
+from polygpt.data.pairs import require_answers
 from polygpt.data.pieces import BOM, Pieces, is_blank
 from polygpt.data.sources.base import Source
 from polygpt.errors import BadRecord, UserError
@@ -21,7 +22,8 @@ MODALITIES = {
     **dict.fromkeys((".wav", ".flac", ".ogg", ".opus", ".mp3"), "audio"),
 }
 """Modality by file extension in lower case."""
-FIELDS = ("file_name", "file_names", "text", "prompt")
+FIELDS = ("file_name", "file_names", "text", "prompt", "chosen", "rejected")
+TEXTS = ("text", "prompt", "chosen", "rejected")
 PLACEHOLDER = re.compile(r"(\\*)<(image|audio)>")
 NOT_LINES = re.compile(rb"\s*(\[\s*\{|\[\s*\n|\{\s*\n)")
 """The beginning of a file that holds a single JSON document instead of one object per line."""
@@ -36,6 +38,9 @@ class MediaFolder(Source):
     `file_name`; a row may also have none. The n-th `<image>` in a prompt stands for the row's n-th image, the n-th
     `<audio>` for its n-th recording, and `\<image>` for the literal tag (`\\<image>` in JSON). Media of a modality
     without placeholders come first; a tag of a modality that the row lacks is plain text.
+
+    A pair for preference objectives has `chosen` and `rejected` in place of `text`: two different answers to its
+    prompt, in which tags are plain text. The layout must be one of pairs (`data.layout.pairs`) to read both.
     """
 
     path: str
@@ -111,11 +116,15 @@ class _FolderExamples(Sequence):
         present = {medium.modality for medium in media}
         prompt = _marked(row.get("prompt", self.spec.prompt), present)
         labels = {name: self._label(name, row[name], place) for name in self.spec.labels if name in row}
-        written = row.get("text", "")
-        text = _marked(written, present) if self.spec.text_placeholders else [written]
+        rejected = row.get("rejected")
+        if rejected is not None or "chosen" in row:
+            require_answers(row.get("chosen"), rejected, place)
+        written = row.get("chosen", row.get("text", ""))
+        split = self.spec.text_placeholders and rejected is None
+        text = _marked(written, present) if split else [written]
         if all(is_blank(piece) for piece in text[::2]) and ("text" in row or not labels):
             raise BadRecord("empty text", place, "" if "text" in row else "the row has no field 'text'")
-        return Example(_interleave([(prompt, 0.0), (text, 1.0)], media, place), place, labels)
+        return Example(_interleave([(prompt, 0.0), (text, 1.0)], media, place), place, labels, rejected)
 
     def _label(self, name: str, value: Any, place: str) -> Any:
         """A label with the names of classes replaced by numbers."""
@@ -146,16 +155,18 @@ class _FolderExamples(Sequence):
             raise BadRecord("malformed metadata", place, f"it must be an object with {', '.join(FIELDS)}")
         if "file_name" in row and "file_names" in row:
             raise BadRecord("malformed metadata", place, "both file_name and file_names")
+        if "chosen" in row and "text" in row:
+            raise BadRecord("malformed metadata", place, "both text and chosen")
         names = row.get("file_names", [])
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise BadRecord("malformed metadata", place, f"file_names is {names!r}: it must be a list of strings")
-        for key in ("file_name", "text", "prompt"):
+        for key in ("file_name", *TEXTS):
             if key in row and not isinstance(row[key], str):
                 raise BadRecord("malformed metadata", place, f"{key} is {row[key]!r}: it must be a string")
         for key in row:
             if key not in FIELDS and key not in self.spec.ignore and key not in self.spec.labels:
                 raise BadRecord("unread field", place, self._unread(key, row[key]))
-        for key in ("text", "prompt"):
+        for key in TEXTS:
             if any("\ud800" <= letter <= "\udfff" for letter in row.get(key, "")):
                 raise BadRecord("invalid UTF-8", place, f"{key} holds half of a surrogate pair")
         return row

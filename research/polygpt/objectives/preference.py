@@ -1,0 +1,117 @@
+"""What preference objectives score: the log-probabilities of the two answers of each pair in packed rows."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from polygpt.errors import SpecError
+from polygpt.objectives.base import Objective
+from polygpt.objectives.forward import Forward
+from polygpt.objectives.positions import per_position
+from polygpt.sequence import PREFERENCE, Batch
+
+SHORTEST = 4
+"""No pair has fewer positions: `bos` and `eos` of both answers."""
+NO_PAIRS = "a preference objective needs pairs of answers: set data.layout.pairs to true"
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+    """Log-probabilities in nats of the answers given their prompts, by row and pair, float32 [B, P].
+
+    Attributes:
+        chosen: of the preferred answers, the sum over their tokens, `eos` included.
+        rejected: of the rejected answers.
+        chosen_length: number of tokens of the preferred answers, 0 where there is no pair.
+        rejected_length: of the rejected answers.
+    """
+
+    chosen: jax.Array
+    rejected: jax.Array
+    chosen_length: jax.Array
+    rejected_length: jax.Array
+
+    @property
+    def valid(self) -> jax.Array:
+        """bool, whether there is a pair."""
+        return (self.chosen_length > 0) & (self.rejected_length > 0)
+
+    @property
+    def mean_chosen(self) -> jax.Array:
+        """Per token of the preferred answers."""
+        return self.chosen / jnp.maximum(self.chosen_length, 1)
+
+    @property
+    def mean_rejected(self) -> jax.Array:
+        """Per token of the rejected answers."""
+        return self.rejected / jnp.maximum(self.rejected_length, 1)
+
+
+def score(outputs: Forward, batch: Batch) -> Pairs:
+    """The scores of all pairs under a model; objectives share them."""
+
+    def compute():
+        return _pairs(batch, per_position(_log_probability, (outputs,), _signs(batch) != 0, batch.target_BT))
+
+    return outputs.once("pairs", compute)
+
+
+def _log_probability(logits_BTV: jax.Array, target_BT: jax.Array) -> jax.Array:
+    at_target_BTV = jax.nn.one_hot(target_BT, logits_BTV.shape[-1], dtype=bool)
+    return jnp.sum(jnp.where(at_target_BTV, logits_BTV, 0), axis=-1) - jax.nn.logsumexp(logits_BTV, axis=-1)
+
+
+def _signs(batch: Batch) -> jax.Array:
+    if PREFERENCE not in batch.extra:
+        raise SpecError(NO_PAIRS)
+    return batch.extra[PREFERENCE]
+
+
+def _pairs(batch: Batch, value_BT: jax.Array) -> Pairs:
+    """Sums over the answers of each pair. A comparison fuses with the sum, unlike a scatter."""
+    number_11P = jnp.arange(max(1, batch.shape[1] // SHORTEST))[None, None]
+    here_BTP = ((batch.segment_BT - 1) // 2)[..., None] == number_11P
+    signs_BT = _signs(batch)
+
+    def total(used_BT, value_BT):
+        return jnp.sum(jnp.where(here_BTP & used_BT[..., None], value_BT[..., None], 0.0), axis=1)
+
+    answers = signs_BT > 0, signs_BT < 0
+    ones_BT = jnp.ones(batch.shape, jnp.float32)
+    return Pairs(*(total(used_BT, value_BT) for used_BT in answers), *(total(used_BT, ones_BT) for used_BT in answers))
+
+
+@dataclasses.dataclass(frozen=True)
+class PreferenceObjective(Objective):
+    """Base of objectives of pairs: the mean over pairs of `per_pair`. The data must be pairs (`data.layout.pairs`)."""
+
+    reference: str | None = "reference"
+    """Name in `references` of the model that the policy is compared with; null for none."""
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        return () if self.reference is None else (self.reference,)
+
+    def check_with(self, model, layout) -> None:
+        if not layout.pairs:
+            raise SpecError(NO_PAIRS)
+
+    def per_pair(self, own: Pairs, reference: Pairs | None) -> jax.Array:
+        """The loss of each pair, float32 [B, P], given the scores of the model and of the reference."""
+        raise NotImplementedError(f"{type(self).__name__} defines no per_pair")
+
+    def total(self, outputs, batch: Batch) -> jax.Array:
+        own = score(outputs, batch)
+        reference = None if self.reference is None else score(outputs.other(self.reference), batch)
+        return jnp.sum(jnp.where(own.valid, self.per_pair(own, reference), 0))
+
+    def weight(self, batch: Batch) -> jax.Array:
+        return jnp.sum(_pairs(batch, jnp.zeros(batch.shape, jnp.float32)).valid, dtype=jnp.float32)
+
+
+def margin(own: Pairs, reference: Pairs | None) -> jax.Array:
+    """How much more the model prefers the preferred answer than the reference does, in nats, float32 [B, P]."""
+    found = own.chosen - own.rejected
+    return found if reference is None else found - (reference.chosen - reference.rejected)
