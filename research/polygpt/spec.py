@@ -16,6 +16,7 @@ import difflib
 import functools
 import importlib
 import inspect
+import re
 import sys
 import textwrap
 import types
@@ -49,6 +50,14 @@ class Spec:
     def replace(self, **changes):
         """A copy with some fields changed; validated like any other."""
         return dataclasses.replace(self, **changes)
+
+
+def check_pattern(spec: Spec, field: str) -> None:
+    """Raises SpecError unless the field is None or holds a regular expression."""
+    try:
+        re.compile(getattr(spec, field) or "")
+    except re.error as error:
+        spec.require(False, field, f"a regular expression ({error})")
 
 
 @functools.cache

@@ -92,7 +92,7 @@ def test_distances_of_hidden_vectors(batch):
     square = np.sum(batch.weight_BT * np.mean((ours - theirs) ** 2, axis=-1))
     np.testing.assert_allclose(total(HiddenDistillation(), STUDENT, batch, others), cosine, rtol=1e-6)
     np.testing.assert_allclose(total(HiddenDistillation(distance="square"), STUDENT, batch, others), square, rtol=1e-6)
-    with pytest.raises(SpecError, match="the model's width is 6 and that of 'teacher' 9"):
+    with pytest.raises(SpecError, match="the model's vectors have 6 numbers and those of 'teacher' 9"):
         total(HiddenDistillation(), STUDENT, batch, TEACHER)
 
 

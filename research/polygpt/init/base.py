@@ -7,8 +7,7 @@ from typing import Any, Protocol
 
 import jax
 
-from polygpt.optim.groups import check_pattern
-from polygpt.spec import Spec
+from polygpt.spec import Spec, check_pattern
 
 
 class Source(Protocol):

@@ -9,9 +9,8 @@ import jax
 
 from polygpt.models.initial import chosen
 from polygpt.nn.dropout import dropout
-from polygpt.optim.groups import check_pattern
 from polygpt.parameters import Traits, paths, tree_of
-from polygpt.spec import Spec
+from polygpt.spec import Spec, check_pattern
 
 
 @dataclasses.dataclass(frozen=True)

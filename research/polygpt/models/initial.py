@@ -10,9 +10,8 @@ from typing import Any, Literal
 import jax
 
 from polygpt.errors import SpecError
-from polygpt.optim.groups import check_pattern
 from polygpt.parameters import Traits, paths, tree_of
-from polygpt.spec import Spec
+from polygpt.spec import Spec, check_pattern
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from polygpt.errors import SpecError
-from polygpt.optim.groups import check_pattern
 from polygpt.parameters import Traits, paths, tree_of
-from polygpt.spec import Spec
+from polygpt.spec import Spec, check_pattern
 
 KEY = "low_rank"
 """Where the added parameters are in the tree: "low_rank/decoder/blocks/attention/query/kernel/down"."""

@@ -9,6 +9,7 @@ import jax
 
 from polygpt.errors import SpecError
 from polygpt.objectives.blocked import Head
+from polygpt.parameters import paths
 from polygpt.sequence import Batch
 
 
@@ -24,6 +25,7 @@ class Forward:
         key: enables dropout; None for evaluation behaviour.
         others: models that are not trained, and their parameters, by name; see `other`.
         logits_block: number of positions whose logits exist at a time, see `positions.py`; None for all.
+        trainable: a tree of bools with the structure of the parameters; None if all are trained.
     """
 
     model: Any
@@ -32,6 +34,7 @@ class Forward:
     key: jax.Array | None = None
     others: Mapping[str, tuple[Any, Any]] = dataclasses.field(default_factory=dict)
     logits_block: int | None = None
+    trainable: Any = None
     _passes: dict = dataclasses.field(default_factory=dict, init=False, repr=False)
     _values: dict = dataclasses.field(default_factory=dict, init=False, repr=False)
 
@@ -58,6 +61,19 @@ class Forward:
     def output_head(self) -> Head:
         """What `logits_BTV` multiplies with, to compute the logits of some positions only."""
         return self.model.output_head(self.params)
+
+    @property
+    def trained(self) -> dict[str, jax.Array]:
+        """The parameters that are trained, by name, for penalties on them."""
+        names = paths(self.params)
+        trained = dict.fromkeys(names, True) if self.trainable is None else paths(self.trainable)
+        return {name: parameter for name, parameter in names.items() if trained[name]}
+
+    def with_hidden(self, hidden_BTD: jax.Array) -> "Forward":
+        """This pass with other hidden vectors, from which the same output head computes the logits."""
+        found = dataclasses.replace(self)
+        vars(found)["_hidden"] = hidden_BTD, self.losses
+        return found
 
     def head(self, name: str) -> jax.Array:
         """The outputs of a head of `model.heads`, float32 [B, T, K]. Raises SpecError if there is none of that name."""

@@ -135,7 +135,8 @@ class Loss:
         key = None if key is None else jax.random.fold_in(key, index)
         given = {name: (self.references.get(name, self.model), own) for name, own in others.items()}
         pairs = zip(self.views, seen, strict=True)
-        return {view: Forward(self.model, params, batch, key, given, self.logits_block) for view, batch in pairs}
+        static = {"logits_block": self.logits_block, "trainable": self.trainable}
+        return {view: Forward(self.model, params, batch, key, given, **static) for view, batch in pairs}
 
     def _blocked(self, forward, objectives, weights) -> tuple[jax.Array | float, dict[str, jax.Array]]:
         """The part of the loss of these objectives, and their means, which have no gradient."""

@@ -44,6 +44,12 @@ def per_position(function: Callable, passes: Sequence[Forward], used_BT: jax.Arr
     return jnp.where(used_BT, jnp.moveaxis(found, 0, 2).reshape(B, -1)[:, :T], 0)
 
 
+def log_probability(logits: jax.Array, target: jax.Array) -> jax.Array:
+    """The log-probability of the target, without the last axis of the logits; its gradient has no scatter."""
+    at_target = jax.nn.one_hot(target, logits.shape[-1], dtype=bool)
+    return jnp.sum(jnp.where(at_target, logits, 0), axis=-1) - jax.nn.logsumexp(logits, axis=-1)
+
+
 def _split(arrays, count: int):
     """[B, T, ...] -> [count, B, C, ...]: every count-th position, so that positions stay on their device."""
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from polygpt.errors import SpecError
 from polygpt.objectives.base import Objective
 from polygpt.objectives.forward import Forward
-from polygpt.objectives.positions import per_position
+from polygpt.objectives.positions import log_probability, per_position
 from polygpt.sequence import PREFERENCE, Batch
 
 SHORTEST = 4
@@ -53,14 +53,9 @@ def score(outputs: Forward, batch: Batch) -> Pairs:
     """The scores of all pairs under a model; objectives share them."""
 
     def compute():
-        return _pairs(batch, per_position(_log_probability, (outputs,), _signs(batch) != 0, batch.target_BT))
+        return _pairs(batch, per_position(log_probability, (outputs,), _signs(batch) != 0, batch.target_BT))
 
     return outputs.once("pairs", compute)
-
-
-def _log_probability(logits_BTV: jax.Array, target_BT: jax.Array) -> jax.Array:
-    at_target_BTV = jax.nn.one_hot(target_BT, logits_BTV.shape[-1], dtype=bool)
-    return jnp.sum(jnp.where(at_target_BTV, logits_BTV, 0), axis=-1) - jax.nn.logsumexp(logits_BTV, axis=-1)
 
 
 def _signs(batch: Batch) -> jax.Array:

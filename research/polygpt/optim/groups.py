@@ -10,15 +10,7 @@ from polygpt.columns import aligned
 from polygpt.errors import SpecError
 from polygpt.optim.schedules import Schedule
 from polygpt.parameters import Traits, name_of
-from polygpt.spec import Spec
-
-
-def check_pattern(spec: Spec, field: str) -> None:
-    """Raises SpecError unless the field is None or holds a regular expression."""
-    try:
-        re.compile(getattr(spec, field) or "")
-    except re.error as error:
-        spec.require(False, field, f"a regular expression ({error})")
+from polygpt.spec import Spec, check_pattern
 
 
 @dataclasses.dataclass(frozen=True)

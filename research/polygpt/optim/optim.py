@@ -5,11 +5,11 @@ import dataclasses
 import jax
 import optax
 
-from polygpt.optim.groups import Group, assign, check_pattern, table
+from polygpt.optim.groups import Group, assign, table
 from polygpt.optim.optimizers import AdamW, Optimizer
 from polygpt.optim.schedules import Schedule, extended
 from polygpt.parameters import name_of
-from polygpt.spec import Spec
+from polygpt.spec import Spec, check_pattern
 
 
 @dataclasses.dataclass(frozen=True)

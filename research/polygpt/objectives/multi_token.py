@@ -1,0 +1,57 @@
+"""Prediction of several tokens ahead."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from polygpt.errors import SpecError
+from polygpt.objectives.base import Objective
+from polygpt.objectives.positions import log_probability, per_position
+from polygpt.sequence import Batch
+from polygpt.spec import nearest
+
+
+@dataclasses.dataclass(frozen=True)
+class MultiToken(Objective):
+    """Cross entropy in nats of the tokens after the next one, each from a head of its own that all share the output
+    matrix: Gloeckle et al. (2404.19737), section 2. Here a head is one of `model.heads`, such as a `LinearHead` of the
+    decoder's width, and not another layer of the decoder. `NextToken` predicts the next token itself."""
+
+    heads: tuple[str, ...]
+    """Names in `model.heads`, the first for the token after the next one."""
+
+    def validate(self):
+        self.require(len(self.heads) > 0, "heads", "at least one head")
+
+    def check_with(self, model, layout) -> None:
+        for name in self.heads:
+            if name not in model.heads:
+                there = nearest(name, model.heads) if model.heads else "there are none"
+                raise SpecError(f"reads the head {name!r}, which is not in model.heads: {there}")
+            if (outputs := model.heads[name].outputs) != model.decoder.width:
+                raise SpecError(
+                    f"model.heads.{name}.outputs is {outputs}: it must be the width of the decoder, "
+                    f"{model.decoder.width}"
+                )
+
+    def total(self, outputs, batch: Batch) -> jax.Array:
+        total = jnp.float32(0)
+        for ahead, name in enumerate(self.heads, start=1):
+            target_BT, weight_BT = _ahead(batch, ahead)
+            passes = (outputs.with_hidden(outputs.head(name)),)
+            total -= jnp.sum(weight_BT * per_position(log_probability, passes, weight_BT != 0, target_BT))
+        return total
+
+    def weight(self, batch: Batch) -> jax.Array:
+        return sum(jnp.sum(_ahead(batch, 1 + i)[1], dtype=jnp.float32) for i in range(len(self.heads)))
+
+
+def _ahead(batch: Batch, count: int) -> tuple[jax.Array, jax.Array]:
+    """Targets and loss weights of the position `count` further on in the same example; weights are 0 where none is."""
+
+    def later(x_BT):
+        return jnp.pad(x_BT, ((0, 0), (0, count)))[:, count:]
+
+    here_BT = later(batch.segment_BT) == batch.segment_BT
+    return later(batch.target_BT), jnp.where(here_BT, later(batch.weight_BT), 0)
