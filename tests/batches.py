@@ -25,6 +25,8 @@ ADAPTERS = {
     "image": ImageAdapter(ImageFeatures(8, 8, channels=1), items=2, patch=4, tower=TOWER),
     "audio": AudioAdapter(LogMel(0.16, rate=8000, mels=8, window=200, hop=80), items=2, fold=2, tower=TOWER),
 }
+# For what does not depend on blocks in towers: they take long to compile.
+LIGHT = {name: adapter.replace(tower=TOWER.replace(depth=0)) for name, adapter in ADAPTERS.items()}
 
 
 @dataclasses.dataclass(frozen=True)

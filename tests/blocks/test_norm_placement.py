@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from batches import VOCABULARY, build, columns, example, lively, tiny, tiny_model
+from batches import LIGHT, VOCABULARY, build, columns, example, lively, tiny, tiny_model
 from polygpt.blocks.pipeline import Schedule
 from polygpt.errors import SpecError
 from polygpt.models.describe import describe
@@ -16,7 +16,7 @@ from polygpt.parameters import paths
 
 T = 12
 BATCH = build([[example(3, ("image", 4), 1, seed=1), example(3, seed=2)], [example(9, seed=3)]], T)
-POST = {"norm_placement": "post", "scan": False, "depth": 4}
+POST = {"norm_placement": "post", "scan": False, "depth": 4, "adapters": LIGHT}
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,9 @@ def stacked(params):
     return params | {"decoder": {"blocks": jax.tree.map(lambda *leaves: np.stack(leaves), *blocks.values())}}
 
 
-@pytest.mark.parametrize("fields", [{}, {"scan": True}, {"scan": True, "remat": "full"}], ids=str)
+@pytest.mark.parametrize(
+    "fields", [{}, {"scan": True}, pytest.param({"scan": True, "remat": "full"}, marks=pytest.mark.slow)], ids=str
+)
 def test_a_branch_is_normalised_after_it_is_added_and_nothing_after_the_last_block(post, by_hand, fields):
     _, params = post
     model = bind(tiny(**POST | fields), VOCABULARY)
@@ -94,7 +96,7 @@ def test_no_position_sees_the_future_or_another_example(post):
 
 
 def test_gradients_of_empty_rows_are_finite():
-    model = bind(tiny(**POST, adapters={}), VOCABULARY)
+    model = bind(tiny(**POST | {"adapters": {}}), VOCABULARY)
     empty = build([[]], T, adapters={})
     gradient = jax.jit(jax.grad(lambda params: jnp.sum(model.apply(params, empty).logits_BTV)))(lively(model))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))

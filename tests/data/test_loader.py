@@ -260,7 +260,7 @@ def test_bad_records_are_raised_by_default(small):
         take(iterator, 20)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_the_record_is_named_at_which_a_source_fails(small, workers):
     iterator = batches_of(small, make_data(small, tasks={"faulty": Task(small.faulty_source())}, workers=workers))
     with pytest.raises(RuntimeError, match=r"FaultyExamples\[[0-9]\] raised KeyError: 'answer'"):

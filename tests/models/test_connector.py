@@ -51,8 +51,10 @@ def test_embeddings_are_what_towers_give_projected(toy):
     unprojected |= {"text": {"table": np.zeros((VOCABULARY, 8), np.float32)}, "decoder": lively(bare)["decoder"]}
     unprojected["modality"] = {name: np.zeros(8, np.float32) for name in SPEC.adapters}
     batch = build(ROWS, 9, adapters=SPEC.adapters)
-    given_BTD = np.asarray(bare.module(unprojected).embed(batch)[0])
-    embedded_BTD = np.asarray(model.module(params).embed(batch)[0])
+    given_BTD, embedded_BTD = (
+        np.asarray(jax.jit(lambda params, own=own: own.module(params).embed(batch)[0])(values))
+        for own, values in ((bare, unprojected), (model, params))
+    )
     for number, name in enumerate(SPEC.adapters, start=1):
         here = batch.modality_BT == number
         output = params["connector"]["output"]

@@ -4,12 +4,10 @@ import jax
 import numpy as np
 import pytest
 
-from batches import ADAPTERS, TOWER, build, columns, example, tiny_model
+from batches import ADAPTERS, LIGHT, build, columns, example, tiny_model
 from polygpt.nn.positions import Learned, MRope, NoPosition, Rope, Sinusoidal
 from polygpt.sequence import NAMED_ARRAYS, PADDING, Batch
 
-# Towers without blocks: what a cache must remember does not depend on them, and they take long to compile.
-LIGHT = {name: adapter.replace(tower=TOWER.replace(depth=0)) for name, adapter in ADAPTERS.items()}
 T, PROMPT = 20, 13
 ROWS = [
     [example(2, ("image", 4), 1, ("audio", 3), 9, seed=1)],

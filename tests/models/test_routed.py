@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from batches import ADAPTERS, TOWER, build, columns, example, lively, tiny
+from batches import ADAPTERS, LIGHT, TOWER, build, columns, example, lively, tiny
 from polygpt.errors import SpecError
 from polygpt.evaluation.likelihood import score
 from polygpt.models.decoder import DecoderSpec
@@ -15,7 +15,6 @@ from polygpt.models.multimodal import ModelSpec
 from polygpt.nn.experts import MixtureOfExperts
 from polygpt.parameters import paths
 
-LIGHT = {name: adapter.replace(tower=TOWER.replace(depth=0)) for name, adapter in ADAPTERS.items()}
 ROW = [example(3, ("image", 4), 2, ("audio", 3), 2, seed=1)]
 T = 16
 

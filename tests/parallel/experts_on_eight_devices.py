@@ -14,7 +14,7 @@ import numpy as np
 jax.config.update("jax_num_cpu_devices", 8)
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from batches import ADAPTERS, TOWER, build, example, lively, tiny  # noqa: E402
+from batches import LIGHT, build, example, lively, tiny  # noqa: E402
 from polygpt.models.functional import bind  # noqa: E402
 from polygpt.nn.experts import MixtureOfExperts  # noqa: E402
 from polygpt.objectives.load_balance import LoadBalance  # noqa: E402
@@ -23,7 +23,6 @@ from polygpt.objectives.router_z import RouterZLoss  # noqa: E402
 from polygpt.sharding import MeshSpec, make_layout, tree_shardings, use_layout  # noqa: E402
 
 T = 16
-LIGHT = {name: adapter.replace(tower=TOWER.replace(depth=0)) for name, adapter in ADAPTERS.items()}
 ROWS = [
     [example(5, seed=1), example(2, ("image", 4), 2, seed=2)],
     [example(("audio", 3), 9, seed=3)],
