@@ -65,12 +65,14 @@ from polygpt.nn.positions import Learned, MRope, NoPosition, Position, Rope, Rop
 from polygpt.objectives.base import BatchObjective, Objective, TokenObjective
 from polygpt.objectives.classification import LabelClassification
 from polygpt.objectives.distillation import Distillation
+from polygpt.objectives.info_nce import InfoNCE
 from polygpt.objectives.load_balance import LoadBalance
 from polygpt.objectives.masked_lm import MaskedLM, MaskTokens
 from polygpt.objectives.multi_label import MultiLabel
 from polygpt.objectives.next_token import NextToken
 from polygpt.objectives.regression import Regression
 from polygpt.objectives.router_z import RouterZLoss
+from polygpt.objectives.siglip import SigLIP
 from polygpt.objectives.view import View
 from polygpt.objectives.z_loss import ZLoss
 from polygpt.optim.groups import Group
@@ -133,6 +135,7 @@ __all__ = [
     "Head",
     "ImageAdapter",
     "ImageFeatures",
+    "InfoNCE",
     "Label",
     "LabelClassification",
     "LayerNorm",
@@ -182,6 +185,7 @@ __all__ = [
     "Sampling",
     "Score",
     "SharedConnector",
+    "SigLIP",
     "Sinusoidal",
     "Source",
     "SpanCorruption",

@@ -1,0 +1,129 @@
+"""Base of contrastive objectives: embeddings of two modalities of each example, compared over the whole batch."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from polygpt.errors import SpecError
+from polygpt.objectives.apart import Apart, last_of
+from polygpt.objectives.base import BatchObjective
+from polygpt.sequence import Batch
+from polygpt.spec import nearest
+
+SHORTEST = 3
+"""An example of two modalities and `bos` has at least this many positions."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Compared:
+    """What is compared. N is the number of examples in the global batch, and of places that may hold one.
+
+    Attributes:
+        left, right: unit vectors of both modalities, float32 [N, K].
+        valid: bool [N], whether the example has both modalities.
+        scale, bias: learned numbers: the similarity is scale * (cosine) + bias.
+    """
+
+    left: jax.Array
+    right: jax.Array
+    valid: jax.Array
+    scale: jax.Array
+    bias: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Contrastive(BatchObjective):
+    """Compares two modalities of each example with those of all others in the global batch.
+
+    The model reads each modality alone (`Apart`). The embedding is what a `ProjectionHead` gives at the last position
+    of the modality, so its `pool` should be "mean" if positions see each other in both directions.
+    """
+
+    heads: tuple[str, str]
+    """Names of the projections in `model.heads` of both modalities, which may be the same. The temperature is that of
+    the first."""
+    between: tuple[int, int] = (1, 0)
+    """Numbers of the modalities: 0 is text, adapters count from 1 in the model's order."""
+    bidirectional: bool = True
+    """Whether the positions of a modality see each other in both directions; false keeps the spans of the data."""
+    per_row: int | None = None
+    """Number of packed examples of a row that are compared; null for as many as fit. A small number saves memory."""
+    chunk: int | None = None
+    """Number of examples whose similarities to all others exist at a time; null for all. Recomputed in the backward
+    pass."""
+
+    def validate(self):
+        different = len(set(self.between)) == 2 and min(self.between) >= 0
+        self.require(different, "between", "two different modalities, each at least 0")
+        self.require(self.per_row is None or self.per_row >= 1, "per_row", "null or at least 1")
+        self.require(self.chunk is None or self.chunk >= 1, "chunk", "null or at least 1")
+
+    @property
+    def view(self) -> Apart:
+        return Apart(self.bidirectional)
+
+    def check_with(self, model, layout) -> None:
+        for name in self.heads:
+            if name not in model.heads:
+                there = nearest(name, model.heads) if model.heads else "there are none"
+                raise SpecError(f"reads the head {name!r}, which is not in model.heads: {there}")
+        left, right = (model.heads[name].outputs for name in self.heads)
+        if left != right:
+            raise SpecError(f"compares the heads {self.heads[0]!r} and {self.heads[1]!r}: {left} and {right} outputs")
+        if max(self.between) > len(model.adapters):
+            raise SpecError(
+                f"compares the modalities {list(self.between)}: the model has {len(model.adapters)} adapters"
+            )
+
+    def sum_over(self, compared: Compared) -> jax.Array:
+        """The sum of the loss over all examples, float32 scalar. Use `by_chunks` for large batches."""
+        raise NotImplementedError(f"{type(self).__name__} defines no sum_over")
+
+    def embed(self, outputs, batch: Batch) -> dict[str, Any]:
+        found, E = {}, self._examples(batch)
+        valid_BE = jnp.ones((batch.shape[0], E), bool)
+        for side, head, modality in zip(("left", "right"), self.heads, self.between, strict=True):
+            at_BE, there_BE = last_of(batch, modality, E)
+            found[side] = jnp.take_along_axis(outputs.head(head), at_BE[..., None], axis=1)
+            valid_BE &= there_BE
+        for side in ("left", "right"):
+            found[side] = jnp.where(valid_BE[..., None], found[side], 0)
+        scalars = outputs.head_scalars(self.heads[0])
+        if "scale" not in scalars:
+            raise SpecError(
+                f"model.heads.{self.heads[0]} has no temperature: use polygpt.heads.projection:ProjectionHead"
+            )
+        # Every row bears the learned numbers, because only rows are gathered; their mean has the gradient of each.
+        shared = {"scale": scalars["scale"], "bias": scalars.get("bias", jnp.float32(0))}
+        rows = {name: jnp.broadcast_to(value, batch.shape[:1]) for name, value in shared.items()}
+        return found | rows | {"valid": valid_BE.astype(jnp.float32)}
+
+    def compare(self, embedded: dict[str, Any]) -> jax.Array:
+        left, right = (embedded[side].reshape(-1, embedded[side].shape[-1]) for side in ("left", "right"))
+        valid_N = jax.lax.stop_gradient(embedded["valid"]).reshape(-1) > 0
+        return self.sum_over(Compared(left, right, valid_N, embedded["scale"].mean(), embedded["bias"].mean()))
+
+    def weight(self, batch: Batch) -> jax.Array:
+        """The number of examples with both modalities."""
+        E = self._examples(batch)
+        left, right = (last_of(batch, modality, E)[1] for modality in self.between)
+        return jnp.sum(left & right, dtype=jnp.float32)
+
+    def _examples(self, batch: Batch) -> int:
+        return min(self.per_row or batch.shape[1], max(1, batch.shape[1] // SHORTEST))
+
+    def by_chunks(self, function, *rows_N: jax.Array) -> jax.Array:
+        """The sum of `function(*rows)`, a scalar, over chunks of the rows; rows that fill the last chunk are zeros."""
+        N = rows_N[0].shape[0]
+        if self.chunk is None or self.chunk >= N:
+            return function(*rows_N)
+        count = -(-N // self.chunk)
+
+        def split(x):
+            padded = jnp.pad(x, [(0, count * self.chunk - N), *[(0, 0)] * (x.ndim - 1)])
+            return padded.reshape(count, self.chunk, *x.shape[1:])
+
+        return jnp.sum(jax.lax.map(jax.checkpoint(lambda rows: function(*rows)), tuple(map(split, rows_N))))
