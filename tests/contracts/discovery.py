@@ -43,12 +43,12 @@ def minimal(cls: type) -> Spec:
 
 
 def simplest(annotation, name: str):
-    """The first option of a Literal, the name itself for a text, a tuple or mapping of one, 8 for a number."""
+    """The first option of a Literal, the name itself for a text, a variadic tuple or mapping of one, 8 for a number."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Literal, typing.Union, types.UnionType):
         return arguments[0] if origin is typing.Literal else simplest(arguments[0], name)
     if origin is tuple:
-        return (simplest(arguments[0], name),)
+        return tuple(simplest(argument, name) for argument in arguments if argument is not Ellipsis)
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return {name: simplest(arguments[1], name)}
     if issubclass(annotation, Spec):
