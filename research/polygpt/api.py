@@ -45,6 +45,8 @@ from polygpt.data.transforms.span_corruption import SpanCorruption
 from polygpt.data.transforms.ul2 import UL2
 from polygpt.errors import BadRecord, UserError
 from polygpt.evaluation.classification import Classification
+from polygpt.evaluation.label_accuracy import LabelAccuracy
+from polygpt.evaluation.label_error import LabelError
 from polygpt.evaluation.spec import EvalTask, EvaluationSpec
 from polygpt.evaluation.transcription import Transcription
 from polygpt.generation.sampling import Sampling
@@ -137,7 +139,9 @@ __all__ = [
     "ImageFeatures",
     "InfoNCE",
     "Label",
+    "LabelAccuracy",
     "LabelClassification",
+    "LabelError",
     "LayerNorm",
     "LayoutSpec",
     "Learned",

@@ -45,6 +45,7 @@ ADDED: dict[int, dict[str, dict[str, Any]]] = {
         "polygpt.blocks.stack:StackSpec": STACK,
         "polygpt.models.decoder:DecoderSpec": {**STACK, "mask": "spans", "embedding_noise": 0.0},
         "polygpt.data.layout:LayoutSpec": {"labels": {}, "pairs": False},
+        "polygpt.evaluation.spec:EvalTask": {"heads": []},
         "polygpt.data.sources.folder:MediaFolder": {"labels": {}},
         "polygpt.data.sources.embedded:Embedded": {"labels": False},
         "polygpt.data.sources.tfds:TfdsSource": {"labels": []},

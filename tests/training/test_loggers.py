@@ -116,6 +116,13 @@ def test_without_a_terminal_progress_is_a_line_now_and_then_on_stderr(capsys):
     ]
 
 
+def test_a_task_without_texts_shows_what_else_was_measured(capsys):
+    tasks = {"text": {"loss": 0.5, "n": 2}, "kinds": {"kind_f1": 0.25, "kind_accuracy": 0.75, "n": 3}}
+    Terminal(0, 100, seconds=3600).evaluation(100, {"tasks": tasks})
+    expected = "held-out kind_accuracy: kinds 0.7500; held-out kind_f1: kinds 0.2500; held-out loss: text 0.5000"
+    assert capsys.readouterr().err == f"step 100, {expected}\n"
+
+
 def test_on_a_terminal_progress_is_a_bar_on_stderr(capsys, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     logger = Terminal(0, 10)

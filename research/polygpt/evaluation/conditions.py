@@ -28,7 +28,8 @@ def model_of(name: str, task: EvalTask, model: Model) -> Model:
 
 
 def check(name: str, task: EvalTask, spec: ModelSpec, layout: LayoutSpec) -> None:
-    """Raises SpecError, naming the task, unless its changes give a model that supports its sequence length.
+    """Raises SpecError, naming the task, unless its changes give a model that supports its sequence length and has its
+    heads.
 
     Cheap: it does not bind the model, so changed parameters are detected only later.
     """
@@ -37,6 +38,11 @@ def check(name: str, task: EvalTask, spec: ModelSpec, layout: LayoutSpec) -> Non
         limit = replaced(spec.replace(low_rank=None), task.model).decoder.position.limit()
     except SpecError as error:
         raise _of(name, error) from None
+    for metric in task.heads:
+        try:
+            metric.check_with(spec, layout)
+        except SpecError as error:
+            raise SpecError(f"evaluation task {name!r}: {type(metric).__name__} {error}") from None
     length = layout_of(task, layout).seq_len
     if limit is not None and length > limit:
         raise SpecError(

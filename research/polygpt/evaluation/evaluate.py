@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,11 +14,13 @@ from polygpt.data.sources.base import example_at
 from polygpt.errors import BadRecord, UserError
 from polygpt.evaluation import conditions
 from polygpt.evaluation.bootstrap import bootstrap_mean
+from polygpt.evaluation.head_metric import measured
 from polygpt.evaluation.likelihood import Likelihoods, score, summary
 from polygpt.evaluation.modality_gain import modalities, shuffle
 from polygpt.evaluation.preference import preference
 from polygpt.evaluation.spec import EvalTask, EvaluationSpec
 from polygpt.generation.generate import generate
+from polygpt.sequence import Batch
 
 Progress = Callable[[str, int, int], None]
 """Called with a description ("fusion: loss"), the examples done, and the total."""
@@ -79,6 +81,8 @@ def evaluate(
             pooled.setdefault("+".join(sorted(modalities([example]))) or "text", []).append(scores[i : i + 1])
         if pairs := [i for i, example in enumerate(examples) if example.rejected is not None]:
             tasks[name] |= _preference(name, [examples[i] for i in pairs], scores[pairs], spec, reader)
+        if task.heads:
+            tasks[name] |= _judge_heads(name, task, examples, reader)
         if task.generate:
             tasks[name] |= _judge(name, task, spec, examples, reader)
         for modality in modalities(examples) if spec.modality_gain else []:
@@ -127,6 +131,17 @@ class _Reader:
     def __call__(self, what: str, examples: Sequence[Example], passes: Callable[[BadRecord], bool]):
         """Indices and scores of the usable examples; raises faults unless `passes` accepts them."""
         order, scores = [], []
+        for indices, batch in self.batches(what, examples, passes):
+            order += indices
+            scores.append(score(self.model, self.params, batch, self.tokenizer.token_bytes, self.last))
+        if not scores:
+            return [], None
+        return sorted(order), Likelihoods.join(scores)[np.argsort(order)]
+
+    def batches(
+        self, what: str, examples: Sequence[Example], passes: Callable[[BadRecord], bool]
+    ) -> Iterator[tuple[list[int], Batch]]:
+        """Batches of the usable examples, and their indices by row and segment."""
         packer, waiting = self._packer(), {}  # index of an example, by identity of its row
         for i, example in enumerate(examples):
             try:
@@ -136,26 +151,21 @@ class _Reader:
                     raise
                 continue
             if not packer.add(row):
-                self._score(packer, waiting, order, scores)
+                yield self._packed(packer, waiting)
                 self.progress(what, i, len(examples))
                 packer, waiting = self._packer(), {}
                 packer.add(row)
             waiting[id(row)] = i
         if waiting:
-            self._score(packer, waiting, order, scores)
+            yield self._packed(packer, waiting)
         self.progress(what, len(examples), len(examples))
-        if not scores:
-            return [], None
-        indices = sorted(order)
-        return indices, Likelihoods.join(scores)[np.argsort(order)]
 
     def _packer(self) -> Packer:
         return Packer(self.batch_size, self.layout.seq_len, self.adapters, self.layout.packing)
 
-    def _score(self, packer: Packer, waiting: dict[int, int], order: list[int], scores: list[Likelihoods]) -> None:
+    def _packed(self, packer: Packer, waiting: dict[int, int]) -> tuple[list[int], Batch]:
         self.proceed()
-        order += [waiting[id(row)] for packed in packer.rows for row in packed]
-        scores.append(score(self.model, self.params, packer.batch(), self.tokenizer.token_bytes, self.last))
+        return [waiting[id(row)] for packed in packer.rows for row in packed], packer.batch()
 
 
 def _read(name: str, task: EvalTask, spec: EvaluationSpec, reader: _Reader) -> tuple[list[Example], Likelihoods, int]:
@@ -214,6 +224,16 @@ def _preference(name: str, examples: list[Example], scores: Likelihoods, spec: E
     return preference(scores[kept], others) if kept else {}
 
 
+def _judge_heads(name: str, task: EvalTask, examples: list[Example], reader: _Reader) -> dict[str, float]:
+    """The metrics of what heads predict. Raises UserError if no example has a label of theirs."""
+    batches = (batch for _, batch in reader.batches(f"{name}: heads", examples, lambda error: False))
+    figures = measured(reader.model, reader.params, batches, task.heads)
+    for metric in task.heads:
+        if not any(one.name in figures for one in metric.measures):
+            raise UserError(f"evaluation task {name!r}: no example has the label {metric.named!r}: change its heads")
+    return figures
+
+
 def cut_answers(tasks: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """A line for each task of `evaluate`'s whose answers were cut, which count as wrong: what to change."""
     return [
@@ -227,7 +247,9 @@ def cut_answers(tasks: Mapping[str, Mapping[str, Any]]) -> list[str]:
 def _gain(
     what: str, modality: str, spec: EvaluationSpec, examples: list[Example], scores: Likelihoods, reader: _Reader
 ) -> dict[str, float | int] | None:
-    """The modality gain and its interval; None without two examples whose media can be exchanged."""
+    """The modality gain and its interval; None without two examples whose media can be exchanged, or without texts."""
+    if not scores.weight.all():
+        return None
     indices, shuffled = shuffle(examples, modality, spec.seed)
     if not indices:
         return None

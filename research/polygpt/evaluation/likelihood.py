@@ -101,10 +101,12 @@ def score(model, params, batch: Batch, token_bytes: np.ndarray, last: int | None
 
 
 def summary(scores: Likelihoods) -> dict[str, float | int]:
-    """The values of MEASURES, and `n`; without `bits_per_byte` if no text has bytes.
+    """The values of MEASURES, and `n`; without `bits_per_byte` if no text has bytes, only `n` if no text is predicted.
 
     All except the token accuracy use loss weights.
     """
+    if not scores.weight.any():
+        return {"n": len(scores.loss)}
     loss = float(scores.loss.sum() / scores.weight.sum())
     with np.errstate(over="ignore"):  # infinite above 709 nats
         figures = {"loss": loss, "perplexity": float(np.exp(loss))}

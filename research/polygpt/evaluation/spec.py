@@ -7,6 +7,7 @@ from typing import Any, Literal
 from polygpt.data.sources.base import Source
 from polygpt.errors import SpecError
 from polygpt.evaluation.classification import Classification
+from polygpt.evaluation.head_metric import HeadMetric
 from polygpt.evaluation.likelihood import MEASURES
 from polygpt.evaluation.metric import Measure, Metric
 from polygpt.evaluation.preference import PREFERENCE
@@ -33,6 +34,8 @@ class EvalTask(Spec):
     are used, so the changed model must have the same parameter names and shapes."""
     last: int | None = None
     """Number of final targets of each example that count; null for all. Does not affect answers."""
+    heads: tuple[HeadMetric, ...] = ()
+    """Metrics of what heads of the model predict for labels."""
 
     @property
     def as_trained(self) -> bool:
@@ -40,8 +43,8 @@ class EvalTask(Spec):
         return self.seq_len is None and not self.model and self.last is None
 
     def measures(self) -> dict[str, Measure]:
-        """Its measures by name, in table order: those of its metrics, then likelihoods."""
-        own = (one for metric in self.metrics for one in metric.measures)
+        """Its measures by name, in table order: those of its metrics, of its heads, then likelihoods."""
+        own = (one for metric in (*self.metrics, *self.heads) for one in metric.measures)
         return {one.name: one for one in (*own, *PREFERENCE, *MEASURES)}
 
     def validate(self):
@@ -100,8 +103,9 @@ class EvaluationSpec(Spec):
             return Measure(name, better=None)
         if written:
             raise SpecError(f"the metric {metric!r} is not measured: {nearest(name, asked.measures())}")
+        names = ", ".join(one.name for one in (*(one for head in asked.heads for one in head.measures), *MEASURES))
         raise SpecError(
-            f"the metric {metric!r} must be one of {', '.join(one.name for one in MEASURES)} of {task}, unless "
+            f"the metric {metric!r} must be one of {names} of {task}, unless "
             "train.evaluate is full and the task's generate is true"
         )
 

@@ -31,12 +31,7 @@ class LabelObjective(Objective):
         return self.head if self.label is None else self.label
 
     def check_with(self, model, layout) -> None:
-        if self.head not in model.heads:
-            there = nearest(self.head, model.heads) if model.heads else "there are none"
-            raise SpecError(f"reads the head {self.head!r}, which is not in model.heads: {there}")
-        if self.named not in layout.labels:
-            there = nearest(self.named, layout.labels) if layout.labels else "there are none"
-            raise SpecError(f"reads the label {self.named!r}, which is not in data.layout.labels: {there}")
+        require_label(self.head, self.named, model, layout)
         if must := self.mismatch(model.heads[self.head].outputs, layout.labels[self.named]):
             raise SpecError(f"{self.named!r} and its head {self.head!r} do not fit: {must}")
 
@@ -63,6 +58,17 @@ class LabelObjective(Objective):
         label = jnp.asarray(batch.extra[self.named])
         label_BTn = label.reshape(*label.shape[:2], -1)
         return label_BTn, ~jnp.isnan(label_BTn)
+
+
+def require_label(head: str, label: str, model, layout) -> None:
+    """Raises SpecError if the model (`ModelSpec`) lacks the head, or the layout (`LayoutSpec`) the label."""
+    for kind, name, there, field in (
+        ("head", head, model.heads, "model.heads"),
+        ("label", label, layout.labels, "data.layout.labels"),
+    ):
+        if name not in there:
+            known = nearest(name, there) if there else "there are none"
+            raise SpecError(f"reads the {kind} {name!r}, which is not in {field}: {known}")
 
 
 def numbers(label) -> int:

@@ -71,7 +71,7 @@ def choose(source: Sequence[Example], run, count: int) -> list[Example]:
             lay_out(example, run.experiment.data.layout, run.tokenizer, run.model.spec.adapters)
         except BadRecord:
             continue
-        if any(isinstance(part, Medium) or part.text for part in example.prompt):
+        if example.answer and any(isinstance(part, Medium) or part.text for part in example.prompt):
             chosen.append(example)
         if len(chosen) == count:
             break

@@ -78,13 +78,17 @@ def measure(
 
 
 def select_metric(tasks: dict[str, dict[str, Any]], metric: str, mean_of: Sequence[str] = ()) -> float:
-    """The metric with that name: "loss" is the mean over the tasks in `mean_of`, or over all if it is empty.
+    """The metric with that name: "loss" is the mean over the tasks in `mean_of`, or over all if it is empty,
+    as far as they predict text.
 
     Raises:
         UserError: the metric was not measured.
     """
     if metric == "loss":
-        return statistics.fmean(tasks[name]["loss"] for name in mean_of or tasks)
+        losses = [tasks[name]["loss"] for name in mean_of or tasks if "loss" in tasks[name]]
+        if not losses:
+            raise UserError("train.metric is 'loss', but no held-out task predicts text: choose '<task>/<measure>'")
+        return statistics.fmean(losses)
     task, _, measure = metric.rpartition("/")
     if measure not in tasks[task]:
         raise UserError(

@@ -15,6 +15,7 @@ from typing import Any, Protocol, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from polygpt.evaluation.likelihood import COUNTS
 from polygpt.files import plain
 
 
@@ -202,8 +203,9 @@ class Terminal(Silent):
         self._speed = f"  {values['tokens_per_second']:,.0f} tokens/s  input wait {values['input_wait']:.0%}"
 
     def evaluation(self, step, results):
-        losses = "  ".join(f"{name} {figures['loss']:.4f}" for name, figures in results["tasks"].items())
-        self._console.print(f"step {step}, held-out loss: {losses}", soft_wrap=True)
+        tasks = results["tasks"]
+        shown = [f"held-out {measure}: {values}" for measure, values in _by_measure(tasks).items()]
+        self._console.print(f"step {step}, {'; '.join(shown)}", soft_wrap=True)
 
     def rewind(self, step, spike):
         self._first = None
@@ -212,3 +214,12 @@ class Terminal(Silent):
     def close(self):
         if self._bar:
             self._bar.stop()
+
+
+def _by_measure(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """The losses of all tasks as text, and the other values of tasks without one, by measure."""
+    found: dict[str, list[str]] = {}
+    for task, figures in tasks.items():
+        for measure in ["loss"] if "loss" in figures else figures.keys() - COUNTS:
+            found.setdefault(measure, []).append(f"{task} {figures[measure]:.4f}")
+    return {measure: "  ".join(values) for measure, values in sorted(found.items())}
