@@ -67,14 +67,14 @@ def test_gradients_of_both_modalities_reach_it(toy):
     """Of a row with a picture, of one with a recording, and of both together: the sum."""
     model, params = toy
 
+    @jax.jit
+    @jax.grad
+    def slope(kernel, batch):
+        changed = params | {"connector": {"output": params["connector"]["output"] | {"kernel": kernel}}}
+        return jnp.sum(jnp.sin(model.apply(changed, batch).logits_BTV) * (batch.segment_BT > 0)[..., None])
+
     def gradient(rows):
-        batch = build(rows, 9, adapters=SPEC.adapters)
-
-        def total(kernel):
-            changed = params | {"connector": {"output": params["connector"]["output"] | {"kernel": kernel}}}
-            return jnp.sum(jnp.sin(model.apply(changed, batch).logits_BTV) * (batch.segment_BT > 0)[..., None])
-
-        return np.asarray(jax.jit(jax.grad(total))(params["connector"]["output"]["kernel"]))
+        return np.asarray(slope(params["connector"]["output"]["kernel"], build(rows, 9, adapters=SPEC.adapters)))
 
     seen, heard, both = gradient([ROWS[0], []]), gradient([[], ROWS[1]]), gradient(ROWS)
     assert np.abs(seen).max(axis=1).all() and np.abs(heard).max(axis=1).all()
