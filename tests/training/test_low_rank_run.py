@@ -21,6 +21,8 @@ from polygpt.training.loop import train
 from polygpt.training.program import assemble
 from polygpt.training.run import open_run
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 SMALL = {
     "optim.accumulate": "1",
     "train.steps": "4",

@@ -1,6 +1,7 @@
 """The pure step: normalisation, accumulation, skipping, moving average, randomness."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +24,12 @@ from polygpt.training.step import Recipe, make_step
 OBJECTIVES = {"next_token": (NextToken(), 1.0), "z": (ZLoss(), 0.01)}
 
 
-def prepare(optim=None, model=None, objectives=OBJECTIVES, seed=0):
-    """(initial state, compiled step)."""
-    model, optim = model or Bigram(), optim or Optim(Constant(0.01))
+@functools.cache
+def prepare(optim=Optim(Constant(0.01)), model=Bigram(), seed=0):  # noqa: B008
+    """(initial state, compiled step): one program for all tests that ask for the same."""
     params = jax.eval_shape(model.init, jax.random.key(0))
     transformation = optim.build(traits_of(params), 100)
-    loss = Loss(model, objectives, optim.trainable(traits_of(params)), optim.accumulate)
+    loss = Loss(model, OBJECTIVES, optim.trainable(traits_of(params)), optim.accumulate)
     recipe = Recipe(loss, transformation, optim.schedule.build(100), seed, optim.ema)
     return create(model, transformation, seed, optim.ema is not None), jax.jit(make_step(recipe))
 
