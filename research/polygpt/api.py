@@ -47,6 +47,7 @@ from polygpt.errors import BadRecord, UserError
 from polygpt.evaluation.classification import Classification
 from polygpt.evaluation.label_accuracy import LabelAccuracy
 from polygpt.evaluation.label_error import LabelError
+from polygpt.evaluation.retrieval import Retrieval
 from polygpt.evaluation.spec import EvalTask, EvaluationSpec
 from polygpt.evaluation.transcription import Transcription
 from polygpt.generation.sampling import Sampling
@@ -181,6 +182,7 @@ __all__ = [
     "RandomShift",
     "Reference",
     "Regression",
+    "Retrieval",
     "Rope",
     "Rope2D",
     "RouterZLoss",

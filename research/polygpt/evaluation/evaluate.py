@@ -225,12 +225,12 @@ def _preference(name: str, examples: list[Example], scores: Likelihoods, spec: E
 
 
 def _judge_heads(name: str, task: EvalTask, examples: list[Example], reader: _Reader) -> dict[str, float]:
-    """The metrics of what heads predict. Raises UserError if no example has a label of theirs."""
+    """The metrics of the outputs of heads. Raises UserError if no example has what one compares."""
     batches = (batch for _, batch in reader.batches(f"{name}: heads", examples, lambda error: False))
     figures = measured(reader.model, reader.params, batches, task.heads)
     for metric in task.heads:
         if not any(one.name in figures for one in metric.measures):
-            raise UserError(f"evaluation task {name!r}: no example has the label {metric.named!r}: change its heads")
+            raise UserError(f"evaluation task {name!r}: no example has {metric.needs}: change its heads")
     return figures
 
 

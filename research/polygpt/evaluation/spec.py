@@ -7,7 +7,7 @@ from typing import Any, Literal
 from polygpt.data.sources.base import Source
 from polygpt.errors import SpecError
 from polygpt.evaluation.classification import Classification
-from polygpt.evaluation.head_metric import HeadMetric
+from polygpt.evaluation.head_metric import OutputMetric
 from polygpt.evaluation.likelihood import MEASURES
 from polygpt.evaluation.metric import Measure, Metric
 from polygpt.evaluation.preference import PREFERENCE
@@ -34,8 +34,8 @@ class EvalTask(Spec):
     are used, so the changed model must have the same parameter names and shapes."""
     last: int | None = None
     """Number of final targets of each example that count; null for all. Does not affect answers."""
-    heads: tuple[HeadMetric, ...] = ()
-    """Metrics of what heads of the model predict for labels."""
+    heads: tuple[OutputMetric, ...] = ()
+    """Metrics of the outputs of heads: against labels, or of retrieval."""
 
     @property
     def as_trained(self) -> bool:

@@ -30,6 +30,11 @@ class Apart(View):
         return batch.replace(segment_BT=segment_BT, position_BT=position_BT, span_BT=span_BT)
 
 
+def example_of(batch: Batch) -> jax.Array:
+    """The packed example of each position of this view, int32 [B, T] from 1; 0 is padding."""
+    return (batch.segment_BT + NUMBERS - 1) // NUMBERS
+
+
 def last_of(batch: Batch, modality: int, examples: int) -> tuple[jax.Array, jax.Array]:
     """Where each example of a row of this view has its last position of a modality, int32 [B, E]; whether it has any.
 

@@ -66,17 +66,7 @@ class Contrastive(BatchObjective):
         return Apart(self.bidirectional)
 
     def check_with(self, model, layout) -> None:
-        for name in self.heads:
-            if name not in model.heads:
-                there = nearest(name, model.heads) if model.heads else "there are none"
-                raise SpecError(f"reads the head {name!r}, which is not in model.heads: {there}")
-        left, right = (model.heads[name].outputs for name in self.heads)
-        if left != right:
-            raise SpecError(f"compares the heads {self.heads[0]!r} and {self.heads[1]!r}: {left} and {right} outputs")
-        if max(self.between) > len(model.adapters):
-            raise SpecError(
-                f"compares the modalities {list(self.between)}: the model has {len(model.adapters)} adapters"
-            )
+        require_heads(self.heads, self.between, model)
 
     def sum_over(self, compared: Compared) -> jax.Array:
         """The sum of the loss over all examples, float32 scalar. Use `by_chunks` for large batches."""
@@ -127,3 +117,16 @@ class Contrastive(BatchObjective):
             return padded.reshape(count, self.chunk, *x.shape[1:])
 
         return jnp.sum(jax.lax.map(jax.checkpoint(lambda rows: function(*rows)), tuple(map(split, rows_N))))
+
+
+def require_heads(heads: tuple[str, str], between: tuple[int, int], model) -> None:
+    """Raises SpecError unless the model (`ModelSpec`) has both projections, of equal size, and both modalities."""
+    for name in heads:
+        if name not in model.heads:
+            there = nearest(name, model.heads) if model.heads else "there are none"
+            raise SpecError(f"reads the head {name!r}, which is not in model.heads: {there}")
+    left, right = (model.heads[name].outputs for name in heads)
+    if left != right:
+        raise SpecError(f"compares the heads {heads[0]!r} and {heads[1]!r}: {left} and {right} outputs")
+    if max(between) > len(model.adapters):
+        raise SpecError(f"compares the modalities {list(between)}: the model has {len(model.adapters)} adapters")
