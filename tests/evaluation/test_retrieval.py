@@ -47,7 +47,7 @@ def test_what_is_compared_is_what_the_objective_embeds():
         example(2, ("image", 4), ("audio", 2), 3, seed=4),
     )
     label_BT = np.full((2, 20), np.nan, np.float32)
-    label_BT[0, 10], label_BT[1, 11] = 5, 6  # at the ends of the first examples
+    label_BT[0, 10], label_BT[1, 10] = 5, 6  # at the ends of the first examples
     batch = build([[a, b], [c]], 20).replace(extra={"kind": label_BT})
     rows = []
 

@@ -13,8 +13,8 @@ from polygpt.objectives.contrastive import require_heads
 
 @dataclasses.dataclass(frozen=True)
 class Retrieval(OutputMetric):
-    """`<name>_r1`, ... and `<name>_back_r1`, ...: the share of examples whose partner is among the k most similar of the
-    task's examples, from the first modality to the second and back.
+    """`<name>_r1`, ... and `<name>_back_r1`, ...: the share of examples whose partner is among the k most similar of
+    the task's examples, from the first modality to the second and back.
 
     With `label`, any example of the same label counts as a partner. Ties count against the model.
     """
