@@ -103,7 +103,7 @@ def compiled(attend, rule, operands, backward: bool, **options):
     return jax.jit(slopes if backward else values).lower(operands).compile(options)
 
 
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("backward", [pytest.param(False, marks=pytest.mark.slow), True], ids=["forward", "backward"])
 def test_memory_is_linear_in_the_length(backward):
     def memory(attend, T):
         return compiled(attend, *long_problem(T), backward).memory_analysis().temp_size_in_bytes

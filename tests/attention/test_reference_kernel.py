@@ -11,10 +11,12 @@ from problems import NAMES, WITH_PAIRS, answers, assert_agrees, cotangents, expe
 from polygpt.attention.kernels import chunked, reference
 from polygpt.attention.kernels.reference import attend, attention_weights
 
+compiled = jax.jit(attend, static_argnums=0)
+
 
 @pytest.mark.parametrize("name", [*NAMES, *WITH_PAIRS])
 def test_it_equals_float64(name):
-    assert_agrees(attend, *problem(name), gradients=False)
+    assert_agrees(attend, *problem(name))  # of the program whose gradients are tested below
 
 
 def test_it_equals_float64_where_softmax_is_saturated():
@@ -49,7 +51,10 @@ def test_its_gradients_are_the_slopes_of_float64(name):
 
 
 @pytest.mark.parametrize("backend", [reference, chunked], ids=["reference", "chunked"])
-@pytest.mark.parametrize("name", ["packed", "empty", "slopes", "gates", "sigmoid_terms"])
+@pytest.mark.parametrize(
+    "name",
+    ["empty", "gates", "sigmoid_terms", *(pytest.param(name, marks=pytest.mark.slow) for name in ("packed", "slopes"))],
+)
 def test_gradients_of_parts_of_the_keys_add_up_to_those_of_all(name, backend):
     rule, operands = problem(name)
     dy, dlse = cotangents(operands)
@@ -89,7 +94,7 @@ def test_a_key_that_is_not_allowed_has_no_weight_however_large_its_score():
     rule, operands = problem("packed")
     hidden = np.asarray(operands.key.segment == 0)[:, None, :, None]
     huge = dataclasses.replace(operands, key_BKSd=np.where(hidden, np.float32(1e30), operands.key_BKSd))
-    np.testing.assert_array_equal(attend(rule, huge)[0], attend(rule, operands)[0])
+    np.testing.assert_array_equal(compiled(rule, huge)[0], compiled(rule, operands)[0])
     assert hidden.any()
 
 
@@ -106,5 +111,5 @@ def test_the_values_decide_the_dtype_and_the_softmax_stays_in_float32():
 def test_chosen_queries_are_the_rows_of_the_whole():
     rule, operands = problem("gates")
     chosen = np.array([3, 0, 12])
-    some, all_of_them = attend(rule, operands.of_queries(chosen))[0], attend(rule, operands)[0]
+    some, all_of_them = (compiled(rule, one)[0] for one in (operands.of_queries(chosen), operands))
     np.testing.assert_allclose(some, all_of_them[:, :, chosen], rtol=0, atol=2e-6)

@@ -140,6 +140,7 @@ def test_the_benchmark_sets_fields_of_both_and_says_where_they_differ(own, capsy
     assert "--against.heads" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_signs_in_the_table_of_the_benchmark_are_explained(own, capsys):
     other = "polygpt.attention.multi_head:MultiHead"
     words = [other, "--backend", "chunked", "--lengths", "16", "--model_width", "16"]

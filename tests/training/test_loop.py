@@ -264,7 +264,10 @@ def test_the_options_that_a_person_is_told_end_the_jump(tmp_path, chosen):
         assert len(resume_messages(more, tmp_path, 200, False, to_json(extended))) == 1, f"{words} jumps"
 
 
-def test_more_steps_keep_the_learning_rate_or_raise_it_again_and_resume_to_the_bit(tmp_path):
+@pytest.mark.parametrize(
+    "more", [pytest.param({}, marks=pytest.mark.slow), {"optim.rewarm": "3"}], ids=["keep", "rewarm"]
+)
+def test_more_steps_keep_the_learning_rate_or_raise_it_again_and_resume_to_the_bit(tmp_path, more):
     first = {"train.steps": "6", "optim.schedule.warmup": "0"}
     train(smallest(**first), tmp_path / "run", quiet)
 
@@ -273,18 +276,17 @@ def test_more_steps_keep_the_learning_rate_or_raise_it_again_and_resume_to_the_b
             if step == 8:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-    for name, more in {"keep": {}, "rewarm": {"optim.rewarm": "3"}}.items():
-        longer = smallest(**first | {"train.steps": "12", "train.log_every": "1", "optim.schedule_steps": "6"} | more)
-        whole, cut = (shutil.copytree(tmp_path / "run", tmp_path / name / how) for how in ("whole", "cut"))
-        assert train(longer, whole, quiet).finished
-        assert not train(longer, cut, lambda *where: [*quiet(*where), Interrupt()]).finished
-        assert train(longer, cut, quiet).finished
-        assert (whole / "metrics.jsonl").read_bytes() == (cut / "metrics.jsonl").read_bytes()
-        jax.tree.map(np.testing.assert_array_equal, *(open_run(run, "latest").params for run in (whole, cut)))
-        rates = {line["step"]: line["learning_rate"] for line in metrics(whole)}
-        cosine = [3e-3 * (0.1 + 0.9 * (1 + np.cos(np.pi * t / steps)) / 2) for steps, t in [(6, 5), (12, 8), (12, 11)]]
-        expected = {6: cosine[0], 9: cosine[1], 12: cosine[2]} if more else {6: cosine[0], 9: cosine[0], 12: cosine[0]}
-        assert {step: rates[step] for step in expected} == pytest.approx(expected, rel=1e-5)
+    longer = smallest(**first | {"train.steps": "12", "train.log_every": "1", "optim.schedule_steps": "6"} | more)
+    whole, cut = (shutil.copytree(tmp_path / "run", tmp_path / how) for how in ("whole", "cut"))
+    assert train(longer, whole, quiet).finished
+    assert not train(longer, cut, lambda *where: [*quiet(*where), Interrupt()]).finished
+    assert train(longer, cut, quiet).finished
+    assert (whole / "metrics.jsonl").read_bytes() == (cut / "metrics.jsonl").read_bytes()
+    jax.tree.map(np.testing.assert_array_equal, *(open_run(run, "latest").params for run in (whole, cut)))
+    rates = {line["step"]: line["learning_rate"] for line in metrics(whole)}
+    cosine = [3e-3 * (0.1 + 0.9 * (1 + np.cos(np.pi * t / steps)) / 2) for steps, t in [(6, 5), (12, 8), (12, 11)]]
+    expected = {6: cosine[0], 9: cosine[1], 12: cosine[2]} if more else {6: cosine[0], 9: cosine[0], 12: cosine[0]}
+    assert {step: rates[step] for step in expected} == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_experiment_says_which_checkpoint_is_used_where_none_is_named(stale, tmp_path):

@@ -138,7 +138,12 @@ def whole(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "how, steps",
-    [("killed", [6]), ("stopped", [8, 9]), ("stopped", [11]), ("killed", [13])],  # of 8 and 9 two checkpoints remain
+    [  # of 8 and 9 two checkpoints remain
+        pytest.param("killed", [6], marks=pytest.mark.slow),
+        ("stopped", [8, 9]),
+        ("stopped", [11]),
+        ("killed", [13]),
+    ],
 )
 def test_a_run_with_a_rewind_that_is_cut_repeats_itself_to_the_bit(tmp_path, numbered, whole, how, steps):
     for at in steps:
