@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 TURNS = (
-    ("lab", "data"),
-    ("ablation", "blocks", "cli", "optim"),
-    ("attention", "contracts", "parallel", "runtime", "scale", "tests", "training"),
+    ("lab", "data", "generation", "models"),
+    ("ablation", "attention", "blocks", "cli", "contracts", "optim", "tests"),
+    ("parallel", "runtime", "scale", "training"),
 )
 """Groups that take about equally long together. "tests" holds the files outside of folders."""
 BEGUN = time.monotonic()

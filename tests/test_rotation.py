@@ -67,8 +67,12 @@ def test_without_time_only_the_groups_due_run_and_the_others_are_listed(tmp_path
         return done.stdout, set(re.findall(r"PASSED tests/.*test_(\S+)\.py", done.stdout))
 
     output, passed = run(5, 0)
-    assert passed == {"in_none", "in_parallel"} and "it is the turn of attention" in output
-    assert rotation.LEFT_OUT + ": lab (2 tests), ablation (2 tests), optim (2 tests)" in output
-    assert "lab, whose turn it is in 1 commits" in output and "optim, whose turn it is in 2 commits" in output
+    waits = {name: rotation.wait(group or "tests", 5) for name, group in places.items()}
+    assert passed == {name for name, commits in waits.items() if not commits} and set(waits.values()) == {0, 1, 2}
+    assert f"it is the turn of {rotation.TURNS[5 % 3][0]}" in output and f"{rotation.LEFT_OUT}: " in output
+    for name, commits in waits.items():
+        group = places[name] or "tests"
+        assert (f"{group} (2 tests)" in output) == (f"{group}, whose turn it is in {commits} commits" in output)
+        assert (f"{group} (2 tests)" in output) == bool(commits)
     output, passed = run(4, 5)
     assert passed == set(places) and rotation.LEFT_OUT not in output
