@@ -6,7 +6,7 @@ import pytest
 
 from polygpt.ablation import memory
 from polygpt.models.functional import bind
-from polygpt.training import automatic, parallel, program, run, seeds, state, step, trainer
+from polygpt.training import automatic, parallel, phases, program, run, seeds, state, step
 
 MODULES = (automatic, parallel, program, seeds, state, step)
 MOST = 16
@@ -22,13 +22,13 @@ class Programs:
     def __init__(self):
         self.kept = []
 
-    def __call__(self, *args, seeds=()):
-        given = (*args, seeds)
+    def __call__(self, *args, seeds=(), phase=0, like=None):
+        given = (*args, seeds, phase)
         replaced = [value for module in MODULES for value in vars(module).values()]
         for before, modules, found in self.kept:
             if before == given and len(modules) == len(replaced) and all(map(lambda a, b: a is b, modules, replaced)):
                 return found
-        found = program.assemble(*args, seeds=seeds)
+        found = program.assemble(*args, seeds=seeds, phase=phase, like=like)
         object.__setattr__(found, "initial", found.initial)  # one function, so that jax traces it once
         self.kept = [*self.kept[1 - MOST :], (given, replaced, found)]
         return found
@@ -57,7 +57,7 @@ MODELS = Models()
 def used():
     """From here on runs of this process train by programs that are kept, and are opened with models that are."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (trainer, memory):
+        for module in (phases, memory):
             patch.setattr(module, "assemble", PROGRAMS)
         patch.setattr(run, "bind", MODELS)
         yield

@@ -88,6 +88,7 @@ from polygpt.runtime.processes import ProcessesSpec
 from polygpt.runtime.watchdog import WatchdogSpec
 from polygpt.sharding import MeshSpec
 from polygpt.training.experiment import Experiment, TrainSpec
+from polygpt.training.phase import Phase
 from polygpt.training.spikes import SpikeSpec
 
 RUNNING = {
@@ -172,6 +173,7 @@ __all__ = [
     "Objective",
     "Optim",
     "Paper",
+    "Phase",
     "Position",
     "PrefixLM",
     "ProcessesSpec",

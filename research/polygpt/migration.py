@@ -50,6 +50,8 @@ ADDED: dict[int, dict[str, dict[str, Any]]] = {
         "polygpt.data.sources.embedded:Embedded": {"labels": False},
         "polygpt.data.sources.tfds:TfdsSource": {"labels": []},
         "polygpt.data.loader:Task": {"transform": []},
+        "polygpt.training.experiment:TrainSpec": {"phases": []},
+        "polygpt.optim.groups:Group": {"layers": None, "layer_decay": None},
     },
 }
 """By schema and current class name: fields that the schema lacks, with the value that keeps the old behaviour."""

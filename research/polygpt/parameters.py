@@ -4,6 +4,7 @@
 |---|---|---|
 | `axes` | logical axes, which decide its sharding (`sharding.RULES`); None for an axis that is not split | a matrix is split along its second to last axis, as "width" |
 | `decays` | whether it takes weight decay | true for two axes or more, except in an `nnx.Embed` |
+| `layers` | the numbers of the layers in their stack: of each element of the first axis, or one number | none |
 | `std` | standard deviation of its initial values, if that depends on a width other than its fan-in | |
 
 Only an `nnx.Param` is trained. Other variables are constants: they are saved with the parameters and never change.
@@ -11,10 +12,12 @@ Only an `nnx.Param` is trained. Other variables are constants: they are saved wi
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from polygpt.errors import SpecError
@@ -32,6 +35,8 @@ class Traits:
         decays: whether it takes weight decay. By default vectors do not, even if stacked.
         trained: whether it may be trained: an `nnx.Param`, unless `model.low_rank` freezes it.
         std: standard deviation of its initial values, if that depends on a width other than its fan-in.
+        layers: the numbers of its layers, from 0, if it belongs to a stack of layers: those of its first axis, or one.
+        depth: number of layers in that stack.
     """
 
     shape: tuple[int, ...]
@@ -39,6 +44,23 @@ class Traits:
     decays: bool
     trained: bool = True
     std: float | None = None
+    layers: tuple[int, ...] = ()
+    depth: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class SomeLayers:
+    """Says that only some layers of a stacked parameter are trained: in place of True, a bool for each layer."""
+
+    trained: tuple[bool, ...]
+
+
+def without_frozen(parameter: jax.Array, trained: bool | SomeLayers) -> jax.Array:
+    """The parameter, of which only what is trained has a gradient."""
+    if not isinstance(trained, SomeLayers):
+        return parameter if trained else jax.lax.stop_gradient(parameter)
+    mask = np.reshape(trained.trained, (-1, *[1] * (parameter.ndim - 1)))
+    return jnp.where(mask, parameter, jax.lax.stop_gradient(parameter))
 
 
 def name_of(path) -> str:
@@ -79,6 +101,12 @@ def stack(make: Callable[[jax.Array], Made], keys: jax.Array, axis: str | None =
     return nnx.vmap(one)(keys)
 
 
+def number_layers(made: Any, layers: Sequence[int], depth: int) -> None:
+    """Declares which layers of a stack of `depth` layers the variables of a module hold, see `Traits.layers`."""
+    for variable in _variables(made):
+        variable.set_metadata(layers=tuple(layers), depth=depth)
+
+
 def traits(module: nnx.Module) -> Any:
     """The traits of all variables of a module, as an `nnx.State`. Fills in missing metadata of the module.
 
@@ -99,7 +127,8 @@ def traits(module: nnx.Module) -> Any:
             raise SpecError(f"{name_of(path)} has {rank} axes but names {len(axes)}: {axes}")
         axes = (*[None] * (rank - len(axes)), *axes)  # stacked by a plain nnx.vmap, which adds no names
         trained = isinstance(variable, nnx.Param)
-        return Traits(variable.shape, axes, metadata["decays"] and trained, trained, metadata.get("std"))
+        given = variable.shape, axes, metadata["decays"] and trained, trained, metadata.get("std")
+        return Traits(*given, metadata.get("layers", ()), metadata.get("depth", 0))
 
     return jax.tree_util.tree_map_with_path(of, nnx.state(module), is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 

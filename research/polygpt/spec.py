@@ -285,6 +285,18 @@ def to_json(value: Any) -> Any:
     return value
 
 
+def differences(before: Any, after: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted name, before, after) of each leaf that differs between trees of JSON data; None where it is missing."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        for key in dict.fromkeys([*before, *after]):
+            yield from differences(before.get(key), after.get(key), f"{name}.{key}" if name else key)
+    elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+        for i, pair in enumerate(zip(before, after, strict=True)):
+            yield from differences(*pair, f"{name}.{i}")
+    elif before != after:
+        yield name, before, after
+
+
 def new_names(cls: type) -> dict[str, str]:
     """Former and current names of a specification's fields."""
     return migration.new_names(class_name(base) for base in reversed(cls.__mro__) if base is not object)

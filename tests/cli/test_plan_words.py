@@ -1,5 +1,6 @@
 """What `polygpt plan` says while it compiles, and where it has no answer; nothing is compiled here."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -59,6 +60,20 @@ def test_it_says_that_it_is_compiling_before_it_does(polygpt, capsys, monkeypatc
     code, _, said = polygpt("plan", TINY, "--on", "cpu:1", "--train.mesh.tensor", "1")
     assert before == ["compiling tiny for cpu:1 ...\n"]
     assert code == 2 and "compilation failed: it is only pretended" in said
+
+
+def test_a_phase_of_the_run_is_planned_by_its_number(polygpt, monkeypatch):
+    planned = []
+    monkeypatch.setattr(
+        worker, "plan_in_subprocess", lambda given, *_: planned.append(given) or {"failed": "pretended"}
+    )
+    phase = {"class": "polygpt.training.phase:Phase", "start": 5, "changes": {"data.batch_size": 4}}
+    given = "plan", TINY, "--on", "cpu:1", "--train.mesh.tensor", "1", "--train.phases", json.dumps([phase])
+    for number, batch_size in ((0, 8), (1, 4)):
+        said = polygpt(*given, "--phase", str(number))[2]
+        assert planned[-1].data.batch_size == batch_size and f"phase {number} of 0 to 1" in said
+    code, _, said = polygpt(*given, "--phase", "2")
+    assert code == 2 and "--phase is 2: this run has the phases 0 to 1" in said
 
 
 @pytest.mark.parametrize(

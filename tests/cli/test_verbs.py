@@ -19,7 +19,7 @@ from polygpt.cli.generate import printable
 from polygpt.evaluation import evaluate
 from polygpt.generation import generate as generation
 from polygpt.spec import field_help
-from polygpt.training import loop, trainer
+from polygpt.training import loop, phases
 from polygpt.training.experiment import TrainSpec
 from polygpt.training.program import assemble
 
@@ -82,7 +82,7 @@ def test_sigterm_before_the_first_step_ends_without_waiting_for_data(trained, po
         started.append(os.kill(os.getpid(), signal.SIGTERM))
         return assemble(*given, **named)
 
-    monkeypatch.setattr(trainer, "assemble", assembled)
+    monkeypatch.setattr(phases, "assemble", assembled)
     code, _, err = polygpt("train", trained.file, "--workdir", tmp_path / "run", "--no-report")
     assert code == 1 and err.endswith("polygpt: interrupted before the first step: the same command resumes\n")
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and "Traceback" not in err

@@ -43,7 +43,7 @@ def minimal(cls: type) -> Spec:
 
 
 def simplest(annotation, name: str):
-    """The first option of a Literal, the name itself for a text, a variadic tuple or mapping of one, 8 for a number."""
+    """The first option of a Literal, the name itself for a text, a variadic tuple or a mapping of one, or 8."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Literal, typing.Union, types.UnionType):
         return arguments[0] if origin is typing.Literal else simplest(arguments[0], name)
@@ -51,6 +51,8 @@ def simplest(annotation, name: str):
         return tuple(simplest(argument, name) for argument in arguments if argument is not Ellipsis)
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return {name: simplest(arguments[1], name)}
+    if annotation is typing.Any:
+        return 8
     if issubclass(annotation, Spec):
         return minimal(PLAIN.get(annotation, annotation))
     return annotation(name if annotation is str else 8)

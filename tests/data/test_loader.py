@@ -344,3 +344,38 @@ def test_a_prompt_that_sees_itself_is_not_to_be_predicted(small):
         make_data(small, tasks=tasks, layout=LayoutSpec(64, prompt_span="bidirectional"))
     with pytest.raises(SpecError, match="Task.prompt_weight is -1.0"):
         Task(small.source(23), prompt_weight=-1)
+
+
+@pytest.mark.parametrize("weight", [2.0, 0.25], ids=["the same mixture", "another mixture"])
+def test_each_task_goes_on_where_it_was_under_other_settings(small, weight):
+    def data(weight, **changes):
+        tasks = {"clean": Task(small.source(23), weight=weight), "other": Task(small.source(17))}
+        return make_data(small, tasks=tasks, log_examples=True, **changes)
+
+    before, after = data(2.0), data(weight, layout=LayoutSpec(seq_len=96), batch_size=2)
+
+    def seen(batches, count):
+        found = []
+        for _ in range(count):
+            next(batches)
+            found += batches.last_examples
+        return found
+
+    batches = batches_of(small, before)
+    first = seen(batches, 4)
+    state = json.loads(json.dumps(batches.get_state()))
+    assert state["waiting"]
+    following = batches.under(after, small.adapters)
+    following.set_state([state])
+    later = seen(following, 12)
+    assert next(following).shape == (2, 96)
+    still_waiting = len(following.get_state()["waiting"])
+    for task in ("clean", "other"):
+        positions = sorted(position for name, position, _ in first + later if name == task)
+        whole = set(range(max(positions) + 1)) - set(positions)
+        assert len(positions) == len(set(positions)) and len(whole) <= still_waiting
+    share = sum(name == "clean" for name, _, _ in later) / len(later)
+    assert share == pytest.approx(weight / (1 + weight), abs=0.15)
+    again = batches_of(small, after)
+    again.set_state([state])
+    assert seen(again, 12) == later

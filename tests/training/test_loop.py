@@ -24,7 +24,7 @@ from polygpt.runtime import manifest
 from polygpt.runtime.checkpoint import records
 from polygpt.runtime.manifest import Record
 from polygpt.spec import to_json
-from polygpt.training import held_out, trainer
+from polygpt.training import feed, held_out, trainer
 from polygpt.training.held_out import MetricState, select_metric
 from polygpt.training.loggers import JsonLines, Silent
 from polygpt.training.loop import train
@@ -345,8 +345,8 @@ def test_records_left_out_are_counted_up_to_the_last_batch_that_was_consumed(tmp
         def close(self):
             self.batches.close()
 
-    made = trainer.train_batches
-    monkeypatch.setattr(trainer, "train_batches", lambda *given, **named: Ahead(made(*given, **named)))
+    made = feed.train_batches
+    monkeypatch.setattr(feed, "train_batches", lambda *given, **named: Ahead(made(*given, **named)))
     outcome = train(smallest(**{"train.steps": "3", "train.prefetch": "4"}), tmp_path, quiet)
     assert outcome.skipped == {"empty text": 3}
 

@@ -14,9 +14,10 @@ from tiny_experiment import experiment
 
 from polygpt.errors import UserError
 from polygpt.overrides import override
-from polygpt.training import prefetch, trainer
+from polygpt.training import feed, prefetch
 from polygpt.training.loggers import JsonLines, Silent
 from polygpt.training.loop import train
+from polygpt.training.phase import Phase
 from polygpt.training.run import open_run
 from polygpt.training.spikes import SpikeSpec
 
@@ -57,6 +58,9 @@ class Numbered:
         self.batches.set_state(states)
         self.number = states[0]["number"]
 
+    def under(self, data, adapters):
+        return type(self)(self.batches.under(data, adapters), self.left_out)
+
     def close(self):
         self.batches.close()
 
@@ -64,10 +68,10 @@ class Numbered:
 @pytest.fixture
 def numbered(monkeypatch):
     """Called with batches to leave out; from then on the trainer's are those."""
-    made = trainer.train_batches
+    made = feed.train_batches
 
     def use(left_out=()):
-        monkeypatch.setattr(trainer, "train_batches", lambda *given, **named: Numbered(made(*given, **named), left_out))
+        monkeypatch.setattr(feed, "train_batches", lambda *given, **named: Numbered(made(*given, **named), left_out))
 
     use()
     return use
@@ -129,9 +133,9 @@ class Cut(Silent):
 def whole(tmp_path_factory):
     """The metrics of the run that is never cut."""
     workdir = tmp_path_factory.mktemp("whole")
-    made = trainer.train_batches
+    made = feed.train_batches
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "train_batches", lambda *given, **named: Numbered(made(*given, **named), ()))
+        patch.setattr(feed, "train_batches", lambda *given, **named: Numbered(made(*given, **named), ()))
         train(chosen(**REWINDING), workdir, quiet)
     return (workdir / "metrics.jsonl").read_bytes()
 
@@ -172,9 +176,9 @@ class Releasing(Silent):
 
 
 def test_what_a_source_that_hung_gives_after_a_rewind_is_nobodys(tmp_path, monkeypatch, caplog, whole):
-    made, close = trainer.train_batches, prefetch.Prefetch.close
+    made, close = feed.train_batches, prefetch.Prefetch.close
     monkeypatch.setattr(prefetch, "GRACE", 0.2)
-    monkeypatch.setattr(trainer, "train_batches", lambda *given, **named: Hanging(made(*given, **named), ()))
+    monkeypatch.setattr(feed, "train_batches", lambda *given, **named: Hanging(made(*given, **named), ()))
     # Two batches are ready when the run goes back, and the thread is at the next, however slow the machine is.
     monkeypatch.setattr(prefetch.Prefetch, "close", lambda self: Hanging.hangs.wait(60) and close(self))
     assert train(chosen(**REWINDING), tmp_path, lambda *where: [*quiet(*where), Releasing()]).finished
@@ -196,3 +200,18 @@ def test_too_many_rewinds_are_one_clear_line(tmp_path, numbered):
         train(chosen(**REWINDING, rewinds=0), tmp_path, quiet)
     assert "\n" not in str(error.value)
     assert open_run(tmp_path).step == 8
+
+
+@pytest.mark.parametrize("how, at", [("stopped", 8), pytest.param("killed", 13, marks=pytest.mark.slow)])
+def test_a_rewind_goes_back_to_an_earlier_phase(tmp_path, numbered, how, at):
+    found = chosen(**REWINDING)
+    late = found.train.checkpoint.replace(every=50)
+    found = found.replace(train=found.train.replace(checkpoint=late, phases=(Phase(5, {"data.batch_size": 8}),)))
+    train(found, tmp_path / "whole", quiet)
+    whole = lines(tmp_path / "whole")
+    assert whole[0] == {"step": 1, "rewound_from": 11} and len(whole) == STEPS + 1
+    cut = Cut(at, how)
+    with pytest.raises(InterruptedError) if how == "killed" else contextlib.nullcontext():
+        assert not train(found, tmp_path / "cut", lambda *where: [*quiet(*where), cut]).finished
+    assert train(found, tmp_path / "cut", quiet).finished
+    assert (tmp_path / "cut" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()

@@ -17,7 +17,7 @@ import numpy as np  # noqa: E402
 from tiny_experiment import experiment  # noqa: E402
 
 from polygpt.overrides import override  # noqa: E402
-from polygpt.training import trainer  # noqa: E402
+from polygpt.training import feed, trainer  # noqa: E402
 from polygpt.training.loggers import JsonLines  # noqa: E402
 from polygpt.training.loop import train  # noqa: E402
 from polygpt.training.spikes import SpikeSpec  # noqa: E402
@@ -71,8 +71,8 @@ def numbered(batches):
 
 
 def main(workdir, at, mode, changes):
-    made = trainer.train_batches
-    trainer.train_batches = lambda *given, **named: numbered(made(*given, **named))
+    made = feed.train_batches
+    feed.train_batches = lambda *given, **named: numbered(made(*given, **named))
     what, _, number = at.rpartition(" ")
     name, calls = "_proceed" if what else "_advance", []
     real = getattr(trainer.Trainer, name)

@@ -32,8 +32,7 @@ from polygpt.ablation.statistics import (
 from polygpt.ablation.tables import SETTLES, caveats, probability_of, seeds_text
 from polygpt.errors import UserError
 from polygpt.markup import Table, probability, span, with_interval
-from polygpt.spec import nearest
-from polygpt.training.workdir import differences
+from polygpt.spec import differences, nearest
 
 ALPHA = 0.05
 """Probability that any difference found is not real."""

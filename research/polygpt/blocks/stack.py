@@ -18,7 +18,7 @@ from polygpt.nn.losses import Losses, add
 from polygpt.nn.mlp import MLP, FeedForward
 from polygpt.nn.norms import LayerNorm, Norm
 from polygpt.nn.positions import NoPosition, Position
-from polygpt.parameters import merged, stack
+from polygpt.parameters import merged, number_layers, stack
 from polygpt.spec import Spec
 
 
@@ -168,6 +168,9 @@ class Stack(nnx.Module):
         else:
             p = len(period)
             self.blocks = nnx.List([stack(block(layer), keys[i::p], layers) for i, layer in enumerate(period)])
+        held = [] if self.blocks is None else list(self.blocks) if isinstance(self.blocks, nnx.List) else [self.blocks]
+        for first, one in enumerate(held):
+            number_layers(one, range(first, spec.depth, len(held)), spec.depth)
         self.norm = spec.norm.build(spec.width) if spec.norm_placement == "pre" else None
 
     def __call__(

@@ -114,6 +114,15 @@ def train_batches(
         UserError: if a source cannot be opened or is empty, the model has no adapter for the modality of an
             augmentation, or the rows cannot be divided among the data shards.
     """
+    require_data(data, adapters, data_shards)
+    examples = {name: open_task(name, task) for name, task in data.tasks.items()}
+    import grain  # noqa: F401  (in the caller's thread: a process that exits while a thread imports prints tracebacks)
+
+    return TrainBatches(data, examples, tokenizer, adapters, seed, data_shard, data_shards)
+
+
+def require_data(data: DataSpec, adapters: Mapping, data_shards: int) -> None:
+    """Raises the errors of `train_batches` that need no source."""
     if data.batch_size % data_shards:
         raise UserError(
             f"data.batch_size is {data.batch_size}: it must be a multiple of the {data_shards} data shards "
@@ -124,10 +133,6 @@ def train_batches(
             if one.modality not in adapters:
                 has = f"the model's adapters are {', '.join(adapters)}" if adapters else "the model reads only text"
                 raise UserError(f"task {name!r}: {type(one).__name__} needs an adapter for {one.modality}: {has}")
-    examples = {name: open_task(name, task) for name, task in data.tasks.items()}
-    import grain  # noqa: F401  (in the caller's thread: a process that exits while a thread imports prints tracebacks)
-
-    return TrainBatches(data, examples, tokenizer, adapters, seed, data_shard, data_shards)
 
 
 def open_task(name: str, task: Task) -> Sequence[Example]:
@@ -151,6 +156,7 @@ class TrainBatches(Iterator[Batch]):
         self.skipped: Counter[str] = Counter()
         self.last_examples: tuple[tuple[str, int, int], ...] = ()
         self._data, self._adapters = data, dict(adapters)
+        self._examples, self._tokenizer, self._seed = examples, tokenizer, seed
         self._rows, self._data_shard, self._data_shards = data.batch_size // data_shards, data_shard, data_shards
         self._counts = {name: len(some) for name, some in examples.items()}
         self._order = Order({name: (self._counts[name], task.weight) for name, task in data.tasks.items()}, seed)
@@ -195,13 +201,21 @@ class TrainBatches(Iterator[Batch]):
             "skipped": dict(self.skipped),
             "examples": dict(self._counts),
             "resharding": self._order.resharding.to_json(),
+            "weights": {name: weight for name, (_, weight) in self._order.tasks.items()},
         }
+
+    def under(self, data: DataSpec, adapters: Mapping) -> "TrainBatches":
+        """The batches of the same examples with other settings, from the beginning; `set_state` continues."""
+        given = self._examples, self._tokenizer, adapters, self._seed, self._data_shard, self._data_shards
+        return TrainBatches(data, *given)
 
     def set_state(self, states: Sequence[dict[str, Any]]) -> None:
         """Continues where the data shards of a run stopped; bit for bit if their number is unchanged.
 
         Otherwise all examples that were in no batch yet are resharded: an epoch still contains every example once
-        (except skipped records), and the mixture keeps its proportions.
+        (except skipped records), and the mixture keeps its proportions. So they are if the weights of the tasks have
+        changed: each task continues where it was. Layout and batch size may change too: the order of examples stays,
+        and those that waited to be packed are laid out again and come first.
 
         Args:
             states: the results of `get_state` of all data shards after the same step, in any order, with or without
@@ -223,11 +237,14 @@ class TrainBatches(Iterator[Batch]):
         saved = [by_shard[i] for i in range(resharding.data_shards)]
         self._require_same_data(saved[0]["examples"])
         self.close()
-        if resharding.data_shards == self._data_shards:
+        before = Order(self._order.tasks, self._seed)
+        if "weights" in states[0]:
+            before = Order({name: (self._counts[name], w) for name, w in states[0]["weights"].items()}, self._seed)
+        if resharding.data_shards == self._data_shards and before.shares == self._order.shares:
             state = saved[self._data_shard]
             following, waiting, skipped = state["next"], state["waiting"], state["skipped"]
         else:
-            orders = [self._order.shard(i, resharding) for i in range(resharding.data_shards)]
+            orders = [before.shard(i, resharding) for i in range(resharding.data_shards)]
             nexts, waiting = [state["next"] for state in saved], [state["waiting"] for state in saved]
             resharding = reshard(orders, nexts, waiting, self._data_shards)
             following, waiting = resharding.start, []

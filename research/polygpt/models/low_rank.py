@@ -85,10 +85,15 @@ class LowRank(Spec):
         }
         for name, own in self.matrices(traits).items():
             (*outer, inputs, outputs), (*names, axis, other) = own.shape, own.axes
-            trained[f"{KEY}/{name}/down"] = Traits((*outer, inputs, self.rank), (*names, axis, None), decays=True)
-            trained[f"{KEY}/{name}/up"] = Traits((*outer, self.rank, outputs), (*names, None, other), decays=True)
+            place = {"layers": own.layers, "depth": own.depth}
+            trained[f"{KEY}/{name}/down"] = Traits(
+                (*outer, inputs, self.rank), (*names, axis, None), decays=True, **place
+            )
+            trained[f"{KEY}/{name}/up"] = Traits(
+                (*outer, self.rank, outputs), (*names, None, other), decays=True, **place
+            )
             if self.magnitude:
-                trained[f"{KEY}/{name}/magnitude"] = Traits((*outer, outputs), (*names, other), decays=False)
+                trained[f"{KEY}/{name}/magnitude"] = Traits((*outer, outputs), (*names, other), decays=False, **place)
         return trained
 
     def initial(self, key: jax.Array, traits: Mapping[str, Traits]) -> dict[str, Any]:

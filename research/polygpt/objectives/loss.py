@@ -14,6 +14,7 @@ from polygpt.objectives.base import BatchObjective, Objective, TokenObjective, d
 from polygpt.objectives.blocked import token_losses
 from polygpt.objectives.forward import Forward
 from polygpt.objectives.view import View
+from polygpt.parameters import without_frozen
 from polygpt.sequence import Batch
 from polygpt.spec import to_json
 
@@ -27,7 +28,7 @@ class Loss:
     Attributes:
         model: the trained model, see `Forward`.
         objectives: by name, each with its weight.
-        trainable: a tree of bools with the structure of the parameters.
+        trainable: a tree of bools, or of `SomeLayers`, with the structure of the parameters.
         accumulate: number of microbatches; must divide the number of rows.
         logits_block: number of positions whose logits exist at a time, or None for all.
         references: models that are not trained, by name.
@@ -97,7 +98,7 @@ class Loss:
 
         def loss(params, seen, index, cotangents=None):
             """(value, means); with `cotangents`, only the gradient is right for a `BatchObjective`."""
-            params = jax.tree.map(lambda p, train: p if train else jax.lax.stop_gradient(p), params, self.trainable)
+            params = jax.tree.map(without_frozen, params, self.trainable)
             here = self._forwards(params, others, seen, key, index)
             value, found = 0.0, {}
             for view, forward in here.items():

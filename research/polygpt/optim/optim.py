@@ -5,7 +5,8 @@ import dataclasses
 import jax
 import optax
 
-from polygpt.optim.groups import Group, assign, table
+from polygpt.optim.by_layer import labels, partition
+from polygpt.optim.groups import Group, assign, table, trained
 from polygpt.optim.optimizers import AdamW, Optimizer
 from polygpt.optim.schedules import Schedule, extended
 from polygpt.parameters import name_of
@@ -56,14 +57,15 @@ class Optim(Spec):
             return schedule.build(steps)
         return extended(schedule, self.schedule_steps, steps, self.rewarm)
 
-    def rules(self, traits, growth=None):
+    def rules(self, traits, growth=None, since=None):
         """The rule of each parameter, in a tree like `traits`. Raises SpecError for a group that takes no parameter.
 
         Args:
             traits: `Model.traits`, a tree of `Traits`.
             growth: `Model.growth`, a tree of `Growth` if the model uses muP; None for the standard parametrization.
+            since: for runs in phases, see `groups.trained_since`.
         """
-        rules = assign(traits, self.groups, self.optimizer.weight_decay, self.no_decay)
+        rules = assign(traits, self.groups, self.optimizer.weight_decay, self.no_decay, since)
         if growth is None:
             return rules
 
@@ -73,29 +75,26 @@ class Optim(Spec):
         return jax.tree_util.tree_map_with_path(widened, rules, growth)
 
     def trainable(self, traits):
-        """A tree like `traits` of bool: False for frozen parameters and constants."""
-        return jax.tree.map(lambda rule: not rule.group.freeze, self.rules(traits))
+        """A tree like `traits` of bool: False for frozen parameters and constants. `SomeLayers` where layers differ."""
+        return jax.tree.map(trained, self.rules(traits))
 
     def table(self, traits, growth=None) -> str:
         """A table of the parameters of each rule, one rule per line."""
         return table(traits, self.rules(traits, growth), growth)
 
-    def build(self, traits, steps: int, growth=None) -> optax.GradientTransformation:
+    def build(self, traits, steps: int, growth=None, since=None) -> optax.GradientTransformation:
         """The transformation of gradients to additive updates, for a run of `steps` steps.
 
-        `traits` and `growth` are as in `rules`. The gradients of frozen parameters must be 0.
+        `traits`, `growth` and `since` are as in `rules`. The gradients of what is frozen must be 0.
         """
-        rules = self.rules(traits, growth)
+        rules = self.rules(traits, growth, since)
 
         def transform(rule) -> optax.GradientTransformation:
             if rule.group.freeze:
                 return optax.set_to_zero()
             schedule = self.learning_rate(steps, rule.group.schedule)
-            factor = rule.group.learning_rate * rule.width_factor
+            factor = rule.group.learning_rate * rule.width_factor * rule.layer_factor
             return self.optimizer.build(lambda t: factor * schedule(t), rule.weight_decay)
 
         clip = optax.clip_by_global_norm(self.clip) if self.clip else optax.identity()
-        # Numeric labels keep names in the optimizer state short and need no order among rules.
-        number = {rule: str(i) for i, rule in enumerate(dict.fromkeys(jax.tree.leaves(rules)))}
-        labels = jax.tree.map(number.__getitem__, rules)
-        return optax.chain(clip, optax.partition({number[rule]: transform(rule) for rule in number}, labels))
+        return optax.chain(clip, partition(rules, {rule: transform(rule) for rule in labels(rules)}))

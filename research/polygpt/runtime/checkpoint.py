@@ -146,7 +146,8 @@ class Checkpoints:
         checkpoints are logged, and set aside once an older one has been restored.
 
         Args:
-            target: shapes, dtypes and shardings of the state; shardings may differ from those at saving.
+            target: shapes, dtypes and shardings of the state, or a function that returns them for the step of a
+                checkpoint; shardings may differ from those at saving.
             initial: returns the state before the first step, for counters that an older checkpoint lacks; default:
                 zeros.
             before: use only checkpoints before this step, to rewind a running run; later ones are set aside.
@@ -280,7 +281,8 @@ class Checkpoints:
     def _read(self, step: int, target: Any, initial) -> tuple[tuple[Any, dict[str, Any]] | None, str]:
         """State and data, or a description of what is wrong."""
         try:
-            found, fault = self._stored.read(self._writer, self.folder / str(step), target, initial), ""
+            wanted = target(step) if callable(target) else target
+            found, fault = self._stored.read(self._writer, self.folder / str(step), wanted, initial), ""
         except Exception as error:  # Orbax raises various errors for damaged files; an older checkpoint may be intact
             found, fault = None, first_line(error)
         fault = first_fault(f"read {step}", fault)

@@ -23,6 +23,7 @@ from polygpt.runtime.processes import ProcessesSpec
 from polygpt.runtime.watchdog import WatchdogSpec
 from polygpt.sharding import MeshSpec
 from polygpt.spec import Spec, hints, specs_in
+from polygpt.training.phase import Phase, expanded
 from polygpt.training.spikes import SpikeSpec
 
 
@@ -67,9 +68,14 @@ class TrainSpec(Spec):
     """When a run counts as stuck; the stacks of all threads are then dumped. null: never."""
     processes: ProcessesSpec = ProcessesSpec()
     """How long processes wait for each other."""
+    phases: tuple[Phase, ...] = ()
+    """Fields of the experiment that differ from some step on, such as longer rows or layers that are no longer frozen:
+    see training/phase.py."""
 
     def validate(self):
         self.require(self.steps >= 1, "steps", "at least 1")
+        starts = [phase.start for phase in self.phases]
+        self.require(starts == sorted(set(starts)), "phases", "in the order of their starts, which must differ")
         self.require(self.log_every >= 1, "log_every", "at least 1")
         self.require(self.evaluate_every is None or self.evaluate_every >= 1, "evaluate_every", "null or at least 1")
         self.require(self.patience is None or self.patience >= 1, "patience", "null or at least 1")
@@ -149,6 +155,8 @@ class Experiment(Spec):
             "evaluate_every",
             "null when there are no evaluation tasks",
         )
+        if self.train.phases:
+            expanded(self)
 
     def _validate_references(self):
         """Requires the models that objectives read, and rejects those that none reads."""

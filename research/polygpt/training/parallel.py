@@ -217,8 +217,8 @@ def state_shardings(state: Any, axes: Any, layout: MeshLayout) -> Any:
         if owner is None:
             return layout.replicated()
         names, shape = named[owner], shapes[owner]
-        if leaf.shape == shape:
-            return layout.sharding(names, shape)
+        if leaf.shape == shape or shape and leaf.shape[1:] == shape[1:]:  # all layers of a stack, or a range of them
+            return layout.sharding(names, leaf.shape)
         shorter = {names[:i] + names[i + 1 :] for i in range(len(shape)) if shape[:i] + shape[i + 1 :] == leaf.shape}
         return layout.sharding(shorter.pop(), leaf.shape) if len(shorter) == 1 else layout.replicated()
 

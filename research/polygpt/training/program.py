@@ -18,12 +18,14 @@ from polygpt.init.start import Start, start
 from polygpt.models.functional import Model, bind
 from polygpt.objectives.forward import AVERAGE
 from polygpt.objectives.loss import Loss
+from polygpt.optim.groups import trained_since
 from polygpt.parameters import paths
 from polygpt.runtime import processes
 from polygpt.sharding import MeshLayout
 from polygpt.training import automatic, parallel
 from polygpt.training.experiment import Experiment
 from polygpt.training.parallel import Parallel
+from polygpt.training.phase import expanded, name_of, require_same_parameters
 from polygpt.training.seeds import initial_states, make_vmapped_step, reason_against
 from polygpt.training.state import create
 from polygpt.training.step import Recipe, make_step
@@ -34,7 +36,7 @@ class Program:
     """See `assemble`.
 
     Attributes:
-        experiment: the experiment it implements.
+        experiment: the experiment it implements; that of one phase, if there are several.
         model: the bound model.
         shapes: parameter shapes.
         recipe: inputs of the step.
@@ -44,6 +46,8 @@ class Program:
         notes: requests of the mesh that the model cannot meet.
         seeds: several seeds trained together, see `seeds.py`; empty for the experiment's own.
         references: the models that are not trained, by name.
+        rules: the rule of each parameter, see `Optim.rules`.
+        start_step: number of steps before the phase.
     """
 
     experiment: Experiment
@@ -56,6 +60,8 @@ class Program:
     notes: tuple[str, ...] = ()
     seeds: tuple[int, ...] = ()
     references: Mapping[str, BoundReference] = dataclasses.field(default_factory=dict)
+    rules: Any = None
+    start_step: int = 0
 
     def initial(self, given: Mapping[str, jax.Array] | None = None) -> Any:
         """The state before the first step; compile it. `given` has the parameters that are not random, by name.
@@ -163,6 +169,8 @@ def assemble(
     devices: Sequence[jax.Device] | None = None,
     memory: int | None = None,
     seeds: Sequence[int] = (),
+    phase: int = 0,
+    like: Program | None = None,
 ) -> Program:
     """Builds the program. Allocates nothing; devices may be virtual, as from `topology.devices`.
 
@@ -172,17 +180,27 @@ def assemble(
         devices: default: all devices.
         memory: bytes per device, for `train.parallel="auto"`; default: measured in all processes.
         seeds: trains these together on one device, in place of the experiment's seed.
+        phase: which part of the run: 0 is before the first of `train.phases`.
+        like: the program of an earlier phase, whose devices and references this one shares.
 
     Raises:
         UserError: the mesh does not divide the batch, the positions or the blocks; a mesh axis meant to split
-            parameters splits none; a held-out task changes the shapes of parameters; or several seeds cannot be
-            trained together.
+            parameters splits none; a held-out task changes the shapes of parameters; several seeds cannot be trained
+            together; or a phase changes parameters.
     """
+    whole, phases = experiment, expanded(experiment)
+    experiment, starts = phases[phase], (0, *(one.start for one in whole.train.phases))
     optim, train, layout = experiment.optim, experiment.train, experiment.data.layout
     model = bind(experiment.model, vocabulary)
+    if like is not None:
+        where = name_of(phase - 1, whole.train.phases[phase - 1])
+        require_same_parameters(where, paths(like.model.traits), paths(model.traits))
     shapes = model.abstract()
-    transformation = optim.build(model.traits, train.steps, model.growth)
-    references = _references(experiment, model)
+    earlier = [one.optim.rules(model.traits) for one in phases[:phase]]
+    since = trained_since([*earlier, optim.rules(model.traits)], starts, model.traits) if earlier else None
+    rules = optim.rules(model.traits, model.growth, since)
+    transformation = optim.build(model.traits, train.steps, model.growth, since)
+    references = _references(experiment, model) if like is None else like.references
     mode, mesh, reason = train.parallel, train.mesh, None
     spare = devices is None and jax.process_count() == 1  # on local devices, leave some idle rather than fail
     devices = list(devices or jax.devices())
@@ -190,19 +208,22 @@ def assemble(
         if why := reason_against(train) or (references and "references are one model for all seeds"):
             raise UserError(f"{len(seeds)} seeds cannot be trained together: {why}")
         mode, devices = "single", devices[:1]
-    if mode == "auto" and len(devices) == 1:
+    if like is not None:
+        mode = like.parallel.mode
+    elif mode == "auto" and len(devices) == 1:
         mode = "single"
     elif mode == "auto":
         placement = automatic.choose(
-            state=automatic.bytes_of(
-                jax.eval_shape(lambda: _create(experiment, model, transformation, references, experiment.seed))
-            ),
+            state=max(_bytes_of_state(one, model, references) for one in phases),
             gradient=automatic.bytes_of(shapes),
             memory=memory or automatic.memory_of_all(),
             devices=len(devices),
-            batch_size=experiment.data.batch_size,
-            accumulate=optim.accumulate,
-            lengths=(layout.seq_len, *(task.seq_len for task in experiment.evaluation.tasks.values() if task.seq_len)),
+            batch_size=math.gcd(*(one.data.batch_size for one in phases)),
+            accumulate=math.lcm(*(one.optim.accumulate for one in phases)),
+            lengths=(
+                *(one.data.layout.seq_len for one in phases),
+                *(task.seq_len for task in experiment.evaluation.tasks.values() if task.seq_len),
+            ),
             heads=getattr(experiment.model.decoder.attention, "heads", 1),
             spare=spare,
         )
@@ -210,7 +231,7 @@ def assemble(
         reason = f"train.parallel auto: {placement.mode}: {placement.reason}"
         devices = devices[: placement.devices]
     axes = model.axes() | {name: one.model.axes() for name, one in references.items()}
-    runs = parallel.build(mode, axes, mesh, devices)
+    runs = like.parallel if like else parallel.build(mode, axes, mesh, devices)
     runs.check(experiment.data.batch_size, layout.seq_len, optim.accumulate)
     for name, task in experiment.evaluation.tasks.items():
         conditions.model_of(name, task, model.merged)  # fail before training if evaluation is impossible
@@ -229,7 +250,8 @@ def assemble(
     )
     rate = optim.learning_rate(train.steps)
     recipe = Recipe(loss, transformation, rate, experiment.seed, optim.ema, train.spikes)
-    return Program(experiment, model, shapes, recipe, transformation, runs, reason, notes, tuple(seeds), references)
+    given = experiment, model, shapes, recipe, transformation, runs, reason, notes, tuple(seeds), references
+    return Program(*given, rules, starts[phase])
 
 
 def _require_splits(layout: MeshLayout, shapes: Any, axes: Any) -> None:
@@ -274,6 +296,13 @@ def _create(
     state = create(model, transformation, seed, optim.ema is not None, spikes, given)
     others = {name: one.model.init(jax.random.key(0)) for name, one in references.items()}
     return dataclasses.replace(state, references=others)
+
+
+def _bytes_of_state(experiment: Experiment, model: Model, references: Mapping[str, BoundReference]) -> int:
+    transformation = experiment.optim.build(model.traits, experiment.train.steps, model.growth)
+    return automatic.bytes_of(
+        jax.eval_shape(lambda: _create(experiment, model, transformation, references, experiment.seed))
+    )
 
 
 def _references(experiment: Experiment, model: Model) -> dict[str, BoundReference]:

@@ -23,6 +23,7 @@ from polygpt.runtime.processes import broadcast, first_fault
 from polygpt.runtime.stored import read_parameters
 from polygpt.spec import specs_in
 from polygpt.training.experiment import Experiment
+from polygpt.training.phase import at
 from polygpt.training.program import assemble
 from polygpt.training.workdir import Code, load_experiment
 
@@ -34,7 +35,7 @@ class Run:
     """A trained model.
 
     Attributes:
-        experiment: the experiment that trained it.
+        experiment: the experiment that trained it; that of the checkpoint's phase, if it has several.
         model: the functional model.
         tokenizer: the tokenizer.
         params: parameters, on the first device or sharded over all; the moving average if the experiment keeps one.
@@ -125,6 +126,9 @@ def open_run(
         place = folder / str(record.step)
         params, said = _read(place, target, averaged, spread)
         if not said:
+            if experiment.train.phases:
+                experiment = at(experiment, record.step)
+                model = bind(experiment.model, tokenizer.vocabulary).on(layout)
             params = params if model.merged is model else jax.jit(model.merge)(params)
             return Run(experiment, model.merged, tokenizer, params, record.step, workdir)
         log.warning("skipping checkpoint %s: %s", place, said)

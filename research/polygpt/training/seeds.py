@@ -5,6 +5,7 @@ run of its own, so its results are equal up to rounding. `State.step` has no axi
 """
 
 import collections
+import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -83,6 +84,13 @@ class Streams(Iterator[Batch]):
         data = data.replace(workers=math.ceil(data.workers / len(seeds)))  # workers do not affect results
         self._seeds = list(seeds)
         self._streams = [train_batches(data, tokenizer, adapters, seed=seed) for seed in seeds]
+
+    def under(self, data: DataSpec, adapters: Mapping) -> "Streams":
+        """See `TrainBatches.under`."""
+        found = copy.copy(self)
+        data = data.replace(workers=math.ceil(data.workers / len(self._seeds)))
+        found._streams = [stream.under(data, adapters) for stream in self._streams]
+        return found
 
     def __next__(self) -> Batch:
         return jax.tree.map(lambda *arrays: np.stack(arrays), *[next(stream) for stream in self._streams])

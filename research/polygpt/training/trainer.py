@@ -20,7 +20,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from polygpt import spec
-from polygpt.data.loader import TrainBatches, train_batches
 from polygpt.errors import Diverged
 from polygpt.evaluation.evaluate import require_prompts
 from polygpt.runtime import processes
@@ -32,11 +31,12 @@ from polygpt.runtime.watchdog import Watchdog
 from polygpt.training import data_shards, resuming
 from polygpt.training.example_log import example_log
 from polygpt.training.experiment import Experiment
+from polygpt.training.feed import Feed
 from polygpt.training.held_out import MetricState, measure
 from polygpt.training.loggers import Logger
-from polygpt.training.prefetch import Checks, Fed, Prefetch
-from polygpt.training.program import assemble
-from polygpt.training.seeds import Streams
+from polygpt.training.phases import Phases
+from polygpt.training.prefetch import Fed
+from polygpt.training.program import Program
 from polygpt.training.spikes import Rewinds, Rewound
 from polygpt.training.throughput import Throughput
 from polygpt.training.workdir import claim
@@ -88,13 +88,14 @@ class Trainer:
         self.interruption, self.goodput, self.watchdog = interruption, clock, watchdog
         self.on_message = on_message
         self.tokenizer = experiment.tokenizer.build()
-        self.program = assemble(experiment, self.tokenizer.vocabulary, seeds=seeds)
+        self.phases = Phases(experiment, self.tokenizer.vocabulary, seeds)
+        self.program = self.phases.programs[0]  # of the phase that is current
         self.parallel = self.program.parallel
         self.all_finite = jax.jit(
             lambda params: jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(params)]))
         )
-        self.batches = self._train_batches()
-        data_shards.require_same_data(self.batches.get_state()["examples"], experiment.evaluation)
+        self.feed = Feed(self.program, self.tokenizer)
+        data_shards.require_same_data(self.feed.place["examples"], experiment.evaluation)
         require_prompts(experiment.evaluation)
         resuming.require_start(self.program, workdir)
         claim(workdir, experiment, stack)  # last, so that invalid settings or sources leave no folder behind
@@ -102,14 +103,14 @@ class Trainer:
         self.checkpoints = Checkpoints(workdir / "checkpoints", self.spec.checkpoint, self.spec.better)
         stack.callback(self.checkpoints.close)
         self.metric: float | None = None  # of the last step, if it was evaluated
+        self.step: Callable | None = None  # compiled for the first batch
         self.rewinds = Rewinds(None if seeds else self.spec.spikes)
         if (data := self._restore()) is not None:
-            self.batches.set_state(data["batches"])
+            self.feed.restore(data["batches"])
             self.rewinds.totals = Rewound(**data.get("rewound", {}))
-        self.place = self.batches.get_state()  # after the last consumed batch; the prefetch thread is ahead of it
         first = jax.process_index() == 0
         if first:
-            lines = [self.program.summary(), *resuming.lost_steps(workdir, self.done, self.spec.checkpoint)]
+            lines = [self.phases.summary(), *resuming.lost_steps(workdir, self.done, self.spec.checkpoint)]
             if data is None:
                 lines += resuming.started(workdir, self.program.start.table)
             elif self.done:
@@ -121,11 +122,9 @@ class Trainer:
             self.loggers.append(self.example_log)
         for logger in self.loggers:
             stack.callback(logger.close)
-        self.checks = Checks(self.tokenizer.vocabulary, self.program.model.positions)
-        self.feed = self._prefetch()
-        stack.callback(lambda: self.feed.close())
+        self.feed.start()
+        stack.callback(self.feed.close)
         self.pending: tuple[int, Fed, dict[str, jax.Array]] | None = None
-        self.step: Callable | None = None  # compiled for the first batch
         self.periodic = Periodic(self.spec.checkpoint.every_minutes)
         self.begun = 0  # steps and evaluation batches that this process has dispatched to its devices
         self.throughput = Throughput(self.parallel.data_shards)
@@ -149,7 +148,7 @@ class Trainer:
             self.checkpoints.wait()
         finished = self._finished()
         self.goodput.end(self.done, finished)
-        skipped = data_shards.skipped(self.place)
+        skipped = data_shards.skipped(self.feed.place)
         if skipped:
             counts = ", ".join(f"{reason} {count}" for reason, count in sorted(skipped.items()))
             self.on_message(f"records skipped: {counts}")
@@ -158,6 +157,8 @@ class Trainer:
     def _advance(self) -> None:
         """Runs one step and whatever is due after it."""
         self.checkpoints.check()  # other processes may be waiting for this one to write its part
+        if (program := self.phases.program(self.done + 1)) is not self.program:
+            self._begin_phase(program)
         if not self.feed.ready:
             self._flush_metrics()  # flush first, so that the input wait below is time in which the device is idle
         with self.goodput.track("input_wait"):
@@ -165,6 +166,8 @@ class Trainer:
             fed = self.feed.take(lambda: jax.process_count() == 1 and self.interruption.requested)
         if fed is None:
             return
+        if self.step is None:
+            self.state = self.phases.carried(self.state, self.done)
         self.throughput.waited(fed.waited)
         doing = self.goodput.track("productive") if self.step else self._compiling()
         with doing, jax.transfer_guard("disallow"):  # all inputs must be on the device already
@@ -178,7 +181,7 @@ class Trainer:
         if self.rewinds.due:  # drop the result of this step, which all processes have started
             return self._rewind()
         self.done += 1
-        self.pending, self.place, self.metric = (self.done, fed, metrics), fed.state, None
+        self.pending, self.feed.place, self.metric = (self.done, fed, metrics), fed.state, None
         last = self.done == self.spec.steps
         evaluating = bool(self.spec.evaluate_every) and (last or self.done % self.spec.evaluate_every == 0)
         self.metric_state.owed = evaluating
@@ -225,19 +228,30 @@ class Trainer:
         self.pending = None
         self.goodput.record(step)
         with self._doing("lost"):
-            if not self.feed.close():  # its thread still reads; whatever it yields is discarded
-                self.batches = self._train_batches()
+            self.feed.close()
             self.state = None  # two states may not fit on the device
             due = (step - 1) // self.spec.checkpoint.every * self.spec.checkpoint.every
             self._restore(before=due + 1)
             self.rewinds.end(int(self.state.window.spikes))
-            self.batches.set_state(data_shards.gather_positions(place))
-            self.place, self.feed = place, self._prefetch()
+            self.feed.go_on(place)
         self.goodput.rewind(self.done)
         self._log("rewind", self.done, step)
         if self.metric_state.owed:
             self._rerun_evaluation()
         self.throughput.restart()
+
+    def _begin_phase(self, program: Program) -> None:
+        """Continues with the program of another phase and its data. Its first step takes over the state."""
+        with self._doing("other"):
+            self.feed.close()
+            self._use(program)
+            self.feed.go_on(self.feed.place)
+        self.throughput.restart()
+
+    def _use(self, program: Program) -> None:
+        if program is not self.program:
+            self.program, self.step = program, None
+            self.feed.follow(program)
 
     def _evaluate(self) -> bool:
         """Evaluates the run's metric; True if it is the best so far.
@@ -288,7 +302,7 @@ class Trainer:
                 metric=self.metric,
                 finite=bool(self.all_finite((self.state.params, self.state.ema))),
                 data={
-                    "batches": data_shards.gather_positions(self.place),
+                    "batches": data_shards.gather_positions(self.feed.place),
                     "standing": dataclasses.asdict(self.metric_state),
                     "rewound": dataclasses.asdict(self.rewinds.totals),
                     "config": spec.to_json(self.experiment),
@@ -301,23 +315,13 @@ class Trainer:
 
     def _restore(self, before: int | None = None) -> dict[str, Any] | None:
         """Restores the last checkpoint and returns its data; without a checkpoint, creates the initial state."""
-        initial = self.program.initial
-        target = dataclasses.replace(self.parallel.abstract(initial), references={})
-        state, data = self.checkpoints.restore(target, initial, before) or (None, None)
-        self.state = self.program.resumed(state, data.get("references", {})) if data else self.program.first_state()
+        first = self.phases.programs[0]
+        state, data = self.checkpoints.restore(self.phases.target, first.initial, before) or (None, None)
+        self.state = first.resumed(state, data.get("references", {})) if data else first.first_state()
         self.metric_state = MetricState(**data["standing"]) if data else MetricState()
         self.done = self.saved = int(self.state.step)
+        self._use(self.phases.program(self.done))
         return data
-
-    def _train_batches(self) -> TrainBatches | Streams:
-        given = self.experiment.data, self.tokenizer, self.experiment.model.adapters
-        if self.program.seeds:
-            return Streams(*given, self.program.seeds)
-        shard = {"data_shard": self.parallel.data_shard, "data_shards": self.parallel.data_shards}
-        return train_batches(*given, seed=self.experiment.seed, **shard)
-
-    def _prefetch(self) -> Prefetch:
-        return Prefetch(self.batches, self.parallel.put, self.checks, self.spec.prefetch)
 
     def _finished(self) -> bool:
         out_of_patience = self.spec.patience is not None and self.metric_state.stale >= self.spec.patience

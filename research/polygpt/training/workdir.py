@@ -9,7 +9,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
@@ -107,7 +107,7 @@ def require_same(workdir: Path, experiment: Experiment) -> None:
     if not path.exists() or not records(workdir / "checkpoints"):
         return
     config = json.loads(json.dumps(spec.to_json(experiment)))
-    for name, old, new in differences(migrate(_read(path), str(path)), config):
+    for name, old, new in spec.differences(migrate(_read(path), str(path)), config):
         if name == "train.steps" and isinstance(old, int) and new > old or name in CHANGEABLE_ON_RESUME:
             continue
         if any(fnmatchcase(name, same) or fnmatchcase(name, f"{same}.*") for same in EQUIVALENT_SETTINGS):
@@ -183,18 +183,6 @@ def _warn_edited(workdir: Path, files: tuple[str, ...]) -> None:
         changed = f"{' and '.join(files)} {'has' if len(files) == 1 else 'have'} changed"
         said = "%s since %s was trained: using the run's own copy (--code current uses the new version)"
         log.warning(said, changed, workdir)
-
-
-def differences(before: Any, after: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(dotted name, before, after) of each leaf that differs between trees of JSON data; None where it is missing."""
-    if isinstance(before, dict) and isinstance(after, dict):
-        for key in dict.fromkeys([*before, *after]):
-            yield from differences(before.get(key), after.get(key), f"{name}.{key}" if name else key)
-    elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
-        for i, pair in enumerate(zip(before, after, strict=True)):
-            yield from differences(*pair, f"{name}.{i}")
-    elif before != after:
-        yield name, before, after
 
 
 def environment() -> dict[str, Any]:

@@ -21,7 +21,6 @@ from polygpt.ablation.tune import Choice, Dimension, Float, Search
 from polygpt.errors import UserError
 from polygpt.files import write_atomically
 from polygpt.runtime.lock import hold
-from polygpt.training.workdir import differences
 
 SEARCH, JOURNAL, TRIALS = "search.json", "journal.log", "trials"
 MAY_CHANGE = ("trials", "sampler", "seed", "pruning")
@@ -201,7 +200,7 @@ class Storage:
             return
         before = json.loads((self.folder / SEARCH).read_text(encoding="utf-8"))
         now = json.loads(json.dumps(spec.to_json(self.search)))
-        for name, old, new in differences(before, now):
+        for name, old, new in spec.differences(before, now):
             if name == "better" and {old, new} == {None, self.search.direction}:
                 continue  # both declare the same direction as the metric
             if name not in MAY_CHANGE:

@@ -11,6 +11,7 @@ from polygpt.errors import UserError
 from polygpt.scale.plan.target import target
 from polygpt.scale.plan.worker import plan_in_subprocess
 from polygpt.spec import load_file
+from polygpt.training.phase import expanded
 
 TOLERANCE = 0.05
 """Relative growth of memory per device, or of bytes sent per step, that is accepted."""
@@ -61,6 +62,7 @@ def recompile(path: Path, timeout: float = TIMEOUT) -> tuple[dict, dict]:
     """
     committed = json.loads(path.read_text())
     experiment = overrides.override(load_file(committed["file"]).experiment(), committed["changes"])
+    experiment = expanded(experiment)[committed.get("phase", 0)]
     now = plan_in_subprocess(experiment, target(committed["on"], committed["slices"]), timeout)
     if "failed" in now:
         raise UserError(f"{path}: {now['failed']}")
