@@ -97,3 +97,9 @@ def test_what_a_file_takes_from_a_module_is_there(folder):
                 if module is not None and not hasattr(module, node.attr):
                     missing.append(f"{path.relative_to(ROOT)}:{node.lineno}: {module.__name__}.{node.attr}")
     assert missing == []
+
+
+def test_files_of_tests_have_names_of_their_own():
+    """pytest imports them as modules without packages: of two with one name it refuses the second."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
