@@ -12,6 +12,7 @@ from polygpt.attention.sliding import SlidingWindow
 from polygpt.data.loader import Task
 from polygpt.errors import SpecError, UserError
 from polygpt.evaluation.spec import EvalTask
+from polygpt.init.from_run import FromRun
 from polygpt.optim.groups import Group
 from polygpt.optim.optimizers import SGD
 from polygpt.overrides import override, replaced
@@ -101,6 +102,7 @@ def test_what_the_phases_change_is_printed_and_takes_effect(whole):
     run = open_run(workdir, "latest")
     assert run.model.spec.decoder.attention == SlidingWindow(heads=2, window=8)
     assert run.experiment.data.layout.seq_len == 96
+    assert FromRun(path=str(workdir), checkpoint="latest").model() == run.model.spec
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import jax
 
+from polygpt.parameters import Traits
 from polygpt.spec import Spec, check_pattern
 
 
@@ -68,6 +69,19 @@ class Weights(Init):
     def model(self) -> Any:
         """The specification of the model whose parameters these are, or None if it is unknown."""
         return None
+
+    def fit(self, source: Source, taken: Mapping[str, str], traits: Mapping[str, Traits]) -> Source:
+        """The source, changed to the shapes of this model; by default unchanged.
+
+        Args:
+            source: what `open` returned.
+            taken: names in the source, by names in the model.
+            traits: the traits of the model's parameters, by name.
+
+        Raises:
+            UserError: for a parameter that cannot be changed to its shape.
+        """
+        return source
 
     def open(self) -> Source:
         """The source. Raises UserError if it is missing or damaged."""

@@ -14,6 +14,7 @@ from polygpt.init.base import Source, Weights
 from polygpt.migration import migrate
 from polygpt.models.low_rank import LowRank, matrix_of
 from polygpt.models.multimodal import ModelSpec
+from polygpt.overrides import replaced
 from polygpt.parameters import paths, tree_of
 from polygpt.runtime import manifest, processes
 from polygpt.runtime.checkpoint import choose
@@ -46,7 +47,13 @@ class FromRun(Weights):
         return _Checkpoint(f"{self.path}, step {step}", own, config["tokenizer"], place, item, added, updates)
 
     def model(self) -> ModelSpec:
-        return from_json(self._config()["model"])
+        config = self._config()
+        found, step = from_json(config["model"]), self._chosen(config).step
+        for phase in config["train"].get("phases", ()):  # that of the checkpoint, as training had it
+            own = {name: value for name, value in phase["changes"].items() if name.startswith("model.")}
+            if own and phase["start"] < step:
+                found = replaced(found, {name.removeprefix("model."): from_json(value) for name, value in own.items()})
+        return found
 
     def _config(self) -> Mapping[str, Any]:
         """The configuration of the run, as JSON: its classes need not be importable."""

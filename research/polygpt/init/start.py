@@ -60,6 +60,7 @@ def start(init: Init, traits: Mapping[str, Traits], tokenizer: Any) -> Start:
             f"this model's like {next(iter(traits))}: see init.include, init.exclude and init.rename"
         )
     _require_tokenizer(init, source, [ours for ours in taken if "vocabulary" in traits[ours].axes], tokenizer)
+    source = init.fit(source, taken, traits)
     for ours, theirs in taken.items():
         _require_shape(ours, traits[ours].shape, theirs, source)
     if init.strict:
