@@ -51,7 +51,7 @@ def test_special_tokens_follow_the_ids_of_the_tokenizer():
     assert list(BUILT.special.values()) == list(range(258, BUILT.vocabulary)) and BUILT.used == BUILT.vocabulary
     np.testing.assert_array_equal(BUILT.encode(PREFIX), PLAIN.encode(PREFIX))
     assert BUILT.decode([258, *BUILT.encode("aé"), 259]) == "aé" and not BUILT.token_bytes[256:].any()
-    assert token_text(BUILT, 260) == MIDDLE and TOKENIZER.special()[:3] == FIM.special
+    assert token_text(BUILT, 260) == MIDDLE and TOKENIZER.special[:3] == FIM.special
     assert from_json(to_json(TOKENIZER)) == TOKENIZER
     rounded = SpecialTokens(Bytes(), FIM.special, multiple=64).build()
     assert (rounded.vocabulary, rounded.used, rounded.special_id(MIDDLE)) == (320, 261, 260)

@@ -169,7 +169,7 @@ class Experiment(Spec):
             raise SpecError(f"references.{unread[0]} is read by no objective: remove it, or name it in an objective")
 
     def _validate_special_tokens(self):
-        there = self.tokenizer.special()
+        there = self.tokenizer.special
         for transform in specs_in((self.data, self.evaluation)):
             names = transform.special if isinstance(transform, Transform) else ()
             if lacking := [name for name in names if name not in there]:

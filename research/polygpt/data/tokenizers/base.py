@@ -75,6 +75,7 @@ class TokenizerSpec(Spec):
     def validate(self):
         self.require(self.multiple >= 1, "multiple", "at least 1")
 
+    @property
     def special(self) -> tuple[str, ...]:
         """Names of its special tokens, without `bos` and `eos`."""
         return ()

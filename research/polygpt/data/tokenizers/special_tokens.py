@@ -21,11 +21,12 @@ class SpecialTokens(TokenizerSpec):
 
     def validate(self):
         super().validate()
-        names = self.special()
+        names = self.special
         self.require(all(names) and len(set(names)) == len(names), "names", "different, not empty, and new")
 
+    @property
     def special(self) -> tuple[str, ...]:
-        return (*self.tokenizer.special(), *self.names)
+        return (*self.tokenizer.special, *self.names)
 
     def build(self) -> Tokenizer:
         return self.tokenizer.build().with_special(self.names).padded(self.multiple)

@@ -26,7 +26,8 @@ class FillInTheMiddle(Transform):
     is between any two characters by default. The three special tokens have none: they are given, never generated.
 
     An example is never cut to the length of a row, and never joined with the others of its row. So the source decides
-    between the paper's two levels: whole documents give document level, pieces that fill a row context level.
+    between the paper's two levels: whole documents give document level, pieces that fill a row context level. If all
+    examples have one length, positions tell how long a middle is, and the model need not read the suffix to end it.
     """
 
     rate: float = 0.5
