@@ -1,11 +1,13 @@
 """Contrastive objectives: the formulas in float64, chunks, what is embedded, and microbatches of a real model."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from batches import build, example, lively, tiny
+from batches import LIGHT, build, example, lively, tiny
 from polygpt.errors import SpecError
 from polygpt.heads.linear import LinearHead
 from polygpt.heads.projection import ProjectionHead
@@ -48,10 +50,10 @@ KINDS = pytest.mark.parametrize("cls, formula", [(InfoNCE, info_nce), (SigLIP, s
 @KINDS
 def test_the_sum_is_the_formula_and_chunks_do_not_matter(cls, formula, compared):
     exact = [np.asarray(x, bool if x.dtype == bool else np.float64) for x in jax.tree.leaves(compared)]
-    value, gradient = jax.value_and_grad(cls(HEADS).sum_over, allow_int=True)(compared)
+    value, gradient = jax.jit(jax.value_and_grad(cls(HEADS).sum_over, allow_int=True))(compared)
     np.testing.assert_allclose(value, formula(*exact), rtol=1e-5)
     for chunk in (1, 4, N):
-        other, found = jax.value_and_grad(cls(HEADS, chunk=chunk).sum_over, allow_int=True)(compared)
+        other, found = jax.jit(jax.value_and_grad(cls(HEADS, chunk=chunk).sum_over, allow_int=True))(compared)
         np.testing.assert_allclose(other, value, rtol=1e-6)
         for name in ("left", "right", "scale", "bias"):
             np.testing.assert_allclose(getattr(found, name), getattr(gradient, name), rtol=1e-5, atol=1e-6)
@@ -78,16 +80,20 @@ T = 28
 
 @pytest.fixture(scope="module")
 def model():
-    spec = tiny().replace(heads={"pair": ProjectionHead(6, pool="mean", bias=-1.0)})
+    spec = tiny(adapters=LIGHT).replace(heads={"pair": ProjectionHead(6, pool="mean", bias=-1.0)})
     model = bind(spec, 31)
     return model, lively(model)
 
 
-def embedded(model, rows, objective=None, change=lambda batch: batch):
-    objective = objective or InfoNCE(HEADS)
-    batch = objective.view(change(build(rows, T)), None)
-    forward = Forward(model[0], model[1], batch)
-    return jax.tree.map(np.asarray, objective.embed(forward, batch)), float(objective.weight(batch))
+@functools.partial(jax.jit, static_argnames=("model", "objective"))
+def embed(model, objective, params, batch):
+    batch = objective.view(batch, None)
+    return objective.embed(Forward(model, params, batch), batch), objective.weight(batch)
+
+
+def embedded(model, rows, objective=InfoNCE(HEADS), change=lambda batch: batch):  # noqa: B008
+    found, weight = embed(model[0], objective, model[1], change(build(rows, T)))
+    return jax.tree.map(np.asarray, found), float(weight)
 
 
 def test_examples_with_both_modalities_are_embedded_wherever_they_lie(model):
@@ -123,8 +129,13 @@ def test_microbatches_see_all_examples(model, objective):
     found = []
     for parts in (1, 2):
         loss = Loss(model[0], {"pair": (objective, 1.0)}, jax.tree.map(lambda _: True, model[1]), parts)
-        seen = loss.seen(batch, jax.random.key(0))
-        found.append(loss.gradient(model[1], {}, seen, loss.weights(seen), None))
+
+        @jax.jit
+        def gradient(params, batch, loss=loss):
+            seen = loss.seen(batch, jax.random.key(0))
+            return loss.gradient(params, {}, seen, loss.weights(seen), None)
+
+        found.append(gradient(model[1], batch))
     assert found[0][0]["pair"] > 0.1
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *found)
     scale = found[0][1]["heads"]["pair"]

@@ -76,8 +76,13 @@ def gradient(objectives, accumulate=1, model=None, others=None, key=None, batch=
     model = model or Bigram()
     params = model.init(jax.random.key(1))
     loss = Loss(model, objectives, jax.tree.map(lambda _: True, params), accumulate, references=references or {})
-    seen = loss.seen(batch or random_batch(), KEY)
-    return loss.gradient(params, others or {}, seen, loss.weights(seen), key)
+
+    @jax.jit
+    def compiled(params, others, batch, key):
+        seen = loss.seen(batch, KEY)
+        return loss.gradient(params, others, seen, loss.weights(seen), key)
+
+    return compiled(params, others or {}, batch or random_batch(), key)
 
 
 def close(a, b):
