@@ -21,6 +21,7 @@ PAGES = (
     README,
     PACKAGE / "adapters" / "QUADRANTS.md",
     PACKAGE / "attention" / "VARIANTS.md",
+    PACKAGE / "objectives" / "OBJECTIVES.md",
     PACKAGE / "optim" / "MUP.md",
 )
 """The pages whose files and commands belong together."""
@@ -140,25 +141,37 @@ def tutorial(page: Path, title: str) -> list[list[str]]:
 
 
 @pytest.mark.slow
+def test_an_objective_of_ones_own_is_checked_and_trains(monkeypatch, folder):
+    check, train = tutorial(PAGES[3], "## Your own objective")
+    lines = (folder / "poly_loss.py").read_text().splitlines()
+    assert len(lines) <= 20
+    findings = run(monkeypatch, folder, [*check, "--json"])["findings"]
+    assert len(findings) == 23 and sum(one["passed"] is True for one in findings) >= 18
+    assert run(monkeypatch, folder, [*train, *QUICK, "--model.adapters.audio.tower.depth", "0"])["step"] == 2
+
+
+@pytest.mark.slow
 def test_the_tutorial_checks_its_variant_for_a_tpu_too(monkeypatch, folder):
     check = tutorial(README, "## Your own attention")[0]
     result = run(monkeypatch, folder, [*check, "--only", "compiles for TPU", "--json"])
     assert result["fault"] is None
 
 
-def test_the_table_of_variants_is_what_the_command_prints():
+@pytest.mark.parametrize("page", PAGES[2:4], ids=lambda page: page.stem)
+def test_a_table_is_what_the_command_prints(page):
     from polygpt.lab import catalogue
+    from polygpt.lab.objective import catalogue as of_objectives
 
-    table = catalogue.markdown([catalogue.entry(cls) for cls in catalogue.variants()])
+    if page.stem == "VARIANTS":
+        table = catalogue.markdown([catalogue.entry(cls) for cls in catalogue.variants()])
+    else:
+        table = of_objectives.markdown([of_objectives.entry(cls) for cls in of_objectives.objectives()])
     print(table)
-    lines = PAGES[2].read_text().splitlines()
-    start = next(i for i, line in enumerate(lines) if line.startswith("| variant |"))
-    rows = table.splitlines()
-    assert lines[start + len(rows)] == "", "no variant that is gone"
+    rows, lines = table.splitlines(), page.read_text().splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(rows[0]))
+    assert lines[start + len(rows)] == "", "nothing that is gone"
     for line, row in zip(lines[start:], rows, strict=False):
-        assert line.startswith(row), (
-            "polygpt attention list --markdown; one column follows, see tests/lab/test_every_variant.py"
-        )
+        assert line.startswith(row), "polygpt ... list --markdown; one column follows, see tests/lab/test_every_*.py"
 
 
 @pytest.mark.slow

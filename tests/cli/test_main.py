@@ -72,6 +72,7 @@ MODULES = {verb: importlib.import_module(path) for verb, (path, _) in cli.VERBS.
 LINES = [line.strip() for texts in (cli, *MODULES.values()) for line in texts.EXAMPLES.splitlines()]
 FILE = "experiments/quickstart.py"
 OWN = {
+    r"(?<=objective check )\w+\.py:\w+": "polygpt.objectives.next_token:NextToken",
     r"\b\w+\.py:\w+": "polygpt.attention.multi_head:MultiHead",  # a variant as `attention new` writes it
     r"(?<=check )\w+\.py": FILE,
 }

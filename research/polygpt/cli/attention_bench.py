@@ -4,7 +4,7 @@ import dataclasses
 from argparse import Namespace
 from pathlib import Path
 
-from polygpt.cli import variant
+from polygpt.cli import named, variant
 from polygpt.cli.arguments import Parser
 from polygpt.cli.output import print_table
 from polygpt.errors import UserError
@@ -97,7 +97,7 @@ def run(arguments: Namespace) -> dict:
 def _specs(arguments: Namespace) -> tuple[dict, list[str]]:
     """The variants by their names in the table, and notes about their differences."""
     name = arguments.variant.rpartition(":")[2]
-    specs, others = {name: variant.load(arguments.variant, arguments)}, variant.fields_of(AGAINST, arguments.changes)
+    specs, others = {name: variant.load(arguments.variant, arguments)}, named.fields_of(AGAINST, arguments.changes)
     if not arguments.against:
         if others:
             field = next(iter(others))

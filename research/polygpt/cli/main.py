@@ -28,6 +28,8 @@ VERBS = {
     "attention bench": ("polygpt.cli.attention_bench", "measure a variant's time, memory and FLOPs by sequence length"),
     "attention show": ("polygpt.cli.attention_show", "draw a variant's mask and the blocks that a kernel skips"),
     "attention new": ("polygpt.cli.attention_new", "write a template for your own variant"),
+    "objective list": ("polygpt.cli.objective_list", "list objectives with their papers, views and needs"),
+    "objective check": ("polygpt.cli.objective_check", "test an objective: measure every property against its bound"),
     "ablate": ("polygpt.cli.ablate", "run an ablation, test its claims and write its README"),
     "compare": ("polygpt.cli.compare", "compare finished runs over seeds and list the fields that differ"),
     "tune": ("polygpt.cli.tune", "tune hyperparameters, or trade loss against FLOPs"),

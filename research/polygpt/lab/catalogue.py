@@ -1,20 +1,12 @@
 """The catalogue of the package's attention variants, found by walking its folder."""
 
 import dataclasses
-import importlib
-import inspect
-import pkgutil
-import re
 
 import polygpt.attention
 from polygpt.attention.contract import Attention
 from polygpt.attention.kernels.dispatch import BACKENDS
+from polygpt.lab import walk
 from polygpt.spec import class_name
-
-ARXIV = re.compile(r"\d{4}\.\d{4,5}")
-"""An arXiv number."""
-SENTENCE = re.compile(r"(?<!\bal)\. (?=[A-Z])")
-"""The end of a sentence."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,28 +34,21 @@ class Entry:
 
 def variants() -> list[type[Attention]]:
     """The classes, softmax family first, sorted by file name within each family."""
-    found = {}
-    for module in pkgutil.iter_modules(polygpt.attention.__path__, "polygpt.attention."):
-        for value in vars(importlib.import_module(module.name)).values():
-            own = isinstance(value, type) and issubclass(value, Attention) and value.__module__ == module.name
-            if own and not value.__name__.startswith("_") and value.build is not Attention.build:
-                found[value.__name__] = value
-    return sorted(found.values(), key=lambda cls: (cls.family != "softmax", class_name(cls)))
+    found = [cls for cls in walk.classes(polygpt.attention, Attention) if cls.build is not Attention.build]
+    return sorted(found, key=lambda cls: (cls.family != "softmax", class_name(cls)))
 
 
 def entry(cls: type[Attention]) -> Entry:
     """The entry of a variant, whose fields must all have defaults."""
     spec = cls()
-    about = SENTENCE.split(" ".join(inspect.getdoc(cls).split()))[0].rstrip(".")
     paper = vars(cls).get("paper", "")  # not inherited: a derived variant has another source
-    return Entry(cls.__name__, class_name(cls), spec.family, about, paper, spec.backends(), spec.cost())
+    return Entry(cls.__name__, class_name(cls), spec.family, walk.about(cls), paper, spec.backends(), spec.cost())
 
 
 def markdown(entries: list[Entry]) -> str:
     """The table of the README."""
     lines = ["| variant | family | paper | backends | FLOPs per query that sees S keys |", "|---|---|---|---|---|"]
     for one in entries:
-        paper = f"[{one.paper}](https://arxiv.org/abs/{one.paper})" if ARXIV.fullmatch(one.paper) else one.paper or "–"
         own = "all" if set(one.backends) == set(BACKENDS) else ", ".join(one.backends) or "its own"
-        lines.append(f"| `{one.spec}` | {one.family} | {paper} | {own} | {one.cost} |")
+        lines.append(f"| `{one.spec}` | {one.family} | {walk.link(one.paper)} | {own} | {one.cost} |")
     return "\n".join(lines)

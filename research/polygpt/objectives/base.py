@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from polygpt.objectives.needs import Needs
 from polygpt.objectives.view import View
 from polygpt.sequence import Batch
 from polygpt.spec import Spec
@@ -37,6 +38,19 @@ class Objective(Spec):
         Raises:
             SpecError: if the objective reads something that they lack.
         """
+
+    @property
+    def needs(self) -> Needs:
+        """What it needs of the model and of the rows besides tokens, targets and loss weights."""
+        return Needs()
+
+    @classmethod
+    def small(cls) -> "Objective":
+        """An instance to try on a small model, whose ids go from 0 to 511 and whose text is bytes.
+
+        A class whose fields do not all have defaults defines it.
+        """
+        return cls()
 
     def total(self, outputs, batch: Batch) -> jax.Array:
         """The weighted sum of the loss over the positions of `batch`: float32 scalar.

@@ -1,6 +1,7 @@
 """Base of contrastive objectives: embeddings of two modalities of each example, compared over the whole batch."""
 
 import dataclasses
+import json
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 from polygpt.errors import SpecError
 from polygpt.objectives.apart import Apart, last_of
 from polygpt.objectives.base import BatchObjective
+from polygpt.objectives.needs import Needs
 from polygpt.sequence import Batch
 from polygpt.spec import nearest
 
@@ -60,6 +62,17 @@ class Contrastive(BatchObjective):
         self.require(different, "between", "two different modalities, each at least 0")
         self.require(self.per_row is None or self.per_row >= 1, "per_row", "null or at least 1")
         self.require(self.chunk is None or self.chunk >= 1, "chunk", "null or at least 1")
+
+    @classmethod
+    def small(cls) -> "Contrastive":
+        return cls(("image", "text"))
+
+    @property
+    def needs(self) -> Needs:
+        scalars = {"temperature": 0.5, "max_scale": 100.0, "bias": -1.0}
+        head = {"class": "polygpt.heads.projection:ProjectionHead", "outputs": 4, "pool": "mean", **scalars}
+        heads = json.dumps({name: head for name in self.heads})
+        return Needs("projections of both modalities", {"heads": heads})
 
     @property
     def view(self) -> Apart:

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import ClassVar
 
+from polygpt.objectives.needs import Needs
 from polygpt.objectives.routing import RoutingObjective
 
 
@@ -14,3 +15,8 @@ class Dropped(RoutingObjective):
     """
 
     loss: ClassVar[str] = "dropped"
+
+    @property
+    def needs(self) -> Needs:
+        routed = super().needs
+        return Needs("a routed layer with a capacity", {**routed.model, "decoder.mlp.capacity": "1"}, whole_rows=True)

@@ -1,13 +1,17 @@
 """Base of the objectives that compare a head of the model with a label."""
 
 import dataclasses
+import json
 import math
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from polygpt.errors import SpecError
 from polygpt.objectives.base import Objective
+from polygpt.objectives.needs import Needs
 from polygpt.sequence import Batch
 from polygpt.spec import nearest
 
@@ -20,6 +24,9 @@ class LabelObjective(Objective):
     single number the labelled positions. Loss weights of tokens do not matter.
     """
 
+    small_outputs: ClassVar[int] = 3
+    """Outputs of the head in `needs`."""
+
     head: str
     """Name of the head in `model.heads`."""
     label: str | None = None
@@ -29,6 +36,28 @@ class LabelObjective(Objective):
     def named(self) -> str:
         """The name of the label."""
         return self.head if self.label is None else self.label
+
+    @classmethod
+    def small(cls) -> "LabelObjective":
+        return cls("label")
+
+    @property
+    def needs(self) -> Needs:
+        head = {"class": "polygpt.heads.linear:LinearHead", "outputs": self.small_outputs, "pool": "last"}
+        return Needs("a head and a label", {"heads": json.dumps({self.head: head})}, self._with_labels)
+
+    def small_label(self, number: np.ndarray) -> np.ndarray:
+        """Labels [n, ...] of examples with these numbers, int [n]; in `needs`."""
+        return number % 3
+
+    def _with_labels(self, batch: Batch, number_BT: np.ndarray) -> Batch:
+        """The batch with a label at the last position of every example but each fifth."""
+        last_BT = number_BT != np.pad(number_BT[:, 1:], ((0, 0), (0, 1)))
+        labelled = np.nonzero(last_BT & (number_BT > 0) & (number_BT % 5 != 0))
+        found = self.small_label(number_BT[labelled])
+        label = np.full((*number_BT.shape, *found.shape[1:]), np.nan, np.float32)
+        label[labelled] = found
+        return batch.replace(extra={**batch.extra, self.named: label})
 
     def check_with(self, model, layout) -> None:
         require_label(self.head, self.named, model, layout)

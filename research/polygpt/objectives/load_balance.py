@@ -3,6 +3,7 @@
 import dataclasses
 from typing import ClassVar
 
+from polygpt.objectives.needs import Needs
 from polygpt.objectives.routing import RoutingObjective
 
 
@@ -14,3 +15,7 @@ class LoadBalance(RoutingObjective):
     """
 
     loss: ClassVar[str] = "load_balance"
+
+    @property
+    def needs(self) -> Needs:
+        return dataclasses.replace(super().needs, whole_rows=True)

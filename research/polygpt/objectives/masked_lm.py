@@ -38,6 +38,10 @@ class MaskTokens(View):
         self.require(0 <= self.masked <= 1, "masked", "in 0..1")
         self.require(0 <= self.random <= 1 - self.masked, "random", "at least 0, and with masked at most 1")
 
+    @property
+    def shown(self) -> float:
+        return 1 - self.masked - self.random + self.random / self.vocabulary  # the latter are drawn at random
+
     def __call__(self, batch: Batch, keys_B: jax.Array) -> Batch:
         chance_BT, kind_BT, token_BT = jnp.moveaxis(uniform(keys_B, 3, batch.shape[1]), 1, 0)
         weight_BT = jnp.pad(batch.weight_BT, ((0, 0), (1, 0)))[:, :-1]  # that of the token itself, not of the next one
@@ -64,6 +68,10 @@ class MaskedLM(TokenObjective):
 
     tokens: MaskTokens
     """Which tokens are masked, and how."""
+
+    @classmethod
+    def small(cls) -> "MaskedLM":
+        return cls(MaskTokens(mask_token=258, vocabulary=256, rate=0.4))
 
     @property
     def view(self) -> MaskTokens:

@@ -1,12 +1,14 @@
 """Prediction of several tokens ahead."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
 
 from polygpt.errors import SpecError
 from polygpt.objectives.base import Objective
+from polygpt.objectives.needs import Needs
 from polygpt.objectives.positions import log_probability, per_position
 from polygpt.sequence import Batch
 from polygpt.spec import nearest
@@ -23,6 +25,16 @@ class MultiToken(Objective):
 
     def validate(self):
         self.require(len(self.heads) > 0, "heads", "at least one head")
+
+    @classmethod
+    def small(cls) -> "MultiToken":
+        return cls(("second", "third"))
+
+    @property
+    def needs(self) -> Needs:
+        head = {"class": "polygpt.heads.linear:LinearHead", "outputs": 16, "pool": "last"}
+        heads = json.dumps({name: head for name in self.heads})
+        return Needs("heads of the decoder's width", {"decoder.width": "16", "heads": heads})
 
     def check_with(self, model, layout) -> None:
         for name in self.heads:

@@ -30,6 +30,10 @@ class ParameterPenalty(Objective):
     def validate(self):
         check_pattern(self, "pattern")
 
+    @classmethod
+    def small(cls) -> "ParameterPenalty":
+        return cls("^decoder/.*kernel", toward="origin")
+
     @property
     def others(self) -> tuple[str, ...]:
         return () if self.toward is None else (self.toward,)

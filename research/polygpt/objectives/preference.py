@@ -4,10 +4,12 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from polygpt.errors import SpecError
 from polygpt.objectives.base import Objective
 from polygpt.objectives.forward import Forward
+from polygpt.objectives.needs import Needs
 from polygpt.objectives.positions import log_probability, per_position
 from polygpt.sequence import PREFERENCE, Batch
 
@@ -89,6 +91,10 @@ class PreferenceObjective(Objective):
     def others(self) -> tuple[str, ...]:
         return () if self.reference is None else (self.reference,)
 
+    @property
+    def needs(self) -> Needs:
+        return Needs("pairs of answers", rows=_as_pairs, together=2)
+
     def check_with(self, model, layout) -> None:
         if not layout.pairs:
             raise SpecError(NO_PAIRS)
@@ -104,6 +110,14 @@ class PreferenceObjective(Objective):
 
     def weight(self, batch: Batch) -> jax.Array:
         return jnp.sum(_pairs(batch, jnp.zeros(batch.shape, jnp.float32)).valid, dtype=jnp.float32)
+
+
+def _as_pairs(batch: Batch, number_BT: np.ndarray) -> Batch:
+    """The batch whose examples are alternately preferred and rejected answers."""
+    preferred_BT = number_BT % 2 == 1
+    signs_BT = np.where(batch.weight_BT > 0, np.where(preferred_BT, 1, -1), 0).astype(np.int32)
+    weight_BT = np.where(preferred_BT, batch.weight_BT, 0).astype(np.float32)
+    return batch.replace(weight_BT=weight_BT, extra={**batch.extra, PREFERENCE: signs_BT})
 
 
 def margin(own: Pairs, reference: Pairs | None) -> jax.Array:

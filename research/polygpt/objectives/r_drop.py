@@ -23,6 +23,10 @@ class RDrop(Objective):
     def validate(self):
         self.require(self.second_pass >= 0, "second_pass", "0 or above")
 
+    @classmethod
+    def small(cls) -> "RDrop":
+        return cls(second_pass=1.0)  # without dropout nothing else is left
+
     def total(self, outputs, batch: Batch) -> jax.Array:
         def compared(p_logits, q_logits, target):
             found = (divergence(p_logits, q_logits) + divergence(q_logits, p_logits)) / 2

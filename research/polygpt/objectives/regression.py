@@ -32,6 +32,10 @@ class Regression(LabelObjective):
     def validate(self):
         self.require(self.delta > 0, "delta", "above 0")
 
+    @property
+    def small_outputs(self) -> int:
+        return 2 if self.loss == "gaussian" else 1
+
     def mismatch(self, outputs, label):
         needed = numbers(label) * (2 if self.loss == "gaussian" else 1)
         if outputs != needed:

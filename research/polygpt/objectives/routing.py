@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from polygpt.errors import SpecError
 from polygpt.objectives.base import Objective
+from polygpt.objectives.needs import Needs
 from polygpt.sequence import Batch
 
 
@@ -17,6 +18,11 @@ class RoutingObjective(Objective):
 
     loss: ClassVar[str]
     """The name of the loss in the model's outputs."""
+
+    @property
+    def needs(self) -> Needs:
+        experts = {"decoder.mlp": "polygpt.nn.experts:MixtureOfExperts", "decoder.mlp.experts": "4"}
+        return Needs("a routed layer", experts)
 
     def total(self, outputs, batch: Batch) -> jax.Array:
         if self.loss not in outputs.losses:

@@ -16,6 +16,11 @@ class View(Spec):
     the step and the row's index in the global batch, so a view does not depend on devices and microbatches either.
     """
 
+    @property
+    def shown(self) -> float:
+        """The fraction of the scored tokens that the model may read, such as those that masking leaves in place."""
+        return 0.0
+
     def __call__(self, batch: Batch, keys_B: jax.Array) -> Batch:
         """The derived batch, of the same shape: a pure function of each row and its random key."""
         raise NotImplementedError(f"{type(self).__name__} defines no __call__")
