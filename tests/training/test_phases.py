@@ -8,6 +8,7 @@ import pytest
 from test_rewind import Cut, quiet
 from tiny_experiment import TEXT, experiment
 
+from polygpt.ablation.budget import Budget, costs
 from polygpt.attention.sliding import SlidingWindow
 from polygpt.data.loader import Task
 from polygpt.errors import SpecError, UserError
@@ -20,7 +21,7 @@ from polygpt.parameters import paths
 from polygpt.spec import from_json, to_json
 from polygpt.training.loggers import Silent
 from polygpt.training.loop import train
-from polygpt.training.phase import Phase, expanded
+from polygpt.training.phase import Phase, expanded, steps_of
 from polygpt.training.run import open_run
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -171,6 +172,11 @@ def test_phases_are_in_order_and_survive_json():
     chosen = changing()
     assert from_json(json.loads(json.dumps(to_json(chosen)))) == chosen
     assert [one.data.batch_size for one in expanded(chosen)] == [4, 2, 2]
+    assert steps_of(chosen) == [4, 3, 3] and steps_of(override(chosen, {"train.steps": "5"})) == [4, 1, 0]
+    positions = (4 * 4 * 64 + 3 * 2 * 96 + 3 * 2 * 96) / STEPS
+    assert costs(chosen).positions == round(positions)
+    with pytest.raises(SpecError, match="budget.by is 'flops': the costs of a run in phases change with its steps"):
+        Budget("flops").applied(chosen, base())
     assert override(chosen, {"train.phases.0.changes.data.batch_size": "1"}).train.phases[0].changes[
         "data.batch_size"
     ] in (1, "1")

@@ -16,6 +16,7 @@ from polygpt.overrides import replaced
 from polygpt.scale.plan.flops import flops
 from polygpt.spec import Spec
 from polygpt.training.experiment import Experiment
+from polygpt.training.phase import expanded, steps_of
 
 NEAR = 1e-3
 """Relative tolerance, of the count or of the value, at which the search for equal parameters stops."""
@@ -27,8 +28,9 @@ class Costs:
 
     Attributes:
         parameters: exact count.
-        flops: FLOPs per training step, forward and backward, by the formula of `scale/plan/flops.py`.
-        positions: positions per batch, B T, padding included.
+        flops: FLOPs per training step, forward and backward, by the formula of `scale/plan/flops.py`; the mean over the
+            steps of all phases.
+        positions: positions per batch, B T, padding included; the mean over the steps of all phases.
     """
 
     parameters: int
@@ -39,8 +41,11 @@ class Costs:
 def costs(experiment: Experiment) -> Costs:
     """Costs by formula; allocates nothing."""
     vocabulary = experiment.tokenizer.build().vocabulary
-    positions = experiment.data.batch_size * experiment.data.layout.seq_len
-    return Costs(parameters(experiment), flops(experiment, vocabulary).useful, positions)
+    parts = list(zip(expanded(experiment), steps_of(experiment), strict=True))
+    total = sum(steps for _, steps in parts)
+    each = sum(steps * flops(part, vocabulary).useful for part, steps in parts) / total
+    positions = sum(steps * part.data.batch_size * part.data.layout.seq_len for part, steps in parts) / total
+    return Costs(parameters(experiment), each, round(positions))
 
 
 def parameters(experiment: Experiment) -> int:
@@ -83,6 +88,9 @@ class Budget(Spec):
             experiment = self._with_parameters(experiment, parameters(base))
         if self.by in ("steps", "parameters"):
             return experiment
+        if experiment.train.phases or base.train.phases:
+            fault = "the costs of a run in phases change with its steps"
+            raise SpecError(f"budget.by is {self.by!r}: {fault}: use 'steps'")
         if self.by == "tokens":
             each, of_base = (made.data.batch_size * made.data.layout.seq_len for made in (experiment, base))
         else:

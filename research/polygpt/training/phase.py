@@ -2,6 +2,7 @@
 
 import bisect
 import dataclasses
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -69,6 +70,13 @@ def expanded(experiment: Any) -> tuple[Any, ...]:
 def number_at(starts: Sequence[int], step: int) -> int:
     """The phase of a step, counted from 1, given the number of steps before each phase. Step 0 is in the first."""
     return max(bisect.bisect_left(starts, step) - 1, 0)
+
+
+def steps_of(experiment: Any) -> list[int]:
+    """Number of steps of each part of a run, in the order of `expanded`; 0 for those that it does not reach."""
+    train = experiment.train
+    bounds = [min(start, train.steps) for start in (0, *(phase.start for phase in train.phases), train.steps)]
+    return [end - begin for begin, end in itertools.pairwise(bounds)]
 
 
 def at(experiment: Any, step: int) -> Any:
