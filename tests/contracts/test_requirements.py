@@ -31,6 +31,7 @@ RELATIVE |= {
     "Embedded.labels",
     "MediaFolder.labels",
     "TrainSpec.phases",
+    "TrainSpec.plateau",
 }
 """Refused for what another field holds: tested with their classes."""
 ROWS = [(name, field, *values) for name, row in TABLE.items() for field, values in row.items()]

@@ -24,6 +24,7 @@ from polygpt.runtime.watchdog import WatchdogSpec
 from polygpt.sharding import MeshSpec
 from polygpt.spec import Spec, hints, specs_in
 from polygpt.training.phase import Phase, expanded
+from polygpt.training.plateau import Plateau
 from polygpt.training.spikes import SpikeSpec
 
 
@@ -56,6 +57,8 @@ class TrainSpec(Spec):
     held-out tasks are the test set, because selecting by them would bias the results."""
     patience: int | None = None
     """Stop after this many consecutive evaluations without improvement; null: never."""
+    plateau: Plateau | None = None
+    """Lowers the learning rate when `metric` stops improving; null: never."""
     max_nonfinite: int = 10
     """Fail after this many consecutive steps with a non-finite loss or gradient."""
     spikes: SpikeSpec | None = None
@@ -82,6 +85,7 @@ class TrainSpec(Spec):
         self.require(
             self.patience is None or self.evaluate_every is not None, "patience", "null without evaluate_every"
         )
+        self.require(self.plateau is None or self.evaluate_every is not None, "plateau", "null without evaluate_every")
         self.require(self.max_nonfinite >= 1, "max_nonfinite", "at least 1")
         self.require(self.prefetch >= 1, "prefetch", "at least 1")
         self._validate_mesh()

@@ -7,13 +7,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from polygpt.data.layout import MediaCache
 from polygpt.errors import UserError
 from polygpt.evaluation.evaluate import evaluate
 from polygpt.evaluation.spec import EvaluationSpec
 from polygpt.runtime import processes
-from polygpt.training.experiment import Experiment
+from polygpt.training.experiment import Experiment, TrainSpec
+from polygpt.training.plateau import Plateau
 from polygpt.training.program import Program
 from polygpt.training.seeds import select_seed, stopped_seeds
 from polygpt.training.state import State
@@ -21,19 +23,42 @@ from polygpt.training.state import State
 
 @dataclasses.dataclass
 class MetricState:
-    """The best metric so far, evaluations since then, and whether this step's evaluation is still pending."""
+    """The progress of the run's metric.
+
+    Attributes:
+        best: the best so far.
+        stale: number of evaluations since then.
+        owed: whether this step's evaluation is still pending.
+        waited: number of evaluations since the best, or since the learning rate was lowered.
+        reductions: how many times it was lowered.
+    """
 
     best: float | None = None
     stale: int = 0
     owed: bool = False
+    waited: int = 0
+    reductions: int = 0
 
-    def update(self, metric: float, better: str) -> bool:
+    def update(self, metric: float, better: str, plateau: Plateau | None = None) -> bool:
         """Records a new metric; True if it is the best."""
         self.owed = False
         sign = 1 if better == "lower" else -1
         improved = math.isfinite(metric) and (self.best is None or sign * metric < sign * self.best)
         self.best, self.stale = (metric, 0) if improved else (self.best, self.stale + 1)
+        self.waited = 0 if improved else self.waited + 1
+        if plateau is not None and self.waited >= plateau.patience:
+            self.waited, self.reductions = 0, self.reductions + 1
         return improved
+
+
+def judge(train: TrainSpec, standing: MetricState, metric: float, state: State) -> tuple[State, bool]:
+    """Records a new metric in `standing`. Returns the state, with a lower learning rate on a plateau, and whether it is
+    the best."""
+    improved = standing.update(metric, train.better, train.plateau)
+    if train.plateau is None:
+        return state, improved
+    rate = jax.device_put(np.float32(train.plateau.scale(standing.reductions)), state.rate.sharding)
+    return dataclasses.replace(state, rate=rate), improved
 
 
 def plan(experiment: Experiment) -> EvaluationSpec:

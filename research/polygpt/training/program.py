@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from polygpt import sharding, spec
@@ -295,7 +296,8 @@ def _create(
     optim, spikes = experiment.optim, experiment.train.spikes
     state = create(model, transformation, seed, optim.ema is not None, spikes, given)
     others = {name: one.model.init(jax.random.key(0)) for name, one in references.items()}
-    return dataclasses.replace(state, references=others)
+    rate = None if experiment.train.plateau is None else jnp.ones(())
+    return dataclasses.replace(state, references=others, rate=rate)
 
 
 def _bytes_of_state(experiment: Experiment, model: Model, references: Mapping[str, BoundReference]) -> int:

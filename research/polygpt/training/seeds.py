@@ -32,6 +32,8 @@ def reason_against(train: TrainSpec) -> str | None:
         return f"train.parallel is {train.parallel!r}: one seed uses several devices"
     if train.patience is not None:
         return "train.patience ends the runs of different seeds at different steps"
+    if train.plateau is not None:
+        return "train.plateau lowers the learning rate of different seeds at different steps"
     if train.spikes is not None and train.spikes.action == "rewind":
         return "train.spikes.action is 'rewind', and seeds would rewind independently"
     return None

@@ -28,6 +28,7 @@ class State:
         skipped_in_row: int32, consecutive non-finite steps.
         window: recent losses for spike detection, or None without it.
         references: parameters of the models that are not trained, by name. Checkpoints do not hold them.
+        rate: float32, scale of the learning rate, or None without `train.plateau`.
     """
 
     step: jax.Array
@@ -38,6 +39,7 @@ class State:
     skipped_in_row: jax.Array
     window: Window | None = None
     references: dict[str, Any] = dataclasses.field(default_factory=dict)
+    rate: jax.Array | None = None
 
     @property
     def eval_params(self):

@@ -71,6 +71,8 @@ def make_step(
         )
         value = loss.value(means)
         updates, opt_state = recipe.transformation.update(gradient, state.opt_state, state.params)
+        if state.rate is not None:
+            updates = jax.tree.map(lambda update: state.rate * update, updates)
         params = kept(optax.apply_updates(state.params, updates), state.params)
         applied = state.step - state.skipped
         ema = state.ema
@@ -95,10 +97,13 @@ def make_step(
         skipped = state.skipped + ~taken
         metrics = {"loss": value} | {f"loss/{name}": mean for name, mean in means.items()}
         metrics |= {"gradient_norm": gradient_norm, "update_norm": update_norm}
-        metrics |= {"learning_rate": recipe.learning_rate(applied), "skipped": skipped, "skipped_in_row": in_row}
+        rate = recipe.learning_rate(applied) * (1 if state.rate is None else state.rate)
+        metrics |= {"learning_rate": rate, "skipped": skipped, "skipped_in_row": in_row}
         if window is not None:
             metrics |= {"spikes": window.spikes, "spikes_in_row": window.in_row}
         metrics = {name: jnp.asarray(metric, jnp.float32) for name, metric in metrics.items()}
-        return State(state.step + 1, params, opt_state, ema, skipped, in_row, window, state.references), metrics
+        after = {"params": params, "opt_state": opt_state, "ema": ema, "window": window}
+        after |= {"step": state.step + 1, "skipped": skipped, "skipped_in_row": in_row}
+        return dataclasses.replace(state, **after), metrics
 
     return step

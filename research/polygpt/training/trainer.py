@@ -32,7 +32,7 @@ from polygpt.training import data_shards, resuming
 from polygpt.training.example_log import example_log
 from polygpt.training.experiment import Experiment
 from polygpt.training.feed import Feed
-from polygpt.training.held_out import MetricState, measure
+from polygpt.training.held_out import MetricState, judge, measure
 from polygpt.training.loggers import Logger
 from polygpt.training.phases import Phases
 from polygpt.training.prefetch import Fed
@@ -270,7 +270,8 @@ class Trainer:
                     self._save()
             raise
         self._log("evaluation", self.done, {"metric": self.metric, **results})
-        return self.metric_state.update(self.metric, self.spec.better)
+        self.state, improved = judge(self.spec, self.metric_state, self.metric, self.state)
+        return improved
 
     def _proceed(self) -> None:
         """Called before each evaluation batch. All processes share the batches, except under pmap."""
@@ -284,7 +285,7 @@ class Trainer:
         """Reruns the evaluation of this step if a signal interrupted it before the checkpoint was written."""
         known = self.checkpoints.metric(self.done)
         if known is not None:  # already evaluated and logged after this checkpoint was written
-            self.metric_state.update(known, self.spec.better)
+            self.state, _ = judge(self.spec, self.metric_state, known, self.state)
             return
         self._evaluate()
         if not self.metric_state.owed:
