@@ -68,11 +68,13 @@ from polygpt.nn.positions import Learned, MRope, NoPosition, Position, Rope, Rop
 from polygpt.objectives.base import BatchObjective, Objective, TokenObjective
 from polygpt.objectives.classification import LabelClassification
 from polygpt.objectives.distillation import Distillation
+from polygpt.objectives.dpo import DPO
 from polygpt.objectives.info_nce import InfoNCE
 from polygpt.objectives.load_balance import LoadBalance
 from polygpt.objectives.masked_lm import MaskedLM, MaskTokens
 from polygpt.objectives.multi_label import MultiLabel
 from polygpt.objectives.next_token import NextToken
+from polygpt.objectives.preference_margin import PreferenceAccuracy, PreferenceMargin
 from polygpt.objectives.regression import Regression
 from polygpt.objectives.router_z import RouterZLoss
 from polygpt.objectives.siglip import SigLIP
@@ -124,6 +126,7 @@ __all__ = [
     "Connector",
     "Constant",
     "Corpus",
+    "DPO",
     "DataSpec",
     "DecoderSpec",
     "Distillation",
@@ -175,6 +178,8 @@ __all__ = [
     "Paper",
     "Phase",
     "Position",
+    "PreferenceAccuracy",
+    "PreferenceMargin",
     "PrefixLM",
     "ProcessesSpec",
     "ProjectionHead",

@@ -1,19 +1,22 @@
 """Distillation against formulas in float64, and without the logits of a whole batch."""
 
+import dataclasses
 import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from given import close, given, largest, total, value_and_gradient
+from given import Given, close, given, largest, total, value_and_gradient
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 
 from bigram import Bigram, random_batch
 
+from batches import tiny
 from polygpt.errors import SpecError
 from polygpt.objectives.distillation import Distillation
+from polygpt.objectives.forward import Forward
 from polygpt.objectives.hidden_distillation import HiddenDistillation
 from polygpt.objectives.loss import Loss
 
@@ -94,6 +97,21 @@ def test_distances_of_hidden_vectors(batch):
     np.testing.assert_allclose(total(HiddenDistillation(distance="square"), STUDENT, batch, others), square, rtol=1e-6)
     with pytest.raises(SpecError, match="the model's vectors have 6 numbers and those of 'teacher' 9"):
         total(HiddenDistillation(), STUDENT, batch, TEACHER)
+
+
+def test_a_head_maps_hidden_vectors_to_the_teacher_s_width(batch):
+    @dataclasses.dataclass(frozen=True)
+    class WithHead(Given):
+        def head(self, params, name, hidden_BTD, batch):
+            return hidden_BTD @ params[name]
+
+    own = STUDENT | {"wider": np.random.default_rng(5).normal(size=(6, 9))}
+    objective = HiddenDistillation(distance="square", head="wider")
+    found = objective.total(Forward(WithHead(), own, batch, None, {"teacher": (Given(), TEACHER["teacher"])}), batch)
+    distance = np.float64(own["hidden"]) @ own["wider"] - TEACHER["teacher"]["hidden"]
+    np.testing.assert_allclose(found, np.sum(batch.weight_BT * np.mean(distance**2, axis=-1)), rtol=1e-5)
+    with pytest.raises(SpecError, match="reads the head 'wider', which is not in model.heads: there are none"):
+        objective.check_with(tiny(), None)
 
 
 def test_microbatches_with_blocks_give_the_gradient_of_the_whole_batch():
