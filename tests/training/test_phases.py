@@ -8,12 +8,14 @@ import pytest
 from test_rewind import Cut, quiet
 from tiny_experiment import TEXT, experiment
 
+from batches import ADAPTERS
 from polygpt.ablation.budget import Budget, costs
 from polygpt.attention.sliding import SlidingWindow
 from polygpt.data.loader import Task
 from polygpt.errors import SpecError, UserError
 from polygpt.evaluation.spec import EvalTask
 from polygpt.init.from_run import FromRun
+from polygpt.nn.positions import NoPosition, Rope2D
 from polygpt.optim.groups import Group
 from polygpt.optim.optimizers import SGD
 from polygpt.overrides import override, replaced
@@ -22,6 +24,7 @@ from polygpt.spec import from_json, to_json
 from polygpt.training.loggers import Silent
 from polygpt.training.loop import train
 from polygpt.training.phase import Phase, expanded, steps_of
+from polygpt.training.phases import Phases
 from polygpt.training.run import open_run
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -94,7 +97,10 @@ def assert_same(workdir, other):
 
 def test_what_the_phases_change_is_printed_and_takes_effect(whole):
     workdir, said = whole
-    assert "after step 4: data.layout.seq_len 64 -> 96, data.batch_size 4 -> 2, optim.groups" in said
+    assert (
+        "after step 4: data.layout.seq_len 64 -> 96, data.batch_size 4 -> 2, model.decoder.dropout 0.1 -> 0.0" in said
+    )
+    assert said.count("optim.groups\ngroup ") == 2, "with the groups of the phase"
     assert "after step 7: data.tasks.short.weight 2.0 -> 0.5" in said
     trained = [line for line in lines(workdir) if "loss" in line]
     rates = [line["learning_rate"] for line in trained]
@@ -177,9 +183,24 @@ def test_phases_are_in_order_and_survive_json():
     assert costs(chosen).positions == round(positions)
     with pytest.raises(SpecError, match="budget.by is 'flops': the costs of a run in phases change with its steps"):
         Budget("flops").applied(chosen, base())
-    assert override(chosen, {"train.phases.0.changes.data.batch_size": "1"}).train.phases[0].changes[
-        "data.batch_size"
-    ] in (1, "1")
+    other = override(chosen, {"train.phases.0.changes.data.batch_size": "1"})
+    assert other.train.phases[0].changes["data.batch_size"] == 1
+
+
+@pytest.mark.parametrize("position", [Rope2D(), NoPosition()], ids=lambda found: type(found).__name__)
+def test_the_resolution_may_grow_unless_positions_are_learned(position):
+    image = ADAPTERS["image"]
+    image = image.replace(tower=image.tower.replace(position=position))
+    finer = {"model.adapters.image.features.height": 16, "model.adapters.image.features.width": 16}
+    chosen = in_phases((FIRST, finer), **{"model.adapters": {"image": image}})
+    if position == NoPosition():  # a learned vector per patch
+        with pytest.raises(
+            UserError, match=r"train\.phases\.0 .*adapters/image/tower/position/table is \[4, 8\] before and"
+        ):
+            Phases(chosen, 258)
+        return
+    phases = Phases(chosen, 258)
+    assert [program.model.positions for program in phases.programs] == [{"image": 4}, {"image": 16}]
 
 
 @pytest.mark.slow

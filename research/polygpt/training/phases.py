@@ -55,10 +55,16 @@ class Phases:
         return state if before is after else _compiled(before, after, state)
 
     def message(self, phase: int) -> str:
-        """What a phase changes, in one line."""
-        before, after = (to_json(self.programs[i].experiment) for i in (phase - 1, phase))
-        changes = [f"{name} {_short(old)} -> {_short(new)}" for name, old, new in differences(before, after)]
-        return f"after step {self.starts[phase]}: {', '.join(changes) or 'no change'}"
+        """What a phase changes: in one line, and a table of the parameter groups if they differ."""
+        before, after = (self.programs[i].experiment for i in (phase - 1, phase))
+        found = list(differences(to_json(before), to_json(after)))
+        changes = [f"{name} {_short(old)} -> {_short(new)}" for name, old, new in found if "optim.groups" not in name]
+        changes += ["optim.groups"] if len(changes) < len(found) else []
+        line = f"after step {self.starts[phase]}: {', '.join(changes) or 'no change'}"
+        if before.optim.groups == after.optim.groups:
+            return line
+        model = self.programs[phase].model
+        return f"{line}\n{after.optim.table(model.traits, model.growth)}"
 
     def summary(self) -> str:
         """The first program and what the others change."""
