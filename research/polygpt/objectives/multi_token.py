@@ -51,8 +51,10 @@ class MultiToken(Objective):
         total = jnp.float32(0)
         for ahead, name in enumerate(self.heads, start=1):
             target_BT, weight_BT = _ahead(batch, ahead)
-            passes = (outputs.with_hidden(outputs.head(name)),)
-            total -= jnp.sum(weight_BT * per_position(log_probability, passes, weight_BT != 0, target_BT))
+            used_BT = weight_BT != 0
+            hidden_BTD = jnp.where(used_BT[..., None], outputs.head(name), 0)  # at padding it may be infinite
+            passes = (outputs.with_hidden(hidden_BTD),)
+            total -= jnp.sum(weight_BT * per_position(log_probability, passes, used_BT, target_BT))
         return total
 
     def weight(self, batch: Batch) -> jax.Array:
