@@ -25,5 +25,5 @@ class Plateau(Spec):
         self.require(0 <= self.lowest <= 1, "lowest", "in 0..1")
 
     def scale(self, reductions: int) -> float:
-        """The scale of the learning rate after it was lowered so many times."""
+        """The scale of the learning rate after this many reductions."""
         return max(self.lowest, self.factor**reductions)
