@@ -123,6 +123,23 @@ def test_a_modality_is_embedded_without_the_others(model):
         assert np.abs(after[moved] - before[moved])[0, :2].max() > 1e-3
 
 
+def test_a_text_does_not_tell_the_length_of_the_media_around_it(model):
+    short, long = (
+        embedded(model, [[example(2, ("audio", size), 5, ("image", 4), 3, seed=5)]], InfoNCE(HEADS, between=(2, 0)))[0]
+        for size in (1, 4)
+    )
+    np.testing.assert_allclose(short["right"], long["right"], rtol=0, atol=1e-6)
+    views = [InfoNCE(HEADS).view(build([[example(2, ("audio", size), 3)]], T), None) for size in (1, 4)]
+    for name in ("position_BT", "coordinate_BT3"):
+        texts = [getattr(view, name)[np.asarray(view.segment_BT) == 1] for view in views]
+        np.testing.assert_array_equal(*texts)
+
+
+def test_bos_and_eos_are_no_text(model):
+    found, count = embedded(model, [[example(1, ("image", 4), 1), example(1, ("image", 4), 2)]])
+    assert count == 1 and found["valid"][0, :2].tolist() == [0, 1]
+
+
 @pytest.mark.parametrize("objective", [InfoNCE(HEADS), SigLIP(HEADS, chunk=5, per_row=2)], ids=["InfoNCE", "SigLIP"])
 def test_microbatches_see_all_examples(model, objective):
     batch = build([[A, B], [C, D], [D], [B]], T)

@@ -1,4 +1,4 @@
-"""Cross entropy of labels that exclude each other not."""
+"""Cross entropy of labels that do not exclude each other."""
 
 import dataclasses
 
