@@ -100,6 +100,26 @@ def test_a_reference_that_changed_is_told_when_a_run_resumes(teacher, tmp_path):
     assert len(lines(tmp_path / "run")) == 1
 
 
+def test_a_source_of_initial_parameters_that_changed_is_told_when_a_run_resumes(teacher, tmp_path):
+    source = shutil.copytree(teacher, tmp_path / "source")
+    chosen = override(experiment(), SMALL | {"model.decoder.width": "32"}).replace(
+        objectives={"start": (Toward("start"), 1.0)},
+        references={"start": Reference()},
+        init=FromRun(path=str(source)),
+    )
+    train(chosen.replace(train=chosen.train.replace(steps=2)), tmp_path / "run", json_lines)
+    shutil.rmtree(source / "checkpoints/4")
+    words = r"references\.start was the initial parameters \(.*step 4\) and is now .*step 2\): .*\(init\.checkpoint\)"
+    with pytest.raises(UserError, match=words):
+        train(chosen, tmp_path / "run", json_lines)
+
+
+def test_several_seeds_start_from_one_run(teacher):
+    chosen = override(experiment(), SMALL | {"model.decoder.width": "32"}).replace(init=FromRun(path=str(teacher)))
+    alone, states = (assemble(chosen, 258, seeds=seeds).first_state() for seeds in ((), (0, 1)))
+    jax.tree.map(lambda one, two: np.testing.assert_array_equal(two, np.stack([one, one])), alone.params, states.params)
+
+
 def test_what_cannot_be_a_reference_is_one_line_and_leaves_nothing(teacher, tmp_path):
     with pytest.raises(SpecError, match=r"objectives\.teacher reads the model 'teacher': add it to references"):
         student(teacher, references={"start": Reference()})

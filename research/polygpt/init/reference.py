@@ -14,6 +14,9 @@ from polygpt.models.multimodal import ModelSpec
 from polygpt.parameters import paths
 from polygpt.spec import Spec
 
+INITIAL = "the initial parameters"
+"""The origin of a reference that begins as the run does."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Reference(Spec):
@@ -68,7 +71,7 @@ class BoundReference:
     @property
     def origin(self) -> str:
         """Where its parameters come from, for messages."""
-        return "the initial parameters" if self.start is None else self.start.source.origin
+        return INITIAL if self.start is None else self.start.source.origin
 
     def read(self, target: Any) -> Any:
         """Its parameters; `target` has their dtypes and shardings."""
@@ -80,7 +83,8 @@ def require_same(before: Mapping[str, str], now: Mapping[str, str]) -> None:
     """Raises UserError if a reference of a resumed run has changed, given their origins by name."""
     for name, origin in before.items():
         if now.get(name) != origin:
+            field = "init.checkpoint" if origin.startswith(INITIAL) else f"references.{name}.init.checkpoint"
             raise UserError(
                 f"references.{name} was {origin} and is now {now.get(name, 'missing')}: name that checkpoint "
-                f"(references.{name}.init.checkpoint), or use another workdir"
+                f"({field}), or use another workdir"
             )

@@ -14,7 +14,7 @@ import optax
 from polygpt import sharding, spec
 from polygpt.errors import UserError
 from polygpt.evaluation import conditions
-from polygpt.init.reference import BoundReference, require_same
+from polygpt.init.reference import INITIAL, BoundReference, require_same
 from polygpt.init.start import Start, start
 from polygpt.models.functional import Model, bind
 from polygpt.objectives.forward import AVERAGE
@@ -84,13 +84,19 @@ class Program:
         def initial(given=None):
             return dataclasses.replace(self.initial(given), references={})
 
-        state = self.parallel.create(initial, self.start.read(paths(self._target().params)))
+        state = self.parallel.create(initial, self.start.read(self._wanted()))
         return self.with_references(state)
 
     @property
     def origins(self) -> dict[str, str]:
         """Where the parameters of each reference come from."""
-        return {name: one.origin for name, one in self.references.items()}
+        return {name: self._own_origin if one.start is None else one.origin for name, one in self.references.items()}
+
+    @property
+    def _own_origin(self) -> str:
+        """Where the initial parameters of the run come from; a source may have others when the run resumes."""
+        source = self.start.source
+        return INITIAL if source is None else f"{INITIAL} ({source.origin})"
 
     def resumed(self, state: Any, origins: Mapping[str, str]) -> Any:
         """A restored state with its references. Raises UserError if they are others than at the checkpoint."""
@@ -104,8 +110,16 @@ class Program:
         if own := [name for name in self.references if name not in found]:
             places = self.parallel.shardings(self.initial).params
             initial = jax.jit(lambda given: self.initial(given).params, out_shardings=places)
-            found |= {name: initial(self.start.read(paths(target.params))) for name in own}
+            found |= {name: initial(self.start.read(self._wanted())) for name in own}
         return dataclasses.replace(state, references=found)
+
+    def _wanted(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes, dtypes and shardings of the parameters by name, without the axis of several seeds."""
+        shapes, places = paths(self.shapes), paths(self._target().params)
+        return {
+            name: jax.ShapeDtypeStruct(own.shape, own.dtype, sharding=places[name].sharding)
+            for name, own in shapes.items()
+        }
 
     def _target(self) -> Any:
         return self.parallel.abstract(self.initial)
