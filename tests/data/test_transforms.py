@@ -1,6 +1,7 @@
 """Transformations in the pipeline: special tokens, loss weights, order of the stream, resumption, sources, errors."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,9 +28,10 @@ from polygpt.errors import BadRecord, SpecError, UserError
 from polygpt.models.multimodal import ModelSpec
 from polygpt.optim.optim import Optim
 from polygpt.optim.schedules import Constant
-from polygpt.spec import from_json, to_json
+from polygpt.spec import from_json, load_file, to_json
 from polygpt.training.experiment import Experiment, TrainSpec
 
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 FIM = FillInTheMiddle(0.5)
 CORRUPT = SpanCorruption(0.3, 2.0, "character", sentinels=8)
 TOKENIZER = SpecialTokens(Bytes(), (*FIM.special, *CORRUPT.special, "[R]", "[S]", "[X]"))
@@ -244,3 +246,17 @@ def test_a_transformed_source_is_the_same_always():
     with pytest.raises(IndexError):
         examples[9]
     assert from_json(to_json(spec)) == spec and examples.files() == ()
+
+
+def test_the_experiment_asks_for_the_same_gaps_with_and_without_what_follows():
+    module = load_file(EXPERIMENTS / "fill_in_the_middle.py")
+    held_out = module.experiment().evaluation.tasks
+    infill, prefix_only = (held_out[name].source.open() for name in ("infill", "prefix_only"))
+    for i in range(0, len(infill), 50):
+        whole, cut = infill[i], prefix_only[i]
+        prompt, marks = whole.prompt, [part.text for part in whole.prompt if part.special]
+        assert cut.answer == whole.answer and 1 <= len(whole.answer) <= 4 and marks == [PREFIX, SUFFIX, MIDDLE]
+        assert cut.prompt == prompt[prompt.index(Text(MIDDLE, 0.0, special=True)) + 1 :]
+        assert len("".join(part.text for part in cut.prompt)) >= 20
+    figures = module.WithoutEnd()(["abcd", "xy", "abx", "q"], ["ab", "x", "ab", "r"])
+    assert figures == {"opening": 0.75, "fixed_length": 0.5}
