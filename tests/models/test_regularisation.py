@@ -9,6 +9,7 @@ import pytest
 
 from batches import build, example, lively, tiny
 from polygpt.errors import SpecError
+from polygpt.heads.linear import LinearHead
 from polygpt.models.drop_connect import DropConnect
 from polygpt.models.functional import bind
 from polygpt.models.initial import Initial
@@ -127,6 +128,10 @@ def test_patterns_that_meet_nothing_are_told():
         ),
         ({"initial": (Initial("kernel", "fixed"), Initial("up", "fan_in"))}, r"initial\[1\].pattern 'up' matches only"),
         ({"drop_connect": DropConnect(0.1, "scale$")}, "model.drop_connect.pattern 'scale.' matches no matrix"),
+        (
+            {"drop_connect": DropConnect(0.1, "^heads?/"), "heads": {"kind": LinearHead(3)}},
+            "model.drop_connect.pattern '.*' matches no matrix",  # heads are not dropped
+        ),
     ):
         with pytest.raises(SpecError, match=words):
             bind(tiny(adapters={}).replace(**changes), 31).abstract()

@@ -14,7 +14,7 @@ from flax import nnx
 from polygpt import parameters, sharding
 from polygpt.errors import SpecError
 from polygpt.models.decoder import Cache, init_cache
-from polygpt.models.initial import chosen, initialised
+from polygpt.models.initial import initialised
 from polygpt.models.multimodal import ModelSpec, MultimodalModel
 from polygpt.nn.losses import Losses
 from polygpt.objectives import blocked
@@ -249,7 +249,7 @@ def bind(spec: ModelSpec, vocabulary: int) -> Model:
     traits = parameters.traits(module)  # completes the metadata, which are part of the graph
     traits = _pure(traits)
     if spec.drop_connect is not None:
-        chosen("model.drop_connect.pattern", spec.drop_connect.pattern, paths(traits))
+        spec.drop_connect.names(paths(traits))
     if spec.low_rank is not None:
         traits = tree_of(spec.low_rank.traits(paths(traits)))
     return Model(spec, vocabulary, nnx.graphdef(module), traits)
