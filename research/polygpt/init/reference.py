@@ -20,7 +20,8 @@ INITIAL = "the initial parameters"
 
 @dataclasses.dataclass(frozen=True)
 class Reference(Spec):
-    """A model that is not trained, averaged or saved. A resumed run reads it again."""
+    """A model that is not trained, averaged or saved. A resumed run reads it again, also the source of its own initial
+    parameters, which must then still be there."""
 
     init: Weights | None = None
     """Its parameters; null for the initial parameters of the run."""
