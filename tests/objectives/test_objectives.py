@@ -7,9 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from batches import tiny
 from polygpt.errors import SpecError
 from polygpt.objectives.base import Objective
+from polygpt.objectives.dpo import DPO
 from polygpt.objectives.focal import Focal
+from polygpt.objectives.masked_lm import MaskedLM
+from polygpt.objectives.multi_token import MultiToken
 from polygpt.objectives.next_token import NextToken
 from polygpt.objectives.z_loss import ZLoss
 
@@ -126,3 +130,14 @@ def test_a_negative_weight_raises_the_loss_of_its_token():
     batch = SimpleNamespace(target_BT=jnp.asarray([[0, 0]]), weight_BT=jnp.asarray([[1.0, -1.0]]))
     total = NextToken().total(SimpleNamespace(logits_BTV=logits), batch)
     np.testing.assert_allclose(total, np.log1p(np.exp(-1)) - np.log1p(np.exp(-2)), rtol=1e-6)
+
+
+def test_a_mask_that_shows_the_targets_or_hides_what_is_read_is_refused():
+    encoder, causal = tiny(mask="bidirectional"), tiny(mask="causal")
+    for objective in (NextToken(), Focal(), DPO(), MultiToken(("next",))):
+        with pytest.raises(SpecError, match=r"predicts the next token, which model\.decoder\.mask .* shows"):
+            objective.check_with(encoder, None)
+    with pytest.raises(SpecError, match=r"set model\.decoder\.mask to 'spans' or 'bidirectional'"):
+        MaskedLM.small().check_with(causal, None)
+    for objective, model in ((MaskedLM.small(), encoder), (ZLoss(), encoder), (NextToken(), causal)):
+        objective.check_with(model, None)

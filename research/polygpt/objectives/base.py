@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from polygpt.errors import SpecError
 from polygpt.objectives.needs import Needs
 from polygpt.objectives.view import View
 from polygpt.sequence import Batch
@@ -107,6 +108,10 @@ class TokenObjective(Objective):
         """The loss of each position, before its weight: float32, of the shape of `scores.log_z`."""
         raise NotImplementedError(f"{type(self).__name__} defines no per_token")
 
+    def check_with(self, model, layout) -> None:
+        if self.view is None:
+            require_hidden_targets(model)
+
     def total(self, outputs, batch: Batch) -> jax.Array:
         logits_BTV = weighted_logits(outputs, batch)
         # A one-hot comparison fuses with the sum; the gradient of a gather would be a scatter.
@@ -135,6 +140,15 @@ class BatchObjective(Objective):
 
     def total(self, outputs, batch: Batch) -> jax.Array:
         return self.compare(self.embed(outputs, batch))
+
+
+def require_hidden_targets(model) -> None:
+    """Raises SpecError if positions of the model (`ModelSpec`) see the next token, which an objective predicts."""
+    if model.decoder.mask == "bidirectional":
+        raise SpecError(
+            "it predicts the next token, which model.decoder.mask 'bidirectional' shows: set that to 'causal' or "
+            "'spans', or use MaskedLM"
+        )
 
 
 def depends_on_scores_only(objective: Objective) -> bool:

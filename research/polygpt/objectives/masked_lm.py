@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from polygpt.errors import SpecError
 from polygpt.objectives.base import TokenObjective, TokenScores
 from polygpt.objectives.view import View, uniform
 from polygpt.sequence import Batch
@@ -76,6 +77,10 @@ class MaskedLM(TokenObjective):
     @property
     def view(self) -> MaskTokens:
         return self.tokens
+
+    def check_with(self, model, layout) -> None:
+        if model.decoder.mask == "causal":
+            raise SpecError("it reads tokens on both sides: set model.decoder.mask to 'spans' or 'bidirectional'")
 
     def per_token(self, scores: TokenScores) -> jax.Array:
         return scores.log_z - scores.target

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from polygpt.errors import SpecError
-from polygpt.objectives.base import Objective
+from polygpt.objectives.base import Objective, require_hidden_targets
 from polygpt.objectives.needs import Needs
 from polygpt.objectives.positions import log_probability, per_position
 from polygpt.sequence import Batch
@@ -37,6 +37,7 @@ class MultiToken(Objective):
         return Needs("heads of the decoder's width", {"decoder.width": "16", "heads": heads})
 
     def check_with(self, model, layout) -> None:
+        require_hidden_targets(model)
         for name in self.heads:
             if name not in model.heads:
                 there = nearest(name, model.heads) if model.heads else "there are none"

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from polygpt.errors import SpecError
-from polygpt.objectives.base import Objective
+from polygpt.objectives.base import Objective, require_hidden_targets
 from polygpt.objectives.forward import Forward
 from polygpt.objectives.needs import Needs
 from polygpt.objectives.positions import log_probability, per_position
@@ -96,6 +96,7 @@ class PreferenceObjective(Objective):
         return Needs("pairs of answers", rows=_as_pairs, together=2)
 
     def check_with(self, model, layout) -> None:
+        require_hidden_targets(model)
         if not layout.pairs:
             raise SpecError(NO_PAIRS)
 
