@@ -15,6 +15,8 @@ from polygpt.objectives.focal import Focal
 from polygpt.objectives.masked_lm import MaskedLM
 from polygpt.objectives.multi_token import MultiToken
 from polygpt.objectives.next_token import NextToken
+from polygpt.objectives.r_drop import RDrop
+from polygpt.objectives.unlikelihood import Unlikelihood
 from polygpt.objectives.z_loss import ZLoss
 
 B, T, V = 3, 5, 11
@@ -134,7 +136,7 @@ def test_a_negative_weight_raises_the_loss_of_its_token():
 
 def test_a_mask_that_shows_the_targets_or_hides_what_is_read_is_refused():
     encoder, causal = tiny(mask="bidirectional"), tiny(mask="causal")
-    for objective in (NextToken(), Focal(), DPO(), MultiToken(("next",))):
+    for objective in (NextToken(), Focal(), DPO(), MultiToken(("next",)), Unlikelihood(), RDrop()):
         with pytest.raises(SpecError, match=r"predicts the next token, which model\.decoder\.mask .* shows"):
             objective.check_with(encoder, None)
     with pytest.raises(SpecError, match=r"set model\.decoder\.mask to 'spans' or 'bidirectional'"):

@@ -4,6 +4,7 @@ import pytest
 from tiny_experiment import experiment
 
 from polygpt.errors import SpecError
+from polygpt.objectives.masked_lm import MaskedLM, MaskTokens
 from polygpt.overrides import override
 from polygpt.sharding import RULES
 from polygpt.training.experiment import TrainSpec
@@ -49,3 +50,11 @@ def test_the_mesh_of_a_sharded_run_and_the_default_of_any_are_taken():
     assert override(experiment(), {"train.parallel": "sharded", "train.mesh.tensor": "3"}).train.mesh.tensor == 3
     same = {"train.parallel": "auto", "train.mesh.data": "-1", "train.mesh.rules.features": "[]"}
     assert override(experiment(), same).train.mesh.rules == RULES
+
+
+def test_a_metric_that_the_mask_makes_meaningless_is_refused():
+    masked = {"m": (MaskedLM(MaskTokens(0, 9)), 1.0)}
+    chosen = experiment().replace(objectives=masked)
+    with pytest.raises(SpecError, match=r"train\.metric is 'loss', which scores next tokens, and .*'bidirectional'"):
+        override(chosen, {"model.decoder.mask": "bidirectional"})
+    override(chosen, {"model.decoder.mask": "bidirectional", "train.evaluate_every": "null"})

@@ -80,6 +80,8 @@ class Contrastive(BatchObjective):
 
     def check_with(self, model, layout) -> None:
         require_heads(self.heads, self.between, model)
+        if self.bidirectional and model.decoder.mask == "causal":
+            raise SpecError("is bidirectional, but model.decoder.mask is 'causal': set that to 'spans', or it to false")
 
     def sum_over(self, compared: Compared) -> jax.Array:
         """The sum of the loss over all examples, float32 scalar. Use `by_chunks` for large batches."""

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from polygpt.objectives.base import Objective
+from polygpt.objectives.base import Objective, require_hidden_targets
 from polygpt.objectives.distillation import divergence
 from polygpt.objectives.positions import log_probability, per_position
 from polygpt.sequence import Batch
@@ -26,6 +26,9 @@ class RDrop(Objective):
     @classmethod
     def small(cls) -> "RDrop":
         return cls(second_pass=1.0)  # without dropout nothing else is left
+
+    def check_with(self, model, layout) -> None:
+        require_hidden_targets(model)
 
     def total(self, outputs, batch: Batch) -> jax.Array:
         def compared(p_logits, q_logits, target):

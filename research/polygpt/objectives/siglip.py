@@ -11,7 +11,8 @@ from polygpt.objectives.contrastive import Compared, Contrastive
 @dataclasses.dataclass(frozen=True)
 class SigLIP(Contrastive):
     """Binary cross entropy in nats of all pairs of the batch, summed over the pairs of an example: Zhai et al.
-    (2303.15343), section 3.2. Give the projection a bias of -10, as most pairs do not belong together."""
+    (2303.15343), section 3.2. Give the projection a bias of -10 and a temperature of 0.1 as there, because most pairs
+    do not belong together."""
 
     def sum_over(self, compared: Compared) -> jax.Array:
         numbers_N = jnp.arange(compared.left.shape[0])

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from polygpt.objectives.base import Objective
+from polygpt.objectives.base import Objective, require_hidden_targets
 from polygpt.objectives.positions import per_position
 from polygpt.sequence import TEXT, Batch
 
@@ -20,6 +20,9 @@ class Unlikelihood(Objective):
 
     prompt: bool = True
     """Whether tokens of the prompt count as well, and not only those with a loss weight of their own."""
+
+    def check_with(self, model, layout) -> None:
+        require_hidden_targets(model)
 
     def total(self, outputs, batch: Batch) -> jax.Array:
         T = batch.shape[1]

@@ -186,6 +186,12 @@ class Experiment(Spec):
 
     def _validate_metric(self):
         task, slash, measure = self.train.metric.rpartition("/")
+        shown = self.model.decoder.mask == "bidirectional" and self.train.evaluate_every is not None
+        if shown and measure in ("loss", "perplexity", "bits_per_byte", "token_accuracy"):
+            raise SpecError(
+                f"train.metric is {self.train.metric!r}, which scores next tokens, and model.decoder.mask "
+                "'bidirectional' shows them: choose the measure of a head, or MaskedLM with the mask 'spans'"
+            )
         if not slash:
             self.train.require(measure == "loss", "metric", "'loss' or '<task>/<measure>'")
             return
