@@ -86,7 +86,7 @@ UNLIKE = {
     "Unlikelihood": set(),
     "SmallVectors": {LEAK, LINEAR},
     "MasksEveryThird": {STEPS},
-    "FromAverage": set(),
+    "FromAverage": {LEAK},
     "Spread": {LEAK, LINEAR, "rows add up"},
     "HalfHead": {LEAK, LINEAR, NOTHING},
 }

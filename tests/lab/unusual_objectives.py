@@ -17,13 +17,13 @@ class AfterNext(Right):
     """Scores the token after the next as well (2404.19737), by the same head."""
 
     def losses(self, outputs, batch):
-        after_BT = jnp.roll(batch.target_BT, -1, axis=1)
-        inside_BT = (batch.segment_BT == jnp.roll(batch.segment_BT, -1, axis=1)) & (
-            jnp.roll(batch.weight_BT, -1, axis=1) != 0
-        )
+        def ahead(x_BT, count):
+            return jnp.pad(x_BT, ((0, 0), (0, count)))[:, count:]
+
+        inside_BT = (ahead(batch.segment_BT, 2) == batch.segment_BT) & (ahead(batch.modality_BT, 2) == 0)
         log_p_BTV = jax.nn.log_softmax(weighted_logits(outputs, batch))
-        found_BT = jnp.take_along_axis(log_p_BTV, after_BT[..., None], axis=-1)[..., 0]
-        inside_BT &= jnp.arange(batch.shape[1]) < batch.shape[1] - 1
+        after_BT1 = ahead(batch.target_BT, 1)[..., None]
+        found_BT = jnp.take_along_axis(log_p_BTV, after_BT1, axis=-1)[..., 0]
         return super().losses(outputs, batch) - jnp.where(inside_BT, found_BT, 0)
 
 
@@ -88,12 +88,14 @@ class Spread(BatchObjective):
         here_BTS = last_BT[..., None] & (batch.segment_BT[..., None] == 1 + jnp.arange(self.examples)[None, None])
         vector_BTD = jnp.where(last_BT[..., None], outputs.hidden_BTD.astype(jnp.float32), 1)
         vector_BTD /= jnp.linalg.norm(vector_BTD, axis=-1, keepdims=True)
-        return jnp.einsum("bts,btd->bsd", here_BTS.astype(jnp.float32), vector_BTD), here_BTS.any(axis=1)
+        return jnp.einsum("bts,btd->bsd", here_BTS.astype(jnp.float32), vector_BTD), here_BTS.any(axis=1).astype(
+            jnp.float32
+        )
 
     def compare(self, embedded):
         vector_BSD, valid_BS = embedded
-        vector_ND, valid_N = vector_BSD.reshape(-1, vector_BSD.shape[-1]), valid_BS.ravel()
-        other_NN = valid_N[:, None] & valid_N & ~jnp.eye(len(valid_N), dtype=bool)
+        vector_ND, valid_N = vector_BSD.reshape(-1, vector_BSD.shape[-1]), valid_BS.ravel() > 0
+        other_NN = valid_N[:, None] & valid_N[None] & ~jnp.eye(len(valid_N), dtype=bool)
         return jnp.sum(jnp.where(other_NN, jnp.exp(vector_ND @ vector_ND.T), 0)) / jnp.maximum(jnp.sum(valid_N) - 1, 1)
 
     def weight(self, batch):

@@ -221,11 +221,11 @@ class IgnoresWeights(Right):
 
 @dataclasses.dataclass(frozen=True)
 class WeightOfOutputs(Right):
-    """Divides by how uncertain the model is."""
+    """Weighs tokens by how surprised the model is, and divides by the sum."""
 
     def total(self, outputs, batch):
         losses_BT = self.losses(outputs, batch)
-        doubt_BT = batch.weight_BT * jax.lax.stop_gradient(1 - jnp.exp(-losses_BT))
+        doubt_BT = batch.weight_BT * jax.lax.stop_gradient(losses_BT)
         return jnp.sum(doubt_BT * losses_BT) / jnp.sum(doubt_BT) * self.weight(batch)
 
 

@@ -42,7 +42,7 @@ def _of_pair(subject: Subject) -> str:
             *(subject.params, subject.others, subject.seen),
         )
         for path, leaf in jax.tree_util.tree_leaves_with_path(embedded):
-            if leaf.shape[:1] != subject.seen.shape[:1]:
+            if leaf.dtype != "float32" or leaf.shape[:1] != subject.seen.shape[:1]:
                 name = f"embed{jax.tree_util.keystr(path)}"
-                return f"{name} is {leaf.dtype}{list(leaf.shape)}: its first axis must be that of the rows"
+                return f"{name} is {leaf.dtype}{list(leaf.shape)}, but must be float32, with the rows as its first axis"
     return ""

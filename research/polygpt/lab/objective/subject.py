@@ -23,8 +23,8 @@ from polygpt.training.randomness import DROPOUT, VIEW, derive
 
 NAME = "checked"
 """The name of the objective in a loss."""
-NOISE = 3e38
-"""Nearly the largest number of float32."""
+NOISE = 8192.0
+"""The numbers of hidden vectors at padding, in `NoisyAtPadding`."""
 
 
 @jax.tree_util.register_dataclass
@@ -58,7 +58,7 @@ def off_by(got: tuple, expected: tuple) -> float:
 
 
 class NoisyAtPadding:
-    """A model whose hidden vectors at padding are so large that logits and their squares are infinite."""
+    """A model whose hidden vectors at padding are large, and whose logits there are not numbers."""
 
     def __init__(self, model: Model):
         self._model = model
@@ -70,6 +70,11 @@ class NoisyAtPadding:
         """As `Model.hidden`."""
         hidden_BTD, losses = self._model.hidden(params, batch, key)
         return jnp.where((batch.segment_BT == 0)[..., None], NOISE, hidden_BTD).astype(hidden_BTD.dtype), losses
+
+    def logits(self, params: Any, hidden_BTD: jax.Array) -> jax.Array:
+        """As `Model.logits`."""
+        noisy_BT1 = jnp.all(hidden_BTD == NOISE, axis=-1, keepdims=True)
+        return self._model.logits(params, hidden_BTD) + jnp.where(noisy_BT1, jnp.nan, 0.0)  # gradients pass
 
 
 class Subject:
@@ -167,9 +172,10 @@ class Subject:
         return {}
 
     def measure(self, model: Model, batch: Batch, params: Any = None, key: jax.Array | None = None) -> Result:
-        """The result for a batch, which is a view if the objective has one; without a key there is no dropout."""
+        """The result for a batch, which is a view if the objective has one, as in training with this key."""
         if id(model) not in self._programs:
             self._programs[id(model)] = model, self.fresh(model)
+        key = derive(0, 0, DROPOUT) if key is None else key
         arguments = self.params if params is None else params, self.others, batch, key
         return jax.device_get(self._programs[id(model)][1](*arguments))
 
@@ -187,6 +193,11 @@ class Subject:
     def reads_weights(self) -> bool:
         """Whether the loss weights change anything."""
         return not self.weightless.off_by(self.usual) == 0
+
+    @staticmethod
+    def summed(one: Result, other: Result, none: Result) -> Result:
+        """The sum of two parts' results, less what both have of `none`, the result of no part, where that is finite."""
+        return jax.tree.map(lambda a, b, c: a + b - np.where(np.isfinite(c), c, 0), one, other, none)
 
     def mean(self, loss: Loss, batch: Batch, step: int = 0) -> tuple:
         """The mean and its gradient from a loss, as a training step of seed 0 computes them; see `Result.mean`."""

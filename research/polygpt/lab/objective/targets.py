@@ -162,7 +162,7 @@ class Followed:
             differs_BT = (seen.tokens_BT != usual.tokens_BT) | (seen.weight_BT != usual.weight_BT)
             for name in (*PLACES, "target_BT"):
                 differs_BT |= getattr(seen, name) != getattr(usual, name)
-            segment_BT = usual.segment_BT + rows.LENGTH * jnp.arange(COUNT)[:, None]
+            segment_BT = batch.segment_BT + rows.LENGTH * jnp.arange(COUNT)[:, None]
             low, high = jnp.min(jnp.where(differs_BT, segment_BT, 10**6)), jnp.max(jnp.where(differs_BT, segment_BT, 0))
             return loss_T, jnp.any(seen.weight_BT != usual.weight_BT), (high > low) & jnp.any(differs_BT)
 
@@ -217,6 +217,8 @@ def hidden_by_view(subject: Subject) -> Measured:
     """The view gives nothing away: with another token in the data, what the model reads to predict it is the same."""
     if subject.objective.view is None:
         return absent("it reads the rows of the data")
+    if not subject.reads_weights:
+        return absent(UNREAD)
     here = followed(subject)
     moved_NT, chosen_N, _ = here.view_dependences
     scored_BT = here.usual.seen.weight_BT != 0

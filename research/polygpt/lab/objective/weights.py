@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from polygpt.lab.measured import EPSILON, Measured, absent
+from polygpt.lab.measured import Measured, absent
 from polygpt.lab.objective.subject import Subject, off_by
 
 UNREAD = "it does not read the loss weights"
@@ -34,24 +34,20 @@ def doubled(subject: Subject) -> Measured:
 def linear(subject: Subject) -> Measured:
     """Total and weight are linear in the weights: those of two parts of the positions add up."""
     seen, usual = subject.seen, subject.usual
-    first_BT = np.random.default_rng(3).random(seen.weight_BT.shape) < 0.5
+    first_BT = np.random.default_rng(3).random(seen.weight_BT.shape) < 0.15
     parts = [
         subject.result(seen.replace(weight_BT=np.where(part_BT, seen.weight_BT, 0).astype(np.float32)))
         for part_BT in (first_BT, ~first_BT)
     ]
     if not subject.reads_weights:
         return absent(UNREAD)
-    errors = []
-    for name in ("total", "weight"):
-        one, other, none = (float(getattr(part, name)) for part in (*parts, subject.weightless))
-        none = none if np.isfinite(none) else 0.0  # another property tells
-        scale = max(abs(x) for x in (one, other, none)) + EPSILON
-        errors.append(abs(one + other - none - float(getattr(usual, name))) / scale)
-    error = float(np.max(errors))
-    if error <= subject.bound:
-        return Measured(error, subject.bound)
-    named = ("total", "weight")[int(np.argmax(np.nan_to_num(errors, nan=np.inf)))]
-    return Measured(error, subject.bound, f"the {named} of two parts of the positions is not that of both")
+    error = subject.summed(*parts, subject.weightless).off_by(usual)
+    note = (
+        ""
+        if error <= subject.bound
+        else "total, weight or gradient of two parts of the positions are not those of both"
+    )
+    return Measured(error, subject.bound, note)
 
 
 def nothing(subject: Subject) -> Measured:
