@@ -6,8 +6,8 @@ One decoder reads the picture of a digit, a recording of the same digit and its 
 modality gives its embedding. Every modality is compared with both others over all examples of the batch.
 
 Expected on 299 held-out pictures and voices after 500 steps, where any example of the same digit is a partner (chance:
-10 %): the most similar is one in 97 % of cases from picture to name, 98 % from recording to name, 97 % from picture to
-recording and 96 % back; from name to picture or recording always. On 2 CPU cores it takes 2 minutes.
+10 %): the most similar is one in 97 % of cases from picture to name, 99 % from recording to name, 97 % from picture to
+recording and 99 % back; from name to picture or recording always. It takes 100 s of CPU time (AMD EPYC, Zen 4).
 """
 
 import dataclasses
@@ -98,8 +98,8 @@ def experiment() -> Experiment:
         heads=heads,
     )
     names = {pair: tuple(MODALITIES[number] for number in numbers) for pair, numbers in PAIRS.items()}
-    objectives = {pair: (SigLIP(names[pair], numbers, per_row=4), 1.0) for pair, numbers in PAIRS.items()}
-    metrics = tuple(Retrieval(names[pair], numbers, pair, (1,), "number", per_row=8) for pair, numbers in PAIRS.items())
+    objectives = {pair: (SigLIP(names[pair], numbers), 1.0) for pair, numbers in PAIRS.items()}
+    metrics = tuple(Retrieval(names[pair], numbers, pair, (1,), "number") for pair, numbers in PAIRS.items())
     augment = (RandomShift(), Speed(), SpecAugment(frequency_masks=1, frequency_width=6, time_masks=1, time_width=5))
     layout = LayoutSpec(seq_len=128, labels={"number": Label(classes=10)})
     return Experiment(
