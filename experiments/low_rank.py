@@ -1,0 +1,57 @@
+"""Adapt a model that knows English numbers to four other languages with low-rank updates (LoRA), norms and biases.
+
+The base, from random parameters on English voices; the adaptation; and for comparison the same with all parameters:
+
+    polygpt train experiments/low_rank.py --init polygpt.init.base:Random --model.low_rank null --train.steps 600 \
+      --data.tasks.speech.source.languages '["en"]' --evaluation.tasks.speech.source.languages '["en"]' \
+      --optim.schedule.peak_lr 2e-3 --workdir runs/english
+    polygpt train experiments/low_rank.py
+    polygpt train experiments/low_rank.py --model.low_rank null --optim.schedule.peak_lr 1e-3 --workdir runs/full
+
+Expected on 100 recordings of Spanish, French, Italian and Russian numbers, mean of seeds 0 and 1: 80.5 % right with
+4.7 % of the parameters trained, 85.5 % with all of them (standard errors about 3 points); the loss is lower with few,
+0.182 against 0.211 nats per token. The base names 98 % of English numbers. A run takes about a minute of CPU time.
+"""
+
+from polygpt.adapters.audio import AudioAdapter
+from polygpt.attention.multi_head import MultiHead
+from polygpt.blocks.stack import StackSpec
+from polygpt.data.augment import SpecAugment, Speed
+from polygpt.data.layout import LayoutSpec
+from polygpt.data.loader import DataSpec, Task
+from polygpt.data.media.audio import LogMel
+from polygpt.data.sources.embedded import Embedded
+from polygpt.evaluation.spec import EvalTask, EvaluationSpec
+from polygpt.init.from_run import FromRun
+from polygpt.models.decoder import DecoderSpec
+from polygpt.models.low_rank import LowRank
+from polygpt.models.multimodal import ModelSpec
+from polygpt.optim.optim import Optim
+from polygpt.optim.optimizers import AdamW
+from polygpt.optim.schedules import WarmupCosine
+from polygpt.training.experiment import Experiment, TrainSpec
+
+OTHERS = ("es", "fr", "it", "ru")
+
+
+def experiment() -> Experiment:
+    """The experiment."""
+    tower = StackSpec(width=128, depth=2, attention=MultiHead(heads=4, bias=True), scan=False)
+    features = LogMel(seconds=1.2, rate=8000, mels=40, window=256, hop=160)
+    model = ModelSpec(
+        decoder=DecoderSpec(width=128, depth=3, attention=MultiHead(heads=4), scan=False),
+        adapters={"audio": AudioAdapter(features, items=4, fold=2, tower=tower)},
+        low_rank=LowRank(pattern="decoder/.*kernel$|tower/.*kernel$", rank=4, also="norm/|bias$|^modality/"),
+    )
+    augment = (Speed(), SpecAugment(frequency_masks=1, frequency_width=6, time_masks=1, time_width=5))
+    task = Task(Embedded("speech", languages=OTHERS), augment=augment)
+    held_out = EvalTask(Embedded("speech", "test", languages=OTHERS), generate=True)
+    return Experiment(
+        name="languages",
+        model=model,
+        data=DataSpec({"speech": task}, LayoutSpec(seq_len=96), batch_size=12),
+        optim=Optim(WarmupCosine(peak_lr=5e-3, warmup=30, final=0.02), AdamW(weight_decay=0.0, beta2=0.98)),
+        train=TrainSpec(steps=300, log_every=10, use="latest"),
+        evaluation=EvaluationSpec({"speech": held_out}, modality_gain=False),
+        init=FromRun(path="runs/english"),
+    )
