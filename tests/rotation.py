@@ -13,7 +13,7 @@ import pytest
 
 TURNS = (
     ("lab", "data", "generation", "models"),
-    ("ablation", "attention", "blocks", "cli", "contracts", "optim", "tests"),
+    ("ablation", "attention", "blocks", "cli", "contracts", "init", "optim", "tests"),
     ("parallel", "runtime", "scale", "training"),
 )
 """Groups that take about equally long together. "tests" holds the files outside of folders."""

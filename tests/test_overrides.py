@@ -49,7 +49,7 @@ def test_fields_that_fit_only_together_are_set_together():
     ("changes", "fault"),
     [
         ({"attention.scores": '["polygpt.attention.masks:Window"]'}, "--attention.scores.0: Window needs more"),
-        ({"pattern": '[null, "polygpt.nn.norms:RMSNorm"]'}, r"--pattern.1 is RMSNorm\(.*must be Attention or null"),
+        ({"pattern": '[null, "polygpt.nn.norms:RMSNorm"]'}, r"--pattern.1 is RMSNorm\(.*must be Attention or Layer"),
         ({"pattern": '["polygpt.nn.norms:NoSuch"]'}, "has no 'NoSuch'"),
         ({"pattern.0.heads": "2"}, "'0' is not inside"),
         ({"attention.kv_heads": "3"}, "kv_heads is 3: it must be a divisor of heads"),

@@ -22,7 +22,7 @@ BASES = (TokenObjective, RoutingObjective, BatchObjective, LabelObjective, Prefe
 ALL_OBJECTIVES = [found for found in specs("polygpt.objectives", Objective) if found.values[0] not in BASES]
 LABELLED = [found for found in ALL_OBJECTIVES if issubclass(found.values[0], LabelObjective)]
 OTHERS = [found for found in ALL_OBJECTIVES if minimal(found.values[0]).others]
-OTHERS += [found for found in ALL_OBJECTIVES if issubclass(found.values[0], PreferenceObjective)]
+OTHERS += [found for found in ALL_OBJECTIVES if issubclass(found.values[0], (PreferenceObjective, BatchObjective))]
 OTHERS += [found for found in ALL_OBJECTIVES if found.id in ("MultiToken", "ParameterPenalty", "RDrop")]
 """Read more than the logits of one pass: tested with their files."""
 OBJECTIVES = [found for found in ALL_OBJECTIVES if found not in (*LABELLED, *OTHERS)]

@@ -79,7 +79,7 @@ def test_pieces_join_to_the_text_and_cut_no_character(pieces_folder, text, size)
             pieces.append(examples[i].parts[0].text)
         except BadRecord as error:
             assert error.reason == "empty text"
-            start, end = examples.files[0].table[0][i : i + 2]
+            start, end = examples._pieces[0].table[0][i : i + 2]
             pieces.append(data[start:end].decode())
     assert "".join(pieces) == text.removeprefix("\ufeff")
     assert all(len(piece.encode()) <= size for piece in pieces)

@@ -360,7 +360,7 @@ def test_the_standing_counts_evaluations_without_a_better_metric():
         False,
         False,
     ]
-    assert standing == MetricState(best=0.3, stale=2)
+    assert standing == MetricState(best=0.3, stale=2, waited=2)
 
 
 @dataclasses.dataclass(frozen=True)
