@@ -6,6 +6,7 @@ import pytest
 from given import Given, given, log_softmax, total
 from test_distillation import batch  # noqa: F401
 
+from polygpt.objectives.forward import REPEATED
 from polygpt.objectives.r_drop import RDrop
 
 B, T, V = 3, 11, 17
@@ -16,7 +17,7 @@ KEY = jax.random.key(3)
 @pytest.mark.parametrize("second_pass", [0.0, 0.25])
 def test_the_loss_is_the_mean_divergence_of_two_passes(block, second_pass, batch):  # noqa: F811
     params = given(B, T, V)
-    keys = KEY, jax.random.fold_in(KEY, 1)
+    keys = KEY, jax.random.fold_in(jax.random.fold_in(KEY, REPEATED), 1)
     p, q = (log_softmax(params | {"hidden": Given().hidden(params, batch, key)[0]}) for key in keys)
     expected = (np.sum(np.exp(p) * (p - q), axis=-1) + np.sum(np.exp(q) * (q - p), axis=-1)) / 2
     expected -= second_pass * np.take_along_axis(q, batch.target_BT[..., None], axis=-1)[..., 0]

@@ -131,7 +131,7 @@ class Model:
         """The decoder's normalised output [B, T, D], and the losses of routed layers. The key is as in `apply`."""
         params = self.merge(params)
         if key is not None and self.spec.drop_connect:
-            given = paths(self.merged.traits), jax.random.fold_in(key, 1)
+            given = paths(self.merged.traits), jax.random.fold_in(key, 2)  # the module splits the key in two
             params = self.spec.drop_connect.dropped(params, *given)
         with self._split(), parameters.merged(self.graphdef, _state(params)) as module:
             hidden_BTD, _, losses = module.hidden(batch, key=key)

@@ -87,7 +87,7 @@ class Forward:
         """Another pass over the same batch with other dropout; the same number gives the same pass. 0 is this one."""
         if number == 0:
             return self
-        key = None if self.key is None else jax.random.fold_in(self.key, number)
+        key = None if self.key is None else jax.random.fold_in(jax.random.fold_in(self.key, REPEATED), number)
         return self._pass(("repeat", number), key=key)
 
     def over(self, batch: Batch) -> "Forward":
@@ -120,6 +120,8 @@ class Forward:
         return self._passes[name]
 
 
+REPEATED = 2
+"""Distinguishes the keys of further passes from the parts into which a pass splits its own."""
 AVERAGE = "average"
 """The name of the moving average of the trained parameters among the models of `Forward.other`."""
 

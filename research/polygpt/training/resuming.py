@@ -15,12 +15,15 @@ from polygpt.spec import counted
 from polygpt.training.experiment import Experiment
 from polygpt.training.loggers import last_step
 from polygpt.training.program import Program
+from polygpt.training.scored import require_scored
 
 
 def require_start(program: Program, workdir: Path) -> None:
-    """Raises UserError if a run without checkpoints cannot start from the source that its experiment names."""
+    """Raises UserError if a run without checkpoints cannot start from the source that its experiment names, or if its
+    data lack what its objectives score."""
     if not records(workdir / "checkpoints"):
         _ = program.start
+        require_scored(program.experiment)
 
 
 def started(workdir: Path, table: str) -> list[str]:

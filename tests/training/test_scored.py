@@ -1,0 +1,56 @@
+"""Objectives that find nothing to score are told before a run begins."""
+
+import re
+
+import pytest
+from tiny_experiment import experiment
+
+from polygpt.data.labels import Label
+from polygpt.errors import UserError
+from polygpt.heads.linear import LinearHead
+from polygpt.heads.projection import ProjectionHead
+from polygpt.objectives.classification import LabelClassification
+from polygpt.objectives.info_nce import InfoNCE
+from polygpt.objectives.masked_lm import MaskedLM, MaskTokens
+from polygpt.objectives.next_token import NextToken
+from polygpt.training import scored
+from polygpt.training.loggers import Silent
+from polygpt.training.loop import train
+
+PLAIN = {"next": (NextToken(), 1.0)}
+
+
+def with_heads(**objectives):
+    chosen = experiment()
+    heads = {"pair": ProjectionHead(4, pool="mean"), "kind": LinearHead(2)}
+    layout = chosen.data.layout.replace(labels={"kind": Label(classes=2)})
+    return chosen.replace(
+        model=chosen.model.replace(heads=heads),
+        data=chosen.data.replace(layout=layout),
+        objectives=PLAIN | {name: (objective, 0.1) for name, objective in objectives.items()},
+    )
+
+
+def test_a_label_that_no_example_has_is_told_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(scored, "BATCHES", 2)
+    words = "objectives.kind finds nothing to score in the first 8 rows of data.tasks: LabelClassification needs a head"
+    with pytest.raises(UserError, match=re.escape(words)):
+        train(with_heads(kind=LabelClassification("kind")), tmp_path / "run", lambda *_: [Silent()])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_contrast_without_one_of_its_modalities_is_told(monkeypatch):
+    monkeypatch.setattr(scored, "BATCHES", 2)
+    chosen = with_heads()
+    pair = InfoNCE(("pair", "pair"), between=(1, 0))
+    monkeypatch.setattr(InfoNCE, "check_with", lambda *_: None)  # the tiny model reads text alone
+    with pytest.raises(
+        UserError, match=r"objectives\.pair finds nothing .*InfoNCE needs projections of both modalities"
+    ):
+        scored.require_scored(chosen.replace(objectives=PLAIN | {"pair": (pair, 0.1)}))
+
+
+def test_what_is_scored_is_enough(monkeypatch):
+    scored.require_scored(with_heads(masked=MaskedLM(MaskTokens(0, 9))))
+    monitored = with_heads(kind=LabelClassification("kind"))
+    scored.require_scored(monitored.replace(objectives=PLAIN | {"kind": (LabelClassification("kind"), 0.0)}))
