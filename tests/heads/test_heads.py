@@ -68,8 +68,12 @@ def test_a_projection_has_unit_length_and_a_bounded_scale():
     assert np.isfinite(jax.grad(lambda x: head(x, batch)[0, 0, 0])(hidden)).all(), "of a vector of length 0 too"
     np.testing.assert_allclose(head.scalars()["scale"], 2, rtol=1e-6)
     assert set(head.scalars()) == {"scale"}
-    head.log_scale[...] = jnp.float32(99)
-    assert head.scalars()["scale"] == 10
+    for value, slopes in ((1.0, (np.e, -np.e)), (99.0, (10.0, 0.0))):  # at the limit it can only come back
+        head.log_scale[...] = jnp.float32(value)
+        np.testing.assert_allclose(head.scalars()["scale"], min(np.exp(value), 10), rtol=1e-6)
+        for sign, slope in zip((1, -1), slopes, strict=True):
+            gradient = nnx.grad(lambda head, sign=sign: sign * head.scalars()["scale"])(head)
+            np.testing.assert_allclose(gradient["log_scale"][...], slope, rtol=1e-6)
 
 
 def test_a_model_with_heads_has_their_parameters_and_those_of_the_model_without():

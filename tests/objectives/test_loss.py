@@ -179,6 +179,12 @@ def test_a_view_depends_on_the_row_of_the_global_batch_alone():
     assert not np.array_equal(whole.weight_BT, masked(view, batch, jax.random.key(1)).weight_BT)
 
 
+def test_tokens_to_keep_are_never_masked():
+    batch = long_batch()
+    found = masked(MaskTokens(VOCABULARY, VOCABULARY, rate=1.0, keep=(3, 4)), batch)
+    np.testing.assert_array_equal(np.asarray(found.weight_BT)[:, 1:] > 0, ~np.isin(batch.tokens_BT[:, 1:], (3, 4)))
+
+
 def test_prompts_are_never_masked():
     weight = np.zeros((8, 32), np.float32)
     weight[:, 19:30] = 1  # tokens 20 to 30

@@ -1,6 +1,7 @@
 """A projection to unit vectors, which contrastive objectives compare."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -49,5 +50,22 @@ class _ProjectionHead(HeadModule):
         return x_BTK * jax.lax.rsqrt(jnp.maximum(square_BT1, 1e-12))
 
     def scalars(self) -> dict[str, jax.Array]:
-        scale = jnp.minimum(jnp.exp(self.log_scale[...]), self.max_scale)
+        scale = jnp.exp(_capped(self.log_scale[...], math.log(self.max_scale)))
         return {"scale": scale} | ({} if self.bias is None else {"bias": self.bias[...]})
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _capped(x: jax.Array, most: float) -> jax.Array:
+    """At most `most`. Above it only a gradient whose descent lowers x passes, so that it can come back."""
+    return jnp.minimum(x, most)
+
+
+def _capped_forward(x, most):
+    return jnp.minimum(x, most), x
+
+
+def _capped_backward(most, x, gradient):
+    return (jnp.where((x <= most) | (gradient > 0), gradient, 0),)
+
+
+_capped.defvjp(_capped_forward, _capped_backward)

@@ -31,6 +31,8 @@ class MaskTokens(View):
     """Fraction of the chosen tokens that become a random token. The rest stay as they are."""
     word_ends: tuple[int, ...] = ()
     """Ids of tokens that end a word, such as 32 (space) for bytes: whole words are then chosen. () chooses tokens."""
+    keep: tuple[int, ...] = ()
+    """Ids of tokens that are never chosen, such as `eos`, which is easy to predict."""
 
     def validate(self):
         self.require(self.mask_token >= 0, "mask_token", "at least 0")
@@ -46,6 +48,8 @@ class MaskTokens(View):
     def __call__(self, batch: Batch, keys_B: jax.Array) -> Batch:
         chance_BT, kind_BT, token_BT = jnp.moveaxis(uniform(keys_B, 3, batch.shape[1]), 1, 0)
         weight_BT = jnp.pad(batch.weight_BT, ((0, 0), (1, 0)))[:, :-1]  # that of the token itself, not of the next one
+        if self.keep:
+            weight_BT = jnp.where(jnp.isin(batch.tokens_BT, jnp.array(self.keep)), 0.0, weight_BT)
         if self.word_ends:
             ends_BT = jnp.isin(batch.tokens_BT, jnp.array(self.word_ends)) | (weight_BT == 0)
             word_BT = jnp.cumsum(jnp.pad(ends_BT, ((0, 0), (1, 0)))[:, :-1], axis=1)  # an end belongs to its word

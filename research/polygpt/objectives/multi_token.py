@@ -18,7 +18,8 @@ from polygpt.spec import nearest
 class MultiToken(Objective):
     """Cross entropy in nats of the tokens after the next one, each from a head of its own that all share the output
     matrix: Gloeckle et al. (2404.19737), section 2. Here a head is one of `model.heads`, such as a `LinearHead` of the
-    decoder's width, and not another layer of the decoder. `NextToken` predicts the next token itself."""
+    decoder's width, and not another layer of the decoder. `NextToken` predicts the next token itself. The value is the
+    mean over the heads, where the paper sums: multiply the paper's weight by the number of heads."""
 
     heads: tuple[str, ...]
     """Names in `model.heads`, the first for the token after the next one."""
