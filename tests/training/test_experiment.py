@@ -52,6 +52,13 @@ def test_the_mesh_of_a_sharded_run_and_the_default_of_any_are_taken():
     assert override(experiment(), same).train.mesh.rules == RULES
 
 
+@pytest.mark.parametrize("field", ["media_span", "prompt_span"])
+def test_spans_that_the_mask_ignores_are_refused(field):
+    chosen = override(experiment(), {f"data.layout.{field}": "bidirectional"})
+    with pytest.raises(SpecError, match=rf"{field} is 'bidirectional': it must be causal, or model\.decoder\.mask"):
+        override(chosen, {"model.decoder.mask": "causal"})
+
+
 def test_a_metric_that_the_mask_makes_meaningless_is_refused():
     masked = {"m": (MaskedLM(MaskTokens(0, 9)), 1.0)}
     chosen = experiment().replace(objectives=masked)
