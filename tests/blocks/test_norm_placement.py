@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from batches import LIGHT, VOCABULARY, build, columns, example, lively, tiny, tiny_model
+from batches import VOCABULARY, build, columns, example, lively, tiny, tiny_model
 from polygpt.blocks.pipeline import Schedule
 from polygpt.errors import SpecError
 from polygpt.models.describe import describe
@@ -16,7 +16,7 @@ from polygpt.parameters import paths
 
 T = 12
 BATCH = build([[example(3, ("image", 4), 1, seed=1), example(3, seed=2)], [example(9, seed=3)]], T)
-POST = {"norm_placement": "post", "scan": False, "depth": 4, "adapters": LIGHT}
+POST = {"norm_placement": "post", "scan": False, "depth": 4}
 
 
 @pytest.fixture(scope="module")
