@@ -73,6 +73,18 @@ def paths(tree: Any) -> dict[str, Any]:
     return {name_of(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
+def changed_shape(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[str, str, str] | None:
+    """The first parameter whose shape differs, with both shapes, "missing" where there is none; None if all agree.
+
+    Both have anything with a `shape` by name.
+    """
+    for name in before | after:
+        shapes = [str(list(given[name].shape)) if name in given else "missing" for given in (before, after)]
+        if shapes[0] != shapes[1]:
+            return name, *shapes
+    return None
+
+
 def tree_of(leaves: Mapping[str, Any]) -> dict[str, Any]:
     """Nested dicts of leaves by name: the inverse of `paths`."""
     tree: dict[str, Any] = {}

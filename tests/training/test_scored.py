@@ -50,7 +50,10 @@ def test_a_contrast_without_one_of_its_modalities_is_told(monkeypatch):
         scored.require_scored(chosen.replace(objectives=PLAIN | {"pair": (pair, 0.1)}))
 
 
-def test_what_is_scored_is_enough(monkeypatch):
+def test_no_data_is_read_for_objectives_of_tokens_and_for_those_that_only_monitor(monkeypatch):
+    read = []
+    monkeypatch.setattr(scored, "train_batches", lambda *_, **__: read.append(1))
     scored.require_scored(with_heads(masked=MaskedLM(MaskTokens(0, 9))))
     monitored = with_heads(kind=LabelClassification("kind"))
     scored.require_scored(monitored.replace(objectives=PLAIN | {"kind": (LabelClassification("kind"), 0.0)}))
+    assert read == []

@@ -257,13 +257,12 @@ def bind(spec: ModelSpec, vocabulary: int) -> Model:
 
 def _require_same(trained: Mapping[str, Any], changed: Mapping[str, Any]) -> None:
     """Raises SpecError that names the first parameter whose shape differs."""
-    for path in trained | changed:
-        shapes = [str(list(params[path].shape)) if path in params else "missing" for params in (trained, changed)]
-        if shapes[0] != shapes[1]:
-            raise SpecError(
-                f"the parameter {path} is {shapes[0]} in the trained model and {shapes[1]} in the changed one: only "
-                "change fields that keep the names and shapes of all parameters"
-            )
+    if difference := parameters.changed_shape(trained, changed):
+        name, was, now = difference
+        raise SpecError(
+            f"the parameter {name} is {was} in the trained model and {now} in the changed one: only change fields that "
+            "keep the names and shapes of all parameters"
+        )
 
 
 def _pure(state: nnx.State) -> Params:

@@ -156,6 +156,11 @@ def depends_on_scores_only(objective: Objective) -> bool:
     return isinstance(objective, TokenObjective) and type(objective).total is TokenObjective.total
 
 
+def own_weight(batch: Batch) -> jax.Array:
+    """The loss weight of each token itself, [B, T]: `weight_BT` is that of the next one."""
+    return jnp.pad(jnp.asarray(batch.weight_BT), ((0, 0), (1, 0)))[:, :-1]
+
+
 def weighted_logits(outputs, batch: Batch) -> jax.Array:
     """float32 [B, T, V]: the logits, set to 0 where the loss weight is 0.
 

@@ -172,8 +172,6 @@ def sum_over_microbatches(function: Callable, rows: Any, parts: int):
 
     `rows` is a tree of arrays [B, ...].
     """
-    if parts == 1:
-        return function(rows, 0)
     split = _split(rows, parts)
 
     def add(total, part):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from polygpt.errors import SpecError
-from polygpt.objectives.base import TokenObjective, TokenScores
+from polygpt.objectives.base import TokenObjective, TokenScores, own_weight
 from polygpt.objectives.view import View, uniform
 from polygpt.sequence import Batch
 
@@ -47,7 +47,7 @@ class MaskTokens(View):
 
     def __call__(self, batch: Batch, keys_B: jax.Array) -> Batch:
         chance_BT, kind_BT, token_BT = jnp.moveaxis(uniform(keys_B, 3, batch.shape[1]), 1, 0)
-        weight_BT = jnp.pad(batch.weight_BT, ((0, 0), (1, 0)))[:, :-1]  # that of the token itself, not of the next one
+        weight_BT = own_weight(batch)
         if self.keep:
             weight_BT = jnp.where(jnp.isin(batch.tokens_BT, jnp.array(self.keep)), 0.0, weight_BT)
         if self.word_ends:

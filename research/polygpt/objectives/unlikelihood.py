@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from polygpt.objectives.base import Objective, require_hidden_targets
+from polygpt.objectives.base import Objective, own_weight, require_hidden_targets
 from polygpt.objectives.positions import per_position
 from polygpt.sequence import TEXT, Batch
 
@@ -29,7 +29,7 @@ class Unlikelihood(Objective):
         tokens_BT, segment_BT = batch.tokens_BT, batch.segment_BT
         counted_BT = batch.modality_BT == TEXT
         if not self.prompt:
-            counted_BT &= jnp.pad(batch.weight_BT != 0, ((0, 0), (1, 0)))[:, :-1]  # the weight of the token itself
+            counted_BT &= own_weight(batch) != 0
         order_T = jnp.arange(T)
         earlier_1TT = (order_T[:, None] > order_T[None])[None]
         same_BTT = (tokens_BT[:, :, None] == tokens_BT[:, None]) & (segment_BT[:, :, None] == segment_BT[:, None])

@@ -9,7 +9,7 @@ from typing import Any
 
 from polygpt.errors import SpecError
 from polygpt.overrides import replaced
-from polygpt.parameters import Traits
+from polygpt.parameters import Traits, changed_shape
 from polygpt.spec import Spec, differences, to_json
 
 
@@ -103,11 +103,9 @@ def _require_held_out(where: str, before: Any, after: Any) -> None:
 
 def require_same_parameters(where: str, before: Mapping[str, Traits], after: Mapping[str, Traits]) -> None:
     """Raises SpecError that names the first parameter, if any, whose shape the phase `where` changes."""
-    for name in before | after:
-        shapes = [str(list(traits[name].shape)) if name in traits else "missing" for traits in (before, after)]
-        if shapes[0] != shapes[1]:
-            raise SpecError(
-                f"{where}: the parameter {name} is {shapes[0]} before and {shapes[1]} after: phases keep the names and "
-                "shapes of all parameters; to grow a model, start another run from this one "
-                "(init: polygpt.init.grow:Grow)"
-            )
+    if changed := changed_shape(before, after):
+        name, was, now = changed
+        raise SpecError(
+            f"{where}: the parameter {name} is {was} before and {now} after: phases keep the names and shapes of all "
+            "parameters; to grow a model, start another run from this one (init: polygpt.init.grow:Grow)"
+        )
