@@ -92,12 +92,14 @@ def test_the_state_has_the_teacher_s_parameters_and_a_copy_of_the_first(teacher)
 
 def test_a_reference_that_changed_is_told_when_a_run_resumes(teacher, tmp_path):
     source = shutil.copytree(teacher, tmp_path / "teacher")
-    chosen = student(source)
+    chosen = override(student(source), {"train.parallel": "auto"})
     train(chosen.replace(train=chosen.train.replace(steps=2)), tmp_path / "run", json_lines)
     shutil.rmtree(source / "checkpoints/4")
     with pytest.raises(UserError, match=r"references\.teacher was .*step 4 and is now .*step 2: .*init\.checkpoint"):
         train(chosen, tmp_path / "run", json_lines)
     assert len(lines(tmp_path / "run")) == 1
+    shutil.rmtree(source)
+    assert open_run(tmp_path / "run", spread=True).step == 2, "a trained model needs no references"
 
 
 def test_a_source_of_initial_parameters_that_changed_is_told_when_a_run_resumes(teacher, tmp_path):

@@ -16,6 +16,7 @@ from polygpt.errors import UserError
 from polygpt.generation.generate import Generated, Prompt, generate
 from polygpt.generation.sampling import Sampling
 from polygpt.models.functional import Model, bind
+from polygpt.objectives.base import Objective
 from polygpt.runtime import manifest
 from polygpt.runtime.checkpoint import choose, first_line, listed
 from polygpt.runtime.manifest import Record
@@ -114,7 +115,9 @@ def open_run(
     model = bind(experiment.model, tokenizer.vocabulary)
     target, layout = model.abstract(), None
     if spread and experiment.train.parallel in ("sharded", "auto"):
-        layout = assemble(experiment, tokenizer.vocabulary).parallel.layout
+        # Only the devices matter: what the objectives read, such as a teacher, may be gone.
+        alone = experiment.replace(objectives={"none": (Objective(), 1.0)}, references={})
+        layout = assemble(alone, tokenizer.vocabulary).parallel.layout
     if layout is None:
         place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         places = jax.tree.map(lambda x: place, target)
