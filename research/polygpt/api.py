@@ -32,6 +32,7 @@ from polygpt.data.sources.base import Source
 from polygpt.data.sources.corpus import Corpus
 from polygpt.data.sources.embedded import Embedded
 from polygpt.data.sources.folder import MediaFolder
+from polygpt.data.sources.next_sentence import NextSentence
 from polygpt.data.sources.text_files import TextFiles
 from polygpt.data.sources.tfds import TfdsSource
 from polygpt.data.sources.transformed import Transformed
@@ -170,6 +171,7 @@ __all__ = [
     "MultiHeadModule",
     "MultiLabel",
     "Muon",
+    "NextSentence",
     "NextToken",
     "NoPosition",
     "Noise",

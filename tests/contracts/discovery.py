@@ -15,8 +15,8 @@ from polygpt.data.transforms.base import Transform
 from polygpt.data.transforms.fill_in_the_middle import FillInTheMiddle
 from polygpt.spec import Spec, hints
 
-PLAIN = {Source: Embedded, Transform: FillInTheMiddle}
-"""The classes that stand for base classes without behaviour."""
+PLAIN = {Source: Embedded("text", characters=2000), Transform: FillInTheMiddle()}
+"""What stands for base classes without behaviour."""
 
 
 def specs(package: str, base: type) -> list:
@@ -54,5 +54,5 @@ def simplest(annotation, name: str):
     if annotation is typing.Any:
         return 8
     if issubclass(annotation, Spec):
-        return minimal(PLAIN.get(annotation, annotation))
+        return PLAIN.get(annotation) or minimal(annotation)
     return annotation(name if annotation is str else 8)

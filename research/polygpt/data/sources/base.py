@@ -1,6 +1,7 @@
 """The data source contract."""
 
 import dataclasses
+import operator
 from collections.abc import Sequence
 
 from polygpt.data.example import Example
@@ -23,6 +24,14 @@ class Source(Spec):
             UserError: if the data cannot be found. `examples[i]` raises BadRecord for an unusable record.
         """
         raise NotImplementedError
+
+
+def index_within(index: int, length: int) -> int:
+    """An index into `length` examples as one of at least 0. Raises IndexError if there is none."""
+    i = operator.index(index)
+    if not -length <= i < length:
+        raise IndexError(f"example {index} of {length}")
+    return i % length
 
 
 def example_at(examples: Sequence[Example], index: int) -> Example:

@@ -3,7 +3,6 @@
 import bisect
 import dataclasses
 import functools
-import operator
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 
 from polygpt.data.corpora import place
 from polygpt.data.example import Example, Text
-from polygpt.data.sources.base import Source
+from polygpt.data.sources.base import Source, index_within
 from polygpt.errors import UserError
 
 PAUSE = re.compile(r"""[a-z0-9)]{3}[.!?]["')]*\s""")
@@ -65,10 +64,7 @@ class CorpusExamples(Sequence[Example]):
 
     def __getitem__(self, index: int) -> Example:
         pieces = _pieces(self.folder, self.spec.characters, self.spec.prompt)
-        i = operator.index(index)
-        if not -len(pieces) <= i < len(pieces):
-            raise IndexError(f"example {index} of {len(pieces)}")
-        document, start, end = map(int, pieces[i])
+        document, start, end = map(int, pieces[index_within(index, len(pieces))])
         name, text = _documents(self.folder)[document]
         middle = start + self.spec.prompt
         prompt = (Text(text[start:middle], 0.0),) if self.spec.prompt else ()

@@ -3,12 +3,11 @@
 import dataclasses
 import functools
 import hashlib
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from polygpt.data.example import Example, Medium, Text
-from polygpt.data.sources.base import Source
+from polygpt.data.sources.base import Source, index_within
 
 NUMBERS = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
@@ -84,10 +83,7 @@ class EmbeddedExamples(Sequence[Example]):
 
     def __getitem__(self, index: int) -> Example:
         length, make = _open(self.spec)
-        i = operator.index(index)
-        if not -length <= i < length:
-            raise IndexError(f"example {index} of {length}")
-        i %= length
+        i = index_within(index, length)
         parts, file, label = make(i)
         place = f"embedded {self.spec.task}/{self.spec.split}, example {i}: {file}"
         if not self.spec.labels:

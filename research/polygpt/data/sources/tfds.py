@@ -4,14 +4,13 @@ import contextlib
 import dataclasses
 import functools
 import io
-import operator
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from polygpt.data.example import Example, Medium, Text
-from polygpt.data.sources.base import Source
+from polygpt.data.sources.base import Source, index_within
 from polygpt.errors import BadRecord, UserError
 from polygpt.spec import Spec, nearest
 
@@ -91,10 +90,7 @@ class TfdsExamples(Sequence[Example]):
 
     def __getitem__(self, index: int) -> Example:
         source, classes, _ = _open(self.spec)
-        i = operator.index(index)
-        if not -len(source) <= i < len(source):
-            raise IndexError(f"example {index} of {len(source)}")
-        i %= len(source)
+        i = index_within(index, len(source))
         record, place = source[i], f"{self.spec.dataset} {self.spec.split}, example {i}"
         labels = {name: _label(name, record, classes) for name in self.spec.labels}
         return Example(tuple(_part(part, record, classes, place) for part in self.spec.parts), place, labels)

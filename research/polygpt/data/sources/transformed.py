@@ -1,13 +1,12 @@
 """A source whose examples are transformed, for evaluation."""
 
 import dataclasses
-import operator
 from collections.abc import Sequence
 
 import numpy as np
 
 from polygpt.data.example import Example
-from polygpt.data.sources.base import Source
+from polygpt.data.sources.base import Source, index_within
 from polygpt.data.transforms.base import Transform, transformed
 
 
@@ -42,10 +41,7 @@ class TransformedExamples(Sequence[Example]):
         return len(self.examples)
 
     def __getitem__(self, index: int) -> Example:
-        i, length = operator.index(index), len(self)
-        if not -length <= i < length:
-            raise IndexError(f"example {index} of {length}")
-        i %= length
+        i = index_within(index, len(self))
         return transformed(self.examples[i], self.transform, np.random.default_rng([self.seed, i]))
 
     def files(self) -> Sequence:
