@@ -1,7 +1,7 @@
 """The names used most in experiment files: `import polygpt.api as pg`.
 
-`train`, `open_run` and `evaluate_run` are imported on first use, so that experiment files do not import packages that
-only running experiments need (Orbax, scikit-learn).
+`train`, `open_run`, `save_adapter` and `evaluate_run` are imported on first use, so that experiment files do not import
+packages that only running experiments need (Orbax, scikit-learn).
 
 Nothing imports this file; import all other names from the modules that define them.
 """
@@ -97,6 +97,7 @@ from polygpt.training.spikes import SpikeSpec
 RUNNING = {
     "train": "polygpt.training.loop",
     "open_run": "polygpt.training.run",
+    "save_adapter": "polygpt.training.adapter",
     "evaluate_run": "polygpt.report.finish",
 }
 """The module that defines each function."""

@@ -13,6 +13,7 @@ examples:
   polygpt evaluate runs/quickstart
   polygpt evaluate runs/quickstart --checkpoint latest --json
   polygpt evaluate runs/quickstart --evaluation.tasks.fusion.limit 50 --evaluation.modality_gain false
+  polygpt evaluate runs/quickstart --adapter french.npz
   polygpt evaluate runs/quickstart --help
 
 If a task cannot be measured, its error is printed below the results of the others, and the exit code is 2."""
@@ -24,6 +25,7 @@ def parser(prog: str, about: str) -> Parser:
     """The verb's arguments."""
     words = Parser(prog, about, EXAMPLES, _fields)
     add_run(words)
+    add_adapter(words)
     return words
 
 
@@ -57,12 +59,23 @@ def changed(experiment, changes: Mapping[str, str], options: Sequence[str] = ())
 def add_run(words: Parser) -> None:
     """Adds the arguments that select a trained model."""
     words.add_argument("run", metavar="RUN", help="run folder, such as runs/quickstart")
-    words.add_argument(
-        "--checkpoint", choices=("best", "latest"), help="which checkpoint (default: the run's train.use)"
-    )
+    add_checkpoint(words)
     spread = "use all devices, on the run's mesh (default: only the first device)"
     words.add_argument("--spread", action="store_true", help=spread)
     add_code(words)
+
+
+def add_checkpoint(words: Parser) -> None:
+    """Adds the argument that selects a checkpoint."""
+    words.add_argument(
+        "--checkpoint", choices=("best", "latest"), help="which checkpoint (default: the run's train.use)"
+    )
+
+
+def add_adapter(words: Parser) -> None:
+    """Adds the argument that selects an adapter."""
+    about = "use the run with this adapter, fine-tuned from it (polygpt adapter save)"
+    words.add_argument("--adapter", metavar="FILE", help=about)
 
 
 def add_code(words: Parser) -> None:
@@ -72,14 +85,15 @@ def add_code(words: Parser) -> None:
 
 
 def open_named(arguments: Namespace):
-    """Opens the run selected by the arguments of `add_run`."""
+    """Opens the run selected by the arguments of `add_run`, with that of `add_adapter` if the verb has it."""
     from polygpt.training.run import open_run
 
-    return open_run(arguments.run, arguments.checkpoint, arguments.spread, arguments.code)
+    adapter = getattr(arguments, "adapter", None)
+    return open_run(arguments.run, arguments.checkpoint, arguments.spread, arguments.code, adapter)
 
 
 def run(arguments: Namespace) -> dict:
-    """Evaluates and writes the results into the run folder; returns them."""
+    """Evaluates and writes the results into the run folder, unless with an adapter; returns them."""
     from polygpt.cli.progress import Progress
     from polygpt.cli.results import failed, print_results
     from polygpt.report.finish import evaluate_run

@@ -7,7 +7,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from polygpt.cli.arguments import Parser, change
-from polygpt.cli.evaluate import add_run, open_named
+from polygpt.cli.evaluate import add_adapter, add_run, open_named
 from polygpt.errors import UserError
 
 EXAMPLES = """\
@@ -16,6 +16,7 @@ examples:
   polygpt generate runs/quickstart --image digit.png --text " plus " --audio seven.wav --text " is " --temperature 0
   polygpt generate runs/quadrants --medium point=point.bin
   polygpt generate runs/fill-in-the-middle --text "In the beginning God" --suffix " the heaven and the earth."
+  polygpt generate runs/quickstart --adapter french.npz --text "Il "
   polygpt generate runs/quickstart --interactive
 
 The prompt consists of these parts in the order given on the command line. Control characters in the generated text are
@@ -41,6 +42,7 @@ def parser(prog: str, about: str) -> Parser:
     """The verb's arguments."""
     words = Parser(prog, about, EXAMPLES, _sampling)
     add_run(words)
+    add_adapter(words)
     words.set_defaults(parts=[])
     words.add_argument("--text", action=Part, metavar="TEXT", help="add text to the prompt")
     words.add_argument("--image", action=Part, metavar="FILE", help="add an image: short for --medium image=FILE")

@@ -16,6 +16,8 @@ VERBS = {
     "train": ("polygpt.cli.train", "train an experiment, evaluate it, write its report"),
     "evaluate": ("polygpt.cli.evaluate", "evaluate a run on held-out data"),
     "generate": ("polygpt.cli.generate", "generate text from a prompt of text, images and audio"),
+    "adapter save": ("polygpt.cli.adapter_save", "write what a run trained beside a frozen base into one file"),
+    "adapter list": ("polygpt.cli.adapter_list", "show what adapter files hold, and whether they fit a run"),
     "report": ("polygpt.cli.report", "write a run's report as one HTML file"),
     "doctor": ("polygpt.cli.doctor", "check the installation: versions, devices and their speed, folders, extras"),
     "data show": ("polygpt.cli.data_show", "print and draw a few rows as the model sees them"),

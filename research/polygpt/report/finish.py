@@ -21,7 +21,7 @@ def evaluate_run(
     proceed: Callable[[], None] = lambda: None,
     overrides: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Evaluates a run on its held-out tasks and writes the results into its folder.
+    """Evaluates a run on its held-out tasks and writes the results into its folder, unless it uses an adapter.
 
     If a task cannot be measured, the others still are. With several processes errors are raised instead, because they
     may have occurred in only one of them.
@@ -44,6 +44,8 @@ def evaluate_run(
     found = evaluate(*given, progress=progress, proceed=proceed, faults=faults)
     more = {name: dict(value) for name, value in {"faults": faults, "overrides": overrides}.items() if value}
     results = {"step": int(run.step), **found, **more}
+    if run.adapter is not None:
+        return results | {"adapter": str(run.adapter)}
     _write(Path(run.workdir) / RESULTS, json.dumps(plain(results), indent=2, allow_nan=False) + "\n")
     return results
 

@@ -15,6 +15,7 @@ from polygpt.data.transforms.fill_in_the_middle import FillInTheMiddle
 from polygpt.errors import UserError
 from polygpt.generation.generate import Generated, Prompt, generate
 from polygpt.generation.sampling import Sampling
+from polygpt.models.adapter_file import AdapterFile
 from polygpt.models.functional import Model, bind
 from polygpt.objectives.base import Objective
 from polygpt.runtime import manifest
@@ -22,11 +23,11 @@ from polygpt.runtime.checkpoint import choose, first_line, listed
 from polygpt.runtime.manifest import Record
 from polygpt.runtime.processes import broadcast, first_fault
 from polygpt.runtime.stored import read_parameters
-from polygpt.spec import specs_in
+from polygpt.spec import from_json, specs_in, to_json
 from polygpt.training.experiment import Experiment
 from polygpt.training.phase import at
 from polygpt.training.program import assemble
-from polygpt.training.workdir import Code, load_experiment
+from polygpt.training.workdir import Code, load_experiment, loader
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ class Run:
         params: parameters, on the first device or sharded over all; the moving average if the experiment keeps one.
         step: the checkpoint's step.
         workdir: the run folder.
+        adapter: the file of the adapter that it uses, or None.
     """
 
     experiment: Experiment
@@ -50,6 +52,38 @@ class Run:
     params: Any
     step: int
     workdir: Path
+    adapter: Path | None = None
+
+    def merged(self) -> "Run":
+        """The run with low-rank updates merged into their matrices, see `Model.merged`."""
+        if self.model.merged is self.model:
+            return self
+        return dataclasses.replace(self, model=self.model.merged, params=jax.jit(self.model.merge)(self.params))
+
+    def with_adapter(self, file: str | Path, code: Code = "run") -> "Run":
+        """The run with an adapter that was trained on it, merged. Other adapters of the same base may follow.
+
+        Args:
+            file: from `save_adapter`.
+            code: see `open_run`.
+
+        Raises:
+            UserError: the file is damaged, or its adapter was trained on another base.
+        """
+        found = AdapterFile.read(Path(file))
+        if found.tokenizer != to_json(self.experiment.tokenizer):
+            raise UserError(f"{file}: trained with another tokenizer than {self.workdir}: name its own base")
+        spec = from_json(found.model, f"{file}: model", loader(self.workdir, code))
+        model = bind(spec, self.tokenizer.vocabulary).on(self.model.layout)
+        try:
+            params = found.onto(model, self.params, _places(model))
+        except UserError as error:
+            raise UserError(
+                f"{file}, from {found.origin}, does not fit {self.workdir}, step {self.step}: {error}: name the run "
+                "and the checkpoint that it started from"
+            ) from None
+        experiment = self.experiment.replace(model=spec)
+        return dataclasses.replace(self, experiment=experiment, model=model, params=params, adapter=Path(file)).merged()
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling | None = None) -> list[Generated]:
         """The continuation of each prompt; by default with the sampling of the experiment's evaluation.
@@ -85,8 +119,9 @@ def open_run(
     checkpoint: Literal["best", "latest"] | None = None,
     spread: bool = False,
     code: Code = "run",
+    adapter: str | Path | None = None,
 ) -> Run:
-    """Opens a run folder.
+    """Opens a run folder. Low-rank updates are merged into their matrices.
 
     Args:
         workdir: the folder.
@@ -96,10 +131,23 @@ def open_run(
             processes must open the run and make the same calls.
         code: "run" loads user classes from the run's own copies of their files, "current" from the files as they are
             now.
+        adapter: a file from `save_adapter`, of an adapter that was trained on this run.
 
     Raises:
-        UserError: not a run folder, no complete checkpoint, or no readable one; names them all.
+        UserError: not a run folder, no complete checkpoint, or no readable one (names them all); or an adapter that
+            does not fit.
     """
+    run = open_as_trained(workdir, checkpoint, spread, code).merged()
+    return run if adapter is None else run.with_adapter(adapter, code)
+
+
+def open_as_trained(
+    workdir: str | Path,
+    checkpoint: Literal["best", "latest"] | None = None,
+    spread: bool = False,
+    code: Code = "run",
+) -> Run:
+    """Opens a run folder, with the parameters as they were trained: low-rank updates apart. See `open_run`."""
     workdir = Path(workdir)
     experiment = load_experiment(workdir, code)
     folder = (workdir / "checkpoints").absolute()
@@ -113,17 +161,15 @@ def open_run(
     chosen = choose(found, use, experiment.train.better)
     tokenizer = experiment.tokenizer.build()
     model = bind(experiment.model, tokenizer.vocabulary)
-    target, layout = model.abstract(), None
+    layout = None
     if spread and experiment.train.parallel in ("sharded", "auto"):
         # Only the devices matter: what the objectives read, such as a teacher, may be gone.
         alone = experiment.replace(objectives={"none": (Objective(), 1.0)}, references={})
         layout = assemble(alone, tokenizer.vocabulary).parallel.layout
-    if layout is None:
-        place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        places = jax.tree.map(lambda x: place, target)
-    else:
-        model, places = model.on(layout), sharding.tree_shardings(layout, target, model.axes())
-    target = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), target, places)
+    model = model.on(layout)
+    target = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), model.abstract(), _places(model)
+    )
     averaged, faults = experiment.optim.ema is not None, {}
     for record in [chosen, *(record for record in reversed(found) if record != chosen)]:
         place = folder / str(record.step)
@@ -132,11 +178,19 @@ def open_run(
             if experiment.train.phases:
                 experiment = at(experiment, record.step)
                 model = bind(experiment.model, tokenizer.vocabulary).on(layout)
-            params = params if model.merged is model else jax.jit(model.merge)(params)
-            return Run(experiment, model.merged, tokenizer, params, record.step, workdir)
+            return Run(experiment, model, tokenizer, params, record.step, workdir)
         log.warning("skipping checkpoint %s: %s", place, said)
         faults[record.step] = said
     raise UserError(f"no checkpoint in {folder} can be read ({listed(faults)}): train the run again, or open another")
+
+
+def _places(model: Model) -> Any:
+    """The shardings of a model's parameters: by its layout, or on the first device."""
+    shapes = model.abstract()
+    if model.layout is not None:
+        return sharding.tree_shardings(model.layout, shapes, model.axes())
+    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.tree.map(lambda x: place, shapes)
 
 
 def _finite(folder: Path) -> list[Record]:

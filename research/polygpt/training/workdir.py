@@ -9,6 +9,7 @@ import platform
 import re
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -166,14 +167,19 @@ def load_experiment(workdir: Path, code: Code = "run") -> Experiment:
     path = workdir / "config.json"
     if not path.is_file():
         raise UserError(f"{workdir} is not a run folder: it has no config.json")
-    kept = Snapshot(workdir / CODE)
     if code == "run":
-        _warn_edited(workdir, tuple(kept.edited()))
+        _warn_edited(workdir, tuple(Snapshot(workdir / CODE).edited()))
     data = migrate(_read(path), str(path))
-    experiment = spec.from_json(data, str(path), kept.load_current if code == "current" else kept.load_module)
+    experiment = spec.from_json(data, str(path), loader(workdir, code))
     if not isinstance(experiment, Experiment):
         raise UserError(f"{path} does not describe an experiment")
     return experiment
+
+
+def loader(workdir: Path, code: Code) -> Callable[[str], types.ModuleType]:
+    """Loads the modules of user classes of a run folder by name, see `load_experiment`."""
+    kept = Snapshot(workdir / CODE)
+    return kept.load_current if code == "current" else kept.load_module
 
 
 @functools.cache

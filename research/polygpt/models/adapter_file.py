@@ -1,0 +1,191 @@
+"""Adapters saved alone: what was trained beside the frozen parameters of a base, in a file of its own."""
+
+import dataclasses
+import io
+import json
+import math
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from polygpt.errors import UserError
+from polygpt.files import write_atomically
+from polygpt.migration import SCHEMA, migrate
+from polygpt.models.functional import Model, Params
+from polygpt.parameters import changed_shape, paths, tree_of
+
+ABOUT = "adapter.json"
+"""The entry of the file that describes the others, JSON as UTF-8 bytes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    """A parameter of the base.
+
+    Attributes:
+        shape: its shape.
+        checksum: of its values, see `checksums`.
+    """
+
+    shape: tuple[int, ...]
+    checksum: int
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterFile:
+    """An adapter: the trained parameters of a model whose other parameters are frozen.
+
+    The file is a NumPy archive (.npz, without pickled objects) with an array per trained parameter, under its name in
+    the model, such as "low_rank/decoder/blocks/attention/query/kernel/down", and `ABOUT`.
+
+    Attributes:
+        model: JSON of the model's specification, with its `low_rank`.
+        tokenizer: JSON of the tokenizer.
+        origin: the run that trained it, for messages: "runs/french, step 300".
+        base: the frozen parameters, by name.
+        params: the trained parameters, by name, float32.
+    """
+
+    model: Mapping[str, Any]
+    tokenizer: Any
+    origin: str
+    base: Mapping[str, Frozen]
+    params: Mapping[str, np.ndarray]
+
+    @classmethod
+    def of(cls, model: Model, params: Params, spec: Mapping[str, Any], tokenizer: Any, origin: str) -> "AdapterFile":
+        """The adapter in the parameters of a trained model, whose specification is `spec` in JSON.
+
+        Raises:
+            UserError: if the model has no frozen base.
+        """
+        if model.spec.low_rank is None:
+            raise UserError(f"{origin} has no adapter: its model.low_rank is null, so it trained all parameters")
+        traits, values = paths(model.traits), paths(params)
+        frozen = {name: value for name, value in values.items() if not traits[name].trained}
+        sums = checksums(frozen)
+        base = {name: Frozen(tuple(value.shape), sums[name]) for name, value in frozen.items()}
+        return cls(spec, tokenizer, origin, base, {name: np.asarray(values[name]) for name in values.keys() - base})
+
+    def write(self, path: Path) -> None:
+        """Writes the file, atomically. Raises UserError if it exists, or cannot be written."""
+        require_new(path)
+        base = {name: [list(one.shape), one.checksum] for name, one in self.base.items()}
+        about = {"schema": SCHEMA, "model": self.model, "tokenizer": self.tokenizer, "origin": self.origin}
+        text = json.dumps(about | {"base": base}, indent=1)
+        buffer = io.BytesIO()
+        np.savez(buffer, **{ABOUT: np.frombuffer(text.encode(), np.uint8)}, **dict(sorted(self.params.items())))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, buffer.getvalue())
+        except OSError as error:
+            raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
+
+    @classmethod
+    def read(cls, path: Path) -> "AdapterFile":
+        """Reads a file. Raises UserError if it is missing, damaged, or something else."""
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                arrays = {name: archive[name] for name in archive.files}
+            about = migrate(json.loads(arrays.pop(ABOUT).tobytes()), str(path))
+            base = {name: Frozen(tuple(shape), int(checksum)) for name, (shape, checksum) in about["base"].items()}
+            return cls(dict(about["model"]), about["tokenizer"], str(about["origin"]), base, arrays)
+        except FileNotFoundError:
+            raise UserError(f"no adapter {path}: write it with polygpt adapter save RUN {path}") from None
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+        except (ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error):
+            raise UserError(
+                f"{path} is damaged, or is not an adapter: write it again with polygpt adapter save"
+            ) from None
+
+    @property
+    def kind(self) -> str:
+        """What was trained, in a few words: "LoRA, rank 4"."""
+        added = self.model["low_rank"]
+        name = "DoRA" if added["magnitude"] else "rsLoRA" if added["rank_stabilized"] else "LoRA"
+        return f"{name}, rank {added['rank']}"
+
+    @property
+    def numbers(self) -> int:
+        """The number of trained numbers."""
+        return sum(array.size for array in self.params.values())
+
+    @property
+    def frozen(self) -> int:
+        """The number of numbers in the base, without those that the adapter has itself."""
+        return sum(math.prod(one.shape) for one in self.base.values())
+
+    def misfit(self, params: Params) -> str:
+        """What differs between the base that it was trained on and these parameters; "" if nothing does."""
+        found = {name: value for name, value in paths(params).items() if name not in self.params}
+        if difference := changed_shape(self.base, found):
+            name, trained, here = difference
+            return f"{name} is {trained} in the base that it was trained on, and {here} in this one"
+        sums = checksums(found)
+        other = [name for name, one in self.base.items() if one.checksum != sums[name]]
+        return f"the weights of {other[0]} differ, and those of {len(other) - 1} more" if other else ""
+
+    def onto(self, model: Model, base: Params, places: Params) -> Params:
+        """The parameters of its model: its own, and the others from `base`.
+
+        Args:
+            model: the model of its specification.
+            base: parameters of the base.
+            places: shardings of the model's parameters.
+
+        Raises:
+            UserError: if it was trained on another base, or does not fit its own specification. Names the parameter.
+        """
+        if fault := self.misfit(base):
+            raise UserError(f"trained on another base: {fault}")
+        wanted, given = paths(model.abstract()), {**paths(base), **self.params}
+        if difference := changed_shape(wanted, {name: given[name] for name in given.keys() & (wanted | self.params)}):
+            name, expected, found = difference
+            raise UserError(f"damaged: {name} is {found}, its specification says {expected}")
+
+        def placed(name, place):
+            value = given[name]
+            if name not in self.params:
+                return value
+            return jax.make_array_from_callback(value.shape, place, lambda index: value[index])
+
+        return tree_of({name: placed(name, place) for name, place in paths(places).items()})
+
+
+def require_new(path: Path) -> None:
+    """Raises UserError if something is at this path."""
+    if path.exists():
+        raise UserError(f"{path} exists already: name another file, or remove it")
+
+
+def checksums(params: Mapping[str, jax.Array]) -> dict[str, int]:
+    """A 32-bit checksum of each array, against mistakes. It is the same on every mesh."""
+    return {name: int(found) for name, found in _checksums(dict(params)).items()}
+
+
+@jax.jit
+def _checksums(params):
+    return {name: _checksum(value) for name, value in params.items()}
+
+
+def _checksum(x: jax.Array) -> jax.Array:
+    """The sum of the bits of all elements, each scrambled with its index by MurmurHash3's finalizer, modulo 2^32.
+
+    The order of a sum of whole numbers does not matter, so that a sharded array needs no gathering.
+    """
+    x = x if x.dtype.itemsize == 4 else x.astype(jnp.float32)
+    index, stride = jnp.zeros(x.shape, jnp.uint32), 1
+    for axis in reversed(range(x.ndim)):
+        index += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride % 2**32)
+        stride *= x.shape[axis]
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + index * jnp.uint32(0x9E3779B9)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
+    return jnp.sum(bits ^ (bits >> 16), dtype=jnp.uint32)
