@@ -101,7 +101,8 @@ def run(folder, monkeypatch):
     evaluation = SimpleNamespace(measures=lambda: made_up_report.content().measures, tasks={})
     experiment = SimpleNamespace(name="made", train=train, data=layout, evaluation=evaluation)
     params = {"a": np.zeros(3)}
-    return SimpleNamespace(params=params, step=30, model=model, experiment=experiment, workdir=folder, tokenizer=None)
+    given = {"params": params, "step": 30, "model": model, "experiment": experiment, "workdir": folder}
+    return SimpleNamespace(**given, tokenizer=None, adapter=None)
 
 
 def test_a_report_without_evaluation_shows_that_of_training(run):
