@@ -20,6 +20,7 @@ from polygpt.attention.contract import Attention
 from polygpt.attention.masks import Mask, Window
 from polygpt.attention.multi_head import MultiHead, MultiHeadModule
 from polygpt.attention.scores import Score, Terms
+from polygpt.blocks.cross import CrossSequential
 from polygpt.blocks.stack import StackSpec
 from polygpt.data.augment import Noise, RandomResizedCrop, RandomShift, SpecAugment, Speed
 from polygpt.data.example import Example, Medium, Text
@@ -59,6 +60,7 @@ from polygpt.init.base import Random
 from polygpt.init.from_run import FromRun
 from polygpt.init.reference import Reference
 from polygpt.models.decoder import DecoderSpec
+from polygpt.models.encoder_decoder import EncoderDecoder
 from polygpt.models.multimodal import ModelSpec
 from polygpt.models.presets import preset
 from polygpt.nn.experts import MixtureOfExperts
@@ -128,11 +130,13 @@ __all__ = [
     "Connector",
     "Constant",
     "Corpus",
+    "CrossSequential",
     "DPO",
     "DataSpec",
     "DecoderSpec",
     "Distillation",
     "Embedded",
+    "EncoderDecoder",
     "EvalTask",
     "EvaluationSpec",
     "Example",

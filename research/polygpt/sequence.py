@@ -19,6 +19,8 @@ TEXT = 0
 """Modality number of text. Adapters are numbered from 1 in the model's order."""
 PADDING = -1
 """Modality number of a position that belongs to no example."""
+PROMPT = 1
+"""Span of a prompt if `LayoutSpec.prompt_span` is "bidirectional"."""
 PREFERENCE = "preference"
 """Name in `Batch.extra` of an int32 array [B, T]: 1 where a token of a preferred answer is predicted, its `eos`
 included, -1 for a rejected one, 0 elsewhere. Segments 1, 3, 5, ... of a row have preferred answers, each followed by

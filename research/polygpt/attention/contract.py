@@ -43,6 +43,22 @@ class Dims:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Source:
+    """What cross-attention attends to: the output of an encoder.
+
+    Attributes:
+        meta: metadata of the encoder's positions, [B, S]; segment 0 where it reads nothing.
+        there_BT: bool, whether the example of each query has a source.
+        hidden_BSD: the encoder's output; None if the keys and values made from it are cached.
+    """
+
+    meta: Meta
+    there_BT: jax.Array
+    hidden_BSD: jax.Array | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Context:
     """The context of a call, besides its input.
 
@@ -55,6 +71,7 @@ class Context:
             means that all three equal the position id.
         inputs_BTD: the input of the stack of blocks, for layers that attend to the embeddings; None in a single layer,
             which uses `x_BTD` instead.
+        source: what cross-attention attends to; None without an encoder.
         before: the cached arrays and the segment of each row's last position, for running sums; set by the layer itself
             (`attention/cache.py`).
         training: whether this is a training step. Layers that approximate in training, such as experts with a capacity,
@@ -67,6 +84,7 @@ class Context:
     cursor: jax.Array | None = None
     coordinate_BT3: jax.Array | None = None
     inputs_BTD: jax.Array | None = None
+    source: Source | None = None
     before: Any = None
     training: bool = dataclasses.field(default=False, metadata={"static": True})
 

@@ -48,10 +48,26 @@ class BlockSpec(Spec):
 
     norm_placements: ClassVar[tuple[NormPlacement, ...]] = ("pre",)
     """The values of a stack's `norm_placement` that it supports."""
+    branches: ClassVar[int] = 2
+    """Number of residual branches."""
+    reads_source: ClassVar[bool] = False
+    """Whether it attends to the output of an encoder, `Context.source`."""
 
     def build(self, parts: Parts, rngs: nnx.Rngs) -> nnx.Module:
         """The module of one block."""
         raise NotImplementedError(f"{type(self).__name__} defines no build")
+
+    def init_cache(self, attention: Attention, dims: Dims, batch_size: int, size: int, source: int) -> Any:
+        """An empty cache for `size` positions, and `source` positions of an encoder, of a block with that attention."""
+        return attention.init_cache(dims, batch_size, size)
+
+    def score_flops(self, attention: Attention, width: int, keys: float) -> float:
+        """As `Attention.score_flops`, for all attention of the block."""
+        return attention.score_flops(width, keys)
+
+    def mup_scaled(self, width: int, base: "BlockSpec", base_width: int) -> "BlockSpec":
+        """This form with attention of its own scaled by muP: see `Attention.mup_scaled`."""
+        return self
 
 
 @dataclasses.dataclass(frozen=True)

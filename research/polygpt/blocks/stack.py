@@ -98,24 +98,27 @@ class StackSpec(Spec):
 
         def at(item, of_base):
             if isinstance(item, Layer):
-                return item.replace(attention=at(item.attention, of_base.attention))
+                attention, block = (at(getattr(item, name), getattr(of_base, name)) for name in ("attention", "block"))
+                return item.replace(attention=attention, block=block)
             return item and item.mup_scaled(self.width, of_base, base.width)
 
         pattern = tuple(at(*pair) for pair in zip(self.pattern, base.pattern, strict=True))
-        return self.replace(attention=at(self.attention, base.attention), pattern=pattern)
+        attention, block = at(self.attention, base.attention), at(self.block, base.block)
+        return self.replace(attention=attention, block=block, pattern=pattern)
 
     def dims(self, dtype: str) -> Dims:
         """The dimensions that attention variants need.
 
-        Pre-norm output kernels are initialised with a factor 1/sqrt(2 L), because the residual stream sums 2 L
-        branches: GPT-2, section 2.3. Post-norm blocks normalise each sum and need no factor.
+        Pre-norm output kernels are initialised with a factor 1/sqrt(N), because the residual stream sums N branches,
+        usually 2 L: GPT-2, section 2.3. Post-norm blocks normalise each sum and need no factor.
         """
-        scale = (2 * max(self.depth, 1)) ** -0.5 if self.norm_placement == "pre" else 1.0
+        branches = sum(layer.block.branches for layer in self.layers())
+        scale = max(branches, 2) ** -0.5 if self.norm_placement == "pre" else 1.0
         return Dims(self.width, dtype, self.position, output_scale=scale)
 
     def score_flops(self, keys: float) -> float:
         """Attention FLOPs of all blocks, excluding projections, for one position that sees `keys` keys."""
-        return sum(variant.score_flops(self.width, keys) for variant in self.variants())
+        return sum(layer.block.score_flops(layer.attention, self.width, keys) for layer in self.layers())
 
     def causal_score_flops(self, length: int) -> float:
         """Mean `score_flops` over the positions of a row, the t-th seeing t keys, or fewer by the variant."""
@@ -125,18 +128,22 @@ class StackSpec(Spec):
         """Feed-forward kernel elements that a given position does not use, over all blocks."""
         return sum(layer.mlp.idle(self.width) for layer in self.layers())
 
-    def init_cache(self, batch_size: int, size: int, dtype: str) -> tuple:
-        """Empty caches for `size` positions: one per block; if scanned, one per block of the pattern, stacked."""
+    def init_cache(self, batch_size: int, size: int, dtype: str, source: int = 0) -> tuple:
+        """Empty caches for `size` positions, and `source` positions of an encoder: one per block; if scanned, one per
+        block of the pattern, stacked."""
         dims = self.dims(dtype)
+
+        def empty(layer):
+            return layer.block.init_cache(layer.attention, dims, batch_size, size, source)
+
         if not self.scan:
-            return tuple(variant.init_cache(dims, batch_size, size) for variant in self.variants())
+            return tuple(map(empty, self.layers()))
         times = self.depth // len(self.period())
 
-        def stacked(variant):
-            one = variant.init_cache(dims, batch_size, size)
-            return jax.tree.map(lambda x: jnp.broadcast_to(x, (times, *x.shape)), one)
+        def stacked(layer):
+            return jax.tree.map(lambda x: jnp.broadcast_to(x, (times, *x.shape)), empty(layer))
 
-        return tuple(stacked(layer.attention) for layer in self.period()) if self.depth else ()
+        return tuple(map(stacked, self.period())) if self.depth else ()
 
 
 class Stack(nnx.Module):

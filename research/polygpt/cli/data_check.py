@@ -99,9 +99,11 @@ def _command(arguments, chosen, found, held_out, lengths, share) -> str | None:
     if not any(len(findings.needs) for findings in found.values()):
         return None
     wanted, left_out = fitting(found, chosen.model.adapters, share, lengths)
-    position, length = chosen.model.decoder.position, wanted.get("data.layout.seq_len", 0)
-    if position.limit() is not None and length > position.limit() == getattr(position, "length", None):
-        wanted["model.decoder.position.length"] = length
+    length = wanted.get("data.layout.seq_len", 0)
+    for name, stack in chosen.model.stacks().items():
+        limit = stack.position.limit()
+        if limit is not None and length > limit == getattr(stack.position, "length", None):
+            wanted[f"model.{name}.position.length"] = length
     for kind, tasks in (("data", set(chosen.data.tasks)), ("evaluation", held_out)):
         if left_out & tasks and getattr(chosen, kind).on_bad_record == "raise":
             wanted[f"{kind}.on_bad_record"] = "skip"

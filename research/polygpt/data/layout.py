@@ -15,7 +15,7 @@ from polygpt.data.labels import Label, label_arrays
 from polygpt.data.packing import Row, collate
 from polygpt.data.tokenizers.base import Tokenizer
 from polygpt.errors import BadRecord
-from polygpt.sequence import TEXT, Batch, coordinates
+from polygpt.sequence import PROMPT, TEXT, Batch, coordinates
 from polygpt.spec import Spec, nearest
 
 
@@ -163,7 +163,8 @@ def _assemble(example, layout, tokenizer, adapters, read, end: bool, prompt_weig
     parts = example.parts
     if layout.fusion == "prefix":
         parts = sorted(parts, key=lambda part: isinstance(part, Text))  # a stable sort: media first, in their order
-    spans = prompt_span = int(layout.prompt_span == "bidirectional")  # indices of the last span and the prompt's span
+    # Numbers of the last span and of the prompt's span.
+    spans = prompt_span = PROMPT if layout.prompt_span == "bidirectional" else 0
     # Runs of positions: token ids (zeros for media), modality, first slot, span, weight of the tokens, media grid.
     runs = [(np.array([tokenizer.bos], np.int32), TEXT, 0, prompt_span, 0.0, None)]
     weight, labelled = 0.0, []

@@ -35,7 +35,7 @@ def check(name: str, task: EvalTask, spec: ModelSpec, layout: LayoutSpec) -> Non
     """
     try:
         # Evaluation merges low-rank updates.
-        limit = replaced(spec.replace(low_rank=None), task.model).decoder.position.limit()
+        limit = replaced(spec.replace(low_rank=None), task.model).limit()
     except SpecError as error:
         raise _of(name, error) from None
     for metric in task.heads:

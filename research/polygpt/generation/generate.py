@@ -158,5 +158,5 @@ def _stable_prefix(text: str, stops: Sequence[str]) -> str:
 
 def _bound(model, layout: LayoutSpec) -> int:
     """The maximum number of positions of a prompt and its continuation together."""
-    limit = model.spec.decoder.position.limit()
+    limit = model.spec.limit()
     return layout.seq_len if limit is None else min(layout.seq_len, limit)

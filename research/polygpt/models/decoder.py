@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from polygpt.attention.contract import Context
+from polygpt.attention.contract import Context, Source
 from polygpt.attention.masks import DECODER, ENCODER, Causal, Meta, SameSegment
 from polygpt.blocks.stack import Stack, StackSpec
 from polygpt.errors import SpecError
@@ -72,13 +72,17 @@ def metadata(batch: Batch, cursor: jax.Array | int) -> Meta:
     return Meta(index_BT, batch.position_BT, batch.segment_BT, batch.span_BT, batch.modality_BT.astype(jnp.int32))
 
 
-def init_cache(spec: DecoderSpec, batch_size: int, size: int, dtype: str) -> Cache:
-    """An empty cache of `size` positions. Raises SpecError if positions see later ones, which are not there yet."""
+def init_cache(spec: DecoderSpec, batch_size: int, size: int, dtype: str, source: int = 0) -> Cache:
+    """An empty cache of `size` positions, and of `source` positions of an encoder.
+
+    Raises:
+        SpecError: if positions see later ones, which are not there yet.
+    """
     if spec.mask == "bidirectional":
         raise SpecError("model.decoder.mask is 'bidirectional': only a model with 'causal' or 'spans' can generate")
     # One array per field: a shared buffer could not be donated.
     seen = Meta(*(jnp.zeros((batch_size, size), jnp.int32) for _ in range(5)))
-    return Cache(spec.init_cache(batch_size, size, dtype), seen, jnp.zeros((), jnp.int32))
+    return Cache(spec.init_cache(batch_size, size, dtype, source), seen, jnp.zeros((), jnp.int32))
 
 
 MASKS = {"causal": SameSegment() & Causal(), "spans": DECODER, "bidirectional": ENCODER}
@@ -95,23 +99,34 @@ class Decoder(Stack):
         self.position = spec.position.build(spec.width, rngs=rngs)
 
     def __call__(
-        self, x_BTD: jax.Array, batch: Batch, cache: Cache | None = None, key: jax.Array | None = None
+        self,
+        x_BTD: jax.Array,
+        batch: Batch,
+        cache: Cache | None = None,
+        key: jax.Array | None = None,
+        source: Source | None = None,
     ) -> tuple[jax.Array, Cache | None, Losses]:
-        """Reads `batch` after the positions in `cache`; returns hidden vectors, the updated cache and the losses."""
+        """Reads `batch` after the positions in `cache`; returns hidden vectors, the updated cache and the losses.
+
+        `source` is what the cross-attention of its blocks attends to.
+        """
         embedding_key, stack_key = (None, None) if key is None else jax.random.split(key)
         if key is not None and self.spec.embedding_noise:
             x_BTD = x_BTD + self._noise(x_BTD, batch, jax.random.fold_in(embedding_key, 1))
         x_BTD = dropout(self._add_positions(x_BTD, batch), self.spec.dropout, embedding_key)
         context, seen = self._context(batch, cache)
-        context = dataclasses.replace(context, training=key is not None)
+        context = dataclasses.replace(context, training=key is not None, source=source)
         x_BTD, layers, losses = super().__call__(x_BTD, context, None if cache is None else cache.layers, stack_key)
         if cache is not None:
             cache = Cache(layers, seen, cache.cursor + batch.shape[1])
         return x_BTD, cache, losses
 
-    def weights(self, x_BTD: jax.Array, batch: Batch, chosen_R: jax.Array | None = None) -> dict[int, jax.Array]:
+    def weights(
+        self, x_BTD: jax.Array, batch: Batch, chosen_R: jax.Array | None = None, source: Source | None = None
+    ) -> dict[int, jax.Array]:
         """Attention weights of the chosen positions by block, float32 [B, H, R, T]; `chosen_R=None` selects all."""
-        return super().weights(self._add_positions(x_BTD, batch), self._context(batch, None)[0], chosen_R)
+        context = dataclasses.replace(self._context(batch, None)[0], source=source)
+        return super().weights(self._add_positions(x_BTD, batch), context, chosen_R)
 
     def _noise(self, x_BTD, batch, key):
         """Uniform in -1..1, times alpha / sqrt(length of the example x width); 0 at padding."""

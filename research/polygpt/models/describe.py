@@ -4,6 +4,7 @@ import dataclasses
 from math import prod
 
 from polygpt.models import low_rank
+from polygpt.models.decoder import DecoderSpec
 from polygpt.models.functional import bind
 from polygpt.models.multimodal import ModelSpec
 from polygpt.parameters import paths
@@ -64,14 +65,22 @@ class Description:
         }
 
 
+def scores(stack: DecoderSpec, seq_len: int) -> int:
+    """Attention FLOPs of a stack per position of a row, excluding projections."""
+    if stack.mask == "bidirectional":
+        return round(stack.score_flops(seq_len))
+    return round(stack.causal_score_flops(seq_len))
+
+
 def describe(spec: ModelSpec, vocabulary: int, seq_len: int) -> Description:
     """Counts the parameters and FLOPs of a model without allocating anything.
 
     A matrix of n parameters costs 2 n FLOPs per position; experts that a position did not choose cost nothing. Scores
     and weighted values cost 2 d FLOPs each per head and visible key: (seq_len + 1) / 2 keys on average in the causal
-    decoder, all positions of an item in a tower (Kaplan et al., 2001.08361, table 1, without masked keys). Norms,
-    biases, activations and table lookups are not counted. Nor are low-rank updates, which are added to matrices, not
-    applied to positions.
+    decoder and in cross-attention, all positions of a row in an encoder, of an item in a tower (Kaplan et al.,
+    2001.08361, table 1, without masked keys). Norms, biases, activations and table lookups are not counted. Nor are
+    low-rank updates, which are added to matrices, not applied to positions. An encoder-decoder computes both stacks at
+    every position.
 
     Args:
         spec: the model.
@@ -108,13 +117,17 @@ def describe(spec: ModelSpec, vocabulary: int, seq_len: int) -> Description:
         parts.append(part("connector", 0, "item"))  # its FLOPs are included in the items of each adapter
     if spec.adapters:
         parts.append(part("modality", 0, "token"))
-    scores = decoder.causal_score_flops(seq_len)
-    matrices = 2 * (kernels("decoder/") - decoder.idle())
-    parts.append(part("decoder", matrices + round(scores), "token", decoder.idle()))
+    for name, stack in spec.stacks().items():
+        matrices = 2 * (kernels(f"{name}/") - stack.idle())
+        parts.append(part(name, matrices + scores(stack, seq_len), "token", stack.idle()))
     if not decoder.tied:
         parts.append(part("head", head, "token"))
     for name in spec.heads:
         parts.append(part(f"heads/{name}", 2 * kernels(f"heads/{name}/"), "token"))
+    counted = {part.name.partition("/")[0] for part in parts}
+    for name in sorted({path.partition("/")[0] for path in shapes} - counted):  # what a model of another kind adds
+        size = sum(prod(shape) for path, shape in shapes.items() if path.partition("/")[0] == name)
+        parts.append(Part(name, size, size, 2 * kernels(f"{name}/"), "token"))
     if updates:
         size = sum(prod(leaf.shape) for leaf in updates.values())
         parts.append(Part(low_rank.KEY, size, size, 0, "token"))

@@ -13,7 +13,6 @@ from flax import nnx
 
 from polygpt import parameters, sharding
 from polygpt.errors import SpecError
-from polygpt.models.decoder import Cache, init_cache
 from polygpt.models.initial import initialised
 from polygpt.models.multimodal import ModelSpec, MultimodalModel
 from polygpt.nn.losses import Losses
@@ -188,13 +187,13 @@ class Model:
         """The module with these parameters, to call its parts one by one; works under the transformations of JAX."""
         return nnx.merge(self.graphdef, _state(self.merge(params)))
 
-    def init_cache(self, batch_size: int, size: int) -> Cache:
+    def init_cache(self, batch_size: int, size: int) -> Any:
         """An empty cache for `batch_size` rows of at most `size` positions."""
-        return init_cache(self.spec.decoder, batch_size, size, self.spec.dtype)
+        return self.spec.init_cache(batch_size, size)
 
     def decode(
-        self, params: Params, batch: Batch, cache: Cache, last_B: jax.Array | None = None
-    ) -> tuple[jax.Array, Cache]:
+        self, params: Params, batch: Batch, cache: Any, last_B: jax.Array | None = None
+    ) -> tuple[jax.Array, Any]:
         """Appends a batch of T positions to the cache; returns float32 logits [B, T, V] and the new cache.
 
         To prefill, pass a whole prompt and an empty cache. With `last_B`, int32, logits are [B, 1, V], for that one

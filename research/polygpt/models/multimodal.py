@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from polygpt.adapters.text import TextEmbedding
 from polygpt.blocks.stack import StackSpec
 from polygpt.errors import SpecError
 from polygpt.heads.base import Head, HeadModule
-from polygpt.models.decoder import Cache, Decoder, DecoderSpec
+from polygpt.models.decoder import Cache, Decoder, DecoderSpec, init_cache
 from polygpt.models.drop_connect import DropConnect
 from polygpt.models.initial import Initial
 from polygpt.models.low_rank import LowRank
@@ -65,12 +65,46 @@ class ModelSpec(Spec):
         self.require(self.logits_block is None or self.logits_block >= 1, "logits_block", "null or at least 1")
         for layer in self.decoder.period():
             layer.mlp.check_modalities(("text", *self.adapters))
+        self.validate_source()
         self.base()
+
+    def validate_source(self):
+        """Requires that blocks attend to an encoder only where there is one."""
+        alone = not any(layer.block.reads_source for layer in self.decoder.period())
+        self.decoder.require(alone, "block", "one without cross-attention, or the model an EncoderDecoder")
+
+    def check_with(self, layout) -> None:
+        """Raises SpecError unless the model can read the rows of `layout`, a `LayoutSpec`."""
+        for field in ("media_span", "prompt_span"):
+            unread = self.decoder.mask == "causal" and getattr(layout, field) == "bidirectional"
+            layout.require(not unread, field, "causal, or model.decoder.mask 'spans'")
+        for name, stack in self.stacks().items():
+            limit = stack.position.limit()
+            fits = limit is None or layout.seq_len <= limit
+            of = f"the number of positions of model.{name}.position"
+            layout.require(fits, "seq_len", f"at most {limit}, {of}")
 
     def build(self, vocabulary: int, rngs: nnx.Rngs) -> "MultimodalModel":
         """The module for `vocabulary` token ids. A model of another kind is a subclass that builds another module, with
         the methods `hidden`, `logits`, `output_head` and `weights` of `MultimodalModel`, and `head_of` for `heads`."""
         return MultimodalModel(self, vocabulary, rngs)
+
+    def init_cache(self, batch_size: int, size: int) -> Any:
+        """An empty cache for `batch_size` rows of at most `size` positions, as the module's `hidden` takes it."""
+        return init_cache(self.decoder, batch_size, size, self.dtype)
+
+    def stacks(self) -> dict[str, DecoderSpec]:
+        """The stacks that read whole rows, by the names of their parameters."""
+        return {"decoder": self.decoder}
+
+    def limit(self) -> int | None:
+        """The number of positions of a row that the position encodings support; None is unbounded."""
+        limits = (stack.position.limit() for stack in self.stacks().values())
+        return min((limit for limit in limits if limit is not None), default=None)
+
+    def scaled(self) -> "ModelSpec":
+        """The model without `mup`, with the attention of all its stacks scaled by it."""
+        return self if self.mup is None else _mup_scaled(self.replace(mup=None), self.base())
 
     def base(self) -> "ModelSpec":
         """The base model of `mup`; without muP, the model itself."""
@@ -98,8 +132,7 @@ class MultimodalModel(nnx.Module):
 
     def __init__(self, spec: ModelSpec, vocabulary: int, rngs: nnx.Rngs):
         width, options = spec.decoder.width, {"rngs": rngs, "dtype": spec.dtype}
-        base = spec.base()
-        spec = spec if spec.mup is None else _mup_scaled(spec.replace(mup=None), base)
+        base, spec = spec.base(), spec.scaled()
         self.names = tuple(spec.adapters)
         self.text = TextEmbedding(vocabulary, width, base_width=base.decoder.width, **options)
         given = spec.connector.width if spec.connector else width

@@ -146,15 +146,7 @@ class Experiment(Spec):
                 objective.check_with(self.model, self.data.layout)
             except SpecError as error:
                 raise SpecError(f"objectives.{name}: {error}") from None
-        for field in ("media_span", "prompt_span"):
-            unread = self.model.decoder.mask == "causal" and getattr(self.data.layout, field) == "bidirectional"
-            self.data.layout.require(not unread, field, "causal, or model.decoder.mask 'spans'")
-        limit = self.model.decoder.position.limit()
-        self.data.layout.require(
-            limit is None or self.data.layout.seq_len <= limit,
-            "seq_len",
-            f"at most {limit}, the number of positions of model.decoder.position",
-        )
+        self.model.check_with(self.data.layout)
         for name, task in self.evaluation.tasks.items():
             conditions.check(name, task, self.model, self.data.layout)
         self.train.require(

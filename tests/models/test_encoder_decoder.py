@@ -1,0 +1,274 @@
+"""The encoder-decoder: who sees whom, packed rows, caches, media and what it refuses."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from sources import build_sources, small, small_model
+
+from batches import LIGHT, VOCABULARY, columns, example
+from polygpt.attention.mamba2 import Mamba2
+from polygpt.attention.multi_head import MultiHead
+from polygpt.blocks.cross import CrossSequential
+from polygpt.data.layout import LayoutSpec
+from polygpt.errors import SpecError
+from polygpt.models.decoder import Decoder, DecoderSpec
+from polygpt.models.describe import describe
+from polygpt.models.encoder_decoder import EncoderDecoder
+from polygpt.models.functional import bind
+from polygpt.models.multimodal import ModelSpec
+from polygpt.nn.norms import LayerNorm
+from polygpt.nn.positions import Learned, MRope
+from polygpt.parameters import paths
+
+T = 16
+ROWS = [
+    [(example(7, seed=1), 4), (example(6, seed=2), 2)],
+    [(example(5, seed=3), 0), (example(9, seed=4), 8)],
+    [(example(3, seed=5), 3)],
+]
+BATCH = build_sources(ROWS, T, adapters={})
+FORMS = {
+    "default": {},
+    "as BART": {
+        "norm_placement": "post",
+        "norm": LayerNorm(),
+        "position": Learned(T),
+        "attention": MultiHead(4, bias=True),
+        "scan": False,
+    },
+    "own": {"block": CrossSequential(MultiHead(2, head_width=3)), "pattern": (None, MultiHead(1)), "depth": 4},
+}
+
+
+def rows_of(batch, *rows):
+    return jax.tree.map(lambda x: x[np.array(rows)], batch)
+
+
+@pytest.mark.parametrize("form", ["default", "as BART"])
+def test_packed_examples_equal_examples_alone(form):
+    model, params = small_model(**FORMS[form])
+    apply = jax.jit(model.apply)
+    packed = np.asarray(apply(params, BATCH).logits_BTV)
+    alone = np.asarray(apply(params, build_sources([[one] for row in ROWS for one in row], T, adapters={})).logits_BTV)
+    places = [(0, slice(0, 7)), (0, slice(7, 13)), (1, slice(0, 5)), (1, slice(5, 14)), (2, slice(0, 3))]
+    for number, (row, place) in enumerate(places):
+        np.testing.assert_allclose(packed[row, place], alone[number, : place.stop - place.start], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("form", ["default", "own"])
+def test_who_sees_whom(form):
+    """By gradient with respect to the embeddings: the decoder sees earlier targets and the whole source."""
+    model, params = small_model(**FORMS[form])
+
+    def outputs(x_BTD):
+        with model._merged(params) as module:
+            written, written_BTD, source, *_ = module._encode(x_BTD, BATCH, None)
+            return module.decoder(written_BTD, written, None, None, source)[0].sum(axis=(0, 2))
+
+    x_BTD = jnp.asarray(np.random.default_rng(0).normal(size=(3, T, 16)), jnp.float32)
+    seen = np.abs(np.asarray(jax.jit(jax.jacrev(outputs))(x_BTD))).max(axis=-1) > 0  # [T, B, T]
+    t, s = np.indices((T, T))
+    for b in range(3):
+        segment, source = BATCH.segment_BT[b], BATCH.span_BT[b] == 1
+        last = source & ~np.append(source[1:] & (segment[1:] == segment[:-1]), False)
+        writes = (segment > 0) & (~source | last)
+        own = segment[:, None] == segment[None, :]
+        expected = own & (source[None, :] | (s <= t))
+        np.testing.assert_array_equal(seen[writes, b], expected[writes])
+
+
+def test_an_example_without_a_source_is_read_by_the_decoder_alone():
+    """With biases too: cross-attention adds nothing, and other rows' sources do not matter."""
+    model, params = small_model(attention=MultiHead(4, bias=True))
+    decoder = model.spec.decoder.replace(block=DecoderSpec().block)
+    alone = bind(ModelSpec(decoder), VOCABULARY)
+    blocks = {name: own for name, own in params["decoder"]["blocks"].items() if not name.startswith("cross")}
+    own = {"text": params["text"], "decoder": params["decoder"] | {"blocks": blocks}}
+    expected = jax.jit(alone.apply)(own, BATCH.replace(span_BT=np.zeros_like(BATCH.span_BT))).logits_BTV
+    found = jax.jit(model.apply)(params, BATCH).logits_BTV
+    np.testing.assert_allclose(found[1, :5], expected[1, :5], rtol=0, atol=1e-5)
+    assert np.abs(found[0, 4:7] - expected[0, 4:7]).max() > 0.1
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_reading_in_pieces_equals_reading_at_once(form):
+    """One row alone, its source within the first piece."""
+    model, params = small_model(scale=0.2, **FORMS[form])
+    apply, decode = jax.jit(model.apply), jax.jit(model.decode)
+    for rows, pieces in (([[(example(12, seed=4), 6)]], (6, 9, 10, 11, 12)), ([[(example(4), 0)]], (1, 2, 3, 4))):
+        batch = build_sources(rows, 12, adapters={})
+        expected, cache, found, start = apply(params, batch).logits_BTV, model.init_cache(1, 12), [], 0
+        for stop in pieces:
+            logits_BTV, cache = decode(params, columns(batch, start, stop, media=False), cache)
+            found, start = [*found, logits_BTV], stop
+        np.testing.assert_allclose(np.concatenate(found, axis=1), expected[:, :start], rtol=0, atol=1e-5)
+
+
+def test_the_cache_holds_the_source_and_later_calls_do_not_run_the_encoder():
+    model, params = small_model()
+    batch = build_sources([[(example(10, seed=4), 6)]], 10, adapters={})
+    decode = jax.jit(model.decode)
+    _, cache = decode(params, columns(batch, 0, 6, media=False), model.init_cache(1, 10))
+    cross = cache.decoder.layers[0]["cross"]
+    assert cross["key"].shape == cross["value"].shape == (2, 1, 2, 6, 4), "[L, B, K, S, d]: no more than the source"
+    spoiled = params | {"encoder": jax.tree.map(lambda x: x * np.nan, params["encoder"])}
+    step = columns(batch, 6, 7, media=False)
+    np.testing.assert_array_equal(decode(spoiled, step, cache)[0], decode(params, step, cache)[0])
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_the_encoder_runs_in_the_first_call_only(monkeypatch, scan):
+    model, params = small_model(scan=scan)
+    read, plain = [], Decoder.__call__
+
+    def counted(self, *arguments, **keywords):
+        read.append(self.spec.mask)
+        return plain(self, *arguments, **keywords)
+
+    monkeypatch.setattr(Decoder, "__call__", counted)
+    batch, cache = build_sources([[(example(10, seed=4), 6)]], 10, adapters={}), model.init_cache(1, 10)
+    _, cache = jax.eval_shape(model.decode, params, columns(batch, 0, 6, media=False), cache)
+    assert read == ["bidirectional", "spans"]
+    jax.eval_shape(model.decode, params, columns(batch, 6, 7, media=False), cache)
+    assert read == ["bidirectional", "spans", "spans"]
+
+
+def test_padding_may_hold_anything():
+    model, params = small_model()
+    apply = jax.jit(model.apply)
+    clean = apply(params, BATCH)
+    padding_BT = BATCH.segment_BT == 0
+    dirty = BATCH.replace(
+        tokens_BT=np.where(padding_BT, 9, BATCH.tokens_BT),
+        span_BT=np.where(padding_BT, 1, BATCH.span_BT),
+        position_BT=np.where(padding_BT, 5, BATCH.position_BT),
+    )
+    found = apply(params, dirty)
+    np.testing.assert_array_equal(found.logits_BTV[~padding_BT], clean.logits_BTV[~padding_BT])
+    assert np.isfinite(found.logits_BTV).all()
+
+
+@pytest.mark.parametrize("position", [{}, {"position": MRope(sections=(1, 1, 0))}], ids=["rope", "three axes"])
+def test_media_are_read_by_the_encoder(position):
+    """Packed and alone, with unused items and a modality that a batch does not have."""
+    rows = [[(example(2, ("image", 4), 1, ("audio", 3), 4, seed=1), 10), (example(2, ("audio", 4), 3, seed=2), 6)]]
+    model, params = small_model(adapters=LIGHT, **position)
+    apply = jax.jit(model.apply)
+    batch = build_sources(rows, 24, adapters=LIGHT, bidirectional=True)
+    packed = np.asarray(apply(params, batch).logits_BTV)[0]
+    alone = apply(params, build_sources([[one] for one in rows[0]], 24, adapters=LIGHT)).logits_BTV
+    np.testing.assert_allclose(packed[:14], alone[0, :14], rtol=0, atol=2e-5)
+    np.testing.assert_allclose(packed[14:23], alone[1, :9], rtol=0, atol=2e-5)
+    other = dataclasses.replace(batch.media["image"], features=batch.media["image"].features + 1)
+    found = apply(params, batch.replace(media=batch.media | {"image": other})).logits_BTV[0]
+    moved = np.abs(found - packed)
+    assert (moved[:14].max(axis=-1) > 0).all() and not moved[14:].any(), "the picture is seen in its own example only"
+    speech = build_sources([rows[0][1:]], 24, adapters=LIGHT)
+    less = speech.replace(media={"audio": speech.media["audio"]})
+    np.testing.assert_allclose(apply(params, less).logits_BTV[0, :9], packed[14:23], rtol=0, atol=2e-5)
+
+
+def test_losses_and_gradients_do_not_depend_on_scan_and_remat():
+    scanned, params = small_model()
+
+    def loss(params, model):
+        scores = model.apply(params, BATCH).logits_BTV
+        return jnp.sum(BATCH.weight_BT[..., None] * jnp.sin(scores))
+
+    unrolled = bind(scanned.spec.replace(decoder=scanned.spec.decoder.replace(scan=False, remat="full")), VOCABULARY)
+    gradient = jax.jit(jax.grad(loss), static_argnums=1)
+    expected = paths(unstacked(gradient(params, scanned)))
+    for name, leaf in paths(gradient(unstacked(params), unrolled)).items():
+        assert np.abs(leaf).max() > 1e-3, f"{name} has a gradient"
+        np.testing.assert_allclose(leaf, expected[name], rtol=0, atol=2e-4, err_msg=name)
+
+
+def unstacked(params):
+    """The parameters of stacks that are not scanned."""
+
+    def blocks(stack):
+        return {str(i): jax.tree.map(lambda leaf, i=i: leaf[i], stack["blocks"]) for i in range(2)}
+
+    return params | {name: params[name] | {"blocks": blocks(params[name])} for name in ("encoder", "decoder")}
+
+
+def test_bfloat16_is_near_float32():
+    model, params = small_model(scale=0.2)
+    half = bind(model.spec.replace(dtype="bfloat16"), VOCABULARY)
+    exact, near = (jax.jit(one.apply)(params, BATCH) for one in (model, half))
+    assert near.hidden_BTD.dtype == jnp.bfloat16
+    real = BATCH.segment_BT > 0
+    np.testing.assert_allclose(near.logits_BTV[real], exact.logits_BTV[real], rtol=0, atol=0.1)
+
+
+def test_attention_weights_are_of_targets_and_of_the_source():
+    model, params = small_model(scan=False)
+    found = jax.jit(model.attention)(params, BATCH, np.arange(4, 7))
+    assert [weights.shape for weights in found.values()] == [(3, 8, 3, T)] * 2
+    for weights_BHRT in found.values():
+        own_HRT, cross_HRT = weights_BHRT[0, :4], weights_BHRT[0, 4:]
+        np.testing.assert_allclose(own_HRT[..., 3:7].sum(axis=-1), 1, atol=1e-5)
+        np.testing.assert_allclose(cross_HRT[..., :4].sum(axis=-1), 1, atol=1e-5)
+        assert not weights_BHRT[1, 4:, 0].any(), "position 4 of the second row has no source"
+
+
+def test_sizes_and_costs_are_counted_by_stack():
+    spec = small(encoder=DecoderSpec(width=16, depth=3, mask="bidirectional"))
+    model = bind(spec, VOCABULARY)
+    found = describe(spec, VOCABULARY, T)
+    assert found.parameters == sum(leaf.size for leaf in jax.tree.leaves(model.abstract()))
+    parts = {part.name: part for part in found.parts}
+    matrices = {path: leaf.size for path, leaf in paths(model.abstract()).items() if path.endswith("kernel")}
+    kernels = {
+        name: sum(size for path, size in matrices.items() if path.startswith(name)) for name in ("encoder", "decoder")
+    }
+    assert parts["encoder"].flops == 2 * kernels["encoder"] + 3 * 4 * 16 * T
+    assert parts["decoder"].flops == 2 * kernels["decoder"] + 2 * 2 * 4 * 16 * (T + 1) // 2
+    assert parts["start"].parameters == 16
+
+
+ENCODER = DecoderSpec(width=16, mask="bidirectional")
+MARKED = LayoutSpec(16, prompt_span="bidirectional")
+WRONG = {
+    "a decoder without cross-attention": (
+        lambda: EncoderDecoder(DecoderSpec()),
+        r"DecoderSpec.block is Sequential\(\): it must be CrossSequential",
+    ),
+    "cross-attention without an encoder": (
+        lambda: ModelSpec(small().decoder),
+        "DecoderSpec.block is .* it must be one without cross-attention, or the model an EncoderDecoder",
+    ),
+    "another width": (lambda: small(encoder=ENCODER.replace(width=8)), "DecoderSpec.width is 8: it must be 16"),
+    "a causal encoder": (
+        lambda: small(encoder=ENCODER.replace(mask="spans")),
+        "mask is 'spans': it must be 'bidirectional'",
+    ),
+    "a decoder that sees ahead": (
+        lambda: small(mask="bidirectional"),
+        "mask is 'bidirectional': it must be 'spans' in the decoder",
+    ),
+    "an encoder with cross-attention": (
+        lambda: small(encoder=ENCODER.replace(block=CrossSequential())),
+        "block is .* without cross-attention in an encoder",
+    ),
+    "cross-attention like a layer without heads": (
+        lambda: small(attention=Mamba2(heads=2)),
+        "CrossSequential.cross is None: it must be an attention variant, because Mamba2",
+    ),
+    "rows without marked sources": (lambda: small().check_with(LayoutSpec(16)), "prompt_span is 'causal': EncoderDeco"),
+    "longer rows than the encoder's positions": (
+        lambda: small(encoder=ENCODER.replace(position=Learned(15))).check_with(MARKED),
+        "seq_len is 16: it must be at most 15, the number of positions of model.encoder.position",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", WRONG)
+def test_refuses_in_one_line(fault):
+    make, words = WRONG[fault]
+    with pytest.raises(SpecError, match=words) as caught:
+        make()
+    assert "\n" not in str(caught.value)
