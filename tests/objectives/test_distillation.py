@@ -127,3 +127,71 @@ def test_microbatches_with_blocks_give_the_gradient_of_the_whole_batch():
     whole = gradient(1, None)
     for accumulate, block in ((4, None), (2, 5)):
         close(gradient(accumulate, block), whole, 2e-6)
+
+
+LAYERS = {"residual": ((0, 2), (-1, -1)), "mlp": ((1, 0),)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layered(Given):
+    """Its activations are parameters too."""
+
+    def hidden(self, params, batch, key=None, capture=()):
+        return *super().hidden(params, batch, key), {site: params[site] for site in capture}
+
+    def head(self, params, name, hidden_BTD, batch):
+        return hidden_BTD @ params[name]
+
+
+@pytest.mark.parametrize("site", LAYERS)
+@pytest.mark.parametrize("distance", ["cosine", "square"])
+def test_distances_of_inner_layers(site, distance, batch):
+    rng = np.random.default_rng(7)
+    ours_LBTD, theirs_LBTD = (rng.normal(size=(L, B, T, D)).astype(np.float32) for L, D in ((2, 6), (3, 9)))
+    own, theirs = (
+        STUDENT | {site: ours_LBTD, "wider": rng.normal(size=(6, 9))},
+        TEACHER["teacher"] | {site: theirs_LBTD},
+    )
+    objective = HiddenDistillation(distance=distance, head="wider", layers=LAYERS[site], site=site)
+    forward = Forward(Layered(), own, batch, None, {"teacher": (Layered(), theirs)}, captures=objective.captures)
+    expected = 0.0
+    for ours, other in LAYERS[site]:
+        x_BTD, y_BTD = np.float64(ours_LBTD[ours]) @ own["wider"], np.float64(theirs_LBTD[other])
+        cosine_BT = np.sum(x_BTD * y_BTD, -1) / np.linalg.norm(x_BTD, axis=-1) / np.linalg.norm(y_BTD, axis=-1)
+        found_BT = 1 - cosine_BT if distance == "cosine" else np.mean((x_BTD - y_BTD) ** 2, axis=-1)
+        expected += np.sum(batch.weight_BT * found_BT) / len(LAYERS[site])
+    np.testing.assert_allclose(objective.total(forward, batch), expected, rtol=1e-5)
+
+
+def test_blocks_that_are_not_there_are_told(batch):
+    with pytest.raises(SpecError, match="layers: the model has no block 2: it has 2, numbered from 0"):
+        HiddenDistillation(layers=((2, 0),)).check_with(tiny(), None)
+    objective = HiddenDistillation(layers=((1, 3),))
+    own = STUDENT | {"residual": np.zeros((2, B, T, 6), np.float32)}
+    forward = Forward(Layered(), own, batch, None, {"teacher": (Layered(), own)}, captures=objective.captures)
+    with pytest.raises(SpecError, match="layers: 'teacher' has no block 3: it has 2, numbered from 0"):
+        objective.total(forward, batch)
+    with pytest.raises(SpecError, match="the site 'residual', which its property `captures` lacks: it names none"):
+        dataclasses.replace(forward, captures={}).captured("residual")
+
+
+def test_objectives_of_one_view_share_a_pass_that_keeps_all_their_sites():
+    calls = []
+
+    class Counting(Layered):
+        def hidden(self, params, batch, key=None, capture=()):
+            calls.append(sorted(capture))
+            return super().hidden(params, batch, key, capture)
+
+    batch, same = random_batch(B, T), ((0, 0),)
+    params = given(B, T, V) | {site: np.ones((1, B, T, 6), np.float32) for site in ("residual", "mlp", "attention")}
+    objectives = {
+        "last": (HiddenDistillation(), 1.0),
+        "mlp": (HiddenDistillation(layers=same, site="mlp"), 1.0),
+        "attention": (HiddenDistillation(layers=same, site="attention"), 1.0),
+    }
+    model = Counting()
+    loss = Loss(model, objectives, jax.tree.map(lambda _: True, params), references={"teacher": model})
+    seen = loss.seen(batch, jax.random.key(0))
+    loss.gradient(params, {"teacher": params}, seen, loss.weights(seen), None)
+    assert calls == [["attention", "mlp"]] * 2, "one pass of the model and one of the teacher"

@@ -76,6 +76,7 @@ class Context:
             (`attention/cache.py`).
         training: whether this is a training step. Layers that approximate in training, such as experts with a capacity,
             are exact otherwise.
+        recorder: takes what `record` is given; None if nothing inside the model is asked for.
     """
 
     query: Meta
@@ -87,6 +88,11 @@ class Context:
     source: Source | None = None
     before: Any = None
     training: bool = dataclasses.field(default=False, metadata={"static": True})
+    recorder: Callable[[str, jax.Array], jax.Array] | None = dataclasses.field(default=None, metadata={"static": True})
+
+    def record(self, name: str, value: jax.Array) -> jax.Array:
+        """Offers an activation of a block by name (`blocks/capture.py`). Returns the value that the block is to use."""
+        return value if self.recorder is None else self.recorder(name, value)
 
 
 def causal_mean(flops: Callable[[float], float], seq_len: int) -> float:

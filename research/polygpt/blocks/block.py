@@ -43,7 +43,8 @@ class Parts:
 class BlockSpec(Spec):
     """How attention and the feed-forward layer are joined. A new form derives from this class and needs no other edits.
 
-    `build` returns a module with the call of `Block`. Where attention can return weights, it has `weights` too.
+    `build` returns a module with the call of `Block`. Where attention can return weights, it has `weights` too. What
+    others may capture inside it is passed through `Context.record`.
     """
 
     norm_placements: ClassVar[tuple[NormPlacement, ...]] = ("pre",)
@@ -105,7 +106,8 @@ class Branches(nnx.Module):
         self.mlp = parts.mlp.build(dims.width, rngs=rngs, dtype=dims.dtype, output_scale=dims.output_scale)
 
     def _mlp(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, Losses]:
-        return self.mlp(x_BTD, context) if self.routed else (self.mlp(x_BTD), {})
+        y_BTD, losses = self.mlp(x_BTD, context) if self.routed else (self.mlp(x_BTD), {})
+        return context.record("mlp", y_BTD), losses
 
 
 class Block(Branches):
@@ -125,7 +127,7 @@ class Block(Branches):
         """[B, T, D] -> ([B, T, D], cache, losses of a routed layer). `key=None` disables dropout."""
         attention_key, mlp_key = (None, None) if key is None else jax.random.split(key)
         y_BTD, cache = self.attention(self._branch_input(x_BTD, self.attention_norm), context, cache)
-        x_BTD = self._add_branch(x_BTD, y_BTD, self.attention_norm, attention_key)
+        x_BTD = self._add_branch(x_BTD, context.record("attention", y_BTD), self.attention_norm, attention_key)
         y_BTD, losses = self._mlp(self._branch_input(x_BTD, self.mlp_norm), context)
         return self._add_branch(x_BTD, y_BTD, self.mlp_norm, mlp_key), cache, losses
 

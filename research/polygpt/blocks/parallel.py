@@ -39,6 +39,7 @@ class ParallelBlock(Branches):
         attention_key, mlp_key = (None, None) if key is None else jax.random.split(key)
         input_BTD = self.attention_norm(x_BTD)
         attended_BTD, cache = self.attention(input_BTD, context, cache)
+        attended_BTD = context.record("attention", attended_BTD)
         y_BTD, losses = self._mlp(input_BTD if self.mlp_norm is None else self.mlp_norm(x_BTD), context)
         x_BTD = x_BTD + dropout(attended_BTD, self.dropout, attention_key) + dropout(y_BTD, self.dropout, mlp_key)
         return constrain(x_BTD, *RESIDUAL), cache, losses

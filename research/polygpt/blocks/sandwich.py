@@ -36,6 +36,7 @@ class SandwichBlock(Branches):
         """[B, T, D] -> ([B, T, D], cache, losses of a routed layer). `key=None` disables dropout."""
         attention_key, mlp_key = (None, None) if key is None else jax.random.split(key)
         y_BTD, cache = self.attention(self.attention_norm(x_BTD), context, cache)
+        y_BTD = context.record("attention", y_BTD)
         x_BTD = x_BTD + dropout(self.attention_output_norm(y_BTD), self.dropout, attention_key)
         y_BTD, losses = self._mlp(self.mlp_norm(constrain(x_BTD, *RESIDUAL)), context)
         x_BTD = x_BTD + dropout(self.mlp_output_norm(y_BTD), self.dropout, mlp_key)

@@ -12,6 +12,7 @@ from polygpt import sharding
 from polygpt.attention.contract import Attention, Context, Dims, causal_mean
 from polygpt.attention.multi_head import MultiHead
 from polygpt.blocks.block import BlockSpec, Layer, NormPlacement, Parts, Sequential
+from polygpt.blocks.capture import RESIDUAL_STREAM, Capture, Recorder
 from polygpt.blocks.pipeline import INPUT, KEPT, Schedule, pipeline
 from polygpt.errors import SpecError
 from polygpt.nn.losses import Losses, add
@@ -155,6 +156,8 @@ class Stack(nnx.Module):
 
     pipelined: ClassVar[bool] = False
     """Whether to run the blocks in pipeline stages if the layout has any (`pipeline.py`); not with caches."""
+    capture: Capture | None = None
+    """What `capturing` takes from the next call; not with caches."""
 
     def __init__(self, spec: StackSpec, *, rngs: nnx.Rngs, dtype: str):
         self.spec, self.dtype = spec, dtype
@@ -187,15 +190,25 @@ class Stack(nnx.Module):
         context = dataclasses.replace(context, inputs_BTD=x_BTD)
         x_BTD = x_BTD.astype(self.dtype)
 
-        def call(block, x_BTD, layer, cache):
+        def call(block, x_BTD, layer, cache, context=context):
             own = None if key is None else jax.random.fold_in(key, layer)
             return self._with_drop_path(block(x_BTD, context, cache, own), x_BTD, layer, own)
 
+        def captured(block, x_BTD, layer, cache):
+            recorder = Recorder(self.capture.wanted)
+            x_BTD, _, losses = call(block, x_BTD, layer, cache, dataclasses.replace(context, recorder=recorder))
+            x_BTD = recorder(RESIDUAL_STREAM, x_BTD)
+            return x_BTD, self.capture.of_block(recorder, block), losses
+
         losses = {}
         if self.blocks is None:
-            pass
+            if self.capture is not None:
+                self.capture.keep((), self.spec.scan)
         elif self.pipelined and cache is None and (layout := sharding.active()) and (schedule := Schedule.of(layout)):
             x_BTD, losses = self.in_stages(x_BTD, context, key, schedule)
+        elif self.capture is not None and cache is None:
+            x_BTD, outputs, losses = self._over_blocks(captured, x_BTD, None)
+            self.capture.keep(outputs, self.spec.scan)
         else:
             x_BTD, cache, losses = self._over_blocks(call, x_BTD, cache)
         return x_BTD if self.norm is None else self.norm(x_BTD), cache, losses
@@ -213,6 +226,11 @@ class Stack(nnx.Module):
         if not self.spec.scan:
             reason = "pipeline stages need stacked blocks"
             raise SpecError(f"train.mesh.stage is {schedule.stages}: model.decoder.scan must be true, {reason}")
+        if self.capture is not None:
+            raise SpecError(
+                f"train.mesh.stage is {schedule.stages}: it must be 1 to capture {self.capture.wanted[0]!r} inside the "
+                "blocks"
+            )
         batch_size = x_BTD.shape[0]
         # Training batches divide evenly; an evaluation batch may have any number of rows and is padded.
         x_BTD, context = _with_rows((x_BTD, context), -batch_size % schedule.microbatches)

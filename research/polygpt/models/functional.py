@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from polygpt import parameters, sharding
+from polygpt.blocks.capture import capturing
 from polygpt.errors import SpecError
 from polygpt.models.initial import initialised
 from polygpt.models.multimodal import ModelSpec, MultimodalModel
@@ -126,15 +127,27 @@ class Model:
         hidden_BTD, losses = self.hidden(params, batch, key)
         return Outputs(self.logits(params, hidden_BTD), hidden_BTD, losses)
 
-    def hidden(self, params: Params, batch: Batch, key: jax.Array | None = None) -> tuple[jax.Array, Losses]:
-        """The decoder's normalised output [B, T, D], and the losses of routed layers. The key is as in `apply`."""
+    def hidden(
+        self, params: Params, batch: Batch, key: jax.Array | None = None, capture: Sequence[str] = ()
+    ) -> tuple[jax.Array, Losses] | tuple[jax.Array, Losses, dict[str, jax.Array]]:
+        """The decoder's normalised output [B, T, D], and the losses of routed layers. The key is as in `apply`.
+
+        With `capture`, also activations inside the model by site, such as "residual", [L, B, T, D], or
+        "adapters/image/attention": see `blocks/capture.py`.
+
+        Raises:
+            SpecError: for a site that the model does not have or the pass does not compute.
+        """
         params = self.merge(params)
         if key is not None and self.spec.drop_connect:
             given = paths(self.merged.traits), jax.random.fold_in(key, 2)  # the module splits the key in two
             params = self.spec.drop_connect.dropped(params, *given)
         with self._split(), parameters.merged(self.graphdef, _state(params)) as module:
-            hidden_BTD, _, losses = module.hidden(batch, key=key)
-            return hidden_BTD, losses
+            if not capture:
+                return module.hidden(batch, key=key)[::2]
+            with capturing(module, capture) as found:
+                hidden_BTD, _, losses = module.hidden(batch, key=key)
+            return hidden_BTD, losses, found
 
     def logits(self, params: Params, hidden_BTD: jax.Array) -> jax.Array:
         """float32 [B, T, V], unnormalised log-probabilities of the next token."""

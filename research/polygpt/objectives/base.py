@@ -1,6 +1,7 @@
 """The objective contract: a sum and a weight, so that the mean over the global batch is exact however it is split."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,12 @@ class Objective(Spec):
     def others(self) -> tuple[str, ...]:
         """Names of the models that are not trained and whose passes it reads, see `Forward.other`."""
         return ()
+
+    @property
+    def captures(self) -> Mapping[str, Sequence[str]]:
+        """Sites inside models that it reads with `Forward.captured`, by the name of the model: one of `others`, or ""
+        for the trained one."""
+        return {}
 
     def check_with(self, model, layout) -> None:
         """Called before an experiment is built, with its `ModelSpec` and `LayoutSpec`.

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ from polygpt.errors import SpecError
 from polygpt.objectives.blocked import Head
 from polygpt.parameters import paths
 from polygpt.sequence import Batch
+from polygpt.spec import nearest
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -26,6 +27,7 @@ class Forward:
         others: models that are not trained, and their parameters, by name; see `other`.
         logits_block: number of positions whose logits exist at a time, see `positions.py`; None for all.
         trainable: a tree of bools with the structure of the parameters; None if all are trained.
+        captures: sites of activations that the passes of each model keep, see `captured`; OWN is the trained one.
     """
 
     model: Any
@@ -35,12 +37,15 @@ class Forward:
     others: Mapping[str, tuple[Any, Any]] = dataclasses.field(default_factory=dict)
     logits_block: int | None = None
     trainable: Any = None
+    captures: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
     _passes: dict = dataclasses.field(default_factory=dict, init=False, repr=False)
     _values: dict = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     @functools.cached_property
     def _hidden(self):
-        return self.model.hidden(self.params, self.batch, self.key)
+        given = self.params, self.batch, self.key
+        sites = self.captures.get(OWN, ())
+        return self.model.hidden(*given, capture=tuple(sites)) if sites else self.model.hidden(*given)
 
     @property
     def hidden_BTD(self) -> jax.Array:
@@ -72,11 +77,27 @@ class Forward:
     def with_hidden(self, hidden_BTD: jax.Array) -> "Forward":
         """This pass with other hidden vectors, from which the same output head computes the logits."""
         found = dataclasses.replace(self)
-        vars(found)["_hidden"] = hidden_BTD, self.losses
+        vars(found)["_hidden"] = hidden_BTD, *self._hidden[1:]
         return found
 
-    def head(self, name: str) -> jax.Array:
-        """The outputs of a head of `model.heads`, float32 [B, T, K]. Raises SpecError if there is none of that name."""
+    def captured(self, site: str) -> jax.Array:
+        """Activations inside the model, in the compute dtype: "residual", "attention" or "mlp", [L, B, T, D], of all
+        blocks of the decoder; other sites are named in `blocks/capture.py`.
+
+        Raises:
+            SpecError: if the objective does not name the site in `Objective.captures`, or the model lacks it.
+        """
+        sites = self.captures.get(OWN, ())
+        if site not in sites:
+            near = nearest(site, sites) if sites else "it names none"
+            raise SpecError(f"an objective reads the site {site!r}, which its property `captures` lacks: {near}")
+        return self._hidden[2][site]
+
+    def head(self, name: str, vectors_BTD: jax.Array | None = None) -> jax.Array:
+        """The outputs of a head of `model.heads`, float32 [B, T, K]: of `hidden_BTD`, or of other vectors, such as
+        captured ones. Raises SpecError if there is none of that name."""
+        if vectors_BTD is not None:
+            return self.model.head(self.params, name, vectors_BTD, self.batch)
         return self.once(("head", name), lambda: self.model.head(self.params, name, self.hidden_BTD, self.batch))
 
     def head_scalars(self, name: str) -> Mapping[str, jax.Array]:
@@ -106,7 +127,9 @@ class Forward:
         if name not in self.others:
             raise SpecError(f"an objective reads the model {name!r}: {missing(name, self.others)}")
         model, params = self.others[name]
-        return self._pass(("other", name), model=model, params=jax.lax.stop_gradient(params), key=None)
+        captures = {OWN: self.captures.get(name, ())}
+        params = jax.lax.stop_gradient(params)
+        return self._pass(("other", name), model=model, params=params, key=None, captures=captures)
 
     def once(self, name: Hashable, compute: Callable[[], Any]) -> Any:
         """What `compute` gives, computed when an objective first asks this pass for `name`."""
@@ -122,6 +145,8 @@ class Forward:
 
 REPEATED = 2
 """Distinguishes the keys of further passes from the parts into which a pass splits its own."""
+OWN = ""
+"""The name of the trained model among those whose activations are captured."""
 AVERAGE = "average"
 """The name of the moving average of the trained parameters among the models of `Forward.other`."""
 

@@ -53,6 +53,12 @@ class Loss:
         found = {name: objective for name, (objective, _) in self.objectives.items() if objective.view == view}
         return {name: objective for name, objective in found.items() if depends_on_scores_only(objective)}
 
+    def captures(self, view: View | None) -> dict[str, tuple[str, ...]]:
+        """The sites that objectives of a view read, by the name of the model."""
+        read = [objective.captures for objective, _ in self.objectives.values() if objective.view == view]
+        names = dict.fromkeys(name for one in read for name in one)
+        return {name: tuple(dict.fromkeys(site for one in read for site in one.get(name, ()))) for name in names}
+
     def seen(self, batch: Batch, key: jax.Array, first_row: jax.Array | int = 0) -> tuple[Batch, ...]:
         """The batch of each view. `first_row` is the index in the global batch of the first row."""
         rows_B = first_row + jnp.arange(batch.shape[0])
@@ -137,7 +143,10 @@ class Loss:
         given = {name: (self.references.get(name, self.model), own) for name, own in others.items()}
         pairs = zip(self.views, seen, strict=True)
         static = {"logits_block": self.logits_block, "trainable": self.trainable}
-        return {view: Forward(self.model, params, batch, key, given, **static) for view, batch in pairs}
+        return {
+            view: Forward(self.model, params, batch, key, given, **static, captures=self.captures(view))
+            for view, batch in pairs
+        }
 
     def _blocked(self, forward, objectives, weights) -> tuple[jax.Array | float, dict[str, jax.Array]]:
         """The part of the loss of these objectives, and their means, which have no gradient."""

@@ -66,10 +66,15 @@ class NoisyAtPadding:
     def __getattr__(self, name: str):
         return getattr(self._model, name)
 
-    def hidden(self, params: Any, batch: Batch, key: jax.Array | None = None) -> tuple:
+    def hidden(self, params: Any, batch: Batch, key: jax.Array | None = None, capture: tuple[str, ...] = ()) -> tuple:
         """As `Model.hidden`."""
-        hidden_BTD, losses = self._model.hidden(params, batch, key)
-        return jnp.where((batch.segment_BT == 0)[..., None], NOISE, hidden_BTD).astype(hidden_BTD.dtype), losses
+
+        def noisy(x):
+            return jnp.where((batch.segment_BT == 0)[..., None], NOISE, x).astype(x.dtype)
+
+        hidden_BTD, losses, *captured = self._model.hidden(params, batch, key, capture)
+        sites = [{site: x if "/" in site else noisy(x) for site, x in found.items()} for found in captured]
+        return noisy(hidden_BTD), losses, *sites
 
     def logits(self, params: Any, hidden_BTD: jax.Array) -> jax.Array:
         """As `Model.logits`."""
@@ -148,7 +153,7 @@ class Subject:
         """The `Forward` that the objective reads."""
         model = model or self.model
         others = {name: (model, own) for name, own in others.items()}
-        return Forward(model, params, batch, key, others, logits_block, self.trainable)
+        return Forward(model, params, batch, key, others, logits_block, self.trainable, self.objective.captures)
 
     def pair(self, params: Any, others: Mapping[str, Any], batch: Batch, *rest, **options) -> tuple:
         """(total, weight); the arguments are those of `forward`."""
