@@ -9,12 +9,17 @@ import numpy as np
 import pytest
 
 from batches import build, example, lively, tiny
+from polygpt.attention.multi_head import MultiHead
 from polygpt.evaluation.likelihood import token_scores
+from polygpt.models.decoder import DecoderSpec
 from polygpt.models.functional import bind
+from polygpt.models.multimodal import ModelSpec
 from polygpt.objectives import blocked
 from polygpt.objectives.base import TokenObjective, depends_on_scores_only
 from polygpt.objectives.blocked import Head
+from polygpt.objectives.distillation import Distillation
 from polygpt.objectives.focal import Focal
+from polygpt.objectives.loss import Loss
 from polygpt.objectives.next_token import NextToken
 from polygpt.objectives.z_loss import ZLoss
 
@@ -134,6 +139,33 @@ def test_a_length_without_divisors_is_cut_into_as_few_blocks(block, blocks, batc
 
     text = str(jax.make_jaxpr(jax.grad(value))(hidden_BTD))
     assert re.findall(r"length=(\d+)", text) == [str(blocks)]
+
+
+def test_automatic_blocks_hold_64_mib_of_logits_and_small_batches_are_not_cut():
+    assert blocked.block_size("auto", 8, 1024, 50_304) == 2**24 // 50_304 == 333
+    assert blocked.block_size("auto", 8, 512, 4096) is None and blocked.block_size("auto", 8, 513, 4096) == 4096
+    assert blocked.block_size("auto", 1, 2, 2**25) == 1
+    assert [blocked.block_size(block, 8, 1024, 50_304) for block in (None, 7)] == [None, 7]
+
+
+def test_by_default_training_never_has_all_logits_of_a_large_vocabulary():
+    """By the shapes of all arrays in the loss and its gradient, for losses of scores and of whole distributions."""
+    rows, length, vocabulary = 8, 64, 50_304
+    batch = jax.eval_shape(lambda: jax.tree.map(lambda x: jnp.tile(x[:, :1], (rows, length)), build([()], 1)))
+
+    def largest(**changes):
+        model = bind(
+            ModelSpec(DecoderSpec(width=16, depth=1, attention=MultiHead(heads=2))).replace(**changes), vocabulary
+        )
+        objectives = {"next_token": NextToken(), "focal": Focal(), "average": Distillation("average")}
+        weighted = {name: (objective, 1.0) for name, objective in objectives.items()}
+        loss = Loss(model, weighted, jax.tree.map(lambda own: True, model.traits), logits_block=model.spec.logits_block)
+        given = model.abstract(), {"average": model.abstract()}, (batch,)
+        text = str(jax.make_jaxpr(lambda *given: loss.gradient(*given, dict.fromkeys(objectives, 1.0), None))(*given))
+        return max(np.prod(list(map(int, shape.split(",")))) for shape in re.findall(r"\[(\d+(?:,\d+)*)\]", text))
+
+    assert largest(logits_block=None) >= rows * length * vocabulary
+    assert largest() <= blocked.AUTOMATIC
 
 
 def test_the_first_of_equally_likely_tokens_is_the_most_likely():

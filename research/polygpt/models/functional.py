@@ -176,13 +176,13 @@ class Model:
     def token_scores(self, params: Params, batch: Batch) -> tuple[TokenScores, jax.Array]:
         """The scores of the targets [B, T], without means, and the most likely tokens, int32 [B, T].
 
-        Computed in blocks of `spec.logits_block` positions if that is set. Has no gradient then.
+        Computed in blocks of positions if `spec.logits_block` says so. Has no gradient then.
         """
         outputs = self.apply(params, batch)
-        if self.spec.logits_block is not None:
-            with self._split():
-                given = outputs.hidden_BTD, self.output_head(params), batch.target_BT
-                return blocked.token_scores(*given, self.spec.logits_block)
+        with self._split():
+            block = blocked.block_size(self.spec.logits_block, *batch.shape, self.vocabulary)
+            if block is not None:
+                return blocked.token_scores(outputs.hidden_BTD, self.output_head(params), batch.target_BT, block)
         return scores_and_best(outputs.logits_BTV, batch.target_BT)
 
     @functools.cached_property

@@ -43,10 +43,10 @@ class ModelSpec(Spec):
     """A connector shared by all adapters, after their own; null for none. Adapters then output vectors of its width; if
     their own connectors have kind "none", the shared projection is the only one."""
 
-    logits_block: int | None = None
-    """Number of positions per device whose logits exist at a time, in training and scoring, at least one per row; null
-    for all. Saves memory if the vocabulary is large, without computing anything twice. Objectives that read all logits
-    still need them."""
+    logits_block: blocked.Block = "auto"
+    """Number of positions per device whose logits exist at a time, in training and scoring, at least one per row. "auto"
+    allows 64 MiB of logits, and all of them if they take no more; null allows all. Saves memory if the vocabulary is
+    large, without computing anything twice. Objectives that read all logits still need them."""
 
     initial: tuple[Initial, ...] = ()
     """How matrices are initialised that these patterns match; others as their layers define."""
@@ -62,7 +62,8 @@ class ModelSpec(Spec):
 
     def validate(self):
         self.require(self.low_rank is None or self.mup is None, "low_rank", "null with mup")
-        self.require(self.logits_block is None or self.logits_block >= 1, "logits_block", "null or at least 1")
+        some = isinstance(self.logits_block, int)
+        self.require(not some or self.logits_block >= 1, "logits_block", '"auto", null or at least 1')
         for layer in self.decoder.period():
             layer.mlp.check_modalities(("text", *self.adapters))
         self.validate_source()

@@ -10,8 +10,9 @@ exchanged per block, the gradient of the head once.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from jax.sharding import PartitionSpec
 from polygpt import sharding
 from polygpt.objectives.base import TokenObjective, TokenScores
 from polygpt.sequence import Batch
+from polygpt.sharding import LOGITS
 
 
 @jax.tree_util.register_dataclass
@@ -38,6 +40,11 @@ class Head:
     axes: tuple[str, str] = dataclasses.field(metadata={"static": True})
     multiplier: float = dataclasses.field(default=1.0, metadata={"static": True})
     dtype: str = dataclasses.field(default="float32", metadata={"static": True})
+
+    @property
+    def vocabulary(self) -> int:
+        """V."""
+        return self.weight.shape[self.axes.index("vocabulary")]
 
     @property
     def letters(self) -> str:
@@ -92,6 +99,29 @@ def token_scores(hidden_BTD: jax.Array, head: Head, target_BT: jax.Array, block:
     return plan.scores(hidden_BTD, head.weight, target_BT)
 
 
+Block = int | Literal["auto"] | None
+"""How many positions' logits may exist at a time: that many per device, as many as fit AUTOMATIC, or all."""
+AUTOMATIC = 2**24
+"""Number of logits that may exist at a time per device with "auto": 64 MiB of float32, small beside the activations of
+a model whose vocabulary makes logits large, and enough to keep matrix units busy."""
+
+
+def block_size(block: Block, B: int, T: int, vocabulary: int) -> int | None:
+    """The number of positions per device whose logits may exist at a time, at least 1; None for all.
+
+    Args:
+        block: an explicit number, "auto", or None.
+        B: rows of the batch, of all devices of the active layout.
+        T: positions of a row.
+        vocabulary: V.
+    """
+    if block != "auto":
+        return block
+    layout, shape = sharding.active(), (B, T, vocabulary)
+    shape = shape if layout is None else layout.local_shape(LOGITS, shape)
+    return None if math.prod(shape) <= AUTOMATIC else max(1, AUTOMATIC // shape[2])
+
+
 def blocks(B: int, T: int, block: int) -> tuple[int, int]:
     """The number of blocks of at most `block` positions, and the positions of each row in a block, at least one."""
     count = -(-T // max(1, block // B))
@@ -103,7 +133,7 @@ class _Plan:
 
     def __init__(self, head: Head, objectives: Sequence[TokenObjective], block: int, B: int, T: int, layout):
         self.head, self.objectives, self.layout = head, objectives, layout
-        self.vocabulary = head.weight.shape[head.axes.index("vocabulary")]
+        self.vocabulary = head.vocabulary
         self.rows = self.columns = self.split = ()
         if layout is not None:
             place = layout.partition_spec(("batch", "positions"), (B, T))

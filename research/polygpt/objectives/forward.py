@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from polygpt.errors import SpecError
-from polygpt.objectives.blocked import Head
+from polygpt.objectives.blocked import Block, Head, block_size
 from polygpt.parameters import paths
 from polygpt.sequence import Batch
 from polygpt.spec import nearest
@@ -25,7 +25,8 @@ class Forward:
         batch: what the model reads.
         key: enables dropout; None for evaluation behaviour.
         others: models that are not trained, and their parameters, by name; see `other`.
-        logits_block: number of positions whose logits exist at a time, see `positions.py`; None for all.
+        logits_block: number of positions whose logits exist at a time, see `positions.py`; None for all, "auto" for as
+            many as `blocked.AUTOMATIC` allows.
         trainable: a tree of bools with the structure of the parameters; None if all are trained.
         captures: sites of activations that the passes of each model keep, see `captured`; OWN is the trained one.
     """
@@ -35,7 +36,7 @@ class Forward:
     batch: Batch
     key: jax.Array | None = None
     others: Mapping[str, tuple[Any, Any]] = dataclasses.field(default_factory=dict)
-    logits_block: int | None = None
+    logits_block: Block = None
     trainable: Any = None
     captures: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
     _passes: dict = dataclasses.field(default_factory=dict, init=False, repr=False)
@@ -66,6 +67,13 @@ class Forward:
     def output_head(self) -> Head:
         """What `logits_BTV` multiplies with, to compute the logits of some positions only."""
         return self.model.output_head(self.params)
+
+    @functools.cached_property
+    def block(self) -> int | None:
+        """`logits_block` for this batch: a number of positions, or None if all logits may exist at a time."""
+        if self.logits_block != "auto":
+            return self.logits_block
+        return block_size("auto", *self.batch.shape, self.output_head.vocabulary)
 
     @property
     def trained(self) -> dict[str, jax.Array]:

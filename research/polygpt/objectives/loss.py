@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from polygpt.objectives.base import BatchObjective, Objective, TokenObjective, depends_on_scores_only
-from polygpt.objectives.blocked import token_losses
+from polygpt.objectives.blocked import Block, token_losses
 from polygpt.objectives.forward import Forward
 from polygpt.objectives.view import View
 from polygpt.parameters import without_frozen
@@ -30,7 +30,7 @@ class Loss:
         objectives: by name, each with its weight.
         trainable: a tree of bools, or of `SomeLayers`, with the structure of the parameters.
         accumulate: number of microbatches; must divide the number of rows.
-        logits_block: number of positions whose logits exist at a time, or None for all.
+        logits_block: number of positions whose logits exist at a time, "auto", or None for all.
         references: models that are not trained, by name.
     """
 
@@ -38,7 +38,7 @@ class Loss:
     objectives: Mapping[str, tuple[Objective, float]]
     trainable: Any
     accumulate: int = 1
-    logits_block: int | None = None
+    logits_block: Block = None
     references: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
@@ -46,9 +46,9 @@ class Loss:
         """The different views of the objectives."""
         return tuple(dict.fromkeys(objective.view for objective, _ in self.objectives.values()))
 
-    def blocked(self, view: View | None) -> dict[str, TokenObjective]:
+    def blocked(self, view: View | None, forward: Forward) -> dict[str, TokenObjective]:
         """The objectives of a view that are computed without the logits of the whole batch."""
-        if self.logits_block is None:
+        if forward.block is None:
             return {}
         found = {name: objective for name, (objective, _) in self.objectives.items() if objective.view == view}
         return {name: objective for name, objective in found.items() if depends_on_scores_only(objective)}
@@ -108,7 +108,7 @@ class Loss:
             here = self._forwards(params, others, seen, key, index)
             value, found = 0.0, {}
             for view, forward in here.items():
-                own, means = self._blocked(forward, self.blocked(view), weights)
+                own, means = self._blocked(forward, self.blocked(view, forward), weights)
                 value, found = value + own, found | means
             for name, (objective, weight) in self.objectives.items():
                 if name in found:
@@ -153,7 +153,7 @@ class Loss:
         if not objectives:
             return 0.0, {}
         shares = {name: self.objectives[name][1] / _divisor(weights[name]) for name in objectives}
-        given = forward.hidden_BTD, forward.output_head, forward.batch, self.logits_block
+        given = forward.hidden_BTD, forward.output_head, forward.batch, forward.block
         value, totals = token_losses(objectives, shares, *given)
         return value, {name: total / _divisor(weights[name]) for name, total in totals.items()}
 

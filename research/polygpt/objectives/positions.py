@@ -1,4 +1,4 @@
-"""Functions of all logits of a position, for a block of positions at a time where `model.logits_block` is set.
+"""Functions of all logits of a position, for a block of positions at a time where `model.logits_block` says so.
 
 The backward pass computes the logits of a block again (`jax.checkpoint`). Losses that depend on the scores of each
 position alone do not need that: see `blocked.py`.
@@ -26,7 +26,7 @@ def per_position(function: Callable, passes: Sequence[Forward], used_BT: jax.Arr
     Returns:
         float32 [B, T].
     """
-    block = passes[0].logits_block
+    block = passes[0].block
     if block is None:
         logits = (jnp.where(used_BT[..., None], one.logits_BTV.astype(jnp.float32), 0) for one in passes)
         return jnp.where(used_BT, function(*logits, *arrays), 0)

@@ -172,9 +172,9 @@ def test_logits_take_the_memory_of_a_block():
     chosen, on = tiny.experiment(), target("v5e:2x2")
     known, here = facts(chosen, on), mesh_facts(current(chosen, 4).mesh, facts(chosen, on))
     positions = chosen.data.batch_size * chosen.data.layout.seq_len / here.layout.size("batch")
-    made = [chosen.replace(model=chosen.model.replace(logits_block=block)) for block in (None, 4, 10**6)]
-    whole, some, more = (predict(one, known, on, here) for one in made)
-    assert some.head == whole.head * 4 / positions and more.head == whole.head
+    made = [chosen.replace(model=chosen.model.replace(logits_block=block)) for block in (None, 4, 10**6, "auto")]
+    whole, some, more, automatic = (predict(one, known, on, here) for one in made)
+    assert some.head == whole.head * 4 / positions and more.head == whole.head == automatic.head
     assert some.roofline.memory == whole.roofline.memory
 
 

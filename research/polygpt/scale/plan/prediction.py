@@ -8,6 +8,7 @@ the sharding needs. Both are coarse. `Correction` applies the errors measured on
 import dataclasses
 from collections.abc import Mapping
 
+from polygpt.objectives.blocked import AUTOMATIC
 from polygpt.scale.plan import links
 from polygpt.scale.plan.facts import DECODER, Facts, MeshFacts
 from polygpt.scale.plan.flops import remat
@@ -99,8 +100,10 @@ def predict(experiment: Experiment, known: Facts, target: Target, here: MeshFact
         activations += (
             2 * work.positions * schedule.microbatches * model.decoder.width / layout.size("features") * compute
         )
-    logits = 4 * 3 * known.vocabulary / layout.size("vocabulary")  # bytes per position
-    head = logits * min(positions, model.logits_block or positions)
+    vocabulary = known.vocabulary / layout.size("vocabulary")
+    logits = 4 * 3 * vocabulary  # bytes per position
+    block = AUTOMATIC / vocabulary if model.logits_block == "auto" else model.logits_block
+    head = logits * min(positions, block or positions)
     read = here.gathered + here.blocks[DECODER].matrices * (work.executions - work.blocks)  # parameters read per pass
     traffic += 3 * (own * 4 * (2 + known.optimizer)) + read * compute * 6 * parts + 2 * logits * positions * parts
 
