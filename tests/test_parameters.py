@@ -33,32 +33,33 @@ from polygpt.training.step import Recipe, make_step
 
 
 class Mixed(nnx.Module):
-    """A matrix, a vector, a number and an embedding that name nothing; a kernel that names its axes."""
+    """A matrix, a vector, a number and an embedding that name nothing; a kernel that names its axes; a linear map."""
 
     def __init__(self, key):
         rngs = nnx.Rngs(key)
         self.matrix, self.vector = nnx.Param(jnp.ones((3, 4))), nnx.Param(jnp.ones(4))
         self.number, self.table = nnx.Param(jnp.ones(())), nnx.Embed(5, 3, rngs=rngs)
         self.kernel = nnx.Param(jnp.ones((3, 6)), axes=("width", "heads"))
-        self.pair = nnx.Param(jnp.ones((2, 3)), decays=False)
+        self.pair = nnx.Param(jnp.ones((2, 3)), decays=False, linear=True)
         self.blocks = nnx.List([nnx.Linear(3, 3, rngs=rngs)])  # a name that a stack has too
 
 
 OWN = {
-    "matrix": (("width", None), True),
-    "vector": ((None,), False),
-    "number": ((), False),
-    "table/embedding": (("width", None), False),
-    "kernel": (("width", "heads"), True),
-    "pair": (("width", None), False),
-    "blocks/0/kernel": (("width", None), True),
-    "blocks/0/bias": ((None,), False),
+    "matrix": (("width", None), True, False),
+    "vector": ((None,), False, False),
+    "number": ((), False, False),
+    "table/embedding": (("width", None), False, False),
+    "kernel": (("width", "heads"), True, True),
+    "pair": (("width", None), False, True),
+    "blocks/0/kernel": (("width", None), True, True),
+    "blocks/0/bias": ((None,), False, False),
 }
 
 
 def told(module):
     return {
-        name: (found.axes, found.decays) for name, found in paths(nnx.to_pure_dict(parameters.traits(module))).items()
+        name: (found.axes, found.decays, found.linear)
+        for name, found in paths(nnx.to_pure_dict(parameters.traits(module))).items()
     }
 
 
@@ -66,19 +67,19 @@ def test_defaults_and_what_is_declared():
     assert told(nnx.eval_shape(lambda: Mixed(jax.random.key(0)))) == OWN
 
 
-def test_stacked_parameters_have_one_axis_more_and_decay_as_before():
+def test_stacked_parameters_have_one_axis_more_and_are_otherwise_as_before():
     def sets(key):
         return stack(Mixed, jax.random.split(key, 2))
 
     keys = jax.random.split(jax.random.key(0), 5)
     module = nnx.eval_shape(lambda: stack(sets, keys, "layers"))
-    assert told(module) == {name: (("layers", None, *axes), decays) for name, (axes, decays) in OWN.items()}
+    assert told(module) == {name: (("layers", None, *axes), *rest) for name, (axes, *rest) in OWN.items()}
     assert module.kernel.shape == (5, 2, 3, 6)
 
 
 def test_axes_that_vmap_alone_has_added_have_no_name():
     module = nnx.eval_shape(lambda: nnx.vmap(Mixed)(jax.random.split(jax.random.key(0), 5)))
-    assert told(module)["kernel"] == ((None, "width", "heads"), True)
+    assert told(module)["kernel"] == ((None, "width", "heads"), True, True)
 
 
 def test_more_names_than_axes_are_refused():

@@ -53,7 +53,13 @@ def programs(B: int, T: int, D: int, V: int, dtype: str, block: int) -> tuple[di
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in {"rows": 8, "length": 1024, "width": 256, "vocabulary": 50_304, "block": AUTOMATIC // 50_304}.items():
+    for name, default in {
+        "rows": 8,
+        "length": 1024,
+        "width": 256,
+        "vocabulary": 50_304,
+        "block": AUTOMATIC // 50_304,
+    }.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default: {default}")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each; default: 3")

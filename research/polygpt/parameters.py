@@ -4,6 +4,7 @@
 |---|---|---|
 | `axes` | logical axes, which decide its sharding (`sharding.RULES`); None for an axis that is not split | a matrix is split along its second to last axis, as "width" |
 | `decays` | whether it takes weight decay | true for two axes or more, except in an `nnx.Embed` |
+| `linear` | whether its last two axes are the inputs and outputs of a linear map, which muP and the counts of FLOPs read | true for a variable that is called `kernel`, as in Flax |
 | `layers` | the numbers of the layers in their stack: of each element of the first axis, or one number | none |
 | `std` | standard deviation of its initial values, if that depends on a width other than its fan-in | |
 
@@ -37,6 +38,7 @@ class Traits:
         std: standard deviation of its initial values, if that depends on a width other than its fan-in.
         layers: the numbers of its layers, from 0, if it belongs to a stack of layers: those of its first axis, or one.
         depth: number of layers in that stack.
+        linear: whether its last two axes are the inputs and outputs of a linear map.
     """
 
     shape: tuple[int, ...]
@@ -46,6 +48,7 @@ class Traits:
     std: float | None = None
     layers: tuple[int, ...] = ()
     depth: int = 0
+    linear: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +143,7 @@ def traits(module: nnx.Module) -> Any:
         axes = (*[None] * (rank - len(axes)), *axes)  # stacked by a plain nnx.vmap, which adds no names
         trained = isinstance(variable, nnx.Param)
         given = variable.shape, axes, metadata["decays"] and trained, trained, metadata.get("std")
-        return Traits(*given, metadata.get("layers", ()), metadata.get("depth", 0))
+        return Traits(*given, metadata.get("layers", ()), metadata.get("depth", 0), metadata["linear"])
 
     return jax.tree_util.tree_map_with_path(of, nnx.state(module), is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
@@ -176,8 +179,12 @@ def _variables(made: Any) -> list[nnx.Variable]:
 def _declare(made: Any) -> None:
     """Fills in the default metadata of every variable."""
     tables = {id(node.embedding) for _, node in nnx.iter_graph(made) if isinstance(node, nnx.Embed)}
-    for variable in _variables(made):
+    for path, variable in nnx.iter_graph(made):
+        if not isinstance(variable, nnx.Variable):
+            continue
         metadata, rank = variable.get_metadata(), len(variable.shape)
+        if metadata.get("linear") is None:
+            variable.set_metadata(linear=rank > 1 and path[-1] == "kernel")
         if metadata.get("axes") is None:
             variable.set_metadata(axes=(*[None] * (rank - 2), "width", None) if rank > 1 else (None,) * rank)
         if metadata.get("decays") is None:

@@ -71,7 +71,7 @@ class Grow(FromRun):
                     f"{where}: only scanned layers and the hidden layers of MLPs grow, not {axis_name}: keep it, or "
                     "leave the parameter random with init.exclude"
                 )
-        leaving = axis == -2 and ours.endswith("kernel")
+        leaving = axis == -2 and own.linear
         return _Growth(after, layers, zero, axis, copied, shares if leaving else None)
 
     def _layers(self, before: int, after: int, name: str) -> tuple[np.ndarray, np.ndarray]:

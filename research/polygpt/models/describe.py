@@ -89,13 +89,14 @@ def describe(spec: ModelSpec, vocabulary: int, seq_len: int) -> Description:
     """
     updates = paths(bind(spec, vocabulary).abstract().get(low_rank.KEY, {}))
     spec = spec.replace(low_rank=None)
-    shapes = {path: leaf.shape for path, leaf in paths(bind(spec, vocabulary).traits).items() if leaf.trained}
+    traits = {path: own for path, own in paths(bind(spec, vocabulary).traits).items() if own.trained}
+    shapes = {path: own.shape for path, own in traits.items()}
 
     def count(prefix: str) -> int:
         return sum(prod(shape) for path, shape in shapes.items() if path.startswith(prefix))
 
     def kernels(prefix: str) -> int:
-        return sum(prod(s) for path, s in shapes.items() if path.startswith(prefix) and path.endswith("kernel"))
+        return sum(prod(own.shape) for path, own in traits.items() if path.startswith(prefix) and own.linear)
 
     decoder = spec.decoder
     head = 2 * decoder.width * vocabulary

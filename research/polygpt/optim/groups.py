@@ -38,7 +38,8 @@ class Group(Spec):
     and for parameters outside of stacks."""
     layer_decay: float | None = None
     """Layer-wise decay of the learning rate: layer l of L, from 0, has the factor `layer_decay ** (L - l)`, as in BEiT
-    (2106.08254), appendix H; parameters outside of stacks keep theirs. null: none."""
+    (2106.08254), appendix H; parameters outside of stacks keep theirs. There, embeddings have the factor
+    `layer_decay ** (L + 1)`: give them a group with that `learning_rate`. null: none."""
 
     def validate(self):
         check_pattern(self, "pattern")

@@ -120,7 +120,7 @@ class Growth:
 def growth(traits: Any, base: Any) -> Any:
     """The `Growth` of each parameter, in a tree like `traits`. Constants do not grow.
 
-    Parameters named "kernel" are [..., fan in, fan out]; all others act elementwise or are lookup tables.
+    Parameters whose `Traits.linear` is set are [..., fan in, fan out]; others act elementwise or are lookup tables.
 
     Args:
         traits: `Model.traits`.
@@ -145,11 +145,11 @@ def _growth(name: str, own: Traits, of_base: Traits) -> Growth:
     shape, base = own.shape, of_base.shape
     wider = [i for i, (size, other) in enumerate(zip(shape, base, strict=True)) if size != other]
     fault = f"model.mup.base: {name} has shape {shape}, and {base} in the base model"
-    if name.endswith("kernel"):
+    if own.linear:
         if any(i < len(shape) - 2 for i in wider):
             raise SpecError(f"{fault}: only widths may differ")
         return Growth(shape[-2:], base[-2:])
     if len(wider) > 1:
-        raise SpecError(f"{fault}: only a kernel [..., fan in, fan out] may grow in two axes under muP")
+        raise SpecError(f"{fault}: only a linear map [..., fan in, fan out] may grow in two axes under muP")
     shrunk = own.std / of_base.std if own.std else 1.0
     return Growth(*(((1, shape[wider[0]]), (1, base[wider[0]])) if wider else ((1, 1), (1, 1))), shrunk)

@@ -22,11 +22,12 @@ DECODER = "decoder/"
 
 @dataclasses.dataclass(frozen=True)
 class Matrix:
-    """A parameter: its path, the names of its axes, its shape."""
+    """A parameter: its path, the names of its axes, its shape, and whether it is a linear map, see `Traits`."""
 
     path: str
     names: tuple[str | None, ...]
     shape: tuple[int, ...]
+    linear: bool
 
     @property
     def size(self) -> int:
@@ -92,9 +93,7 @@ def facts(experiment: Experiment, target: Target) -> Facts:
     vocabulary = experiment.tokenizer.build().vocabulary
     model = bind(experiment.model, vocabulary)
     shapes = model.abstract()
-    names = jax.tree.leaves(model.axes(), is_leaf=lambda leaf: isinstance(leaf, tuple))
-    found = zip(paths(shapes).items(), names, strict=True)
-    matrices = tuple(Matrix(path, own, leaf.shape) for (path, leaf), own in found)
+    matrices = tuple(Matrix(path, own.axes, own.shape, own.linear) for path, own in paths(model.traits).items())
     transformation = experiment.optim.build(model.traits, experiment.train.steps, model.growth)
     size = sum(matrix.size for matrix in matrices)
     leaves = jax.tree.leaves(jax.eval_shape(transformation.init, shapes))
@@ -139,7 +138,7 @@ def _block(known: Facts, layout: MeshLayout, prefix: str, depth: int) -> BlockFa
     held = depth / (layout.size("layers") if prefix == DECODER else 1)  # blocks
     outputs = total = 0.0
     for matrix in known.matrices:
-        if matrix.path.startswith(prefix) and matrix.path.endswith("kernel"):
+        if matrix.path.startswith(prefix) and matrix.linear:
             stacked = matrix.names[0] == "layers" or len(matrix.shape) == 3 and matrix.names[0] is None
             last = layout.partition_spec(matrix.names, matrix.shape)[-1]
             blocks = matrix.shape[0] if stacked else 1
