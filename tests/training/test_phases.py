@@ -15,7 +15,9 @@ from polygpt.data.loader import Task
 from polygpt.errors import SpecError, UserError
 from polygpt.evaluation.spec import EvalTask
 from polygpt.init.from_run import FromRun
+from polygpt.init.reference import Reference
 from polygpt.nn.positions import NoPosition, Rope2D
+from polygpt.objectives.parameter_penalty import ParameterPenalty
 from polygpt.optim.groups import Group
 from polygpt.optim.optimizers import SGD
 from polygpt.overrides import override, replaced
@@ -134,6 +136,25 @@ def test_a_phase_that_changes_nothing_changes_nothing(tmp_path):
     train(base(), tmp_path / "without", quiet)
     train(in_phases((FIRST, {"data.batch_size": 4})), tmp_path / "with", quiet)
     assert_same(tmp_path / "with", tmp_path / "without")
+
+
+def test_a_resumed_run_takes_phases_that_have_not_begun_and_keeps_those_that_have(tmp_path, whole):
+    before, after = CHANGING
+    train(in_phases(before, **FROZEN), tmp_path, lambda *where: [*quiet(*where), Cut(SECOND - 1, "stopped")])
+    with pytest.raises(UserError, match=r"different configuration: train\.phases"):
+        train(in_phases((FIRST, {"data.batch_size": 2}), after, **FROZEN), tmp_path, quiet)
+    assert train(changing(), tmp_path, quiet).finished
+    assert_same(tmp_path, whole[0])
+
+
+def test_a_reference_may_be_read_in_a_later_phase_only(tmp_path):
+    objectives = {
+        "next_token": experiment().objectives["next_token"],
+        "start": (ParameterPenalty("kernel", toward="start"), 1.0),
+    }
+    chosen = in_phases((FIRST, {"objectives": objectives}), references={"start": Reference()})
+    train(chosen, tmp_path, quiet)
+    assert ["loss/start" in line for line in lines(tmp_path) if "loss" in line] == [False] * FIRST + [True] * 6
 
 
 KEPT = "phases keep the names and shapes of all parameters; to grow a model"

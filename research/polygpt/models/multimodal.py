@@ -44,9 +44,9 @@ class ModelSpec(Spec):
     their own connectors have kind "none", the shared projection is the only one."""
 
     logits_block: blocked.Block = "auto"
-    """Number of positions per device whose logits exist at a time, in training and scoring, at least one per row. "auto"
-    allows 64 MiB of logits, and all of them if they take no more; null allows all. Saves memory if the vocabulary is
-    large, without computing anything twice. Objectives that read all logits still need them."""
+    """Number of positions per device whose logits exist at a time, in training and scoring, at least one per row; null
+    for all. "auto" is as many as take 64 MiB. Saves memory if the vocabulary is large, without computing anything
+    twice. Objectives that read all logits still need them."""
 
     initial: tuple[Initial, ...] = ()
     """How matrices are initialised that these patterns match; others as their layers define."""

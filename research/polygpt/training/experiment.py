@@ -158,14 +158,11 @@ class Experiment(Spec):
             expanded(self)
 
     def _validate_references(self):
-        """Requires the models that objectives read, and rejects those that none reads."""
+        """Requires the models that objectives read."""
         there = {*self.references, *([AVERAGE] if self.optim.ema is not None else [])}
         for name, (objective, _) in self.objectives.items():
             if unknown := next((other for other in objective.others if other not in there), None):
                 raise SpecError(f"objectives.{name} reads the model {unknown!r}: {missing(unknown, there)}")
-        read = {other for objective, _ in self.objectives.values() for other in objective.others}
-        if unread := sorted(self.references.keys() - read):
-            raise SpecError(f"references.{unread[0]} is read by no objective: remove it, or name it in an objective")
 
     def _validate_special_tokens(self):
         there = self.tokenizer.special

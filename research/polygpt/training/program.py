@@ -215,7 +215,7 @@ def assemble(
     since = trained_since([*earlier, optim.rules(model.traits)], starts, model.traits) if earlier else None
     rules = optim.rules(model.traits, model.growth, since)
     transformation = optim.build(model.traits, train.steps, model.growth, since)
-    references = _references(experiment, model) if like is None else like.references
+    references = _references(phases, model) if like is None else like.references
     mode, mesh, reason = train.parallel, train.mesh, None
     spare = devices is None and jax.process_count() == 1  # on local devices, leave some idle rather than fail
     devices = list(devices or jax.devices())
@@ -321,8 +321,12 @@ def _bytes_of_state(experiment: Experiment, model: Model, references: Mapping[st
     )
 
 
-def _references(experiment: Experiment, model: Model) -> dict[str, BoundReference]:
-    """The experiment's references. Raises UserError if one cannot be used."""
+def _references(phases: Sequence[Experiment], model: Model) -> dict[str, BoundReference]:
+    """The references of a run. Raises UserError if one cannot be used, or is read in no phase."""
+    experiment = phases[0]
+    read = {other for one in phases for objective, _ in one.objectives.values() for other in objective.others}
+    if unread := sorted(experiment.references.keys() - read):
+        raise UserError(f"references.{unread[0]} is read by no objective: remove it, or name it in an objective")
     if taken := sorted(experiment.references.keys() & {AVERAGE, *model.traits}):
         raise UserError(f"references.{taken[0]}: the name is taken, for a part of the model or its average: rename it")
     tokenizer = _tokenizer(experiment)

@@ -101,14 +101,17 @@ def local(workdir: str | Path) -> Path:
 def require_same(workdir: Path, experiment: Experiment) -> None:
     """Raises UserError if the folder has checkpoints of a different experiment.
 
-    `train.steps` may grow, settings in CHANGEABLE_ON_RESUME may change on resume, and those in EQUIVALENT_SETTINGS at
-    any time.
+    `train.steps` may grow, settings in CHANGEABLE_ON_RESUME may change on resume, those in EQUIVALENT_SETTINGS at any
+    time, and phases that have not begun too.
     """
     path = workdir / "config.json"
-    if not path.exists() or not records(workdir / "checkpoints"):
+    if not path.exists() or not (trained := records(workdir / "checkpoints")):
         return
     config = json.loads(json.dumps(spec.to_json(experiment)))
-    for name, old, new in spec.differences(migrate(_read(path), str(path)), config):
+    former = migrate(_read(path), str(path))
+    for one in (former, config):
+        _drop_later_phases(one, trained[-1].step)
+    for name, old, new in spec.differences(former, config):
         if name == "train.steps" and isinstance(old, int) and new > old or name in CHANGEABLE_ON_RESUME:
             continue
         if any(fnmatchcase(name, same) or fnmatchcase(name, f"{same}.*") for same in EQUIVALENT_SETTINGS):
@@ -117,6 +120,14 @@ def require_same(workdir: Path, experiment: Experiment) -> None:
             f"{workdir} is a run with a different configuration: {name} is {_short(old)} there, {_short(new)} here: "
             "choose another workdir (--workdir)"
         )
+
+
+def _drop_later_phases(config: Any, step: int) -> None:
+    """Removes the phases that begin after a step, or at it, from an experiment's JSON data."""
+    train = config.get("train") if isinstance(config, dict) else None
+    phases = train.get("phases") if isinstance(train, dict) else None
+    if isinstance(phases, list):
+        train["phases"] = [one for one in phases if not isinstance(one, dict) or one.get("start", 0) < step]
 
 
 def with_code(workdir: Path, experiment: Experiment, code: Code) -> Experiment:
