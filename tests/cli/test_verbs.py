@@ -319,6 +319,48 @@ def test_data_check_lists_what_is_wrong(polygpt, tmp_path):
     assert list(json.loads(out)["tasks"]) == ["own"], "held-out data that are the training data are walked once"
 
 
+def with_phases(*changes) -> tuple[str, str]:
+    """An override that adds phases."""
+    made = [
+        {"class": "polygpt.training.phase:Phase", "start": start, "changes": change}
+        for start, change in enumerate(changes, start=1)
+    ]
+    return "--train.phases", json.dumps(made)
+
+
+def test_data_check_and_show_read_every_phase(polygpt, tmp_path):
+    file = write_experiment(tmp_path)
+    rate, length = {"optim.schedule.peak_lr": 1e-3}, {"data.layout.seq_len": 2}
+    code, out, err = polygpt("data", "check", file, *with_phases(rate, length, {"data.batch_size": 8}), "--json")
+    found = json.loads(out)
+    assert list(found["tasks"]) == ["own", "own, phase 2"], "a phase that leaves the rows alone is not walked again"
+    assert found["tasks"]["own"]["bad"] == {} and found["tasks"]["own, phase 2"]["bad"] == {"too long": 7}
+    assert code == 2 and "7 of 14 records are unusable" in err
+    words = shlex.split(found["commands"]["100%"])
+    assert "--train.phases.1.changes.data.layout.seq_len" in words and "--data.layout.seq_len" not in words
+    code, out, _ = polygpt("data", "check", *words[2:], "--json")
+    assert code == 0 and json.loads(out)["tasks"]["own, phase 2"]["bad"] == {}
+
+    (tmp_path / "two").mkdir()
+    two = write_experiment(tmp_path / "two")
+    with two.open("a") as more:
+        more.write(
+            "\n\ndef experiment(own=experiment):\n    one = own()\n"
+            "    tasks = {**one.data.tasks, 'late': one.data.tasks['own'].replace(weight=1e-9)}\n"
+            "    return one.replace(data=one.data.replace(tasks=tasks))\n"
+        )
+    waiting = {"data.tasks.late.weight": 1.0, "data.tasks.own.weight": 1e-9, "data.layout.seq_len": 48}
+    out = polygpt("data", "check", two, *with_phases(waiting), "--json")[1]
+    assert list(json.loads(out)["tasks"]) == ["own", "late, phase 1"], "a task is checked where it is read"
+
+    show = ["data", "show", file, "--picture", tmp_path / "rows.png", *with_phases({"data.layout.seq_len": 48})]
+    assert json.loads(polygpt(*show, "--json")[1])["length"] == 64
+    code, out, err = polygpt(*show, "--phase", "1", "--json")
+    assert code == 0 and json.loads(out)["length"] == 48 and "phase 1 of 0 to 1: train.phases.0 (after step 1)" in err
+    code, _, err = polygpt(*show, "--phase", "2")
+    assert code == 2 and err.endswith("data show: --phase is 2: this run has the phases 0 to 1\n")
+
+
 def test_data_check_ends_with_settings_that_take_the_records(polygpt, tmp_path):
     file = write_experiment(tmp_path)
     metadata = tmp_path / "data" / "metadata.jsonl"

@@ -2,6 +2,7 @@
 
 import shlex
 from argparse import Namespace
+from collections.abc import Iterator
 
 from polygpt.cli import experiment
 from polygpt.cli.arguments import Parser
@@ -13,10 +14,13 @@ examples:
   polygpt data check experiments/quickstart.py
   polygpt data check my_folder.py --json
 
-Held-out tasks are checked too. The last lines are two commands with the smallest settings that accept 95 % and 100 % of
+Of a run with train.phases, tasks are checked again for each phase that changes their rows. Held-out tasks are checked
+too. The last lines are two commands with the smallest settings that accept 95 % and 100 % of
 each task's records. Where examples share a row, a row gets as many media items as fill it. Exit code 2 if any record is
 unusable."""
 SHARES = (0.95, 1.0)
+NEGLIGIBLE = 1e-6
+"""A task with a smaller share of the mixture is not checked: it waits for another phase."""
 
 
 def parser(prog: str, about: str) -> Parser:
@@ -34,25 +38,30 @@ def run(arguments: Namespace) -> dict:
     from polygpt.data.check import check
     from polygpt.data.loader import Task
     from polygpt.evaluation.conditions import layout_of
+    from polygpt.training.phase import expanded
 
-    data, tokenizer, adapters = chosen.data, chosen.tokenizer.build(), chosen.model.adapters
-    known = {repr((data.layout, task.source)): name for name, task in data.tasks.items()}  # mappings have no hash
-    held_out, lengths = set(), dict.fromkeys(data.tasks, "data.layout.seq_len")
+    tokenizer, adapters, parts = chosen.tokenizer.build(), chosen.model.adapters, expanded(chosen)
+    layout = parts[-1].data.layout
+    known, held_out, lengths, found = {}, set(), {}, {}
     with Progress("checking") as progress:
-        found = check(data, tokenizer, adapters, progress)
+        for name, data, phase in _training(parts):
+            found |= check(data, tokenizer, parts[phase].model.adapters, progress)
+            known[repr((data.layout, data.tasks[name].source))] = name  # mappings have no hash
+            lengths[name] = _row_length(chosen, phase)
         for name, task in chosen.evaluation.tasks.items():
-            layout, walked = layout_of(task, data.layout), f"evaluation/{name}"
-            key = repr((layout, task.source))
+            own, walked = layout_of(task, layout), f"evaluation/{name}"
+            key = repr((own, task.source))
             if key not in known:
-                alone = data.replace(tasks={walked: Task(task.source)}, layout=layout)
+                alone = chosen.data.replace(tasks={walked: Task(task.source)}, layout=own)
                 found |= check(alone, tokenizer, adapters, progress)
                 known[key] = walked
-                lengths[walked] = "data.layout.seq_len" if task.seq_len is None else f"evaluation.tasks.{name}.seq_len"
+                common = task.seq_len is None
+                lengths[walked] = _row_length(chosen, len(parts) - 1) if common else f"evaluation.tasks.{name}.seq_len"
             held_out.add(known[key])
     for findings in found.values():
         for fault in findings.faults:
             print(fault)
-    _print_table(found, adapters, data.layout.labels)
+    _print_table(found, adapters, layout.labels)
     fits = {f"{share:.0%}": _command(arguments, chosen, found, held_out, lengths, share) for share in SHARES}
     bad, records = sum(len(f.faults) for f in found.values()), sum(f.records for f in found.values())
     if not bad:
@@ -68,6 +77,28 @@ def run(arguments: Namespace) -> dict:
         "commands": fits,
         "fault": f"data check: {bad} of {records} records are unusable" if bad else None,
     }
+
+
+def _training(parts) -> Iterator[tuple]:
+    """(name, `DataSpec` of it alone, phase) of every training task, again for each phase in which its rows differ."""
+    seen = set()
+    for phase, part in enumerate(parts):
+        total = sum(task.weight for task in part.data.tasks.values())
+        for name, task in part.data.tasks.items():
+            rows = name, part.data.layout, task.transform, task.prompt_weight, part.model.adapters
+            if task.weight >= NEGLIGIBLE * total and repr(rows) not in seen:
+                seen.add(repr(rows))
+                at = f"{name}, phase {phase}" if phase else name
+                yield at, part.data.replace(tasks={at: task}), phase
+
+
+def _row_length(chosen, phase: int) -> str:
+    """The dotted name of the field that sets the row length of a phase."""
+    changed = "data.layout.seq_len"
+    for number in reversed(range(phase)):
+        if {changed, "data.layout", "data"} & set(chosen.train.phases[number].changes):
+            return f"train.phases.{number}.changes.{changed}"
+    return changed
 
 
 def _print_table(found, adapters, labels) -> None:
@@ -99,12 +130,13 @@ def _command(arguments, chosen, found, held_out, lengths, share) -> str | None:
     if not any(len(findings.needs) for findings in found.values()):
         return None
     wanted, left_out = fitting(found, chosen.model.adapters, share, lengths)
-    length = wanted.get("data.layout.seq_len", 0)
+    length = max((wanted[field] for field in set(lengths.values()) & set(wanted)), default=0)
     for name, stack in chosen.model.stacks().items():
         limit = stack.position.limit()
         if limit is not None and length > limit == getattr(stack.position, "length", None):
             wanted[f"model.{name}.position.length"] = length
-    for kind, tasks in (("data", set(chosen.data.tasks)), ("evaluation", held_out)):
+    training = {name for name in found if not name.startswith("evaluation/")}
+    for kind, tasks in (("data", training), ("evaluation", held_out)):
         if left_out & tasks and getattr(chosen, kind).on_bad_record == "raise":
             wanted[f"{kind}.on_bad_record"] = "skip"
     words = [word for name, value in (arguments.changes | wanted).items() for word in (f"--{name}", str(value))]

@@ -13,7 +13,8 @@ examples:
   polygpt data show experiments/quickstart.py
   polygpt data show experiments/quickstart.py --all --rows 2 --picture rows.png --data.layout.packing false
 
-Prints the beginning of the first example and draws whole rows; --all prints every position of these rows."""
+Prints the beginning of the first example and draws whole rows; --all prints every position of these rows. Of a run with
+train.phases, --phase chooses the one whose rows are shown."""
 POSITIONS = 40
 """Largest number of positions printed without --all."""
 
@@ -25,6 +26,7 @@ def parser(prog: str, about: str) -> Parser:
     words.add_argument(
         "--rows", type=int, default=4, metavar="N", help="number of rows of the first batch to draw (default: 4)"
     )
+    experiment.add_phase(words)
     words.add_argument("--all", action="store_true", help="print every position of these rows")
     words.add_argument("--picture", metavar="F", help="PNG file to write (default: runs/<name>-rows.png)")
     return words
@@ -35,6 +37,7 @@ def run(arguments: Namespace) -> dict:
     if arguments.rows < 1:
         raise UserError(f"data show: --rows is {arguments.rows}: it must be positive")
     chosen = experiment.load(arguments.file, arguments.changes, arguments.options)
+    chosen, said = experiment.of_phase(chosen, arguments.phase, "data show")
 
     from rich.console import Console
 
@@ -42,6 +45,8 @@ def run(arguments: Namespace) -> dict:
     from polygpt.data.show import beginning, draw, table
 
     tokenizer, adapters = chosen.tokenizer.build(), chosen.model.adapters
+    if said:
+        print(said)
     batch = next(train_batches(chosen.data, tokenizer, adapters, seed=chosen.seed))
     rows = min(arguments.rows, batch.shape[0])
     console = Console(highlight=False)

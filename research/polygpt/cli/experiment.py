@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from polygpt.cli.arguments import change
+from polygpt.cli.arguments import Parser, change
 from polygpt.errors import UserError
 from polygpt.spec import faults_of, load_file
 
@@ -30,3 +30,26 @@ def load(file: str, changes: Mapping[str, str], options: Sequence[str] = ()):
     if not isinstance(made, Experiment):
         raise UserError(f"{file}: experiment() returned {type(made).__name__}: it must return an Experiment")
     return change(made, changes, options)
+
+
+def add_phase(words: Parser) -> None:
+    """Adds the option `--phase`."""
+    about = "which phase of a run with train.phases (default: 0)"
+    words.add_argument("--phase", type=int, default=0, metavar="N", help=about)
+
+
+def of_phase(chosen, phase: int, verb: str) -> tuple:
+    """(the experiment of a phase, which one it is in a line; "" for a run without phases).
+
+    Raises:
+        UserError: if there is no such phase.
+    """
+    from polygpt.training.phase import expanded, name_of
+
+    parts = expanded(chosen)
+    if not 0 <= phase < len(parts):
+        raise UserError(f"{verb}: --phase is {phase}: this run has the phases 0 to {len(parts) - 1}")
+    if len(parts) == 1:
+        return parts[0], ""
+    where = name_of(phase - 1, chosen.train.phases[phase - 1]) if phase else "the beginning of the run"
+    return parts[phase], f"phase {phase} of 0 to {len(parts) - 1}: {where}; --phase chooses another"

@@ -38,13 +38,7 @@ def parser(prog: str, about: str) -> Parser:
     words.add_argument(
         "--slices", type=int, default=1, metavar="N", help="number of slices, connected by the data-center network"
     )
-    words.add_argument(
-        "--phase",
-        type=int,
-        default=0,
-        metavar="N",
-        help="which phase of a run with train.phases (default: 0)",
-    )
+    experiment.add_phase(words)
     words.add_argument("--search", action="store_true", help="find the fastest mesh, stages, remat and microbatches")
     words.add_argument(
         "--budget", type=float, default=BUDGET, metavar="S", help=f"seconds to search (default: {BUDGET})"
@@ -62,7 +56,9 @@ def run(arguments: Namespace) -> dict:
     if arguments.budget <= 0:
         raise UserError(f"plan: --budget is {arguments.budget:g}: it must be positive")
     chosen = experiment.load(arguments.file, arguments.changes, arguments.options)
-    chosen = _of_phase(chosen, arguments.phase)
+    chosen, said = experiment.of_phase(chosen, arguments.phase, "plan")
+    if said:
+        _report(said)
     on.prepare()
     slices = f"-{arguments.slices}x" if arguments.slices > 1 else "-"
     part = f"-phase-{arguments.phase}" if arguments.phase else ""
@@ -73,19 +69,6 @@ def run(arguments: Namespace) -> dict:
     _write(data, found, folder)
     print(f"written to {folder}")
     return data | {"folder": folder}
-
-
-def _of_phase(chosen, phase: int):
-    """The experiment of a phase; names the phases that there are."""
-    from polygpt.training.phase import expanded, name_of
-
-    parts = expanded(chosen)
-    if not 0 <= phase < len(parts):
-        raise UserError(f"plan: --phase is {phase}: this run has the phases 0 to {len(parts) - 1}")
-    if len(parts) > 1:
-        where = name_of(phase - 1, chosen.train.phases[phase - 1]) if phase else "the beginning of the run"
-        _report(f"phase {phase} of 0 to {len(parts) - 1}: {where}; --phase chooses another")
-    return parts[phase]
 
 
 def _planned(chosen, on) -> dict:
