@@ -60,6 +60,69 @@ class ReadsWithoutGradient(Right):
 
 
 @dataclasses.dataclass(frozen=True)
+class ForgetsShift(Right):
+    """Predicts the token that is read."""
+
+    def losses(self, outputs, batch):
+        return cross_entropy(weighted_logits(outputs, batch), batch.tokens_BT)
+
+
+@dataclasses.dataclass(frozen=True)
+class Unweighted(Right):
+    """Predicts the next token at all positions, whatever their weight. Right, but for what follows."""
+
+    def target(self, batch):
+        return jnp.roll(batch.tokens_BT, -1, axis=1)
+
+    def logits(self, outputs, batch):
+        return outputs.logits_BTV
+
+    def scored(self, batch):
+        return (batch.segment_BT > 0) & (batch.segment_BT == jnp.roll(batch.segment_BT, -1, axis=1))
+
+    def total(self, outputs, batch):
+        scored_BT = self.scored(batch)
+        logits_BTV = jnp.where(scored_BT[..., None], self.logits(outputs, batch), 0)
+        return jnp.sum(jnp.where(scored_BT, cross_entropy(logits_BTV, self.target(batch)), 0))
+
+    def weight(self, batch):
+        return jnp.sum(self.scored(batch), dtype=jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class UnweightedAndUnshifted(Unweighted):
+    """Predicts the token that is read, at all positions."""
+
+    def target(self, batch):
+        return batch.tokens_BT
+
+
+@dataclasses.dataclass(frozen=True)
+class UnweightedAndAhead(Unweighted):
+    """The logits of the next position, which has read the target, at all positions."""
+
+    def logits(self, outputs, batch):
+        return jnp.roll(outputs.logits_BTV, -1, axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class UnweightedShiftedPass(Unweighted):
+    """A second pass over tokens that are one place too early, at all positions, and the mean of both."""
+
+    def logits(self, outputs, batch):
+        shifted = batch.replace(tokens_BT=jnp.roll(batch.tokens_BT, -1, axis=1))
+        return (outputs.logits_BTV + outputs.over(shifted).logits_BTV) / 2
+
+
+@dataclasses.dataclass(frozen=True)
+class PartUnweighted(Right):
+    """The cross entropy, which is right, and a little of one that ignores the weights and reads the target."""
+
+    def total(self, outputs, batch):
+        return super().total(outputs, batch) + 0.1 * UnweightedAndUnshifted().total(outputs, batch)
+
+
+@dataclasses.dataclass(frozen=True)
 class Masking(View):
     """Masks a third of the tokens with a weight; every position sees its whole example."""
 

@@ -199,6 +199,12 @@ class Subject:
         """Whether the loss weights change anything."""
         return not self.weightless.off_by(self.usual) == 0
 
+    @property
+    def scores_without_weights(self) -> bool:
+        """Whether something is scored whatever the loss weights are: the gradient without any is finite and not 0."""
+        parts = [np.asarray(x) for x in jax.tree.leaves(self.weightless.gradient)]
+        return all(np.isfinite(x).all() for x in parts) and any(x.any() for x in parts)
+
     @staticmethod
     def summed(one: Result, other: Result, none: Result) -> Result:
         """The sum of two parts' results, less what both have of `none`, the result of no part, where that is finite."""

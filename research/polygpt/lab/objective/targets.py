@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import numpy as np
 
 from polygpt.lab.compiled import compiled
 from polygpt.lab.measured import EPSILON, Measured, absent, difference
-from polygpt.lab.objective import rows
+from polygpt.lab.objective import outputs, rows
 from polygpt.lab.objective.subject import Subject
 from polygpt.lab.objective.weights import UNREAD
 from polygpt.parameters import paths, tree_of
@@ -50,7 +51,6 @@ class Followed:
 
     Attributes:
         place_N2: row and position of every token.
-        by_position: the loss [T] of each position, see `_fastest`.
         usual, again: the rows with two choices of the tokens' ids, and views drawn from the same keys.
     """
 
@@ -62,7 +62,6 @@ class Followed:
         self.place_N2 = np.argwhere((few.modality_BT == TEXT) & (few.segment_BT > 0))
         ids = 1 + np.arange(2 * len(self.place_N2), dtype=np.int32).reshape(2, -1)
         self.usual, self.again = (self._labelled(few, *pair) for pair in (ids, ids[::-1]))
-        self.by_position = self._fastest()
 
     def _labelled(self, few: Batch, id_N: np.ndarray, other_N: np.ndarray) -> Labelled:
         tokens_BT = few.tokens_BT.copy()
@@ -73,7 +72,8 @@ class Followed:
         (seen,) = compiled(self.view)(batch, self.key)
         return Labelled(batch, jax.device_get(seen), id_N, other_N)
 
-    def _fastest(self) -> Callable[[tuple, Batch], jax.Array]:
+    @functools.cached_property
+    def by_position(self) -> Callable[[tuple, Batch], jax.Array]:
         """Gives the loss of each position, [T], summed over the rows; 0 where none is scored.
 
         The arguments are the parameters with those of the other models, and what the objective reads. The derivative
@@ -99,19 +99,21 @@ class Followed:
         loss = jax.vmap(at)(scored)  # the forward pass does not depend on t and is computed once
         return jnp.zeros(rows.LENGTH).at[scored].set(loss)
 
-    @functools.cached_property
-    def _dependences(self) -> Callable:
-        """Measures (the loss [T], read_NT, scored_NT), see `leaks`."""
+    def _dependences(self, measured: Callable[[tuple, Batch], Any], given: Labelled) -> tuple[Any, tuple[Any, Any]]:
+        """What `measured(models, seen)` gives, and what it gives, for every token, with another one in its place.
+
+        (usual, (as an input, apart from it)), the last two with a leading axis N.
+        """
         vector_D = np.float32(np.random.default_rng(5).normal(0, 2, rows.WIDTH))
 
         def embedded(tree, change):
             named = paths(tree)
             return tree_of({**named, TABLE: change(named[TABLE])}) if TABLE in named else tree
 
-        def loss_T(models, seen, change):
+        def at(models, seen, change):
             params, others = models
             others = {name: embedded(own, change) for name, own in others.items()}
-            return self.by_position((embedded(params, change), others), seen)
+            return measured((embedded(params, change), others), seen)
 
         def of_token(models, seen, token, other):
             swapped = jnp.array([other, token])
@@ -120,25 +122,65 @@ class Followed:
                 return jnp.where(ids == token, other, jnp.where(ids == other, token, ids))
 
             # As an input, the token gets another vector; apart from that it gets another id whose vector is its own.
-            read_T = loss_T(models, seen, lambda table_VD: table_VD.at[token].set(vector_D))
+            read = at(models, seen, lambda table_VD: table_VD.at[token].set(vector_D))
             apart = seen.replace(tokens_BT=renamed(seen.tokens_BT), target_BT=renamed(seen.target_BT))
             both = jnp.array([token, other])
-            scored_T = loss_T(models, apart, lambda table_VD: table_VD.at[both].set(table_VD[swapped]))
-            return read_T, scored_T
+            scored = at(models, apart, lambda table_VD: table_VD.at[both].set(table_VD[swapped]))
+            return read, scored
 
-        @compiled
         def measure(models, seen, tokens):
-            usual_T = self.by_position(models, seen)
-            return usual_T, jax.lax.map(lambda pair: of_token(models, seen, *pair), tokens)
+            return measured(models, seen), jax.lax.map(lambda pair: of_token(models, seen, *pair), tokens)
 
-        return measure
+        if measured not in self._programs:
+            self._programs[measured] = compiled(measure)
+        return jax.device_get(self._programs[measured](self.models, given.seen, (given.id_N, given.other_N)))
 
     def leaks(self, given: Labelled) -> tuple[np.ndarray, np.ndarray]:
         """bool [N, T]: whether the loss at t reads token n, on which it is scored; and whether it is scored on it."""
-        arguments = self.models, given.seen, (given.id_N, given.other_N)
-        usual_T, (read_NT, scored_NT) = jax.device_get(self._dependences(*arguments))
-        owed_NT = self._owed(given, _changed(scored_NT, usual_T))
+        parts = [self._weighted_leaks] if self.subject.reads_weights else []
+        parts += [self._unweighted_leaks] if self.subject.scores_without_weights else []
+        nothing_NT = np.zeros((len(given.id_N), rows.LENGTH), bool)
+        leaks, owed = zip((nothing_NT, nothing_NT), *(part(given) for part in parts), strict=True)
+        return np.any(leaks, axis=0), np.any(owed, axis=0)
+
+    def _weighted_leaks(self, given: Labelled) -> tuple[np.ndarray, np.ndarray]:
+        usual_T, (read_NT, scored_NT) = self._dependences(self.by_position, given)
+        owed_NT = _changed(scored_NT, usual_T)
+        earlier_NT = owed_NT & self._earlier(given)
+        if earlier_NT.any():
+            owed_NT &= ~earlier_NT | self._of_outputs(given)[2].any(axis=1)
         return _changed(read_NT, usual_T) & owed_NT, owed_NT
+
+    def _unweighted_leaks(self, given: Labelled) -> tuple[np.ndarray, np.ndarray]:
+        """As `leaks`, for what is scored whatever the weights are, and for vectors instead of losses of positions."""
+        without = given.seen.replace(weight_BT=np.zeros_like(given.seen.weight_BT))
+        read_NKT, scored_NKT, rewarded_NKT = self._of_outputs(dataclasses.replace(given, seen=without))
+        owed_NKT = scored_NKT & (rewarded_NKT | ~self._earlier(given)[:, None])
+        return (read_NKT & owed_NKT).any(axis=1), owed_NKT.any(axis=1)
+
+    def _of_outputs(self, given: Labelled) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """bool [N, K, T]: whether the vector of pass k at t of the token's row reads token n; whether it is scored on
+        it; and whether the loss falls the likelier token n is. K is 0 if the objective reads no vectors."""
+        if self._vectors is None:
+            return (np.zeros((len(given.id_N), 0, rows.LENGTH), bool),) * 3
+        usual, (read, apart) = self._dependences(self._vectors, given)
+        head = jax.device_get(self.subject.model.output_head(self.subject.params))
+        weight_VD = head.weight if head.axes[0] == "vocabulary" else head.weight.T
+        found = []
+        for n, row in enumerate(self.place_N2[:, 0]):
+            hidden_KTD, slope_KTD = (x[:, row] for x in usual)
+            other_KTD, towards_D = apart[1][n, :, row], weight_VD[given.id_N[n]] - weight_VD[given.other_N[n]]
+            reads_KT, scored_KT = outputs.read(read[0][n, :, row], hidden_KTD), outputs.scored(other_KTD, slope_KTD)
+            found.append((reads_KT, scored_KT, scored_KT & outputs.rewarded(other_KTD, slope_KTD, towards_D)))
+        return tuple(map(np.stack, zip(*found, strict=True)))
+
+    @functools.cached_property
+    def _vectors(self) -> Callable[[tuple, Batch], tuple] | None:
+        return outputs.vectors(self.subject, self.usual.seen)
+
+    @functools.cached_property
+    def _programs(self) -> dict[Callable, Callable]:
+        return {}
 
     @functools.cached_property
     def view_dependences(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -176,17 +218,16 @@ class Followed:
         usual_T, (loss_NT, chosen_N, apart_N) = jax.device_get(measure(*arguments))
         return _changed(loss_NT, usual_T), chosen_N, apart_N
 
-    def _owed(self, given: Labelled, scored_NT: np.ndarray) -> np.ndarray:
-        """bool [N, T]: whether the loss at t must not read token n, on which it is scored.
+    def _earlier(self, given: Labelled) -> np.ndarray:
+        """bool [N, T]: whether token n stands at t or before and is no target of t.
 
-        It may if the token is no target and stands at t or before: unlikelihood (1908.04319) punishes earlier tokens.
+        Unlikelihood (1908.04319) punishes such tokens; what rewards them has forgotten to shift the targets.
         """
-        owed_NT = np.zeros_like(scored_NT)
-        for n, t in np.argwhere(scored_NT):
-            row = self.place_N2[n, 0]
-            earlier = (given.seen.tokens_BT[row, : t + 1] == given.id_N[n]).any()
-            owed_NT[n, t] = not earlier or given.seen.target_BT[row, t] == given.id_N[n]
-        return owed_NT
+        earlier_NT = np.zeros((len(given.id_N), rows.LENGTH), bool)
+        for n, row in enumerate(self.place_N2[:, 0]):
+            stands_T = np.cumsum(given.seen.tokens_BT[row] == given.id_N[n]) > 0
+            earlier_NT[n] = stands_T & (given.seen.target_BT[row] != given.id_N[n])
+        return earlier_NT
 
 
 def _changed(loss_NT: np.ndarray, usual_T: np.ndarray) -> np.ndarray:
@@ -202,8 +243,6 @@ def followed(subject: Subject) -> Followed:
 
 def unseen(subject: Subject) -> Measured:
     """No loss depends on the token that it is scored on as an input, in any pass of any model."""
-    if not subject.reads_weights:
-        return absent(UNREAD)
     here = followed(subject)
     leaks_NT, owed_NT = here.leaks(here.usual)
     if not owed_NT.any():
