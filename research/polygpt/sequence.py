@@ -22,9 +22,11 @@ PADDING = -1
 PROMPT = 1
 """Span of a prompt if `LayoutSpec.prompt_span` is "bidirectional"."""
 PREFERENCE = "preference"
-"""Name in `Batch.extra` of an int32 array [B, T]: 1 where a token of a preferred answer is predicted, its `eos`
-included, -1 for a rejected one, 0 elsewhere. Segments 1, 3, 5, ... of a row have preferred answers, each followed by
-its rejected one."""
+"""Name in `Batch.extra` of an int32 array [B, T]: positive where a token of a preferred answer is predicted, its `eos`
+included, and there FIRST for the first one and else 1; -1 for a rejected answer, 0 elsewhere. A rejected answer is in
+the segment after its preferred one."""
+FIRST = 2
+"""Where the first token of a preferred answer is predicted, see PREFERENCE: the pairs of a row are counted by it."""
 
 
 @jax.tree_util.register_dataclass

@@ -2,17 +2,22 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import numpy as np
 import pytest
 
 from polygpt.data.augment import Augment
+from polygpt.data.check import check
 from polygpt.data.example import Example, Medium, Text
 from polygpt.data.layout import LayoutSpec, lay_out
+from polygpt.data.loader import DataSpec, Task, train_batches
 from polygpt.data.packing import POSITION_ARRAYS, Packer
+from polygpt.data.sources.base import Source
 from polygpt.data.sources.folder import MediaFolder
 from polygpt.errors import BadRecord
-from polygpt.sequence import check
+from polygpt.sequence import FIRST
+from polygpt.sequence import check as check_batch
 
 LAYOUT = LayoutSpec(seq_len=40, pairs=True)
 
@@ -40,14 +45,26 @@ def test_the_answers_are_two_segments_that_share_the_media_of_their_prompt(small
     np.testing.assert_array_equal(row.segment, np.repeat([1, 2], lengths))
     np.testing.assert_array_equal(row.weight, np.concatenate([alone[0].weight, np.zeros(lengths[1])]))
     signs = np.concatenate([alone[0].weight > 0, -1 * (alone[1].weight > 0)])
-    np.testing.assert_array_equal(row.extra["preference"], signs)
+    np.testing.assert_array_equal(np.sign(row.extra["preference"]), signs)
     assert [np.sum(signs == sign) for sign in (1, -1)] == [len("yes") + 1, len("never") + 1]
+    (first,) = np.flatnonzero(row.extra["preference"] == FIRST)
+    assert first == np.flatnonzero(signs == 1)[0], "where the pair is counted"
 
 
 def test_a_weight_on_prompts_marks_no_answer(small):
     plain, weighted = (laid_out(small, pair(small), prompt_weight=weight) for weight in (0.0, 0.5))
     np.testing.assert_array_equal(weighted.extra["preference"], plain.extra["preference"])
     assert np.sum(weighted.weight == 0.5) == len("is it?") and not np.any(weighted.weight[weighted.segment == 2])
+
+
+@dataclasses.dataclass(frozen=True)
+class Given(Source):
+    """Examples as they are given."""
+
+    examples: tuple[Any, ...]
+
+    def open(self):
+        return list(self.examples)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,11 +90,31 @@ def test_pairs_are_packed_with_preferred_answers_in_odd_segments(small):
     rows = [laid_out(small, pair(small, chosen=chosen)) for chosen in ("a", "bc")]
     assert all(packer.add(row) for row in rows)
     batch = packer.batch()
-    check(batch, small.tokenizer.vocabulary, small.positions)
+    check_batch(batch, small.tokenizer.vocabulary, small.positions)
     marks = batch.extra["preference"][0]
     assert marks.dtype == np.int32 and not marks[len(rows[0]) + len(rows[1]) :].any()
     for segment, (sign, count) in enumerate([(1, 2), (-1, 6), (1, 3), (-1, 6)], start=1):
-        np.testing.assert_array_equal(marks[(batch.segment_BT[0] == segment) & (marks != 0)], [sign] * count)
+        here = marks[(batch.segment_BT[0] == segment) & (marks != 0)]
+        np.testing.assert_array_equal(here, [FIRST if sign > 0 else sign, *[sign] * (count - 1)])
+
+
+def test_examples_that_are_no_pairs_stand_beside_pairs_where_their_task_says_so(small):
+    plain = pair(small, rejected=None)
+    row = laid_out(small, plain, paired=False)
+    expected = laid_out(small, plain, LAYOUT.replace(pairs=False))
+    for name in POSITION_ARRAYS:
+        np.testing.assert_array_equal(getattr(row, name), getattr(expected, name), err_msg=name)
+    assert not row.extra["preference"].any() and laid_out(small, pair(small), paired=False).segment.max() == 2
+    tasks = {"pairs": Task(Given((pair(small),))), "single": Task(Given((plain,)), paired=False)}
+    data = DataSpec(tasks, LAYOUT.replace(seq_len=96), batch_size=2)
+    batch = next(train_batches(data, small.tokenizer, small.adapters, seed=0))
+    marked = [(batch.extra["preference"][0][batch.segment_BT[0] == segment] == FIRST).sum() for segment in (1, 2, 3, 4)]
+    assert sorted(marked) == [0, 0, 0, 1] or sorted(marked) == [0, 0, 1, 1]
+    found = check(data, small.tokenizer, small.adapters)
+    assert {name: (one.paired, len(one.lengths)) for name, one in found.items()} == {"pairs": (1, 1), "single": (0, 1)}
+    with pytest.raises(BadRecord, match="no rejected answer.*or set `paired` of its task to false"):
+        data = data.replace(tasks={"single": Task(Given((plain,)))})
+        next(train_batches(data, small.tokenizer, small.adapters, seed=0))
 
 
 @pytest.mark.parametrize(

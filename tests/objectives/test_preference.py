@@ -44,6 +44,7 @@ def batch():
         for number, (start, answer, stop) in enumerate((one for pair in pairs for one in pair), start=1):
             segment_BT[b, start:stop] = number
             signs_BT[b, answer - 1 : stop - 1] = 1 if number % 2 else -1
+            signs_BT[b, answer - 1] = 2 if number % 2 else -1
     batch = random_batch(B, T, weight=1.0)
     return batch.replace(segment_BT=segment_BT, extra={"preference": signs_BT})
 
@@ -146,16 +147,20 @@ def picture(seed: int) -> bytes:
     return file.getvalue()
 
 
-def test_packed_pairs_equal_pairs_alone_and_microbatches_equal_the_batch():
+def test_packed_pairs_equal_pairs_alone_and_beside_single_answers_and_microbatches_equal_the_batch():
     texts = [("a", "yes", "no"), ("b?", "in", "out of it"), ("c", "5", "55"), ("d", "one", "two")]
     examples = [
         Example((Medium("image", picture(i)), Text(prompt, 0.0), Text(chosen)), "", rejected=rejected)
         for i, (prompt, chosen, rejected) in enumerate(texts)
     ]
     adapters, tokenizer, length = {"image": ADAPTERS["image"]}, Bytes().build(), 64
-    rows = [lay_out(one, LayoutSpec(length, pairs=True), tokenizer, adapters) for one in examples]
+    layout = LayoutSpec(length, pairs=True)
+    rows = [lay_out(one, layout, tokenizer, adapters) for one in examples]
+    single = lay_out(Example((Text("e", 0.0), Text("six")), ""), layout, tokenizer, adapters, paired=False)
     alone = collate(rows, length, adapters)
     packed = collate([pack(rows[:2], adapters), None, None, pack(rows[2:], adapters)], length, adapters)
+    mixed = [single, rows[0], single, rows[1]], [rows[3]], [single], [rows[2], single]
+    mixed = collate([pack(some, adapters) for some in mixed], length, adapters)
     model = bind(tiny(adapters=adapters, depth=1), tokenizer.vocabulary)
     params, others = lively(model), {"reference": lively(model, seed=1)}
     objectives = {"dpo": (DPO(), 1.0), "simpo": (SimPO(), 0.5), "margin": (PreferenceMargin(), 0.0)}
@@ -168,4 +173,5 @@ def test_packed_pairs_equal_pairs_alone_and_microbatches_equal_the_batch():
 
     expected = gradient(alone, 1, None)
     close(gradient(packed, 2, 100), expected, 1e-5)
+    close(gradient(mixed, 1, None), expected, 1e-5)
     assert expected[0]["right"] in (0.0, 0.25, 0.5, 0.75, 1.0) and expected[0]["margin"] != 0

@@ -61,7 +61,7 @@ def run(arguments: Namespace) -> dict:
     for findings in found.values():
         for fault in findings.faults:
             print(fault)
-    _print_table(found, adapters, layout.labels)
+    _print_table(found, adapters, layout)
     fits = {f"{share:.0%}": _command(arguments, chosen, found, held_out, lengths, share) for share in SHARES}
     bad, records = sum(len(f.faults) for f in found.values()), sum(f.records for f in found.values())
     if not bad:
@@ -85,7 +85,7 @@ def _training(parts) -> Iterator[tuple]:
     for phase, part in enumerate(parts):
         total = sum(task.weight for task in part.data.tasks.values())
         for name, task in part.data.tasks.items():
-            rows = name, part.data.layout, task.transform, task.prompt_weight, part.model.adapters
+            rows = name, part.data.layout, task.transform, task.prompt_weight, task.paired, part.model.adapters
             if task.weight >= NEGLIGIBLE * total and repr(rows) not in seen:
                 seen.add(repr(rows))
                 at = f"{name}, phase {phase}" if phase else name
@@ -101,15 +101,17 @@ def _row_length(chosen, phase: int) -> str:
     return changed
 
 
-def _print_table(found, adapters, labels) -> None:
-    rows = []
+def _print_table(found, adapters, layout) -> None:
+    rows, labels = [], layout.labels
     for name, findings in found.items():
         lengths = findings.summary()["positions"]
         positions = f"{figure(lengths['median'])}, at most {lengths['max']}" if lengths else "–"
         media = [f"{findings.media[modality]:,}" for modality in adapters]
         labelled = [f"{findings.labelled[label]:,}" for label in labels]
+        labelled += [f"{findings.paired:,}"] if layout.pairs else []
         rows.append([name, f"{findings.records:,}", f"{len(findings.faults):,}", *media, *labelled, positions])
-    headings = ["task", "records", "unusable", *adapters, *(f"with {label}" for label in labels), "positions (median)"]
+    headings = ["task", "records", "unusable", *adapters, *(f"with {label}" for label in labels)]
+    headings += ["pairs", "positions (median)"] if layout.pairs else ["positions (median)"]
     print_table("Records", headings, rows)
     for name, findings in found.items():
         if files := findings.unread:

@@ -15,6 +15,7 @@ from polygpt.data.sources.base import example_at
 from polygpt.data.tokenizers.base import Tokenizer
 from polygpt.data.transforms.base import transformed
 from polygpt.errors import BadRecord
+from polygpt.sequence import PREFERENCE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Findings:
         predicted: int32, number of positions with a loss weight in each usable record.
         media: number of items in usable records, by modality.
         labelled: number of usable records with a label, by name.
+        paired: number of usable records that are pairs of answers.
         needs: float64 [n, columns], the requirements of each record that is usable or would be with other settings; see
             `fit.columns`.
         unread: media files in the source's folder that no record names.
@@ -43,6 +45,7 @@ class Findings:
     needs: np.ndarray
     unread: tuple[Path, ...] = ()
     labelled: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    paired: int = 0
 
     @property
     def reasons(self) -> Counter[str]:
@@ -62,6 +65,7 @@ class Findings:
             "predicted": int(self.predicted.sum()),
             "media": dict(self.media),
             "labelled": dict(self.labelled),
+            "pairs": self.paired,
             "unread": [str(file) for file in self.unread],
         }
 
@@ -129,14 +133,15 @@ def _walk(name, task, data, tokenizer, adapters, progress) -> Findings:
     examples = open_task(name, task)
     faults, lengths, predicted, media, needs = [], [], [], dict.fromkeys(adapters, 0), []
     named: set[Path] = set()
-    labelled = dict.fromkeys(data.layout.labels, 0)
+    labelled, paired = dict.fromkeys(data.layout.labels, 0), 0
     for i in range(len(examples)):
         example: Example | None = None
         watched = {modality: fit.FrameCounter(adapter) for modality, adapter in adapters.items()}
         try:
             example = transformed(example_at(examples, i), task.transform, np.random.default_rng(i))
             named |= {p.source for p in example.parts if isinstance(p, Medium) and isinstance(p.source, Path)}
-            row = lay_out(example, data.layout, tokenizer, watched, prompt_weight=task.prompt_weight)
+            given = {"prompt_weight": task.prompt_weight, "paired": task.paired}
+            row = lay_out(example, data.layout, tokenizer, watched, **given)
         except BadRecord as fault:
             faults.append(fault)
             if example is not None and fit.fixable_by_settings(fault):
@@ -146,13 +151,14 @@ def _walk(name, task, data, tokenizer, adapters, progress) -> Findings:
             predicted.append(np.count_nonzero(row.weight))
             for modality, items in row.media.items():
                 media[modality] += len(items)
-            for label, array in row.extra.items():
-                labelled[label] += bool(np.isfinite(array).any())
+            for label in labelled:
+                labelled[label] += bool(np.isfinite(row.extra[label]).any())
+            paired += bool(np.any(row.extra.get(PREFERENCE, 0)))
             needs.append(fit.need(row, {modality: one.frames for modality, one in watched.items()}, adapters))
         progress(name, i + 1, len(examples))
     needs = np.array([some for some in needs if some is not None], float).reshape(-1, len(fit.columns(adapters)))
     unread = tuple(file for file in getattr(examples, "files", tuple)() if file not in named)
     lengths, predicted = np.array(lengths, np.int32), np.array(predicted, np.int32)
-    counts = {"records": len(examples), "media": media, "labelled": labelled}
+    counts = {"records": len(examples), "media": media, "labelled": labelled, "paired": paired}
     counts |= {"lengths": lengths, "predicted": predicted, "needs": needs}
     return Findings(data.layout, faults=tuple(faults), unread=unread, **counts)

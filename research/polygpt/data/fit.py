@@ -42,7 +42,7 @@ def need_beyond(example: Example, layout: LayoutSpec, tokenizer: Tokenizer, adap
     try:
         relaxed = {name: _relaxed(name, adapter, example) for name, adapter in adapters.items()}
         watched = {name: FrameCounter(adapter) for name, adapter in relaxed.items()}
-        row = lay_out(example, layout.replace(seq_len=UNBOUNDED), tokenizer, watched)
+        row = lay_out(example, layout.replace(seq_len=UNBOUNDED), tokenizer, watched, paired=False)
     except ValueError:  # a bad record, or an adapter whose fields do not allow it
         return None
     return need(row, {name: adapter.frames for name, adapter in watched.items()}, adapters)

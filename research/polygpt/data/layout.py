@@ -43,9 +43,10 @@ class LayoutSpec(Spec):
     `Batch.extra` has them, with NaN where there is none."""
 
     pairs: bool = False
-    """Whether every example is a pair: its preferred and its rejected answer are two segments with the same prompt, one
+    """Whether examples are pairs: the preferred and the rejected answer are two segments with the same prompt, one
     after the other in a row. `Batch.extra["preference"]` marks what preference objectives score. Only the preferred
-    answer has loss weights. Evaluation scores the answers one by one."""
+    answer has loss weights. `Task.paired` says whether all examples of a task are pairs. Evaluation scores the answers
+    one by one."""
 
     def validate(self):
         self.require(self.seq_len >= 2, "seq_len", "at least 2")
@@ -76,6 +77,7 @@ def lay_out(
     augment: Sequence[Augment] = (),
     cache: MediaCache | None = None,
     prompt_weight: float = 0.0,
+    paired: bool = True,
 ) -> Row:
     """The row of an example.
 
@@ -89,10 +91,11 @@ def lay_out(
         augment: augmentations, applied in order to the media of their modality.
         cache: keeps decoded media.
         prompt_weight: loss weight of texts whose own weight is 0.
+        paired: whether an example without a rejected answer is a bad record, if `layout.pairs` is set.
 
     Raises:
         BadRecord: if a medium is unusable, there are too many media, a label is not as declared, the row is longer
-            than the layout allows, an example is no pair although `layout.pairs` is set, or there is nothing to learn:
+            than the layout allows, an example is no pair although it must be, or there is nothing to learn:
             no text with a loss weight and no label.
     """
     if not example.answer and not example.labelled:
@@ -103,7 +106,9 @@ def lay_out(
     if layout.pairs:
         read = _once(read)
     row = _assemble(example, layout, tokenizer, adapters, read, end=True, prompt_weight=prompt_weight)
-    if layout.pairs:
+    if layout.pairs and example.rejected is None and not paired:
+        row = pairs.single(row)
+    elif layout.pairs:
         rejected = pairs.rejected(example)
         row = pairs.joined(row, _assemble(rejected, layout, tokenizer, adapters, read, end=True))
     if len(row) > layout.seq_len:

@@ -53,6 +53,9 @@ class Task(Spec):
     only answers."""
     transform: tuple[Transform, ...] = ()
     """Random changes of whole examples in training, applied in order, before media are decoded."""
+    paired: bool = True
+    """With `layout.pairs`, whether an example without a rejected answer is a bad record. false: it is laid out as
+    without `layout.pairs`, and preference objectives ignore it."""
 
     def validate(self):
         self.require(self.weight > 0, "weight", "positive")

@@ -37,7 +37,7 @@ class LaidOut:
         try:
             example = transformed(example_at(self.examples[name], number), task.transform, rng)
             given = (example, layout, self.tokenizer, self.adapters, rng, task.augment, self.cache)
-            return lay_out(*given, prompt_weight=task.prompt_weight)
+            return lay_out(*given, prompt_weight=task.prompt_weight, paired=task.paired)
         except BadRecord as error:
             return error
 

@@ -11,7 +11,7 @@ from polygpt.objectives.base import Objective, require_hidden_targets
 from polygpt.objectives.forward import Forward
 from polygpt.objectives.needs import Needs
 from polygpt.objectives.positions import log_probability, per_position
-from polygpt.sequence import PREFERENCE, Batch
+from polygpt.sequence import FIRST, PREFERENCE, Batch
 
 SHORTEST = 4
 """No pair has fewer positions: `bos` and `eos` of both answers."""
@@ -69,8 +69,8 @@ def _signs(batch: Batch) -> jax.Array:
 def _pairs(batch: Batch, value_BT: jax.Array) -> Pairs:
     """Sums over the answers of each pair. A comparison fuses with the sum, unlike a scatter."""
     number_11P = jnp.arange(max(1, batch.shape[1] // SHORTEST))[None, None]
-    here_BTP = ((batch.segment_BT - 1) // 2)[..., None] == number_11P
     signs_BT = _signs(batch)
+    here_BTP = jnp.cumsum(signs_BT == FIRST, axis=1)[..., None] == 1 + number_11P
 
     def total(used_BT, value_BT):
         return jnp.sum(jnp.where(here_BTP & used_BT[..., None], value_BT[..., None], 0.0), axis=1)
@@ -82,7 +82,7 @@ def _pairs(batch: Batch, value_BT: jax.Array) -> Pairs:
 
 @dataclasses.dataclass(frozen=True)
 class PreferenceObjective(Objective):
-    """Base of objectives of pairs: the mean over pairs of `per_pair`. The data must be pairs (`data.layout.pairs`)."""
+    """Base of objectives of pairs: the mean over pairs of `per_pair`. The data have pairs (`data.layout.pairs`)."""
 
     reference: str | None = "reference"
     """Name in `references` of the model that the policy is compared with; null for none."""
@@ -117,6 +117,9 @@ def _as_pairs(batch: Batch, number_BT: np.ndarray) -> Batch:
     """The batch whose examples are alternately preferred and rejected answers."""
     preferred_BT = number_BT % 2 == 1
     signs_BT = np.where(batch.weight_BT > 0, np.where(preferred_BT, 1, -1), 0).astype(np.int32)
+    answer_BT = np.where(signs_BT > 0, number_BT, 0)
+    first = np.unique(answer_BT, return_index=True)[1]
+    signs_BT.ravel()[first] *= np.where(signs_BT.ravel()[first] > 0, FIRST, 1)
     weight_BT = np.where(preferred_BT, batch.weight_BT, 0).astype(np.float32)
     return batch.replace(weight_BT=weight_BT, extra={**batch.extra, PREFERENCE: signs_BT})
 

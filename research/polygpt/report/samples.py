@@ -68,7 +68,7 @@ def choose(source: Sequence[Example], run, count: int) -> list[Example]:
     for i in order[: 20 * count]:
         try:
             example = cut(source[int(i)])
-            lay_out(example, run.experiment.data.layout, run.tokenizer, run.model.spec.adapters)
+            lay_out(example, _layout(run), run.tokenizer, run.model.spec.adapters)
         except BadRecord:
             continue
         if example.answer and any(isinstance(part, Medium) or part.text for part in example.prompt):
@@ -76,6 +76,11 @@ def choose(source: Sequence[Example], run, count: int) -> list[Example]:
         if len(chosen) == count:
             break
     return chosen
+
+
+def _layout(run):
+    """How single answers are laid out, also by a run that was trained on pairs."""
+    return run.experiment.data.layout.replace(pairs=False)
 
 
 def cut(example: Example) -> Example:
@@ -137,7 +142,7 @@ def item(part: Medium, adapter, attention_LWP: np.ndarray | None = None) -> Item
 
 def _attention(run):
     """A function (example, answer) -> {(modality, item index): attention_LWP}, and notes if it is unavailable."""
-    layout, adapters = run.experiment.data.layout, run.model.spec.adapters
+    layout, adapters = _layout(run), run.model.spec.adapters
 
     @jax.jit
     def heads_averaged(params, batch, chosen_R):
