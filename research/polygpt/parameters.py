@@ -6,6 +6,7 @@
 | `decays` | whether it takes weight decay | true for two axes or more, except in an `nnx.Embed` |
 | `linear` | whether its last two axes are the inputs and outputs of a linear map, which muP and the counts of FLOPs read | true for a variable that is called `kernel`, as in Flax |
 | `layers` | the numbers of the layers in their stack: of each element of the first axis, or one number | none |
+| `updatable` | whether its module can apply a low-rank update by itself (`nn/low_rank.py`), as an `nn.Linear` does | false |
 | `std` | standard deviation of its initial values, if that depends on a width other than its fan-in | |
 
 Only an `nnx.Param` is trained. Other variables are constants: they are saved with the parameters and never change.
@@ -39,6 +40,7 @@ class Traits:
         layers: the numbers of its layers, from 0, if it belongs to a stack of layers: those of its first axis, or one.
         depth: number of layers in that stack.
         linear: whether its last two axes are the inputs and outputs of a linear map.
+        updatable: whether its module can apply a low-rank update by itself.
     """
 
     shape: tuple[int, ...]
@@ -49,6 +51,7 @@ class Traits:
     layers: tuple[int, ...] = ()
     depth: int = 0
     linear: bool = False
+    updatable: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +146,8 @@ def traits(module: nnx.Module) -> Any:
         axes = (*[None] * (rank - len(axes)), *axes)  # stacked by a plain nnx.vmap, which adds no names
         trained = isinstance(variable, nnx.Param)
         given = variable.shape, axes, metadata["decays"] and trained, trained, metadata.get("std")
-        return Traits(*given, metadata.get("layers", ()), metadata.get("depth", 0), metadata["linear"])
+        given += metadata.get("layers", ()), metadata.get("depth", 0), metadata["linear"]
+        return Traits(*given, updatable=metadata.get("updatable", False))
 
     return jax.tree_util.tree_map_with_path(of, nnx.state(module), is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 

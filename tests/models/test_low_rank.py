@@ -9,6 +9,7 @@ from batches import LIGHT, build, example, lively, tiny
 from polygpt.errors import SpecError
 from polygpt.models.functional import bind
 from polygpt.models.low_rank import LowRank
+from polygpt.nn.experts import MixtureOfExperts
 from polygpt.optim.mup import MuP
 from polygpt.parameters import Traits, paths, tree_of
 
@@ -29,11 +30,11 @@ def models(kind, **changes):
     return bind(spec.replace(low_rank=KINDS[kind]), 31), bind(spec, 31)
 
 
-def updated(model):
+def updated(model, size=0.3):
     """Lively parameters, with updates that are not 0."""
     rng = np.random.default_rng(0)
     noise = jax.tree.map(
-        lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), jnp.float32), model.abstract()["low_rank"]
+        lambda x: jnp.asarray(size * rng.normal(size=x.shape), jnp.float32), model.abstract()["low_rank"]
     )
     return jax.tree.map(jnp.asarray, lively(model.merged)) | {"low_rank": noise}
 
@@ -155,3 +156,68 @@ def test_invalid_fields_are_refused():
         LowRank("(")
     with pytest.raises(SpecError, match="low_rank"):
         tiny(width=32).replace(low_rank=LowRank("x"), mup=MuP({"decoder.width": 16}))
+
+
+def trained_gradient(model, computed):
+    """(The gradient of a scalar of the logits with respect to what is trained, the logits), compiled."""
+
+    def scalar(trained, frozen, batch):
+        logits_BTV = computed(tree_of(trained | frozen), batch)
+        return jnp.sum(jnp.sin(jnp.arange(logits_BTV.size).reshape(logits_BTV.shape)) * logits_BTV), logits_BTV
+
+    return jax.jit(jax.grad(scalar, has_aux=True))
+
+
+def divided(model, params):
+    """The parameters by name: (trained, frozen)."""
+    trained = {name: params[name] for name, own in paths(model.traits).items() if own.trained}
+    return trained, {name: value for name, value in params.items() if name not in trained}
+
+
+@pytest.mark.parametrize("kind", ["rank stabilized", "DoRA"])
+@pytest.mark.parametrize("stack", [{"remat": "none"}, {"remat": "dots"}, {"scan": False, "remat": "full"}])
+def test_updates_inside_the_blocks_equal_merged_matrices(kind, stack):
+    model, plain = models(kind, adapters={}, **stack)
+    batch = build([(example(9, seed=1), example(7, seed=2))], 20, adapters={})
+    given = *divided(model, paths(updated(model, 0.1))), batch
+    found, ours = trained_gradient(model, lambda params, batch: model.apply(params, batch).logits_BTV)(*given)
+    merged = trained_gradient(model, lambda params, batch: plain.apply(model.merge(params), batch).logits_BTV)
+    expected, logits_BTV = merged(*given)
+    for name, value in (expected | {"logits": logits_BTV}).items():
+        atol = (1e-6 if name == "logits" else 3e-6) * np.abs(value).max()
+        np.testing.assert_allclose((found | {"logits": ours})[name], value, rtol=0, atol=atol, err_msg=name)
+
+
+def test_experts_and_other_modules_that_read_their_matrices_get_them_merged(batch):
+    spec = tiny(adapters=LIGHT, mlp=MixtureOfExperts(experts=3, top_k=2)).replace(low_rank=KINDS["DoRA"])
+    model, plain = bind(spec, 31), bind(spec.replace(low_rank=None), 31)
+    params = updated(model)
+    assert any("experts" in name or "gate" in name for name in paths(params["low_rank"]))
+    ours = jax.jit(model.apply)(params, batch).logits_BTV
+    expected = jax.jit(lambda *given: plain.apply(model.merge(given[0]), given[1]).logits_BTV)(params, batch)
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "DoRA"])
+def test_a_training_step_holds_neither_merged_matrices_nor_their_gradients(kind):
+    low_rank = KINDS[kind].replace(pattern="decoder/.*kernel")
+    model = bind(tiny(adapters={}, width=64, depth=8, remat="full").replace(low_rank=low_rank), 31)
+    params, batch = paths(model.abstract()), build([(example(14),)], 16, adapters={})
+    trained, frozen = divided(model, params)
+    matrices = sum(4 * np.prod(value.shape) for name, value in frozen.items() if "kernel" in name)
+
+    def temporary(computed):
+        program = trained_gradient(model, computed).lower(trained, frozen, batch).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    inside = temporary(lambda params, batch: model.apply(params, batch).logits_BTV)
+    merged = temporary(lambda params, batch: model.merged.apply(model.merge(params), batch).logits_BTV)
+    assert inside < 0.4 * matrices < 2 * matrices < merged + inside / 2
+
+
+def test_decoding_step_by_step_applies_updates_without_merging():
+    model, _ = models("LoRA", adapters={}, width=64)
+    batch = build([(example(1),)], 1, adapters={})
+    program = jax.make_jaxpr(model.decode)(model.abstract(), batch, model.init_cache(1, 4))
+    text = str(program)
+    assert "dot_general" in text and "f32[2,64,64] = dot_general" not in text and "f32[64,64] = dot_general" not in text

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from batches import build, example, lively, tiny  # noqa: E402
 from polygpt.heads.linear import LinearHead  # noqa: E402
 from polygpt.models.functional import bind  # noqa: E402
+from polygpt.models.low_rank import LowRank  # noqa: E402
 from polygpt.nn.experts import MixtureOfExperts  # noqa: E402
 from polygpt.nn.mlp import GatedMLP  # noqa: E402
 from polygpt.objectives.classification import LabelClassification  # noqa: E402
@@ -55,8 +56,12 @@ WAYS = {
     "data 2, fsdp 2, tensor 2 (blocks)": (DENSE, MeshSpec(fsdp=2, tensor=2)),
     "fsdp 2, sequence 2, tensor 2 (blocks)": (DENSE, MeshSpec(data=1, fsdp=2, sequence=2, tensor=2)),
     "stage 2, fsdp 2, expert 2 (blocks)": (ROUTED, MeshSpec(data=1, stage=2, fsdp=2, expert=2)),
+    "data 2, fsdp 2, tensor 2 (DoRA)": (DENSE, MeshSpec(fsdp=2, tensor=2)),
+    "stage 2, fsdp 2, expert 2 (DoRA)": (ROUTED, MeshSpec(data=1, stage=2, fsdp=2, expert=2)),
 }
-"""By name, the feed-forward layer and the mesh; None is pmap. Blocks: logits exist for some positions at a time."""
+"""By name, the feed-forward layer and the mesh; None is pmap. Blocks: logits exist for some positions at a time. DoRA:
+matrices are frozen under low-rank updates."""
+DORA = LowRank("kernel$", rank=2, alpha=1.0, magnitude=True, also="bias$")
 OBJECTIVES = {"next_token": (NextToken(), 1.0), "z": (ZLoss(), 1e-2), "kind": (LabelClassification("kind"), 0.5)}
 ROWS, LENGTH = 16, 32
 IDS = 52
@@ -86,12 +91,12 @@ def packed_rows():
     return batch.replace(extra={"kind": np.float32(np.where(batch.segment_BT > 0, kind_BT, np.nan))})
 
 
-def run(mlp, mode: str, mesh: MeshSpec | None, devices: int, block: int | None = None) -> dict:
+def run(mlp, mode: str, mesh: MeshSpec | None, devices: int, block=None, low_rank=None) -> dict:
     spec = tiny(mlp=mlp, depth=4, width=32, heads=4, kv_heads=4, tied=False)
-    spec = spec.replace(logits_block=block, heads={"kind": LinearHead(3, pool="mean")})
+    spec = spec.replace(logits_block=block, low_rank=low_rank, heads={"kind": LinearHead(3, pool="mean")})
     model = bind(spec, IDS)
     transformation, params = gradients_kept(), jax.tree.map(jnp.asarray, lively(model))
-    trainable = jax.tree.map(lambda _: True, params)
+    trainable = jax.tree.map(lambda own: own.trained, model.traits)
     recipe = Recipe(Loss(model, OBJECTIVES, trainable, logits_block=block), transformation, lambda step: 0.0)
     runs = parallel.build(mode, model.axes(), mesh, jax.devices()[:devices])
     runs.check(ROWS, LENGTH, 1)
@@ -105,7 +110,7 @@ def run(mlp, mode: str, mesh: MeshSpec | None, devices: int, block: int | None =
     if runs.layout:
         step = step.lower(*arguments).compile()
     state, metrics = step(*arguments)
-    gradient = paths(state.opt_state["gradient"])
+    gradient = {name: own for name, own in paths(state.opt_state["gradient"]).items() if paths(trainable)[name]}
     return {
         "loss": float(metrics["loss"]),
         "gradient": {path: np.asarray(leaf, np.float64).ravel().tolist() for path, leaf in gradient.items()},
@@ -118,8 +123,10 @@ if __name__ == "__main__":
     found = {}
     for name in sys.argv[1:]:
         mlp, mesh = WAYS[name]
-        if (single := f"single {type(mlp).__name__} {getattr(mlp, 'capacity', '')}") not in found:
-            found[single] = run(mlp, "single", None, 1)
+        low_rank = DORA if "(DoRA)" in name else None
+        single = f"single {type(mlp).__name__} {getattr(mlp, 'capacity', '')} {low_rank}"
+        if single not in found:
+            found[single] = run(mlp, "single", None, 1, low_rank=low_rank)
         block = 8 if "(blocks)" in name else None
-        found[name] = run(mlp, "sharded" if mesh else "pmap", mesh, 8, block) | {"single": single}
+        found[name] = run(mlp, "sharded" if mesh else "pmap", mesh, 8, block, low_rank) | {"single": single}
     print(json.dumps(found))

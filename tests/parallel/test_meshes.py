@@ -21,6 +21,7 @@ SLOW = [
     ["stage 2, sequence 2 (gather), data 2", "stage 2, sequence 2 (ring), data 2"],
     ["pmap (blocks)", "fsdp 2, sequence 2, tensor 2 (blocks)", "stage 2, fsdp 2, expert 2 (blocks)"],
     ["expert 4, data 2 (dropless)", "expert 4, data 2 (capacity)", "stage 2, fsdp 2, expert 2"],
+    ["data 2, fsdp 2, tensor 2 (DoRA)", "stage 2, fsdp 2, expert 2 (DoRA)"],
 ]
 
 

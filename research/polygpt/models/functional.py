@@ -138,10 +138,11 @@ class Model:
         Raises:
             SpecError: for a site that the model does not have or the pass does not compute.
         """
-        params = self.merge(params)
         if key is not None and self.spec.drop_connect:
             given = paths(self.merged.traits), jax.random.fold_in(key, 2)  # the module splits the key in two
-            params = self.spec.drop_connect.dropped(params, *given)
+            params = self.spec.drop_connect.dropped(self.merge(params), *given)
+        else:
+            params = self._applied(params)
         with self._split(), parameters.merged(self.graphdef, _state(params)) as module:
             if not capture:
                 return module.hidden(batch, key=key)[::2]
@@ -238,7 +239,13 @@ class Model:
         return self.spec.build(self.vocabulary, nnx.Rngs(key))
 
     def _merged(self, params: Params) -> contextlib.AbstractContextManager[MultimodalModel]:
-        return parameters.merged(self.graphdef, _state(self.merge(params)))
+        return parameters.merged(self.graphdef, _state(self._applied(params)))
+
+    def _applied(self, params: Params) -> Params:
+        """The parameters of the module: as in `merge`, or matrices that apply their updates by themselves."""
+        if self.spec.low_rank is None:
+            return params
+        return self.spec.low_rank.applied(params, paths(self.traits))
 
     def _initial(self, key: jax.Array) -> Params:
         params = _pure(nnx.state(self._build(key)))

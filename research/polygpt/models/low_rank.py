@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from polygpt.errors import SpecError
+from polygpt.nn.low_rank import LowRankMatrix
 from polygpt.parameters import Traits, paths, tree_of
 from polygpt.spec import Spec, check_pattern
 
@@ -25,9 +26,9 @@ def matrix_of(name: str) -> str | None:
 class LowRank(Spec):
     """Trains W + scale * down @ up instead of W: LoRA (Hu et al., 2106.09685, section 4.1).
 
-    All other parameters are frozen, except those in `also`. At first `up` is 0, so the model is the one before. This
-    saves optimizer state, not gradients: a step computes with the merged matrices, which take memory, as do their
-    gradients.
+    All other parameters are frozen, except those in `also`. At first `up` is 0, so the model is the one before. A
+    `nn.Linear` computes x @ W + scale * (x @ down) @ up, so that neither merged matrices nor gradients of frozen ones
+    exist. Matrices of other modules are merged in each pass.
     """
 
     pattern: str
@@ -106,20 +107,37 @@ class LowRank(Spec):
                 values[name] = normal * own.shape[-2] ** -0.5 if down else normal
         return tree_of(values)
 
+    def applied(self, params: Mapping[str, Any], traits: Mapping[str, Traits]) -> dict[str, Any]:
+        """The parameters of the model without updates, as the updated model computes with them.
+
+        In the place of a matrix of a `nn.Linear` is a `LowRankMatrix`, which needs no memory for the sum; others are
+        merged.
+        """
+        updated = self._updated(params)
+        own = {name: matrix if traits[name].updatable else matrix.merged() for name, matrix in updated.items()}
+        return tree_of(paths(_without(params)) | own)
+
     def merged(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """The parameters of the model without updates that computes the same; accumulated in float32."""
-        base = {name: value for name, value in params.items() if name != KEY}
-        values, updates = paths(base), paths(params[KEY])
-        for name in dict.fromkeys(name.rpartition("/")[0] for name in updates):  # the same order in every process
-            matrix, down, up = values[name], updates[f"{name}/down"], updates[f"{name}/up"]
-            changed = matrix + self.scale * jnp.matmul(down, up)
-            if self.magnitude:
-                scaled = 1 + updates[f"{name}/magnitude"][..., None, :]
-                changed = changed * (_lengths(matrix) / _lengths(changed)) * scaled
-            values[name] = changed
-        return tree_of(values)
+        updated = self._updated(params)
+        return tree_of(paths(_without(params)) | {name: matrix.merged() for name, matrix in updated.items()})
+
+    def _updated(self, params: Mapping[str, Any]) -> dict[str, LowRankMatrix]:
+        """The matrices that have an update, by name."""
+        values, updates = paths(_without(params)), paths(params[KEY])
+        names = dict.fromkeys(name.rpartition("/")[0] for name in updates)  # the same order in every process
+        return {
+            name: LowRankMatrix(
+                values[name],
+                updates[f"{name}/down"],
+                updates[f"{name}/up"],
+                updates.get(f"{name}/magnitude"),
+                self.scale,
+            )
+            for name in names
+        }
 
 
-def _lengths(matrix: jax.Array) -> jax.Array:
-    """The Euclidean norm of each column [..., 1, outputs]; tiny rather than 0, where it would have no gradient."""
-    return jnp.sqrt(jnp.sum(jnp.square(matrix), axis=-2, keepdims=True) + 1e-30)
+def _without(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of the model without updates."""
+    return {name: value for name, value in params.items() if name != KEY}

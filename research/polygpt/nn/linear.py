@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from polygpt import sharding
+from polygpt.nn.low_rank import LowRankMatrix
 
 
 class Linear(nnx.Module):
@@ -34,18 +35,22 @@ class Linear(nnx.Module):
         axes: tuple[str | None, str | None] = ("width", None),
     ):
         kernel = jax.random.normal(rngs.params(), (inputs, outputs)) * (scale * inputs**-0.5)
-        self.kernel = nnx.Param(kernel, axes=axes)
+        self.kernel = nnx.Param(kernel, axes=axes, updatable=True)
         # Model-width biases are replicated.
         self.bias = nnx.Param(jnp.zeros(outputs), axes=(None if axes[1] == "width" else axes[1],)) if bias else None
         self.dtype = dtype
 
     def __call__(self, x: jax.Array, output_dtype: str | None = None) -> jax.Array:
         """[..., inputs] -> [..., outputs], computed in `dtype`; `output_dtype="float32"` returns the unrounded sums."""
-        kernel = self.kernel[...].astype(self.dtype)
+        kernel = self.kernel.get_value()
         flat = x.astype(self.dtype)
         if not sharding.is_split("positions"):
             flat = flat.reshape(-1, kernel.shape[0])
-        y = jnp.matmul(flat, kernel, preferred_element_type=output_dtype).reshape(*x.shape[:-1], kernel.shape[1])
+        if isinstance(kernel, LowRankMatrix):
+            y = kernel.product(flat, self.dtype, output_dtype)
+        else:
+            y = jnp.matmul(flat, kernel.astype(self.dtype), preferred_element_type=output_dtype)
+        y = y.reshape(*x.shape[:-1], kernel.shape[1])
         return y if self.bias is None else y + broadcast_to_rank(self.bias[...].astype(y.dtype), y.ndim)
 
 

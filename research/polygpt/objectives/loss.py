@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import json
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -102,9 +102,15 @@ class Loss:
             shards: number of shards.
         """
 
-        def loss(params, seen, index, cotangents=None):
+        leaves, structure = jax.tree.flatten(params)
+        trainable = jax.tree.leaves(self.trainable)
+        # Frozen parameters take no part, so that no sum over microbatches holds zeros for them.
+        trained = [leaf if train else None for leaf, train in zip(leaves, trainable, strict=True)]
+
+        def loss(trained, seen, index, cotangents=None):
             """(value, means); with `cotangents`, only the gradient is right for a `BatchObjective`."""
-            params = jax.tree.map(without_frozen, params, self.trainable)
+            given = [without_frozen(*pair) for pair in zip(_filled(trained, leaves), trainable, strict=True)]
+            params = structure.unflatten(given)
             here = self._forwards(params, others, seen, key, index)
             value, found = 0.0, {}
             for view, forward in here.items():
@@ -126,17 +132,20 @@ class Loss:
             return value, found
 
         def part(given, index):
-            found = jax.grad(loss, has_aux=True, allow_int=True)(params, given[0], index, *given[1:])
+            found = jax.grad(loss, has_aux=True, allow_int=True)(trained, given[0], index, *given[1:])
             return found[1], jax.tree.map(_without_float0, found[0])
 
+        def completed(means, gradient):
+            return means, structure.unflatten(_filled(gradient, list(map(_no_gradient, leaves))))
+
         if self.accumulate == 1:
-            return part((seen,), 0)
+            return completed(*part((seen,), 0))
         whole = {name: o for name, (o, _) in self.objectives.items() if isinstance(o, BatchObjective)}
         if not whole:
-            return sum_over_microbatches(part, (seen,), self.accumulate)
+            return completed(*sum_over_microbatches(part, (seen,), self.accumulate))
         known, cotangents = self._compared(whole, params, others, seen, key, gather, shards)
         found, gradient = sum_over_microbatches(part, (seen, cotangents), self.accumulate)
-        return found | {name: known[name] / _divisor(weights[name]) for name in whole}, gradient
+        return completed(found | {name: known[name] / _divisor(weights[name]) for name in whole}, gradient)
 
     def _forwards(self, params, others, seen, key, index) -> dict[View | None, Forward]:
         key = None if key is None else jax.random.fold_in(key, index)
@@ -196,8 +205,18 @@ def _split(rows: Any, parts: int) -> Any:
     return jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), rows)
 
 
+def _filled(leaves: Sequence[Any], others: Sequence[Any]) -> list[Any]:
+    """The leaves, with those of `others` in the place of None."""
+    return [other if leaf is None else leaf for leaf, other in zip(leaves, others, strict=True)]
+
+
 def _divisor(weight: jax.Array) -> jax.Array:
     return jnp.where(weight > 0, weight, 1.0)
+
+
+def _no_gradient(leaf: jax.Array) -> jax.Array:
+    """Zeros like a parameter; in float32 for whole numbers."""
+    return jnp.zeros(leaf.shape, leaf.dtype if jnp.issubdtype(leaf.dtype, jnp.inexact) else jnp.float32)
 
 
 def _without_float0(gradient: jax.Array) -> jax.Array:
