@@ -58,9 +58,7 @@ def logits(batch, seed: int = 0):
 def outputs(logits_BTV):
     # A routed model gives sums over rows beside its logits: here, how many there are.
     names = (found.values[0].loss for found in OBJECTIVES if issubclass(found.values[0], RoutingObjective))
-    return SimpleNamespace(
-        logits_BTV=logits_BTV, losses=dict.fromkeys(names, np.float32(len(logits_BTV))), logits_block=None
-    )
+    return SimpleNamespace(logits_BTV=logits_BTV, losses=dict.fromkeys(names, np.float32(len(logits_BTV))), block=None)
 
 
 @pytest.mark.parametrize("cls", OBJECTIVES)

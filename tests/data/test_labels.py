@@ -72,6 +72,14 @@ def test_a_label_of_another_shape_or_without_a_finite_value_is_refused(small, va
         row_of(small, Text("a"), size=value)
 
 
+def test_a_label_below_its_minimum_is_refused(small):
+    layout = LAYOUT.replace(labels={"count": Label((2,), minimum=0)})
+    with pytest.raises(BadRecord, match=r"'count' is \[3, -1\]: .* each a finite number of at least 0 or null: mend"):
+        row_of(small, Text("a"), layout=layout, count=[3, -1])
+    count = row_of(small, Text("a"), layout=layout, count=[0, None]).extra["count"][-1]
+    np.testing.assert_array_equal(count, [0, np.nan])
+
+
 def test_a_label_that_is_not_declared_is_refused(small):
     with pytest.raises(BadRecord, match="'kinds' is not in data.layout.labels: did you mean kind.*; declare it"):
         row_of(small, Text("a"), kinds=1)

@@ -108,6 +108,13 @@ def test_examples_with_both_modalities_are_embedded_wherever_they_lie(model):
     assert count == 2 and list(map(tuple, np.argwhere(audio["valid"]))) == [(0, 1), (1, 0)]
 
 
+def test_examples_beyond_the_limit_of_a_row_are_counted():
+    seen = InfoNCE(HEADS).view(build([[A, B], [C, D]], T), None)
+    counts = {limit: InfoNCE(HEADS, per_row=limit) for limit in (None, 1, 2)}
+    counts = {limit: (float(one.weight(seen)), float(one.left_out(seen))) for limit, one in counts.items()}
+    assert counts == {None: (3, 0), 1: (1, 2), 2: (3, 0)}
+
+
 def test_a_modality_is_embedded_without_the_others(model):
     def other_pixels(batch):
         batch.media["image"].features[...] += 1.0

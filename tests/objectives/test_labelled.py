@@ -121,9 +121,9 @@ def test_a_single_number_needs_no_axis(scores):
 # --- what an experiment must have -------------------------------------------------------------------------------------
 
 MODEL = ModelSpec(heads={"kind": LinearHead(3)})
-LAYOUT = LayoutSpec(
-    8, labels={"kind": Label(classes=3), "size": Label(), "seen": Label((3,), classes=2), "flag": Label(classes=2)}
-)
+COUNTS = {"free": Label((3,)), "low": Label((3,), minimum=-1), "counts": Label((3,), minimum=0)}
+CLASSES = {"kind": Label(classes=3), "seen": Label((3,), classes=2), "flag": Label(classes=2)}
+LAYOUT = LayoutSpec(8, labels={"size": Label(), **CLASSES, **COUNTS})
 
 
 @pytest.mark.parametrize(
@@ -140,6 +140,11 @@ LAYOUT = LayoutSpec(
         (MultiLabel("kind", "size"), "do not fit: declare it as 0 or 1"),
         (Regression("kind", "size"), "it has 1 numbers, for which the head must have 1 outputs, not 3"),
         (Regression("kind", "seen", loss="gaussian"), "the head must have 6 outputs, not 3"),
+        (
+            Regression("kind", "free", loss="poisson"),
+            r"'free' .* counts are at least 0: declare it as Label\(minimum=0\)",
+        ),
+        (Regression("kind", "low", loss="poisson"), r"declare it as Label\(minimum=0\)"),
     ],
 )
 def test_a_head_or_a_label_that_does_not_fit_is_named(objective, message):
@@ -151,6 +156,8 @@ def test_what_fits_is_accepted():
     LabelClassification("kind").check_with(MODEL, LAYOUT)
     MultiLabel("kind", "seen").check_with(MODEL, LAYOUT)
     Regression("kind", "seen").check_with(MODEL, LAYOUT)
+    Regression("kind", "counts", loss="poisson").check_with(MODEL, LAYOUT)
+    Regression("kind", "seen", loss="poisson").check_with(MODEL, LAYOUT)
 
 
 def test_a_head_of_another_number_of_classes_is_refused():

@@ -1,7 +1,9 @@
 """Objectives that find nothing to score are told before a run begins."""
 
+import dataclasses
 import re
 
+import jax.numpy as jnp
 import pytest
 from tiny_experiment import experiment
 
@@ -9,6 +11,7 @@ from polygpt.data.labels import Label
 from polygpt.errors import UserError
 from polygpt.heads.linear import LinearHead
 from polygpt.heads.projection import ProjectionHead
+from polygpt.objectives.base import BatchObjective
 from polygpt.objectives.classification import LabelClassification
 from polygpt.objectives.info_nce import InfoNCE
 from polygpt.objectives.masked_lm import MaskedLM, MaskTokens
@@ -48,6 +51,23 @@ def test_a_contrast_without_one_of_its_modalities_is_told(monkeypatch):
         UserError, match=r"objectives\.pair finds nothing .*InfoNCE needs projections of both modalities"
     ):
         scored.require_scored(chosen.replace(objectives=PLAIN | {"pair": (pair, 0.1)}))
+
+
+@dataclasses.dataclass(frozen=True)
+class FirstTwo(BatchObjective):
+    """Compares two rows."""
+
+    def weight(self, batch):
+        return jnp.float32(2)
+
+    def left_out(self, batch):
+        return jnp.float32(batch.shape[0] - 2)
+
+
+def test_examples_that_an_objective_leaves_out_are_counted(caplog):
+    scored.require_scored(with_heads(two=FirstTwo()))
+    assert "objectives.two leaves out 2 of 4 examples in the first 4 rows: raise its limit" in caplog.text
+    assert len(caplog.records) == 1
 
 
 def test_no_data_is_read_for_objectives_of_tokens_and_for_those_that_only_monitor(monkeypatch):

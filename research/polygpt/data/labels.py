@@ -18,6 +18,8 @@ class Label(Spec):
     """Shape of one label: [] for a number, [3] for a list of three."""
     classes: int | None = None
     """Number of classes: labels are whole numbers from 0 to classes - 1. null: any finite numbers."""
+    minimum: float | None = None
+    """The smallest number that a label may be, such as 0 for counts; null for none."""
 
     def validate(self):
         self.require(all(size >= 1 for size in self.shape), "shape", "sizes of at least 1")
@@ -34,6 +36,8 @@ class Label(Spec):
         known = array[~np.isnan(array)]
         if np.isinf(known).any():
             raise ValueError
+        if self.minimum is not None and (known < self.minimum).any():
+            raise ValueError
         if self.classes is not None and ((known % 1 != 0) | (known < 0) | (known >= self.classes)).any():
             raise ValueError
         return array
@@ -41,7 +45,8 @@ class Label(Spec):
     @property
     def allowed(self) -> str:
         """What labels must be, for messages."""
-        number = "a finite number" if self.classes is None else f"a whole number from 0 to {self.classes - 1}"
+        least = "" if self.minimum is None else f" of at least {self.minimum:g}"
+        number = f"a finite number{least}" if self.classes is None else f"a whole number from 0 to {self.classes - 1}"
         return f"{number}, or null" if self.shape == () else f"of shape {list(self.shape)}, each {number} or null"
 
 

@@ -31,13 +31,10 @@ class Retrieval(OutputMetric):
     """Name of a label in `data.layout.labels` of one number; null if only the example itself is right."""
     bidirectional: bool = True
     """As in the contrastive objective."""
-    per_row: int | None = None
-    """As in the contrastive objective."""
 
     def validate(self):
         self.require(bool(self.at) and min(self.at) >= 1, "at", "numbers of at least 1")
         self.require(bool(self.name), "name", "not empty")
-        self.require(self.per_row is None or self.per_row >= 1, "per_row", "null or at least 1")
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -64,7 +61,7 @@ class Retrieval(OutputMetric):
             raise SpecError(f"reads the label {self.label!r}, which is not in data.layout.labels")
 
     def rows(self, outputs, batch):
-        E, found, valid = min(self.per_row or batch.shape[1], batch.shape[1]), [], True
+        E, found, valid = max(1, int(np.max(example_of(batch)))), [], True  # examples of the fullest row
         for head, modality in zip(self.heads, self.between, strict=True):
             at_BE, there_BE = map(np.asarray, last_of(batch, modality, E))
             found.append(np.take_along_axis(outputs[head], at_BE[..., None], axis=1))

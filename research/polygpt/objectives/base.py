@@ -137,6 +137,10 @@ class BatchObjective(Objective):
     once to compare all rows, and once for the gradient (GradCache: Gao et al., 2101.06983, section 3).
     """
 
+    def left_out(self, batch: Batch) -> jax.Array:
+        """Number of examples of `batch` that a limit of the objective keeps from being compared, float32 scalar."""
+        return jnp.zeros(())
+
     def embed(self, outputs, batch: Batch):
         """What is compared: a tree of float32 arrays [B, ...]."""
         raise NotImplementedError(f"{type(self).__name__} defines no embed")

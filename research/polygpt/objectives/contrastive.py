@@ -52,7 +52,8 @@ class Contrastive(BatchObjective):
     bidirectional: bool = True
     """Whether the positions of a modality see each other in both directions; false keeps the spans of the data."""
     per_row: int | None = None
-    """Number of packed examples of a row that are compared; null for as many as fit. A small number saves memory."""
+    """Number of packed examples of a row that are compared; null for as many as fit. A small number saves memory; if
+    the first rows of a run have more, it says how many are left out."""
     chunk: int | None = None
     """Number of examples whose similarities to all others exist at a time; null for all. Recomputed in the backward
     pass."""
@@ -112,13 +113,22 @@ class Contrastive(BatchObjective):
         return self.sum_over(Compared(left, right, valid_N, embedded["scale"].mean(), embedded["bias"].mean()))
 
     def weight(self, batch: Batch) -> jax.Array:
-        """The number of examples with both modalities."""
-        E = self._examples(batch)
-        left, right = (last_of(batch, modality, E)[1] for modality in self.between)
+        """The number of examples with both modalities that are compared."""
+        return self._paired(batch, self._examples(batch))
+
+    def left_out(self, batch: Batch) -> jax.Array:
+        """Number of examples with both modalities beyond the first `per_row` of a row."""
+        return self._paired(batch, self._places(batch)) - self.weight(batch)
+
+    def _paired(self, batch: Batch, examples: int) -> jax.Array:
+        left, right = (last_of(batch, modality, examples)[1] for modality in self.between)
         return jnp.sum(left & right, dtype=jnp.float32)
 
     def _examples(self, batch: Batch) -> int:
-        return min(self.per_row or batch.shape[1], max(1, batch.shape[1] // SHORTEST))
+        return min(self.per_row or batch.shape[1], self._places(batch))
+
+    def _places(self, batch: Batch) -> int:
+        return max(1, batch.shape[1] // SHORTEST)
 
     def by_chunks(self, function, *rows_N: jax.Array) -> jax.Array:
         """The sum of `function(*rows)`, a scalar, over chunks of the rows; rows that fill the last chunk are zeros."""

@@ -40,6 +40,8 @@ class Regression(LabelObjective):
         needed = numbers(label) * (2 if self.loss == "gaussian" else 1)
         if outputs != needed:
             return f"it has {numbers(label)} numbers, for which the head must have {needed} outputs, not {outputs}"
+        if self.loss == "poisson" and label.classes is None and (label.minimum is None or label.minimum < 0):
+            return "counts are at least 0: declare it as Label(minimum=0), so that other records are refused"
         return None
 
     def per_number(self, scores_BTK: jax.Array, label_BTn: jax.Array) -> jax.Array:
