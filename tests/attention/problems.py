@@ -15,7 +15,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from random_masks import PAIRS, sees
+from random_masks import PAIRS, arrays_of, sees
 
 from polygpt.attention.kernels import reference
 from polygpt.attention.kernels.problem import Operands, Rule
@@ -36,7 +36,22 @@ class Near(Mask):
         return abs(query.position - key.position) < self.size
 
 
-WITH_NEAR = {**PAIRS, Near: lambda m, q, k: q["position"] - m.size < k["position"] < q["position"] + m.size}
+@dataclasses.dataclass(frozen=True)
+class SameSpeaker(Mask):
+    """Both positions have one speaker, or the key has none: a mask of labels."""
+
+    def labels(self):
+        return frozenset({"speaker"})
+
+    def __call__(self, query, key):
+        return (query.extra["speaker"] == key.extra["speaker"]) | (key.extra["speaker"] < 0)
+
+
+WITH_NEAR = {
+    **PAIRS,
+    Near: lambda m, q, k: q["position"] - m.size < k["position"] < q["position"] + m.size,
+    SameSpeaker: lambda m, q, k: k["speaker"] in (q["speaker"], -1),
+}
 """What each predicate of the problems says of one pair."""
 
 
@@ -99,6 +114,7 @@ CASES = {
     "unordered": Case("unordered"),
     "window": Case("packed", DECODER & Near(4)),
     "far_or_first": Case("plain", SameSegment() & Causal() & (~Near(9) | Near(2))),
+    "labels": Case("labels", DECODER & (SameSpeaker() | Near(2))),
     "capped": Case("packed", score=Scale(3.0).then(SoftCap(2.0)), heads=(2, 1)),
     "slopes": Case("decode", score=Slopes()),
     "table": Case("packed", score=SoftCap(2.0).then(Table())),
@@ -143,6 +159,10 @@ def layout(name: str, rng: np.random.Generator) -> tuple[Meta, Meta]:
         return meta, meta
     if name == "packed":
         meta = rows_of([[7, 9, 3], [4, 11]], 19)
+        return meta, meta
+    if name == "labels":
+        meta = rows_of([[7, 9, 3], [4, 11]], 19)
+        meta = dataclasses.replace(meta, extra={"speaker": meta.position // 3 % 3 - 1})
         return meta, meta
     if name == "spans":
         meta = rows_of([[12, 5], [19]], 19)
@@ -241,7 +261,7 @@ def expected(rule: Rule, operands: Operands) -> tuple[np.ndarray, np.ndarray]:
         np.asarray(x, np.float64) for x in (operands.query_BHTd, operands.key_BKSd, operands.value_BKSe)
     )
     terms = jax.tree.map(lambda x: np.asarray(x, np.float64), vars(operands.terms))
-    metas = [{name: np.asarray(x) for name, x in vars(meta).items()} for meta in (operands.query, operands.key)]
+    metas = [{name: np.asarray(x) for name, x in arrays_of(meta).items()} for meta in (operands.query, operands.key)]
     rows, H, T, _ = query.shape
     K, S, e = value.shape[1:]
     y, lse = np.zeros((rows, H, T, e)), np.zeros((rows, H, T))

@@ -70,13 +70,19 @@ def sees(mask, query, key, pairs=PAIRS) -> bool:
     return pairs[type(mask)](mask, query, key)
 
 
+def arrays_of(meta: Meta) -> dict[str, np.ndarray]:
+    """All arrays by name, labels among them."""
+    own = dict(vars(meta))
+    return own.pop("extra") | own
+
+
 def reference(mask, query: Meta, key: Meta) -> np.ndarray:
     """The dense mask, bool [B, T, S], pair by pair."""
     B, T, S = *query.index.shape, key.index.shape[1]
     matrix = np.zeros((B, T, S), bool)
     for b, t, s in np.ndindex(B, T, S):
-        q = {name: int(array[b, t]) for name, array in vars(query).items()}
-        k = {name: int(array[b, s]) for name, array in vars(key).items()}
+        q = {name: int(array[b, t]) for name, array in arrays_of(query).items()}
+        k = {name: int(array[b, s]) for name, array in arrays_of(key).items()}
         matrix[b, t, s] = k["segment"] != 0 and sees(mask, q, k)
     return matrix
 

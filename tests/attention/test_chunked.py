@@ -21,7 +21,7 @@ def in_tiny_blocks(rule, operands):
     return chunked.in_blocks(rule, operands, 5, 4)
 
 
-QUICK = ("spans", "decode", "far_or_first", "table", "gates", "sigmoid_terms")
+QUICK = ("spans", "labels", "decode", "far_or_first", "table", "gates", "sigmoid_terms")
 """Between them every kind of tile and term, both normalizers, GQA and MQA, spans, padding, other numbers of keys."""
 
 

@@ -21,7 +21,7 @@ from polygpt.attention.scores import Score, SoftCap, Terms
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 attend = functools.partial(flex.attend, block_q=8, block_k=8)
 attend_wide = functools.partial(flex.attend, block_q=8, block_k=16)
-QUICK = ("plain", "spans", "table", "gates", "sigmoid_terms")
+QUICK = ("plain", "spans", "labels", "table", "gates", "sigmoid_terms")
 """Between them every kind of block and term, both normalizers, MHA, GQA and MQA, padding, unequal lengths."""
 
 
@@ -107,7 +107,7 @@ def test_what_it_refuses():
 
 def shapes(B: int, H: int, K: int, T: int, width: int = 128, dtype="bfloat16", **terms) -> Operands:
     """A problem without numbers."""
-    meta = Meta(*(jax.ShapeDtypeStruct((B, T), jnp.int32) for _ in dataclasses.fields(Meta)))
+    meta = jax.eval_shape(lambda: Meta.empty(B, T))
     of = {kind: {n: jax.ShapeDtypeStruct(s, jnp.float32) for n, s in terms.get(kind, {}).items()} for kind in KINDS}
     arrays = (jax.ShapeDtypeStruct((B, heads, T, width), dtype) for heads in (H, K, K))
     return Operands(*arrays, meta, meta, Terms(**of))

@@ -4,7 +4,6 @@ Nothing of the library computes here. A reference is a function `(p, x_BTD, row,
 parameters `p` in float64; weights are [B, H, T, T].
 """
 
-import dataclasses
 import functools
 import math
 
@@ -254,4 +253,4 @@ def mixture(p, x_BTD, row, spec):
 
 def shifted(row: Meta, start: int, stop: int) -> Meta:
     """The positions from `start` to `stop`."""
-    return Meta(**{field.name: getattr(row, field.name)[:, start:stop] for field in dataclasses.fields(Meta)})
+    return jax.tree.map(lambda x: x[:, start:stop], row)

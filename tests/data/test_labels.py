@@ -110,9 +110,12 @@ def test_whole_numbers_are_padded_with_zeros(small):
     sequence.check(batch, small.tokenizer.vocabulary, small.positions)
 
 
-def test_a_prompt_has_no_labels(small):
+def test_a_prompt_has_the_labels_of_its_texts_and_generation_takes_those_that_masks_read(small):
     batch = prompt_batch([[Text("ab", 0.0, {"tag": 1})]], LAYOUT, small.tokenizer, small.adapters)
-    assert batch.extra == {} and pad(batch, 2, 8).extra == {}
+    np.testing.assert_array_equal(batch.extra["tag"], [[np.nan, 1, 1]])
+    assert pad(batch, 2, 8).extra == {}
+    tag_BT = pad(batch, 2, 8, ["tag", "none"]).extra["tag"]
+    assert tag_BT.shape == (2, 8) and np.argwhere(~np.isnan(tag_BT)).tolist() == [[0, 1], [0, 2]]
 
 
 def test_a_batch_with_a_label_on_padding_or_of_another_size_is_refused(small):

@@ -18,7 +18,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 sys.path.insert(0, str(Path(__file__).parents[1] / "attention"))
 
-from problems import Case, Gates, Slopes, Table, Together, assert_agrees, made, part_of, rows_of  # noqa: E402
+from problems import Case, Gates, SameSpeaker, Slopes, Table, Together, assert_agrees, made, part_of, rows_of  # noqa: E402
 
 from polygpt import sharding  # noqa: E402
 from polygpt.attention.kernels import dispatch  # noqa: E402
@@ -37,6 +37,7 @@ CASES = {
     "window": Case("packed", DECODER & Window(3)),
     "prefix": Case("packed", SameSegment() & (Causal() | Prefix(5))),
     "sinks": Case("spans", DECODER & (Window(3) | Sinks(2))),
+    "labels": Case("labels", DECODER & SameSpeaker()),
     "slopes": Case("packed", score=Slopes()),
     "table": Case("spans", score=SoftCap(2.0).then(Table())),
     "gates": Case("spans", score=Scale(2.0).then(Gates())),
@@ -64,6 +65,8 @@ def layout_of(name: str) -> tuple[Meta, Meta]:
     match name:
         case "spans":
             return (dataclasses.replace(packed, span=span),) * 2
+        case "labels":
+            return (dataclasses.replace(packed, extra={"speaker": packed.position // 2 % 3 - 1}),) * 2
         case "empty":
             return (rows_of([[13], []], T),) * 2
         case "cross":

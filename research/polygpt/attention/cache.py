@@ -64,7 +64,7 @@ def empty(arrays: Any, size: int, mask: Mask, ring: bool = True) -> Full | Ring:
     if not fits:
         return Full(arrays)
     rows = jax.tree.leaves(arrays)[0].shape[0]
-    return Ring(arrays, Meta(*(jnp.zeros((rows, size), jnp.int32) for _ in range(5))), reach)
+    return Ring(arrays, Meta.empty(rows, size, mask.labels()), reach)
 
 
 def extend(cache: Full | Ring | None, new: Any, context) -> tuple[Any, Meta, Full | Ring | None]:
@@ -91,7 +91,8 @@ def extend(cache: Full | Ring | None, new: Any, context) -> tuple[Any, Meta, Ful
     # Attend to old and new positions together: an early query may still see slots that later positions overwrite.
     new = jax.tree.map(lambda x, old: x.astype(old.dtype), new, cache.arrays)
     seen = jax.tree.map(lambda old, x: jnp.concatenate([old, x], axis=2), cache.arrays, new)
-    meta = jax.tree.map(lambda old, x: jnp.concatenate([old, x], axis=1), cache.meta, context.query)
+    query = context.query.only(cache.meta.extra)
+    meta = jax.tree.map(lambda old, x: jnp.concatenate([old, x], axis=1), cache.meta, query)
     source_BR, fresh_BR = _latest(cache, context.query)
 
     def keep(old, x):
@@ -103,7 +104,7 @@ def extend(cache: Full | Ring | None, new: Any, context) -> tuple[Any, Meta, Ful
         return jnp.where(fresh_BR, jnp.take_along_axis(x, source_BR, axis=1), old)
 
     arrays = jax.tree.map(keep, cache.arrays, new)
-    return seen, meta, Ring(arrays, jax.tree.map(keep_meta, cache.meta, context.query), cache.reach)
+    return seen, meta, Ring(arrays, jax.tree.map(keep_meta, cache.meta, query), cache.reach)
 
 
 def last(cache: Full | Ring | None, context, name: str) -> tuple[Any, jax.Array] | None:

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from polygpt.attention.masks import DECODER, Mask, Meta
@@ -114,7 +113,7 @@ def causal_mean(flops: Callable[[float], float], seq_len: int) -> float:
 
 def blank_context(batch_size: int) -> Context:
     """The context of a single first position per row, for shape inference."""
-    meta = Meta(*[jnp.zeros((batch_size, 1), jnp.int32)] * 5)
+    meta = Meta.empty(batch_size, 1)
     return Context(meta, meta, DECODER)
 
 
@@ -163,6 +162,10 @@ class Attention(Spec):
     def cost(self) -> str:
         """The formula of `score_flops` in axis letters, such as "4 H d S"."""
         raise NotImplementedError
+
+    def labels(self) -> frozenset[str]:
+        """Names of the labels that its mask reads, see `Mask.labels`."""
+        return frozenset()
 
     def sees_ahead(self) -> bool:
         """Whether positions of a bidirectional span attend to later ones, if the mask allows it."""

@@ -8,11 +8,13 @@ Order in time is defined by index, distance by position id: neither padding nor 
 """
 
 import dataclasses
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
 
-from polygpt.spec import Spec
+from polygpt.errors import SpecError
+from polygpt.spec import Spec, nearest
 
 
 @jax.tree_util.register_dataclass
@@ -26,6 +28,7 @@ class Meta:
         segment: packed example, from 1; 0 is padding.
         span: bidirectional span; 0 for none.
         modality: as in `polygpt.sequence`.
+        extra: labels that masks read, by name (`Mask.labels`), int32; -1 where a position has none.
     """
 
     index: jax.Array
@@ -33,6 +36,24 @@ class Meta:
     segment: jax.Array
     span: jax.Array
     modality: jax.Array
+    extra: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def empty(cls, B: int, T: int, labels: Iterable[str] = ()) -> "Meta":
+        """T positions of padding per row; each array has its own buffer, which can be donated."""
+
+        def zeros():
+            return jnp.zeros((B, T), jnp.int32)
+
+        return cls(*(zeros() for _ in range(5)), {name: zeros() for name in labels})
+
+    def only(self, labels: Iterable[str]) -> "Meta":
+        """The metadata with these labels only. Raises SpecError if one is not there."""
+        for name in labels:
+            if name not in self.extra:
+                there = nearest(name, self.extra) if self.extra else "there are none"
+                raise SpecError(f"a mask reads the label {name!r}, which these positions do not have: {there}")
+        return dataclasses.replace(self, extra={name: self.extra[name] for name in labels})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +87,10 @@ class Mask(Spec):
         """
         return None
 
+    def labels(self) -> frozenset[str]:
+        """Names of the labels that it reads, as `query.extra[name]`. They must be declared in `data.layout.labels`."""
+        return frozenset()
+
     def __and__(self, other: "Mask") -> "Mask":
         return And(self, other)
 
@@ -93,6 +118,9 @@ class And(Mask):
         bounds = [reach for reach in (self.left.reach(), self.right.reach()) if reach is not None]
         return min(bounds, key=lambda reach: reach.first + reach.last, default=None)
 
+    def labels(self):
+        return self.left.labels() | self.right.labels()
+
 
 @dataclasses.dataclass(frozen=True)
 class Or(Mask):
@@ -111,6 +139,9 @@ class Or(Mask):
         if left is None or right is None:
             return None
         return Reach(max(left.first, right.first), max(left.last, right.last))
+
+    def labels(self):
+        return self.left.labels() | self.right.labels()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +163,9 @@ class Not(Mask):
             case Or(left, right):
                 return (~left & ~right).reach()
         return None
+
+    def labels(self):
+        return self.inner.labels()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -92,6 +92,9 @@ class MultiHead(Attention):
         """The mask, given the model's own `mask`. A variant narrows it: `mask & Window(64)`."""
         return mask
 
+    def labels(self) -> frozenset[str]:
+        return self.mask(DECODER).labels()
+
     def score(self, score: Score) -> Score:
         """The score modification, given that of the position encoding. A variant extends it: `score.then(...)`."""
         for modification in self.scores:

@@ -245,7 +245,8 @@ def _against_recurrence(mask: Mask) -> tuple[bool, bool]:
     Evaluates the predicate on near and far positions of two segments and sixteen modalities, none in a span.
     """
     index, segment, modality = (x.reshape(-1) for x in np.meshgrid(_PROBE, np.int32([1, 2]), np.arange(16)))
-    meta = Meta(index, index, segment, np.zeros_like(index), modality)
+    labels = {name: modality % 3 for name in mask.labels()}
+    meta = Meta(index, index, segment, np.zeros_like(index), modality, labels)
     query, key = (jax.tree.map(lambda x, shape=shape: x.reshape(shape), meta) for shape in ((-1, 1), (1, -1)))
     with jax.ensure_compile_time_eval():
         shown = np.broadcast_to(np.asarray(mask(query, key)), (len(index), len(index)))

@@ -94,6 +94,10 @@ class StackSpec(Spec):
         """The attention variant of each of the L blocks."""
         return tuple(layer.attention for layer in self.layers())
 
+    def labels(self) -> tuple[str, ...]:
+        """Names of the labels that masks of its blocks read, see `Mask.labels`, in order."""
+        return tuple(sorted(frozenset().union(*(variant.labels() for variant in self.variants()))))
+
     def mup_scaled(self, base: "StackSpec") -> "StackSpec":
         """The stack with its attention scaled by muP relative to the `base` stack: see `Attention.mup_scaled`."""
 

@@ -52,8 +52,8 @@ def run(arguments: Namespace) -> dict:
     spec = variant.load(arguments.variant, arguments)
     name = arguments.variant.rpartition(":")[2]
     picture = writable(Path(arguments.picture or variant.picture([arguments.variant], arguments, "mask")))
-    row = drawing.read_row(arguments.layout, not arguments.causal_media)
     mask = seen_by(spec)
+    row = drawing.read_row(arguments.layout, not arguments.causal_media, mask.labels())
     if row.length <= WIDEST:
         print(drawing.text_picture(mask, row))
     found, exact = drawing.blocks(mask, row, arguments.block_size)

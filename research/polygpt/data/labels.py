@@ -43,6 +43,11 @@ class Label(Spec):
         return array
 
     @property
+    def whole(self) -> bool:
+        """Whether a label is one whole number, which masks can read."""
+        return self.shape == () and self.classes is not None
+
+    @property
     def allowed(self) -> str:
         """What labels must be, for messages."""
         least = "" if self.minimum is None else f" of at least {self.minimum:g}"

@@ -205,7 +205,7 @@ def _assemble(example, layout, tokenizer, adapters, read, end: bool, prompt_weig
         labelled.append((len(runs), example.labels))
         runs.append((np.array([tokenizer.eos], np.int32), TEXT, 0, 0, weight, None))
     row = _row(runs, media)
-    if not end or not (layout.labels or example.labelled):
+    if not (layout.labels or example.labelled):
         return row
     stops = np.cumsum([len(run[0]) for run in runs])
     places = ((slice(stops[i] - len(runs[i][0]), stops[i]), labels) for i, labels in labelled)

@@ -33,6 +33,7 @@ class Decoding:
         position_B: int32, position id of the row's first generated token.
         coordinate_B: int32, its coordinate on all three axes: one more than the largest coordinate before it.
         segment_B: int32, the row's segment.
+        extra: labels of each row's last position by name, [B, ...], which generated positions have too.
         seen_BV: bool, text tokens that already occur in the row, for the repetition penalty; [B, 0] without a penalty.
         key_B: the row's random key.
     """
@@ -46,6 +47,7 @@ class Decoding:
     position_B: jax.Array
     coordinate_B: jax.Array
     segment_B: jax.Array
+    extra: dict[str, jax.Array]
     seen_BV: jax.Array
     key_B: jax.Array
 
@@ -89,6 +91,7 @@ def prefill(
         position_B=batch.position_BT[row_B, last_B] + 1,
         coordinate_B=jnp.where(before_BT[..., None], coordinate_BT3, 0).max(axis=(1, 2)) + 1,
         segment_B=segment_B,
+        extra={name: jnp.asarray(x)[row_B, last_B] for name, x in batch.extra.items()},
         seen_BV=seen_BV,
         key_B=jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(index_B),
     )
@@ -113,6 +116,7 @@ def decode(model, sampling: Sampling, params, state: Decoding, eos, until, used=
         segment_B = jnp.where(state.done_B, 0, state.segment_B)
         nth = state.step - 1
         batch = _one_position(token_B, state.position_B + nth, state.coordinate_B + nth, segment_B)
+        batch = batch.replace(extra={name: x[:, None] for name, x in state.extra.items()})
         logits_B1V, cache = model.decode(params, batch, state.cache)
         return _append(dataclasses.replace(state, cache=cache), logits_B1V[:, 0], sampling, eos, used)
 

@@ -1,6 +1,7 @@
 """Pads batches to a small set of shapes, so that few programs are compiled."""
 
 import dataclasses
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -12,8 +13,10 @@ def bucket(n: int, least: int) -> int:
     return 1 << (max(n, least) - 1).bit_length()
 
 
-def pad(batch: Batch, batch_size: int, seq_len: int) -> Batch:
-    """The batch with padding rows up to `batch_size` and padding positions up to `seq_len`; NumPy arrays, no labels.
+def pad(batch: Batch, batch_size: int, seq_len: int, labels: Iterable[str] = ()) -> Batch:
+    """The batch with padding rows up to `batch_size` and padding positions up to `seq_len`; NumPy arrays.
+
+    Of its labels it keeps those named; there are none at padding.
 
     Media arrays are cut to the largest number of items that a row uses, rounded up to a power of two: encoding an
     unused item costs as much as a used one.
@@ -33,4 +36,5 @@ def pad(batch: Batch, batch_size: int, seq_len: int) -> Batch:
     for name, medium in batch.media.items():
         used = bucket(int((medium.length_BN > 0).sum(axis=1).max(initial=0)), 1)
         media[name] = Media(grow(medium.features[:, :used]), grow(medium.length_BN[:, :used]))
-    return Batch(**arrays, media=media)
+    extra = {name: grow(batch.extra[name], np.nan, axes=2) for name in labels if name in batch.extra}
+    return Batch(**arrays, media=media, extra=extra)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import jax
@@ -15,6 +15,7 @@ from polygpt.attention.kernels.block_map import EMPTY, FULL, block_map, exact_bl
 from polygpt.attention.masks import Mask, Meta, allowed
 from polygpt.errors import UserError
 from polygpt.lab import picture
+from polygpt.lab.layout import made_up
 
 COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756", "#72b7b2")
 """Text, then media in order."""
@@ -37,13 +38,14 @@ class Row:
         return self.meta.index.shape[1]
 
 
-def read_row(text: str, bidirectional: bool = True) -> Row:
+def read_row(text: str, bidirectional: bool = True, labels: Iterable[str] = ()) -> Row:
     """Reads a layout such as "5 image:4 3 | 6 audio:3 2 | pad:2".
 
     Args:
         text: packed examples, separated by "|"; a number N stands for N positions of text, `NAME:N` for a medium of N
             positions, `pad:N` for padding.
         bidirectional: whether each medium is a bidirectional span.
+        labels: names of labels that positions have, see `layout.made_up`.
 
     Raises:
         UserError: names the invalid word.
@@ -71,7 +73,8 @@ def read_row(text: str, bidirectional: bool = True) -> Row:
         raise UserError("layout: it is empty: write the positions of a row, as in '5 image:4 3 | 6'")
     arrays = {name: jnp.asarray(values, jnp.int32)[None] for name, values in fields.items()}
     index = jnp.arange(len(fields["position"]), dtype=jnp.int32)[None]
-    return Row(Meta(index, **arrays), tuple(names))
+    meta = Meta(index, **arrays)
+    return Row(dataclasses.replace(meta, extra=jax.tree.map(jnp.asarray, made_up(meta, labels))), tuple(names))
 
 
 def matrix(mask: Mask, row: Row) -> np.ndarray:

@@ -5,7 +5,9 @@ layout; `Rows.by_example` brings the results of two layouts into the same order.
 """
 
 import dataclasses
+from collections.abc import Iterable
 
+import jax
 import numpy as np
 
 from polygpt.attention.masks import Meta
@@ -51,7 +53,7 @@ class Rows:
 
     Attributes:
         x_BTD: float32 vectors; zeros at padding.
-        meta: NumPy arrays [B, T].
+        meta: NumPy arrays [B, T], with the labels that the variant reads.
         seed_BT: the seed of the example at each position; -1 is padding.
     """
 
@@ -77,22 +79,26 @@ class Rows:
     def padded(self, more: int) -> "Rows":
         """The same layout with `more` padding positions per row."""
         B, T = self.seed_BT.shape
-        longer = lay_out([[]] * B, T + more, self.x_BTD.shape[2])
+        longer = lay_out([[]] * B, T + more, self.x_BTD.shape[2], self.meta.extra)
 
         def joined(old, new):
             return np.concatenate([old, new[:, T:]], axis=1)
 
-        meta = Meta(*map(joined, vars(self.meta).values(), vars(longer.meta).values()))
+        meta = jax.tree.map(joined, self.meta, longer.meta)
         return Rows(joined(self.x_BTD, longer.x_BTD), meta, joined(self.seed_BT, longer.seed_BT))
 
     def row(self, b: int) -> "Rows":
         """A single row."""
-        fields = (self.x_BTD, *vars(self.meta).values(), self.seed_BT)
-        x, *meta, seed = (array[b : b + 1] for array in fields)
-        return Rows(x, Meta(*meta), seed)
+        return Rows(*jax.tree.map(lambda array: array[b : b + 1], (self.x_BTD, self.meta, self.seed_BT)))
 
 
-def lay_out(rows: list[list[Example | Part | int]], length: int, width: int) -> Rows:
+def made_up(meta: Meta, labels: Iterable[str]) -> dict[str, np.ndarray]:
+    """Labels 0 to 2 for every position, int32 [B, T] by name; they change every three positions of an example."""
+    padding_BT, third_BT = np.asarray(meta.segment) == 0, np.asarray(meta.position) // 3
+    return {name: np.where(padding_BT, -1, (third_BT + i) % 3).astype(np.int32) for i, name in enumerate(labels)}
+
+
+def lay_out(rows: list[list[Example | Part | int]], length: int, width: int, labels: Iterable[str] = ()) -> Rows:
     """Rows of examples, parts of examples, and numbers of padding positions; padded at the end up to `length`."""
     B = len(rows)
     x_BTD = np.zeros((B, length, width), np.float32)
@@ -119,7 +125,7 @@ def lay_out(rows: list[list[Example | Part | int]], length: int, width: int) -> 
             x_BTD[b, here] = vectors[part.start : part.stop]
     index_BT = np.ascontiguousarray(np.broadcast_to(np.arange(length, dtype=np.int32)[None], (B, length)))
     meta = Meta(index_BT, *(array[name] for name in names[:4]))
-    return Rows(x_BTD, meta, array["seed"])
+    return Rows(x_BTD, dataclasses.replace(meta, extra=made_up(meta, labels)), array["seed"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,8 +147,8 @@ class Layouts:
     masked: Rows
 
 
-def layouts(T: int, width: int) -> Layouts:
-    """All layouts, for vectors of `width` channels."""
+def layouts(T: int, width: int, labels: Iterable[str] = ()) -> Layouts:
+    """All layouts, for vectors of `width` channels, with these labels."""
     short, spanned = Example(1, 5), Example(2, 10, ((1, 5, 1, True),))
     heard = Example(3, T - 15, ((2, 5, 2, False),))
     whole = Example(4, T, ((2, 6, 1, True), (14, 18, 2, False)))
@@ -152,7 +158,7 @@ def layouts(T: int, width: int) -> Layouts:
     brief, paused = Example(9, 3), Example(10, T - 8, ((1, 4, 2, True), (7, 10, 1, True)))
 
     def rows(*items):
-        return lay_out(list(items), T, width)
+        return lay_out(list(items), T, width, labels)
 
     return Layouts(
         packed=rows([short, spanned, heard], [whole], [first, second]),

@@ -180,7 +180,7 @@ class Subject:
     ):
         self.spec, self.width, self.position, self.calls = spec, width, position, calls
         self.length = suitable_length(spec) if length is None else length
-        self.rows = layouts(self.length, width)
+        self.rows = layouts(self.length, width, spec.labels())
         self.form = self.other(spec)
         rng = np.random.default_rng(0)
         leaves, tree = jax.tree.flatten(nnx.state(self.form.build()))
@@ -224,7 +224,7 @@ class Subject:
         """The variant's output through a cache for `size` positions, by default the row length."""
         form, (B, T) = form or self.form, layout.seed_BT.shape
         cache = self.spec.init_cache(form.dims, B, size or T, ring)
-        seen = Meta(*[jnp.zeros((B, size or T), jnp.int32)] * 5)
+        seen = Meta.empty(B, size or T, self.spec.labels())
         x_BTD = layout.x_BTD.astype(form.dims.dtype)
         return np.asarray(form.through_cache(self.params, x_BTD, layout.meta, cache, seen, calls=self.calls))
 

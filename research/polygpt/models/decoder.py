@@ -1,6 +1,7 @@
 """The decoder: a stack of blocks over the sequence layout, causal by default, and its cache for generation."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -65,11 +66,21 @@ class Cache:
         return self.seen.index.shape[1]
 
 
-def metadata(batch: Batch, cursor: jax.Array | int) -> Meta:
-    """The metadata of a batch whose positions start at row index `cursor`."""
+def metadata(batch: Batch, cursor: jax.Array | int, labels: Sequence[str] = ()) -> Meta:
+    """The metadata of a batch whose positions start at row index `cursor`, with these labels."""
     B, T = batch.shape
     index_BT = jnp.broadcast_to(cursor + jnp.arange(T, dtype=jnp.int32)[None], (B, T))
-    return Meta(index_BT, batch.position_BT, batch.segment_BT, batch.span_BT, batch.modality_BT.astype(jnp.int32))
+    modality_BT = batch.modality_BT.astype(jnp.int32)
+    extra = {name: whole_label(batch, name) for name in labels}
+    return Meta(index_BT, batch.position_BT, batch.segment_BT, batch.span_BT, modality_BT, extra)
+
+
+def whole_label(batch: Batch, name: str) -> jax.Array:
+    """A label that is a whole number, int32 [B, T]; -1 where there is none."""
+    if name not in batch.extra:
+        return jnp.full(batch.shape, -1, jnp.int32)
+    label_BT = jnp.asarray(batch.extra[name])
+    return jnp.where(jnp.isnan(label_BT), -1, label_BT).astype(jnp.int32)
 
 
 def init_cache(spec: DecoderSpec, batch_size: int, size: int, dtype: str, source: int = 0) -> Cache:
@@ -80,8 +91,7 @@ def init_cache(spec: DecoderSpec, batch_size: int, size: int, dtype: str, source
     """
     if spec.mask == "bidirectional":
         raise SpecError("model.decoder.mask is 'bidirectional': only a model with 'causal' or 'spans' can generate")
-    # One array per field: a shared buffer could not be donated.
-    seen = Meta(*(jnp.zeros((batch_size, size), jnp.int32) for _ in range(5)))
+    seen = Meta.empty(batch_size, size, spec.labels())
     return Cache(spec.init_cache(batch_size, size, dtype, source), seen, jnp.zeros((), jnp.int32))
 
 
@@ -142,9 +152,9 @@ class Decoder(Stack):
 
     def _context(self, batch, cache):
         if cache is None:
-            meta = metadata(batch, 0)
+            meta = metadata(batch, 0, self.spec.labels())
             return Context(meta, meta, MASKS[self.spec.mask], coordinate_BT3=batch.coordinate_BT3), None
-        query = metadata(batch, cache.cursor)
+        query = metadata(batch, cache.cursor, self.spec.labels())
         seen = jax.tree.map(
             lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, cache.cursor, axis=1), cache.seen, query
         )

@@ -80,10 +80,17 @@ class ModelSpec(Spec):
             unread = self.decoder.mask == "causal" and getattr(layout, field) == "bidirectional"
             layout.require(not unread, field, "causal, or model.decoder.mask 'spans'")
         for name, stack in self.stacks().items():
+            for label in stack.labels():
+                known = label in layout.labels and layout.labels[label].whole
+                layout.require(known, "labels", f"such that {label!r}, which a mask of model.{name} reads, has classes")
             limit = stack.position.limit()
             fits = limit is None or layout.seq_len <= limit
             of = f"the number of positions of model.{name}.position"
             layout.require(fits, "seq_len", f"at most {limit}, {of}")
+        for name, adapter in self.adapters.items():
+            tower = getattr(adapter, "tower", None)
+            if tower is not None and tower.labels():
+                raise SpecError(f"model.adapters.{name}.tower: its mask reads labels, which only the decoder has")
 
     def build(self, vocabulary: int, rngs: nnx.Rngs) -> "MultimodalModel":
         """The module for `vocabulary` token ids. A model of another kind is a subclass that builds another module, with

@@ -96,6 +96,8 @@ def attend(rule: Rule, operands: Operands, backend: str = "auto", strict: bool =
         SpecError: with `strict`; names the backend and the reason.
     """
 
+    operands = operands.with_labels(rule.mask.labels())
+
     def module(rule, operands, part=False):
         return _module(choose(rule, operands, backend, strict, part))
 

@@ -18,7 +18,7 @@ from polygpt.attention.kernels import dispatch
 from polygpt.attention.kernels.block_map import block_map
 from polygpt.attention.kernels.flex_backward import backward
 from polygpt.attention.kernels.flex_forward import forward
-from polygpt.attention.kernels.flex_tiles import packed, unpacked
+from polygpt.attention.kernels.flex_tiles import META_ROWS, OWN_ROWS, packed, unpacked
 from polygpt.attention.kernels.problem import LOWEST, Operands, Rule
 
 BLOCK = 512
@@ -30,7 +30,7 @@ VISITS = 2**17
 
 
 def refuses(rule: Rule, operands: Operands) -> str | None:
-    """Why it cannot compute this: a GPU, a dtype other than float32 and bfloat16, pair terms, or too many blocks."""
+    """Why it cannot compute this: a GPU, a dtype other than float32 and bfloat16, pair terms, many labels or blocks."""
     if dispatch.platform() == "gpu":
         return "its kernel is for TPUs; there is no Mosaic GPU version"
     for name, x in (("queries", operands.query_BHTd), ("keys", operands.key_BKSd), ("values", operands.value_BKSe)):
@@ -38,6 +38,8 @@ def refuses(rule: Rule, operands: Operands) -> str | None:
             return f"{name} are {x.dtype}, but its kernel supports only float32 and bfloat16"
     if operands.terms.pair:
         return f"pair terms ({', '.join(operands.terms.pair)}) are arrays of T x S, which its kernel does not support"
+    if len(labels := rule.mask.labels()) > META_ROWS - OWN_ROWS:
+        return f"the mask reads {len(labels)} labels, but its kernel supports at most {META_ROWS - OWN_ROWS}"
     B, _, T, _ = operands.query_BHTd.shape
     S = operands.key_BKSd.shape[2]
     blocks = B * -(-T // _block(T)) * -(-S // _block(S))

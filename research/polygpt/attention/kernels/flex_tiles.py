@@ -22,6 +22,8 @@ UNSEEN = LOWEST / 2
 """The initial largest score: exp(LOWEST - UNSEEN) is 0, even for a query without visible keys."""
 META_ROWS = 8
 """Metadata is stored in the rows of one array, as many as a TPU moves at once; unused rows are 0."""
+OWN_ROWS = len(dataclasses.fields(Meta)) - 1
+"""Rows of what every position has; labels take the others."""
 
 
 class Visit(NamedTuple):
@@ -174,7 +176,9 @@ class Tile:
             {name: along(ref[...], key_axis) for name, ref in refs.terms.key.items()},
         )
         shape = product.shape
-        return cls(rule, masked, product, _meta(refs.query, query_axis, shape), _meta(refs.key, key_axis, shape), terms)
+        labels = rule.mask.labels()
+        query, key = _meta(refs.query, query_axis, shape, labels), _meta(refs.key, key_axis, shape, labels)
+        return cls(rule, masked, product, query, key, terms)
 
     def score(self) -> jax.Array:
         """The modified score, LOWEST for masked pairs."""
@@ -214,9 +218,11 @@ def as_row(column_N1: jax.Array) -> jax.Array:
     return jnp.broadcast_to(column_N1, (column_N1.shape[0], META_ROWS)).T[:1, :]
 
 
-def _meta(ref, axis, shape) -> Meta:
-    count = len(dataclasses.fields(Meta))
-    if axis == 1:
-        return Meta(*(jnp.broadcast_to(ref[n : n + 1, :], shape) for n in range(count)))
-    columns = ref[...].T
-    return Meta(*(jnp.broadcast_to(columns[:, n : n + 1], shape) for n in range(count)))
+def _meta(ref, axis, shape, labels) -> Meta:
+    structure = jax.tree.structure(Meta(*[0] * OWN_ROWS, dict.fromkeys(labels, 0)))
+    columns = None if axis == 1 else ref[...].T
+
+    def part(n):
+        return jnp.broadcast_to(ref[n : n + 1, :] if axis == 1 else columns[:, n : n + 1], shape)
+
+    return structure.unflatten(map(part, range(structure.num_leaves)))

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 
 from polygpt.attention.kernels.problem import Operands, Rule
-from polygpt.attention.masks import Meta
 from polygpt.attention.scores import Terms
 
 
@@ -41,7 +40,7 @@ def gather_keys(operands: Operands, axes: str | tuple[str, ...]) -> Operands:
         gather(operands.key_BKSd, 2),
         gather(operands.value_BKSe, 2),
         operands.query,
-        Meta(*gather(jnp.stack(jax.tree.leaves(operands.key)), 2)),
+        jax.tree.unflatten(jax.tree.structure(operands.key), gather(jnp.stack(jax.tree.leaves(operands.key)), 2)),
         Terms(terms.head, terms.query, {name: gather(x, 2) for name, x in terms.key.items()}, terms.pair),
     )
 

@@ -19,6 +19,7 @@ Axis letters: B rows, H query heads, K key heads, T queries, S keys, d width of 
 """
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Literal
 
 import jax
@@ -71,6 +72,10 @@ class Operands:
     query: Meta
     key: Meta
     terms: Terms = Terms()
+
+    def with_labels(self, labels: Iterable[str]) -> "Operands":
+        """The same problem with the metadata that a mask reads. Raises SpecError if a label is not there."""
+        return dataclasses.replace(self, query=self.query.only(labels), key=self.key.only(labels))
 
     def of_queries(self, chosen_R: jax.Array) -> "Operands":
         """The same problem for the chosen queries only, int32 indices into T."""

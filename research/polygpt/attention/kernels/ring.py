@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 
 from polygpt.attention.kernels.problem import LOWEST, Operands, Rule
-from polygpt.attention.masks import Meta
 from polygpt.attention.scores import Terms
 
 
@@ -115,8 +114,8 @@ def _keys(operands: Operands):
 def _with_keys(operands: Operands, keys) -> Operands:
     """The problem of these queries with other keys."""
     key_BKSd, value_BKSe, meta_nBS, terms = keys
-    terms = dataclasses.replace(operands.terms, key=terms)
-    return dataclasses.replace(operands, key_BKSd=key_BKSd, value_BKSe=value_BKSe, key=Meta(*meta_nBS), terms=terms)
+    terms, key = dataclasses.replace(operands.terms, key=terms), jax.tree.structure(operands.key).unflatten(meta_nBS)
+    return dataclasses.replace(operands, key_BKSd=key_BKSd, value_BKSe=value_BKSe, key=key, terms=terms)
 
 
 def _parts(operands: Operands):

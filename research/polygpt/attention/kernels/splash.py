@@ -124,7 +124,10 @@ def _at_indices(parts: list[Mask], query_index: Any, key_index: Any, hidden: str
     def meta(index):
         known = {"index": index, "position": _Position(index)}
         known[hidden] = _Unknown(hidden)
-        return Meta(known["index"], known["position"], *map(_Unknown, ("segments", "spans", "modalities")))
+        unknown = map(_Unknown, ("segments", "spans", "modalities"))
+        labels = frozenset().union(*(part.labels() for part in parts))
+        extra = {name: _Unknown(f"the label {name!r}") for name in labels}
+        return Meta(known["index"], known["position"], *unknown, extra)
 
     query, key = meta(query_index), meta(key_index)
     seen = (query_index >= 0) & (key_index >= 0)  # of the broadcast shape

@@ -23,7 +23,7 @@ def tpu(subject: Subject) -> Measured:
         return absent(f"not run: {missing}")
     form = subject.other(subject.spec, "bfloat16", scale=16)
     x_BTD = jax.ShapeDtypeStruct((*SHAPE, form.dims.width), jnp.bfloat16)
-    meta = Meta(*[jax.ShapeDtypeStruct(SHAPE, jnp.int32)] * 5)
+    meta = jax.eval_shape(lambda: Meta.empty(*SHAPE, subject.spec.labels()))
     with dispatch.compiling_for("tpu"):
         program = topology.compile_for(SLICE, form.pull_back, form.abstract, x_BTD, meta, x_BTD)
     kernels = program.as_text().count("tpu_custom_call")

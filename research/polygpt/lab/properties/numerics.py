@@ -57,8 +57,9 @@ def bfloat16(subject: Subject) -> Measured:
 def long_rows(subject: Subject) -> Measured:
     """The start of a 512-position row equals a shorter row, and bfloat16 errors do not grow towards its end."""
     example = Example(30, LONG, ((0, 8, 1, True), (300, 320, 2, False)))
-    row = lay_out([[example]], LONG, subject.width)
-    short = lay_out([[example.part(0, LONG // 4)]], LONG // 4, subject.width)
+    labels = subject.spec.labels()
+    row = lay_out([[example]], LONG, subject.width, labels)
+    short = lay_out([[example.part(0, LONG // 4)]], LONG // 4, subject.width, labels)
     y_TD, begin_TD = subject.y_BTD(row)[0], subject.y_BTD(short)[0]
     error, bound = difference(y_TD[: LONG // 4], begin_TD), rounding(LONG, subject.width)
     if not error <= bound:
