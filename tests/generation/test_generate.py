@@ -1,7 +1,5 @@
 """Prompts in, texts out: stop strings, ends, bounds, streaming, errors, and how often anything is compiled."""
 
-import types
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,7 +28,7 @@ LAYOUT = LayoutSpec(seq_len=128)
 class Script:
     """A stand-in with a script: the token after position p is script[p]. It notes what shapes it is traced with."""
 
-    spec = types.SimpleNamespace(adapters={}, decoder=types.SimpleNamespace(position=Learned(96)))
+    spec = ModelSpec(DecoderSpec(position=Learned(96)))
 
     def __init__(self, script):
         self.script, self.traced = tuple(script), []
