@@ -58,7 +58,7 @@ def test_the_rate_falls_after_so_many_evaluations_and_a_run_resumes_to_the_bit(m
 
 
 def test_it_falls_no_lower_than_the_limit():
-    plateau, standing = Plateau(0.1, patience=1, lowest=0.05), MetricState()
+    plateau, standing = Plateau(0.1, patience=1, min_scale=0.05), MetricState()
     for metric in (1.0, 2.0, 2.0, 2.0):
         standing.update(metric, "lower", plateau)
     assert standing.reductions == 3 and standing.stale == 3

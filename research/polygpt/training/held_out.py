@@ -28,20 +28,20 @@ class MetricState:
     Attributes:
         best: the best so far.
         stale: number of evaluations since then.
-        owed: whether this step's evaluation is still pending.
+        pending: whether this step's evaluation is still pending.
         waited: number of evaluations since the best, or since the learning rate was lowered.
         reductions: how many times it was lowered.
     """
 
     best: float | None = None
     stale: int = 0
-    owed: bool = False
+    pending: bool = False
     waited: int = 0
     reductions: int = 0
 
     def update(self, metric: float, better: str, plateau: Plateau | None = None) -> bool:
         """Records a new metric; True if it is the best."""
-        self.owed = False
+        self.pending = False
         sign = 1 if better == "lower" else -1
         improved = math.isfinite(metric) and (self.best is None or sign * metric < sign * self.best)
         self.best, self.stale = (metric, 0) if improved else (self.best, self.stale + 1)
@@ -51,7 +51,7 @@ class MetricState:
         return improved
 
 
-def judge(train: TrainSpec, standing: MetricState, metric: float, state: State) -> tuple[State, bool]:
+def follow(train: TrainSpec, standing: MetricState, metric: float, state: State) -> tuple[State, bool]:
     """Records a new metric in `standing`. Returns the state, with a lower learning rate on a plateau, and whether it is
     the best."""
     improved = standing.update(metric, train.better, train.plateau)

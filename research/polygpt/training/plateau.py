@@ -16,14 +16,14 @@ class Plateau(Spec):
     """Factor on the learning rate."""
     patience: int = 3
     """Number of consecutive evaluations without improvement after which it is lowered, and lowered again."""
-    lowest: float = 0.0
-    """Smallest product of the factors."""
+    min_scale: float = 0.0
+    """Smallest product of the factors, as in optax.contrib.reduce_on_plateau."""
 
     def validate(self):
         self.require(0 < self.factor < 1, "factor", "above 0 and below 1")
         self.require(self.patience >= 1, "patience", "at least 1")
-        self.require(0 <= self.lowest <= 1, "lowest", "in 0..1")
+        self.require(0 <= self.min_scale <= 1, "min_scale", "in 0..1")
 
     def scale(self, reductions: int) -> float:
         """The scale of the learning rate after this many reductions."""
-        return max(self.lowest, self.factor**reductions)
+        return max(self.min_scale, self.factor**reductions)

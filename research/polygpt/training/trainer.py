@@ -32,7 +32,7 @@ from polygpt.training import data_shards, resuming
 from polygpt.training.example_log import example_log
 from polygpt.training.experiment import Experiment
 from polygpt.training.feed import Feed
-from polygpt.training.held_out import MetricState, judge, measure
+from polygpt.training.held_out import MetricState, follow, measure
 from polygpt.training.loggers import Logger
 from polygpt.training.phases import Phases
 from polygpt.training.prefetch import Fed
@@ -135,7 +135,7 @@ class Trainer:
             self.goodput.begin(self.done)
             self.watchdog.restart_timer()
             self.goodput.switch("other")
-        if self.metric_state.owed:
+        if self.metric_state.pending:
             self._rerun_evaluation()
         while not self._finished() and not self.interruption.due(self.begun):
             self._advance()
@@ -184,7 +184,7 @@ class Trainer:
         self.pending, self.feed.place, self.metric = (self.done, fed, metrics), fed.state, None
         last = self.done == self.spec.steps
         evaluating = bool(self.spec.evaluate_every) and (last or self.done % self.spec.evaluate_every == 0)
-        self.metric_state.owed = evaluating
+        self.metric_state.pending = evaluating
         saving = self.done % self.spec.checkpoint.every == 0 or self.periodic.due(self.begun)
         if evaluating or saving or last:
             self._flush_metrics()
@@ -236,7 +236,7 @@ class Trainer:
             self.feed.go_on(place)
         self.goodput.rewind(self.done)
         self._log("rewind", self.done, step)
-        if self.metric_state.owed:
+        if self.metric_state.pending:
             self._rerun_evaluation()
         self.throughput.restart()
 
@@ -270,7 +270,7 @@ class Trainer:
                     self._save()
             raise
         self._log("evaluation", self.done, {"metric": self.metric, **results})
-        self.state, improved = judge(self.spec, self.metric_state, self.metric, self.state)
+        self.state, improved = follow(self.spec, self.metric_state, self.metric, self.state)
         return improved
 
     def _proceed(self) -> None:
@@ -285,10 +285,10 @@ class Trainer:
         """Reruns the evaluation of this step if a signal interrupted it before the checkpoint was written."""
         known = self.checkpoints.metric(self.done)
         if known is not None:  # already evaluated and logged after this checkpoint was written
-            self.state, _ = judge(self.spec, self.metric_state, known, self.state)
+            self.state, _ = follow(self.spec, self.metric_state, known, self.state)
             return
         self._evaluate()
-        if not self.metric_state.owed:
+        if not self.metric_state.pending:
             with self._doing("checkpoint"):
                 for logger in self.loggers:
                     logger.flush()
@@ -326,7 +326,7 @@ class Trainer:
 
     def _finished(self) -> bool:
         out_of_patience = self.spec.patience is not None and self.metric_state.stale >= self.spec.patience
-        return (self.done >= self.spec.steps or out_of_patience) and not self.metric_state.owed
+        return (self.done >= self.spec.steps or out_of_patience) and not self.metric_state.pending
 
     @contextlib.contextmanager
     def _doing(self, what: str) -> Iterator[None]:
