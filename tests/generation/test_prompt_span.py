@@ -1,4 +1,7 @@
-"""A prompt of one span: who sees whom, by gradient, from the laid out row on; and generation beside the whole row."""
+"""A prompt of one span: who sees whom, by gradient, from the laid out row on; and generation beside the whole row.
+
+An encoder-decoder reads such prompts with its encoder.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +9,7 @@ import numpy as np
 import pytest
 from small_media import ADAPTERS, picture, recording
 
+from polygpt.blocks.cross import CrossSequential
 from polygpt.data.example import Example, Text
 from polygpt.data.layout import LayoutSpec, lay_out
 from polygpt.data.packing import collate, pack
@@ -13,6 +17,7 @@ from polygpt.data.tokenizers.bytes import ByteTokenizer
 from polygpt.generation.generate import generate
 from polygpt.generation.sampling import GREEDY
 from polygpt.models.decoder import DecoderSpec
+from polygpt.models.encoder_decoder import EncoderDecoder
 from polygpt.models.functional import bind
 from polygpt.models.multimodal import ModelSpec
 
@@ -24,7 +29,19 @@ PROMPT = (picture(0), Text("+", 0.0), recording(1, 900), Text("is", 0.0))
 @pytest.fixture(scope="module")
 def toy():
     """(model, parameters that make much of what a position sees)."""
-    model = bind(ModelSpec(DecoderSpec(width=16, depth=2, scan=False), ADAPTERS), TOKENIZER.vocabulary)
+    return lively(ModelSpec(DecoderSpec(width=16, depth=2, scan=False), ADAPTERS))
+
+
+@pytest.fixture(scope="module", params=["decoder", "encoder-decoder"])
+def either(request):
+    """As `toy`, and an encoder-decoder."""
+    if request.param == "decoder":
+        return request.getfixturevalue("toy")
+    return lively(EncoderDecoder(DecoderSpec(width=16, depth=2, scan=False, block=CrossSequential()), ADAPTERS))
+
+
+def lively(spec):
+    model = bind(spec, TOKENIZER.vocabulary)
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), model.abstract())
     params["text"]["table"] *= 0.05
@@ -60,9 +77,9 @@ def test_a_prompt_sees_all_of_itself_and_nothing_of_the_answer(toy, fusion):
 
 
 @pytest.mark.parametrize("fusion", ["interleaved", "prefix"])
-def test_generation_after_a_span_is_what_the_whole_row_predicts(toy, fusion):
+def test_generation_after_a_span_is_what_the_whole_row_predicts(either, fusion):
     """Greedy tokens of the cached loop are the likeliest of the row that holds them, laid out as training does."""
-    model, params = toy
+    model, params = either
     layout = BOTH_WAYS.replace(fusion=fusion)
     prompts = [PROMPT, (Text("only words", 0.0),), (picture(3),)]
     written = generate(model, params, TOKENIZER, prompts, layout, GREEDY.replace(max_tokens=8))
@@ -77,5 +94,8 @@ def test_generation_after_a_span_is_what_the_whole_row_predicts(toy, fusion):
         likeliest = np.asarray(apply(params, batch))[0, : len(row)].argmax(axis=-1)[answer]
         expected = [*found.tokens, TOKENIZER.eos] if found.finish == "eos" else [*found.tokens]
         assert likeliest[: len(expected)].tolist() == expected and expected
+    for index, prompt in enumerate(prompts):
+        alone = generate(model, params, TOKENIZER, [prompt], layout, GREEDY.replace(max_tokens=8))
+        assert alone[0].tokens == written[index].tokens, "whatever else is in the batch"
     causal = generate(model, params, TOKENIZER, prompts, layout.replace(prompt_span="causal"), GREEDY)
     assert [one.tokens[:8] for one in causal] != [one.tokens for one in written], "the span makes a difference"
