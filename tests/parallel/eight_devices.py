@@ -17,7 +17,7 @@ import optax
 jax.config.update("jax_num_cpu_devices", 8)
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from batches import build, example, lively, tiny  # noqa: E402
+from batches import ADAPTERS, build, example, lively, tiny  # noqa: E402
 from polygpt.heads.linear import LinearHead  # noqa: E402
 from polygpt.models.functional import bind  # noqa: E402
 from polygpt.models.low_rank import LowRank  # noqa: E402
@@ -32,6 +32,7 @@ from polygpt.sharding import MeshSpec  # noqa: E402
 from polygpt.training import parallel  # noqa: E402
 from polygpt.training.state import State  # noqa: E402
 from polygpt.training.step import Recipe, make_step  # noqa: E402
+from sources import build_sources, small  # noqa: E402
 
 DENSE = GatedMLP(multiple=8)
 ROUTED = MixtureOfExperts(experts=4, top_k=2)
@@ -58,9 +59,15 @@ WAYS = {
     "stage 2, fsdp 2, expert 2 (blocks)": (ROUTED, MeshSpec(data=1, stage=2, fsdp=2, expert=2)),
     "data 2, fsdp 2, tensor 2 (DoRA)": (DENSE, MeshSpec(fsdp=2, tensor=2)),
     "stage 2, fsdp 2, expert 2 (DoRA)": (ROUTED, MeshSpec(data=1, stage=2, fsdp=2, expert=2)),
+    "pmap (encoder)": (DENSE, None),
+    "data 2, fsdp 2, tensor 2 (encoder)": (DENSE, MeshSpec(fsdp=2, tensor=2)),
+    "sequence 4 (gather), data 2 (encoder)": (DENSE, MeshSpec(sequence=4)),
+    "sequence 4 (ring), data 2 (encoder)": (DENSE, MeshSpec(sequence=4, context="ring")),
+    "stage 2, fsdp 2, expert 2 (encoder)": (ROUTED, MeshSpec(data=1, stage=2, fsdp=2, expert=2)),
+    "stage 2 (circular), data 4 (encoder)": (DENSE, MeshSpec(stage=2, repeats=2)),
 }
 """By name, the feed-forward layer and the mesh; None is pmap. Blocks: logits exist for some positions at a time. DoRA:
-matrices are frozen under low-rank updates."""
+matrices are frozen under low-rank updates. Encoder: an encoder reads the first half of each example."""
 DORA = LowRank("kernel$", rank=2, alpha=1.0, magnitude=True, also="bias$")
 OBJECTIVES = {"next_token": (NextToken(), 1.0), "z": (ZLoss(), 1e-2), "kind": (LabelClassification("kind"), 0.5)}
 ROWS, LENGTH = 16, 32
@@ -77,7 +84,12 @@ def gradients_kept() -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: {"gradient": jax.tree.map(jnp.zeros_like, params)}, update)
 
 
-def packed_rows():
+def size(one) -> int:
+    """The number of positions of an example."""
+    return sum(part if isinstance(part, int) else part[1] for part in one.parts)
+
+
+def packed_rows(encoder: bool):
     """Rows of several examples with pictures, recordings, both or neither, and padding behind."""
     kinds = [
         (example(3, ("image", 4), 5, seed=1), example(7, seed=2), example(2, ("audio", 4), 4, seed=3)),
@@ -87,12 +99,15 @@ def packed_rows():
     ]
     rows = [kinds[i % 4] for i in range(ROWS - 1)] + [()]  # the last row is padding alone
     batch = build(rows, LENGTH, bidirectional=True)
+    if encoder:
+        batch = build_sources([[(one, size(one) // 2) for one in row] for row in rows], LENGTH, bidirectional=True)
     kind_BT = np.random.default_rng(0).choice([0, 1, 2, np.nan], batch.shape)
     return batch.replace(extra={"kind": np.float32(np.where(batch.segment_BT > 0, kind_BT, np.nan))})
 
 
-def run(mlp, mode: str, mesh: MeshSpec | None, devices: int, block=None, low_rank=None) -> dict:
-    spec = tiny(mlp=mlp, depth=4, width=32, heads=4, kv_heads=4, tied=False)
+def run(mlp, mode: str, mesh: MeshSpec | None, devices: int, block=None, low_rank=None, encoder=False) -> dict:
+    fields = {"mlp": mlp, "depth": 4, "width": 32, "tied": False}
+    spec = small(ADAPTERS, **fields) if encoder else tiny(heads=4, kv_heads=4, **fields)
     spec = spec.replace(logits_block=block, low_rank=low_rank, heads={"kind": LinearHead(3, pool="mean")})
     model = bind(spec, IDS)
     transformation, params = gradients_kept(), jax.tree.map(jnp.asarray, lively(model))
@@ -106,7 +121,7 @@ def run(mlp, mode: str, mesh: MeshSpec | None, devices: int, block=None, low_ran
         return State(zero, params, transformation.init(params), None, zero, zero)
 
     step = runs.compile(lambda **wiring: make_step(recipe, **wiring), initial)
-    arguments = runs.create(initial), runs.put(packed_rows())
+    arguments = runs.create(initial), runs.put(packed_rows(encoder))
     if runs.layout:
         step = step.lower(*arguments).compile()
     state, metrics = step(*arguments)
@@ -123,10 +138,10 @@ if __name__ == "__main__":
     found = {}
     for name in sys.argv[1:]:
         mlp, mesh = WAYS[name]
-        low_rank = DORA if "(DoRA)" in name else None
-        single = f"single {type(mlp).__name__} {getattr(mlp, 'capacity', '')} {low_rank}"
+        low_rank, encoder = DORA if "(DoRA)" in name else None, "(encoder)" in name
+        single = f"single {type(mlp).__name__} {getattr(mlp, 'capacity', '')} {low_rank} {encoder}"
         if single not in found:
-            found[single] = run(mlp, "single", None, 1, low_rank=low_rank)
+            found[single] = run(mlp, "single", None, 1, low_rank=low_rank, encoder=encoder)
         block = 8 if "(blocks)" in name else None
-        found[name] = run(mlp, "sharded" if mesh else "pmap", mesh, 8, block, low_rank) | {"single": single}
+        found[name] = run(mlp, "sharded" if mesh else "pmap", mesh, 8, block, low_rank, encoder) | {"single": single}
     print(json.dumps(found))

@@ -20,6 +20,9 @@ SLOW = [
     ["fsdp 2, sequence 2 (ring), tensor 2", "stage 4, data 2", "stage 2 (circular), data 4"],
     ["stage 2, sequence 2 (gather), data 2", "stage 2, sequence 2 (ring), data 2"],
     ["pmap (blocks)", "fsdp 2, sequence 2, tensor 2 (blocks)", "stage 2, fsdp 2, expert 2 (blocks)"],
+    ["pmap (encoder)", "data 2, fsdp 2, tensor 2 (encoder)", "sequence 4 (gather), data 2 (encoder)"],
+    ["sequence 4 (ring), data 2 (encoder)", "stage 2, fsdp 2, expert 2 (encoder)"],
+    ["stage 2 (circular), data 4 (encoder)"],
     ["expert 4, data 2 (dropless)", "expert 4, data 2 (capacity)", "stage 2, fsdp 2, expert 2"],
     ["data 2, fsdp 2, tensor 2 (DoRA)", "stage 2, fsdp 2, expert 2 (DoRA)"],
 ]

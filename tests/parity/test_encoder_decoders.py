@@ -1,4 +1,4 @@
-"""Encoder-decoders equal those of transformers on random weights: T5 (pre-norm, biases by distance), Marian (post-norm)."""
+"""Encoder-decoders equal those of transformers on random weights: T5 (pre-norm, biases), Marian (post-norm)."""
 
 import jax
 import numpy as np
@@ -108,7 +108,8 @@ def marian(torch):
     core = reference.model
     table = array(core.shared.weight)
     params = {"encoder": stack(core.encoder), "decoder": stack(core.decoder)}
-    return reference, EncoderDecoder(decoder, encoder=encoder), params | {"text": {"table": table}, "start": table[START]}
+    params |= {"text": {"table": table}, "start": table[START]}
+    return reference, EncoderDecoder(decoder, encoder=encoder), params
 
 
 @pytest.mark.parametrize("reference_of", [t5, marian], ids=["T5", "Marian"])

@@ -80,13 +80,14 @@ class Schedule:
         """
         return (self.stages - 1) / self.iterations
 
-    def check(self, depth: int, pattern: int, batch_size: int) -> None:
-        """Raises SpecError unless `depth` blocks in patterns of `pattern`, and `batch_size` rows, divide evenly."""
+    def check(self, depth: int, pattern: int, batch_size: int, name: str = "decoder") -> None:
+        """Raises SpecError unless `depth` blocks in patterns of `pattern`, and `batch_size` rows, divide evenly; `name`
+        is the field of the model that describes them."""
         P, M = self.stages, self.microbatches
         parts = P * self.repeats * pattern
         if depth % parts:
             why = f"train.mesh.stage {P}, train.mesh.repeats {self.repeats}, {pattern} blocks in a pattern"
-            raise SpecError(f"model.decoder.depth is {depth}: it must be a multiple of {parts} ({why})")
+            raise SpecError(f"model.{name}.depth is {depth}: it must be a multiple of {parts} ({why})")
         if M < P:
             raise SpecError(f"train.mesh.microbatches is {M}: it must be at least train.mesh.stage, which is {P}")
         if batch_size % M:

@@ -162,6 +162,8 @@ class Stack(nnx.Module):
     """Whether to run the blocks in pipeline stages if the layout has any (`pipeline.py`); not with caches."""
     capture: Capture | None = None
     """What `capturing` takes from the next call; not with caches."""
+    name: ClassVar[str] = "decoder"
+    """The field of the model that describes it, for messages."""
 
     def __init__(self, spec: StackSpec, *, rngs: nnx.Rngs, dtype: str):
         self.spec, self.dtype = spec, dtype
@@ -229,7 +231,7 @@ class Stack(nnx.Module):
         """
         if not self.spec.scan:
             reason = "pipeline stages need stacked blocks"
-            raise SpecError(f"train.mesh.stage is {schedule.stages}: model.decoder.scan must be true, {reason}")
+            raise SpecError(f"train.mesh.stage is {schedule.stages}: model.{self.name}.scan must be true, {reason}")
         if self.capture is not None:
             raise SpecError(
                 f"train.mesh.stage is {schedule.stages}: it must be 1 to capture {self.capture.wanted[0]!r} inside the "
@@ -238,7 +240,7 @@ class Stack(nnx.Module):
         batch_size = x_BTD.shape[0]
         # Training batches divide evenly; an evaluation batch may have any number of rows and is padded.
         x_BTD, context = _with_rows((x_BTD, context), -batch_size % schedule.microbatches)
-        schedule.check(self.spec.depth, len(self.spec.period()), x_BTD.shape[0])
+        schedule.check(self.spec.depth, len(self.spec.period()), x_BTD.shape[0], self.name)
         graphdefs, params = self._split()
 
         def body(params, x_bTD, period, context, microbatch):

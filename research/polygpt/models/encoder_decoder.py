@@ -152,12 +152,18 @@ class EncoderDecoderCache:
         return self.decoder.size
 
 
+class Encoder(Decoder):
+    """The stack that reads sources."""
+
+    name = "encoder"
+
+
 class EncoderDecoderModel(MultimodalModel):
     """Parameters: those of `MultimodalModel`, `encoder/...` and `start`."""
 
     def __init__(self, spec: EncoderDecoder, vocabulary: int, rngs: nnx.Rngs):
         super().__init__(spec, vocabulary, rngs)
-        self.encoder = Decoder(spec.scaled().encoder_stack(), rngs=rngs, dtype=spec.dtype)
+        self.encoder = Encoder(spec.scaled().encoder_stack(), rngs=rngs, dtype=spec.dtype)
         start_D = jax.random.normal(rngs.params(), (spec.decoder.width,)) * spec.base().decoder.width ** -0.5
         self.start = nnx.Param(start_D, axes=(None,), decays=False)
 

@@ -10,10 +10,12 @@ import jax
 import pytest
 
 from polygpt.attention.multi_head import MultiHead
+from polygpt.blocks.cross import CrossSequential
 from polygpt.data.layout import LayoutSpec
 from polygpt.data.loader import DataSpec, Task
 from polygpt.data.sources.embedded import Embedded
 from polygpt.models.decoder import DecoderSpec
+from polygpt.models.encoder_decoder import EncoderDecoder
 from polygpt.models.multimodal import ModelSpec
 from polygpt.nn.experts import MixtureOfExperts
 from polygpt.nn.mlp import GatedMLP
@@ -64,6 +66,19 @@ def test_the_compiled_program_does_what_the_formula_says():
     products = work.products(hlo.parse(built.text))
     attention = L * 4 * D * T * TOKENS  # short rows: the whole matrix of scores, its upper half too
     assert products == 3 * (2 * MATRICES * TOKENS + attention + 2 * D * V * TOKENS)
+
+
+def test_an_encoder_decoder_computes_both_stacks_at_every_position():
+    decoder = DecoderSpec(D, L, MultiHead(heads=2), GATED, block=CrossSequential())
+    layout = LayoutSpec(seq_len=T, prompt_span="bidirectional")
+    data = experiment().data.replace(layout=layout)
+    chosen = experiment().replace(model=EncoderDecoder(decoder), data=data)
+    matrices = 2 * MATRICES + L * 4 * D * D
+    counted = flops(chosen, V)
+    visible = L * 4 * D * (T * T + 2 * sum(range(1, T + 1))) * B
+    assert counted.forward == 2 * matrices * TOKENS + visible + 2 * D * V * TOKENS
+    products = work.products(hlo.parse(compilation.build(chosen, target("cpu:1")).text))
+    assert products == 3 * (2 * matrices * TOKENS + 3 * L * 4 * D * T * TOKENS + 2 * D * V * TOKENS)
 
 
 def test_the_state_is_split_by_what_it_is_for():

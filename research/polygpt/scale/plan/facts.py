@@ -99,7 +99,7 @@ def facts(experiment: Experiment, target: Target) -> Facts:
     leaves = jax.tree.leaves(jax.eval_shape(transformation.init, shapes))
     state = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
     average = 4 * size if experiment.optim.ema is not None else 0
-    depths = {DECODER: experiment.model.decoder.depth}
+    depths = {f"{name}/": stack.depth for name, stack in experiment.model.stacks().items()}
     for name, adapter in experiment.model.adapters.items():
         if hasattr(adapter, "tower"):
             depths[f"adapters/{name}/tower/"] = adapter.tower.depth
@@ -135,7 +135,7 @@ def _gathered(matrix: Matrix, layout: MeshLayout, name: str) -> float:
 
 
 def _block(known: Facts, layout: MeshLayout, prefix: str, depth: int) -> BlockFacts:
-    held = depth / (layout.size("layers") if prefix == DECODER else 1)  # blocks
+    held = depth / (1 if prefix.startswith("adapters/") else layout.size("layers"))  # blocks
     outputs = total = 0.0
     for matrix in known.matrices:
         if matrix.path.startswith(prefix) and matrix.linear:

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from polygpt.models.describe import describe
+from polygpt.models.describe import describe, scores
 from polygpt.models.multimodal import ModelSpec
 from polygpt.training.experiment import Experiment
 
@@ -94,10 +94,10 @@ def flops(experiment: Experiment, vocabulary: int) -> Flops:
         if part.unit == "item":
             items = rows * model.adapters[part.name.partition("/")[2]].items
             lines.append(Line(part.name, part.flops, "item", items))
-        elif part.name == "decoder":
-            scores = round(model.decoder.causal_score_flops(seq_len))
-            lines.append(Line("decoder, matrices", part.flops - scores, "position", positions))
-            lines.append(Line("decoder, attention", scores, "position", positions))
+        elif part.name in model.stacks():
+            attention = scores(model.stacks()[part.name], seq_len)
+            lines.append(Line(f"{part.name}, matrices", part.flops - attention, "position", positions))
+            lines.append(Line(f"{part.name}, attention", attention, "position", positions))
         else:
             name = "head (tied)" if part.name == "text" else part.name
             lines.append(Line(name, part.flops, "position", positions))
@@ -108,10 +108,10 @@ def remat(flops: Flops, model: ModelSpec) -> Flops:
     """The same FLOPs, with the recomputed fractions set by the model's remat policies."""
 
     def again(name: str) -> float:
-        if name == "decoder, attention":
-            return float(model.decoder.remat != "none")
-        if name == "decoder, matrices":
-            return float(model.decoder.remat == "full")
+        stack, _, kind = name.partition(", ")
+        if kind:
+            remat = model.stacks()[stack].remat
+            return float(remat == "full" or kind == "attention" and remat == "dots")
         adapter = model.adapters.get(name.partition("/")[2])
         return float(getattr(getattr(adapter, "tower", None), "remat", "none") == "full")
 

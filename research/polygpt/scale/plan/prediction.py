@@ -83,11 +83,14 @@ def predict(experiment: Experiment, known: Facts, target: Target, here: MeshFact
     state = own * 4 * (1 + known.optimizer)
     gradients = own * (4 * (2 if parts > 1 else 1) + (compute if compute < 4 else 0))
     work = block_work(positions, model.decoder.depth, layout, schedule)
-    stacks = {DECODER: (model.decoder, work.positions, work.executions)} | {
+    stacks = {
         f"adapters/{name}/tower/": (adapter.tower, rows * adapter.items * _inner(adapter), adapter.tower.depth)
         for name, adapter in model.adapters.items()
         if hasattr(adapter, "tower")
     }
+    for name, stack in model.stacks().items():
+        its = block_work(positions, stack.depth, layout, schedule)
+        stacks[f"{name}/"] = (stack, its.positions, its.executions)
     activations = working = traffic = 0.0
     for prefix, (stack, at, turns) in stacks.items():
         block = here.blocks[prefix]
@@ -108,9 +111,9 @@ def predict(experiment: Experiment, known: Facts, target: Target, here: MeshFact
     traffic += 3 * (own * 4 * (2 + known.optimizer)) + read * compute * 6 * parts + 2 * logits * positions * parts
 
     counted = remat(known.flops, model)
-    scores = sum(line.forward for line in counted.lines if line.name == "decoder, attention")
+    scores = sum(line.forward for line in counted.lines if line.name.endswith(", attention"))
     bubble = schedule.bubble()  # its computations are discarded
-    blocks = sum(line.forward * (3 + line.again) for line in counted.lines if line.name.startswith("decoder, "))
+    blocks = sum(line.forward * (3 + line.again) for line in counted.lines if ", " in line.name)
     wasted = (blocks + 1.7 * scores) * bubble / (1 - bubble)
     executed = (counted.useful + counted.again + 1.7 * scores + wasted) / target.count
     expected = predicted_collectives(experiment, known, here, positions, work, compute)
