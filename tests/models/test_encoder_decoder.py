@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from sources import build_sources, small, small_model
 
 from batches import LIGHT, VOCABULARY, columns, example
 from polygpt.attention.mamba2 import Mamba2
@@ -22,6 +21,7 @@ from polygpt.models.multimodal import ModelSpec
 from polygpt.nn.norms import LayerNorm
 from polygpt.nn.positions import Learned, MRope
 from polygpt.parameters import paths
+from sources import build_sources, small, small_model
 
 T = 16
 ROWS = [
@@ -202,6 +202,18 @@ def test_bfloat16_is_near_float32():
     assert near.hidden_BTD.dtype == jnp.bfloat16
     real = BATCH.segment_BT > 0
     np.testing.assert_allclose(near.logits_BTV[real], exact.logits_BTV[real], rtol=0, atol=0.1)
+
+
+def test_what_is_captured_of_both_stacks():
+    model, params = small_model()
+    sites = ("cross", "residual", "encoder/residual")
+    hidden_BTD, _, found = jax.jit(model.hidden, static_argnames="capture")(params, BATCH, capture=sites)
+    assert all(found[site].shape == (2, 3, T, 16) for site in sites)
+    assert np.abs(found["cross"][:, 0, 3:7]).max() > 0 and not found["cross"][:, 1, :5].any(), "without a source"
+    last = np.asarray(found["encoder/residual"][1])
+    normalised = last / np.sqrt(np.mean(np.square(last), axis=-1, keepdims=True) + 1e-6)
+    expected = normalised * params["encoder"]["norm"]["scale"]
+    np.testing.assert_allclose(hidden_BTD[0, :3], expected[0, :3], rtol=0, atol=1e-4)
 
 
 def test_attention_weights_are_of_targets_and_of_the_source():

@@ -69,9 +69,9 @@ class CrossBlock(Block):
         attention_key, cross_key, mlp_key = (None,) * 3 if key is None else jax.random.split(key, 3)
         own = None if cache is None else cache["attention"]
         y_BTD, own = self.attention(self._branch_input(x_BTD, self.attention_norm), context, own)
-        x_BTD = self._add_branch(x_BTD, y_BTD, self.attention_norm, attention_key)
+        x_BTD = self._add_branch(x_BTD, context.record("attention", y_BTD), self.attention_norm, attention_key)
         y_BTD, seen = self._attend(self._branch_input(x_BTD, self.cross_norm), context, cache and cache["cross"])
-        x_BTD = self._add_branch(x_BTD, y_BTD, self.cross_norm, cross_key)
+        x_BTD = self._add_branch(x_BTD, context.record("cross", y_BTD), self.cross_norm, cross_key)
         y_BTD, losses = self._mlp(self._branch_input(x_BTD, self.mlp_norm), context)
         x_BTD = self._add_branch(x_BTD, y_BTD, self.mlp_norm, mlp_key)
         return x_BTD, None if cache is None else {"attention": own, "cross": seen}, losses
