@@ -69,3 +69,7 @@ def test_what_does_not_fit_is_told():
     with pytest.raises(SpecError, match=r"TrainSpec.plateau is .*: it must be null without evaluate_every"):
         chosen(8).train.replace(evaluate_every=None)
     assert "train.plateau" in reason_against(chosen(8).train)
+
+
+def test_the_progress_in_a_checkpoint_of_an_earlier_version_is_read():
+    assert MetricState.restored({"best": 0.5, "stale": 1, "owed": True}) == MetricState(0.5, 1, pending=True)

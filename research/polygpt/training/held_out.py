@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -38,6 +38,11 @@ class MetricState:
     pending: bool = False
     waited: int = 0
     reductions: int = 0
+
+    @classmethod
+    def restored(cls, data: Mapping[str, Any]) -> "MetricState":
+        """That of a checkpoint; before schema 5, `pending` was called `owed`."""
+        return cls(**{"pending" if name == "owed" else name: value for name, value in data.items()})
 
     def update(self, metric: float, better: str, plateau: Plateau | None = None) -> bool:
         """Records a new metric; True if it is the best."""

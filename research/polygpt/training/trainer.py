@@ -319,7 +319,7 @@ class Trainer:
         first = self.phases.programs[0]
         state, data = self.checkpoints.restore(self.phases.target, first.initial, before) or (None, None)
         self.state = first.resumed(state, data.get("references", {})) if data else first.first_state()
-        self.metric_state = MetricState(**data["standing"]) if data else MetricState()
+        self.metric_state = MetricState.restored(data["standing"]) if data else MetricState()
         self.done = self.saved = int(self.state.step)
         self._use(self.phases.program(self.done))
         return data
