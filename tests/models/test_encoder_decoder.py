@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from batches import LIGHT, VOCABULARY, columns, example
+from polygpt.attention.biases import T5Bias
 from polygpt.attention.mamba2 import Mamba2
 from polygpt.attention.multi_head import MultiHead
+from polygpt.blocks.block import Layer
 from polygpt.blocks.cross import CrossSequential
 from polygpt.data.layout import LayoutSpec
 from polygpt.errors import SpecError
@@ -18,8 +20,10 @@ from polygpt.models.describe import describe
 from polygpt.models.encoder_decoder import EncoderDecoder
 from polygpt.models.functional import bind
 from polygpt.models.multimodal import ModelSpec
+from polygpt.nn.mlp import MLP
 from polygpt.nn.norms import LayerNorm
 from polygpt.nn.positions import Learned, MRope
+from polygpt.optim.mup import MuP
 from polygpt.parameters import paths
 from sources import build_sources, small, small_model
 
@@ -240,6 +244,30 @@ def test_sizes_and_costs_are_counted_by_stack():
     assert parts["encoder"].flops == 2 * kernels["encoder"] + 3 * 4 * 16 * T
     assert parts["decoder"].flops == 2 * kernels["decoder"] + 2 * 2 * 4 * 16 * (T + 1) // 2
     assert parts["start"].parameters == 16
+
+
+def test_an_encoder_like_the_decoder_has_biases_for_both_directions():
+    assert small(position=T5Bias(buckets=8)).encoder_stack().position == T5Bias(buckets=8, bidirectional=True)
+    assert small().encoder_stack().replace(mask="spans", block=CrossSequential()) == small().decoder
+
+
+def test_mup_scales_both_stacks_and_cross_attention():
+    mup = MuP({"decoder.width": 8})
+    spec = small(width=16, pattern=(None, Layer(block=CrossSequential(MultiHead(2)))), mlp=MLP()).replace(mup=mup)
+    growth = paths(bind(spec, VOCABULARY).growth)
+    hidden = ("encoder/blocks/attention/query", "decoder/blocks/0/cross/key", "decoder/blocks/1/cross/output")
+    assert {growth[f"{name}/kernel"].kind for name in hidden} == {"hidden"}
+    assert (growth["start"].kind, growth["start"].initial) == ("input", 1.0)
+    scaled = spec.scaled()
+    first, second = (layer.block.cross_of(layer.attention) for layer in scaled.decoder.period())
+    assert first.scale == scaled.encoder_stack().attention.scale == 2**-0.5 * 2 / 4
+    assert second.scale == 4**-0.5 * 4 / 8
+    given = spec.replace(encoder=DecoderSpec(width=16, attention=MultiHead(4), mask="bidirectional"), mup=None)
+    with pytest.raises(SpecError, match="model.mup.base: .*it must be 8 in the encoder"):
+        given.replace(mup=mup)
+    assert (
+        given.replace(mup=MuP({"decoder.width": 8, "encoder.width": 8})).scaled().encoder.attention.scale == first.scale
+    )
 
 
 ENCODER = DecoderSpec(width=16, mask="bidirectional")

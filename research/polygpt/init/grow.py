@@ -97,7 +97,7 @@ class Grow(FromRun):
         remedy = "set init.depth to stack"
         if isinstance(spec, Mapping) and spec.get("norm_placement", "pre") != "pre":
             raise UserError(f"init.depth is identity, but the blocks of {stack} are post-norm: {remedy}")
-        for branch in ("attention", "mlp"):
+        for branch in ("attention", "cross", "mlp"):
             own = [name for name in names if f"/{branch}/" in name]
             if own and not any(LAST.search(name) for name in own):
                 raise UserError(f"init.depth is identity, but {own[0]} has no output projection beside it: {remedy}")

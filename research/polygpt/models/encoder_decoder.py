@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from polygpt.attention.biases import T5Bias
 from polygpt.attention.contract import Source
 from polygpt.attention.masks import Meta
 from polygpt.blocks.cross import CrossSequential
 from polygpt.blocks.stack import StackSpec
 from polygpt.errors import SpecError
-from polygpt.models import decoder
-from polygpt.models.decoder import Decoder, DecoderSpec, metadata
+from polygpt.models.decoder import Cache, Decoder, DecoderSpec, init_cache, metadata
 from polygpt.models.multimodal import ModelSpec, MultimodalModel
 from polygpt.nn.losses import Losses, add
 from polygpt.sequence import PROMPT, Batch
@@ -36,7 +36,7 @@ class EncoderDecoder(ModelSpec):
     """The decoder, of blocks that attend to the encoder (polygpt.blocks.cross:CrossSequential)."""
     encoder: DecoderSpec | None = None
     """The encoder, a stack of the decoder's width whose mask is "bidirectional"; null for one like the decoder, without
-    its pattern and cross-attention."""
+    its pattern and cross-attention, and with biases for both directions if these are T5's."""
 
     def validate(self):
         self.decoder.require(self.decoder.mask == "spans", "mask", "'spans' in the decoder of an EncoderDecoder")
@@ -57,6 +57,8 @@ class EncoderDecoder(ModelSpec):
             return self.encoder
         same = {field.name: getattr(self.decoder, field.name) for field in dataclasses.fields(StackSpec)}
         del same["pattern"], same["block"]
+        if isinstance(self.decoder.position, T5Bias):
+            same["position"] = self.decoder.position.replace(bidirectional=True)
         return DecoderSpec(**same, mask="bidirectional", embedding_noise=self.decoder.embedding_noise)
 
     def stacks(self) -> dict[str, DecoderSpec]:
@@ -143,7 +145,7 @@ class EncoderDecoderCache:
         sources: what the encoder has read; None before the first call, the only one that runs the encoder.
     """
 
-    decoder: decoder.Cache
+    decoder: Cache
     sources: Sources | None = None
 
     @property
@@ -185,7 +187,7 @@ class EncoderDecoderModel(MultimodalModel):
         kept = None
         if cache is not None:  # nothing is in it yet: make one with room for the source
             rows, size = cache.decoder.seen.index.shape
-            kept = decoder.init_cache(self.decoder.spec, rows, size, self.decoder.dtype, batch.shape[1])
+            kept = init_cache(self.decoder.spec, rows, size, self.decoder.dtype, batch.shape[1])
         hidden_BTD, kept, own = self.decoder(written_BTD, written, kept, decoder_key, source)
         here_BT = (sources.meta.segment > 0) & (written.segment_BT == 0)
         hidden_BTD = jnp.where(here_BT[..., None], source.hidden_BSD, hidden_BTD)
