@@ -15,6 +15,7 @@ from polygpt.attention.masks import (
     Or,
     Prefix,
     QueryModality,
+    SameModality,
     SameSegment,
     SameSpan,
     Sinks,
@@ -36,13 +37,14 @@ PAIRS = {
     Global: lambda m, q, k: min(k["position"], q["position"]) < m.count,
     Prefix: lambda m, q, k: max(k["position"], q["position"]) < m.length,
     QueryModality: lambda m, q, k: q["modality"] == m.number,
+    SameModality: lambda m, q, k: q["modality"] == k["modality"],
     KeyModality: lambda m, q, k: k["modality"] == m.number,
 }
 """What each predicate says of one pair."""
 
 SMALL = st.integers(1, 4)
 SIMPLE = st.one_of(
-    st.sampled_from([Causal(), SameSegment(), SameSpan()]),
+    st.sampled_from([Causal(), SameModality(), SameSegment(), SameSpan()]),
     *(st.builds(cls, SMALL) for cls in (Window, Strided, Sinks, Global, Prefix)),
     st.builds(Dilated, SMALL, SMALL),
     st.builds(Blockwise, SMALL, st.integers(0, 2)),

@@ -151,6 +151,10 @@ class Attention(Spec):
         """
         raise NotImplementedError
 
+    def mixes_modalities(self) -> bool:
+        """Whether a position of one modality may see another modality of its example."""
+        return True
+
     def score_flops(self, width: int, keys: float) -> float:
         """FLOPs, excluding projections, for one query that sees `keys` keys at model width `width`."""
         raise NotImplementedError

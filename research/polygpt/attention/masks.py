@@ -349,6 +349,14 @@ class KeyModality(Mask):
         return key.modality == self.number
 
 
+@dataclasses.dataclass(frozen=True)
+class SameModality(Mask):
+    """Query and key have the same modality."""
+
+    def __call__(self, query, key):
+        return query.modality == key.modality
+
+
 DECODER = SameSegment() & (Causal() | SameSpan())
 """The mask of decoders: the position's own example up to itself, and all of its own span."""
 ENCODER = SameSegment()

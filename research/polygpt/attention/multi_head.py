@@ -11,13 +11,14 @@ from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from polygpt.attention import cache as memory
 from polygpt.attention.contract import INSIDE, KEY, OUTPUT, QUERY, Attention, Context, Dims, blank_context
 from polygpt.attention.kernels import dispatch, reference
 from polygpt.attention.kernels.problem import Operands, Rule
-from polygpt.attention.masks import DECODER, Mask, Meta
+from polygpt.attention.masks import DECODER, ENCODER, Mask, Meta, allowed
 from polygpt.attention.running import accumulated
 from polygpt.attention.scores import Score, Terms
 from polygpt.errors import SpecError
@@ -25,6 +26,9 @@ from polygpt.nn.linear import Linear
 from polygpt.nn.norms import Norm
 from polygpt.nn.positions import Position
 from polygpt.sharding import constrain
+
+PROBED = 128
+"""Positions on which a mask is tried."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +98,15 @@ class MultiHead(Attention):
 
     def labels(self) -> frozenset[str]:
         return self.mask(DECODER).labels()
+
+    def mixes_modalities(self) -> bool:
+        # Pairs of modalities at all distances, in one example and one span: whatever a mask of the decoder shows.
+        rng, index_1T, one_1T = np.random.default_rng(0), np.arange(PROBED)[None], np.ones((1, PROBED), int)
+        modality_1T = rng.integers(0, 4, (1, PROBED))
+        labels = {name: rng.integers(-1, 4, (1, PROBED)) for name in sorted(self.labels())}
+        probe = Meta(index_1T, index_1T, one_1T, one_1T, modality_1T, labels)
+        visible_1TT = np.asarray(allowed(self.mask(ENCODER), probe, probe))
+        return bool((visible_1TT & (modality_1T[:, :, None] != modality_1T[:, None])).any())
 
     def score(self, score: Score) -> Score:
         """The score modification, given that of the position encoding. A variant extends it: `score.then(...)`."""

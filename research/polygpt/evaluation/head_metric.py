@@ -8,6 +8,8 @@ import jax
 import numpy as np
 
 from polygpt.evaluation.metric import Measure
+from polygpt.objectives.apart import number_apart
+from polygpt.objectives.contrastive import RESIDUAL
 from polygpt.objectives.labelled import require_label
 from polygpt.objectives.view import View
 from polygpt.sequence import Batch
@@ -26,6 +28,12 @@ class OutputMetric(Spec):
     @property
     def view(self) -> View | None:
         """How the batch that the model reads is derived from that of the data, as for an objective, with fixed keys."""
+        return None
+
+    @property
+    def layer(self) -> int | None:
+        """The block of the decoder whose output its heads read, with the modalities of an example as segments of the
+        batch that it gets; null for the last vectors of the model."""
         return None
 
     @property
@@ -84,28 +92,32 @@ class HeadMetric(OutputMetric):
         require_label(self.head, self.named, model, layout)
 
 
-@partial(jax.jit, static_argnames=("model", "names", "view"))
-def _outputs(model, params, batch: Batch, names: tuple[str, ...], view: View | None):
+@partial(jax.jit, static_argnames=("model", "names", "view", "layer"))
+def _outputs(model, params, batch: Batch, names: tuple[str, ...], view: View | None, layer: int | None):
     if view is not None:
         batch = view(batch, jax.random.split(jax.random.key(0), batch.shape[0]))
-    hidden_BTD, _ = model.hidden(params, batch)
+    if layer is None:
+        hidden_BTD, _ = model.hidden(params, batch)
+    else:
+        *_, found = model.hidden(params, batch, capture=(RESIDUAL,))
+        hidden_BTD, batch = found[RESIDUAL][layer], number_apart(batch)
     found = {name: model.head(params, name, hidden_BTD, batch) for name in names}
     return model.replicated((found, dataclasses.replace(batch, media={})))
 
 
 def measured(model, params, batches: Iterable[Batch], metrics: Sequence[OutputMetric]) -> dict[str, float]:
     """The values of the metrics over all batches. Those that find nothing to compare are left out."""
-    passes = {view: {} for view in dict.fromkeys(metric.view for metric in metrics)}
+    passes = {(metric.view, metric.layer): {} for metric in metrics}
     for metric in metrics:
-        passes[metric.view] |= dict.fromkeys(metric.reads)
+        passes[metric.view, metric.layer] |= dict.fromkeys(metric.reads)
     found: list[list[tuple[np.ndarray, ...]]] = [[] for _ in metrics]
     for batch in batches:
         seen = {
-            view: jax.tree.map(np.asarray, _outputs(model, params, batch, tuple(sorted(names)), view))
-            for view, names in passes.items()
+            of: jax.tree.map(np.asarray, _outputs(model, params, batch, tuple(sorted(names)), *of))
+            for of, names in passes.items()
         }
         for metric, parts in zip(metrics, found, strict=True):
-            parts.append(metric.rows(*seen[metric.view]))
+            parts.append(metric.rows(*seen[metric.view, metric.layer]))
     joined = [tuple(map(np.concatenate, zip(*parts, strict=True))) for parts in found]
     return {
         key: value

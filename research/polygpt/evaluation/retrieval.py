@@ -8,7 +8,7 @@ from polygpt.errors import SpecError
 from polygpt.evaluation.head_metric import OutputMetric
 from polygpt.evaluation.metric import Measure
 from polygpt.objectives.apart import Apart, example_of, last_of
-from polygpt.objectives.contrastive import require_heads
+from polygpt.objectives.contrastive import require_apart, require_heads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,18 +31,21 @@ class Retrieval(OutputMetric):
     """Name of a label in `data.layout.labels` of one number; null if only the example itself is right."""
     bidirectional: bool = True
     """As in the contrastive objective."""
+    layer: int | None = None
+    """As in the contrastive objective."""
 
     def validate(self):
         self.require(bool(self.at) and min(self.at) >= 1, "at", "numbers of at least 1")
         self.require(bool(self.name), "name", "not empty")
+        self.require(self.layer is None or self.layer >= 0, "layer", "null or at least 0")
 
     @property
     def reads(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(self.heads))
 
     @property
-    def view(self) -> Apart:
-        return Apart(self.bidirectional)
+    def view(self) -> Apart | None:
+        return Apart(self.bidirectional) if self.layer is None else None
 
     @property
     def needs(self) -> str:
@@ -57,6 +60,7 @@ class Retrieval(OutputMetric):
 
     def check_with(self, model, layout) -> None:
         require_heads(self.heads, self.between, model)
+        require_apart(self.layer, model)
         if self.label is not None and self.label not in layout.labels:
             raise SpecError(f"reads the label {self.label!r}, which is not in data.layout.labels")
 

@@ -22,7 +22,7 @@ class Apart(View):
     bidirectional: bool = True
     """Whether the positions of a modality see each other in both directions; false keeps the spans of the data."""
 
-    def __call__(self, batch: Batch, keys_B: jax.Array) -> Batch:
+    def __call__(self, batch: Batch, keys_B: jax.Array | None) -> Batch:
         modality_BT = batch.modality_BT.astype(jnp.int32)
         real_BT = batch.segment_BT > 0
         segment_BT = jnp.where(real_BT, (batch.segment_BT - 1) * NUMBERS + modality_BT + 1, 0)
@@ -36,6 +36,11 @@ class Apart(View):
             span_BT=span_BT,
             coordinate_BT3=jnp.where(text_BT1, position_BT[..., None], batch.coordinate_BT3),
         )
+
+
+def number_apart(batch: Batch) -> Batch:
+    """The batch with the segments and positions of `Apart`, to find and pool the positions of each modality."""
+    return Apart(bidirectional=False)(batch, None)
 
 
 def example_of(batch: Batch) -> jax.Array:

@@ -101,11 +101,12 @@ class Forward:
             raise SpecError(f"an objective reads the site {site!r}, which its property `captures` lacks: {near}")
         return self._hidden[2][site]
 
-    def head(self, name: str, vectors_BTD: jax.Array | None = None) -> jax.Array:
+    def head(self, name: str, vectors_BTD: jax.Array | None = None, pooled: Batch | None = None) -> jax.Array:
         """The outputs of a head of `model.heads`, float32 [B, T, K]: of `hidden_BTD`, or of other vectors, such as
-        captured ones. Raises SpecError if there is none of that name."""
+        captured ones, pooled over the segments of `pooled` or of the batch. Raises SpecError if there is no such head.
+        """
         if vectors_BTD is not None:
-            return self.model.head(self.params, name, vectors_BTD, self.batch)
+            return self.model.head(self.params, name, vectors_BTD, self.batch if pooled is None else pooled)
         return self.once(("head", name), lambda: self.model.head(self.params, name, self.hidden_BTD, self.batch))
 
     def head_scalars(self, name: str) -> Mapping[str, jax.Array]:

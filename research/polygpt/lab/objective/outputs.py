@@ -34,13 +34,13 @@ class Probed:
     def __getattr__(self, name: str):
         return getattr(self._model, name)
 
-    def hidden(self, params: Any, batch: Batch, key: jax.Array | None = None) -> tuple:
+    def hidden(self, params: Any, batch: Batch, key: jax.Array | None = None, **options) -> tuple:
         """As `Model.hidden`."""
-        hidden_BTD, losses = self._model.hidden(params, batch, key)
+        hidden_BTD, *rest = self._model.hidden(params, batch, key, **options)
         if self._probe_KBTD is not None:
             hidden_BTD = hidden_BTD + self._probe_KBTD[len(self.passes)].astype(hidden_BTD.dtype)
         self.passes.append(hidden_BTD)
-        return hidden_BTD, losses
+        return hidden_BTD, *rest
 
 
 def vectors(subject: Subject, seen: Batch) -> Callable[[tuple, Batch], tuple] | None:
