@@ -142,6 +142,11 @@ def pipeline(
     return sharding.constrain(y_BTD, *RESIDUAL), jax.tree.map(jnp.sum, losses)
 
 
+def with_rows(tree: Any, more: int) -> Any:
+    """Arrays [B, ...] with `more` rows of zeros appended: padding, whose segment is 0."""
+    return tree if more == 0 else jax.tree.map(lambda x: jnp.pad(x, ((0, more), *[(0, 0)] * (x.ndim - 1))), tree)
+
+
 def _stage(body: Body, schedule: Schedule, policy: Callable | None) -> Callable:
     """One iteration of one stage: `(params [R, K, ...], x_bTD, context, stage, step) -> (x_bTD, losses)`.
 

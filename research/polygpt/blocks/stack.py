@@ -13,7 +13,7 @@ from polygpt.attention.contract import Attention, Context, Dims, causal_mean
 from polygpt.attention.multi_head import MultiHead
 from polygpt.blocks.block import BlockSpec, Layer, NormPlacement, Parts, Sequential
 from polygpt.blocks.capture import RESIDUAL_STREAM, Capture, Recorder
-from polygpt.blocks.pipeline import INPUT, KEPT, Schedule, pipeline
+from polygpt.blocks.pipeline import INPUT, KEPT, Schedule, pipeline, with_rows
 from polygpt.errors import SpecError
 from polygpt.nn.losses import Losses, add
 from polygpt.nn.mlp import MLP, FeedForward
@@ -136,19 +136,13 @@ class StackSpec(Spec):
     def init_cache(self, batch_size: int, size: int, dtype: str, source: int = 0) -> tuple:
         """Empty caches for `size` positions, and `source` positions of an encoder: one per block; if scanned, one per
         block of the pattern, stacked."""
-        dims = self.dims(dtype)
+        dims, times = self.dims(dtype), self.depth // len(self.period())
 
         def empty(layer):
-            return layer.block.init_cache(layer.attention, dims, batch_size, size, source)
+            one = layer.block.init_cache(layer.attention, dims, batch_size, size, source)
+            return jax.tree.map(lambda x: jnp.broadcast_to(x, (times, *x.shape)), one) if self.scan else one
 
-        if not self.scan:
-            return tuple(map(empty, self.layers()))
-        times = self.depth // len(self.period())
-
-        def stacked(layer):
-            return jax.tree.map(lambda x: jnp.broadcast_to(x, (times, *x.shape)), empty(layer))
-
-        return tuple(map(stacked, self.period())) if self.depth else ()
+        return tuple(map(empty, self.period() if self.scan and self.depth else self.layers()))
 
 
 class Stack(nnx.Module):
@@ -239,7 +233,7 @@ class Stack(nnx.Module):
             )
         batch_size = x_BTD.shape[0]
         # Training batches divide evenly; an evaluation batch may have any number of rows and is padded.
-        x_BTD, context = _with_rows((x_BTD, context), -batch_size % schedule.microbatches)
+        x_BTD, context = with_rows((x_BTD, context), -batch_size % schedule.microbatches)
         schedule.check(self.spec.depth, len(self.spec.period()), x_BTD.shape[0], self.name)
         graphdefs, params = self._split()
 
@@ -352,8 +346,3 @@ class Stack(nnx.Module):
 
         checkpointed = jax.checkpoint(pure, policy=policy, prevent_cse=not self.spec.scan)
         return lambda x_BTD, *arguments: checkpointed(params, checkpoint_name(x_BTD, INPUT), *arguments)
-
-
-def _with_rows(tree: Any, more: int) -> Any:
-    """Arrays [B, ...] with `more` rows of zeros appended: padding, whose segment is 0."""
-    return tree if more == 0 else jax.tree.map(lambda x: jnp.pad(x, ((0, more), *[(0, 0)] * (x.ndim - 1))), tree)
