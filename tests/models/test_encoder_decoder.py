@@ -62,7 +62,7 @@ def test_packed_examples_equal_examples_alone(form):
         np.testing.assert_allclose(packed[row, place], alone[number, : place.stop - place.start], rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("form", ["default", "own"])
+@pytest.mark.parametrize("form", ["default", pytest.param("own", marks=pytest.mark.slow)])
 def test_who_sees_whom(form):
     """By gradient with respect to the embeddings: the decoder sees earlier targets and the whole source."""
     model, params = small_model(**FORMS[form])
@@ -97,7 +97,9 @@ def test_an_example_without_a_source_is_read_by_the_decoder_alone():
     assert np.abs(found[0, 4:7] - expected[0, 4:7]).max() > 0.1
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "form", ["default", *(pytest.param(one, marks=pytest.mark.slow) for one in ("as BART", "own"))]
+)
 def test_reading_in_pieces_equals_reading_at_once(form):
     """One row alone, its source within the first piece."""
     model, params = small_model(scale=0.2, **FORMS[form])
@@ -123,9 +125,8 @@ def test_the_cache_holds_the_source_and_later_calls_do_not_run_the_encoder():
     np.testing.assert_array_equal(decode(spoiled, step, cache)[0], decode(params, step, cache)[0])
 
 
-@pytest.mark.parametrize("scan", [True, False])
-def test_the_encoder_runs_in_the_first_call_only(monkeypatch, scan):
-    model, params = small_model(scan=scan)
+def test_the_encoder_runs_in_the_first_call_only(monkeypatch):
+    model, params = small_model()
     read, plain = [], Decoder.__call__
 
     def counted(self, *arguments, **keywords):
@@ -155,7 +156,9 @@ def test_padding_may_hold_anything():
     assert np.isfinite(found.logits_BTV).all()
 
 
-@pytest.mark.parametrize("position", [{}, {"position": MRope(sections=(1, 1, 0))}], ids=["rope", "three axes"])
+@pytest.mark.parametrize(
+    "position", [pytest.param({}, marks=pytest.mark.slow), {"position": MRope(sections=(1, 1, 0))}]
+)
 def test_media_are_read_by_the_encoder(position):
     """Packed and alone, with unused items and a modality that a batch does not have."""
     rows = [[(example(2, ("image", 4), 1, ("audio", 3), 4, seed=1), 10), (example(2, ("audio", 4), 3, seed=2), 6)]]

@@ -19,12 +19,13 @@ def fitting(experiment: Experiment) -> float:
     (Korthikanti et al., 2205.05198, eq. 1), and the logits with their gradient.
     """
     vocabulary, decoder = experiment.tokenizer.build().vocabulary, experiment.model.decoder
+    depth = sum(stack.depth for stack in experiment.model.stacks().values())
     program = assemble(experiment, vocabulary, jax.devices()[:1])
     seq_len, batch_size = experiment.data.layout.seq_len, experiment.data.batch_size // experiment.optim.accumulate
     heads = getattr(decoder.attention, "heads", 1)
     layer = (
         decoder.width * (34 + 5 * heads * seq_len / decoder.width) * (2 if experiment.model.dtype == "float32" else 1)
     )
-    activations = batch_size * seq_len * (decoder.depth * layer + 3 * 4 * vocabulary)
+    activations = batch_size * seq_len * (depth * layer + 3 * 4 * vocabulary)
     state = automatic.bytes_of(jax.eval_shape(program.initial)) + 2 * automatic.bytes_of(program.shapes)
     return automatic.SPLIT * automatic.memory_of_all() / (state + activations)

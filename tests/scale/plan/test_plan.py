@@ -11,9 +11,11 @@ import jax
 import pytest
 import tiny
 
+from polygpt.blocks.cross import CrossSequential
 from polygpt.blocks.pipeline import Schedule
 from polygpt.cli.main import main
 from polygpt.errors import UserError
+from polygpt.models.encoder_decoder import EncoderDecoder
 from polygpt.overrides import override
 from polygpt.scale.plan import chips, compilation, search
 from polygpt.scale.plan.candidates import candidates, current, smaller
@@ -211,6 +213,25 @@ def test_ways_to_run_divide_the_devices_and_their_overrides_make_them():
     assert piped[0].overrides(piped[0].apply(chosen)) == {}
     unscanned = override(chosen, {"model.decoder.scan": "false"})
     assert all(way.mesh.stage == 1 for way in candidates(unscanned, on))
+
+
+@needs_libtpu
+def test_an_encoder_is_planned_like_the_decoder():
+    chosen, on = tiny.experiment(), target("v5e:2x2")
+    data = chosen.data.replace(layout=chosen.data.layout.replace(prompt_span="bidirectional"))
+    encoder = chosen.model.decoder.replace(depth=3, mask="bidirectional")
+    model = EncoderDecoder(chosen.model.decoder.replace(block=CrossSequential()), encoder=encoder, dtype="bfloat16")
+    chosen = chosen.replace(data=data, model=model)
+    assert all(way.mesh.stage == 1 for way in candidates(chosen, on)), "no stages divide two blocks and three"
+    known, mesh = facts(chosen, on), current(chosen, 4).mesh
+    both = predict(chosen, known, on, mesh_facts(mesh, known))
+    chosen = chosen.replace(model=model.replace(encoder=encoder.replace(depth=6)))
+    known_deeper = facts(chosen, on)
+    deeper = predict(chosen, known_deeper, on, mesh_facts(mesh, known_deeper))
+    lines, more = ({line.name: line.forward for line in own.flops.lines} for own in (known, known_deeper))
+    doubled = {"encoder, matrices", "encoder, attention"}
+    assert {name for name in lines if more[name] == 2 * lines[name]} == doubled
+    assert both.activations < deeper.activations < 2 * both.activations and both.state < deeper.state
 
 
 def test_the_command_prints_writes_and_says_what_is_not_known(tmp_path, capsys):

@@ -147,11 +147,11 @@ def candidates(experiment: Experiment, target: Target) -> Iterator[Candidate]:
 
 
 def _stages(experiment: Experiment, devices: int) -> list[int]:
-    """Numbers of pipeline stages that the decoder's depth and the experiment's sharding rules allow."""
-    decoder, rules = experiment.model.decoder, experiment.train.mesh.rules
-    if not decoder.scan or rules["stages"] != ("stage",) or "stage" not in rules["layers"]:
+    """Numbers of pipeline stages that the depths of the stacks and the experiment's sharding rules allow."""
+    stacks, rules = experiment.model.stacks().values(), experiment.train.mesh.rules
+    if not all(stack.scan for stack in stacks) or rules["stages"] != ("stage",) or "stage" not in rules["layers"]:
         return [max(experiment.train.mesh.stage, 1)]
-    each = decoder.depth // len(decoder.period())  # patterns of blocks
+    each = math.gcd(*(stack.depth // len(stack.period()) for stack in stacks))  # patterns of blocks
     return [stage for stage in _divisors(devices) if stage <= STAGES and each and each % stage == 0]
 
 
@@ -159,11 +159,11 @@ def _schedules(experiment: Experiment, now: Candidate, stages: int) -> Iterator[
     if stages == 1:
         yield None
         return
-    decoder = experiment.model.decoder
+    patterns = [stack.depth // len(stack.period()) for stack in experiment.model.stacks().values()]
     own = [now.schedule] if now.schedule and now.schedule.stages == stages else []
     usual = [Schedule(stages, repeats, stages * cut) for repeats in REPEATS for cut in MICROBATCHES]
     for schedule in dict.fromkeys([*own, *usual]):
-        if decoder.depth % (stages * schedule.repeats * len(decoder.period())) == 0:
+        if all(depth % (stages * schedule.repeats) == 0 for depth in patterns):
             yield schedule
 
 
