@@ -41,7 +41,7 @@ ADDED: dict[int, dict[str, dict[str, Any]]] = {
     },
     4: {
         "polygpt.training.experiment:Experiment": {"references": {}},
-        "polygpt.models.multimodal:ModelSpec": {"initial": [], "drop_connect": None, "heads": {}},
+        "polygpt.models.multimodal:ModelSpec": {"initial": [], "drop_connect": None, "heads": {}, "prefix": None},
         "polygpt.blocks.stack:StackSpec": STACK,
         "polygpt.models.decoder:DecoderSpec": {**STACK, "mask": "spans", "embedding_noise": 0.0},
         "polygpt.data.layout:LayoutSpec": {"labels": {}, "pairs": False},

@@ -35,7 +35,7 @@ class Traits:
         shape: its shape.
         axes: a logical name or None for each axis.
         decays: whether it takes weight decay. By default vectors do not, even if stacked.
-        trained: whether it may be trained: an `nnx.Param`, unless `model.low_rank` freezes it.
+        trained: whether it may be trained: an `nnx.Param`, unless `model.low_rank` or `model.prefix` freeze it.
         std: standard deviation of its initial values, if that depends on a width other than its fan-in.
         layers: the numbers of its layers, from 0, if it belongs to a stack of layers: those of its first axis, or one.
         depth: number of layers in that stack.

@@ -22,6 +22,7 @@ FOLDERS += ("runtime", "init", "training", "heads")
 CLASSES = {found.id: found.values[0] for folder in FOLDERS for found in specs(f"polygpt.{folder}", Spec)}
 RELATIVE = {"MultiHead.position", "Recurrent.norm", "Stateful.position", "TalkingHeads.backend", "ModelSpec.low_rank"}
 RELATIVE |= {
+    "ModelSpec.prefix",
     "CrossSequential.cross",
     "MixtureOfExperts.normalize",
     "MixtureOfExperts.groups",

@@ -21,6 +21,7 @@ from batches import ADAPTERS, build, example, lively, tiny  # noqa: E402
 from polygpt.heads.linear import LinearHead  # noqa: E402
 from polygpt.models.functional import bind  # noqa: E402
 from polygpt.models.low_rank import LowRank  # noqa: E402
+from polygpt.models.prefix import PrefixTuning  # noqa: E402
 from polygpt.nn.experts import MixtureOfExperts  # noqa: E402
 from polygpt.nn.mlp import GatedMLP  # noqa: E402
 from polygpt.objectives.classification import LabelClassification  # noqa: E402
@@ -57,8 +58,8 @@ WAYS = {
     "data 2, fsdp 2, tensor 2 (blocks)": (DENSE, MeshSpec(fsdp=2, tensor=2)),
     "fsdp 2, sequence 2, tensor 2 (blocks)": (DENSE, MeshSpec(data=1, fsdp=2, sequence=2, tensor=2)),
     "stage 2, fsdp 2, expert 2 (blocks)": (ROUTED, MeshSpec(data=1, stage=2, fsdp=2, expert=2)),
-    "data 2, fsdp 2, tensor 2 (DoRA)": (DENSE, MeshSpec(fsdp=2, tensor=2)),
-    "stage 2, fsdp 2, expert 2 (DoRA)": (ROUTED, MeshSpec(data=1, stage=2, fsdp=2, expert=2)),
+    "data 2, fsdp 2, tensor 2 (adapters)": (DENSE, MeshSpec(fsdp=2, tensor=2)),
+    "stage 2, fsdp 2, expert 2 (adapters)": (ROUTED, MeshSpec(data=1, stage=2, fsdp=2, expert=2)),
     "pmap (encoder)": (DENSE, None),
     "data 2, fsdp 2, tensor 2 (encoder)": (DENSE, MeshSpec(fsdp=2, tensor=2)),
     "sequence 4 (gather), data 2 (encoder)": (DENSE, MeshSpec(sequence=4)),
@@ -66,9 +67,13 @@ WAYS = {
     "stage 2, fsdp 2, expert 2 (encoder)": (ROUTED, MeshSpec(data=1, stage=2, fsdp=2, expert=2)),
     "stage 2 (circular), data 4 (encoder)": (DENSE, MeshSpec(stage=2, repeats=2)),
 }
-"""By name, the feed-forward layer and the mesh; None is pmap. Blocks: logits exist for some positions at a time. DoRA:
-matrices are frozen under low-rank updates. Encoder: an encoder reads the first half of each example."""
-DORA = LowRank("kernel$", rank=2, alpha=1.0, magnitude=True, also="bias$")
+"""By name, the feed-forward layer and the mesh; None is pmap. Blocks: logits exist for some positions at a time.
+Adapters: matrices are frozen under low-rank updates, behind a prefix. Encoder: an encoder reads the first half of each
+example."""
+ADAPTED = {
+    "low_rank": LowRank("kernel$", rank=2, alpha=1.0, magnitude=True, also="bias$"),
+    "prefix": PrefixTuning(length=3),
+}
 OBJECTIVES = {"next_token": (NextToken(), 1.0), "z": (ZLoss(), 1e-2), "kind": (LabelClassification("kind"), 0.5)}
 ROWS, LENGTH = 16, 32
 IDS = 52
@@ -105,10 +110,10 @@ def packed_rows(encoder: bool):
     return batch.replace(extra={"kind": np.float32(np.where(batch.segment_BT > 0, kind_BT, np.nan))})
 
 
-def run(mlp, mode: str, mesh: MeshSpec | None, devices: int, block=None, low_rank=None, encoder=False) -> dict:
+def run(mlp, mode: str, mesh: MeshSpec | None, devices: int, block=None, adapted=None, encoder=False) -> dict:
     fields = {"mlp": mlp, "depth": 4, "width": 32, "tied": False}
     spec = small(ADAPTERS, **fields) if encoder else tiny(heads=4, kv_heads=4, **fields)
-    spec = spec.replace(logits_block=block, low_rank=low_rank, heads={"kind": LinearHead(3, pool="mean")})
+    spec = spec.replace(logits_block=block, heads={"kind": LinearHead(3, pool="mean")}, **(adapted or {}))
     model = bind(spec, IDS)
     transformation, params = gradients_kept(), jax.tree.map(jnp.asarray, lively(model))
     trainable = jax.tree.map(lambda own: own.trained, model.traits)
@@ -138,10 +143,10 @@ if __name__ == "__main__":
     found = {}
     for name in sys.argv[1:]:
         mlp, mesh = WAYS[name]
-        low_rank, encoder = DORA if "(DoRA)" in name else None, "(encoder)" in name
-        single = f"single {type(mlp).__name__} {getattr(mlp, 'capacity', '')} {low_rank} {encoder}"
+        adapted, encoder = ADAPTED if "(adapters)" in name else None, "(encoder)" in name
+        single = f"single {type(mlp).__name__} {getattr(mlp, 'capacity', '')} {bool(adapted)} {encoder}"
         if single not in found:
-            found[single] = run(mlp, "single", None, 1, low_rank=low_rank, encoder=encoder)
+            found[single] = run(mlp, "single", None, 1, adapted=adapted, encoder=encoder)
         block = 8 if "(blocks)" in name else None
-        found[name] = run(mlp, "sharded" if mesh else "pmap", mesh, 8, block, low_rank, encoder) | {"single": single}
+        found[name] = run(mlp, "sharded" if mesh else "pmap", mesh, 8, block, adapted, encoder) | {"single": single}
     print(json.dumps(found))

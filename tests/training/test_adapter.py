@@ -1,6 +1,7 @@
 """Adapters in files of their own: with their base they are the run that trained them, and nothing else is accepted."""
 
 import json
+import re
 import shutil
 
 import jax
@@ -15,6 +16,7 @@ from polygpt.files import plain
 from polygpt.init.from_run import FromRun
 from polygpt.models.adapter_file import ABOUT, AdapterFile, checksums
 from polygpt.models.low_rank import LowRank
+from polygpt.models.prefix import PrefixTuning
 from polygpt.overrides import override
 from polygpt.parameters import paths
 from polygpt.report.finish import evaluate_run
@@ -25,10 +27,13 @@ from polygpt.training.run import open_run
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
 SMALL = {"optim.accumulate": "1", "train.steps": "2", "train.evaluate_every": "2", "train.use": "latest"}
-UPDATES = {
-    "first": LowRank("attention", rank=2, magnitude=True),
-    "second": LowRank("mlp/", rank=3, rank_stabilized=True, also="norm/"),
-    "third": LowRank("mlp/", rank=1),
+ADAPTED = {
+    "first": {"low_rank": LowRank("attention", rank=2, magnitude=True)},
+    "second": {
+        "low_rank": LowRank("mlp/", rank=3, rank_stabilized=True, also="norm/"),
+        "prefix": PrefixTuning(length=2),
+    },
+    "third": {"prefix": PrefixTuning(length=4)},
 }
 
 
@@ -39,8 +44,8 @@ def runs(tmp_path_factory):
     chosen = override(experiment(), SMALL | {"evaluation.tasks.text.limit": "3"})
     chosen = override(chosen, {"optim.schedule.peak_lr": "0.1", "optim.schedule.warmup": "1"})  # weights that differ
     train(chosen, folder / "base", lambda *_: [Silent()])
-    for (name, update), start in zip(UPDATES.items(), ("base", "base", "first"), strict=True):
-        tuned = chosen.replace(model=chosen.model.replace(low_rank=update), init=FromRun(path=str(folder / start)))
+    for (name, added), start in zip(ADAPTED.items(), ("base", "base", "first"), strict=True):
+        tuned = chosen.replace(model=chosen.model.replace(**added), init=FromRun(path=str(folder / start)))
         train(tuned, folder / name, lambda *_: [Silent()])
         save_adapter(folder / name, folder / f"{name}.npz")
     return folder
@@ -59,7 +64,8 @@ def test_a_base_with_an_adapter_is_the_run_that_trained_it(runs, name, base):
     assert expected.keys() == found.keys()
     for parameter, value in expected.items():
         np.testing.assert_array_equal(found[parameter], value, err_msg=parameter)
-    assert sum(np.any(value != paths(open_run(runs / base).params)[name]) for name, value in found.items()) >= 2
+    before = paths(open_run(runs / base).params)
+    assert sum(name not in before or np.any(value != before[name]) for name, value in found.items()) >= 2
 
 
 def test_generation_and_evaluation_choose_one_of_several(runs, capsys):
@@ -92,21 +98,23 @@ def test_one_opened_base_takes_adapters_one_after_another(runs):
 
 def test_a_file_holds_what_was_trained_and_nothing_else(runs):
     found = AdapterFile.read(runs / "second.npz")
-    assert found.kind == "rsLoRA, rank 3" and AdapterFile.read(runs / "first.npz").kind == "DoRA, rank 2"
-    assert all(name.startswith("low_rank/") or "norm/" in name for name in found.params)
+    assert (
+        found.kind == "rsLoRA, rank 3; prefix, length 2" and AdapterFile.read(runs / "first.npz").kind == "DoRA, rank 2"
+    )
+    assert all(re.search("^low_rank/|norm/|/prefix/", name) for name in found.params)
     assert not found.params.keys() & found.base.keys() and any("norm/" in name for name in found.params)
     assert found.numbers == sum(array.size for array in found.params.values()) < found.frozen / 2
 
 
 def test_the_list_says_what_fits(runs, capsys):
-    files = [runs / f"{name}.npz" for name in UPDATES]
+    files = [runs / f"{name}.npz" for name in ADAPTED]
     code, out, err = command(capsys, "adapter", "list", *files, "--base", runs / "base", "--json")
     assert code == 0, err
     rows = json.loads(out)["adapters"]
     assert [row["fits"] == "yes" for row in rows] == [True, True, False] and "weights of" in rows[2]["fits"]
-    assert [row["kind"] for row in rows] == ["DoRA, rank 2", "rsLoRA, rank 3", "LoRA, rank 1"]
+    assert [row["kind"] for row in rows] == ["DoRA, rank 2", "rsLoRA, rank 3; prefix, length 2", "prefix, length 4"]
     code, out, _ = command(capsys, "adapter", "list", *files)
-    assert code == 0 and "first, step 2" in out and "fits" not in out
+    assert code == 0 and "DoRA, rank 2" in out and "fits" not in out
 
 
 def refused(capsys, *words):

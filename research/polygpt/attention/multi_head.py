@@ -161,6 +161,7 @@ class MultiHeadModule(nnx.Module):
             spec.qk_norm and spec.qk_norm.build(spec.width_of_query(dims.width)) for _ in range(2)
         )
         self.terms = spec.rule(DECODER, dims).score.build(dims.width, spec.heads, rngs=rngs)
+        self.prefix = nnx.data(None)  # or a `PrefixKeys`, see `prefix.py`
 
     def project(self, rngs: nnx.Rngs) -> None:
         """Creates the projections."""
@@ -178,14 +179,24 @@ class MultiHeadModule(nnx.Module):
         seen, key, cache = memory.extend(cache, self.remembered(x_BTD, context), context)
         operands = self.operands(x_BTD, context, seen, key)
         y_BHTe, lse_BHT = self.attend(self.spec.rule(context.mask, self.dims), operands)
+        if self.prefix is not None:
+            y_BHTe, lse_BHT = self.prefix.joined(y_BHTe, lse_BHT, operands.query_BHTd)
         return self.mixed(y_BHTe, lse_BHT, x_BTD, context), cache
 
     def weights(self, x_BTD: jax.Array, context: Context, chosen_R: jax.Array | None = None) -> jax.Array:
-        """Attention weights of the chosen queries, float32 [B, H, R, T]; `chosen_R=None` selects all queries."""
+        """Attention weights of the chosen queries, float32 [B, H, R, T]; `chosen_R=None` selects all queries.
+
+        A prefix has the rest of their sum.
+        """
         operands = self.operands(x_BTD, context, self.remembered(x_BTD, context), context.key)
         if chosen_R is not None:
             operands = operands.of_queries(chosen_R)
-        return self.weigh(self.spec.rule(context.mask, self.dims), operands)
+        rule = self.spec.rule(context.mask, self.dims)
+        weights_BHRT = self.weigh(rule, operands)
+        if self.prefix is None:
+            return weights_BHRT
+        lse_BHR = reference.attend(rule, operands)[1]
+        return weights_BHRT * self.prefix.share(lse_BHR, operands.query_BHTd)[..., None]
 
     def attend(self, rule: Rule, operands: Operands) -> tuple[jax.Array, jax.Array]:
         """(y_BHTe, lse_BHT), computed by the backend."""

@@ -11,8 +11,8 @@ examples:
   polygpt adapter save runs/french french.npz
   polygpt evaluate runs/quickstart --adapter french.npz
 
-A run with model.low_rank trains little beside the frozen parameters of the run that it started from (init). The file
-holds only that. Several adapters of one base are used with it one at a time, by --adapter."""
+A run with model.low_rank or model.prefix trains little beside the frozen parameters of the run that it started from
+(init). The file holds only that. Several adapters of one base are used with it one at a time, by --adapter."""
 
 
 def parser(prog: str, about: str) -> Parser:

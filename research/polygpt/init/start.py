@@ -12,6 +12,7 @@ from polygpt.columns import aligned
 from polygpt.errors import UserError
 from polygpt.init.base import Init, Source, Weights
 from polygpt.models.low_rank import matrix_of
+from polygpt.models.prefix import ADDED
 from polygpt.parameters import Traits
 
 
@@ -64,7 +65,9 @@ def start(init: Init, traits: Mapping[str, Traits], tokenizer: Any) -> Start:
     for ours, theirs in taken.items():
         _require_shape(ours, traits[ours].shape, theirs, source)
     if init.strict:
-        needed = [name for name in traits if not matrix_of(name)]  # low-rank updates begin at 0
+        needed = [
+            name for name in traits if not (matrix_of(name) or ADDED.search(name))
+        ]  # adapters begin by themselves
         unfilled = [ours for ours in needed if ours not in taken and _selected(init, ours)]
         unused = {ours: theirs for ours, theirs in chosen.items() if ours not in traits}
         _require_all(init, source, unfilled, unused)
@@ -73,13 +76,14 @@ def start(init: Init, traits: Mapping[str, Traits], tokenizer: Any) -> Start:
 
 
 def _require_trained(traits: Mapping[str, Traits], taken: Mapping[str, str]) -> None:
-    """Raises UserError for parameters that stay random although low-rank updates freeze them."""
+    """Raises UserError for parameters that stay random although adapters freeze them."""
     updated = {matrix for name in traits if (matrix := matrix_of(name))}
     idle = [name for name, own in traits.items() if not (own.trained or name in taken or name in updated)]
-    if updated and idle:
+    if idle and (updated or any(map(ADDED.search, traits))):
+        field = "model.low_rank" if updated else "model.prefix"
         raise UserError(
-            f"init leaves {_some(idle)} random, and model.low_rank freezes what it does not update: name such "
-            f"parameters in model.low_rank.also ('{'|'.join(_patterns(idle))}')"
+            f"init leaves {_some(idle)} random, and {field} freezes what it does not train: name such parameters in "
+            f"{field}.also ('{'|'.join(_patterns(idle))}')"
         )
 
 

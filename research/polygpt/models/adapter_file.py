@@ -45,7 +45,7 @@ class AdapterFile:
     the model, such as "low_rank/decoder/blocks/attention/query/kernel/down", and `ABOUT`.
 
     Attributes:
-        model: JSON of the model's specification, with its `low_rank`.
+        model: JSON of the model's specification, with its `low_rank` or `prefix`.
         tokenizer: JSON of the tokenizer.
         origin: the run that trained it, for messages: "runs/french, step 300".
         base: the frozen parameters, by name.
@@ -65,8 +65,10 @@ class AdapterFile:
         Raises:
             UserError: if the model has no frozen base.
         """
-        if model.spec.low_rank is None:
-            raise UserError(f"{origin} has no adapter: its model.low_rank is null, so it trained all parameters")
+        if model.spec.low_rank is None and model.spec.prefix is None:
+            raise UserError(
+                f"{origin} has no adapter: without model.low_rank and model.prefix it trained all parameters"
+            )
         traits, values = paths(model.traits), paths(params)
         frozen = {name: value for name, value in values.items() if not traits[name].trained}
         sums = checksums(frozen)
@@ -108,9 +110,13 @@ class AdapterFile:
     @property
     def kind(self) -> str:
         """What was trained, in a few words: "LoRA, rank 4"."""
-        added = self.model["low_rank"]
-        name = "DoRA" if added["magnitude"] else "rsLoRA" if added["rank_stabilized"] else "LoRA"
-        return f"{name}, rank {added['rank']}"
+        kinds = []
+        if added := self.model["low_rank"]:
+            name = "DoRA" if added["magnitude"] else "rsLoRA" if added["rank_stabilized"] else "LoRA"
+            kinds.append(f"{name}, rank {added['rank']}")
+        if added := self.model["prefix"]:
+            kinds.append(f"prefix, length {added['length']}")
+        return "; ".join(kinds)
 
     @property
     def numbers(self) -> int:

@@ -7,6 +7,7 @@ from polygpt.models import low_rank
 from polygpt.models.decoder import DecoderSpec
 from polygpt.models.functional import bind
 from polygpt.models.multimodal import ModelSpec
+from polygpt.models.prefix import ADDED
 from polygpt.parameters import paths
 
 
@@ -79,16 +80,18 @@ def describe(spec: ModelSpec, vocabulary: int, seq_len: int) -> Description:
     and weighted values cost 2 d FLOPs each per head and visible key: (seq_len + 1) / 2 keys on average in the causal
     decoder and in cross-attention, all positions of a row in an encoder, of an item in a tower (Kaplan et al.,
     2001.08361, table 1, without masked keys). Norms, biases, activations and table lookups are not counted. Nor are
-    low-rank updates, which are added to matrices, not applied to positions. An encoder-decoder computes both stacks at
-    every position.
+    low-rank updates, which are merged for use, and prefixes. An encoder-decoder computes both stacks at every
+    position.
 
     Args:
         spec: the model.
         vocabulary: V.
         seq_len: T, the row length for which to count the decoder's attention.
     """
-    updates = paths(bind(spec, vocabulary).abstract().get(low_rank.KEY, {}))
-    spec = spec.replace(low_rank=None)
+    adapted = paths(bind(spec, vocabulary).traits)
+    updates = {name: own for name, own in adapted.items() if low_rank.matrix_of(name)}
+    prefixes = {name: own for name, own in adapted.items() if ADDED.search(name)}
+    spec = spec.replace(low_rank=None, prefix=None)
     traits = {path: own for path, own in paths(bind(spec, vocabulary).traits).items() if own.trained}
     shapes = {path: own.shape for path, own in traits.items()}
 
@@ -129,7 +132,7 @@ def describe(spec: ModelSpec, vocabulary: int, seq_len: int) -> Description:
     for name in sorted({path.partition("/")[0] for path in shapes} - counted):  # what a model of another kind adds
         size = sum(prod(shape) for path, shape in shapes.items() if path.partition("/")[0] == name)
         parts.append(Part(name, size, size, 2 * kernels(f"{name}/"), "token"))
-    if updates:
-        size = sum(prod(leaf.shape) for leaf in updates.values())
-        parts.append(Part(low_rank.KEY, size, size, 0, "token"))
+    for name, added in {low_rank.KEY: updates, "prefix": prefixes}.items():
+        if size := sum(prod(own.shape) for own in added.values()):
+            parts.append(Part(name, size, size, 0, "token"))
     return Description(tuple(parts), vocabulary, seq_len)

@@ -16,6 +16,7 @@ from polygpt.blocks.capture import capturing
 from polygpt.errors import SpecError
 from polygpt.models.initial import initialised
 from polygpt.models.multimodal import ModelSpec, MultimodalModel
+from polygpt.models.prefix import adapted
 from polygpt.nn.losses import Losses
 from polygpt.objectives import blocked
 from polygpt.objectives.base import TokenScores, scores_and_best
@@ -235,9 +236,6 @@ class Model:
     def _split(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if self.layout is None else sharding.use_layout(self.layout)
 
-    def _build(self, key: jax.Array) -> MultimodalModel:
-        return self.spec.build(self.vocabulary, nnx.Rngs(key))
-
     def _merged(self, params: Params) -> contextlib.AbstractContextManager[MultimodalModel]:
         return parameters.merged(self.graphdef, _state(self._applied(params)))
 
@@ -248,7 +246,7 @@ class Model:
         return self.spec.low_rank.applied(params, paths(self.traits))
 
     def _initial(self, key: jax.Array) -> Params:
-        params = _pure(nnx.state(self._build(key)))
+        params = _pure(nnx.state(_built(self.spec, self.vocabulary, key)))
         if self.spec.initial:
             given = paths(self.merged.traits), jax.random.fold_in(key, 2), self.spec.decoder.depth
             params = initialised(self.spec.initial, params, *given)
@@ -264,14 +262,23 @@ def bind(spec: ModelSpec, vocabulary: int) -> Model:
     Raises:
         SpecError: for a module that holds the state of a random stream: see `parameters.traits`.
     """
-    module = nnx.eval_shape(lambda: spec.build(vocabulary, nnx.Rngs(0)))
+    module = nnx.eval_shape(lambda: _built(spec, vocabulary, jax.random.key(0)))
     traits = parameters.traits(module)  # completes the metadata, which are part of the graph
     traits = _pure(traits)
     if spec.drop_connect is not None:
         spec.drop_connect.names(paths(traits))
-    if spec.low_rank is not None:
-        traits = tree_of(spec.low_rank.traits(paths(traits)))
+    adapting = [one.traits(paths(traits)) for one in (spec.low_rank, spec.prefix) if one is not None]
+    if adapting:
+        traits = tree_of(adapted(*adapting))
     return Model(spec, vocabulary, nnx.graphdef(module), traits)
+
+
+def _built(spec: ModelSpec, vocabulary: int, key: jax.Array) -> MultimodalModel:
+    """The module, with its prefixes."""
+    module = spec.build(vocabulary, nnx.Rngs(key))
+    if spec.prefix is not None:
+        spec.prefix.attach(module, jax.random.fold_in(key, 3))
+    return module
 
 
 def _require_same(trained: Mapping[str, Any], changed: Mapping[str, Any]) -> None:

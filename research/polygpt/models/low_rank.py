@@ -84,27 +84,30 @@ class LowRank(Spec):
             )
             for name, own in traits.items()
         }
+        return trained | self.added(traits)
+
+    def added(self, traits: Mapping[str, Traits]) -> dict[str, Traits]:
+        """The traits of the added parameters by name. Raises SpecError if `pattern` matches no matrix."""
+        added = {}
         for name, own in self.matrices(traits).items():
             (*outer, inputs, outputs), (*names, axis, other) = own.shape, own.axes
             place = {"layers": own.layers, "depth": own.depth}
-            trained[f"{KEY}/{name}/down"] = Traits(
-                (*outer, inputs, self.rank), (*names, axis, None), decays=True, **place
-            )
-            trained[f"{KEY}/{name}/up"] = Traits(
-                (*outer, self.rank, outputs), (*names, None, other), decays=True, **place
-            )
+            down, up = (*outer, inputs, self.rank), (*outer, self.rank, outputs)
+            added[f"{KEY}/{name}/down"] = Traits(down, (*names, axis, None), decays=True, **place)
+            added[f"{KEY}/{name}/up"] = Traits(up, (*names, None, other), decays=True, **place)
             if self.magnitude:
-                trained[f"{KEY}/{name}/magnitude"] = Traits((*outer, outputs), (*names, other), decays=False, **place)
-        return trained
+                added[f"{KEY}/{name}/magnitude"] = Traits((*outer, outputs), (*names, other), decays=False, **place)
+        return added
 
     def initial(self, key: jax.Array, traits: Mapping[str, Traits]) -> dict[str, Any]:
         """Initial values of the added parameters, a tree: `down` is normal with variance 1 / inputs, the rest is 0."""
         values = {}
-        for number, (name, own) in enumerate(self.traits(traits).items()):
-            if matrix_of(name):
-                down = name.endswith("/down")
-                normal = jax.random.normal(jax.random.fold_in(key, number), own.shape) if down else jnp.zeros(own.shape)
-                values[name] = normal * own.shape[-2] ** -0.5 if down else normal
+        for number, (name, own) in enumerate(self.added(traits).items(), start=len(traits)):
+            if name.endswith("/down"):
+                normal = jax.random.normal(jax.random.fold_in(key, number), own.shape)
+                values[name] = normal * own.shape[-2] ** -0.5
+            else:
+                values[name] = jnp.zeros(own.shape)
         return tree_of(values)
 
     def applied(self, params: Mapping[str, Any], traits: Mapping[str, Traits]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from polygpt.models.decoder import Cache, Decoder, DecoderSpec, init_cache
 from polygpt.models.drop_connect import DropConnect
 from polygpt.models.initial import Initial
 from polygpt.models.low_rank import LowRank
+from polygpt.models.prefix import PrefixTuning
 from polygpt.nn.linear import Linear
 from polygpt.nn.losses import Losses, add
 from polygpt.objectives import blocked
@@ -57,11 +58,15 @@ class ModelSpec(Spec):
     low_rank: LowRank | None = None
     """Trains low-rank updates of matrices and freezes all other parameters; null trains all."""
 
+    prefix: PrefixTuning | None = None
+    """Trains keys and values in front of the sequence and freezes all other parameters; null trains all."""
+
     heads: Mapping[str, Head] = dataclasses.field(default_factory=dict)
     """Heads by name, besides that of the vocabulary, which objectives read: for classes, numbers and contrast."""
 
     def validate(self):
         self.require(self.low_rank is None or self.mup is None, "low_rank", "null with mup")
+        self.require(self.prefix is None or self.mup is None, "prefix", "null with mup")
         some = isinstance(self.logits_block, int)
         self.require(not some or self.logits_block >= 1, "logits_block", '"auto", null or at least 1')
         for layer in self.decoder.period():

@@ -12,7 +12,7 @@ from polygpt.training.workdir import Code
 def save_adapter(
     workdir: str | Path, file: str | Path, checkpoint: Literal["best", "latest"] | None = None, code: Code = "run"
 ) -> AdapterFile:
-    """Writes what a run with `model.low_rank` trained, without its frozen base, and returns it.
+    """Writes what a run with `model.low_rank` or `model.prefix` trained, without its frozen base, and returns it.
 
     Args:
         workdir: the run folder.

@@ -133,7 +133,7 @@ class Program:
         place += f" ({layout.summary()})" if layout else ""
         place += f", {len(self.seeds)} seeds in one program" if self.seeds else ""
         model = self.experiment.model
-        of_all = f" of {sum(math.prod(leaf.shape) for leaf in traits):,}" if model.low_rank else ""
+        of_all = f" of {sum(math.prod(leaf.shape) for leaf in traits):,}" if model.low_rank or model.prefix else ""
         lines = [
             *([self.reason] if self.reason else []),
             f"{self.experiment.name}: {count:,}{of_all} parameters on {place}",
