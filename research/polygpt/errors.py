@@ -12,6 +12,10 @@ class SpecError(UserError, ValueError):
     """A specification has an invalid value, or names something that does not exist."""
 
 
+class OtherTokenizer(UserError):
+    """Parameters with a row per token id come from a run with other token ids."""
+
+
 class Diverged(UserError):
     """Training diverged: too many consecutive non-finite steps, or too many loss spikes."""
 

@@ -50,6 +50,7 @@ ADDED: dict[int, dict[str, dict[str, Any]]] = {
         "polygpt.data.sources.embedded:Embedded": {"labels": False},
         "polygpt.data.sources.tfds:TfdsSource": {"labels": []},
         "polygpt.data.loader:Task": {"transform": [], "paired": True},
+        "polygpt.data.loader:DataSpec": {"scores": {}},
         "polygpt.training.experiment:TrainSpec": {"phases": [], "plateau": None},
         "polygpt.optim.groups:Group": {"layers": None, "layer_decay": None},
     },

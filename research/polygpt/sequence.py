@@ -27,6 +27,24 @@ included, and there FIRST for the first one and else 1; -1 for a rejected answer
 the segment after its preferred one."""
 FIRST = 2
 """Where the first token of a preferred answer is predicted, see PREFERENCE: the pairs of a row are counted by it."""
+INSIDE_SPAN = 1.0
+"""In place of a log-probability, at a token inside a span of bytes that a later token ends."""
+
+
+def top_ids(scores: str) -> str:
+    """The name in `Batch.extra` of the most likely tokens that a model gave before: int32 [B, T, k].
+
+    `scores` is the name of the model's scores in `data.scores`, and of a float32 array [B, T] itself: the
+    log-probability of the target or, if the model has another tokenizer, of the bytes since the last token boundary
+    that both tokenizers have, at the last token of such a span, and INSIDE_SPAN at its others. It is NaN where nothing
+    is scored.
+    """
+    return f"{scores}.ids"
+
+
+def top_log_p(scores: str) -> str:
+    """The name of the log-probabilities of `top_ids`: float32 [B, T, k], falling; NaN where nothing is scored."""
+    return f"{scores}.log_p"
 
 
 @jax.tree_util.register_dataclass

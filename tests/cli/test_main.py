@@ -135,7 +135,7 @@ def test_a_group_lists_its_verbs(polygpt):
     ("words", "expected"),
     [
         (["trian"], "no verb 'trian': did you mean train"),
-        (["data"], "data alone is not a verb: write data show, data check, data fetch"),
+        (["data"], "data alone is not a verb: write data show, data check, data score, data fetch"),
         (["attention"], "write attention list, attention check, attention bench, attention show, attention new"),
         (["data", "shwo", "x"], "no verb 'data shwo': did you mean data show"),
         (["--foo"], "no verb '--foo'"),

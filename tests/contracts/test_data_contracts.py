@@ -23,6 +23,7 @@ ALL_OBJECTIVES = [found for found in specs("polygpt.objectives", Objective) if f
 LABELLED = [found for found in ALL_OBJECTIVES if issubclass(found.values[0], LabelObjective)]
 OTHERS = [found for found in ALL_OBJECTIVES if minimal(found.values[0]).others]
 OTHERS += [found for found in ALL_OBJECTIVES if issubclass(found.values[0], (PreferenceObjective, BatchObjective))]
+OTHERS += [found for found in ALL_OBJECTIVES if minimal(found.values[0]).cached]
 OTHERS += [found for found in ALL_OBJECTIVES if found.id in ("MultiToken", "ParameterPenalty", "RDrop")]
 """Read more than the logits of one pass: tested with their files."""
 OBJECTIVES = [found for found in ALL_OBJECTIVES if found not in (*LABELLED, *OTHERS)]

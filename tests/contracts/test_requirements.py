@@ -34,6 +34,7 @@ RELATIVE |= {
     "MediaFolder.labels",
     "TrainSpec.phases",
     "TrainSpec.plateau",
+    "TopKDistillation.remainder",
 }
 """Refused for what another field holds: tested with their classes."""
 ROWS = [(name, field, *values) for name, row in TABLE.items() for field, values in row.items()]

@@ -9,7 +9,7 @@ named by its path in the model: sites of the decoder have no prefix, those of an
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +74,10 @@ class Capture:
                     f"{nearest(self.prefix + name, known)}"
                 )
         return recorder.found
+
+    def refuse(self, stages: int) -> NoReturn:
+        """Raises SpecError: each pipeline stage has only its own blocks."""
+        raise SpecError(f"train.mesh.stage is {stages}: it must be 1 to capture {self.wanted[0]!r} inside the blocks")
 
     def keep(self, outputs: Sequence[dict[str, jax.Array]], scanned: bool) -> None:
         """Joins what the blocks gave: one value for each block or, if scanned, a stack for each block of the pattern.

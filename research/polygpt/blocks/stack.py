@@ -197,20 +197,19 @@ class Stack(nnx.Module):
         def captured(block, x_BTD, layer, cache):
             recorder = Recorder(self.capture.wanted)
             x_BTD, _, losses = call(block, x_BTD, layer, cache, dataclasses.replace(context, recorder=recorder))
-            x_BTD = recorder(RESIDUAL_STREAM, x_BTD)
-            return x_BTD, self.capture.of_block(recorder, block), losses
+            return recorder(RESIDUAL_STREAM, x_BTD), self.capture.of_block(recorder, block), losses
 
         losses = {}
         if self.blocks is None:
-            if self.capture is not None:
-                self.capture.keep((), self.spec.scan)
+            outputs = ()
         elif self.pipelined and cache is None and (layout := sharding.active()) and (schedule := Schedule.of(layout)):
             x_BTD, losses = self.in_stages(x_BTD, context, key, schedule)
         elif self.capture is not None and cache is None:
             x_BTD, outputs, losses = self._over_blocks(captured, x_BTD, None)
-            self.capture.keep(outputs, self.spec.scan)
         else:
             x_BTD, cache, losses = self._over_blocks(call, x_BTD, cache)
+        if self.capture is not None and cache is None:
+            self.capture.keep(outputs, self.spec.scan)
         return x_BTD if self.norm is None else self.norm(x_BTD), cache, losses
 
     def in_stages(
@@ -224,13 +223,10 @@ class Stack(nnx.Module):
             SpecError: if the blocks are not scanned, or depth or rows do not divide evenly.
         """
         if not self.spec.scan:
-            reason = "pipeline stages need stacked blocks"
-            raise SpecError(f"train.mesh.stage is {schedule.stages}: model.{self.name}.scan must be true, {reason}")
+            must = f"model.{self.name}.scan must be true, pipeline stages need stacked blocks"
+            raise SpecError(f"train.mesh.stage is {schedule.stages}: {must}")
         if self.capture is not None:
-            raise SpecError(
-                f"train.mesh.stage is {schedule.stages}: it must be 1 to capture {self.capture.wanted[0]!r} inside the "
-                "blocks"
-            )
+            self.capture.refuse(schedule.stages)
         batch_size = x_BTD.shape[0]
         # Training batches divide evenly; an evaluation batch may have any number of rows and is padded.
         x_BTD, context = with_rows((x_BTD, context), -batch_size % schedule.microbatches)

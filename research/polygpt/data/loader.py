@@ -22,12 +22,13 @@ from polygpt.data.mixture import Order, reshard
 from polygpt.data.packing import Packer, Row, collate
 from polygpt.data.reading import Groups, LaidOut, read_ahead
 from polygpt.data.resharding import Resharding
+from polygpt.data.scores import Scores, open_scores
 from polygpt.data.sources.base import Source
 from polygpt.data.tokenizers.base import Tokenizer
 from polygpt.data.transforms.base import Transform
 from polygpt.errors import BadRecord, SpecError, UserError
 from polygpt.migration import batches_state
-from polygpt.sequence import Batch
+from polygpt.sequence import PREFERENCE, Batch, top_ids, top_log_p
 from polygpt.spec import Spec
 
 LOOKAHEAD = 8
@@ -81,12 +82,25 @@ class DataSpec(Spec):
     log_examples: bool = False
     """Whether to log the examples of each step: one line per step in examples-*.jsonl in the run folder, with
     [task, position in its stream, index of the example] for each example."""
+    scores: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Folders by name, in which `polygpt data score` has written what a model says of each example: objectives read it
+    in place of a teacher or reference. The examples must be the same in every epoch."""
 
     def validate(self):
         self.require(len(self.tasks) > 0, "tasks", "at least one task")
         self.require(self.batch_size > 0, "batch_size", "positive")
         self.require(self.workers >= 0, "workers", "0 or above")
         self.require(self.cache >= 0, "cache", "0 or above")
+        for name, task in self.tasks.items() if self.scores else ():
+            if changing := [*task.augment, *task.transform]:
+                raise SpecError(
+                    f"DataSpec.tasks[{name!r}] has {type(changing[0]).__name__}, which changes its examples in every "
+                    f"epoch, but scores ({', '.join(self.scores)}) are of fixed examples: remove one or the other, or "
+                    "transform the source once with Transformed"
+                )
+        for name in self.scores:
+            taken = {*self.layout.labels, PREFERENCE} & {name, top_ids(name), top_log_p(name)}
+            self.require(not taken, "scores", "named differently from all labels")
         for name, task in self.tasks.items() if self.layout.prompt_span == "bidirectional" else ():
             if task.prompt_weight > 0:
                 raise SpecError(
@@ -115,7 +129,7 @@ def train_batches(
 
     Raises:
         UserError: if a source cannot be opened or is empty, the model has no adapter for the modality of an
-            augmentation, or the rows cannot be divided among the data shards.
+            augmentation, the rows cannot be divided among the data shards, or scores are missing or of other data.
     """
     require_data(data, adapters, data_shards)
     examples = {name: open_task(name, task) for name, task in data.tasks.items()}
@@ -136,6 +150,20 @@ def require_data(data: DataSpec, adapters: Mapping, data_shards: int) -> None:
             if one.modality not in adapters:
                 has = f"the model's adapters are {', '.join(adapters)}" if adapters else "the model reads only text"
                 raise UserError(f"task {name!r}: {type(one).__name__} needs an adapter for {one.modality}: {has}")
+
+
+def extra_shapes(data: DataSpec) -> dict[str, tuple[tuple[int, ...], str]]:
+    """What `Batch.extra` has in training, by name: the shape after [B, T], and the dtype.
+
+    Raises:
+        UserError: if scores cannot be read.
+    """
+    found = {name: (label.shape, "float32") for name, label in data.layout.labels.items()}
+    if data.layout.pairs:
+        found[PREFERENCE] = ((), "int32")
+    for name, folder in data.scores.items():
+        found |= Scores(name, folder).shapes()
+    return found
 
 
 def open_task(name: str, task: Task) -> Sequence[Example]:
@@ -163,7 +191,8 @@ class TrainBatches(Iterator[Batch]):
         self._rows, self._data_shard, self._data_shards = data.batch_size // data_shards, data_shard, data_shards
         self._counts = {name: len(some) for name, some in examples.items()}
         self._order = Order({name: (self._counts[name], task.weight) for name, task in data.tasks.items()}, seed)
-        self._laid_out = LaidOut(data, examples, tokenizer, self._adapters, self._order)
+        scores = open_scores(data, tokenizer, self._counts)
+        self._laid_out = LaidOut(data, examples, tokenizer, self._adapters, self._order, scores)
         self._follow(Resharding(data_shards))
         self._next = 0  # index into the stream of the next example
         self._waiting: list[tuple[int, Row]] = []  # (index, row) of examples that did not fit into the last batch
@@ -288,7 +317,10 @@ class TrainBatches(Iterator[Batch]):
         if not self._drawn:
             self._drawn = next(self._stream)[::-1]
         self._next += 1
-        return self._drawn.pop()
+        drawn = self._drawn.pop()
+        if isinstance(drawn, UserError) and not isinstance(drawn, BadRecord):
+            raise drawn
+        return drawn
 
     def _skip(self, error: BadRecord, failures: int) -> None:
         if self._data.on_bad_record == "raise":

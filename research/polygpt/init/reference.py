@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from polygpt.errors import UserError
+from polygpt.errors import OtherTokenizer, UserError
 from polygpt.init.base import Weights
 from polygpt.init.start import Start, start
 from polygpt.models.functional import Model, bind
@@ -47,6 +47,9 @@ class Reference(Spec):
         try:
             model = bind(self.model or self.init.model() or own.spec, own.vocabulary).merged
             found = start(self.init, paths(model.traits), tokenizer)
+        except OtherTokenizer as error:
+            alone = "or write its scores once with polygpt data score and read them with SpanDistillation"
+            raise UserError(f"references.{name}: {error}, {alone}") from None
         except UserError as error:
             raise UserError(f"references.{name}: {error}") from None
         if missing := paths(model.traits).keys() - found.taken.keys():

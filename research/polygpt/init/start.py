@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from polygpt.columns import aligned
-from polygpt.errors import UserError
+from polygpt.errors import OtherTokenizer, UserError
 from polygpt.init.base import Init, Source, Weights
 from polygpt.models.low_rank import matrix_of
 from polygpt.models.prefix import ADDED
@@ -149,7 +149,7 @@ def _some(names: list[str]) -> str:
 def _require_tokenizer(init: Weights, source: Source, tables: list[str], tokenizer: Any) -> None:
     """Raises UserError if parameters with a row per token id come from a run with other token ids."""
     if tables and source.tokenizer is not None and source.tokenizer != tokenizer:
-        raise UserError(
+        raise OtherTokenizer(
             f"init: {source.origin} was trained with another tokenizer ({_short(source.tokenizer)}, here "
             f"{_short(tokenizer)}), so the rows of {tables[0]} belong to other tokens: set tokenizer to that one, or "
             f"init.exclude to {_excluding(init, (f'^{name}$' for name in tables))!r}"

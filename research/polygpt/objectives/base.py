@@ -35,6 +35,11 @@ class Objective(Spec):
         return ()
 
     @property
+    def cached(self) -> tuple[str, ...]:
+        """Names in `data.scores` of what models have said of the data, which it reads in place of the models."""
+        return ()
+
+    @property
     def captures(self) -> Mapping[str, Sequence[str]]:
         """Sites inside models that it reads with `Forward.captured`, by the name of the model: one of `others`, or ""
         for the trained one."""

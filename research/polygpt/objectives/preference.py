@@ -8,6 +8,7 @@ import numpy as np
 
 from polygpt.errors import SpecError
 from polygpt.objectives.base import Objective, require_hidden_targets
+from polygpt.objectives.cached import cached_log_p, with_log_p
 from polygpt.objectives.forward import Forward
 from polygpt.objectives.needs import Needs
 from polygpt.objectives.positions import log_probability, per_position
@@ -86,14 +87,26 @@ class PreferenceObjective(Objective):
 
     reference: str | None = "reference"
     """Name in `references` of the model that the policy is compared with; null for none."""
+    scores: str | None = None
+    """Name in `data.scores` of what that model has said of the answers, read in its place; null to run the model."""
 
     @property
     def others(self) -> tuple[str, ...]:
-        return () if self.reference is None else (self.reference,)
+        return () if self.reference is None or self.scores is not None else (self.reference,)
+
+    @property
+    def cached(self) -> tuple[str, ...]:
+        return () if self.reference is None or self.scores is None else (self.scores,)
 
     @property
     def needs(self) -> Needs:
-        return Needs("pairs of answers", rows=_as_pairs, together=2)
+        if not self.cached:
+            return Needs("pairs of answers", rows=_as_pairs, together=2)
+
+        def scored_pairs(batch: Batch, number_BT: np.ndarray) -> Batch:
+            return with_log_p(_as_pairs(batch, number_BT), number_BT, self.scores)
+
+        return Needs(f"pairs of answers, the scores {self.scores!r}", rows=scored_pairs, together=2)
 
     def check_with(self, model, layout) -> None:
         require_hidden_targets(model)
@@ -106,7 +119,11 @@ class PreferenceObjective(Objective):
 
     def total(self, outputs, batch: Batch) -> jax.Array:
         own = score(outputs, batch)
-        reference = None if self.reference is None else score(outputs.other(self.reference), batch)
+        reference = None
+        if self.cached:
+            reference = _pairs(batch, cached_log_p(batch, self.scores))
+        elif self.others:
+            reference = score(outputs.other(self.reference), batch)
         return jnp.sum(jnp.where(own.valid, self.per_pair(own, reference), 0))
 
     def weight(self, batch: Batch) -> jax.Array:

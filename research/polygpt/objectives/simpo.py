@@ -21,6 +21,7 @@ class SimPO(PreferenceObjective):
 
     def validate(self):
         self.require(self.reference is None, "reference", "null")
+        self.require(self.scores is None, "scores", "null: it reads no reference")
         self.require(self.beta > 0, "beta", "positive")
         self.require(self.gamma >= 0, "gamma", "0 or above")
 

@@ -158,11 +158,17 @@ class Experiment(Spec):
             expanded(self)
 
     def _validate_references(self):
-        """Requires the models that objectives read."""
+        """Requires the models and scores that objectives read."""
         there = {*self.references, *([AVERAGE] if self.optim.ema is not None else [])}
         for name, (objective, _) in self.objectives.items():
             if unknown := next((other for other in objective.others if other not in there), None):
                 raise SpecError(f"objectives.{name} reads the model {unknown!r}: {missing(unknown, there)}")
+            if lacking := next((one for one in objective.cached if one not in self.data.scores), None):
+                known = f"which has {', '.join(self.data.scores)}" if self.data.scores else "which is empty"
+                raise SpecError(
+                    f"objectives.{name} reads the scores {lacking!r}: add their folder, which polygpt data score "
+                    f"writes, to data.scores, {known}"
+                )
 
     def _validate_special_tokens(self):
         there = self.tokenizer.special

@@ -1,6 +1,8 @@
 """The tokenizer contract: text to ids and back, plus special ids that never result from text."""
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Iterable
 
 import numpy as np
@@ -47,6 +49,15 @@ class Tokenizer:
             self.special[name] = self.used
             self.used += 1
         return self
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of the bytes of all ids and of the special tokens: equal only if all texts have equal ids."""
+        found = hashlib.blake2b(digest_size=16)
+        for piece in self._pieces:
+            found.update(len(piece).to_bytes(4, "little") + piece)
+        found.update(json.dumps([self.bos, self.eos, self.vocabulary, self.special]).encode())
+        return found.hexdigest()
 
     def special_id(self, name: str) -> int:
         """The id of a special token. Raises UserError if there is none of this name."""

@@ -15,6 +15,7 @@ from jax.sharding import SingleDeviceSharding
 
 from polygpt import topology
 from polygpt.attention.kernels import dispatch
+from polygpt.data.loader import extra_shapes
 from polygpt.data.packing import POSITION_ARRAYS
 from polygpt.scale.plan import cache, memory
 from polygpt.scale.plan.cache import Cached
@@ -178,5 +179,5 @@ def abstract_batch(experiment: Experiment, runs: Parallel) -> Batch:
         name: Media(array((B, adapter.items, *adapter.features.shape), jnp.float32), array((B, adapter.items)))
         for name, adapter in experiment.model.adapters.items()
     }
-    extra = {name: array((B, T, *label.shape), jnp.float32) for name, label in experiment.data.layout.labels.items()}
+    extra = {name: array((B, T, *shape), dtype) for name, (shape, dtype) in extra_shapes(experiment.data).items()}
     return Batch(**arrays | {"coordinate_BT3": array((B, T, 3))}, media=media, extra=extra)

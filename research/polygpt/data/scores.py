@@ -1,0 +1,310 @@
+"""What a model says of the text of each example, written once and read in training in place of the model.
+
+A folder has `scores.json` (what was scored, by which model, with which tokenizer) and, for every `SHARD` examples of a
+task, two NumPy files that are mapped into memory: an index with a record per example, and a record per scored token.
+Each shard is written atomically, so that writing resumes after an interruption. The index has a digest of the example,
+by which data that have changed are recognised, and a checksum of its tokens' records.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import io
+import json
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from polygpt.data.example import Example, Text
+from polygpt.data.packing import Row
+from polygpt.data.tokenizers.base import Tokenizer
+from polygpt.errors import BadRecord, UserError
+from polygpt.files import write_atomically
+from polygpt.sequence import PREFERENCE, TEXT, top_ids, top_log_p
+
+FORMAT = 1
+"""The format that this version writes."""
+MANIFEST = "scores.json"
+SHARD = 1024
+"""Examples per file."""
+INDEX = np.dtype([("digest", "<u8"), ("checksum", "<u4"), ("first", "<i8"), ("count", "<i4")])
+"""Of an example: its identity, a checksum, and where its tokens are. A count of -1 marks an unusable record."""
+OPEN = 64
+"""Files that are mapped at a time."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What the scores of a folder are of. Resuming needs an equal one.
+
+    Attributes:
+        model: the model that gave them: its run and step.
+        fingerprint: a digest of its parameters.
+        tokenizer: the fingerprint of the tokenizer whose tokens have scores.
+        vocabulary: its number of ids.
+        aligned: whether the model has another tokenizer, so that scores are of spans of bytes.
+        top: number of likely tokens per position, 0 for none.
+        layout: fields of the layout that change what a model reads.
+        tasks: number of examples of each task.
+        complete: whether all examples have been scored.
+    """
+
+    model: str
+    fingerprint: str
+    tokenizer: str
+    vocabulary: int
+    aligned: bool
+    top: int
+    layout: Mapping[str, Any]
+    tasks: Mapping[str, int]
+    complete: bool = False
+
+    def shards(self) -> Iterator[tuple[str, int]]:
+        """Each task with the number of each of its shards."""
+        for task, examples in self.tasks.items():
+            for number in range(-(-examples // SHARD)):
+                yield task, number
+
+    def examples(self, task: str, number: int) -> range:
+        """The examples of a shard."""
+        return range(number * SHARD, min((number + 1) * SHARD, self.tasks[task]))
+
+    @property
+    def record(self) -> np.dtype:
+        """Of a scored token: its log-probability and, with `top`, the likely tokens and their log-probabilities."""
+        likely = [("ids", "<u4", (self.top,)), ("top", "<f4", (self.top,))] if self.top else []
+        return np.dtype([("log_p", "<f4"), *likely])
+
+
+def layout_fields(layout) -> dict[str, Any]:
+    """The fields of a `LayoutSpec` that change what a model reads of an example."""
+    return {name: getattr(layout, name) for name in ("fusion", "media_span", "prompt_span", "pairs")}
+
+
+def scored(row: Row) -> np.ndarray:
+    """bool [t]: where a token is predicted that an objective scores."""
+    signs = row.extra.get(PREFERENCE)
+    return row.weight != 0 if signs is None else (row.weight != 0) | (signs != 0)
+
+
+def digest(example: Example, row: Row) -> int:
+    """The identity of an example and of its tokens: what must not change between scoring and training."""
+    found = hashlib.blake2b(digest_size=8)
+    for part in example.parts:
+        if isinstance(part, Text):
+            continue  # its tokens count
+        source = part.source
+        if not isinstance(source, bytes):
+            source = f"{source.name} {source.stat().st_size if source.exists() else 0}".encode()
+        found.update(hashlib.blake2b(source, digest_size=8).digest() + part.modality.encode())
+    text = row.modality == TEXT
+    own = np.concatenate([[False], scored(row)[:-1]])
+    for array in (row.tokens[text], row.segment[text], own[text]):
+        found.update(array.tobytes())
+    return int.from_bytes(found.digest(), "little")
+
+
+def read_manifest(folder: str | Path) -> Manifest:
+    """The manifest of a folder. Raises UserError if there is none that this version reads."""
+    path = Path(folder) / MANIFEST
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data.pop("format") == FORMAT:
+            return Manifest(**data)
+    except OSError:
+        raise UserError(f"{folder} has no scores: it has no {MANIFEST}; polygpt data score writes them") from None
+    except (ValueError, TypeError, AttributeError, KeyError):
+        pass
+    raise UserError(f"{path} is damaged, or of another version: write the scores again into another folder")
+
+
+class Scores:
+    """The scores of a folder, by random access. Cheap to pickle: files are opened on first use.
+
+    Args:
+        name: their name in `data.scores`.
+        folder: the folder.
+
+    Raises:
+        UserError: if the folder has no complete scores.
+    """
+
+    def __init__(self, name: str, folder: str):
+        self.name, self.folder, self.manifest = name, Path(folder), read_manifest(folder)
+        if not self.manifest.complete:
+            raise UserError(f"{self._place}: it is not complete: polygpt data score with the same arguments resumes it")
+
+    @property
+    def _place(self) -> str:
+        return f"data.scores.{self.name}: {self.folder}"
+
+    def require(self, layout, tokenizer: Tokenizer, counts: Mapping[str, int]) -> None:
+        """Raises UserError if the scores are of other data: of another tokenizer, layout or number of examples."""
+        made = self.manifest
+        again = "write the scores again with polygpt data score"
+        if made.tokenizer != tokenizer.fingerprint:
+            raise UserError(
+                f"{self._place}: the scores are of another tokenizer ({made.vocabulary:,} ids, here "
+                f"{tokenizer.vocabulary:,}): {again}"
+            )
+        for field, now in layout_fields(layout).items():
+            if made.layout.get(field) != now:
+                raise UserError(
+                    f"{self._place}: scored with layout.{field} {made.layout.get(field)!r}, here {now!r}: {again}"
+                )
+        for task, count in counts.items():
+            if made.tasks.get(task) != count:
+                had = f"{made.tasks[task]:,} examples" if task in made.tasks else "no scores"
+                raise UserError(f"{self._place}: the task {task!r} has {had} there and {count:,} here: {again}")
+
+    def arrays(self, task: str, number: int, example: Example, row: Row) -> dict[str, np.ndarray]:
+        """What `Batch.extra` gets of an example, arrays [t, ...]; see `polygpt.sequence.top_ids`.
+
+        Raises:
+            UserError: if the example is not the one that was scored, or a file is damaged.
+            BadRecord: if the example was unusable when it was scored.
+        """
+        index, records = self._shard(task, number // SHARD)
+        entry = index[number % SHARD]
+        if entry["count"] < 0:
+            raise BadRecord(
+                "not scored", example.place, f"{self.folder} has no scores of it: mend it and score it again"
+            )
+        if entry["digest"] != digest(example, row):
+            raise UserError(
+                f"{self._place}: example {number} of the task {task!r} ({example.place}) is not the one that was "
+                "scored: restore the data, or write the scores again with polygpt data score"
+            )
+        found = records[entry["first"] : entry["first"] + entry["count"]]
+        here = scored(row)
+        if zlib.crc32(found.tobytes()) != entry["checksum"] or len(found) != here.sum():
+            raise self._damaged(task, number // SHARD)
+        arrays = {self.name: np.full(len(row), np.nan, np.float32)}
+        arrays[self.name][here] = found["log_p"]
+        if self.manifest.top:
+            top = self.manifest.top
+            arrays[top_ids(self.name)] = np.zeros((len(row), top), np.int32)
+            arrays[top_log_p(self.name)] = np.full((len(row), top), np.nan, np.float32)
+            arrays[top_ids(self.name)][here] = found["ids"]
+            arrays[top_log_p(self.name)][here] = found["top"]
+        return arrays
+
+    def shapes(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shape after [B, T] and dtype of each array."""
+        top = (self.manifest.top,)
+        likely = {top_ids(self.name): (top, "int32"), top_log_p(self.name): (top, "float32")}
+        return {self.name: ((), "float32")} | (likely if self.manifest.top else {})
+
+    def _shard(self, task: str, number: int) -> tuple[np.ndarray, np.ndarray]:
+        try:
+            index, records = _mapped(self.folder, task, number)
+        except (OSError, ValueError, EOFError):
+            raise self._damaged(task, number) from None
+        if index.dtype != INDEX or records.dtype != self.manifest.record:
+            raise self._damaged(task, number)
+        return index, records
+
+    def _damaged(self, task: str, number: int) -> UserError:
+        files = " and ".join(path.name for path in _paths(self.folder, task, number))
+        return UserError(f"{self._place}: {files} are damaged: remove them and run polygpt data score again")
+
+
+def open_scores(data, tokenizer: Tokenizer, counts: Mapping[str, int]) -> tuple[Scores, ...]:
+    """All scores of the training data (`DataSpec`), given the number of examples of each task.
+
+    Raises:
+        UserError: if one is missing, incomplete, or of other data.
+    """
+    found = tuple(Scores(name, folder) for name, folder in data.scores.items())
+    for one in found:
+        one.require(data.layout, tokenizer, counts)
+    return found
+
+
+class ScoresWriter:
+    """Writes scores into a folder, or resumes it.
+
+    Raises:
+        UserError: if the folder has something else, or scores of something else.
+    """
+
+    def __init__(self, folder: str | Path, manifest: Manifest):
+        self.folder, self.manifest = Path(folder), manifest
+        if (self.folder / MANIFEST).exists():
+            there = read_manifest(folder)
+            for field in dataclasses.fields(Manifest):
+                before, now = getattr(there, field.name), getattr(manifest, field.name)
+                if field.name != "complete" and before != now:
+                    raise UserError(
+                        f"{folder} has scores with another {field.name} ({_brief(before)}, now {_brief(now)}): name "
+                        "another folder, or remove this one"
+                    )
+        elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            raise UserError(f"{folder} exists and has no scores: name a new folder")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._write_manifest(manifest)
+
+    def missing(self) -> list[tuple[str, int]]:
+        """Task and number of each shard that has not been written."""
+        return [shard for shard in self.manifest.shards() if not _paths(self.folder, *shard)[0].exists()]
+
+    def write(self, task: str, number: int, examples: Sequence[tuple[int, np.ndarray] | None]) -> None:
+        """Writes a shard: the digest and the records of each example; None for an unusable one."""
+        index = np.zeros(len(examples), INDEX)
+        records = [np.zeros(0, self.manifest.record)]
+        first = 0
+        for i, one in enumerate(examples):
+            if one is None:
+                index[i] = (0, 0, first, -1)
+                continue
+            found = np.ascontiguousarray(one[1])
+            index[i] = (one[0], zlib.crc32(found.tobytes()), first, len(found))
+            records.append(found)
+            first += len(found)
+        index_path, records_path = _paths(self.folder, task, number)
+        # The index comes last: a shard that has one is complete.
+        for path, array in ((records_path, np.concatenate(records)), (index_path, index)):
+            content = io.BytesIO()
+            np.save(content, array, allow_pickle=False)
+            write_atomically(path, content.getvalue())
+
+    def finish(self) -> None:
+        """Marks the folder as complete."""
+        self._write_manifest(dataclasses.replace(self.manifest, complete=True))
+
+    def counts(self) -> dict[str, int]:
+        """Numbers of examples, of unusable records, of scored tokens and of bytes."""
+        indexes = [np.load(_paths(self.folder, *shard)[0]) for shard in self.manifest.shards()]
+        counts = np.concatenate([index["count"] for index in indexes])
+        size = sum(path.stat().st_size for path in self.folder.iterdir())
+        skipped = int((counts < 0).sum())
+        return {
+            "examples": len(counts) - skipped,
+            "skipped": skipped,
+            "tokens": int(counts[counts > 0].sum()),
+            "bytes": size,
+        }
+
+    def _write_manifest(self, manifest: Manifest) -> None:
+        data = {"format": FORMAT} | dataclasses.asdict(manifest)
+        write_atomically(self.folder / MANIFEST, json.dumps(data, indent=2) + "\n")
+
+
+def _paths(folder: Path, task: str, number: int) -> tuple[Path, Path]:
+    """The files of a shard: the index and the records."""
+    name = f"{zlib.crc32(task.encode()):08x}-{number:06d}"  # a task's name may contain anything
+    return folder / f"{name}.index.npy", folder / f"{name}.npy"
+
+
+@functools.lru_cache(maxsize=OPEN)
+def _mapped(folder: Path, task: str, number: int) -> tuple[np.ndarray, np.ndarray]:
+    index, records = (np.load(path, mmap_mode="r", allow_pickle=False) for path in _paths(folder, task, number))
+    return index, records
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,89 @@
+"""`polygpt data score`: a run learns from what another one has said, and what does not fit is refused in one line."""
+
+import json
+
+import pytest
+
+from polygpt.cli.main import main
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
+SOFT = {"soft": ["polygpt.objectives.top_k_distillation:TopKDistillation", 1.0]}
+
+
+@pytest.fixture(scope="module")
+def folder(trained, tmp_path_factory):
+    """Scores of the run's own data."""
+    folder = tmp_path_factory.mktemp("scores") / "own"
+    assert main(["data", "score", str(trained.file), str(trained.run), "--out", str(folder), "--top", "4"]) == 0
+    return folder
+
+
+def test_scores_are_written_and_learned_from(polygpt, trained, folder, tmp_path):
+    words = ["data", "score", trained.file, trained.run, "--out", tmp_path / "scores", "--top", 4, "--json"]
+    code, out, err = polygpt(*words)
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["examples"] == 7 and found["skipped"] == 0 and "read them with --data.scores '" in err
+    for path in folder.iterdir():
+        assert path.read_bytes() == (tmp_path / "scores" / path.name).read_bytes()
+    train = [
+        "train",
+        trained.file,
+        "--workdir",
+        tmp_path / "run",
+        "--objectives",
+        json.dumps(SOFT),
+        "--no-report",
+        "--json",
+    ]
+    code, out, err = polygpt(*train)
+    assert code == 2 and "objectives.soft reads the scores 'teacher': add their folder" in err and err.count("\n") == 1
+    code, out, err = polygpt(*train, "--data.scores", json.dumps({"teacher": str(folder)}))
+    assert code == 0, err
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss/soft"] for line in lines if "loss/soft" in line]
+    assert len(losses) == 3 and losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--top", 3], "has scores with another top (4, now 3): name another folder"),
+        (["--top", -1, "--out", "new"], "--top is -1: it must be from 0"),
+        (["--batch-size", 0, "--out", "new"], "--batch-size is 0: it must be at least 1"),
+        (
+            ["--out", "new", "--data.tasks.own.transform", '["polygpt.data.transforms.word_swap:WordSwap"]'],
+            "in every epoch",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_one_line(polygpt, trained, folder, tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    words = words if "--out" in words else [*words, "--out", folder]
+    code, _, err = polygpt("data", "score", trained.file, trained.run, *words)
+    assert code == 2 and message in err and err.count("\n") == 1 and not (tmp_path / "new").exists()
+
+
+def test_damaged_and_foreign_scores_stop_training_with_one_line(polygpt, trained, folder, tmp_path):
+    train = ["train", trained.file, "--objectives", json.dumps(SOFT), "--no-report", "--workdir", tmp_path / "run"]
+    for name, damage, message in (
+        (
+            "manifest",
+            lambda path: (path / "scores.json").write_text("{}"),
+            "scores.json is damaged, or of another version",
+        ),
+        ("foreign", lambda path: None, "the scores are of another tokenizer"),
+        (
+            "records",
+            lambda path: [one.write_bytes(b"") for one in path.glob("*0.npy")],
+            "are damaged: remove them and run",
+        ),
+    ):
+        copy = tmp_path / name
+        copy.mkdir()
+        for path in folder.iterdir():
+            (copy / path.name).write_bytes(path.read_bytes())
+        damage(copy)
+        words = ["--tokenizer.multiple", "64"] if name == "foreign" else []
+        code, _, err = polygpt(*train, "--data.scores", json.dumps({"teacher": str(copy)}), *words)
+        assert code == 2 and message in err, err
