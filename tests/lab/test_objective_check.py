@@ -40,6 +40,7 @@ MISTAKES = {
     "PartUnweighted": {LEAK, TWICE},
     "MasksNothing": {LEAK, VIEW},
     "MaskTells": {VIEW},
+    "UnweightedMaskTells": {VIEW},
     "ViewCrosses": {APART},
     "ViewFromHost": {ALONE},
     "ViewByPlace": {ALONE},

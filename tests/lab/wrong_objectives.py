@@ -180,6 +180,21 @@ class MaskTells(Masked):
         return Telling()
 
 
+@dataclasses.dataclass(frozen=True)
+class UnweightedMaskTells(Unweighted):
+    """The same, and it scores what is masked, whatever its weight."""
+
+    @property
+    def view(self):
+        return Telling()
+
+    def target(self, batch):
+        return batch.target_BT
+
+    def scored(self, batch):
+        return batch.tokens_BT >= MASK
+
+
 class Crossing(Masking):
     def replacement(self, batch):
         return jnp.broadcast_to(batch.tokens_BT[:, :1], batch.shape)

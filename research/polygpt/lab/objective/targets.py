@@ -13,7 +13,6 @@ from polygpt.lab.compiled import compiled
 from polygpt.lab.measured import EPSILON, Measured, absent, difference
 from polygpt.lab.objective import outputs, rows
 from polygpt.lab.objective.subject import Subject
-from polygpt.lab.objective.weights import UNREAD
 from polygpt.parameters import paths, tree_of
 from polygpt.sequence import TEXT, Batch
 from polygpt.training.randomness import VIEW, derive
@@ -153,10 +152,15 @@ class Followed:
 
     def _unweighted_leaks(self, given: Labelled) -> tuple[np.ndarray, np.ndarray]:
         """As `leaks`, for what is scored whatever the weights are, and for vectors instead of losses of positions."""
+        read_NKT, owed_NKT = self._unweighted(given)
+        return (read_NKT & owed_NKT).any(axis=1), owed_NKT.any(axis=1)
+
+    def _unweighted(self, given: Labelled) -> tuple[np.ndarray, np.ndarray]:
+        """bool [N, K, T]: whether the vector of pass k at t reads token n; and whether it must not, because t is scored
+        on the token whatever the weights are."""
         without = given.seen.replace(weight_BT=np.zeros_like(given.seen.weight_BT))
         read_NKT, scored_NKT, rewarded_NKT = self._of_outputs(dataclasses.replace(given, seen=without))
-        owed_NKT = scored_NKT & (rewarded_NKT | ~self._earlier(given)[:, None])
-        return (read_NKT & owed_NKT).any(axis=1), owed_NKT.any(axis=1)
+        return read_NKT, scored_NKT & (rewarded_NKT | ~self._earlier(given)[:, None])
 
     def _of_outputs(self, given: Labelled) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """bool [N, K, T]: whether the vector of pass k at t of the token's row reads token n; whether it is scored on
@@ -189,6 +193,26 @@ class Followed:
         `moved_NT` says whether the loss at t changes with what the model then reads, its targets being kept; `chosen_N`
         whether other positions are scored; `apart_N` whether the view changes in more than one example.
         """
+        usual_T, (loss_NT, chosen_N, apart_N) = self._redrawn(self.by_position)
+        return _changed(loss_NT, usual_T), chosen_N, apart_N
+
+    def told(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(moved_NT, owed_NT, chosen_N) as in `view_dependences`; what is owed must not move: t is scored on n."""
+        moved_NT, chosen_N, _ = self.view_dependences
+        seen, row_N = self.usual.seen, self.place_N2[:, 0]
+        owed_NT = (seen.weight_BT != 0)[row_N] & (seen.target_BT[row_N] == self.usual.id_N[:, None])
+        owed_NT &= self.subject.reads_weights
+        if self.subject.scores_without_weights and self._vectors is not None:
+            (usual_KBTD, _), ((vectors_NKBTD, _), *_) = self._redrawn(self._vectors)
+            pairs = (outputs.read(vectors_NKBTD[n, :, row], usual_KBTD[:, row]) for n, row in enumerate(row_N))
+            scored_NKT = self._unweighted(self.usual)[1]
+            moved_NT = (moved_NT & owed_NT) | (np.stack(list(pairs)) & scored_NKT).any(axis=1)
+            owed_NT |= scored_NKT.any(axis=1)
+        return moved_NT, owed_NT, chosen_N
+
+    def _redrawn(self, measured: Callable[[tuple, Batch], Any]) -> tuple[Any, tuple[Any, np.ndarray, np.ndarray]]:
+        """What `measured(models, seen)` gives, and what it gives with the view of data in which a token is another one,
+        with a leading axis N; beside it `chosen_N` and `apart_N` of `view_dependences`."""
 
         def of_token(models, batch, usual, place, other):
             before = jnp.maximum(place[1] - 1, 0)
@@ -200,23 +224,20 @@ class Followed:
             )
             (seen,) = self.view(changed, self.key)
             read = usual.replace(**{name: getattr(seen, name) for name in READ_BY_MODEL})
-            loss_T = self.by_position(models, read)
+            found = measured(models, read)
             differs_BT = (seen.tokens_BT != usual.tokens_BT) | (seen.weight_BT != usual.weight_BT)
             for name in (*PLACES, "target_BT"):
                 differs_BT |= getattr(seen, name) != getattr(usual, name)
             segment_BT = batch.segment_BT + rows.LENGTH * jnp.arange(COUNT)[:, None]
             low, high = jnp.min(jnp.where(differs_BT, segment_BT, 10**6)), jnp.max(jnp.where(differs_BT, segment_BT, 0))
-            return loss_T, jnp.any(seen.weight_BT != usual.weight_BT), (high > low) & jnp.any(differs_BT)
+            return found, jnp.any(seen.weight_BT != usual.weight_BT), (high > low) & jnp.any(differs_BT)
 
         @compiled
         def measure(models, batch, usual, tokens):
-            usual_T = self.by_position(models, usual)
-            return usual_T, jax.lax.map(lambda pair: of_token(models, batch, usual, *pair), tokens)
+            return measured(models, usual), jax.lax.map(lambda pair: of_token(models, batch, usual, *pair), tokens)
 
         here = self.usual
-        arguments = self.models, here.batch, here.seen, (self.place_N2, here.other_N)
-        usual_T, (loss_NT, chosen_N, apart_N) = jax.device_get(measure(*arguments))
-        return _changed(loss_NT, usual_T), chosen_N, apart_N
+        return jax.device_get(measure(self.models, here.batch, here.seen, (self.place_N2, here.other_N)))
 
     def _earlier(self, given: Labelled) -> np.ndarray:
         """bool [N, T]: whether token n stands at t or before and is no target of t.
@@ -256,15 +277,8 @@ def hidden_by_view(subject: Subject) -> Measured:
     """The view gives nothing away: with another token in the data, what the model reads to predict it is the same."""
     if subject.objective.view is None:
         return absent("it reads the rows of the data")
-    if not subject.reads_weights:
-        return absent(UNREAD)
     here = followed(subject)
-    moved_NT, chosen_N, _ = here.view_dependences
-    scored_BT = here.usual.seen.weight_BT != 0
-    owed_NT = np.zeros_like(moved_NT)
-    for n, token in enumerate(here.usual.id_N):
-        row = here.place_N2[n, 0]
-        owed_NT[n] = scored_BT[row] & (here.usual.seen.target_BT[row] == token)
+    moved_NT, owed_NT, chosen_N = here.told()
     if not owed_NT.any():
         return absent("no position is scored on a token of the rows")
     owed_NT &= ~chosen_N[:, None]  # a view that chooses positions by tokens: other positions are scored then
