@@ -42,6 +42,7 @@ def shapes(T: int, S: int | None = None, B: int = 2, d: int = 64, dtype=jnp.bflo
         ("tpu", Rule(WHOLE, SoftCap(3.0)), shapes(2048), "library"),
         ("tpu", Rule(DECODER), shapes(2048), "flex"),
         ("tpu", Rule(ENCODER), shapes(1024), "library"),
+        ("tpu", Rule(ENCODER, across=True), shapes(1024), "flex"),
         ("tpu", Rule(WHOLE), shapes(16, 2048), "flex"),
         ("tpu", Rule(DECODER), shapes(1, 2048), "reference"),
         ("gpu", Rule(DECODER), shapes(2048), "library"),

@@ -9,6 +9,7 @@ import pytest
 
 from batches import LIGHT, VOCABULARY, columns, example
 from polygpt.attention.biases import T5Bias
+from polygpt.attention.kernels import dispatch
 from polygpt.attention.mamba2 import Mamba2
 from polygpt.attention.multi_head import MultiHead
 from polygpt.blocks.block import Layer
@@ -139,6 +140,41 @@ def test_the_encoder_runs_in_the_first_call_only(monkeypatch):
     assert read == ["bidirectional", "spans"]
     jax.eval_shape(model.decode, params, columns(batch, 6, 7, media=False), cache)
     assert read == ["bidirectional", "spans", "spans"]
+
+
+def test_cross_attention_tells_backends_that_its_keys_are_others(monkeypatch):
+    """Splash attention gives NaN if queries and keys are not of the same positions."""
+    rules, plain = [], dispatch.attend
+
+    def recording(rule, *arguments):
+        rules.append(rule)
+        return plain(rule, *arguments)
+
+    monkeypatch.setattr(dispatch, "attend", recording)
+    model = bind(small(), VOCABULARY)
+    jax.eval_shape(model.apply, model.abstract(), BATCH)
+    assert [rule.across for rule in rules] == [False, False, True], "of the encoder, the decoder, and between them"
+
+
+@pytest.mark.parametrize("backend", ["chunked", pytest.param("flex", marks=pytest.mark.slow)])
+def test_every_backend_computes_the_same(backend):
+    """In small blocks, of which some hold no visible pair; values and gradients."""
+    expected, params = small_model(depth=1, attention=MultiHead(2, backend="reference"))
+    decoder = expected.spec.decoder.replace(attention=MultiHead(2, backend=backend, strict=True))
+    model = bind(expected.spec.replace(decoder=decoder), VOCABULARY)
+
+    def loss(params, model):
+        logits_BTV = model.apply(params, BATCH).logits_BTV
+        return jnp.sum(BATCH.weight_BT[..., None] * jnp.sin(logits_BTV)), logits_BTV
+
+    gradient = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
+    with dispatch.in_blocks_of(4):
+        found, logits_BTV = gradient(params, model)
+    wanted, wanted_BTV = gradient(params, expected)
+    real = BATCH.segment_BT > 0
+    np.testing.assert_allclose(logits_BTV[real], wanted_BTV[real], rtol=0, atol=2e-5)
+    for name, leaf in paths(found).items():
+        np.testing.assert_allclose(leaf, paths(wanted)[name], rtol=0, atol=2e-4, err_msg=name)
 
 
 def test_padding_may_hold_anything():

@@ -106,7 +106,7 @@ class CrossBlock(Block):
         return self.cross.operands(x_BTD, context, kept, source.meta), kept
 
     def _rule(self):
-        return self.cross.spec.rule(SameSegment(), self.cross.dims)
+        return dataclasses.replace(self.cross.spec.rule(SameSegment(), self.cross.dims), across=True)
 
 
 def _unplaced(dims: Dims) -> Dims:

@@ -40,11 +40,13 @@ class Rule:
         mask: which keys each query may see; padding keys (segment 0) are always masked.
         score: the modification of q k^T before the normalizer; queries are already scaled.
         normalizer: how to turn scores into weights.
+        across: whether queries and keys are positions of different sequences, as in cross-attention.
     """
 
     mask: Mask
     score: Score = Score()
     normalizer: Literal["softmax", "sigmoid"] = "softmax"
+    across: bool = False
 
     def visible(self, query: Meta, key: Meta) -> jax.Array:
         """bool, of the broadcast shape of `query` and `key`."""

@@ -35,6 +35,8 @@ def refuses(rule: Rule, operands: Operands) -> str | None:
         return f"splash attention has no {rule.normalizer} normalizer"
     if type(rule.score) not in (Score, SoftCap):
         return f"splash attention supports no score modification except SoftCap, not {type(rule.score).__name__}"
+    if rule.across:
+        return "splash attention needs queries and keys of the same positions, unlike cross-attention"
     if T != S:
         return f"splash attention needs as many queries as keys, not {T} and {S} (as with a cache)"
     if T % LANES:
