@@ -199,6 +199,23 @@ def test_data_that_differ_are_refused_before_training(folder):
         train_batches(data(folder), other, ADAPTERS, seed=0)
 
 
+def test_a_resumed_run_reads_the_scores_of_the_same_model(folder, tmp_path):
+    before = train_batches(data(folder), TOKENIZER, ADAPTERS, seed=0)
+    next(before)
+    state = before.get_state()
+    after = train_batches(data(folder), TOKENIZER, ADAPTERS, seed=0)
+    after.set_state([state])
+    np.testing.assert_array_equal(next(after).extra["teacher"], next(before).extra["teacher"])
+    writer = ScoresWriter(tmp_path / "other", manifest(fingerprint="g", model="runs/other, step 9"))
+    write(writer)
+    writer.finish()
+    other = train_batches(data(str(tmp_path / "other")), TOKENIZER, ADAPTERS, seed=0)
+    with pytest.raises(
+        UserError, match=r"has the scores of another model \(runs/other, step 9\) than at the checkpoint"
+    ):
+        other.set_state([state])
+
+
 def test_examples_that_change_in_every_epoch_have_no_scores(folder):
     tasks = {"a": Task(Listed(()), transform=(WordSwap(),))}
     with pytest.raises(

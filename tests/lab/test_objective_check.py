@@ -33,6 +33,7 @@ MISTAKES = {
     "ReadsNextVector": {LEAK},
     "ReadsShifted": {LEAK},
     "ReadsWithoutGradient": {LEAK, SLOPES},
+    "ReadsNextResidual": {LEAK},
     "ForgetsShift": {LEAK},
     "UnweightedAndUnshifted": {LEAK},
     "UnweightedAndAhead": {LEAK},

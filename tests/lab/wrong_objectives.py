@@ -60,6 +60,19 @@ class ReadsWithoutGradient(Right):
 
 
 @dataclasses.dataclass(frozen=True)
+class ReadsNextResidual(Right):
+    """The next position decides by what it has inside the model."""
+
+    @property
+    def captures(self):
+        return {"": ("residual",)}
+
+    def losses(self, outputs, batch):
+        ahead_BTD = jnp.roll(outputs.captured("residual")[0], -1, axis=1)
+        return super().losses(outputs, batch) * jax.nn.sigmoid(jnp.sum(ahead_BTD, axis=-1))
+
+
+@dataclasses.dataclass(frozen=True)
 class ForgetsShift(Right):
     """Predicts the token that is read."""
 

@@ -22,7 +22,7 @@ from polygpt.data.mixture import Order, reshard
 from polygpt.data.packing import Packer, Row, collate
 from polygpt.data.reading import Groups, LaidOut, read_ahead
 from polygpt.data.resharding import Resharding
-from polygpt.data.scores import Scores, open_scores
+from polygpt.data.scores import Scores, open_scores, require_same
 from polygpt.data.sources.base import Source
 from polygpt.data.tokenizers.base import Tokenizer
 from polygpt.data.transforms.base import Transform
@@ -234,6 +234,7 @@ class TrainBatches(Iterator[Batch]):
             "examples": dict(self._counts),
             "resharding": self._order.resharding.to_json(),
             "weights": {name: weight for name, (_, weight) in self._order.tasks.items()},
+            "scores": {one.name: one.manifest.fingerprint for one in self._laid_out.scores},
         }
 
     def under(self, data: DataSpec, adapters: Mapping) -> "TrainBatches":
@@ -254,7 +255,7 @@ class TrainBatches(Iterator[Batch]):
                 duplicates.
 
         Raises:
-            UserError: if the state of a data shard is missing, or the number of examples of a task has changed.
+            UserError: if the state of a data shard is missing, or examples of a task or scores have changed.
             BadRecord: if an example waiting to be packed has become unusable, unless bad records are skipped.
         """
         states = batches_state(list(states))
@@ -268,6 +269,7 @@ class TrainBatches(Iterator[Batch]):
             )
         saved = [by_shard[i] for i in range(resharding.data_shards)]
         self._require_same_data(saved[0]["examples"])
+        require_same(self._laid_out.scores, saved[0].get("scores", {}))
         self.close()
         before = Order(self._order.tasks, self._seed)
         if "weights" in states[0]:

@@ -224,6 +224,16 @@ def open_scores(data, tokenizer: Tokenizer, counts: Mapping[str, int]) -> tuple[
     return found
 
 
+def require_same(found: Sequence[Scores], before: Mapping[str, str]) -> None:
+    """Raises UserError if scores are not by the model by which they were, given its fingerprints by name."""
+    for one in found:
+        if before.get(one.name, one.manifest.fingerprint) != one.manifest.fingerprint:
+            raise UserError(
+                f"data.scores.{one.name}: {one.folder} has the scores of another model ({one.manifest.model}) than at "
+                "the checkpoint: restore it, or use another workdir"
+            )
+
+
 class ScoresWriter:
     """Writes scores into a folder, or resumes it.
 
