@@ -79,3 +79,11 @@ def test_a_run_that_moves_from_mesh_to_mesh_is_the_run_that_stayed(tmp_path):
         assert np.linalg.norm(leaf) > 0, path
         gap = np.linalg.norm(np.subtract(after["state"][path], leaf)) / np.linalg.norm(leaf)
         assert gap < 1e-4, (path, gap)
+
+
+@pytest.mark.slow
+def test_an_adapter_fits_its_base_on_a_mesh_and_on_one_device(tmp_path):
+    script = SCRIPT.with_name("adapted_run.py")
+    words, environment = [sys.executable, script, tmp_path], os.environ | VARIABLES
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0 and "equal" in done.stdout, done.stderr

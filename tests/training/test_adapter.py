@@ -22,6 +22,7 @@ from polygpt.parameters import paths
 from polygpt.report.finish import evaluate_run
 from polygpt.training.loggers import Silent
 from polygpt.training.loop import train
+from polygpt.training.program import assemble
 from polygpt.training.run import open_run
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -115,6 +116,25 @@ def test_the_list_says_what_fits(runs, capsys):
     assert [row["kind"] for row in rows] == ["DoRA, rank 2", "rsLoRA, rank 3; prefix, length 2", "prefix, length 4"]
     code, out, _ = command(capsys, "adapter", "list", *files)
     assert code == 0 and "DoRA, rank 2" in out and "fits" not in out
+
+
+@pytest.mark.parametrize("name, base", [("first", "base"), ("second", "base")])
+def test_a_run_can_start_from_a_base_with_an_adapter(runs, name, base):
+    expected = open_run(runs / name)
+    init = FromRun(path=str(runs / base), adapter=str(runs / f"{name}.npz"))
+    assert init.model() == expected.experiment.model
+    chosen = override(experiment(), SMALL).replace(model=expected.model.spec, init=init)
+    state = assemble(chosen, expected.tokenizer.vocabulary).first_state()
+    for parameter, value in paths(expected.params).items():
+        np.testing.assert_array_equal(paths(state.params)[parameter], value, err_msg=parameter)
+
+
+def test_a_run_cannot_start_from_another_base(runs):
+    init = FromRun(path=str(runs / "base"), adapter=str(runs / "third.npz"))
+    chosen = override(experiment(), SMALL).replace(init=init)
+    program = assemble(chosen.replace(model=init.model()), chosen.tokenizer.build().vocabulary)
+    with pytest.raises(UserError, match="init.adapter: .*third.npz does not fit .*base, step 2: the weights of"):
+        program.first_state()
 
 
 def refused(capsys, *words):

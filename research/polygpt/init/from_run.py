@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
 
 from polygpt.errors import UserError
+from polygpt.init.adapted import adapted, whole
 from polygpt.init.base import Source, Weights
 from polygpt.migration import migrate
+from polygpt.models.adapter_file import AdapterFile
 from polygpt.models.low_rank import LowRank, matrix_of
 from polygpt.models.multimodal import ModelSpec
 from polygpt.overrides import replaced
@@ -30,6 +31,8 @@ class FromRun(Weights):
     """The run folder."""
     checkpoint: int | Literal["best", "latest"] | None = None
     """Step of the checkpoint, the best one by the run's metric, or the latest; null for the run's train.use."""
+    adapter: str | None = None
+    """A file of `polygpt adapter save`, of an adapter that was trained on that checkpoint; null for none."""
 
     def open(self) -> Source:
         config = self._config()
@@ -44,9 +47,12 @@ class FromRun(Weights):
         updates = {name: shape for name, shape in shapes.items() if matrix_of(name)}
         own = {name: shape for name, shape in shapes.items() if name not in updates}
         added = from_json(config["model"]["low_rank"]) if updates else None
-        return _Checkpoint(f"{self.path}, step {step}", own, config["tokenizer"], place, item, added, updates)
+        base = _Checkpoint(f"{self.path}, step {step}", own, config["tokenizer"], place, item, added, updates)
+        return base if self.adapter is None else adapted(base, self.adapter)
 
     def model(self) -> ModelSpec:
+        if self.adapter is not None:
+            return from_json(AdapterFile.read(Path(self.adapter)).model)
         config = self._config()
         found, step = from_json(config["model"]), self._chosen(config).step
         for phase in config["train"].get("phases", ()):  # that of the checkpoint, as training had it
@@ -105,9 +111,7 @@ class _Checkpoint:
         from polygpt.runtime import stored
 
         def replicated(shape, like):
-            place = like.sharding
-            place = NamedSharding(place.mesh, PartitionSpec()) if isinstance(place, NamedSharding) else place
-            return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place)
+            return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=whole(like.sharding))
 
         updates = {
             name: replicated(shape, wanted[matrix_of(name)])

@@ -130,12 +130,21 @@ class AdapterFile:
 
     def misfit(self, params: Params) -> str:
         """What differs between the base that it was trained on and these parameters; "" if nothing does."""
-        found = {name: value for name, value in paths(params).items() if name not in self.params}
+        values = paths(params)
+        return self.other_shape(values) or self.other_weights(values)
+
+    def other_shape(self, shapes: Mapping[str, Any]) -> str:
+        """What differs in shape between its base and parameters of these shapes, by name; "" if nothing does."""
+        found = {name: value for name, value in shapes.items() if name not in self.params}
         if difference := changed_shape(self.base, found):
             name, trained, here = difference
             return f"{name} is {trained} in the base that it was trained on, and {here} in this one"
-        sums = checksums(found)
-        other = [name for name, one in self.base.items() if one.checksum != sums[name]]
+        return ""
+
+    def other_weights(self, values: Mapping[str, jax.Array]) -> str:
+        """Which of some parameters of its base, by name, have other values here; "" if none has."""
+        sums = checksums({name: value for name, value in values.items() if name in self.base})
+        other = [name for name, found in sums.items() if found != self.base[name].checksum]
         return f"the weights of {other[0]} differ, and those of {len(other) - 1} more" if other else ""
 
     def onto(self, model: Model, base: Params, places: Params) -> Params:
