@@ -154,6 +154,9 @@ class MultiHead(Attention):
 class MultiHeadModule(nnx.Module):
     """The module of a `MultiHead`; a variant overrides some of its methods."""
 
+    prefix: ClassVar[Any] = None
+    """Trained keys and values, a `prefix.PrefixKeys`; None for most models."""
+
     def __init__(self, spec: MultiHead, dims: Dims, rngs: nnx.Rngs):
         self.spec, self.dims = spec, dims
         self.project(rngs)
@@ -161,7 +164,6 @@ class MultiHeadModule(nnx.Module):
             spec.qk_norm and spec.qk_norm.build(spec.width_of_query(dims.width)) for _ in range(2)
         )
         self.terms = spec.rule(DECODER, dims).score.build(dims.width, spec.heads, rngs=rngs)
-        self.prefix = nnx.data(None)  # or a `PrefixKeys`, see `prefix.py`
 
     def project(self, rngs: nnx.Rngs) -> None:
         """Creates the projections."""
