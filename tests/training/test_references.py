@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from tiny_experiment import experiment
 
+from polygpt.data.tokenizers.bytes import Bytes
 from polygpt.errors import SpecError, UserError
 from polygpt.init.from_run import FromRun
 from polygpt.init.reference import Reference
@@ -136,6 +137,9 @@ def test_what_cannot_be_a_reference_is_one_line_and_leaves_nothing(teacher, tmp_
     ):
         with pytest.raises(UserError, match=words):
             train(student(teacher, references=good | references), tmp_path / "run", json_lines)
+    remedy = r"references\.teacher: .*another tokenizer.* polygpt data score and read them with SpanDistillation"
+    with pytest.raises(UserError, match=remedy):
+        train(student(teacher, tokenizer=Bytes(multiple=64)), tmp_path / "run", json_lines)
     decoder = {"decoder": Reference()}
     with pytest.raises(UserError, match=r"references\.decoder: the name is taken"):
         train(
