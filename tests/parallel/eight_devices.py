@@ -59,6 +59,7 @@ WAYS = {
     "fsdp 2, sequence 2, tensor 2 (blocks)": (DENSE, MeshSpec(data=1, fsdp=2, sequence=2, tensor=2)),
     "stage 2, fsdp 2, expert 2 (blocks)": (ROUTED, MeshSpec(data=1, stage=2, fsdp=2, expert=2)),
     "data 2, fsdp 2, tensor 2 (adapters)": (DENSE, MeshSpec(fsdp=2, tensor=2)),
+    "sequence 4 (ring), data 2 (adapters)": (DENSE, MeshSpec(sequence=4, context="ring")),
     "stage 2, fsdp 2, expert 2 (adapters)": (ROUTED, MeshSpec(data=1, stage=2, fsdp=2, expert=2)),
     "pmap (encoder)": (DENSE, None),
     "data 2, fsdp 2, tensor 2 (encoder)": (DENSE, MeshSpec(fsdp=2, tensor=2)),

@@ -25,6 +25,7 @@ SLOW = [
     ["stage 2 (circular), data 4 (encoder)"],
     ["expert 4, data 2 (dropless)", "expert 4, data 2 (capacity)", "stage 2, fsdp 2, expert 2"],
     ["data 2, fsdp 2, tensor 2 (adapters)", "stage 2, fsdp 2, expert 2 (adapters)"],
+    ["sequence 4 (ring), data 2 (adapters)"],
 ]
 
 
