@@ -1,7 +1,9 @@
 """Scores of examples in files: written in shards, resumed, recognised as theirs, and packed like the rest of a row."""
 
 import dataclasses
+import io
 import itertools
+import pickle
 
 import numpy as np
 import pytest
@@ -11,7 +13,8 @@ from polygpt.data import scores
 from polygpt.data.example import Example, Text
 from polygpt.data.layout import LayoutSpec, lay_out
 from polygpt.data.loader import DataSpec, Task, extra_shapes, train_batches
-from polygpt.data.scores import Manifest, Scores, ScoresWriter, digest, layout_fields, scored
+from polygpt.data.scores import Manifest, Scores, digest, layout_fields, scored
+from polygpt.data.scores_writer import ScoresWriter
 from polygpt.data.sources.base import Source
 from polygpt.data.tokenizers.bytes import Bytes
 from polygpt.data.tokenizers.special_tokens import SpecialTokens
@@ -38,7 +41,6 @@ class Listed(Source):
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
     monkeypatch.setattr(scores, "SHARD", 4)
-    scores._mapped.cache_clear()
 
 
 def manifest(**fields):
@@ -178,10 +180,18 @@ def test_other_media_are_another_example():
 
 def test_damaged_files_are_named(folder, tmp_path):
     index, records = (min((tmp_path / "scores").glob(f"*0.{kind}")) for kind in ("index.npy", "npy"))
-    good = records.read_bytes()
-    for bad in (good[:-8], b"", good[:-8] + bytes(8)):
-        records.write_bytes(bad)
-        scores._mapped.cache_clear()
+    good, short = {path: path.read_bytes() for path in (index, records)}, io.BytesIO()
+    np.save(short, np.load(index)[:2])
+    cut = good[records][:-8]
+    for path, bad in (
+        (records, cut),
+        (records, b""),
+        (records, cut + bytes(8)),
+        (index, b"x"),
+        (index, short.getvalue()),
+    ):
+        for other, content in good.items():
+            other.write_bytes(bad if other == path else content)
         with pytest.raises(
             UserError, match=f"{index.name} and {records.name} are damaged: remove them and run polygpt"
         ):
@@ -197,6 +207,16 @@ def test_data_that_differ_are_refused_before_training(folder):
     other = SpecialTokens(Bytes(), ("<x>",)).build()
     with pytest.raises(UserError, match=r"the scores are of another tokenizer \(258 ids, here 259\)"):
         train_batches(data(folder), other, ADAPTERS, seed=0)
+
+
+def test_few_indexes_are_in_memory(folder, monkeypatch):
+    monkeypatch.setattr(scores, "OPEN", 2)
+    found = Scores("teacher", folder)
+    for i in (0, 5, 9, 1, 10):
+        found.arrays("a", i, EXAMPLES[i], row_of(i))
+    assert list(found._indexes) == [("a", 2), ("a", 0)]
+    again = pickle.loads(pickle.dumps(found)).arrays("a", 5, EXAMPLES[5], row_of(5))
+    np.testing.assert_array_equal(again["teacher.ids"][scored(row_of(5))], records_of(5)["ids"])
 
 
 def test_a_resumed_run_reads_the_scores_of_the_same_model(folder, tmp_path):

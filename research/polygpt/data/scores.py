@@ -1,16 +1,15 @@
 """What a model says of the text of each example, written once and read in training in place of the model.
 
 A folder has `scores.json` (what was scored, by which model, with which tokenizer) and, for every `SHARD` examples of a
-task, two NumPy files that are mapped into memory: an index with a record per example, and a record per scored token.
+task, two NumPy files: an index with a record per example, and a record per scored token, which are read when needed.
 Each shard is written atomically, so that writing resumes after an interruption. The index has a digest of the example,
 by which data that have changed are recognised, and a checksum of its tokens' records.
 """
 
 import dataclasses
-import functools
 import hashlib
-import io
 import json
+import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,18 +21,17 @@ from polygpt.data.example import Example, Text
 from polygpt.data.packing import Row
 from polygpt.data.tokenizers.base import Tokenizer
 from polygpt.errors import BadRecord, UserError
-from polygpt.files import write_atomically
 from polygpt.sequence import PREFERENCE, TEXT, top_ids, top_log_p
 
 FORMAT = 1
 """The format that this version writes."""
 MANIFEST = "scores.json"
 SHARD = 1024
-"""Examples per file."""
+"""Examples per file; another number is another format."""
 INDEX = np.dtype([("digest", "<u8"), ("checksum", "<u4"), ("first", "<i8"), ("count", "<i4")])
 """Of an example: its identity, a checksum, and where its tokens are. A count of -1 marks an unusable record."""
-OPEN = 64
-"""Files that are mapped at a time."""
+OPEN = 256
+"""Indexes in memory at a time."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +132,7 @@ class Scores:
 
     def __init__(self, name: str, folder: str):
         self.name, self.folder, self.manifest = name, Path(folder), read_manifest(folder)
+        self._indexes: dict[tuple[str, int], np.ndarray] = {}
         if not self.manifest.complete:
             raise UserError(f"{self._place}: it is not complete: polygpt data score with the same arguments resumes it")
 
@@ -167,8 +166,7 @@ class Scores:
             UserError: if the example is not the one that was scored, or a file is damaged.
             BadRecord: if the example was unusable when it was scored.
         """
-        index, records = self._shard(task, number // SHARD)
-        entry = index[number % SHARD]
+        entry = self._index(task, number // SHARD)[number % SHARD]
         if entry["count"] < 0:
             raise BadRecord(
                 "not scored", example.place, f"{self.folder} has no scores of it: mend it and score it again"
@@ -178,9 +176,8 @@ class Scores:
                 f"{self._place}: example {number} of the task {task!r} ({example.place}) is not the one that was "
                 "scored: restore the data, or write the scores again with polygpt data score"
             )
-        found = records[entry["first"] : entry["first"] + entry["count"]]
-        here = scored(row)
-        if zlib.crc32(found.tobytes()) != entry["checksum"] or len(found) != here.sum():
+        found, here = self._records(task, number // SHARD, entry), scored(row)
+        if len(found) != here.sum():
             raise self._damaged(task, number // SHARD)
         arrays = {self.name: np.full(len(row), np.nan, np.float32)}
         arrays[self.name][here] = found["log_p"]
@@ -198,17 +195,37 @@ class Scores:
         likely = {top_ids(self.name): (top, "int32"), top_log_p(self.name): (top, "float32")}
         return {self.name: ((), "float32")} | (likely if self.manifest.top else {})
 
-    def _shard(self, task: str, number: int) -> tuple[np.ndarray, np.ndarray]:
+    def _index(self, task: str, number: int) -> np.ndarray:
+        """The index of a shard."""
+        if (task, number) not in self._indexes:
+            try:
+                found = np.load(shard_paths(self.folder, task, number)[0], allow_pickle=False)
+            except (OSError, ValueError, EOFError):
+                raise self._damaged(task, number) from None
+            if found.dtype != INDEX or len(found) != len(self.manifest.examples(task, number)):
+                raise self._damaged(task, number)
+            if len(self._indexes) == OPEN:
+                del self._indexes[next(iter(self._indexes))]
+            self._indexes[task, number] = found
+        return self._indexes[task, number]
+
+    def _records(self, task: str, number: int, entry: np.void) -> np.ndarray:
+        """The records of an example. A file that shrank while it is mapped into memory would end the process."""
+        record = self.manifest.record
         try:
-            index, records = _mapped(self.folder, task, number)
+            with shard_paths(self.folder, task, number)[1].open("rb") as file:
+                np.lib.format.read_magic(file)
+                dtype = np.lib.format.read_array_header_1_0(file)[2]
+                file.seek(int(entry["first"]) * record.itemsize, os.SEEK_CUR)
+                content = file.read(int(entry["count"]) * record.itemsize)
         except (OSError, ValueError, EOFError):
             raise self._damaged(task, number) from None
-        if index.dtype != INDEX or records.dtype != self.manifest.record:
+        if dtype != record or zlib.crc32(content) != entry["checksum"]:
             raise self._damaged(task, number)
-        return index, records
+        return np.frombuffer(content, record)
 
     def _damaged(self, task: str, number: int) -> UserError:
-        files = " and ".join(path.name for path in _paths(self.folder, task, number))
+        files = " and ".join(path.name for path in shard_paths(self.folder, task, number))
         return UserError(f"{self._place}: {files} are damaged: remove them and run polygpt data score again")
 
 
@@ -234,87 +251,7 @@ def require_same(found: Sequence[Scores], before: Mapping[str, str]) -> None:
             )
 
 
-class ScoresWriter:
-    """Writes scores into a folder, or resumes it.
-
-    Raises:
-        UserError: if the folder has something else, or scores of something else.
-    """
-
-    def __init__(self, folder: str | Path, manifest: Manifest):
-        self.folder, self.manifest = Path(folder), manifest
-        if (self.folder / MANIFEST).exists():
-            there = read_manifest(folder)
-            for field in dataclasses.fields(Manifest):
-                before, now = getattr(there, field.name), getattr(manifest, field.name)
-                if field.name != "complete" and before != now:
-                    raise UserError(
-                        f"{folder} has scores with another {field.name} ({_brief(before)}, now {_brief(now)}): name "
-                        "another folder, or remove this one"
-                    )
-        elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-            raise UserError(f"{folder} exists and has no scores: name a new folder")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._write_manifest(manifest)
-
-    def missing(self) -> list[tuple[str, int]]:
-        """Task and number of each shard that has not been written."""
-        return [shard for shard in self.manifest.shards() if not _paths(self.folder, *shard)[0].exists()]
-
-    def write(self, task: str, number: int, examples: Sequence[tuple[int, np.ndarray] | None]) -> None:
-        """Writes a shard: the digest and the records of each example; None for an unusable one."""
-        index = np.zeros(len(examples), INDEX)
-        records = [np.zeros(0, self.manifest.record)]
-        first = 0
-        for i, one in enumerate(examples):
-            if one is None:
-                index[i] = (0, 0, first, -1)
-                continue
-            found = np.ascontiguousarray(one[1])
-            index[i] = (one[0], zlib.crc32(found.tobytes()), first, len(found))
-            records.append(found)
-            first += len(found)
-        index_path, records_path = _paths(self.folder, task, number)
-        # The index comes last: a shard that has one is complete.
-        for path, array in ((records_path, np.concatenate(records)), (index_path, index)):
-            content = io.BytesIO()
-            np.save(content, array, allow_pickle=False)
-            write_atomically(path, content.getvalue())
-
-    def finish(self) -> None:
-        """Marks the folder as complete."""
-        self._write_manifest(dataclasses.replace(self.manifest, complete=True))
-
-    def counts(self) -> dict[str, int]:
-        """Numbers of examples, of unusable records, of scored tokens and of bytes."""
-        indexes = [np.load(_paths(self.folder, *shard)[0]) for shard in self.manifest.shards()]
-        counts = np.concatenate([index["count"] for index in indexes])
-        size = sum(path.stat().st_size for path in self.folder.iterdir())
-        skipped = int((counts < 0).sum())
-        return {
-            "examples": len(counts) - skipped,
-            "skipped": skipped,
-            "tokens": int(counts[counts > 0].sum()),
-            "bytes": size,
-        }
-
-    def _write_manifest(self, manifest: Manifest) -> None:
-        data = {"format": FORMAT} | dataclasses.asdict(manifest)
-        write_atomically(self.folder / MANIFEST, json.dumps(data, indent=2) + "\n")
-
-
-def _paths(folder: Path, task: str, number: int) -> tuple[Path, Path]:
+def shard_paths(folder: Path, task: str, number: int) -> tuple[Path, Path]:
     """The files of a shard: the index and the records."""
     name = f"{zlib.crc32(task.encode()):08x}-{number:06d}"  # a task's name may contain anything
     return folder / f"{name}.index.npy", folder / f"{name}.npy"
-
-
-@functools.lru_cache(maxsize=OPEN)
-def _mapped(folder: Path, task: str, number: int) -> tuple[np.ndarray, np.ndarray]:
-    index, records = (np.load(path, mmap_mode="r", allow_pickle=False) for path in _paths(folder, task, number))
-    return index, records
-
-
-def _brief(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

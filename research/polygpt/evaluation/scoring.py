@@ -14,7 +14,8 @@ from polygpt.data.example import Example
 from polygpt.data.layout import LayoutSpec, lay_out
 from polygpt.data.loader import DataSpec, Task, open_task, require_data
 from polygpt.data.packing import Packer, Row
-from polygpt.data.scores import Manifest, ScoresWriter, digest, layout_fields, scored
+from polygpt.data.scores import Manifest, digest, layout_fields, scored
+from polygpt.data.scores_writer import ScoresWriter
 from polygpt.data.sources.base import example_at
 from polygpt.data.spans import aligned
 from polygpt.data.tokenizers.base import Tokenizer
