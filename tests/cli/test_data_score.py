@@ -64,6 +64,22 @@ def test_what_does_not_fit_is_one_line(polygpt, trained, folder, tmp_path, monke
     assert code == 2 and message in err and err.count("\n") == 1 and not (tmp_path / "new").exists()
 
 
+def test_a_check_of_the_data_finds_scores_that_are_not_theirs(polygpt, trained, folder, tmp_path):
+    words = ["data", "check", trained.file, "--json", "--data.scores", json.dumps({"teacher": str(folder)})]
+    code, out, err = polygpt(*words)
+    assert code == 0 and json.loads(out)["scores"] == [], err
+    code, out, err = polygpt(*words, "--data.tasks.own.prompt_weight", "1")
+    assert code == 0, "nothing of these examples is a prompt"
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (records,) = (path for path in tmp_path.glob("*.npy") if "index" not in path.name)
+    records.write_bytes(records.read_bytes()[:-4])
+    code, out, err = polygpt(*words[:-1], json.dumps({"teacher": str(tmp_path)}))
+    assert code == 2 and "data check: the scores of 1 example cannot be used" in err
+    (fault,) = json.loads(out)["scores"]
+    assert records.name in fault and fault in err
+
+
 def test_damaged_and_foreign_scores_stop_training_with_one_line(polygpt, trained, folder, tmp_path):
     train = ["train", trained.file, "--objectives", json.dumps(SOFT), "--no-report", "--workdir", tmp_path / "run"]
     for name, damage, message in (

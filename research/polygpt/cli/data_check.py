@@ -17,7 +17,7 @@ examples:
 Of a run with train.phases, tasks are checked again for each phase that changes their rows. Held-out tasks are checked
 too. The last lines are two commands with the smallest settings that accept 95 % and 100 % of
 each task's records. Where examples share a row, a row gets as many media items as fill it. Exit code 2 if any record is
-unusable."""
+unusable, or the scores of an example (data.scores) are not its own."""
 SHARES = (0.95, 1.0)
 NEGLIGIBLE = 1e-6
 """A task with a smaller share of the mixture is not checked: it waits for another phase."""
@@ -35,7 +35,7 @@ def run(arguments: Namespace) -> dict:
     chosen = experiment.load(arguments.file, arguments.changes, arguments.options)
 
     from polygpt.cli.progress import Progress
-    from polygpt.data.check import check
+    from polygpt.data.check import check, score_faults
     from polygpt.data.loader import Task
     from polygpt.evaluation.conditions import layout_of
     from polygpt.training.phase import expanded
@@ -58,14 +58,16 @@ def run(arguments: Namespace) -> dict:
                 common = task.seq_len is None
                 lengths[walked] = _row_length(chosen, len(parts) - 1) if common else f"evaluation.tasks.{name}.seq_len"
             held_out.add(known[key])
-    for findings in found.values():
-        for fault in findings.faults:
-            print(fault)
+        scored = score_faults(chosen.data, tokenizer, adapters, progress) if chosen.data.scores else []
+    for fault in [*(fault for findings in found.values() for fault in findings.faults), *scored]:
+        print(fault)
     _print_table(found, adapters, layout)
     fits = {f"{share:.0%}": _command(arguments, chosen, found, held_out, lengths, share) for share in SHARES}
     bad, records = sum(len(f.faults) for f in found.values()), sum(f.records for f in found.values())
     if not bad:
         print(f"The present settings accept all {counted(records, 'record')}.")
+    faults = [f"{bad} of {records} records are unusable"] if bad else []
+    faults += [f"the scores of {counted(len(scored), 'example')} cannot be used"] if scored else []
     print("Smallest settings, by the share of each task's records that they accept:")
     for share, command in fits.items():
         print(f"{share:>5}  {command or 'no usable record'}")
@@ -75,7 +77,8 @@ def run(arguments: Namespace) -> dict:
             for name, findings in found.items()
         },
         "commands": fits,
-        "fault": f"data check: {bad} of {records} records are unusable" if bad else None,
+        "scores": scored,
+        "fault": f"data check: {' and '.join(faults)}" if faults else None,
     }
 
 

@@ -11,10 +11,11 @@ from polygpt.data import fit
 from polygpt.data.example import Example, Medium
 from polygpt.data.layout import LayoutSpec, lay_out
 from polygpt.data.loader import DataSpec, open_task
+from polygpt.data.scores import open_scores
 from polygpt.data.sources.base import example_at
 from polygpt.data.tokenizers.base import Tokenizer
 from polygpt.data.transforms.base import transformed
-from polygpt.errors import BadRecord
+from polygpt.errors import BadRecord, UserError
 from polygpt.sequence import PREFERENCE
 
 
@@ -89,6 +90,38 @@ def check(
         UserError: if a source cannot be opened or is empty.
     """
     return {name: _walk(name, task, data, tokenizer, adapters, progress) for name, task in data.tasks.items()}
+
+
+def score_faults(
+    data: DataSpec,
+    tokenizer: Tokenizer,
+    adapters: Mapping,
+    progress: Callable[[str, int, int], None] = lambda task, done, total: None,
+) -> list[str]:
+    """A line for each example whose scores (`data.scores`) are not its own, are damaged or missing.
+
+    Args are those of `check`.
+
+    Raises:
+        UserError: if scores cannot be opened, or all are of other data.
+    """
+    examples = {name: open_task(name, task) for name, task in data.tasks.items()}
+    scores, faults = open_scores(data, tokenizer, {name: len(some) for name, some in examples.items()}), []
+    for name, task in data.tasks.items():
+        for i in range(len(examples[name])):
+            try:
+                example = example_at(examples[name], i)
+                given = {"prompt_weight": task.prompt_weight, "paired": task.paired}
+                row = lay_out(example, data.layout, tokenizer, adapters, **given)
+            except BadRecord:
+                continue  # a fault that `check` finds
+            for one in scores:
+                try:
+                    one.arrays(name, i, example, row)
+                except UserError as error:
+                    faults.append(str(error))
+            progress(f"scores of {name}", i + 1, len(examples[name]))
+    return faults
 
 
 def fitting(
