@@ -27,7 +27,9 @@ class CrossSequential(BlockSpec):
     reads_source = True
 
     cross: MultiHead | None = None
-    """Cross-attention; null for multi-head attention with the heads of the block's own attention, without positions."""
+    """Cross-attention; null for multi-head attention with the heads of the block's own attention, without positions, as
+    in the papers. A `position` in it counts queries and keys each from the beginning of their side: where the answer
+    follows the order of the source, Rope teaches the alignment sooner (experiments/encoder_decoder.py)."""
 
     def cross_of(self, attention: Attention) -> MultiHead:
         """The cross-attention of a block with that self-attention. Raises SpecError if it must be given."""
