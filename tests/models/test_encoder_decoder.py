@@ -11,6 +11,7 @@ from batches import LIGHT, VOCABULARY, columns, example
 from polygpt.attention.biases import T5Bias
 from polygpt.attention.kernels import dispatch
 from polygpt.attention.mamba2 import Mamba2
+from polygpt.attention.masks import Mask
 from polygpt.attention.multi_head import MultiHead
 from polygpt.blocks.block import Layer
 from polygpt.blocks.cross import CrossSequential
@@ -309,6 +310,25 @@ def test_mup_scales_both_stacks_and_cross_attention():
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class SameSpeaker(Mask):
+    """Query and key have the same label."""
+
+    def labels(self):
+        return frozenset({"speaker"})
+
+    def __call__(self, query, key):
+        return query.extra["speaker"] == key.extra["speaker"]
+
+
+@dataclasses.dataclass(frozen=True)
+class BySpeaker(MultiHead):
+    """Attention to positions of one speaker."""
+
+    def mask(self, mask):
+        return mask & SameSpeaker()
+
+
 ENCODER = DecoderSpec(width=16, mask="bidirectional")
 MARKED = LayoutSpec(16, prompt_span="bidirectional")
 WRONG = {
@@ -337,6 +357,7 @@ WRONG = {
         lambda: small(attention=Mamba2(heads=2)),
         "CrossSequential.cross is None: it must be an attention variant, because Mamba2",
     ),
+    "cross-attention by labels": (lambda: CrossSequential(BySpeaker()), "cross is .* whose mask reads no labels"),
     "rows without marked sources": (lambda: small().check_with(LayoutSpec(16)), "prompt_span is 'causal': EncoderDeco"),
     "longer rows than the encoder's positions": (
         lambda: small(encoder=ENCODER.replace(position=Learned(15))).check_with(MARKED),

@@ -31,6 +31,9 @@ class CrossSequential(BlockSpec):
     in the papers. A `position` in it counts queries and keys each from the beginning of their side: where the answer
     follows the order of the source, Rope teaches the alignment sooner (experiments/encoder_decoder.py)."""
 
+    def validate(self):
+        self.require(self.cross is None or not self.cross.labels(), "cross", "attention whose mask reads no labels")
+
     def cross_of(self, attention: Attention) -> MultiHead:
         """The cross-attention of a block with that self-attention. Raises SpecError if it must be given."""
         if self.cross is not None:
