@@ -55,7 +55,7 @@ SCALE = 6.0
 class Looks:
     """Says the letter that the grey of the picture means, then ends; is deaf. What it predicts has the logit SCALE."""
 
-    spec = types.SimpleNamespace(adapters=ADAPTERS, decoder=types.SimpleNamespace(position=NoPosition()))
+    spec = ModelSpec(DecoderSpec(position=NoPosition()), adapters=ADAPTERS)
 
     def init_cache(self, rows, size):
         return jnp.zeros(rows)

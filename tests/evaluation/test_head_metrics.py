@@ -1,7 +1,6 @@
 """Metrics of heads against scikit-learn, and through a whole evaluation."""
 
 import dataclasses
-import types
 
 import jax
 import jax.numpy as jnp
@@ -91,7 +90,7 @@ class Words(Source):
 class Counts:
     """Knows the number of letters but for words that begin with "a"; takes every letter for a vowel."""
 
-    spec = types.SimpleNamespace(adapters={}, decoder=types.SimpleNamespace(position=NoPosition()))
+    spec = ModelSpec(DecoderSpec(position=NoPosition()), adapters={})
 
     def hidden(self, params, batch, key=None):
         return batch.position_BT, {}
