@@ -174,8 +174,19 @@ def divided(model, params):
     return trained, {name: value for name, value in params.items() if name not in trained}
 
 
-@pytest.mark.parametrize("kind", ["rank stabilized", "DoRA"])
-@pytest.mark.parametrize("stack", [{"remat": "none"}, {"remat": "dots"}, {"scan": False, "remat": "full"}])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "kind, stack",
+    [
+        ("DoRA", {"remat": "dots"}),
+        pytest.param("DoRA", {"remat": "none"}, marks=SLOW),
+        pytest.param("DoRA", {"scan": False, "remat": "full"}, marks=SLOW),
+        pytest.param("rank stabilized", {"remat": "none"}, marks=SLOW),
+        pytest.param("rank stabilized", {"scan": False, "remat": "none"}, marks=SLOW),
+    ],
+)
 def test_updates_inside_the_blocks_equal_merged_matrices(kind, stack):
     model, plain = models(kind, adapters={}, **stack)
     batch = build([(example(9, seed=1), example(7, seed=2))], 20, adapters={})
@@ -198,7 +209,7 @@ def test_experts_and_other_modules_that_read_their_matrices_get_them_merged(batc
     np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["LoRA", "DoRA"])
+@pytest.mark.parametrize("kind", [pytest.param("LoRA", marks=SLOW), "DoRA"])
 def test_a_training_step_holds_neither_merged_matrices_nor_their_gradients(kind):
     low_rank = KINDS[kind].replace(pattern="decoder/.*kernel")
     model = bind(tiny(adapters={}, width=64, depth=8, remat="full").replace(low_rank=low_rank), 31)

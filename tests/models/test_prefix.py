@@ -69,7 +69,9 @@ ATTENTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", ATTENTIONS)
+@pytest.mark.parametrize(
+    "name", ["flex", *(pytest.param(name, marks=pytest.mark.slow) for name in ATTENTIONS if name != "flex")]
+)
 def test_every_backend_packs_and_caches_it(name):
     attention = ATTENTIONS[name]
     model, params = bound(attention=attention)

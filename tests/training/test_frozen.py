@@ -47,7 +47,7 @@ def temporary(*given, **named) -> int:
     return compiled(*given, **named)[1].memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("scan", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_activations_of_a_frozen_tower_are_not_kept(scan):
     shallow, deep = (temporary(depth, scan, FROZEN) for depth in (1, 4))
     assert deep < 1.02 * shallow, "they would grow with depth"
