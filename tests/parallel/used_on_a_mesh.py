@@ -15,7 +15,7 @@ import numpy as np
 jax.config.update("jax_num_cpu_devices", 8)
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from batches import ADAPTERS, build, example, lively, tiny  # noqa: E402
+from batches import ADAPTERS, example, lively, tiny  # noqa: E402
 from polygpt import sharding  # noqa: E402
 from polygpt.attention.mamba2 import Mamba2  # noqa: E402
 from polygpt.attention.multi_head import MultiHead  # noqa: E402
@@ -29,19 +29,19 @@ from polygpt.generation.generate import generate  # noqa: E402
 from polygpt.generation.sampling import Sampling  # noqa: E402
 from polygpt.models.functional import bind  # noqa: E402
 from polygpt.sharding import MeshSpec  # noqa: E402
+from sources import build_sources, small  # noqa: E402
 
 MESHES = {
     "data 2, fsdp 2, tensor 2": MeshSpec(fsdp=2, tensor=2),
     "sequence 2, stage 2, tensor 2": MeshSpec(data=1, sequence=2, stage=2, tensor=2),
 }
 
-ATTENTIONS = {
-    "keys and values": {"attention": MultiHead(4)},
-    "a ring of the last keys, and a recurrent state": {
-        "attention": SlidingWindow(4, window=8),
-        "pattern": (None, Mamba2(heads=4, state_width=8)),
-        "depth": 4,
-    },
+MODELS = {
+    "keys and values": tiny(attention=MultiHead(4)),
+    "a ring of the last keys, and a recurrent state": tiny(
+        attention=SlidingWindow(4, window=8), pattern=(None, Mamba2(heads=4, state_width=8)), depth=4
+    ),
+    "keys and values of a source too": small(ADAPTERS, attention=MultiHead(4)),
 }
 """What the decoder remembers."""
 
@@ -50,15 +50,16 @@ decode = decoding.decode
 
 def use(model, params) -> dict:
     tokenizer = Bytes(multiple=4).build()
-    rows = [(example(9, ("image", 4), 6, seed=row),) for row in range(5)]  # no axis divides five rows
-    batch = build(rows, 32, adapters=ADAPTERS)
+    # No axis divides five rows. A decoder alone reads the sources like the rest, but for what they see of themselves.
+    batch = build_sources([[(example(9, ("image", 4), 6, seed=row), 14)] for row in range(5)], 32, adapters=ADAPTERS)
     scores, in_blocks = (
         score(model.changed({"logits_block": block}), params, batch, tokenizer.token_bytes) for block in (None, 7)
     )
     prompts = [[Text("one")], [Text("and a longer one")], [Text("x")], [Text("four")]]
     caches = []
     with mock.patch.object(decoding, "decode", lambda *given: caches.append(held(given[3].cache)) or decode(*given)):
-        answers = generate(model, params, tokenizer, prompts, LayoutSpec(32), Sampling(temperature=0.0, max_tokens=6))
+        layout = LayoutSpec(32, prompt_span="bidirectional")
+        answers = generate(model, params, tokenizer, prompts, layout, Sampling(temperature=0.0, max_tokens=6))
     return {
         "loss": scores.loss.tolist(),
         "loss in blocks": in_blocks.loss.tolist(),
@@ -76,8 +77,8 @@ def held(cache) -> list[float]:
 
 if __name__ == "__main__":
     found = {}
-    for what, attention in ATTENTIONS.items():
-        model = bind(tiny(**attention), Bytes(multiple=4).build().vocabulary)
+    for what, spec in MODELS.items():
+        model = bind(spec, Bytes(multiple=4).build().vocabulary)
         params = lively(model)
         found[what] = {"single": use(model, jax.device_put(params, jax.devices()[0]))}
         for name, mesh in MESHES.items():
