@@ -26,7 +26,8 @@ import numpy as np
 
 from polygpt.attention.kernels import chunked, reference
 from polygpt.attention.kernels.problem import Operands, Rule
-from polygpt.attention.masks import DECODER, Mask, Meta
+from polygpt.attention.masks import DECODER, Mask
+from polygpt.attention.meta import Meta
 
 
 @dataclasses.dataclass(frozen=True)

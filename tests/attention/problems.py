@@ -19,7 +19,8 @@ from random_masks import PAIRS, arrays_of, sees
 
 from polygpt.attention.kernels import reference
 from polygpt.attention.kernels.problem import Operands, Rule
-from polygpt.attention.masks import DECODER, ENCODER, Causal, Mask, Meta, SameSegment
+from polygpt.attention.masks import DECODER, ENCODER, Causal, Mask, SameSegment
+from polygpt.attention.meta import Meta
 from polygpt.attention.scores import Scale, Score, SoftCap, Terms, Then, lookup
 
 B = 2

@@ -10,7 +10,6 @@ from polygpt.attention.masks import (
     Dilated,
     Global,
     KeyModality,
-    Meta,
     Not,
     Or,
     Prefix,
@@ -22,6 +21,7 @@ from polygpt.attention.masks import (
     Strided,
     Window,
 )
+from polygpt.attention.meta import Meta
 
 PAIRS = {
     Causal: lambda m, q, k: k["index"] <= q["index"],

@@ -21,7 +21,6 @@ from polygpt.attention.masks import (
     Causal,
     Global,
     Mask,
-    Meta,
     Prefix,
     SameSegment,
     Sinks,
@@ -29,6 +28,7 @@ from polygpt.attention.masks import (
     Window,
     allowed,
 )
+from polygpt.attention.meta import Meta
 
 # --- intervals --------------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,8 @@ from problems import NAMES, WITH_PAIRS, Near, assert_agrees, floats, problem, wi
 
 from polygpt.attention.kernels import chunked, reference
 from polygpt.attention.kernels.problem import Operands, Rule
-from polygpt.attention.masks import DECODER, Causal, Meta
+from polygpt.attention.masks import DECODER, Causal
+from polygpt.attention.meta import Meta
 
 
 def in_tiny_blocks(rule, operands):

@@ -16,7 +16,8 @@ from polygpt import sharding, topology
 from polygpt.attention.contract import Context, Dims
 from polygpt.attention.kernels import dispatch
 from polygpt.attention.kernels.problem import Operands, Rule
-from polygpt.attention.masks import DECODER, ENCODER, Causal, Meta, SameSegment
+from polygpt.attention.masks import DECODER, ENCODER, Causal, SameSegment
+from polygpt.attention.meta import Meta
 from polygpt.attention.multi_head import MultiHead
 from polygpt.attention.scores import SoftCap
 from polygpt.errors import SpecError

@@ -15,7 +15,8 @@ from polygpt.attention.kernels import dispatch, flex
 from polygpt.attention.kernels.block_map import EMPTY, FULL, PARTIAL, block_map
 from polygpt.attention.kernels.flex_tiles import Visits
 from polygpt.attention.kernels.problem import Operands, Rule
-from polygpt.attention.masks import DECODER, Blockwise, Causal, Dilated, Meta, QueryModality, SameSegment, Sinks
+from polygpt.attention.masks import DECODER, Blockwise, Causal, Dilated, QueryModality, SameSegment, Sinks
+from polygpt.attention.meta import Meta
 from polygpt.attention.scores import Score, SoftCap, Terms
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")

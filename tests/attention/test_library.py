@@ -24,13 +24,13 @@ from polygpt.attention.masks import (
     Dilated,
     KeyModality,
     Mask,
-    Meta,
     SameSegment,
     Sinks,
     Strided,
     Window,
     allowed,
 )
+from polygpt.attention.meta import Meta
 from polygpt.attention.scores import Scale, Score, SoftCap, Terms
 
 WHOLE, PLAIN = SameSegment() & Causal(), Score()

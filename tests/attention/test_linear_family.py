@@ -13,7 +13,8 @@ from polygpt.attention.delta import DeltaNet
 from polygpt.attention.gated_linear import GatedLinear
 from polygpt.attention.linear import LinearAttention
 from polygpt.attention.mamba2 import Mamba2
-from polygpt.attention.masks import DECODER, ENCODER, Causal, KeyModality, Meta, QueryModality, SameSegment
+from polygpt.attention.masks import DECODER, ENCODER, Causal, KeyModality, QueryModality, SameSegment
+from polygpt.attention.meta import Meta
 from polygpt.attention.recurrent import Recurrent, check_mask
 from polygpt.attention.retention import Retention
 from polygpt.attention.scores import Score

@@ -33,6 +33,7 @@ from polygpt.attention.masks import (
     Window,
     allowed,
 )
+from polygpt.attention.meta import Meta
 from polygpt.attention.sinks import SinksAndWindow
 from polygpt.attention.sliding import SlidingWindow
 from polygpt.attention.strided import LocalAndStrided
@@ -254,7 +255,7 @@ def test_a_ring_holds_a_short_prompt_beside_a_long_one():
     position = np.array([[0, 1, 2, 3, 4, 5, 6, 7, 8], [0, 1, 0, 0, 0, 0, 2, 3, 4]], np.int32)
     segment = np.array([[1] * 9, [1, 1, 0, 0, 0, 0, 1, 1, 1]], np.int32)
     index = np.broadcast_to(np.arange(9, dtype=np.int32), (2, 9))
-    meta = masks.Meta(index, position, segment, 0 * index, 0 * index)
+    meta = Meta(index, position, segment, 0 * index, 0 * index)
     mask = DECODER & (Window(2) | Sinks(1))
     cache = memory.empty(np.zeros((2, 1, 1, 1), np.int32), 9, mask)
     begin = 0

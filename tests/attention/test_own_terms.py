@@ -12,7 +12,8 @@ from flax import nnx
 from polygpt import api as pg
 from polygpt.attention.contract import Context, Dims
 from polygpt.attention.forgetting import Forgetting
-from polygpt.attention.masks import DECODER, Meta
+from polygpt.attention.masks import DECODER
+from polygpt.attention.meta import Meta
 from polygpt.attention.running import accumulated, running_sum
 from polygpt.attention.scores import ForgetGate
 from polygpt.errors import SpecError

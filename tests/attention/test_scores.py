@@ -14,7 +14,8 @@ from polygpt.attention.biases import ALiBi, BucketBias, LearnedBias, LinearBias,
 from polygpt.attention.contract import Context, Dims
 from polygpt.attention.kernels import reference
 from polygpt.attention.kernels.problem import Operands, Rule
-from polygpt.attention.masks import DECODER, Meta, SameSegment
+from polygpt.attention.masks import DECODER, SameSegment
+from polygpt.attention.meta import Meta
 from polygpt.attention.multi_head import MultiHead
 from polygpt.attention.scores import (
     KeyGate,

@@ -13,7 +13,8 @@ import numpy as np
 from flax import nnx
 
 from polygpt.attention.contract import Context, Dims
-from polygpt.attention.masks import DECODER, Meta
+from polygpt.attention.masks import DECODER
+from polygpt.attention.meta import Meta
 from polygpt.nn.positions import Rope
 
 WIDTH, T = 16, 11

@@ -9,7 +9,8 @@ import pytest
 
 from batches import build, example, lively, tiny
 from polygpt.attention.contract import Context
-from polygpt.attention.masks import DECODER, Meta
+from polygpt.attention.masks import DECODER
+from polygpt.attention.meta import Meta
 from polygpt.attention.multi_head import MultiHead
 from polygpt.blocks.pipeline import KEPT, Schedule, pipeline
 from polygpt.errors import SpecError

@@ -23,7 +23,8 @@ from problems import Case, Gates, SameSpeaker, Slopes, Table, Together, assert_a
 from polygpt import sharding  # noqa: E402
 from polygpt.attention.kernels import dispatch  # noqa: E402
 from polygpt.attention.kernels.problem import Operands, Rule  # noqa: E402
-from polygpt.attention.masks import DECODER, ENCODER, Causal, Meta, Prefix, SameSegment, Sinks, Window  # noqa: E402
+from polygpt.attention.masks import DECODER, ENCODER, Causal, Prefix, SameSegment, Sinks, Window  # noqa: E402
+from polygpt.attention.meta import Meta  # noqa: E402
 from polygpt.attention.scores import Scale, SoftCap  # noqa: E402
 from polygpt.errors import SpecError  # noqa: E402
 

@@ -16,7 +16,8 @@ from many_devices import VARIABLES
 from polygpt import sharding, topology
 from polygpt.attention.kernels import dispatch
 from polygpt.attention.kernels.problem import Operands, Rule
-from polygpt.attention.masks import DECODER, Meta
+from polygpt.attention.masks import DECODER
+from polygpt.attention.meta import Meta
 from polygpt.errors import SpecError
 from polygpt.sharding import MeshSpec
 

@@ -17,7 +17,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 from polygpt import sharding  # noqa: E402
 from polygpt.attention.contract import Context, Dims  # noqa: E402
-from polygpt.attention.masks import DECODER, Meta  # noqa: E402
+from polygpt.attention.masks import DECODER  # noqa: E402
+from polygpt.attention.meta import Meta  # noqa: E402
 from polygpt.lab import catalogue  # noqa: E402
 from polygpt.nn.positions import Rope  # noqa: E402
 

@@ -9,7 +9,8 @@ from references import array, compare, linear, norm, randomise
 
 from polygpt.attention.biases import ALiBi, BucketBias, T5Bias, slopes
 from polygpt.attention.contract import Context, Dims
-from polygpt.attention.masks import DECODER, ENCODER, Meta
+from polygpt.attention.masks import DECODER, ENCODER
+from polygpt.attention.meta import Meta
 from polygpt.attention.multi_head import MultiHead
 from polygpt.attention.scores import SoftCap
 from polygpt.attention.sliding import SlidingWindow

@@ -7,7 +7,8 @@ from references import array, compare, linear, norm, randomise
 
 from polygpt.attention.contract import Context, Dims
 from polygpt.attention.latent import MultiHeadLatent
-from polygpt.attention.masks import DECODER, Meta
+from polygpt.attention.masks import DECODER
+from polygpt.attention.meta import Meta
 from polygpt.nn.positions import Rope
 
 pytestmark = pytest.mark.parity

@@ -8,7 +8,8 @@ from references import array, compare, linear, randomise
 
 from polygpt.attention.contract import Context, Dims
 from polygpt.attention.mamba2 import Mamba2
-from polygpt.attention.masks import DECODER, Meta
+from polygpt.attention.masks import DECODER
+from polygpt.attention.meta import Meta
 
 pytestmark = pytest.mark.parity
 WIDTH, HEADS, GROUPS, STATE, T = 16, 4, 2, 8, 21

@@ -7,7 +7,8 @@ from flax import nnx
 from references import array, compare, encoder, linear, listed, norm, randomise
 
 from polygpt.attention.contract import Context
-from polygpt.attention.masks import DECODER, ENCODER, Meta
+from polygpt.attention.masks import DECODER, ENCODER
+from polygpt.attention.meta import Meta
 from polygpt.blocks.stack import Stack
 
 pytestmark = pytest.mark.parity

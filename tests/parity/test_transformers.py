@@ -12,7 +12,8 @@ from batches import build, example
 from polygpt.adapters.audio import AudioAdapter
 from polygpt.adapters.image import ImageAdapter, patches
 from polygpt.attention.contract import Context
-from polygpt.attention.masks import ENCODER, Meta
+from polygpt.attention.masks import ENCODER
+from polygpt.attention.meta import Meta
 from polygpt.attention.multi_head import MultiHead
 from polygpt.data.media.audio import LogMel
 from polygpt.data.media.image import ImageFeatures

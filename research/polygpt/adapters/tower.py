@@ -5,7 +5,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from polygpt.attention.contract import Context
-from polygpt.attention.masks import ENCODER, Meta
+from polygpt.attention.masks import ENCODER
+from polygpt.attention.meta import Meta
 from polygpt.blocks.stack import Stack, StackSpec
 from polygpt.errors import SpecError
 from polygpt.nn.dropout import dropout

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from polygpt.attention.masks import Meta
+from polygpt.attention.meta import Meta
 from polygpt.attention.scores import Score, Terms, lookup
 from polygpt.nn.positions import Position
 

@@ -12,7 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from polygpt.attention.masks import Mask, Meta, Reach
+from polygpt.attention.masks import Mask, Reach
+from polygpt.attention.meta import Meta
 from polygpt.sharding import constrain
 
 

@@ -12,7 +12,8 @@ from typing import Any, ClassVar, Literal
 import jax
 from flax import nnx
 
-from polygpt.attention.masks import DECODER, Mask, Meta
+from polygpt.attention.masks import DECODER, Mask
+from polygpt.attention.meta import Meta
 from polygpt.errors import SpecError
 from polygpt.nn.positions import NoPosition, Position
 from polygpt.spec import Spec

@@ -18,7 +18,8 @@ from polygpt.attention import cache as memory
 from polygpt.attention.contract import INSIDE, KEY, OUTPUT, QUERY, Attention, Context, Dims, blank_context
 from polygpt.attention.kernels import dispatch, reference
 from polygpt.attention.kernels.problem import Operands, Rule
-from polygpt.attention.masks import DECODER, ENCODER, Mask, Meta, allowed
+from polygpt.attention.masks import DECODER, ENCODER, Mask, allowed
+from polygpt.attention.meta import Meta
 from polygpt.attention.running import accumulated
 from polygpt.attention.scores import Score, Terms
 from polygpt.errors import SpecError

@@ -17,7 +17,8 @@ from flax import nnx
 
 from polygpt.attention.contract import INSIDE, OUTPUT, QUERY, Attention, Context, Dims
 from polygpt.attention.kernels.recurrence import SegmentStarts, linear_recurrence, segment_starts
-from polygpt.attention.masks import Mask, Meta
+from polygpt.attention.masks import Mask
+from polygpt.attention.meta import Meta
 from polygpt.attention.multi_head import joined
 from polygpt.attention.short_convolution import ShortConvolution
 from polygpt.errors import SpecError

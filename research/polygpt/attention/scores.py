@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from polygpt.attention.masks import Meta
+from polygpt.attention.meta import Meta
 from polygpt.errors import SpecError
 from polygpt.nn.linear import Linear
 from polygpt.spec import Spec

@@ -13,7 +13,8 @@ import numpy as np
 from flax import nnx
 
 from polygpt.attention.contract import Attention, Context, Dims, causal_mean
-from polygpt.attention.masks import DECODER, Meta
+from polygpt.attention.masks import DECODER
+from polygpt.attention.meta import Meta
 from polygpt.nn.positions import Rope
 
 REPEATS = 7

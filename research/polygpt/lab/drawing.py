@@ -12,7 +12,8 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 from polygpt.attention.kernels.block_map import EMPTY, FULL, block_map, exact_block_map
-from polygpt.attention.masks import Mask, Meta, allowed
+from polygpt.attention.masks import Mask, allowed
+from polygpt.attention.meta import Meta
 from polygpt.errors import UserError
 from polygpt.lab import picture
 from polygpt.lab.layout import made_up

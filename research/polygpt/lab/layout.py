@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import jax
 import numpy as np
 
-from polygpt.attention.masks import Meta
+from polygpt.attention.meta import Meta
 from polygpt.sequence import PADDING, TEXT
 
 LEAST = 24

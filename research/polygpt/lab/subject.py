@@ -10,7 +10,8 @@ from flax import nnx
 
 from polygpt.attention.contract import Attention, Context, Dims
 from polygpt.attention.kernels.dispatch import LONG
-from polygpt.attention.masks import DECODER, Causal, Mask, Meta
+from polygpt.attention.masks import DECODER, Causal, Mask
+from polygpt.attention.meta import Meta
 from polygpt.lab.compiled import compiled
 from polygpt.lab.layout import CALLS, LEAST, Rows, layouts
 from polygpt.lab.measured import EPSILON, rounding

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from polygpt.attention.contract import Context, Source
-from polygpt.attention.masks import DECODER, ENCODER, Causal, Meta, SameSegment
+from polygpt.attention.masks import DECODER, ENCODER, Causal, SameSegment
+from polygpt.attention.meta import Meta
 from polygpt.blocks.stack import Stack, StackSpec
 from polygpt.errors import SpecError
 from polygpt.nn.dropout import dropout

@@ -14,7 +14,7 @@ from flax import nnx
 
 from polygpt.attention.biases import T5Bias
 from polygpt.attention.contract import Source
-from polygpt.attention.masks import Meta
+from polygpt.attention.meta import Meta
 from polygpt.blocks.cross import CrossSequential
 from polygpt.blocks.stack import StackSpec
 from polygpt.errors import SpecError

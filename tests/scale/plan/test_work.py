@@ -8,7 +8,8 @@ import pytest
 
 from polygpt.attention.kernels import dispatch, flex
 from polygpt.attention.kernels.problem import Operands, Rule
-from polygpt.attention.masks import DECODER, ENCODER, Meta
+from polygpt.attention.masks import DECODER, ENCODER
+from polygpt.attention.meta import Meta
 from polygpt.scale.plan import hlo, work
 
 

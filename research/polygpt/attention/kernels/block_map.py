@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from polygpt.attention.kernels.intervals import Interval, Ternary
-from polygpt.attention.masks import Mask, Meta, allowed
+from polygpt.attention.masks import Mask, allowed
+from polygpt.attention.meta import Meta
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
 """No pair of the block is visible; some may be; all are."""

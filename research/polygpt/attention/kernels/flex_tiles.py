@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 
 from polygpt.attention.kernels.block_map import EMPTY
 from polygpt.attention.kernels.problem import LOWEST, Operands, Rule
-from polygpt.attention.masks import Meta
+from polygpt.attention.meta import Meta
 from polygpt.attention.scores import Terms
 
 UNSEEN = LOWEST / 2

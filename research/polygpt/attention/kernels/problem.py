@@ -25,7 +25,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from polygpt.attention.masks import Mask, Meta
+from polygpt.attention.masks import Mask
+from polygpt.attention.meta import Meta
 from polygpt.attention.scores import Score, Terms
 
 LOWEST = float(jnp.finfo(jnp.float32).min)

@@ -21,7 +21,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 
 from polygpt.attention.kernels import chunked
 from polygpt.attention.kernels.problem import Operands, Rule
-from polygpt.attention.masks import And, Causal, Mask, Meta, SameSegment
+from polygpt.attention.masks import And, Causal, Mask, SameSegment
+from polygpt.attention.meta import Meta
 from polygpt.attention.scores import Score, SoftCap
 
 LANES = 128

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from polygpt import topology
 from polygpt.attention.kernels import dispatch
-from polygpt.attention.masks import Meta
+from polygpt.attention.meta import Meta
 from polygpt.errors import UserError
 from polygpt.lab.measured import Measured, absent
 from polygpt.lab.subject import Subject
