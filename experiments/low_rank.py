@@ -22,6 +22,13 @@ base names 98 % of English numbers.
 
 Learning rates were chosen with seed 10 on the same recordings, among 2.5e-3, 5e-3 and 1e-2 (83, 85 and 83 % right) and,
 for all parameters, 5e-4, 1e-3, 2e-3 and 4e-3 (83, 84, 85 and 84 %). A run takes about two minutes of CPU time.
+
+Prefixes of 16 keys and values in all layers, in place of low-rank updates, are 2.3 % of the parameters and need a
+higher rate: 78 % right with 1e-1, 76 % with 3e-2, 46 % with 1e-2 (seed 0).
+
+    polygpt train experiments/low_rank.py --model.low_rank null --model.prefix polygpt.models.prefix:PrefixTuning \
+      --model.prefix.pattern '' --model.prefix.also 'norm/|bias$|^modality/' --optim.schedule.peak_lr 1e-1 \
+      --workdir runs/prefix
 """
 
 from polygpt.adapters.audio import AudioAdapter
