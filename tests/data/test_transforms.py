@@ -251,12 +251,17 @@ def test_a_transformed_source_is_the_same_always():
 def test_the_experiment_asks_for_the_same_gaps_with_and_without_what_follows():
     module = load_file(EXPERIMENTS / "fill_in_the_middle.py")
     held_out = module.experiment().evaluation.tasks
-    infill, prefix_only = (held_out[name].source.open() for name in ("infill", "prefix_only"))
+    infill, swapped, prefix_only = (held_out[name].source.open() for name in ("infill", "swapped", "prefix_only"))
+    followed = 0
     for i in range(0, len(infill), 50):
-        whole, cut = infill[i], prefix_only[i]
-        prompt, marks = whole.prompt, [part.text for part in whole.prompt if part.special]
-        assert cut.answer == whole.answer and 1 <= len(whole.answer) <= 4 and marks == [PREFIX, SUFFIX, MIDDLE]
-        assert cut.prompt == prompt[prompt.index(Text(MIDDLE, 0.0, special=True)) + 1 :]
-        assert len("".join(part.text for part in cut.prompt)) >= 20
+        whole, other, cut = infill[i], swapped[i], prefix_only[i]
+        assert whole.answer == other.answer == cut.answer and 1 <= len(whole.answer) <= 3
+        assert [part.text for part in whole.prompt if part.special] == [PREFIX, SUFFIX, MIDDLE]
+        at = whole.prompt.index(Text(MIDDLE, 0.0, special=True)) + 1
+        assert cut.prompt == whole.prompt[at:] and other.prompt[-len(cut.prompt) :] == cut.prompt
+        assert [len(part.text) for part in other.prompt] == [len(part.text) for part in whole.prompt]
+        followed += other.prompt != whole.prompt
+        assert len("".join(part.text for part in cut.prompt)) >= module.PROMPT
+    assert followed > len(infill) / 50 * 0.8, "the suffix is that of another piece"
     figures = module.WithoutEnd()(["abcd", "xy", "abx", "q"], ["ab", "x", "ab", "r"])
     assert figures == {"opening": 0.75, "fixed_length": 0.5}

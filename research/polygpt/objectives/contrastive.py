@@ -49,7 +49,8 @@ class Contrastive(BatchObjective):
     of the modality, so its `pool` should be "mean" if positions see each other in both directions.
 
     With `layer`, it reads the rows of the data, in the pass that other objectives read too: CoCa, Yu et al.
-    (2205.01917), section 3.2, where text sees the picture only in later layers.
+    (2205.01917), section 3.2, where text sees the picture only in later layers. Positions are then those of the row,
+    which tell how long a medium before the text is.
     """
 
     heads: tuple[str, str]
