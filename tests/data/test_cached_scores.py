@@ -4,6 +4,7 @@ import dataclasses
 import io
 import itertools
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -220,16 +221,20 @@ def test_few_indexes_are_in_memory(folder, monkeypatch):
 
 
 def test_a_resumed_run_reads_the_scores_of_the_same_model(folder, tmp_path):
-    before = train_batches(data(folder), TOKENIZER, ADAPTERS, seed=0)
+    folder = shutil.copytree(folder, tmp_path / "same")
+    before = train_batches(data(str(folder)), TOKENIZER, ADAPTERS, seed=0)
     next(before)
     state = before.get_state()
-    after = train_batches(data(folder), TOKENIZER, ADAPTERS, seed=0)
+    after = train_batches(data(str(folder)), TOKENIZER, ADAPTERS, seed=0)
     after.set_state([state])
     np.testing.assert_array_equal(next(after).extra["teacher"], next(before).extra["teacher"])
     writer = ScoresWriter(tmp_path / "other", manifest(fingerprint="g", model="runs/other, step 9"))
     write(writer)
     writer.finish()
-    other = train_batches(data(str(tmp_path / "other")), TOKENIZER, ADAPTERS, seed=0)
+    before.under(data(str(tmp_path / "other")), ADAPTERS).set_state([state])  # as the next phase of a run may
+    shutil.rmtree(folder)
+    (tmp_path / "other").rename(folder)
+    other = train_batches(data(str(folder)), TOKENIZER, ADAPTERS, seed=0)
     with pytest.raises(
         UserError, match=r"has the scores of another model \(runs/other, step 9\) than at the checkpoint"
     ):

@@ -13,17 +13,20 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
 from small_data import png
 
 from batches import LIGHT, lively, tiny
+from polygpt.blocks.cross import CrossSequential
 from polygpt.data import scores
 from polygpt.data.example import Example, Medium, Text
 from polygpt.data.layout import LayoutSpec, lay_out
 from polygpt.data.loader import DataSpec, Task, train_batches
 from polygpt.data.packing import collate
 from polygpt.data.sources.base import Source
-from polygpt.data.tokenizers.bytes import Bytes
+from polygpt.data.tokenizers.bytes import Bytes, ByteTokenizer
 from polygpt.data.tokenizers.special_tokens import SpecialTokens
 from polygpt.data.transforms.word_swap import WordSwap
 from polygpt.errors import BadRecord, SpecError, UserError
 from polygpt.evaluation.scoring import Scorer, write_scores
+from polygpt.models.decoder import DecoderSpec
+from polygpt.models.encoder_decoder import EncoderDecoder
 from polygpt.models.functional import bind
 from polygpt.objectives.distillation import Distillation
 from polygpt.objectives.dpo import DPO
@@ -179,3 +182,34 @@ def test_what_cannot_be_scored_is_refused_and_nothing_written(models, tmp_path):
     with pytest.raises(SpecError, match="WordSwap, which changes its examples in every epoch"):
         written(folder, models, data().replace(tasks=changing))
     assert not folder.exists()
+
+
+def test_a_model_that_sees_its_targets_or_finds_no_source_is_refused(models, tmp_path):
+    _, _, teacher, theirs = models
+    encoder = teacher.spec.replace(decoder=teacher.spec.decoder.replace(mask="bidirectional"))
+    for spec, words in (
+        (encoder, "runs/teacher cannot score these data: it predicts the next token, which .* 'bidirectional' shows"),
+        (EncoderDecoder(DecoderSpec(16, 1, block=CrossSequential())), "prompt_span is 'causal': EncoderDecoder finds"),
+    ):
+        with pytest.raises(UserError, match=words):
+            scorer = Scorer(bind(spec, V), theirs, TOKENIZER, "runs/teacher")
+            write_scores(scorer, data(), TOKENIZER, {}, str(tmp_path / "no"))
+    assert not (tmp_path / "no").exists()
+
+
+class Normalising(ByteTokenizer):
+    """Drops the letter q."""
+
+    def encode(self, text):
+        return super().encode(text.replace("q", ""))
+
+
+def test_texts_that_two_tokenizers_read_differently_are_skipped(models, tmp_path):
+    _, _, teacher, theirs = models
+    folder, skipping = str(tmp_path / "scores"), data().replace(on_bad_record="skip")
+    scorer = Scorer(teacher, theirs, TOKENIZER, "runs/teacher")
+    given = Normalising().with_special(["<x>"]), {}, folder
+    with pytest.raises(BadRecord, match="text 1: not aligned"):
+        write_scores(scorer, data(), *given)
+    found = write_scores(scorer, skipping, *given)
+    assert found["skipped"] == sum("q" in example.parts[0].text for example in TEXTS)

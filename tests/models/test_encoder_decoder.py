@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from batches import LIGHT, VOCABULARY, columns, example
+from batches import LIGHT, VOCABULARY, columns, example, lively
 from polygpt.attention.biases import T5Bias
 from polygpt.attention.kernels import dispatch
 from polygpt.attention.mamba2 import Mamba2
@@ -15,18 +15,24 @@ from polygpt.attention.masks import Mask
 from polygpt.attention.multi_head import MultiHead
 from polygpt.blocks.block import Layer
 from polygpt.blocks.cross import CrossSequential
-from polygpt.data.layout import LayoutSpec
+from polygpt.data.example import Text
+from polygpt.data.labels import Label
+from polygpt.data.layout import LayoutSpec, prompt_batch
+from polygpt.data.tokenizers.bytes import Bytes
 from polygpt.errors import SpecError
+from polygpt.generation.generate import generate
+from polygpt.generation.sampling import Sampling
 from polygpt.models.decoder import Decoder, DecoderSpec
 from polygpt.models.describe import describe
 from polygpt.models.encoder_decoder import EncoderDecoder
 from polygpt.models.functional import bind
 from polygpt.models.multimodal import ModelSpec
+from polygpt.models.prefix import ADDED, PrefixTuning
 from polygpt.nn.mlp import MLP
 from polygpt.nn.norms import LayerNorm
 from polygpt.nn.positions import Learned, MRope
 from polygpt.optim.mup import MuP
-from polygpt.parameters import paths
+from polygpt.parameters import paths, tree_of
 from sources import build_sources, small, small_model
 
 T = 16
@@ -310,6 +316,22 @@ def test_mup_scales_both_stacks_and_cross_attention():
     )
 
 
+@pytest.mark.parametrize("scan", [True, False])
+def test_a_prefix_belongs_to_cross_attention_too(scan):
+    spec = small(scan=scan)
+    model = bind(spec.replace(prefix=PrefixTuning(length=3, pattern="/cross$")), VOCABULARY)
+    params = lively(model)
+    found = jax.jit(jax.grad(lambda params: jnp.square(model.apply(params, BATCH).logits_BTV).sum()))(params)
+    moved = {name: np.abs(value).max() > 0 for name, value in paths(found).items() if ADDED.search(name)}
+    assert len(moved) == (2 if scan else 4) and all(moved.values())
+    weights = [weights_BHRT[0, 4:] for weights_BHRT in model.attention(params, BATCH, np.arange(4, 7)).values()]
+    assert all((0 < one.sum(axis=-1)).all() and (one.sum(axis=-1) < 1).all() for one in weights), "the rest is its own"
+    alone = model.apply(params, BATCH).logits_BTV[1, :5]
+    plain = {name: value for name, value in paths(params).items() if not ADDED.search(name)}
+    without = bind(spec, VOCABULARY).apply(tree_of(plain), BATCH).logits_BTV[1, :5]
+    np.testing.assert_allclose(alone, without, rtol=0, atol=1e-5, err_msg="an example without a source")
+
+
 @dataclasses.dataclass(frozen=True)
 class SameSpeaker(Mask):
     """Query and key have the same label."""
@@ -327,6 +349,22 @@ class BySpeaker(MultiHead):
 
     def mask(self, mask):
         return mask & SameSpeaker()
+
+
+def test_the_encoder_reads_labels_in_generation_too():
+    """The first token is the most likely one after the same prompt, whose speakers change what it is."""
+    spec = small(encoder=DecoderSpec(width=16, depth=2, attention=BySpeaker(4), mask="bidirectional"))
+    tokenizer, layout = Bytes().build(), MARKED.replace(labels={"speaker": Label(classes=2)})
+    model = bind(spec, tokenizer.vocabulary)
+    params, speakers = lively(model), ((0, 1, 0), (0, 0, 0), (0, 1, 1))
+    prompts = [
+        [Text(text, 0.0, labels={"speaker": one}) for text, one in zip(("ab", "cd", "ef"), some, strict=True)]
+        for some in speakers
+    ]
+    batch = prompt_batch(prompts, layout, tokenizer, {})
+    expected = np.asarray(model.apply(params, batch).logits_BTV[:, -1].argmax(axis=-1)).tolist()
+    found = generate(model, params, tokenizer, prompts, layout, Sampling(temperature=0.0, max_tokens=1))
+    assert [answer.tokens[0] for answer in found] == expected and len(set(expected)) > 1
 
 
 ENCODER = DecoderSpec(width=16, mask="bidirectional")

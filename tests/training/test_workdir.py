@@ -8,6 +8,8 @@ import pytest
 from tiny_experiment import experiment
 
 from polygpt.errors import UserError
+from polygpt.models.decoder import DecoderSpec
+from polygpt.models.encoder_decoder import EncoderDecoder
 from polygpt.overrides import override
 from polygpt.runtime.manifest import Record, seal
 from polygpt.spec import load_file, to_json
@@ -74,9 +76,11 @@ def test_other_mathematics_are_another_run(workdir, changes, named):
 
 
 def test_the_settings_that_may_change_exist():
+    both = EncoderDecoder(encoder=DecoderSpec(mask="bidirectional"))
     for name in EQUIVALENT_SETTINGS:
         spec = quickstart()
         for part in name.split("."):
+            spec = both if part == "encoder" else spec
             if part == "*":
                 spec = next(iter(spec.values()))
                 continue

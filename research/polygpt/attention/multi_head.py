@@ -181,25 +181,30 @@ class MultiHeadModule(nnx.Module):
         context = dataclasses.replace(context, before=memory.last(cache, context, "terms"))
         seen, key, cache = memory.extend(cache, self.remembered(x_BTD, context), context)
         operands = self.operands(x_BTD, context, seen, key)
-        y_BHTe, lse_BHT = self.attend(self.spec.rule(context.mask, self.dims), operands)
-        if self.prefix is not None:
-            y_BHTe, lse_BHT = self.prefix.joined(y_BHTe, lse_BHT, operands.query_BHTd)
+        y_BHTe, lse_BHT = self.with_prefix(self.spec.rule(context.mask, self.dims), operands)
         return self.mixed(y_BHTe, lse_BHT, x_BTD, context), cache
 
     def weights(self, x_BTD: jax.Array, context: Context, chosen_R: jax.Array | None = None) -> jax.Array:
-        """Attention weights of the chosen queries, float32 [B, H, R, T]; `chosen_R=None` selects all queries.
-
-        A prefix has the rest of their sum.
-        """
+        """Attention weights of the chosen queries, float32 [B, H, R, T]; `chosen_R=None` selects all queries."""
         operands = self.operands(x_BTD, context, self.remembered(x_BTD, context), context.key)
         if chosen_R is not None:
             operands = operands.of_queries(chosen_R)
-        rule = self.spec.rule(context.mask, self.dims)
-        weights_BHRT = self.weigh(rule, operands)
+        return self.weights_with_prefix(self.spec.rule(context.mask, self.dims), operands)
+
+    def with_prefix(self, rule: Rule, operands: Operands) -> tuple[jax.Array, jax.Array]:
+        """As `attend`, with the prefix."""
+        y_BHTe, lse_BHT = self.attend(rule, operands)
         if self.prefix is None:
-            return weights_BHRT
-        lse_BHR = reference.attend(rule, operands)[1]
-        return weights_BHRT * self.prefix.share(lse_BHR, operands.query_BHTd)[..., None]
+            return y_BHTe, lse_BHT
+        return self.prefix.joined(y_BHTe, lse_BHT, operands.query_BHTd)
+
+    def weights_with_prefix(self, rule: Rule, operands: Operands) -> jax.Array:
+        """As `weigh`; a prefix has the rest of the sum of the weights."""
+        weights_BHTS = self.weigh(rule, operands)
+        if self.prefix is None:
+            return weights_BHTS
+        lse_BHT = reference.attend(rule, operands)[1]
+        return weights_BHTS * self.prefix.share(lse_BHT, operands.query_BHTd)[..., None]
 
     def attend(self, rule: Rule, operands: Operands) -> tuple[jax.Array, jax.Array]:
         """(y_BHTe, lse_BHT), computed by the backend."""

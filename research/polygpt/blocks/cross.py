@@ -91,12 +91,12 @@ class CrossBlock(Block):
         operands = self._operands(x_BTD, context, None)[0]
         if chosen_R is not None:
             operands = operands.of_queries(chosen_R)
-        return jnp.concatenate([own_BHRT, self.cross.weigh(self._rule(), operands)], axis=1)
+        return jnp.concatenate([own_BHRT, self.cross.weights_with_prefix(self._rule(), operands)], axis=1)
 
     def _attend(self, x_BTD, context, kept):
         """Cross-attention [B, T, D], zeros in examples without a source; the keys and values of the source."""
         operands, seen = self._operands(x_BTD, context, kept)
-        y_BHTe, lse_BHT = self.cross.attend(self._rule(), operands)
+        y_BHTe, lse_BHT = self.cross.with_prefix(self._rule(), operands)
         y_BTD = self.cross.mixed(y_BHTe, lse_BHT, x_BTD, context)
         return jnp.where(context.source.there_BT[..., None], y_BTD, 0), seen
 

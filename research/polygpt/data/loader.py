@@ -234,7 +234,7 @@ class TrainBatches(Iterator[Batch]):
             "examples": dict(self._counts),
             "resharding": self._order.resharding.to_json(),
             "weights": {name: weight for name, (_, weight) in self._order.tasks.items()},
-            "scores": {one.name: one.manifest.fingerprint for one in self._laid_out.scores},
+            "scores": {str(one.folder): one.manifest.fingerprint for one in self._laid_out.scores},
         }
 
     def under(self, data: DataSpec, adapters: Mapping) -> "TrainBatches":

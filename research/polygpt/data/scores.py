@@ -242,9 +242,10 @@ def open_scores(data, tokenizer: Tokenizer, counts: Mapping[str, int]) -> tuple[
 
 
 def require_same(found: Sequence[Scores], before: Mapping[str, str]) -> None:
-    """Raises UserError if scores are not by the model by which they were, given its fingerprints by name."""
+    """Raises UserError if the scores of a folder are not by the model by which they were, given its fingerprints by
+    folder. A phase of a run may read other folders."""
     for one in found:
-        if before.get(one.name, one.manifest.fingerprint) != one.manifest.fingerprint:
+        if before.get(str(one.folder), one.manifest.fingerprint) != one.manifest.fingerprint:
             raise UserError(
                 f"data.scores.{one.name}: {one.folder} has the scores of another model ({one.manifest.model}) than at "
                 "the checkpoint: restore it, or use another workdir"

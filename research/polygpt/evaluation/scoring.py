@@ -19,8 +19,9 @@ from polygpt.data.scores_writer import ScoresWriter
 from polygpt.data.sources.base import example_at
 from polygpt.data.spans import aligned
 from polygpt.data.tokenizers.base import Tokenizer
-from polygpt.errors import BadRecord, UserError
+from polygpt.errors import BadRecord, SpecError, UserError
 from polygpt.models.functional import Model
+from polygpt.objectives.base import require_hidden_targets
 from polygpt.parameters import paths
 from polygpt.sequence import Batch
 
@@ -81,8 +82,9 @@ def write_scores(
         Numbers of examples, of unusable records, of scored tokens and of bytes in the folder.
 
     Raises:
-        UserError: if the data cannot be opened or change in every epoch, the folder has something else, or likely
-            tokens of another tokenizer are asked for. BadRecord for an unusable record, unless the data skip them.
+        UserError: if the data cannot be opened or change in every epoch, the model cannot score their rows, the folder
+            has something else, or likely tokens of another tokenizer are asked for. BadRecord for an unusable record,
+            unless the data skip them.
     """
     same = scorer.tokenizer.fingerprint == tokenizer.fingerprint
     if top and not same:
@@ -93,6 +95,7 @@ def write_scores(
     if not 0 <= top <= tokenizer.vocabulary:
         raise UserError(f"--top is {top}: it must be from 0 to the number of ids, {tokenizer.vocabulary:,}")
     require_data(data.replace(scores={"of the model": folder}), adapters, data.batch_size)
+    _require_readable(scorer, data.layout)
     examples = {name: open_task(name, task) for name, task in data.tasks.items()}
     counts = {name: len(some) for name, some in examples.items()}
     given = tokenizer.fingerprint, tokenizer.vocabulary, not same, top, layout_fields(data.layout), counts
@@ -103,6 +106,18 @@ def write_scores(
         writer.write(name, number, reader.shard(name, examples[name], chosen, progress))
     writer.finish()
     return writer.counts()
+
+
+def _require_readable(scorer: Scorer, layout: LayoutSpec) -> None:
+    """Raises UserError unless the model predicts the targets of these rows. Its rows may be shorter or longer."""
+    spec = scorer.model.spec
+    if spec.decoder.mask == "causal":  # it reads spans as it was trained, from left to right
+        layout = layout.replace(media_span="causal", prompt_span="causal")
+    try:
+        require_hidden_targets(spec)
+        spec.check_with(layout.replace(seq_len=spec.limit() or layout.seq_len))
+    except SpecError as error:
+        raise UserError(f"{scorer.origin} cannot score these data: {error}") from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +136,7 @@ class _Reader:
     def layout(self) -> LayoutSpec:
         """The layout of the scorer's rows."""
         seq_len = self.scorer.seq_len or self.data.layout.seq_len
-        limit = self.scorer.model.spec.decoder.position.limit()
+        limit = self.scorer.model.spec.limit()
         return self.data.layout.replace(seq_len=seq_len if limit is None else min(seq_len, limit))
 
     @functools.cached_property
@@ -183,7 +198,12 @@ class _Reader:
                         records[field] = array[b, here][where]
                 else:
                     given = own, self.tokenizer, row, self.scorer.tokenizer, log_p_BT[b, here], example.place
-                    records["log_p"] = aligned(*given)
+                    try:
+                        records["log_p"] = aligned(*given)
+                    except BadRecord:
+                        if self.data.on_bad_record == "raise":
+                            raise
+                        continue
                 found[place] = digest(example, own), records
 
 

@@ -109,7 +109,7 @@ def _generate(model, params, tokenizer, prompts, layout, sampling, indices, rows
             raise UserError(f"{place}: fills all {bound} positions of the model: leave room for an answer")
     room_B = np.minimum(sampling.max_tokens or bound, bound - length_B)
     size = bucket(int(room_B.max()), 16)
-    batch = pad(batch, rows, min(bucket(int(length_B.max()), 16), bound), model.spec.decoder.labels())
+    batch = pad(batch, rows, min(bucket(int(length_B.max()), 16), bound), model.spec.labels())
     limit_B = np.zeros(rows, np.int32)
     limit_B[: len(prompts)] = room_B
     index_B = np.zeros(rows, np.int32)

@@ -110,6 +110,10 @@ class ModelSpec(Spec):
         """The stacks that read whole rows, by the names of their parameters."""
         return {"decoder": self.decoder}
 
+    def labels(self) -> tuple[str, ...]:
+        """Names of the labels that masks of these stacks read, in order."""
+        return tuple(sorted({label for stack in self.stacks().values() for label in stack.labels()}))
+
     def limit(self) -> int | None:
         """The number of positions of a row that the position encodings support; None is unbounded."""
         limits = (stack.position.limit() for stack in self.stacks().values())

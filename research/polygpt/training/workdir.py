@@ -52,6 +52,7 @@ EQUIVALENT_SETTINGS = (
     "data.log_examples",
     "train.watchdog",
     "model.decoder.remat",  # recomputation
+    "model.encoder.remat",
     "model.logits_block",
     "model.adapters.*.tower.remat",
 )
