@@ -14,6 +14,7 @@ from polygpt.data.tokenizers.bytes import Bytes
 from polygpt.errors import SpecError, UserError
 from polygpt.init.from_run import FromRun
 from polygpt.init.reference import Reference
+from polygpt.nn.positions import Learned
 from polygpt.objectives.base import Objective
 from polygpt.objectives.next_token import NextToken
 from polygpt.overrides import override
@@ -127,12 +128,17 @@ def test_what_cannot_be_a_reference_is_one_line_and_leaves_nothing(teacher, tmp_
     with pytest.raises(SpecError, match=r"objectives\.teacher reads the model 'teacher': add it to references"):
         student(teacher, references={"start": Reference()})
     good = {"teacher": Reference(FromRun(path=str(teacher))), "start": Reference()}
+    short = open_run(teacher).model.spec.decoder.replace(position=Learned(32))
     for references, words in (
         ({"more": Reference()}, r"references\.more is read by no objective"),
         ({"teacher": Reference(FromRun(path=str(tmp_path / "none")))}, r"references\.teacher: .*not a run folder"),
         (
             {"teacher": Reference(FromRun(path=str(teacher), exclude="^text/"))},
             r"references\.teacher: nothing in .* fills text/table",
+        ),
+        (
+            {"teacher": Reference(FromRun(path=str(teacher)), open_run(teacher).model.spec.replace(decoder=short))},
+            r"references\.teacher: LayoutSpec\.seq_len is 64: it must be at most 32, .* model\.decoder\.position",
         ),
     ):
         with pytest.raises(UserError, match=words):

@@ -111,11 +111,9 @@ def write_scores(
 def _require_readable(scorer: Scorer, layout: LayoutSpec) -> None:
     """Raises UserError unless the model predicts the targets of these rows. Its rows may be shorter or longer."""
     spec = scorer.model.spec
-    if spec.decoder.mask == "causal":  # it reads spans as it was trained, from left to right
-        layout = layout.replace(media_span="causal", prompt_span="causal")
     try:
         require_hidden_targets(spec)
-        spec.check_with(layout.replace(seq_len=spec.limit() or layout.seq_len))
+        spec.check_reading(layout.replace(seq_len=spec.limit() or layout.seq_len))
     except SpecError as error:
         raise UserError(f"{scorer.origin} cannot score these data: {error}") from None
 

@@ -1,7 +1,7 @@
 """Models that objectives read and that are not trained: teachers of a distillation, references of a preference loss."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,21 +31,24 @@ class Reference(Spec):
     def validate(self):
         self.require(self.model is None or self.init is not None, "model", "null without init")
 
-    def bind(self, name: str, own: Model, tokenizer: Any) -> "BoundReference":
+    def bind(self, name: str, own: Model, tokenizer: Any, layouts: Sequence[Any] = ()) -> "BoundReference":
         """The model, with what fills its parameters.
 
         Args:
             name: its name among the references.
             own: the trained model.
             tokenizer: JSON of the experiment's tokenizer.
+            layouts: the `LayoutSpec`s of the rows that it reads.
 
         Raises:
-            UserError: its source cannot be used, or does not fill all of its parameters.
+            UserError: its source cannot be used, or does not fill all of its parameters, or it cannot read the rows.
         """
         if self.init is None:
             return BoundReference(own, None)
         try:
             model = bind(self.model or self.init.model() or own.spec, own.vocabulary).merged
+            for layout in layouts:
+                model.spec.check_reading(layout)
             found = start(self.init, paths(model.traits), tokenizer)
         except OtherTokenizer as error:
             alone = "or write its scores once with polygpt data score and read them with SpanDistillation"

@@ -97,6 +97,11 @@ class ModelSpec(Spec):
             if tower is not None and tower.labels():
                 raise SpecError(f"model.adapters.{name}.tower: its mask reads labels, which only the decoder has")
 
+    def check_reading(self, layout) -> None:
+        """As `check_with`, for rows of another model's data, whose spans a causal decoder reads from left to right."""
+        causal = self.decoder.mask == "causal"
+        self.check_with(layout.replace(media_span="causal", prompt_span="causal") if causal else layout)
+
     def build(self, vocabulary: int, rngs: nnx.Rngs) -> "MultimodalModel":
         """The module for `vocabulary` token ids. A model of another kind is a subclass that builds another module, with
         the methods `hidden`, `logits`, `output_head` and `weights` of `MultimodalModel`, and `head_of` for `heads`."""

@@ -330,7 +330,8 @@ def _references(phases: Sequence[Experiment], model: Model) -> dict[str, BoundRe
     if taken := sorted(experiment.references.keys() & {AVERAGE, *model.traits}):
         raise UserError(f"references.{taken[0]}: the name is taken, for a part of the model or its average: rename it")
     tokenizer = _tokenizer(experiment)
-    return {name: one.bind(name, model, tokenizer) for name, one in experiment.references.items()}
+    layouts = [one.data.layout for one in phases]
+    return {name: one.bind(name, model, tokenizer, layouts) for name, one in experiment.references.items()}
 
 
 def _tokenizer(experiment: Experiment) -> Any:
