@@ -47,6 +47,7 @@ def runs(tmp_path_factory):
     train(chosen, folder / "base", lambda *_: [Silent()])
     for (name, added), start in zip(ADAPTED.items(), ("base", "base", "first"), strict=True):
         tuned = chosen.replace(model=chosen.model.replace(**added), init=FromRun(path=str(folder / start)))
+        tuned = override(tuned, {"data.layout.prompt_span": "bidirectional"}) if name == "second" else tuned
         train(tuned, folder / name, lambda *_: [Silent()])
         save_adapter(folder / name, folder / f"{name}.npz")
     return folder
@@ -61,6 +62,7 @@ def command(capsys, *words):
 def test_a_base_with_an_adapter_is_the_run_that_trained_it(runs, name, base):
     trained, opened = open_run(runs / name), open_run(runs / base, adapter=runs / f"{name}.npz")
     assert opened.model.spec == trained.model.spec and opened.adapter == runs / f"{name}.npz"
+    assert opened.experiment.data.layout == trained.experiment.data.layout, "it reads prompts as it was trained to"
     expected, found = paths(trained.params), paths(opened.params)
     assert expected.keys() == found.keys()
     for parameter, value in expected.items():

@@ -52,6 +52,10 @@ class LayoutSpec(Spec):
         self.require(self.seq_len >= 2, "seq_len", "at least 2")
 
 
+AS_READ = ("fusion", "media_span", "prompt_span")
+"""The fields of a `LayoutSpec` that change what a model reads of an example."""
+
+
 class MediaCache:
     """Keeps decoded media in memory for later epochs. Once it is full, nothing is added or evicted."""
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from polygpt.data.example import Example, Text
+from polygpt.data.layout import AS_READ
 from polygpt.data.packing import Row
 from polygpt.data.tokenizers.base import Tokenizer
 from polygpt.errors import BadRecord, UserError
@@ -78,8 +79,8 @@ class Manifest:
 
 
 def layout_fields(layout) -> dict[str, Any]:
-    """The fields of a `LayoutSpec` that change what a model reads of an example."""
-    return {name: getattr(layout, name) for name in ("fusion", "media_span", "prompt_span", "pairs")}
+    """The fields of a `LayoutSpec` that change what is scored of an example."""
+    return {name: getattr(layout, name) for name in (*AS_READ, "pairs")}
 
 
 def scored(row: Row) -> np.ndarray:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from polygpt.data.layout import AS_READ, LayoutSpec
 from polygpt.errors import UserError
 from polygpt.files import write_atomically
 from polygpt.migration import SCHEMA, migrate
@@ -47,6 +48,7 @@ class AdapterFile:
     Attributes:
         model: JSON of the model's specification, with its `low_rank` or `prefix`.
         tokenizer: JSON of the tokenizer.
+        layout: what it has learned to read: the fields of its layout that `data.layout.AS_READ` names.
         origin: the run that trained it, for messages: "runs/french, step 300".
         base: the frozen parameters, by name.
         params: the trained parameters, by name, float32.
@@ -54,12 +56,15 @@ class AdapterFile:
 
     model: Mapping[str, Any]
     tokenizer: Any
+    layout: Mapping[str, str]
     origin: str
     base: Mapping[str, Frozen]
     params: Mapping[str, np.ndarray]
 
     @classmethod
-    def of(cls, model: Model, params: Params, spec: Mapping[str, Any], tokenizer: Any, origin: str) -> "AdapterFile":
+    def of(
+        cls, model: Model, params: Params, spec: Mapping[str, Any], tokenizer: Any, layout: LayoutSpec, origin: str
+    ) -> "AdapterFile":
         """The adapter in the parameters of a trained model, whose specification is `spec` in JSON.
 
         Raises:
@@ -73,13 +78,17 @@ class AdapterFile:
         frozen = {name: value for name, value in values.items() if not traits[name].trained}
         sums = checksums(frozen)
         base = {name: Frozen(tuple(value.shape), sums[name]) for name, value in frozen.items()}
-        return cls(spec, tokenizer, origin, base, {name: np.asarray(values[name]) for name in values.keys() - base})
+        read = {name: getattr(layout, name) for name in AS_READ}
+        return cls(
+            spec, tokenizer, read, origin, base, {name: np.asarray(values[name]) for name in values.keys() - base}
+        )
 
     def write(self, path: Path) -> None:
         """Writes the file, atomically. Raises UserError if it exists, or cannot be written."""
         require_new(path)
         base = {name: [list(one.shape), one.checksum] for name, one in self.base.items()}
-        about = {"schema": SCHEMA, "model": self.model, "tokenizer": self.tokenizer, "origin": self.origin}
+        about = {"schema": SCHEMA, "model": self.model, "tokenizer": self.tokenizer}
+        about |= {"layout": self.layout, "origin": self.origin}
         text = json.dumps(about | {"base": base}, indent=1)
         buffer = io.BytesIO()
         np.savez(buffer, **{ABOUT: np.frombuffer(text.encode(), np.uint8)}, **dict(sorted(self.params.items())))
@@ -97,7 +106,8 @@ class AdapterFile:
                 arrays = {name: archive[name] for name in archive.files}
             about = migrate(json.loads(arrays.pop(ABOUT).tobytes()), str(path))
             base = {name: Frozen(tuple(shape), int(checksum)) for name, (shape, checksum) in about["base"].items()}
-            return cls(dict(about["model"]), about["tokenizer"], str(about["origin"]), base, arrays)
+            layout = {name: about["layout"][name] for name in AS_READ}
+            return cls(dict(about["model"]), about["tokenizer"], layout, str(about["origin"]), base, arrays)
         except FileNotFoundError:
             raise UserError(f"no adapter {path}: write it with polygpt adapter save RUN {path}") from None
         except OSError as error:

@@ -25,7 +25,7 @@ def save_adapter(
     """
     require_new(Path(file))
     run = open_as_trained(workdir, checkpoint, code=code)
-    given = to_json(run.experiment.model), to_json(run.experiment.tokenizer), f"{workdir}, step {run.step}"
-    found = AdapterFile.of(run.model, run.params, *given)
+    given = to_json(run.experiment.model), to_json(run.experiment.tokenizer), run.experiment.data.layout
+    found = AdapterFile.of(run.model, run.params, *given, f"{workdir}, step {run.step}")
     found.write(Path(file))
     return found

@@ -3,13 +3,14 @@
 import dataclasses
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 
 from polygpt import sharding
+from polygpt.data.loader import DataSpec
 from polygpt.data.tokenizers.base import Tokenizer
 from polygpt.data.transforms.fill_in_the_middle import FillInTheMiddle
 from polygpt.errors import UserError
@@ -61,7 +62,8 @@ class Run:
         return dataclasses.replace(self, model=self.model.merged, params=jax.jit(self.model.merge)(self.params))
 
     def with_adapter(self, file: str | Path, code: Code = "run") -> "Run":
-        """The run with an adapter that was trained on it, merged. Other adapters of the same base may follow.
+        """The run with an adapter that was trained on it, merged, which reads examples as it was trained to. Other
+        adapters of the same base may follow.
 
         Args:
             file: from `save_adapter`.
@@ -82,7 +84,7 @@ class Run:
                 f"{file}, from {found.origin}, does not fit {self.workdir}, step {self.step}: {error}: name the run "
                 "and the checkpoint that it started from"
             ) from None
-        experiment = self.experiment.replace(model=spec)
+        experiment = self.experiment.replace(model=spec, data=_read_as(self.experiment.data, found.layout))
         return dataclasses.replace(self, experiment=experiment, model=model, params=params, adapter=Path(file)).merged()
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling | None = None) -> list[Generated]:
@@ -182,6 +184,12 @@ def open_as_trained(
         log.warning("skipping checkpoint %s: %s", place, said)
         faults[record.step] = said
     raise UserError(f"no checkpoint in {folder} can be read ({listed(faults)}): train the run again, or open another")
+
+
+def _read_as(data: DataSpec, layout: Mapping[str, str]) -> DataSpec:
+    """The data with other fields of the layout; nothing is trained on them."""
+    tasks = {name: task.replace(prompt_weight=0.0) for name, task in data.tasks.items()}
+    return data.replace(layout=data.layout.replace(**layout), tasks=tasks)
 
 
 def _places(model: Model) -> Any:
