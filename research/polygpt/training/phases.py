@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from polygpt.data.loader import require_data
+from polygpt.data.scores import open_scores
 from polygpt.errors import UserError
 from polygpt.spec import differences, to_json
 from polygpt.training.carry import carry
@@ -73,7 +74,10 @@ class Phases:
     def _following(self, experiment: Experiment, vocabulary: int, seeds: Sequence[int], phase: int) -> Program:
         before = self.programs[-1]
         program = assemble(experiment, vocabulary, seeds=seeds, phase=phase, like=self.programs[0])
-        require_data(program.experiment.data, program.experiment.model.adapters, program.parallel.data_shards)
+        data = program.experiment.data
+        require_data(data, program.experiment.model.adapters, program.parallel.data_shards)
+        if data.scores:
+            open_scores(data, program.experiment.tokenizer.build(), {})
         state = jax.eval_shape(before.initial)
         jax.eval_shape(lambda state: carry(before, program, state), state)
         return program
