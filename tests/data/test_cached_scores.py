@@ -5,6 +5,7 @@ import io
 import itertools
 import pickle
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -218,6 +219,14 @@ def test_few_indexes_are_in_memory(folder, monkeypatch):
     assert list(found._indexes) == [("a", 2), ("a", 0)]
     again = pickle.loads(pickle.dumps(found)).arrays("a", 5, EXAMPLES[5], row_of(5))
     np.testing.assert_array_equal(again["teacher.ids"][scored(row_of(5))], records_of(5)["ids"])
+
+
+def test_a_damaged_index_is_told_when_scores_are_complete(folder):
+    path = next(Path(folder).glob("*.index.npy"))
+    for content in (path.read_bytes()[:-1], b""):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=f"{path.name} is damaged: remove it and run polygpt data score again"):
+            ScoresWriter(folder, manifest()).counts()
 
 
 def test_a_resumed_run_reads_the_scores_of_the_same_model(folder, tmp_path):

@@ -67,9 +67,8 @@ class ScoresWriter:
         self._write_manifest(dataclasses.replace(self.manifest, complete=True))
 
     def counts(self) -> dict[str, int]:
-        """Numbers of examples, of unusable records, of scored tokens and of bytes."""
-        indexes = [np.load(shard_paths(self.folder, *shard)[0]) for shard in self.manifest.shards()]
-        counts = np.concatenate([index["count"] for index in indexes])
+        """Numbers of examples, of unusable records, of scored tokens and of bytes. Raises UserError for a damaged file."""
+        counts = np.concatenate([self._counts(shard_paths(self.folder, *shard)[0]) for shard in self.manifest.shards()])
         size = sum(path.stat().st_size for path in self.folder.iterdir())
         skipped = int((counts < 0).sum())
         return {
@@ -78,6 +77,12 @@ class ScoresWriter:
             "tokens": int(counts[counts > 0].sum()),
             "bytes": size,
         }
+
+    def _counts(self, path: Path) -> np.ndarray:
+        try:
+            return np.load(path, allow_pickle=False)["count"]
+        except (OSError, ValueError, EOFError, IndexError):
+            raise UserError(f"{path} is damaged: remove it and run polygpt data score again") from None
 
     def _write_manifest(self, manifest: Manifest) -> None:
         data = {"format": FORMAT} | dataclasses.asdict(manifest)
