@@ -67,7 +67,7 @@ class ScoresWriter:
         self._write_manifest(dataclasses.replace(self.manifest, complete=True))
 
     def counts(self) -> dict[str, int]:
-        """Numbers of examples, of unusable records, of scored tokens and of bytes. Raises UserError for a damaged file."""
+        """Numbers of examples, unusable records, scored tokens and bytes. Raises UserError for a damaged file."""
         counts = np.concatenate([self._counts(shard_paths(self.folder, *shard)[0]) for shard in self.manifest.shards()])
         size = sum(path.stat().st_size for path in self.folder.iterdir())
         skipped = int((counts < 0).sum())
