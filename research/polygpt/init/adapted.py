@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from polygpt.errors import UserError
 from polygpt.init.base import Source
-from polygpt.models.adapter_file import AdapterFile
+from polygpt.models.adapter_file import AdapterFile, placed
 from polygpt.models.low_rank import LowRank, matrix_of
 from polygpt.parameters import paths, tree_of
 from polygpt.spec import from_json
@@ -43,9 +43,9 @@ class _Adapted:
         for name, value in given.items():
             matrix = matrix_of(name)
             if name in wanted:
-                found[name] = _placed(value, wanted[name].sharding)
+                found[name] = placed(value, wanted[name].sharding)
             elif matrix in wanted:
-                found[name] = _placed(value, whole(wanted[matrix].sharding))
+                found[name] = placed(value, whole(wanted[matrix].sharding))
         if self.added is None or not any(map(matrix_of, found)):
             return found
         places = tree_of({name: like.sharding for name, like in wanted.items()})
@@ -72,10 +72,6 @@ def _fault(file: str, base: Source, fault: str) -> str:
     return (
         f"init.adapter: {file} does not fit {base.origin}: {fault}: set init.path and init.checkpoint to its own base"
     )
-
-
-def _placed(value, place: jax.sharding.Sharding) -> jax.Array:
-    return jax.make_array_from_callback(value.shape, place, lambda index: value[index])
 
 
 def whole(place: jax.sharding.Sharding) -> jax.sharding.Sharding:

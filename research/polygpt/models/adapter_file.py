@@ -175,13 +175,13 @@ class AdapterFile:
             name, expected, found = difference
             raise UserError(f"damaged: {name} is {found}, its specification says {expected}")
 
-        def placed(name, place):
-            value = given[name]
-            if name not in self.params:
-                return value
-            return jax.make_array_from_callback(value.shape, place, lambda index: value[index])
+        own = {name: placed(given[name], place) for name, place in paths(places).items() if name in self.params}
+        return tree_of({name: own.get(name, given[name]) for name in wanted})
 
-        return tree_of({name: placed(name, place) for name, place in paths(places).items()})
+
+def placed(value: np.ndarray, place: jax.sharding.Sharding) -> jax.Array:
+    """An array with this sharding; each process has the whole value."""
+    return jax.make_array_from_callback(value.shape, place, lambda index: value[index])
 
 
 def require_new(path: Path) -> None:
