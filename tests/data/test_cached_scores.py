@@ -221,6 +221,16 @@ def test_few_indexes_are_in_memory(folder, monkeypatch):
     np.testing.assert_array_equal(again["teacher.ids"][scored(row_of(5))], records_of(5)["ids"])
 
 
+def test_an_example_that_waits_to_be_packed_may_have_changed_when_a_run_resumes(folder):
+    before = train_batches(data(folder), TOKENIZER, ADAPTERS, seed=0)
+    next(before)
+    assert before._waiting
+    changed = [dataclasses.replace(one, parts=(Text("other ", 0.0), *one.parts)) for one in EXAMPLES]
+    after = train_batches(data(folder, changed), TOKENIZER, ADAPTERS, seed=0)
+    with pytest.raises(UserError, match="is not the one that was scored"):
+        after.set_state([before.get_state()])
+
+
 def test_a_damaged_index_is_told_when_scores_are_complete(folder):
     path = next(Path(folder).glob("*.index.npy"))
     for content in (path.read_bytes()[:-1], b""):

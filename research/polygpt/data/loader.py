@@ -20,7 +20,7 @@ from polygpt.data.example import Example
 from polygpt.data.layout import LayoutSpec, lay_out
 from polygpt.data.mixture import Order, reshard
 from polygpt.data.packing import Packer, Row, collate
-from polygpt.data.reading import Groups, LaidOut, read_ahead
+from polygpt.data.reading import Groups, LaidOut, read_ahead, row_or_bad_record
 from polygpt.data.resharding import Resharding
 from polygpt.data.scores import Scores, open_scores, require_same
 from polygpt.data.sources.base import Source
@@ -286,7 +286,7 @@ class TrainBatches(Iterator[Batch]):
         self._follow(resharding)
         self._next, self.skipped, self._waiting = following, Counter(skipped), []
         for index in waiting:
-            row = self._laid_out[index]
+            row = row_or_bad_record(self._laid_out[index])
             if isinstance(row, BadRecord):
                 self._skip(row, failures=0)
             else:
@@ -319,10 +319,7 @@ class TrainBatches(Iterator[Batch]):
         if not self._drawn:
             self._drawn = next(self._stream)[::-1]
         self._next += 1
-        drawn = self._drawn.pop()
-        if isinstance(drawn, UserError) and not isinstance(drawn, BadRecord):
-            raise drawn
-        return drawn
+        return row_or_bad_record(self._drawn.pop())
 
     def _skip(self, error: BadRecord, failures: int) -> None:
         if self._data.on_bad_record == "raise":

@@ -59,6 +59,13 @@ class LaidOut:
         return dataclasses.replace(row, extra={k: v for some in (row.extra, *extra) for k, v in some.items()})
 
 
+def row_or_bad_record(given: Row | UserError) -> Row | BadRecord:
+    """What `LaidOut` gives, unless it is an error that ends training, which is raised."""
+    if isinstance(given, UserError) and not isinstance(given, BadRecord):
+        raise given
+    return given
+
+
 class Groups:
     """The rows of `LaidOut` from index `start` on, in groups."""
 
