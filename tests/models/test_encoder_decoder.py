@@ -395,6 +395,10 @@ WRONG = {
         lambda: small(attention=Mamba2(heads=2)),
         "CrossSequential.cross is None: it must be an attention variant, because Mamba2",
     ),
+    "an encoder like a decoder that reads in one direction": (
+        lambda: small(attention=Mamba2(heads=2), block=CrossSequential(MultiHead(2))),
+        "the encoder has Mamba2, which reads a row in one direction: set model.encoder",
+    ),
     "cross-attention by labels": (lambda: CrossSequential(BySpeaker()), "cross is .* whose mask reads no labels"),
     "rows without marked sources": (lambda: small().check_with(LayoutSpec(16)), "prompt_span is 'causal': EncoderDeco"),
     "longer rows than the encoder's positions": (

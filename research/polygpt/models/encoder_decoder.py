@@ -56,6 +56,9 @@ class EncoderDecoder(ModelSpec):
         own.require(own.width == self.decoder.width, "width", f"{self.decoder.width} in the encoder, as in the decoder")
         own.require(not _reads_source(own), "block", "one without cross-attention in an encoder, such as Sequential")
         for layer in own.period():
+            if layer.attention.family != "softmax":
+                name = type(layer.attention).__name__
+                raise SpecError(f"the encoder has {name}, which reads a row in one direction: set model.encoder")
             layer.mlp.check_modalities(("text", *self.adapters))
         super().validate()
 
