@@ -32,7 +32,7 @@ INSIDE_SPAN = 1.0
 
 
 def top_ids(scores: str) -> str:
-    """The name in `Batch.extra` of the most likely tokens that a model gave before: int32 [B, T, k].
+    """The name in `Batch.extra` of the cached top-k tokens of a model: int32 [B, T, k].
 
     `scores` is the name of the model's scores in `data.scores`, and of a float32 array [B, T] itself: the
     log-probability of the target or, if the model has another tokenizer, of the bytes since the last token boundary

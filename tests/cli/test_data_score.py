@@ -1,4 +1,4 @@
-"""`polygpt data score`: a run learns from what another one has said, and what does not fit is refused in one line."""
+"""`polygpt data score`: a run learns from cached log-probabilities; what does not fit is refused in one line."""
 
 import json
 

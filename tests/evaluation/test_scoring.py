@@ -1,4 +1,4 @@
-"""What a model says of the training data, written once: training reads from it what it would compute with the model."""
+"""Cached log-probabilities of training data are those that training would compute with the model."""
 
 import dataclasses
 import sys

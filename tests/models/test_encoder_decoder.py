@@ -13,6 +13,8 @@ from polygpt.attention.kernels import dispatch
 from polygpt.attention.mamba2 import Mamba2
 from polygpt.attention.masks import Mask
 from polygpt.attention.multi_head import MultiHead
+from polygpt.attention.sliding import SlidingWindow
+from polygpt.attention.transformer_xl import TransformerXL
 from polygpt.blocks.block import Layer
 from polygpt.blocks.cross import CrossSequential
 from polygpt.data.example import Text
@@ -400,6 +402,11 @@ WRONG = {
         "the encoder has Mamba2, which reads a row in one direction: set model.encoder",
     ),
     "cross-attention by labels": (lambda: CrossSequential(BySpeaker()), "cross is .* whose mask reads no labels"),
+    "cross-attention in a window": (
+        lambda: CrossSequential(SlidingWindow(2, window=3)),
+        "cross is .* attention to the whole source, without a window",
+    ),
+    "cross-attention in pieces": (lambda: CrossSequential(TransformerXL(2)), "cross is .* attention to the whole sour"),
     "rows without marked sources": (lambda: small().check_with(LayoutSpec(16)), "prompt_span is 'causal': EncoderDeco"),
     "longer rows than the encoder's positions": (
         lambda: small(encoder=ENCODER.replace(position=Learned(15))).check_with(MARKED),

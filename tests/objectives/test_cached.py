@@ -1,4 +1,4 @@
-"""Objectives of what a model has said before, against formulas in float64 and against the model itself."""
+"""Objectives that read cached log-probabilities, against formulas in float64 and against the model itself."""
 
 import sys
 from pathlib import Path

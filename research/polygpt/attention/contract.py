@@ -48,12 +48,12 @@ class Source:
 
     Attributes:
         meta: metadata of the encoder's positions, [B, S]; segment 0 where it reads nothing.
-        there_BT: bool, whether the example of each query has a source.
+        has_source_BT: bool, whether the example of each query has a source.
         hidden_BSD: the encoder's output; None if the keys and values made from it are cached.
     """
 
     meta: Meta
-    there_BT: jax.Array
+    has_source_BT: jax.Array
     hidden_BSD: jax.Array | None = None
 
 

@@ -32,7 +32,11 @@ class CrossSequential(BlockSpec):
     follows the order of the source, Rope teaches the alignment sooner (experiments/encoder_decoder.py)."""
 
     def validate(self):
-        self.require(self.cross is None or not self.cross.labels(), "cross", "attention whose mask reads no labels")
+        if self.cross is None:
+            return
+        self.require(not self.cross.labels(), "cross", "attention whose mask reads no labels")
+        whole = self.cross.mask(SameSegment()) == SameSegment()
+        self.require(whole, "cross", "attention to the whole source, without a window or a pattern of its own")
 
     def cross_of(self, attention: Attention) -> MultiHead:
         """The cross-attention of a block with that self-attention. Raises SpecError if it must be given."""
@@ -98,7 +102,7 @@ class CrossBlock(Block):
         operands, seen = self._operands(x_BTD, context, kept)
         y_BHTe, lse_BHT = self.cross.with_prefix(self._rule(), operands)
         y_BTD = self.cross.mixed(y_BHTe, lse_BHT, x_BTD, context)
-        return jnp.where(context.source.there_BT[..., None], y_BTD, 0), seen
+        return jnp.where(context.source.has_source_BT[..., None], y_BTD, 0), seen
 
     def _operands(self, x_BTD, context, kept):
         source = context.source

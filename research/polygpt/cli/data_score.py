@@ -1,4 +1,4 @@
-"""polygpt data score FILE RUN: write what a run's model says of the training data, for objectives to read."""
+"""polygpt data score FILE RUN: cache the log-probabilities of the training data under a run's model."""
 
 from argparse import Namespace
 

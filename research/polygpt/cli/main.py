@@ -22,7 +22,7 @@ VERBS = {
     "doctor": ("polygpt.cli.doctor", "check the installation: versions, devices and their speed, folders, extras"),
     "data show": ("polygpt.cli.data_show", "print and draw a few rows as the model sees them"),
     "data check": ("polygpt.cli.data_check", "check every record of a dataset"),
-    "data score": ("polygpt.cli.data_score", "write what a model says of each example, for distillation and DPO"),
+    "data score": ("polygpt.cli.data_score", "cache log-probabilities under a model, for distillation and DPO"),
     "data fetch": ("polygpt.cli.data_fetch", "download a text corpus, or list the corpora"),
     "tokenizer train": ("polygpt.cli.tokenizer_train", "train a BPE tokenizer on text files"),
     "model show": ("polygpt.cli.model_show", "count a model's parameters and its FLOPs per token"),

@@ -83,7 +83,7 @@ class DataSpec(Spec):
     """Whether to log the examples of each step: one line per step in examples-*.jsonl in the run folder, with
     [task, position in its stream, index of the example] for each example."""
     scores: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """Folders by name, in which `polygpt data score` has written what a model says of each example: objectives read it
+    """Folders by name, in which `polygpt data score` has cached log-probabilities under a model: objectives read them
     in place of a teacher or reference. The examples must be the same in every epoch."""
 
     def validate(self):

@@ -1,4 +1,4 @@
-"""What a model says of the text of each example, written once and read in training in place of the model.
+"""Cached log-probabilities of each example under a model, written once and read in training instead of running it.
 
 A folder has `scores.json` (what was scored, by which model, with which tokenizer) and, for every `SHARD` examples of a
 task, two NumPy files: an index with a record per example, and a record per scored token, which are read when needed.

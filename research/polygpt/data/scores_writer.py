@@ -1,4 +1,4 @@
-"""Writes what a model says of each example, for `scores.py` to read."""
+"""Writes the cache of log-probabilities that `scores.py` reads."""
 
 import dataclasses
 import io

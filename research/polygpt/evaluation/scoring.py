@@ -1,4 +1,4 @@
-"""Writes what a model says of the training data: the scores that `data/scores.py` reads in place of the model."""
+"""Computes the log-probabilities of the training data under a model, which `data/scores.py` reads in training."""
 
 import dataclasses
 import functools

@@ -189,8 +189,8 @@ class EncoderDecoderModel(MultimodalModel):
         media_key, stacks_key = (None, None) if key is None else jax.random.split(key)
         x_BTD, losses = self.embed(batch, media_key)
         if cache is not None and cache.sources is not None:
-            written, there_BT = cache.sources.read_by_decoder(batch)
-            source = Source(cache.sources.meta, there_BT)
+            written, has_source_BT = cache.sources.read_by_decoder(batch)
+            source = Source(cache.sources.meta, has_source_BT)
             hidden_BTD, kept, own = self.decoder(x_BTD, written, cache.decoder, source=source)
             return hidden_BTD, dataclasses.replace(cache, decoder=kept), add(losses, own)
         encoder_key, decoder_key = (None, None) if key is None else jax.random.split(stacks_key)
@@ -216,8 +216,8 @@ class EncoderDecoderModel(MultimodalModel):
         read, sources = read_by_encoder(batch)
         source_BTD = jnp.where((read.segment_BT > 0)[..., None], x_BTD, 0)
         encoded_BTD, _, losses = self.encoder(source_BTD, read, key=key)
-        written, there_BT = sources.read_by_decoder(batch)
+        written, has_source_BT = sources.read_by_decoder(batch)
         first_BT = (read.segment_BT > 0) & (written.segment_BT > 0)
         x_BTD = jnp.where(first_BT[..., None], self.start[...].astype(x_BTD.dtype), x_BTD)
         x_BTD = jnp.where((written.segment_BT > 0)[..., None], x_BTD, 0)
-        return written, x_BTD, Source(sources.meta, there_BT, encoded_BTD), sources, losses
+        return written, x_BTD, Source(sources.meta, has_source_BT, encoded_BTD), sources, losses

@@ -36,7 +36,7 @@ class Objective(Spec):
 
     @property
     def cached(self) -> tuple[str, ...]:
-        """Names in `data.scores` of what models have said of the data, which it reads in place of the models."""
+        """Names in `data.scores` of the cached log-probabilities that it reads instead of running a model."""
         return ()
 
     @property

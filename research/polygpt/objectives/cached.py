@@ -1,4 +1,4 @@
-"""What models have said of the data before (`data.scores`), as objectives read it from `Batch.extra`."""
+"""Cached log-probabilities of other models (`data.scores`), as objectives read them from `Batch.extra`."""
 
 import jax
 import jax.numpy as jnp

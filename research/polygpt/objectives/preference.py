@@ -88,7 +88,7 @@ class PreferenceObjective(Objective):
     reference: str | None = "reference"
     """Name in `references` of the model that the policy is compared with; null for none."""
     scores: str | None = None
-    """Name in `data.scores` of what that model has said of the answers, read in its place; null to run the model."""
+    """Name in `data.scores` of cached log-probabilities of the answers under that model; null to run the model."""
 
     @property
     def others(self) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Distillation from the likely tokens that a teacher gave before."""
+"""Distillation from cached top-k log-probabilities of a teacher."""
 
 import dataclasses
 from typing import Literal
