@@ -3,7 +3,7 @@
 A folder has `scores.json` (what was scored, by which model, with which tokenizer) and, for every `SHARD` examples of a
 task, two NumPy files: an index with a record per example, and a record per scored token, which are read when needed.
 Each shard is written atomically, so that writing resumes after an interruption. The index has a digest of the example,
-by which data that have changed are recognised, and a checksum of its tokens' records.
+by which changed examples are recognised, and a checksum of its tokens' records. Media in files count by name and size.
 """
 
 import dataclasses
@@ -175,7 +175,8 @@ class Scores:
         if entry["digest"] != digest(example, row):
             raise UserError(
                 f"{self._place}: example {number} of the task {task!r} ({example.place}) is not the one that was "
-                "scored: restore the data, or write the scores again with polygpt data score"
+                "scored: restore the data and the task's prompt_weight, or write the scores again with polygpt data "
+                "score"
             )
         found, here = self._records(task, number // SHARD, entry), scored(row)
         if len(found) != here.sum():
