@@ -68,13 +68,15 @@ def test_with_a_cache_as_without(ring):
 
 @pytest.mark.slow
 def test_the_lab_finds_nothing_wrong_with_it():
-    assert all(one.passed for one in check(BySpeaker(heads=2)))
+    _, findings = check(BySpeaker(heads=2))
+    assert [f"{one.name}: {one.error} {one.note}" for one in findings if one.passed is False] == []
+    assert sum(one.passed is True for one in findings) > 25
 
 
 def test_the_picture_shows_made_up_labels():
     row = read_row("7 pad:1", labels=["speaker"])
     seen = matrix(DECODER & SameSpeaker(), row)
-    speaker = np.arange(7) // 3 % 3
+    speaker = np.arange(7) % 2
     np.testing.assert_array_equal(seen[:7, :7], np.tril(speaker[:, None] == speaker[None]))
 
 

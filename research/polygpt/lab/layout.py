@@ -93,9 +93,12 @@ class Rows:
 
 
 def made_up(meta: Meta, labels: Iterable[str]) -> dict[str, np.ndarray]:
-    """Labels 0 to 2 for every position, int32 [B, T] by name; they change every three positions of an example."""
-    padding_BT, third_BT = np.asarray(meta.segment) == 0, np.asarray(meta.position) // 3
-    return {name: np.where(padding_BT, -1, (third_BT + i) % 3).astype(np.int32) for i, name in enumerate(labels)}
+    """Labels 0 and 1 in turn for the positions of an example, int32 [B, T] by name.
+
+    Every position has near ones of either label on both sides, so that masks that compare labels hide only some.
+    """
+    padding_BT, position_BT = np.asarray(meta.segment) == 0, np.asarray(meta.position)
+    return {name: np.where(padding_BT, -1, (position_BT + i) % 2).astype(np.int32) for i, name in enumerate(labels)}
 
 
 def lay_out(rows: list[list[Example | Part | int]], length: int, width: int, labels: Iterable[str] = ()) -> Rows:
