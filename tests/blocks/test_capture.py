@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, AxisType
 
 from batches import LIGHT, build, example, lively, tiny
 from polygpt import sharding
@@ -194,7 +194,8 @@ def test_a_site_that_is_not_there_is_told(fields, batch, site, message):
 
 
 def test_pipeline_stages_capture_nothing():
-    mesh = AbstractMesh(tuple(2 if axis == "stage" else 1 for axis in sharding.AXES), sharding.AXES)
+    sizes = tuple(2 if axis == "stage" else 1 for axis in sharding.AXES)
+    mesh = AbstractMesh(sizes, sharding.AXES, axis_types=(AxisType.Auto,) * len(sizes))
     model = bind(tiny(adapters={}), 31).on(sharding.MeshLayout(mesh, MeshSpec(data=1, stage=2)))
     with pytest.raises(SpecError, match="train.mesh.stage is 2: it must be 1 to capture 'mlp' inside the blocks"):
         jax.eval_shape(lambda params: model.hidden(params, TEXT_ONLY, capture=("mlp",)), model.abstract())
