@@ -142,10 +142,12 @@ def test_a_length_without_divisors_is_cut_into_as_few_blocks(block, blocks, batc
 
 
 def test_automatic_blocks_hold_64_mib_of_logits_and_small_batches_are_not_cut():
-    assert blocked.block_size("auto", 8, 1024, 50_304) == 2**24 // 50_304 == 333
-    assert blocked.block_size("auto", 8, 512, 4096) is None and blocked.block_size("auto", 8, 513, 4096) == 4096
-    assert blocked.block_size("auto", 1, 2, 2**25) == 1
-    assert [blocked.block_size(block, 8, 1024, 50_304) for block in (None, 7)] == [None, 7]
+    assert blocked.block_size("auto", 8, 1024, 50_304, 256) == 2**24 // 50_304 == 333
+    assert blocked.block_size("auto", 8, 512, 4096, 1) is None and blocked.block_size("auto", 8, 513, 4096, 1) == 4096
+    assert blocked.block_size("auto", 1, 3, 2**25, 1) == 1
+    assert [blocked.block_size(block, 8, 1024, 50_304, 256) for block in (None, 7)] == [None, 7]
+    many, few = (blocked.block_size("auto", 1, 333 + positions, 50_304, 5120) for positions in (5121, 5120))
+    assert many == 333 and few is None, "the head and its gradient take as much as the logits of 5,120 positions"
 
 
 def test_by_default_training_never_has_all_logits_of_a_large_vocabulary():

@@ -182,7 +182,7 @@ class Model:
         """
         outputs = self.apply(params, batch)
         with self._split():
-            block = blocked.block_size(self.spec.logits_block, *batch.shape, self.vocabulary)
+            block = blocked.block_size(self.spec.logits_block, *batch.shape, self.vocabulary, self.spec.decoder.width)
             if block is not None:
                 return blocked.token_scores(outputs.hidden_BTD, self.output_head(params), batch.target_BT, block)
         return scores_and_best(outputs.logits_BTV, batch.target_BT)

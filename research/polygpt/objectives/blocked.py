@@ -47,6 +47,11 @@ class Head:
         return self.weight.shape[self.axes.index("vocabulary")]
 
     @property
+    def width(self) -> int:
+        """D."""
+        return self.weight.shape[self.axes.index("width")]
+
+    @property
     def letters(self) -> str:
         """The axes of the weight in an einsum."""
         return "vd" if self.axes[0] == "vocabulary" else "dv"
@@ -106,7 +111,7 @@ AUTOMATIC = 2**24
 a model whose vocabulary makes logits large, and enough to keep matrix units busy."""
 
 
-def block_size(block: Block, B: int, T: int, vocabulary: int) -> int | None:
+def block_size(block: Block, B: int, T: int, vocabulary: int, width: int) -> int | None:
     """The number of positions per device whose logits may exist at a time, at least 1; None for all.
 
     Args:
@@ -114,12 +119,15 @@ def block_size(block: Block, B: int, T: int, vocabulary: int) -> int | None:
         B: rows of the batch, of all devices of the active layout.
         T: positions of a row.
         vocabulary: V.
+        width: D. In blocks, the whole head and its gradient are in memory in float32, which take about as much as the
+            logits of D positions; "auto" therefore gives None for fewer positions.
     """
     if block != "auto":
         return block
     layout, shape = sharding.active(), (B, T, vocabulary)
     shape = shape if layout is None else layout.local_shape(LOGITS, shape)
-    return None if math.prod(shape) <= AUTOMATIC else max(1, AUTOMATIC // shape[2])
+    size = max(1, AUTOMATIC // shape[2])
+    return size if math.prod(shape) > AUTOMATIC and shape[0] * shape[1] > size + width else None
 
 
 def blocks(B: int, T: int, block: int) -> tuple[int, int]:

@@ -73,7 +73,8 @@ class Forward:
         """`logits_block` for this batch: a number of positions, or None if all logits may exist at a time."""
         if self.logits_block != "auto":
             return self.logits_block
-        return block_size("auto", *self.batch.shape, self.output_head.vocabulary)
+        head = self.output_head
+        return block_size("auto", *self.batch.shape, head.vocabulary, head.width)
 
     @property
     def trained(self) -> dict[str, jax.Array]:

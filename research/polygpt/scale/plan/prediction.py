@@ -105,7 +105,10 @@ def predict(experiment: Experiment, known: Facts, target: Target, here: MeshFact
         )
     vocabulary = known.vocabulary / layout.size("vocabulary")
     logits = 4 * 3 * vocabulary  # bytes per position
-    block = AUTOMATIC / vocabulary if model.logits_block == "auto" else model.logits_block
+    block = model.logits_block
+    if block == "auto":
+        block = AUTOMATIC / vocabulary
+        block = block if positions > block + model.decoder.width else None
     head = logits * min(positions, block or positions)
     read = here.gathered + here.blocks[DECODER].matrices * (work.executions - work.blocks)  # parameters read per pass
     traffic += 3 * (own * 4 * (2 + known.optimizer)) + read * compute * 6 * parts + 2 * logits * positions * parts
