@@ -120,12 +120,15 @@ def block_size(block: Block, B: int, T: int, vocabulary: int, width: int) -> int
         T: positions of a row.
         vocabulary: V.
         width: D. In blocks, the whole head and its gradient are in memory in float32, which take about as much as the
-            logits of D positions; "auto" therefore gives None for fewer positions.
+            logits of D positions; "auto" therefore gives None for fewer positions, and where devices split D.
     """
     if block != "auto":
         return block
     layout, shape = sharding.active(), (B, T, vocabulary)
-    shape = shape if layout is None else layout.local_shape(LOGITS, shape)
+    if layout is not None:
+        if layout.size("width") > 1:  # each device would gather the head: compiled plans need more memory, not less
+            return None
+        shape = layout.local_shape(LOGITS, shape)
     size = max(1, AUTOMATIC // shape[2])
     return size if math.prod(shape) > AUTOMATIC and shape[0] * shape[1] > size + width else None
 

@@ -108,7 +108,8 @@ def predict(experiment: Experiment, known: Facts, target: Target, here: MeshFact
     block = model.logits_block
     if block == "auto":
         block = AUTOMATIC / vocabulary
-        block = block if positions > block + model.decoder.width else None
+        saves = positions > block + model.decoder.width and layout.size("width") == 1
+        block = block if saves else None
     head = logits * min(positions, block or positions)
     read = here.gathered + here.blocks[DECODER].matrices * (work.executions - work.blocks)  # parameters read per pass
     traffic += 3 * (own * 4 * (2 + known.optimizer)) + read * compute * 6 * parts + 2 * logits * positions * parts
