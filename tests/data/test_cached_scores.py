@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from small_data import ADAPTERS, make_example
 
+from given_examples import Given
 from polygpt.data import scores
 from polygpt.data.example import Example, Text
 from polygpt.data.layout import LayoutSpec, lay_out
 from polygpt.data.loader import DataSpec, Task, extra_shapes, train_batches
 from polygpt.data.scores import Manifest, Scores, digest, layout_fields, scored
 from polygpt.data.scores_writer import ScoresWriter
-from polygpt.data.sources.base import Source
 from polygpt.data.tokenizers.bytes import Bytes
 from polygpt.data.tokenizers.special_tokens import SpecialTokens
 from polygpt.data.transforms.word_swap import WordSwap
@@ -28,16 +28,6 @@ TOKENIZER = Bytes().build()
 LAYOUT = LayoutSpec(seq_len=96)
 EXAMPLES = [make_example(seed) for seed in range(5)] + [Example((Text(f"text {i}"),), f"text {i}") for i in range(6)]
 TOP = 3
-
-
-@dataclasses.dataclass(frozen=True)
-class Listed(Source):
-    """The examples of a list."""
-
-    examples: tuple
-
-    def open(self):
-        return self.examples
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +71,7 @@ def folder(tmp_path):
 
 
 def data(folder, examples=EXAMPLES, **fields):
-    return DataSpec({"a": Task(Listed(tuple(examples)))}, LAYOUT, batch_size=2, scores={"teacher": folder}, **fields)
+    return DataSpec({"a": Task(Given(tuple(examples)))}, LAYOUT, batch_size=2, scores={"teacher": folder}, **fields)
 
 
 def test_every_token_of_packed_rows_has_the_scores_of_its_example(folder):
@@ -261,7 +251,7 @@ def test_a_resumed_run_reads_the_scores_of_the_same_model(folder, tmp_path):
 
 
 def test_examples_that_change_in_every_epoch_have_no_scores(folder):
-    tasks = {"a": Task(Listed(()), transform=(WordSwap(),))}
+    tasks = {"a": Task(Given(()), transform=(WordSwap(),))}
     with pytest.raises(
         SpecError, match=r"tasks\['a'\] has WordSwap, which changes its examples in every epoch, but scores"
     ):

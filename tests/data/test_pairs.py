@@ -2,18 +2,17 @@
 
 import dataclasses
 import json
-from typing import Any
 
 import numpy as np
 import pytest
 
+from given_examples import Given
 from polygpt.data.augment import Augment
 from polygpt.data.check import check
 from polygpt.data.example import Example, Medium, Text
 from polygpt.data.layout import LayoutSpec, lay_out
 from polygpt.data.loader import DataSpec, Task, train_batches
 from polygpt.data.packing import POSITION_ARRAYS, Packer
-from polygpt.data.sources.base import Source
 from polygpt.data.sources.folder import MediaFolder
 from polygpt.errors import BadRecord
 from polygpt.sequence import FIRST
@@ -55,16 +54,6 @@ def test_a_weight_on_prompts_marks_no_answer(small):
     plain, weighted = (laid_out(small, pair(small), prompt_weight=weight) for weight in (0.0, 0.5))
     np.testing.assert_array_equal(weighted.extra["preference"], plain.extra["preference"])
     assert np.sum(weighted.weight == 0.5) == len("is it?") and not np.any(weighted.weight[weighted.segment == 2])
-
-
-@dataclasses.dataclass(frozen=True)
-class Given(Source):
-    """Examples as they are given."""
-
-    examples: tuple[Any, ...]
-
-    def open(self):
-        return list(self.examples)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,6 @@ import io
 import json
 import re
 import types
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,7 @@ import pytest
 import soundfile
 from PIL import Image
 
+from given_examples import Given
 from polygpt.adapters.audio import AudioAdapter
 from polygpt.adapters.image import ImageAdapter
 from polygpt.cli.results import print_results
@@ -21,7 +21,6 @@ from polygpt.data.example import Example, Medium, Text
 from polygpt.data.layout import LayoutSpec
 from polygpt.data.media.audio import LogMel
 from polygpt.data.media.image import ImageFeatures
-from polygpt.data.sources.base import Source
 from polygpt.data.tokenizers.bytes import ByteTokenizer
 from polygpt.errors import BadRecord, SpecError, UserError
 from polygpt.evaluation.classification import Classification
@@ -86,24 +85,6 @@ class Looks:
         return jnp.where(batch.modality_BT == 1, means_BT, 0)
 
 
-@dataclasses.dataclass(frozen=True)
-class Listed(Source):
-    """Examples in memory; one that is an error is raised."""
-
-    examples: Any
-
-    def open(self):
-        return _Listed(self.examples)
-
-
-class _Listed(list):
-    def __getitem__(self, i):
-        example = super().__getitem__(i)
-        if isinstance(example, BadRecord):
-            raise example
-        return example
-
-
 def picture(letter):
     Image.fromarray(np.full((8, 8), GREY[LETTERS.index(letter)], np.uint8)).save(data := io.BytesIO(), "PNG")
     return Medium("image", data.getvalue())
@@ -132,9 +113,9 @@ def both(n):
 
 SPEC = EvaluationSpec(
     tasks={
-        "seen": EvalTask(Listed(seen(10)), generate=True),
-        "both": EvalTask(Listed(both(21)), generate=True, metrics=(Transcription(),)),
-        "words": EvalTask(Listed([Example((Text("plain words"),), "words 0")])),
+        "seen": EvalTask(Given(seen(10)), generate=True),
+        "both": EvalTask(Given(both(21)), generate=True, metrics=(Transcription(),)),
+        "words": EvalTask(Given([Example((Text("plain words"),), "words 0")])),
     },
     batch_size=8,
     sampling=GREEDY.replace(max_tokens=4),
@@ -236,7 +217,7 @@ def test_without_gain_and_answers_only_losses_are_measured():
 
 def test_a_limit_draws_the_same_examples_again():
     examples = seen(40)
-    tasks = {"seen": EvalTask(Listed(examples), limit=6), "all": EvalTask(Listed(examples))}
+    tasks = {"seen": EvalTask(Given(examples), limit=6), "all": EvalTask(Given(examples))}
     first = run(SPEC.replace(tasks=tasks, seed=1))
     assert first["tasks"]["seen"]["n"] == 6 and first["tasks"]["all"]["n"] == 40
     assert run(SPEC.replace(tasks=tasks, seed=1)) == first
@@ -258,7 +239,7 @@ BAD = [
 
 
 def test_a_bad_record_is_an_error_or_counted():
-    tasks = {"seen": EvalTask(Listed([*seen(5), *BAD]), generate=True)}
+    tasks = {"seen": EvalTask(Given([*seen(5), *BAD]), generate=True)}
     with pytest.raises(BadRecord, match="seen 9"):
         run(SPEC.replace(tasks=tasks))
     figures = run(SPEC.replace(tasks=tasks, on_bad_record="skip"))["tasks"]["seen"]
@@ -268,13 +249,13 @@ def test_a_bad_record_is_an_error_or_counted():
 @pytest.mark.parametrize("examples", [[], BAD, BAD[1:]])
 def test_a_task_without_usable_examples_is_an_error(examples):
     with pytest.raises(UserError, match="evaluation task 'seen': "):
-        run(SPEC.replace(tasks={"seen": EvalTask(Listed(examples))}, on_bad_record="skip"))
+        run(SPEC.replace(tasks={"seen": EvalTask(Given(examples))}, on_bad_record="skip"))
 
 
 def test_a_task_without_prompts_cannot_be_answered():
     examples = [Example((Text("words"),), "words 0")]
     with pytest.raises(UserError, match="'words': words 0 has no prompt to answer: set generate to false"):
-        run(SPEC.replace(tasks={"words": EvalTask(Listed(examples), generate=True)}))
+        run(SPEC.replace(tasks={"words": EvalTask(Given(examples), generate=True)}))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,7 +269,7 @@ class Fails(Classification):
 def test_a_task_that_cannot_be_measured_takes_no_others_results_away(results):
     """What was measured of it before its error stays; the figures of the others are what they are without it."""
     bad = {
-        "broken": EvalTask(Listed(BAD)),
+        "broken": EvalTask(Given(BAD)),
         "words": EvalTask(SPEC.tasks["words"].source, generate=True),
         "fails": SPEC.tasks["seen"].replace(metrics=(Fails(),)),
     }
@@ -304,7 +285,7 @@ def test_a_task_that_cannot_be_measured_takes_no_others_results_away(results):
 
 def test_an_error_is_raised_where_nothing_can_be_measured_and_a_signal_always():
     with pytest.raises(BadRecord, match="seen 99"):
-        run(SPEC.replace(tasks={"broken": EvalTask(Listed(BAD))}), faults={})
+        run(SPEC.replace(tasks={"broken": EvalTask(Given(BAD))}), faults={})
 
     def proceed():
         raise Interrupted
@@ -319,20 +300,20 @@ def test_shuffled_media_that_no_longer_fit_are_left_out():
     assert lengths[0] < lengths[1]
     examples = [Example((recording(0, 160), Text("a" * (LAYOUT.seq_len - 2 - lengths[0]))), "full")]
     examples += [Example((picture("a"), recording(i, 800), Text("a")), f"long {i}") for i in range(2)]
-    results = run(SPEC.replace(tasks={"heard": EvalTask(Listed(examples))}))
+    results = run(SPEC.replace(tasks={"heard": EvalTask(Given(examples))}))
     assert results["tasks"]["heard"]["n"] == 3
     assert results["modality_gain"]["heard/audio"]["n"] == 2
 
 
 def test_one_example_has_no_gain():
-    assert run(SPEC.replace(tasks={"seen": EvalTask(Listed(seen(1)))}))["modality_gain"] == {}
+    assert run(SPEC.replace(tasks={"seen": EvalTask(Given(seen(1)))}))["modality_gain"] == {}
 
 
 def test_an_evaluation_travels_as_json():
-    spec = SPEC.replace(tasks={"seen": EvalTask(Listed(["x"]), metrics=(Transcription(normalized=False),))})
+    spec = SPEC.replace(tasks={"seen": EvalTask(Given(["x"]), metrics=(Transcription(normalized=False),))})
     assert from_json(to_json(spec)).tasks["seen"].metrics == spec.tasks["seen"].metrics
     with pytest.raises(SpecError, match="EvalTask.limit is 0"):
-        EvalTask(Listed([]), limit=0)
+        EvalTask(Given([]), limit=0)
 
 
 def test_the_real_model_is_evaluated_and_a_model_without_eyes_gains_nothing():
@@ -340,7 +321,7 @@ def test_the_real_model_is_evaluated_and_a_model_without_eyes_gains_nothing():
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), model.abstract())
     params["adapters"]["image"] = jax.tree.map(np.zeros_like, params["adapters"]["image"])
-    spec = SPEC.replace(tasks={"both": EvalTask(Listed(both(9)), generate=True)}, batch_size=4)
+    spec = SPEC.replace(tasks={"both": EvalTask(Given(both(9)), generate=True)}, batch_size=4)
     results = evaluate(model, params, TOKENIZER, ADAPTERS, LAYOUT, spec)
     figures, gain = results["tasks"]["both"], results["modality_gain"]
     assert figures["n"] == 9 and np.isfinite(figures["loss"]) and 0 <= figures["accuracy"] <= 1

@@ -1,6 +1,5 @@
 """Cached log-probabilities of training data are those that training would compute with the model."""
 
-import dataclasses
 import sys
 from pathlib import Path
 
@@ -13,13 +12,13 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
 from small_data import png
 
 from batches import LIGHT, lively, tiny
+from given_examples import Given
 from polygpt.blocks.cross import CrossSequential
 from polygpt.data import scores
 from polygpt.data.example import Example, Medium, Text
 from polygpt.data.layout import LayoutSpec, lay_out
 from polygpt.data.loader import DataSpec, Task, train_batches
 from polygpt.data.packing import collate
-from polygpt.data.sources.base import Source
 from polygpt.data.tokenizers.bytes import Bytes, ByteTokenizer
 from polygpt.data.tokenizers.special_tokens import SpecialTokens
 from polygpt.data.transforms.word_swap import WordSwap
@@ -40,16 +39,6 @@ TEXTS = [Example((Text("q" * (i % 4), 0.0), Text("answer " * (1 + i % 3), 0.5)),
 PAIRS = [Example((Text(f"{i}: ", 0.0), Text("yes")), f"pair {i}", rejected="no, " * (1 + i % 3)) for i in range(5)]
 
 
-@dataclasses.dataclass(frozen=True)
-class Listed(Source):
-    """The examples of a list."""
-
-    examples: tuple
-
-    def open(self):
-        return self.examples
-
-
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
     monkeypatch.setattr(scores, "SHARD", 4)
@@ -63,7 +52,7 @@ def models():
 
 
 def data(examples=TEXTS, **layout):
-    return DataSpec({"a": Task(Listed(tuple(examples)))}, LayoutSpec(seq_len=48, **layout), batch_size=4)
+    return DataSpec({"a": Task(Given(tuple(examples)))}, LayoutSpec(seq_len=48, **layout), batch_size=4)
 
 
 def loss(objective, models, batch, online):
@@ -178,7 +167,7 @@ def test_what_cannot_be_scored_is_refused_and_nothing_written(models, tmp_path):
     assert written(tmp_path / "skipping", models, skipping)[1]["skipped"] == 1
     with pytest.raises(UserError, match="--top is 300: it must be from 0 to the number of ids, 258"):
         written(folder, models, data(), top=300)
-    changing = {"a": Task(Listed(tuple(TEXTS)), transform=(WordSwap(),))}
+    changing = {"a": Task(Given(tuple(TEXTS)), transform=(WordSwap(),))}
     with pytest.raises(SpecError, match="WordSwap, which changes its examples in every epoch"):
         written(folder, models, data().replace(tasks=changing))
     assert not folder.exists()

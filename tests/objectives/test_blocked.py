@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh, AxisType
 
 from batches import build, example, lively, tiny
+from polygpt import sharding
 from polygpt.attention.multi_head import MultiHead
 from polygpt.evaluation.likelihood import token_scores
 from polygpt.models.decoder import DecoderSpec
@@ -146,6 +148,11 @@ def test_automatic_blocks_hold_64_mib_of_logits_and_small_batches_are_not_cut():
     assert blocked.block_size("auto", 8, 512, 4096, 1) is None and blocked.block_size("auto", 8, 513, 4096, 1) == 4096
     assert blocked.block_size("auto", 1, 3, 2**25, 1) == 1
     assert [blocked.block_size(block, 8, 1024, 50_304, 256) for block in (None, 7)] == [None, 7]
+    for axis, size in {"tensor": 333 * 2 + 1, "fsdp": None}.items():  # which splits the vocabulary, or the width
+        sizes = tuple(2 if name == axis else 1 for name in sharding.AXES)
+        mesh = AbstractMesh(sizes, sharding.AXES, axis_types=(AxisType.Auto,) * len(sizes))
+        with sharding.use_layout(sharding.MeshLayout(mesh)):
+            assert blocked.block_size("auto", 16, 1024, 50_304, 256) == size
     many, few = (blocked.block_size("auto", 1, 333 + positions, 50_304, 5120) for positions in (5121, 5120))
     assert many == 333 and few is None, "the head and its gradient take as much as the logits of 5,120 positions"
 

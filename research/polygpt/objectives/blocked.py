@@ -10,7 +10,6 @@ exchanged per block, the gradient of the head once.
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -126,11 +125,16 @@ def block_size(block: Block, B: int, T: int, vocabulary: int, width: int) -> int
         return block
     layout, shape = sharding.active(), (B, T, vocabulary)
     if layout is not None:
-        if layout.size("width") > 1:  # each device would gather the head: compiled plans need more memory, not less
-            return None
         shape = layout.local_shape(LOGITS, shape)
-    size = max(1, AUTOMATIC // shape[2])
-    return size if math.prod(shape) > AUTOMATIC and shape[0] * shape[1] > size + width else None
+    return automatic(shape[0] * shape[1], shape[2], width, layout)
+
+
+def automatic(positions: float, vocabulary: float, width: int, layout: sharding.MeshLayout | None) -> int | None:
+    """`block_size` with "auto", given the positions of a device and its part of the vocabulary."""
+    if layout is not None and layout.size("width") > 1:
+        return None  # each device would gather the head: compiled plans need more memory, not less
+    size = max(1, int(AUTOMATIC // vocabulary))
+    return size if positions * vocabulary > AUTOMATIC and positions > size + width else None
 
 
 def blocks(B: int, T: int, block: int) -> tuple[int, int]:
@@ -228,7 +232,7 @@ class _Plan:
             of_logits_NV += own.mean[:, None] / self.vocabulary
         of_logits_NV *= self.head.multiplier
         letters, dtype = self.head.letters, self.head.dtype
-        of_hidden_ND = jnp.einsum(f"nv,{letters}->nd", of_logits_NV, weight.astype(dtype).astype(jnp.float32))
+        of_hidden_ND = jnp.einsum(f"nv,{letters}->nd", of_logits_NV, weight.astype(jnp.float32))
         of_weight = jnp.einsum(f"nv,nd->{letters}", of_logits_NV, hidden_ND.astype(dtype).astype(jnp.float32))
         return totals_K, self._sum(of_hidden_ND, self.split).reshape(hidden_BCD.shape), of_weight
 
@@ -236,7 +240,7 @@ class _Plan:
         """This device's logits, the scores over the whole vocabulary, and where the logits are those of the targets."""
         head, dtype = self.head, self.head.dtype
         logits_NV = jnp.einsum(
-            f"nd,{head.letters}->nv", hidden_ND.astype(dtype), weight.astype(dtype), preferred_element_type=jnp.float32
+            f"nd,{head.letters}->nv", hidden_ND.astype(dtype), weight, preferred_element_type=jnp.float32
         )
         logits_NV *= head.multiplier
         ids_V = self._first_id(logits_NV.shape[1]) + jnp.arange(logits_NV.shape[1])
@@ -277,7 +281,8 @@ class _Plan:
         return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])[:, : self.length]
 
     def _whole_width(self, weight):
-        """The weight with its width gathered from all devices that split it."""
+        """The weight in the compute dtype, with its width gathered from all devices that split it."""
+        weight = weight.astype(self.head.dtype)
         if self.layout is None or not self.width:
             return weight
         return jax.lax.all_gather(weight, self.width, axis=self.head.axes.index("width"), tiled=True)

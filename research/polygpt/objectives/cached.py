@@ -1,16 +1,39 @@
 """Cached log-probabilities of other models (`data.scores`), as objectives read them from `Batch.extra`."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from polygpt.errors import SpecError
+from polygpt.objectives.base import Objective, require_hidden_targets
 from polygpt.sequence import INSIDE_SPAN, PREFERENCE, Batch, top_ids, top_log_p
 
 TOP = 4
 """Number of likely tokens in `with_top`."""
 REMAINDER = 0.1
 """The probability of all other tokens there."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CachedDistillation(Objective):
+    """Base of distillation from cached log-probabilities of a teacher, as `polygpt data score` writes them."""
+
+    scores: str = "teacher"
+    """Their name in `data.scores`."""
+    temperature: float = 1.0
+    """Divides what both models give."""
+
+    def validate(self):
+        self.require(self.temperature > 0, "temperature", "positive")
+
+    @property
+    def cached(self) -> tuple[str, ...]:
+        return (self.scores,)
+
+    def check_with(self, model, layout) -> None:
+        require_hidden_targets(model)
 
 
 def cached_log_p(batch: Batch, scores: str) -> jax.Array:

@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from polygpt.objectives.base import Objective, require_hidden_targets
-from polygpt.objectives.cached import cached_log_p, span_ends, with_log_p
+from polygpt.objectives.cached import CachedDistillation, cached_log_p, span_ends, with_log_p
 from polygpt.objectives.needs import Needs
 from polygpt.objectives.positions import log_probability, per_position
 from polygpt.sequence import Batch
@@ -17,23 +16,14 @@ CERTAIN = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
-class SpanDistillation(Objective):
+class SpanDistillation(CachedDistillation):
     """Divergence in nats between the probabilities that teacher and student give to spans of bytes, between the token
     boundaries that their tokenizers share: approximate likelihood matching, Minixhofer et al. (2503.20083), section 3.
     Those of the teacher are written by `polygpt data score`."""
 
-    scores: str = "teacher"
-    """Their name in `data.scores`."""
     temperature: float = 100.0
     """Divides both log-probabilities, without which long spans would have probabilities near 0, and multiplies the
     loss. For large ones the loss is half the square of the difference over the teacher's surprise."""
-
-    def validate(self):
-        self.require(self.temperature > 0, "temperature", "positive")
-
-    @property
-    def cached(self) -> tuple[str, ...]:
-        return (self.scores,)
 
     @property
     def needs(self) -> Needs:
@@ -41,9 +31,6 @@ class SpanDistillation(Objective):
             return with_log_p(batch, number_BT, self.scores, spans=True)
 
         return Needs(f"the scores {self.scores!r}", rows=rows)
-
-    def check_with(self, model, layout) -> None:
-        require_hidden_targets(model)
 
     def total(self, outputs, batch: Batch) -> jax.Array:
         ends_BT, inside_BT = span_ends(batch, self.scores)

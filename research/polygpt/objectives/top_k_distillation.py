@@ -7,21 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from polygpt.objectives.base import Objective, require_hidden_targets
-from polygpt.objectives.cached import cached_top, with_top
+from polygpt.objectives.cached import CachedDistillation, cached_top, with_top
 from polygpt.objectives.needs import Needs
 from polygpt.objectives.positions import per_position
 from polygpt.sequence import Batch
 
 
 @dataclasses.dataclass(frozen=True)
-class TopKDistillation(Objective):
+class TopKDistillation(CachedDistillation):
     """Kullback-Leibler divergence in nats of the student from the k most likely tokens of a teacher, as `polygpt data
     score --top` wrote them. Those alone are a biased teacher (Anshumann et al., 2503.16870), hence `remainder`. With
     all tokens it is `Distillation`."""
 
-    scores: str = "teacher"
-    """Their name in `data.scores`."""
     temperature: float = 1.0
     """Divides the logits of both models; the loss is multiplied by its square: Hinton et al. (1503.02531), section 2.
     """
@@ -30,14 +27,10 @@ class TopKDistillation(Objective):
     2503.16870). renormalised: the teacher's k probabilities are divided by their sum (Peng et al., 2410.16215)."""
 
     def validate(self):
-        self.require(self.temperature > 0, "temperature", "positive")
+        super().validate()
         # The softened probability of the other tokens cannot be computed from their sum.
         fits = self.temperature == 1 or self.remainder == "renormalised"
         self.require(fits, "remainder", "renormalised with a temperature other than 1")
-
-    @property
-    def cached(self) -> tuple[str, ...]:
-        return (self.scores,)
 
     @property
     def needs(self) -> Needs:
@@ -45,9 +38,6 @@ class TopKDistillation(Objective):
             return with_top(batch, number_BT, self.scores)
 
         return Needs(f"the scores {self.scores!r} with --top", rows=rows)
-
-    def check_with(self, model, layout) -> None:
-        require_hidden_targets(model)
 
     def total(self, outputs, batch: Batch) -> jax.Array:
         ids_BTk, log_p_BTk, known_BT = cached_top(batch, self.scores)

@@ -8,7 +8,7 @@ the sharding needs. Both are coarse. `Correction` applies the errors measured on
 import dataclasses
 from collections.abc import Mapping
 
-from polygpt.objectives.blocked import AUTOMATIC
+from polygpt.objectives.blocked import automatic
 from polygpt.scale.plan import links
 from polygpt.scale.plan.facts import DECODER, Facts, MeshFacts
 from polygpt.scale.plan.flops import remat
@@ -107,9 +107,7 @@ def predict(experiment: Experiment, known: Facts, target: Target, here: MeshFact
     logits = 4 * 3 * vocabulary  # bytes per position
     block = model.logits_block
     if block == "auto":
-        block = AUTOMATIC / vocabulary
-        saves = positions > block + model.decoder.width and layout.size("width") == 1
-        block = block if saves else None
+        block = automatic(positions, vocabulary, model.decoder.width, layout)
     head = logits * min(positions, block or positions)
     read = here.gathered + here.blocks[DECODER].matrices * (work.executions - work.blocks)  # parameters read per pass
     traffic += 3 * (own * 4 * (2 + known.optimizer)) + read * compute * 6 * parts + 2 * logits * positions * parts
