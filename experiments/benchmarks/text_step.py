@@ -1,17 +1,21 @@
-"""Training step of a small text GPT versus the same GPT in PyTorch eager mode, alternating in one process.
+"""Training step of a small text GPT versus the same GPT in PyTorch, alternating in one process.
 
     pip install torch==2.13.0        # a CPU build
     python experiments/benchmarks/text_step.py
+    python experiments/benchmarks/text_step.py --size small --vocabulary 50304 --compile
 
-6 blocks, width 384, 6 heads, T 256, batch 8, vocabulary 65, float32, AdamW with clipping. Both sides have LayerNorm,
-biases, tanh GELU, learned positions and a tied head, and use their library's fastest attention on a CPU: for PyTorch
-the fused `scaled_dot_product_attention`. The measured step is the one that `polygpt train` runs.
+Sizes: small is 4 blocks, width 128, T 64, batch 12; medium 6 blocks, width 384, T 256, batch 8; large 12 blocks, width
+768, T 256, batch 2. Float32, AdamW with clipping. All sides have LayerNorm, biases, tanh GELU, learned positions and a
+tied head, and use their library's fastest attention on a CPU: for PyTorch the fused `scaled_dot_product_attention`. The
+measured step is the one that `polygpt train` runs.
 
-Prints medians, quartiles, the ratio PyTorch / polygpt (above 1: polygpt is faster), and the large copies in the
+Prints medians, quartiles, the ratios PyTorch / polygpt (above 1: polygpt is faster), and the large copies in the
 compiled program.
 """
 
 import argparse
+import dataclasses
+import functools
 import json
 import os
 import re
@@ -19,7 +23,9 @@ import statistics
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
 from math import prod
+from typing import Any
 
 import jax
 import numpy as np
@@ -41,93 +47,129 @@ from polygpt.training.parallel import build
 from polygpt.training.state import create
 from polygpt.training.step import Recipe, make_step
 
-DEPTH, WIDTH, HEADS, T, ROWS, VOCABULARY = 6, 384, 6, 256, 8, 65
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """The shape of a model and of its batch."""
+
+    depth: int
+    width: int
+    heads: int
+    length: int
+    rows: int
 
 
-def text_batch() -> Batch:
+SIZES = {
+    "small": Size(depth=4, width=128, heads=4, length=64, rows=12),
+    "medium": Size(depth=6, width=384, heads=6, length=256, rows=8),
+    "large": Size(depth=12, width=768, heads=12, length=256, rows=2),
+}
+"""By name."""
+
+
+def text_batch(size: Size, vocabulary: int) -> Batch:
     """Random tokens in full rows."""
-    tokens = np.random.default_rng(0).integers(0, VOCABULARY, (ROWS, T + 1), dtype=np.int32)
-    zeros = np.zeros((ROWS, T), np.int32)
-    position = np.broadcast_to(np.arange(T, dtype=np.int32), (ROWS, T)).copy()
-    weight = np.ones((ROWS, T), np.float32)
+    B, T = size.rows, size.length
+    tokens = np.random.default_rng(0).integers(0, vocabulary, (B, T + 1), dtype=np.int32)
+    zeros = np.zeros((B, T), np.int32)
+    position = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T)).copy()
+    weight = np.ones((B, T), np.float32)
     return Batch(tokens[:, :-1], zeros.astype(np.int8), zeros, position, zeros + 1, zeros, tokens[:, 1:], weight, {})
 
 
-def polygpt_step():
-    """(a function that runs one step and returns its loss, the text of the compiled program)."""
+@dataclasses.dataclass
+class Ours:
+    """polygpt's side: call it for one step and its loss.
+
+    Attributes:
+        step: the jitted step, which donates the state.
+        state: the training state.
+        batch: on the device.
+    """
+
+    step: Callable
+    state: Any
+    batch: Batch
+
+    def __call__(self) -> float:
+        self.state, metrics = self.step(self.state, self.batch)
+        return float(metrics["loss"])
+
+    @functools.cached_property
+    def compiled(self) -> jax.stages.Compiled:
+        """The compiled step, to look at."""
+        return self.step.lower(self.state, self.batch).compile()
+
+
+def polygpt_step(size: Size, vocabulary: int) -> Ours:
+    """The step as `polygpt train` builds it."""
     decoder = DecoderSpec(
-        width=WIDTH,
-        depth=DEPTH,
-        attention=MultiHead(HEADS, bias=True),
+        width=size.width,
+        depth=size.depth,
+        attention=MultiHead(size.heads, bias=True),
         mlp=MLP(),
         norm=LayerNorm(),
-        position=Learned(T),
+        position=Learned(size.length),
         scan=False,
     )
-    model = bind(ModelSpec(decoder), VOCABULARY)
+    spec = ModelSpec(decoder)
+    model = bind(spec, vocabulary)
     optim = Optim(Constant(1e-3), AdamW())
     transformation = optim.build(model.traits, steps=1000)
-    loss = Loss(model, {"next_token": (NextToken(), 1.0)}, optim.trainable(model.traits))
+    objectives = {"next_token": (NextToken(), 1.0)}
+    loss = Loss(model, objectives, optim.trainable(model.traits), logits_block=spec.logits_block)
     recipe = Recipe(loss, transformation, optim.schedule.build(1000))
     parallel = build("single", model.axes())
-    batch = parallel.put(text_batch())
 
     def initial():
         return create(model, transformation, 0, ema=False)
 
-    state = parallel.create(initial)
-    step = parallel.compile(lambda **devices: make_step(recipe, **devices), initial).lower(state, batch).compile()
-
-    def run() -> float:
-        nonlocal state
-        state, metrics = step(state, batch)
-        return float(metrics["loss"])
-
-    return run, step.as_text()
+    step = parallel.compile(lambda **devices: make_step(recipe, **devices), initial)
+    return Ours(step, parallel.create(initial), parallel.put(text_batch(size, vocabulary)))
 
 
-def torch_step(threads: int):
-    """A function that runs one step and returns its loss."""
+def torch_step(size: Size, vocabulary: int, threads: int, compiled: bool = False) -> Callable[[], float]:
+    """A function that runs one step and returns its loss; `compiled` puts the model through `torch.compile`."""
     import torch
     from torch import nn
     from torch.nn import functional
 
     torch.set_num_threads(threads)
+    B, T, D, H = size.rows, size.length, size.width, size.heads
 
     class Block(nn.Module):
         def __init__(self):
             super().__init__()
-            self.attention_norm, self.mlp_norm = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-            self.qkv, self.output = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-            self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+            self.attention_norm, self.mlp_norm = nn.LayerNorm(D), nn.LayerNorm(D)
+            self.qkv, self.output = nn.Linear(D, 3 * D), nn.Linear(D, D)
+            self.up, self.down = nn.Linear(D, 4 * D), nn.Linear(4 * D, D)
 
         def forward(self, x):
-            heads = [
-                part.view(ROWS, T, HEADS, -1).transpose(1, 2) for part in self.qkv(self.attention_norm(x)).chunk(3, -1)
-            ]
+            heads = [part.view(B, T, H, -1).transpose(1, 2) for part in self.qkv(self.attention_norm(x)).chunk(3, -1)]
             y = functional.scaled_dot_product_attention(*heads, is_causal=True)
-            x = x + self.output(y.transpose(1, 2).reshape(ROWS, T, WIDTH))
+            x = x + self.output(y.transpose(1, 2).reshape(B, T, D))
             return x + self.down(functional.gelu(self.up(self.mlp_norm(x)), approximate="tanh"))
 
     class GPT(nn.Module):
         def __init__(self):
             super().__init__()
-            self.text, self.position = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(T, WIDTH)
-            self.blocks = nn.Sequential(*[Block() for _ in range(DEPTH)])
-            self.norm = nn.LayerNorm(WIDTH)
+            self.text, self.position = nn.Embedding(vocabulary, D), nn.Embedding(T, D)
+            self.blocks = nn.Sequential(*[Block() for _ in range(size.depth)])
+            self.norm = nn.LayerNorm(D)
 
         def forward(self, tokens):
             x = self.text(tokens) + self.position(torch.arange(T))
             return self.norm(self.blocks(x)) @ self.text.weight.T
 
     model = GPT()
+    forward = torch.compile(model) if compiled else model
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3, betas=(0.9, 0.95), weight_decay=0.1)
-    batch = text_batch()
+    batch = text_batch(size, vocabulary)
     tokens, target = torch.from_numpy(batch.tokens_BT.copy()).long(), torch.from_numpy(batch.target_BT.copy()).long()
 
     def run() -> float:
         optimizer.zero_grad(set_to_none=True)
-        loss = functional.cross_entropy(model(tokens).view(-1, VOCABULARY), target.view(-1))
+        loss = functional.cross_entropy(forward(tokens).view(-1, vocabulary), target.view(-1))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -142,39 +184,67 @@ def large_copies(program: str, elements: int) -> Counter:
     return Counter(shape for shape in found if prod(map(int, shape.split(","))) >= elements)
 
 
-def main() -> None:
-    """Runs the benchmark and prints its results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=15, help="steps of each side that are timed (default 15)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
-    arguments = parser.parse_args()
-
-    ours, program = polygpt_step()
-    sides = {"polygpt": ours, "torch": torch_step(os.cpu_count() or 1)}
-    seconds = {name: [] for name in sides}
-    for index in range(arguments.steps + 2):
+def alternate(sides: dict[str, Callable], steps: int) -> dict[str, list[float]]:
+    """Seconds of `steps` calls of each side, in turn, after two that warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for index in range(steps + 2):
         for name, run in sides.items():
             start = time.perf_counter()
             run()
-            if index >= 2:  # the first two runs warm up caches
+            if index >= 2:
                 seconds[name].append(time.perf_counter() - start)
-        print(f"\rstep {index + 1} of {arguments.steps + 2}", end="", file=sys.stderr, flush=True)
+        print(f"\rstep {index + 1} of {steps + 2}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
+    return seconds
 
-    median = {name: statistics.median(values) for name, values in seconds.items()}
-    ratio = median["torch"] / median["polygpt"]
-    weights, hidden = ROWS * HEADS * T * T, ROWS * T * 4 * WIDTH
-    copies = large_copies(program, min(weights, hidden))
-    if arguments.json:
-        print(
-            json.dumps({"median_seconds": median, "ratio": ratio, "large_copies": dict(copies), "jax": jax.__version__})
-        )
+
+def measure(size: str = "medium", vocabulary: int = 65, steps: int = 15, compiled: bool = False) -> dict[str, Any]:
+    """The figures of one size as JSON data; `compiled` adds `torch.compile` as a third side.
+
+    `seconds` has the first quartile, median and third quartile of each side, `ratio` the medians PyTorch / polygpt.
+    """
+    import torch
+
+    shape, threads = SIZES[size], os.cpu_count() or 1
+    ours = polygpt_step(shape, vocabulary)
+    sides: dict[str, Callable] = {"polygpt": ours, "torch": torch_step(shape, vocabulary, threads)}
+    if compiled:
+        sides["torch.compile"] = torch_step(shape, vocabulary, threads, compiled=True)
+    found = {name: statistics.quantiles(times, n=4) for name, times in alternate(sides, steps).items()}
+    weights = shape.rows * shape.heads * shape.length**2
+    hidden = shape.rows * shape.length * 4 * shape.width
+    return {
+        "size": size,
+        **dataclasses.asdict(shape),
+        "vocabulary": vocabulary,
+        "steps": steps,
+        "seconds": found,
+        "ratio": {name: times[1] / found["polygpt"][1] for name, times in found.items() if name != "polygpt"},
+        "large_copies": dict(large_copies(ours.compiled.as_text(), min(weights, hidden))),
+        "jax": jax.__version__,
+        "torch": torch.__version__,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the benchmark and prints its results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="medium", help="model and batch (default medium)")
+    parser.add_argument("--vocabulary", type=int, default=65, help="number of token ids (default 65)")
+    parser.add_argument("--compile", action="store_true", help="measure torch.compile too")
+    parser.add_argument("--steps", type=int, default=15, help="steps of each side that are timed (default 15)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    given = parser.parse_args(arguments)
+
+    found = measure(given.size, given.vocabulary, given.steps, given.compile)
+    if given.json:
+        print(json.dumps(found))
         return
-    for name, values in seconds.items():
-        low, _, high = statistics.quantiles(values, n=4)
-        print(f"{name:8} {median[name] * 1e3:7.0f} ms per step (quartiles {low * 1e3:.0f} to {high * 1e3:.0f})")
-    print(f"ratio    {ratio:7.3f}  torch / polygpt, of medians")
-    print(f"copies of arrays as large as attention weights or MLP activations: {dict(copies) or 'none'}")
+    for name, (low, median, high) in found["seconds"].items():
+        print(f"{name:13} {median * 1e3:7.1f} ms per step (quartiles {low * 1e3:.1f} to {high * 1e3:.1f})")
+    for name, ratio in found["ratio"].items():
+        print(f"ratio {ratio:7.3f}  {name} / polygpt, of medians")
+    print(f"copies of arrays as large as attention weights or MLP activations: {found['large_copies'] or 'none'}")
 
 
 if __name__ == "__main__":
