@@ -5,6 +5,8 @@
 # make coverage  the same under coverage, more slowly; fails below 90 % of lines
 # make mutation  changes sampled lines of the library, counts how many changes a test notices (tests/MUTATION.md), an hour
 #              (make mutation MUTATION="--folders optim --count 5": see python tests/mutation --help)
+# make bench   measures speed and memory, 25 minutes on two idle cores: experiments/benchmarks/RESULTS.md
+#              (make bench BENCH="text_step attention_layer" does some parts; make bench-gpu those for a GPU, 8 minutes)
 # make lint    ruff
 # make clean   remove the environment, caches and runs
 #
@@ -18,8 +20,9 @@ TESTS  ?= tests
 MARKED ?= not slow and not plans
 PYTEST ?= -n 2 --dist loadfile
 MUTATION ?= --table
+BENCH  ?=
 
-.PHONY: demo test coverage mutation lint clean
+.PHONY: demo test coverage mutation bench bench-gpu lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -35,6 +38,12 @@ coverage:
 
 mutation: $(VENV)/.installed-test
 	$(BIN)/python tests/mutation $(MUTATION)
+
+bench: $(VENV)/.installed-test
+	$(BIN)/python experiments/benchmarks $(BENCH)
+
+bench-gpu: $(VENV)/.installed-test
+	$(BIN)/python experiments/benchmarks --gpu
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

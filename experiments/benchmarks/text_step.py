@@ -5,12 +5,12 @@
     python experiments/benchmarks/text_step.py --size small --vocabulary 50304 --compile
 
 Sizes: small is 4 blocks, width 128, T 64, batch 12; medium 6 blocks, width 384, T 256, batch 8; large 12 blocks, width
-768, T 256, batch 2. Float32, AdamW with clipping. All sides have LayerNorm, biases, tanh GELU, learned positions and a
-tied head, and use their library's fastest attention on a CPU: for PyTorch the fused `scaled_dot_product_attention`. The
-measured step is the one that `polygpt train` runs.
+768, T 256, batch 2; tiny is for tests. Float32, AdamW with clipping. All sides have LayerNorm, biases, tanh GELU,
+learned positions and a tied head, and use their library's fastest attention on a CPU: for PyTorch the fused
+`scaled_dot_product_attention`. The measured step is the one that `polygpt train` runs.
 
-Prints medians, quartiles, the ratios PyTorch / polygpt (above 1: polygpt is faster), and the large copies in the
-compiled program.
+`make bench BENCH=text_step` measures small, medium and large with both vocabularies. Printed are medians, quartiles,
+the ratios PyTorch / polygpt (above 1: polygpt is faster), and the large copies in the compiled program.
 """
 
 import argparse
@@ -19,14 +19,12 @@ import functools
 import json
 import os
 import re
-import statistics
-import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
+import harness
 import jax
 import numpy as np
 
@@ -59,7 +57,10 @@ class Size:
     rows: int
 
 
+TITLE = "Training step of a text GPT"
+OURS = "polygpt"
 SIZES = {
+    "tiny": Size(depth=1, width=32, heads=2, length=32, rows=2),
     "small": Size(depth=4, width=128, heads=4, length=64, rows=12),
     "medium": Size(depth=6, width=384, heads=6, length=256, rows=8),
     "large": Size(depth=12, width=768, heads=12, length=256, rows=2),
@@ -184,50 +185,69 @@ def large_copies(program: str, elements: int) -> Counter:
     return Counter(shape for shape in found if prod(map(int, shape.split(","))) >= elements)
 
 
-def alternate(sides: dict[str, Callable], steps: int) -> dict[str, list[float]]:
-    """Seconds of `steps` calls of each side, in turn, after two that warm up."""
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for index in range(steps + 2):
-        for name, run in sides.items():
-            start = time.perf_counter()
-            run()
-            if index >= 2:
-                seconds[name].append(time.perf_counter() - start)
-        print(f"\rstep {index + 1} of {steps + 2}", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
-    return seconds
-
-
-def measure(size: str = "medium", vocabulary: int = 65, steps: int = 15, compiled: bool = False) -> dict[str, Any]:
-    """The figures of one size as JSON data; `compiled` adds `torch.compile` as a third side.
-
-    `seconds` has the first quartile, median and third quartile of each side, `ratio` the medians PyTorch / polygpt.
-    """
-    import torch
-
+def measure(
+    size: str = "medium",
+    vocabulary: int = 65,
+    steps: int = 15,
+    compiled: bool = False,
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """The figures of one size as JSON data; `compiled` adds `torch.compile` as a third side."""
+    harness.need("torch")
     shape, threads = SIZES[size], os.cpu_count() or 1
     ours = polygpt_step(shape, vocabulary)
-    sides: dict[str, Callable] = {"polygpt": ours, "torch": torch_step(shape, vocabulary, threads)}
+    sides: dict[str, Callable] = {OURS: ours, "torch": torch_step(shape, vocabulary, threads)}
     if compiled:
         sides["torch.compile"] = torch_step(shape, vocabulary, threads, compiled=True)
-    found = {name: statistics.quantiles(times, n=4) for name, times in alternate(sides, steps).items()}
+    seconds = harness.alternate(sides, steps, warmup=2, say=lambda text: say(f"{size}, V {vocabulary}: {text}"))
     weights = shape.rows * shape.heads * shape.length**2
     hidden = shape.rows * shape.length * 4 * shape.width
     return {
         "size": size,
         **dataclasses.asdict(shape),
         "vocabulary": vocabulary,
-        "steps": steps,
-        "seconds": found,
-        "ratio": {name: times[1] / found["polygpt"][1] for name, times in found.items() if name != "polygpt"},
+        "seconds": seconds,
+        "ratio": {name: harness.ratio(times, seconds[OURS]) for name, times in seconds.items() if name != OURS},
         "large_copies": dict(large_copies(ours.compiled.as_text(), min(weights, hidden))),
-        "jax": jax.__version__,
-        "torch": torch.__version__,
     }
 
 
+def run(quick: bool, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """The figures of each size and vocabulary."""
+    if quick:
+        return [measure("tiny", 65, 2, say=say)]
+    steps = {"small": 25, "medium": 9, "large": harness.REPEATS}
+    return [measure(size, V, steps[size], True, say) for size in steps for V in (65, 50_304)]
+
+
+def tables(result: list[dict[str, Any]]) -> str:
+    """A row per size and vocabulary."""
+    others = [name for name in result[0]["seconds"] if name != OURS]
+    rows = []
+    for one in result:
+        shape = "{depth} x {width}, T {length}, B {rows}, V {vocabulary:,}".format(**one)
+        cells = [harness.with_quartiles(one["seconds"][name], 1e3) for name in (OURS, *others)]
+        rows.append([shape, *cells, *(harness.with_quartiles(one["ratio"][name]) for name in others)])
+    columns = ["model", *(f"{name}, ms" for name in (OURS, *others)), *(f"{name} / {OURS}" for name in others)]
+    copies = sum(count for one in result for count in one["large_copies"].values())
+    return (
+        harness.table(columns, rows)
+        + f"\n\nCopies of arrays as large as attention weights or MLP activations: {copies}."
+    )
+
+
+def figures(result: list[dict[str, Any]]) -> dict[str, str]:
+    """The ratios by size and side, over all vocabularies."""
+    found = {}
+    for one in result:
+        V = "k" if one["vocabulary"] > 1000 else ""
+        for name, ratio in one["ratio"].items():
+            found[f"{one['size']}{V}_{name.split('.')[-1]}"] = f"{ratio['median']:.2f}"
+    return found
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the benchmark and prints its results."""
+    """Runs the benchmark for one size and prints its results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="medium", help="model and batch (default medium)")
     parser.add_argument("--vocabulary", type=int, default=65, help="number of token ids (default 65)")
@@ -235,16 +255,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=15, help="steps of each side that are timed (default 15)")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     given = parser.parse_args(arguments)
-
-    found = measure(given.size, given.vocabulary, given.steps, given.compile)
-    if given.json:
-        print(json.dumps(found))
-        return
-    for name, (low, median, high) in found["seconds"].items():
-        print(f"{name:13} {median * 1e3:7.1f} ms per step (quartiles {low * 1e3:.1f} to {high * 1e3:.1f})")
-    for name, ratio in found["ratio"].items():
-        print(f"ratio {ratio:7.3f}  {name} / polygpt, of medians")
-    print(f"copies of arrays as large as attention weights or MLP activations: {found['large_copies'] or 'none'}")
+    found = measure(given.size, given.vocabulary, given.steps, given.compile, harness.progress("text_step"))
+    print(json.dumps(found) if given.json else tables([found]))
 
 
 if __name__ == "__main__":
