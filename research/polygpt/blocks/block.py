@@ -53,6 +53,9 @@ class BlockSpec(Spec):
     """Number of residual branches."""
     reads_source: ClassVar[bool] = False
     """Whether it attends to the output of an encoder, `Context.source`."""
+    in_order: ClassVar[bool] = True
+    """Whether it reads neighbouring positions in its input itself, besides its attention and its feed-forward layer. A
+    class that defines `build` declares it again."""
 
     def build(self, parts: Parts, rngs: nnx.Rngs) -> nnx.Module:
         """The module of one block."""
@@ -90,6 +93,7 @@ class Sequential(BlockSpec):
     """Attention, then the feed-forward layer, with the stack's `norm_placement`."""
 
     norm_placements = ("pre", "post")
+    in_order = False
 
     def build(self, parts: Parts, rngs: nnx.Rngs) -> "Block":
         return Block(parts, rngs)

@@ -10,6 +10,7 @@ from flax import nnx
 from polygpt.attention.contract import Attention, Context, Dims
 from polygpt.attention.masks import SameSegment
 from polygpt.attention.multi_head import MultiHead, MultiHeadModule
+from polygpt.attention.zigzag import needs_order
 from polygpt.blocks.block import Block, BlockSpec, Parts
 from polygpt.errors import SpecError
 from polygpt.nn.losses import Losses
@@ -46,6 +47,11 @@ class CrossSequential(BlockSpec):
         self.require(isinstance(attention, MultiHead), "cross", given)
         same = {name: getattr(attention, name) for name in hints(MultiHead)}
         return MultiHead(**same | {"scores": (), "position": None})
+
+    @property
+    def in_order(self) -> bool:
+        """Whether its cross-attention reads neighbours."""
+        return self.cross is not None and needs_order(self.cross)
 
     def build(self, parts: Parts, rngs: nnx.Rngs) -> "CrossBlock":
         return CrossBlock(self.cross_of(parts.attention), parts, rngs)
