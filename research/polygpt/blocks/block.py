@@ -1,6 +1,7 @@
 """The transformer block: attention and a feed-forward layer as residual branches. How they are joined is a spec."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -68,6 +69,10 @@ class BlockSpec(Spec):
     def score_flops(self, attention: Attention, width: int, keys: float) -> float:
         """As `Attention.score_flops`, for all attention of the block."""
         return attention.score_flops(width, keys)
+
+    def kinds_of_weights(self, attention: Attention) -> Mapping[str, slice]:
+        """Which heads of the module's `weights` are of which kind of attention, by name."""
+        return {"self-attention": slice(None)}
 
     def mup_scaled(self, width: int, base: "BlockSpec", base_width: int) -> "BlockSpec":
         """This form with attention of its own scaled by muP: see `Attention.mup_scaled`."""

@@ -1,6 +1,7 @@
 """The block of a decoder that attends to an encoder: self-attention, cross-attention, feed-forward layer."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -63,6 +64,10 @@ class CrossSequential(BlockSpec):
     def score_flops(self, attention: Attention, width: int, keys: float) -> float:
         """Counts as many keys in the source as in the block's own stack."""
         return attention.score_flops(width, keys) + self.cross_of(attention).score_flops(width, keys)
+
+    def kinds_of_weights(self, attention: Attention) -> Mapping[str, slice]:
+        heads = self.cross_of(attention).heads
+        return {"cross-attention": slice(-heads, None), "self-attention": slice(-heads)}
 
     def mup_scaled(self, width: int, base: BlockSpec, base_width: int) -> BlockSpec:
         return self.replace(cross=self.cross and self.cross.mup_scaled(width, base.cross, base_width))

@@ -98,7 +98,7 @@ def flops(experiment: Experiment, vocabulary: int) -> Flops:
         if not part.flops:
             continue
         if part.unit == "item":
-            items = rows * model.adapters[part.name.partition("/")[2]].items
+            items = rows * model.adapters[part.name.rpartition("/")[2]].items
             lines.append(Line(part.name, part.flops, "item", items))
         elif part.name in model.stacks():
             attention = scores(model.stacks()[part.name], seq_len)
@@ -143,7 +143,7 @@ def remat(flops: Flops, model: ModelSpec) -> Flops:
         if kind:
             remat = model.stacks()[stack].remat
             return float(remat == "full" or kind == "attention" and remat == "dots")
-        adapter = model.adapters.get(name.partition("/")[2])
+        adapter = model.adapters.get(name.rpartition("/")[2])
         return float(getattr(getattr(adapter, "tower", None), "remat", "none") == "full")
 
     lines = (dataclasses.replace(line, again=again(line.name)) for line in flops.lines)
