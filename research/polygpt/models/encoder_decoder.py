@@ -37,11 +37,11 @@ class EncoderDecoder(ModelSpec):
 
     BART and Marian have `norm_placement="post"`, `LayerNorm`, `Learned` positions and biases.
 
-    Both stacks compute all T positions of a row, masked to their own, so that one compiled program reads every mixture of
-    prompts and answers. Where prompts take a share s of the positions, T s of the encoder and T (1 - s) of the decoder
-    would do: about half of the FLOPs, whatever s, if the stacks cost the same. Saving them takes rows of two lengths,
-    packed to fit both. In the first call of a generation, the decoder's cache has slots for the whole prompt, and those
-    of its source stay unused.
+    Both stacks compute all T positions of a row, masked to their own, so that one compiled program reads every mixture
+    of prompts and answers. Where prompts take a share s of the positions, T s of the encoder and T (1 - s) of the
+    decoder would do: about half of the FLOPs, whatever s, if the stacks cost the same. Saving them takes rows of two
+    lengths, packed to fit both. In the first call of a generation, the decoder's cache has slots for the whole prompt,
+    and those of its source stay unused.
     """
 
     decoder: DecoderSpec = DecoderSpec(block=CrossSequential())
