@@ -10,7 +10,7 @@ import rendering
 
 FILES = {path.stem: path for path in rendering.FOLDER.glob("*.py")}
 BENCHMARKS = sorted(name for name, path in FILES.items() if "\ndef run(quick" in path.read_text())
-SLOW: set[str] = set()
+SLOW = {"attention_layer", "compile_depth", "multimodal_step", "startup"}
 """Those that take more than a few seconds at toy size."""
 
 

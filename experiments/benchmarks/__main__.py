@@ -34,6 +34,8 @@ def main() -> int:
     given = parser.parse_args()
     if unknown := [name for name in given.names if name not in (*rendering.PARTS, rendering.GPU)]:
         parser.error(f"no benchmark {unknown[0]}: name some of {', '.join(rendering.PARTS)}")
+    if not given.gpu and rendering.GPU not in given.names:
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
     if given.into:
         given.into.write_text(json.dumps(one(given.names[0], given.quick)))
         return 0

@@ -9,7 +9,6 @@ import pytest
 
 import made_up_report
 from polygpt.files import plain
-from polygpt.models.multimodal import ModelSpec
 from polygpt.report import finish, gather
 from polygpt.training.loggers import JsonLines
 
@@ -97,7 +96,7 @@ def run(folder, monkeypatch):
     """A run of which only the folder is real."""
     monkeypatch.setattr(gather.samples, "gather", lambda run: ({}, ()))
     monkeypatch.setattr(gather.spec, "to_json", lambda experiment: {})
-    model = SimpleNamespace(spec=ModelSpec())
+    model = SimpleNamespace(spec=SimpleNamespace(adapters={}))
     layout, train = SimpleNamespace(layout=None), SimpleNamespace(steps=30)
     evaluation = SimpleNamespace(measures=lambda: made_up_report.content().measures, tasks={})
     experiment = SimpleNamespace(name="made", train=train, data=layout, evaluation=evaluation)

@@ -23,7 +23,6 @@ class TalkingHeads(MultiHead):
     """
 
     paper = "2003.02436"
-    in_order = MultiHead.in_order
 
     def validate(self):
         super().validate()
