@@ -21,7 +21,8 @@ def attention(rng, layers: int, words: int, positions: int, total: float) -> np.
 def picture(rng, number: int, words: int) -> Item:
     digits = load_digits()
     pixels = np.repeat(digits.images[number][..., None] / 16, 3, axis=-1)
-    return Item("image", media.png(pixels), (8, 8), (2, 2), attention_LWP=attention(rng, 3, words, 4, 0.4))
+    seen = {"self-attention": attention(rng, 3, words, 4, 0.4)}
+    return Item("image", media.png(pixels), (8, 8), (2, 2), attention=seen)
 
 
 def recording(rng, words: int) -> Item:
@@ -38,7 +39,7 @@ def recording(rng, words: int) -> Item:
         (1, 12),
         media.wav(samples, RATE),
         seconds,
-        attention(rng, 3, words, 12, 0.3),
+        {"self-attention": attention(rng, 3, words, 12, 0.3)},
     )
 
 

@@ -87,6 +87,11 @@ class MeshSpec(Spec):
     context: Literal["gather", "ring"] = "gather"
     """Attention across sequence-parallel devices: all-gather keys and values, which is faster, or pass them around a
     ring, which needs less memory (Ring Attention, 2310.01889)."""
+    order: Literal["auto", "contiguous", "zigzag"] = "auto"
+    """Which positions of a row a sequence-parallel device holds in the decoder's blocks: successive ones, or in zigzag
+    order chunks i and 2 n - 1 - i of 2 n, so that all devices have the same share of causal attention (2407.21783,
+    section 3.3.2). auto: zigzag for rows of at least 512 positions in which a block sees all earlier ones, unless a
+    block needs the order of the row."""
     microbatches: int | None = None
     """Number of pipeline microbatches per batch; null for the number of stages. More microbatches shrink the bubble."""
     repeats: int = 1
@@ -163,10 +168,12 @@ class MeshLayout:
     Attributes:
         mesh: the devices along `AXES`.
         spec: the specification.
+        zigzag: whether the positions of the arrays being traced are in zigzag order (`attention/zigzag.py`).
     """
 
     mesh: Mesh
     spec: MeshSpec = MeshSpec()
+    zigzag: bool = False
 
     def names(self, logical: str) -> tuple[str, ...]:
         """The mesh axes with more than one device that split this logical axis."""

@@ -78,6 +78,11 @@ def test_a_check_of_the_data_finds_scores_that_are_not_theirs(polygpt, trained, 
     assert code == 2 and "data check: the scores of 1 example cannot be used" in err
     (fault,) = json.loads(out)["scores"]
     assert records.name in fault and fault in err
+    phase = {"class": "polygpt.training.phase:Phase", "start": 1}
+    later = [phase | {"changes": {"optim.schedule.peak_lr": 1e-3}}, phase | {"start": 2}]
+    later[1]["changes"] = {"data.scores": {"teacher": str(tmp_path)}}
+    code, out, err = polygpt(*words, "--train.phases", json.dumps(later))
+    assert code == 2 and json.loads(out)["scores"] == [fault], "a later phase reads other scores"
 
 
 def test_damaged_and_foreign_scores_stop_training_with_one_line(polygpt, trained, folder, tmp_path):

@@ -135,6 +135,14 @@ def test_a_task_of_labels_alone_has_no_loss():
         select_metric({"words": found}, "loss")
 
 
+def test_a_decoder_that_sees_its_targets_has_no_loss(monkeypatch):
+    expected = {name: value for name, value in results().items() if name == "n" or name.startswith(("kind", "vowel"))}
+    seeing = Counts.spec.replace(decoder=Counts.spec.decoder.replace(mask="bidirectional"))
+    monkeypatch.setattr(Counts, "spec", seeing)
+    monkeypatch.setattr(Counts, "token_scores", None)
+    assert results() == expected
+
+
 def test_a_label_that_no_example_has_is_an_error():
     layout = LAYOUT.replace(labels={**LAYOUT.labels, "rare": Label()})
     spec = EvaluationSpec({"words": EvalTask(Words(), heads=(LabelError("kind", "rare"),))})

@@ -8,6 +8,7 @@ import pytest
 
 from polygpt.data.packing import collate
 from polygpt.evaluation.likelihood import Likelihoods, score, summary, token_scores
+from polygpt.models.multimodal import ModelSpec
 from polygpt.objectives.base import scores_and_best
 from polygpt.sequence import NAMED_ARRAYS
 
@@ -16,6 +17,8 @@ V, T = 11, 9
 
 class Table:
     """A bigram model: the logits of a position are the row of its token."""
+
+    spec = ModelSpec()
 
     def apply(self, params, batch, key=None):
         return types.SimpleNamespace(logits_BTV=params[batch.tokens_BT])

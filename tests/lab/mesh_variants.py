@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import jax.numpy as jnp
+
 from polygpt import sharding
 from polygpt.api import MultiHead
 from polygpt.attention.multi_head import MultiHeadModule
@@ -24,3 +26,18 @@ class HalvesWhereSplitModule(MultiHeadModule):
     def mixed(self, y_BHTe, lse_BHT, x_BTD, context):
         factor = 1 + self.spec.by if sharding.is_split(self.spec.axis) else 1.0
         return super().mixed(y_BHTe * factor, lse_BHT, x_BTD, context)
+
+
+@dataclasses.dataclass(frozen=True)
+class ShiftedValues(MultiHead):
+    """The value of a position is that of its neighbour in the array, though it says that it needs no order."""
+
+    in_order = False
+
+    def build(self, dims, rngs):
+        return ShiftedValuesModule(self, dims, rngs)
+
+
+class ShiftedValuesModule(MultiHeadModule):
+    def values(self, x_BTD, context):
+        return super().values(jnp.pad(x_BTD, ((0, 0), (1, 0), (0, 0)))[:, :-1], context)

@@ -23,6 +23,12 @@ def test_what_is_wrong_where_an_axis_is_split_is_found(axis, word):
 
 
 @pytest.mark.slow
+def test_a_variant_that_reads_neighbours_and_denies_it_is_found():
+    (found,) = lab.check(load_class(f"{OWN}:ShiftedValues")(), chosen=[lab.MESH])[1]
+    assert found.passed is False and "sequence" in found.note and "ring" not in found.note
+
+
+@pytest.mark.slow
 def test_rounding_is_not_blamed():
     assert checked(by=1e-5).passed
 

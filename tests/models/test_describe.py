@@ -11,6 +11,7 @@ from polygpt.models.describe import describe
 from polygpt.models.functional import bind
 from polygpt.models.low_rank import LowRank
 from polygpt.models.multimodal import ModelSpec
+from polygpt.models.prefix import PrefixTuning
 from polygpt.models.presets import PRESETS, preset
 from polygpt.nn.mlp import MLP
 from polygpt.nn.norms import LayerNorm
@@ -97,11 +98,35 @@ def test_flops_of_a_text_token(tied, kv_heads):
     assert describe(spec, V, T).flops_per_token == expected
 
 
-def test_low_rank_updates_add_parameters_and_leave_the_flops_of_the_model():
-    spec, low_rank = tiny(tied=False), LowRank("decoder/.*query", rank=2)
+def test_low_rank_updates_cost_what_training_computes():
+    """Two thin matrices for each position of a linear map; others are merged once a pass."""
+    spec, r, w, D = tiny(tied=False), 2, 8, 16
+    parts = ("decoder/.*query", "adapters/image/(patch|tower)", "adapters/audio/connector/output")
+    low_rank = LowRank("|".join(f"{part}.*kernel" for part in parts), rank=r)
     whole, tuned = (describe(made, 31, 16) for made in (spec, spec.replace(low_rank=low_rank)))
-    assert tuned.parts[:-1] == whole.parts and tuned.flops_per_token == whole.flops_per_token > 0
-    assert tuned.parameters - whole.parameters == tuned.parts[-1].parameters == 2 * 2 * (16 + 16)
+    added = {part.name: part for part in tuned.parts[len(whole.parts) :]}
+    assert tuned.parts[: len(whole.parts)] == whole.parts
+    assert tuned.parameters - whole.parameters == sum(part.parameters for part in added.values())
+    assert added["low_rank"].flops == 2 * added["low_rank"].parameters == 2 * 2 * r * (D + D)
+    assert tuned.flops_per_token - whole.flops_per_token == 3 * added["low_rank"].flops
+    block = 4 * (w + w) + 2 * (w + 4 * w)
+    assert added["low_rank/adapters/image"].flops == 2 * 4 * r * (16 + w + block)
+    assert added["low_rank/adapters/audio"].flops == 2 * 4 * r * (D + D)
+    table = describe(spec.replace(low_rank=LowRank("head/kernel|experts", rank=r)), 31, 16).parts[-1]
+    assert (table.name, table.flops) == ("low_rank", 2 * r * (D + 31))
+
+
+def test_prefixes_cost_their_scores_and_values():
+    spec, P = tiny(), 3
+    whole, tuned = (
+        describe(made, 31, 16) for made in (spec, spec.replace(prefix=PrefixTuning(length=P, pattern="attention")))
+    )
+    added = {part.name: part.flops for part in tuned.parts[len(whole.parts) :]}
+    assert added == {
+        "prefix": 2 * 4 * P * 16,
+        "prefix/adapters/image": 4 * 4 * P * 8,
+        "prefix/adapters/audio": 8 * 4 * P * 8,
+    }
 
 
 def test_flops_of_media_items():

@@ -38,16 +38,22 @@ def quick():
 
 def test_values_and_gradients_are_those_of_one_device(quick):
     """Packed rows with spans and padding, rows of padding, masks, terms, few key heads, a decode step."""
-    assert len(quick["compared"]) == 9 and "sequence 4, tensor 2, ring, reference: spans" in quick["compared"]
+    assert len(quick["compared"]) == 12 and "sequence 4, tensor 2, ring, reference: spans" in quick["compared"]
 
 
 def test_a_ring_refuses_terms_of_pairs(quick):
     assert "pair terms" in quick["refused"] and "train.mesh.context" in quick["refused"]
 
 
+def test_rows_are_brought_into_zigzag_order_and_back(quick):
+    assert quick["exchanged"] == [8, 4]
+    in_order, in_zigzag = quick["decoder"]
+    assert in_order == 0 and in_zigzag >= 4  # of even and odd chunks, to their devices and back
+
+
 @pytest.mark.slow
 def test_they_are_with_every_mesh_mask_and_backend():
-    assert len(run("attention_on_eight_devices.py", "slow")["compared"]) == 106
+    assert len(run("attention_on_eight_devices.py", "slow")["compared"]) == 128
 
 
 @pytest.mark.slow

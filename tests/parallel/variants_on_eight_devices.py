@@ -1,9 +1,12 @@
 """Every attention variant of the package on one device and on eight, with rows, positions and heads split.
 
+Positions are in zigzag order for those that do not need the order of the row.
+
 Prints, as JSON, the names of those whose outputs and gradients agree. Run as a process of its own: the number of
 devices is set once a process.
 """
 
+import dataclasses
 import json
 import sys
 
@@ -16,6 +19,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 from polygpt import sharding  # noqa: E402
+from polygpt.attention import zigzag  # noqa: E402
 from polygpt.attention.contract import Context, Dims  # noqa: E402
 from polygpt.attention.masks import DECODER  # noqa: E402
 from polygpt.attention.meta import Meta  # noqa: E402
@@ -55,20 +59,28 @@ def compared(cls, context_name: str) -> float:
     state = jax.tree.map(lambda x: x + jnp.float32(rng.normal(0, 0.3, x.shape)), state)
     x_BTD, y_BTD = (jnp.float32(rng.normal(size=(2, T, WIDTH))) for _ in range(2))
     layout = sharding.make_layout(sharding.MeshSpec(data=2, sequence=2, tensor=2, context=context_name), jax.devices())
+    given = x_BTD, y_BTD, context()
+    moved = given if zigzag.needs_order(spec) else jax.tree.map(lambda x: zigzag.reordered(x, 2), given)
+    layout = dataclasses.replace(layout, zigzag=moved is not given)
 
-    def total(state, x_BTD, context):
+    def total(state, x_BTD, y_BTD, context):
         got_BTD, _ = nnx.merge(graphdef, state)(sharding.constrain(x_BTD, *sharding.RESIDUAL), context)
         return jnp.sum(got_BTD * y_BTD), got_BTD
 
-    def answers(layout):
+    def answers(layout, given):
         with sharding.use_layout(layout):
-            return jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True))(state, x_BTD, context())
+            (of_state, of_x_BTD), got_BTD = jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True))(state, *given)
+        return of_state, of_x_BTD, got_BTD
+
+    alone, of_x_BTD, got_BTD = answers(None, given)
+    if layout.zigzag:
+        of_x_BTD, got_BTD = (zigzag.reordered(x, 2) for x in (of_x_BTD, got_BTD))
 
     def difference(a, b):
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         return np.max(np.abs(a - b), initial=0) / max(np.max(np.abs(a), initial=0), 1e-3)
 
-    pairs = zip(jax.tree.leaves(answers(None)), jax.tree.leaves(answers(layout)), strict=True)
+    pairs = zip(jax.tree.leaves((alone, of_x_BTD, got_BTD)), jax.tree.leaves(answers(layout, moved)), strict=True)
     return max(difference(a, b) for a, b in pairs)
 
 

@@ -9,6 +9,7 @@ import pytest
 
 import made_up_report
 from polygpt.files import plain
+from polygpt.models.multimodal import ModelSpec
 from polygpt.report import finish, gather
 from polygpt.training.loggers import JsonLines
 
@@ -96,7 +97,7 @@ def run(folder, monkeypatch):
     """A run of which only the folder is real."""
     monkeypatch.setattr(gather.samples, "gather", lambda run: ({}, ()))
     monkeypatch.setattr(gather.spec, "to_json", lambda experiment: {})
-    model = SimpleNamespace(spec=SimpleNamespace(adapters={}))
+    model = SimpleNamespace(spec=ModelSpec())
     layout, train = SimpleNamespace(layout=None), SimpleNamespace(steps=30)
     evaluation = SimpleNamespace(measures=lambda: made_up_report.content().measures, tasks={})
     experiment = SimpleNamespace(name="made", train=train, data=layout, evaluation=evaluation)

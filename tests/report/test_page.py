@@ -104,7 +104,7 @@ def test_results_are_rows_of_tasks_and_named_columns():
 def test_attention_is_written_for_every_layer_and_word():
     rng = np.random.default_rng(0)
     weights = rng.random((2, 3, 4)).astype(np.float32) / 10
-    item = Item("image", made_up_report.picture(rng, 0, 3).png, (8, 8), (2, 2), attention_LWP=weights)
+    item = Item("image", made_up_report.picture(rng, 0, 3).png, (8, 8), (2, 2), attention={"self-attention": weights})
     page = render(Content("x", samples={"t": (Sample((item,), (Word("a"), Word("b"), Word("c")), "", None, ""),)}))
     data = json.loads(html.unescape(re.search(r'data-attention="(.*?)"', page).group(1)))
     rows = np.concatenate([weights.mean(axis=0, keepdims=True), weights])  # the mean of the layers comes first
@@ -119,11 +119,27 @@ def test_a_layer_without_weights_is_left_out_and_the_others_keep_their_numbers()
     rng = np.random.default_rng(0)
     weights = rng.random((3, 1, 4)).astype(np.float32) / 10
     weights[1] = np.nan
-    item = Item("image", made_up_report.picture(rng, 0, 1).png, (8, 8), (2, 2), attention_LWP=weights)
+    item = Item("image", made_up_report.picture(rng, 0, 1).png, (8, 8), (2, 2), attention={"self-attention": weights})
     page = render(Content("x", samples={"t": (Sample((item,), (Word("a"),), "", None, ""),)}))
-    assert re.findall(r'<option value="(\d)">layer (\d)</option>', page) == [("0", "1"), ("2", "3")]
+    maps = re.findall(r'<option value="(\d)">([^<]*)</option>', page)
+    assert maps == [("0", "all layers"), ("1", "layer 1"), ("3", "layer 3")]
     data = json.loads(html.unescape(re.search(r'data-attention="(.*?)"', page).group(1)))
     shares = [weights[[0, 2]].mean(axis=0).sum(), weights[0].sum(), 0, weights[2].sum()]
+    np.testing.assert_allclose(np.ravel(data["share"]), shares, atol=1e-4)
+
+
+def test_kinds_of_attention_are_shown_apart():
+    rng = np.random.default_rng(0)
+    cross, own = (rng.random((2, 1, 4)).astype(np.float32) / 10 for _ in range(2))
+    own[1] = np.nan
+    kinds = {"cross-attention": cross, "self-attention": own}
+    item = Item("image", made_up_report.picture(rng, 0, 1).png, (8, 8), (2, 2), attention=kinds)
+    page = render(Content("x", samples={"t": (Sample((item,), (Word("a"),), "", None, ""),)}))
+    maps = dict(re.findall(r'<option value="(\d)">([^<]*)</option>', page))
+    names = ["cross-attention, all layers", "cross-attention, layer 1", "cross-attention, layer 2"]
+    assert list(maps.values()) == [*names, "self-attention, all layers", "self-attention, layer 1"]
+    data = json.loads(html.unescape(re.search(r'data-attention="(.*?)"', page).group(1)))
+    shares = [cross.mean(axis=0).sum(), *cross.sum(axis=(1, 2)), own[0].sum(), own[0].sum(), 0]
     np.testing.assert_allclose(np.ravel(data["share"]), shares, atol=1e-4)
 
 

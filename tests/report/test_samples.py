@@ -16,6 +16,7 @@ from polygpt.adapters.audio import AudioAdapter
 from polygpt.adapters.image import ImageAdapter
 from polygpt.attention.contract import Attention
 from polygpt.attention.multi_head import MultiHead
+from polygpt.blocks.cross import CrossSequential
 from polygpt.blocks.stack import StackSpec
 from polygpt.data.example import Example, Medium, Text
 from polygpt.data.layout import LayoutSpec, lay_out
@@ -29,6 +30,7 @@ from polygpt.evaluation.spec import EvalTask, EvaluationSpec
 from polygpt.generation.generate import Generated
 from polygpt.generation.sampling import Sampling
 from polygpt.models.decoder import DecoderSpec
+from polygpt.models.encoder_decoder import EncoderDecoder
 from polygpt.models.functional import bind
 from polygpt.models.multimodal import ModelSpec
 from polygpt.report import samples
@@ -122,7 +124,8 @@ def test_samples_of_every_task_with_their_media(run):
         assert sample.prompt[0].grid == (2, 2) and sample.prompt[0].size == (8, 8)
         if sample.words:
             filled = run.model.spec.adapters["audio"].length(audio.size[0])
-            assert audio.grid == (1, filled) and audio.attention_LWP.shape == (2, len(sample.words), filled)
+            (seen_LWP,) = audio.attention.values()
+            assert audio.grid == (1, filled) and seen_LWP.shape == (2, len(sample.words), filled)
     again, _ = samples.gather(run, per_task=4)
     assert [s.place for s in again["sums"]] == [s.place for s in found["sums"]]
 
@@ -147,7 +150,7 @@ def test_attention_is_the_models_own_toward_each_item(run):
     weights = jax.jit(run.model.attention)(run.params, batch)
     weights_LTT = np.stack([weights[layer][0].mean(axis=0) for layer in range(2)])
     attend, notes = samples._attention(run)
-    found = attend(example, answer)
+    found = attend(example, answer)["self-attention"]
     assert not notes
     assert set(found) == {("image", 0), ("image", 1), ("audio", 0)}
     end = int((row.segment > 0).sum())  # ... ? nine_ab<eos>: the tokens are predicted one position before they stand
@@ -158,6 +161,26 @@ def test_attention_is_the_models_own_toward_each_item(run):
         expected = weights_LTT[:, list(rows)][:, :, keys].mean(axis=1)
         np.testing.assert_allclose(found["image", 1][:, w], expected, rtol=1e-5)
     assert sum(found[item].sum(axis=-1).max() for item in found) < 1
+
+
+def test_an_encoder_decoder_has_a_map_of_each_kind_of_attention(run):
+    """Its decoder reads media through cross-attention alone, whose weights no other heads thin out."""
+    decoder = DecoderSpec(width=16, depth=1, attention=MultiHead(heads=2), block=CrossSequential(MultiHead(heads=4)))
+    model = bind(EncoderDecoder(decoder, run.model.spec.adapters), 258)
+    layout = LayoutSpec(seq_len=160, prompt_span="bidirectional")
+    experiment = SimpleNamespace(data=SimpleNamespace(layout=layout), evaluation=run.experiment.evaluation)
+    written = {"experiment": experiment, "model": model, "params": lively(model)}
+    example = samples.choose(Sums().open(), run, 1)[0]
+    attend, notes = samples._attention(SimpleNamespace(**vars(run) | written))
+    found = attend(example, "nine ab")
+    assert not notes and list(found) == ["cross-attention", "self-attention"]
+    row = lay_out(Example((*example.prompt, Text("nine ab")), "x"), layout, run.tokenizer, model.spec.adapters)
+    batch = collate([row], layout.seq_len, model.spec.adapters)
+    query = int((row.segment > 0).sum()) - 1 - len("ab")
+    weights_HT = model.attention(written["params"], batch)[0][0, 2:, [query - 1, query]].mean(axis=0)
+    keys = np.flatnonzero((row.modality == 1) & (row.slot < model.positions["image"]))
+    np.testing.assert_allclose(found["cross-attention"]["image", 0][0, 1], weights_HT.mean(axis=0)[keys], rtol=1e-5)
+    assert all(np.all(weights_LWP == 0) for weights_LWP in found["self-attention"].values())
 
 
 def test_tokens_belong_to_the_word_that_they_end_in(run):
@@ -175,7 +198,7 @@ def test_words_are_right_where_the_truth_has_them():
 def test_a_model_too_large_or_without_weights_has_no_maps(run, monkeypatch):
     monkeypatch.setattr(samples, "LARGEST", 1000)
     found, notes = samples.gather(run, per_task=1)
-    assert "GiB" in notes[0] and found["sums"][0].prompt[0].attention_LWP is None
+    assert "GiB" in notes[0] and found["sums"][0].prompt[0].attention == {}
     monkeypatch.undo()
 
     decoder, rest = run.model.spec.decoder, {name: value for name, value in vars(run).items() if name != "model"}

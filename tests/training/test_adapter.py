@@ -1,5 +1,6 @@
 """Adapters in files of their own: with their base they are the run that trained them, and nothing else is accepted."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -11,6 +12,7 @@ from tiny_experiment import experiment
 
 from polygpt.api import save_adapter
 from polygpt.cli.main import main
+from polygpt.data.transforms.fill_in_the_middle import FillInTheMiddle
 from polygpt.errors import UserError
 from polygpt.files import plain
 from polygpt.init.from_run import FromRun
@@ -20,6 +22,7 @@ from polygpt.models.prefix import PrefixTuning
 from polygpt.overrides import override
 from polygpt.parameters import paths
 from polygpt.report.finish import evaluate_run
+from polygpt.spec import to_json
 from polygpt.training.loggers import Silent
 from polygpt.training.loop import train
 from polygpt.training.program import assemble
@@ -151,6 +154,44 @@ def test_another_base_is_refused(runs, capsys):
     assert "name the run and the checkpoint that it started from" in err
 
 
+@pytest.mark.parametrize("other", ["merged elsewhere", "merged from other matrices"])
+def test_a_base_is_known_by_what_it_was_merged_from(runs, tmp_path, other):
+    """Another mesh rounds a merge otherwise."""
+
+    def change(about):
+        merged = [one for one in about["base"].values() if one[2] is not None]
+        assert len(merged) == 4, "those of attention"
+        for one in merged:
+            one[1] ^= 1
+            one[2] ^= other == "merged from other matrices"
+
+    file = runs / "third.npz"
+    place = edited(file, tmp_path / "edited.npz", **{ABOUT: described(file, change)})
+    if other == "merged elsewhere":
+        open_run(runs / "first", adapter=place)
+        FromRun(path=str(runs / "first"), adapter=str(place)).open().read(paths(on_one(runs / "third")))
+        return
+    with pytest.raises(UserError, match="the weights of decoder/blocks/attention/key/kernel differ, and those of 3"):
+        open_run(runs / "first", adapter=place)
+
+
+def on_one(folder):
+    """Shapes of the parameters of a run on one device."""
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), open_run(folder).params)
+
+
+def test_an_adapter_may_lack_parts_of_its_base_and_infills_as_it_has_learned(runs, tmp_path):
+    infill = to_json(FillInTheMiddle(0.5))
+    file = runs / "third.npz"
+    place = edited(file, tmp_path / "edited.npz", **{ABOUT: described(file, lambda about: about.update(infill=infill))})
+    base = open_run(runs / "first")
+    wider = dataclasses.replace(base, params=base.params | {"heads": {"kind": {"kernel": np.ones((16, 3))}}})
+    found = wider.with_adapter(place)
+    assert "heads" not in found.params and found.infilling == FillInTheMiddle(0.5)
+    assert base.infilling is None and base.with_adapter(file).infilling is None
+
+
 def edited(file, place, **changes):
     """A copy of a file with other entries."""
     with np.load(file) as archive:
@@ -168,7 +209,7 @@ def described(file, change):
 @pytest.mark.parametrize(
     "change, reason",
     [
-        (lambda about: about["base"].pop("text/table"), "text/table is missing in the base that it was trained on"),
+        (lambda about: about["base"].pop("text/table"), "damaged: text/table is missing, its specification says"),
         (lambda about: about["base"]["text/table"].__setitem__(0, [3, 16]), r"text/table is \[3, 16\]"),
         (lambda about: about.update(tokenizer={"class": "other"}), "another tokenizer"),
         (lambda about: about["model"]["low_rank"].update(rank=4), "damaged: low_rank/.*its specification says"),

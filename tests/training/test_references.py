@@ -16,7 +16,10 @@ from polygpt.init.from_run import FromRun
 from polygpt.init.reference import Reference
 from polygpt.nn.positions import Learned
 from polygpt.objectives.base import Objective
+from polygpt.objectives.distillation import Distillation
+from polygpt.objectives.hidden_distillation import HiddenDistillation
 from polygpt.objectives.next_token import NextToken
+from polygpt.objectives.preference import PreferenceObjective
 from polygpt.overrides import override
 from polygpt.parameters import paths
 from polygpt.spec import from_json, to_json
@@ -43,6 +46,17 @@ class Toward(Objective):
     def total(self, outputs, batch):
         distance_BT = jnp.mean(jnp.square(outputs.logits_BTV - outputs.other(self.name).logits_BTV), axis=-1)
         return jnp.sum(batch.weight_BT * distance_BT)
+
+
+class Prefers(PreferenceObjective):
+    """A preference objective of single answers."""
+
+    @property
+    def others(self):
+        return ("teacher",)
+
+    def check_with(self, model, layout):
+        pass
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +157,16 @@ def test_what_cannot_be_a_reference_is_one_line_and_leaves_nothing(teacher, tmp_
     ):
         with pytest.raises(UserError, match=words):
             train(student(teacher, references=good | references), tmp_path / "run", json_lines)
+    encoder = open_run(teacher).model.spec
+    encoder = encoder.replace(decoder=encoder.decoder.replace(mask="bidirectional"))
+    seeing = {"teacher": Reference(FromRun(path=str(teacher)), encoder)}
+    words = (
+        r"references\.teacher, which objectives\.soft reads: its model\.decoder\.mask is 'bidirectional', .*: name a"
+    )
+    for soft in (Distillation(), HiddenDistillation(), Prefers()):
+        objectives = {"soft": (soft, 1.0), "start": (Toward("start"), 0.5)}
+        with pytest.raises(UserError, match=words):
+            train(student(teacher, references=good | seeing, objectives=objectives), tmp_path / "run", json_lines)
     remedy = r"references\.teacher: .*another tokenizer.* polygpt data score and read them with SpanDistillation"
     with pytest.raises(UserError, match=remedy):
         train(student(teacher, tokenizer=Bytes(multiple=64)), tmp_path / "run", json_lines)

@@ -32,6 +32,7 @@ class LinearBias(Score):
     """score - slope |distance|: the score modification of `ALiBi`."""
 
     adds: ClassVar[bool] = True
+    in_order = False
 
     def __call__(self, score, query, key, terms):
         return score - terms.head["slope"] * abs(query.position - key.position).astype(jnp.float32)
@@ -91,6 +92,7 @@ class BucketBias(Score):
     """score + table[bucket of the distance]: the score modification of `T5Bias`."""
 
     adds: ClassVar[bool] = True
+    in_order = False
 
     buckets: int = 32
     """Total number of buckets."""
@@ -153,6 +155,7 @@ class LearnedBias(Score):
     """
 
     adds: ClassVar[bool] = True
+    in_order = False
 
     distance: int = 16
     """The largest distance, before and after the query, with its own bias."""

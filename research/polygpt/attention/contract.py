@@ -14,6 +14,7 @@ from flax import nnx
 
 from polygpt.attention.masks import DECODER, Mask
 from polygpt.attention.meta import Meta
+from polygpt.attention.zigzag import reordered
 from polygpt.errors import SpecError
 from polygpt.nn.positions import NoPosition, Position
 from polygpt.spec import Spec
@@ -90,6 +91,18 @@ class Context:
     training: bool = dataclasses.field(default=False, metadata={"static": True})
     recorder: Callable[[str, jax.Array], jax.Array] | None = dataclasses.field(default=None, metadata={"static": True})
 
+    def reordered(self, devices: int) -> "Context":
+        """The context of a whole row without a cache, with its positions in zigzag order (`zigzag.py`)."""
+
+        def moved(tree):
+            return jax.tree.map(lambda x: reordered(x, devices), tree)
+
+        query, source = moved(self.query), self.source
+        if source is not None:
+            source = dataclasses.replace(source, has_source_BT=moved(source.has_source_BT))
+        coordinate_BT3 = moved(self.coordinate_BT3)
+        return dataclasses.replace(self, query=query, key=query, coordinate_BT3=coordinate_BT3, source=source)
+
     def record(self, name: str, value: jax.Array) -> jax.Array:
         """Offers an activation of a block by name (`blocks/capture.py`). Returns the value that the block is to use."""
         return value if self.recorder is None else self.recorder(name, value)
@@ -133,6 +146,10 @@ class Attention(Spec):
     """Whether results are discontinuous where a discrete choice changes (top-k selection, rounding). Gradients are then
     only compared with slopes between two jumps, and in bfloat16 some positions may choose differently. Kinks do not
     count as jumps."""
+    in_order: ClassVar[bool] = True
+    """Whether the positions of an array must be in the row's order, because neighbours are read, as by convolutions and
+    running sums. If not, order and distance are read from metadata alone. A class that defines `build` declares it
+    again: see `zigzag.needs_order`."""
 
     def build(self, dims: Dims, rngs: nnx.Rngs) -> nnx.Module:
         """The module, called as `(x_BTD, context, cache=None) -> (y_BTD, cache)`.

@@ -21,6 +21,7 @@ class GatedCross(MultiHead):
     """
 
     paper = "2204.14198"
+    in_order = MultiHead.in_order
 
     alpha: float = 0.0
     """Initial value of alpha; at 0 the layer initially has no effect, as in the paper."""

@@ -23,6 +23,7 @@ class Differential(MultiHead):
     """
 
     paper = "2410.05258"
+    in_order = MultiHead.in_order
 
     lambda_init: float = 0.8
     """Initial value of lambda; in the paper it also grows with the layer l = 1, 2, ..: 0.8 - 0.6 exp(-0.3 (l - 1))."""

@@ -20,6 +20,7 @@ class GatedOutput(MultiHead):
     """
 
     paper = "2505.06708"
+    in_order = MultiHead.in_order
 
     gate: Literal["element", "head"] = "element"
     """One gate per channel, or one per head."""

@@ -28,6 +28,7 @@ class MultiHeadLatent(MultiHead):
     """
 
     paper = "2405.04434"
+    in_order = MultiHead.in_order
 
     kv_rank: int | None = None
     """R, the width of the latent; null for 4 d, as in the paper."""

@@ -23,6 +23,7 @@ class MixtureOfTransformers(MultiHead):
     """
 
     paper = "2411.04996"
+    in_order = MultiHead.in_order
 
     sets: int = 2
     """Number of sets of projections: text uses the first, modality m the set min(m, sets - 1)."""

@@ -22,6 +22,7 @@ from polygpt.attention.masks import DECODER, ENCODER, Mask, allowed
 from polygpt.attention.meta import Meta
 from polygpt.attention.running import accumulated
 from polygpt.attention.scores import Score, Terms
+from polygpt.attention.zigzag import needs_order
 from polygpt.errors import SpecError
 from polygpt.nn.linear import Linear
 from polygpt.nn.norms import Norm
@@ -122,6 +123,12 @@ class MultiHead(Attention):
     def encoding(self, dims: Dims) -> Position:
         """The position encoding that acts in this layer."""
         return dims.position if self.position is None else self.position
+
+    @property
+    def in_order(self) -> bool:
+        """Whether a score modification reads neighbours: the module itself does not."""
+        own = Score() if self.position is None else self.position.score() or Score()
+        return needs_order(self.score(own))
 
     def build(self, dims: Dims, rngs: nnx.Rngs) -> nnx.Module:
         return MultiHeadModule(self, dims, rngs)

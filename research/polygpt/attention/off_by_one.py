@@ -21,6 +21,7 @@ class SoftmaxOffByOne(MultiHead):
     """
 
     paper = "Miller, 2023, evanmiller.org/attention-is-off-by-one.html"
+    in_order = MultiHead.in_order
 
     learned: bool = False
     """Whether to learn the extra term, one value per head, initialised to 0."""

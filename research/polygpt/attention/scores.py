@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from polygpt.attention.meta import Meta
+from polygpt.attention.zigzag import needs_order
 from polygpt.errors import SpecError
 from polygpt.nn.linear import Linear
 from polygpt.spec import Spec
@@ -62,6 +63,10 @@ class Score(Spec):
 
     adds: ClassVar[bool] = True
     """Declares that the `__call__` of the same class adds a bias that does not depend on the score."""
+
+    in_order: ClassVar[bool] = False
+    """Whether the module of `build` reads neighbours in its input, or has running sums (`Terms.sum`), see
+    `Attention.in_order`. A class that defines `build` declares it again."""
 
     def __call__(self, score: jax.Array, query: Meta, key: Meta, terms: Terms) -> jax.Array:
         """The new score, float32.
@@ -107,6 +112,11 @@ class Then(Score):
 
     def build(self, width, heads, *, rngs):
         return _Then(self, width, heads, rngs)
+
+    @property
+    def in_order(self) -> bool:
+        """Whether one of the two needs it."""
+        return needs_order(self.first) or needs_order(self.second)
 
     def additive(self):
         return super().additive() and self.first.additive() and self.second.additive()
@@ -207,6 +217,7 @@ class KeyGate(Score):
     """
 
     adds: ClassVar[bool] = True
+    in_order = False
 
     def __call__(self, score, query, key, terms):
         return score + terms.key["gate"]
@@ -235,6 +246,7 @@ class ForgetGate(Score):
     """
 
     adds: ClassVar[bool] = True
+    in_order = True  # a running sum
 
     def __call__(self, score, query, key, terms):
         return score - abs(terms.query["forget"] - terms.key["forget"])
@@ -250,6 +262,8 @@ class QueryTemperature(Score):
     Selective Self-Attention (Zhang et al., 2411.12892) computes the temperature with a small network and from the
     position. Here it is one linear map per head; an output of 0 gives a factor of 1.
     """
+
+    in_order = False
 
     def __call__(self, score, query, key, terms):
         return score * terms.query["factor"]

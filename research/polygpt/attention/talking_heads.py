@@ -23,6 +23,7 @@ class TalkingHeads(MultiHead):
     """
 
     paper = "2003.02436"
+    in_order = MultiHead.in_order
 
     def validate(self):
         super().validate()

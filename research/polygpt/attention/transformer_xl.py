@@ -25,6 +25,7 @@ class TransformerXL(MultiHead):
     """
 
     paper = "1901.02860"
+    in_order = MultiHead.in_order
 
     position: Position | None = NoPosition()
     """A position encoding in addition to the relative one of this layer; null for that of the stack."""

@@ -1,6 +1,7 @@
 """The transformer block: attention and a feed-forward layer as residual branches. How they are joined is a spec."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -53,6 +54,9 @@ class BlockSpec(Spec):
     """Number of residual branches."""
     reads_source: ClassVar[bool] = False
     """Whether it attends to the output of an encoder, `Context.source`."""
+    in_order: ClassVar[bool] = True
+    """Whether it reads neighbouring positions in its input itself, besides its attention and its feed-forward layer. A
+    class that defines `build` declares it again."""
 
     def build(self, parts: Parts, rngs: nnx.Rngs) -> nnx.Module:
         """The module of one block."""
@@ -65,6 +69,10 @@ class BlockSpec(Spec):
     def score_flops(self, attention: Attention, width: int, keys: float) -> float:
         """As `Attention.score_flops`, for all attention of the block."""
         return attention.score_flops(width, keys)
+
+    def kinds_of_weights(self, attention: Attention) -> Mapping[str, slice]:
+        """Which heads of the module's `weights` are of which kind of attention, by name."""
+        return {"self-attention": slice(None)}
 
     def mup_scaled(self, width: int, base: "BlockSpec", base_width: int) -> "BlockSpec":
         """This form with attention of its own scaled by muP: see `Attention.mup_scaled`."""
@@ -90,6 +98,7 @@ class Sequential(BlockSpec):
     """Attention, then the feed-forward layer, with the stack's `norm_placement`."""
 
     norm_placements = ("pre", "post")
+    in_order = False
 
     def build(self, parts: Parts, rngs: nnx.Rngs) -> "Block":
         return Block(parts, rngs)

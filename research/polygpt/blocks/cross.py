@@ -1,6 +1,7 @@
 """The block of a decoder that attends to an encoder: self-attention, cross-attention, feed-forward layer."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ from flax import nnx
 from polygpt.attention.contract import Attention, Context, Dims
 from polygpt.attention.masks import SameSegment
 from polygpt.attention.multi_head import MultiHead, MultiHeadModule
+from polygpt.attention.zigzag import needs_order
 from polygpt.blocks.block import Block, BlockSpec, Parts
 from polygpt.errors import SpecError
 from polygpt.nn.losses import Losses
@@ -47,6 +49,11 @@ class CrossSequential(BlockSpec):
         same = {name: getattr(attention, name) for name in hints(MultiHead)}
         return MultiHead(**same | {"scores": (), "position": None})
 
+    @property
+    def in_order(self) -> bool:
+        """Whether its cross-attention reads neighbours."""
+        return self.cross is not None and needs_order(self.cross)
+
     def build(self, parts: Parts, rngs: nnx.Rngs) -> "CrossBlock":
         return CrossBlock(self.cross_of(parts.attention), parts, rngs)
 
@@ -57,6 +64,10 @@ class CrossSequential(BlockSpec):
     def score_flops(self, attention: Attention, width: int, keys: float) -> float:
         """Counts as many keys in the source as in the block's own stack."""
         return attention.score_flops(width, keys) + self.cross_of(attention).score_flops(width, keys)
+
+    def kinds_of_weights(self, attention: Attention) -> Mapping[str, slice]:
+        heads = self.cross_of(attention).heads
+        return {"cross-attention": slice(-heads, None), "self-attention": slice(-heads)}
 
     def mup_scaled(self, width: int, base: BlockSpec, base_width: int) -> BlockSpec:
         return self.replace(cross=self.cross and self.cross.mup_scaled(width, base.cross, base_width))

@@ -17,6 +17,8 @@ from polygpt.sharding import RESIDUAL, constrain
 class Parallel(BlockSpec):
     """x + attention(norm(x)) + mlp(norm(x)): GPT-J (Wang and Komatsuzaki, 2021), PaLM (2204.02311), section 2."""
 
+    in_order = False
+
     shared_norm: bool = True
     """Whether both branches read the output of one norm; false gives each its own: GPT-NeoX (2204.06745), section 2.1.
     """

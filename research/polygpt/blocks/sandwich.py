@@ -17,6 +17,8 @@ from polygpt.sharding import RESIDUAL, constrain
 class Sandwich(BlockSpec):
     """x + norm(f(norm(x))) for each branch f: CogView (2105.13290), section 2.4, Gemma 2 (2408.00118), section 2."""
 
+    in_order = False
+
     def build(self, parts: Parts, rngs: nnx.Rngs) -> "SandwichBlock":
         return SandwichBlock(parts, rngs)
 

@@ -33,7 +33,7 @@ def run(arguments: Namespace) -> dict:
     for name, adapter in files.items():
         row = {"file": name, "kind": adapter.kind, "trained": adapter.numbers, "of base": adapter.frozen}
         row |= {"from": adapter.origin}
-        found.append(row if base is None else row | {"fits": adapter.misfit(base.params) or "yes"})
+        found.append(row if base is None else row | {"fits": adapter.misfit(base.params, base.merged_from) or "yes"})
     rows = [[figure(value) for value in row.values()] for row in found]
     print_table("Adapters", list(found[0]), rows, prose=(1, 4, 5))
     return {"adapters": found}

@@ -35,7 +35,7 @@ def run(arguments: Namespace) -> dict:
     chosen = experiment.load(arguments.file, arguments.changes, arguments.options)
 
     from polygpt.cli.progress import Progress
-    from polygpt.data.check import check, score_faults
+    from polygpt.data.check import check
     from polygpt.data.loader import Task
     from polygpt.evaluation.conditions import layout_of
     from polygpt.training.phase import expanded
@@ -58,7 +58,7 @@ def run(arguments: Namespace) -> dict:
                 common = task.seq_len is None
                 lengths[walked] = _row_length(chosen, len(parts) - 1) if common else f"evaluation.tasks.{name}.seq_len"
             held_out.add(known[key])
-        scored = score_faults(chosen.data, tokenizer, adapters, progress) if chosen.data.scores else []
+        scored = _score_faults(parts, tokenizer, progress)
     for fault in [*(fault for findings in found.values() for fault in findings.faults), *scored]:
         print(fault)
     _print_table(found, adapters, layout)
@@ -93,6 +93,20 @@ def _training(parts) -> Iterator[tuple]:
                 seen.add(repr(rows))
                 at = f"{name}, phase {phase}" if phase else name
                 yield at, part.data.replace(tasks={at: task}), phase
+
+
+def _score_faults(parts, tokenizer, progress) -> list[str]:
+    """A line for each example whose scores cannot be used, in any phase that reads other scores or other rows."""
+    from polygpt.data.check import score_faults
+
+    seen, faults = set(), {}
+    for part in parts:
+        tasks = {name: (task.prompt_weight, task.paired) for name, task in part.data.tasks.items()}
+        read = repr((part.data.scores, part.data.layout, tasks, part.model.adapters))
+        if part.data.scores and read not in seen:
+            seen.add(read)
+            faults |= dict.fromkeys(score_faults(part.data, tokenizer, part.model.adapters, progress))
+    return list(faults)
 
 
 def _row_length(chosen, phase: int) -> str:

@@ -96,6 +96,7 @@ def run(arguments: Namespace) -> dict:
     """Evaluates and writes the results into the run folder, unless with an adapter; returns them."""
     from polygpt.cli.progress import Progress
     from polygpt.cli.results import failed, print_results
+    from polygpt.evaluation.likelihood import UNSCORED, predicts_text
     from polygpt.report.finish import evaluate_run
 
     with Progress() as progress:
@@ -104,4 +105,6 @@ def run(arguments: Namespace) -> dict:
         trained = dataclasses.replace(trained, experiment=experiment)
         results = evaluate_run(trained, progress, overrides=arguments.changes)
     print_results(results, experiment.evaluation.measures())
+    if not predicts_text(trained.model.spec):
+        print(UNSCORED)
     return results | failed(results)

@@ -61,4 +61,9 @@ def run(arguments: Namespace) -> dict:
     title += f", sequence length {found.seq_len:,}"
     print_table(title, ["part", "parameters", "MFLOPs forward", "for one"], rows)
     print(f"one training step: {found.flops_per_token / 1e6:,.1f} MFLOPs per text token (forward and backward)")
+    if len(model.stacks()) > 1:
+        print(
+            "counted with both stacks at every position of a row, as they are computed: a prompt needs the encoder "
+            "alone, an answer the decoder alone"
+        )
     return found.to_json()

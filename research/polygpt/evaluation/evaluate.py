@@ -15,7 +15,7 @@ from polygpt.errors import BadRecord, UserError
 from polygpt.evaluation import conditions
 from polygpt.evaluation.bootstrap import bootstrap_mean
 from polygpt.evaluation.head_metric import measured
-from polygpt.evaluation.likelihood import Likelihoods, score, summary
+from polygpt.evaluation.likelihood import Likelihoods, predicts_text, score, summary
 from polygpt.evaluation.modality_gain import modalities, shuffle
 from polygpt.evaluation.preference import preference
 from polygpt.evaluation.spec import EvalTask, EvaluationSpec
@@ -79,7 +79,8 @@ def evaluate(
         tasks[name] = summary(scores) | ({"skipped": skipped} if skipped else {})
         for i, example in enumerate(examples if task.as_trained else ()):
             pooled.setdefault("+".join(sorted(modalities([example]))) or "text", []).append(scores[i : i + 1])
-        if pairs := [i for i, example in enumerate(examples) if example.rejected is not None]:
+        pairs = [i for i, example in enumerate(examples) if example.rejected is not None]
+        if pairs and predicts_text(reader.model.spec):
             tasks[name] |= _preference(name, [examples[i] for i in pairs], scores[pairs], spec, reader)
         if task.heads:
             tasks[name] |= _judge_heads(name, task, examples, reader)

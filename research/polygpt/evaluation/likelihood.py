@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from polygpt.evaluation.metric import Measure
+from polygpt.models.multimodal import ModelSpec
 from polygpt.sequence import Batch
 
 MEASURES = (
@@ -23,6 +24,8 @@ MEASURES = (
     Measure("token_accuracy", "higher", share=True, needs="likelihood"),
 )
 """Measures of every task, without generated answers."""
+UNSCORED = "next tokens are not scored: model.decoder.mask 'bidirectional' shows them to the model"
+"""Why there are none of these."""
 COUNTS = {"n": "examples", "skipped": "skipped", "cut": "answers cut"}
 """Further entries in the results of a task, with headings: examples used and skipped, and answers that ended because
 there was no room for more. The last two are absent if 0."""
@@ -74,10 +77,14 @@ class Likelihoods:
 def score(model, params, batch: Batch, token_bytes: np.ndarray, last: int | None = None) -> Likelihoods:
     """Scores of the examples in a batch, ordered by row, then by segment.
 
-    With `last`, only that many final targets of each example count.
+    With `last`, only that many final targets of each example count. A bidirectional decoder sees its targets, so none
+    counts.
     """
-    loss_BT, correct_BT = map(np.asarray, token_scores(model, params, batch))
     weight_BT, segment_BT = np.asarray(batch.weight_BT, np.float64), np.asarray(batch.segment_BT)
+    if predicts_text(model.spec):
+        loss_BT, correct_BT = map(np.asarray, token_scores(model, params, batch))
+    else:
+        weight_BT, loss_BT, correct_BT = np.zeros((3, *segment_BT.shape), np.float32)
     bytes_BT = np.asarray(token_bytes, np.float64)[np.asarray(batch.target_BT)]
     size = segment_BT.max() + 1
     key_BT = np.arange(len(segment_BT))[:, None] * size + segment_BT
@@ -98,6 +105,11 @@ def score(model, params, batch: Batch, token_bytes: np.ndarray, last: int | None
         correct=total(correct_BT.astype(np.float64)),
         tokens=total((weight_BT > 0).astype(np.float64)),
     )
+
+
+def predicts_text(spec: ModelSpec) -> bool:
+    """Whether positions of a model do not see the next token, so that it can be scored."""
+    return spec.decoder.mask != "bidirectional"
 
 
 def summary(scores: Likelihoods) -> dict[str, float | int]:

@@ -12,7 +12,7 @@ from polygpt.errors import UserError
 from polygpt.init.adapted import adapted, whole
 from polygpt.init.base import Source, Weights
 from polygpt.migration import migrate
-from polygpt.models.adapter_file import AdapterFile
+from polygpt.models.adapter_file import AdapterFile, merged_from
 from polygpt.models.low_rank import LowRank, matrix_of
 from polygpt.models.multimodal import ModelSpec
 from polygpt.overrides import replaced
@@ -97,6 +97,7 @@ class _Checkpoint:
         item: the item.
         added: the low-rank updates of the run's model, or None.
         updates: shape and dtype of each of their parameters, by name.
+        merged_from: what the matrices that have been read were merged from, see `adapter_file.merged_from`.
     """
 
     origin: str
@@ -106,6 +107,7 @@ class _Checkpoint:
     item: str
     added: LowRank | None
     updates: Mapping[str, jax.ShapeDtypeStruct]
+    merged_from: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def read(self, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> Mapping[str, jax.Array]:
         from polygpt.runtime import stored
@@ -121,5 +123,6 @@ class _Checkpoint:
         found = stored.read_some(self.place, self.item, {**wanted, **updates})
         if not updates:
             return found
+        self.merged_from.update(merged_from(tree_of(found), self.added, {}))
         places = tree_of({name: like.sharding for name, like in wanted.items()})
         return paths(jax.jit(self.added.merged, out_shardings=places)(tree_of(found)))

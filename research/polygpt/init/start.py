@@ -37,6 +37,12 @@ class Start:
         found = self.source.read({theirs: target[ours] for ours, theirs in self.taken.items()})
         return {ours: found[theirs] for ours, theirs in self.taken.items()}
 
+    @property
+    def merged_from(self) -> dict[str, int]:
+        """What the parameters that have been read were merged from, by name, see `adapter_file.merged_from`."""
+        made = getattr(self.source, "merged_from", {})
+        return {ours: made[theirs] for ours, theirs in self.taken.items() if theirs in made}
+
 
 def start(init: Init, traits: Mapping[str, Traits], tokenizer: Any) -> Start:
     """Opens the source of an initialisation and matches names and shapes.

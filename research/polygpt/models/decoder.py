@@ -8,9 +8,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from polygpt import sharding
+from polygpt.attention import zigzag
 from polygpt.attention.contract import Context, Source
+from polygpt.attention.kernels import dispatch
 from polygpt.attention.masks import DECODER, ENCODER, Causal, SameSegment
 from polygpt.attention.meta import Meta
+from polygpt.attention.multi_head import MultiHead
+from polygpt.attention.scores import Score
 from polygpt.blocks.stack import Stack, StackSpec
 from polygpt.errors import SpecError
 from polygpt.nn.dropout import dropout
@@ -19,6 +24,7 @@ from polygpt.nn.mlp import FeedForward, GatedMLP
 from polygpt.nn.norms import Norm, RMSNorm
 from polygpt.nn.positions import Position, Rope
 from polygpt.sequence import Batch
+from polygpt.sharding import MeshSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +50,27 @@ class DecoderSpec(StackSpec):
     def validate(self):
         super().validate()
         self.require(self.embedding_noise >= 0, "embedding_noise", "at least 0")
+
+    def zigzag(self, mesh: MeshSpec, devices: int, seq_len: int) -> bool:
+        """Whether devices that split the positions of rows hold them in zigzag order inside the blocks.
+
+        Raises:
+            SpecError: if the mesh asks for it, and a block needs the order of the row.
+        """
+        balanced = devices == 1 or seq_len % (2 * devices) or self.mask == "bidirectional" or self.depth == 0
+        if mesh.order == "contiguous" or balanced:
+            return False
+        parts = [part for layer in self.period() for part in (layer.attention, layer.mlp, layer.block)]
+        needing = next(filter(zigzag.needs_order, [*parts, self.position.score() or Score()]), None)
+        if mesh.order == "zigzag" and needing is not None:
+            raise SpecError(
+                f"train.mesh.order is 'zigzag', but {type(needing).__name__} reads the positions of a row in order: "
+                "set train.mesh.order to 'contiguous'"
+            )
+        # A window is as much work for every part of a row, and short rows are computed without skipping what is masked.
+        masks = [layer.attention.mask(DECODER) for layer in self.period() if isinstance(layer.attention, MultiHead)]
+        skips = seq_len >= dispatch.LONG and any(mask.reach() is None for mask in masks)
+        return needing is None and (skips or mesh.order == "zigzag")
 
 
 @jax.tree_util.register_dataclass
@@ -127,10 +154,20 @@ class Decoder(Stack):
         x_BTD = dropout(self._add_positions(x_BTD, batch), self.spec.dropout, embedding_key)
         context, seen = self._context(batch, cache)
         context = dataclasses.replace(context, training=key is not None, source=source)
-        x_BTD, layers, losses = super().__call__(x_BTD, context, None if cache is None else cache.layers, stack_key)
+        layout = sharding.active()
         if cache is not None:
-            cache = Cache(layers, seen, cache.cursor + batch.shape[1])
-        return x_BTD, cache, losses
+            x_BTD, layers, losses = super().__call__(x_BTD, context, cache.layers, stack_key)
+            return x_BTD, Cache(layers, seen, cache.cursor + batch.shape[1]), losses
+        if layout is None or self.capture is not None or not self._in_zigzag(layout, batch.shape[1]):
+            x_BTD, _, losses = super().__call__(x_BTD, context, None, stack_key)
+            return x_BTD, None, losses
+        context = context.reordered(layout.size("positions"))
+        with sharding.use_layout(dataclasses.replace(layout, zigzag=True)):
+            x_BTD, _, losses = super().__call__(zigzag.scattered(x_BTD, layout), context, None, stack_key)
+        return zigzag.restored(x_BTD, layout), None, losses
+
+    def _in_zigzag(self, layout, T):
+        return self.spec.zigzag(layout.spec, layout.size("positions"), T)
 
     def weights(
         self, x_BTD: jax.Array, batch: Batch, chosen_R: jax.Array | None = None, source: Source | None = None

@@ -35,9 +35,13 @@ class EncoderDecoder(ModelSpec):
         fields = {"attention": attention, "mlp": GatedMLP(2, activation="gelu_tanh"), "position": T5Bias()}
         EncoderDecoder(DecoderSpec(width=512, depth=8, block=CrossSequential(), tied=False, **fields))
 
-    BART and Marian have `norm_placement="post"`, `LayerNorm`, `Learned` positions and biases. Both stacks compute all
-    positions of a row, masked to their own: about twice the FLOPs that they would need for these alone. In the first
-    call of a generation, the decoder's cache has slots for the whole prompt, and those of its source stay unused.
+    BART and Marian have `norm_placement="post"`, `LayerNorm`, `Learned` positions and biases.
+
+    Both stacks compute all T positions of a row, masked to their own, so that one compiled program reads every mixture
+    of prompts and answers. Where prompts take a share s of the positions, T s of the encoder and T (1 - s) of the
+    decoder would do: about half of the FLOPs, whatever s, if the stacks cost the same. Saving them takes rows of two
+    lengths, packed to fit both. In the first call of a generation, the decoder's cache has slots for the whole prompt,
+    and those of its source stay unused.
     """
 
     decoder: DecoderSpec = DecoderSpec(block=CrossSequential())

@@ -1,6 +1,7 @@
 """Prefix tuning: fine-tune a model by training keys and values in front of the sequence; all else is frozen."""
 
 import dataclasses
+import math
 import re
 import zlib
 from collections.abc import Iterator, Mapping
@@ -83,6 +84,18 @@ def adapted(*traits: Mapping[str, Traits]) -> dict[str, Traits]:
     trained = {name for some in traits for name, own in some.items() if own.trained}
     every = {name: own for some in traits for name, own in some.items()}
     return {name: dataclasses.replace(own, trained=name in trained) for name, own in every.items()}
+
+
+def score_flops(model: nnx.Module) -> dict[str, int]:
+    """FLOPs of the scores of prefixes and of their weighted values, for one position, by name of the attention
+    layer."""
+    found = {}
+    for name, layer, times, _ in _layers(model):
+        if getattr(layer, "prefix", None) is not None:
+            spec, width, length = layer.spec, layer.dims.width, layer.prefix.key.shape[-2]
+            both = spec.width_of_query(width) + spec.width_of_head(width)
+            found[name] = math.prod(times) * 2 * length * spec.heads * both
+    return found
 
 
 def _layers(model: nnx.Module) -> Iterator[tuple[str, nnx.Module, tuple[int, ...], str | None]]:

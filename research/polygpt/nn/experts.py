@@ -96,6 +96,11 @@ class MixtureOfExperts(FeedForward):
         share = math.ceil(self.capacity * self.top_k * length / self.experts)
         return max(1, min(share, length))  # no position chooses an expert twice
 
+    @property
+    def in_order(self) -> bool:
+        """Whether earlier positions take the slots of experts before later ones."""
+        return self.capacity is not None
+
     def build(self, width: int, *, rngs: nnx.Rngs, dtype: str, output_scale: float) -> nnx.Module:
         return _Mixture(self, width, rngs, dtype, output_scale)
 

@@ -43,6 +43,9 @@ class FeedForward(Spec):
 
     routed: ClassVar[bool] = False
     """Whether different positions use different parameters."""
+    in_order: ClassVar[bool] = True
+    """Whether it reads neighbouring positions in its input, or depends on their order. A class that defines `build`
+    declares it again."""
 
     def build(self, width: int, *, rngs: nnx.Rngs, dtype: str, output_scale: float) -> nnx.Module:
         """The module for vectors of `width`; `output_scale` scales the initial output kernel."""
@@ -63,6 +66,8 @@ class FeedForward(Spec):
 @dataclasses.dataclass(frozen=True)
 class MLP(FeedForward):
     """activation(x W1 + b1) W2 + b2. Vaswani et al. (1706.03762), eq. 2."""
+
+    in_order = False
 
     factor: float = 4.0
     """Hidden width as a multiple of the model width."""
@@ -87,6 +92,8 @@ class GatedMLP(FeedForward):
 
     The default hidden width is two thirds of the ungated one, which keeps the number of parameters equal (section 3.1).
     """
+
+    in_order = False
 
     factor: float = 8 / 3
     """Hidden width as a multiple of the model width."""

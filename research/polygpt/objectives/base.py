@@ -52,6 +52,13 @@ class Objective(Spec):
             SpecError: if the objective reads something that they lack.
         """
 
+    def check_other(self, other, model) -> None:
+        """Called before a run begins with the `ModelSpec` of each of `others` that is another model, and its own.
+
+        Raises:
+            SpecError: if the objective cannot learn from that model.
+        """
+
     @property
     def needs(self) -> Needs:
         """What it needs of the model and of the rows besides tokens, targets and loss weights."""
@@ -164,6 +171,15 @@ def require_hidden_targets(model) -> None:
         raise SpecError(
             "it predicts the next token, which model.decoder.mask 'bidirectional' shows: set that to 'causal' or "
             "'spans', or use MaskedLM"
+        )
+
+
+def require_blind(other, what: str) -> None:
+    """Raises SpecError if a model that is not trained (`ModelSpec`) sees the next token. `what` names its purpose."""
+    if other.decoder.mask == "bidirectional":
+        raise SpecError(
+            f"its model.decoder.mask is 'bidirectional', which shows it the tokens that {what}: name a model with "
+            "'causal' or 'spans'"
         )
 
 

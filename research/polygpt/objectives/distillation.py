@@ -6,7 +6,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from polygpt.objectives.base import Objective
+from polygpt.objectives.base import Objective, require_blind, require_hidden_targets
 from polygpt.objectives.positions import per_position
 from polygpt.sequence import Batch
 
@@ -31,6 +31,12 @@ class Distillation(Objective):
     @property
     def others(self) -> tuple[str, ...]:
         return (self.teacher,)
+
+    def check_with(self, model, layout) -> None:
+        require_hidden_targets(model)
+
+    def check_other(self, other, model) -> None:
+        require_blind(other, "it predicts for its student")
 
     def total(self, outputs, batch: Batch) -> jax.Array:
         passes = outputs.other(self.teacher), outputs

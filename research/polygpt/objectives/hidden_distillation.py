@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from polygpt.errors import SpecError
-from polygpt.objectives.base import Objective
+from polygpt.objectives.base import Objective, require_blind
 from polygpt.objectives.forward import OWN
 from polygpt.objectives.needs import Needs
 from polygpt.sequence import Batch
@@ -52,6 +52,10 @@ class HiddenDistillation(Objective):
             raise SpecError(f"reads the head {self.head!r}, which is not in model.heads: {there}")
         for own, _ in self.layers:
             _require_block(own, model.decoder.depth, "the model")
+
+    def check_other(self, other, model) -> None:
+        if model.decoder.mask != "bidirectional":  # an encoder may learn from an encoder
+            require_blind(other, "its student predicts")
 
     @property
     def others(self) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from polygpt.errors import SpecError
-from polygpt.objectives.base import Objective, require_hidden_targets
+from polygpt.objectives.base import Objective, require_blind, require_hidden_targets
 from polygpt.objectives.cached import cached_log_p, with_log_p
 from polygpt.objectives.forward import Forward
 from polygpt.objectives.needs import Needs
@@ -112,6 +112,9 @@ class PreferenceObjective(Objective):
         require_hidden_targets(model)
         if not layout.pairs:
             raise SpecError(NO_PAIRS)
+
+    def check_other(self, other, model) -> None:
+        require_blind(other, "it scores")
 
     def per_pair(self, own: Pairs, reference: Pairs | None) -> jax.Array:
         """The loss of each pair, float32 [B, P], given the scores of the model and of the reference."""

@@ -39,8 +39,9 @@ class Item:
         grid: (rows, columns) of the item's positions in the picture, in row-major order.
         wav: the recording, if any.
         seconds: length of the recording.
-        attention_LWP: attention from the predictions of each word of the answer to each position, averaged over heads
-            and the word's tokens; NaN in layers without attention weights, None if unavailable.
+        attention: arrays [L, W, P] by kind, as in `BlockSpec.kinds_of_weights`: attention from the predictions of each
+            word of the answer to each position, averaged over heads and the word's tokens; NaN in layers without
+            attention weights. Empty if unavailable.
     """
 
     modality: str
@@ -49,7 +50,7 @@ class Item:
     grid: tuple[int, int]
     wav: bytes | None = None
     seconds: float | None = None
-    attention_LWP: np.ndarray | None = None
+    attention: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ import numpy as np
 
 from polygpt import spec
 from polygpt.evaluation.evaluate import cut_answers
+from polygpt.evaluation.likelihood import UNSCORED, predicts_text
 from polygpt.evaluation.metric import Measure
 from polygpt.report import samples
 from polygpt.report.content import Chart, Content, Line
@@ -45,6 +46,7 @@ def content(run, results: Mapping[str, Any] | None) -> Content:
         where = f"the held-out results are of step {results['step']:,}" if results else "there are no held-out results"
         notes.append(f"Step {int(run.step):,} was not evaluated, {where}: polygpt evaluate {folder}")
     notes += [f"{task} was not measured in full: {fault}" for task, fault in (results or {}).get("faults", {}).items()]
+    notes += [] if predicts_text(run.model.spec) else [f"{UNSCORED[0].upper()}{UNSCORED[1:]}."]
     notes += cut_answers((results or {}).get("tasks", {}))
     if changed := (results or {}).get("overrides"):
         words = " ".join(f"--{name} {text}" for name, text in changed.items())

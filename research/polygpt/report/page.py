@@ -54,7 +54,7 @@ def render(content: Content) -> str:
         js=_asset("report.js"),
         tiles=_tiles(content),
         sections=[(name, title) for name, title, data in sections if data],
-        attended=any(card["layers"] is not None for group in shown["samples"] for card in group["cards"]),
+        attended=any(card["maps"] for group in shown["samples"] for card in group["cards"]),
     )
 
 
@@ -129,9 +129,8 @@ def _group(task: str, samples: tuple[Sample, ...]) -> dict[str, Any]:
 
 
 def _card(sample: Sample) -> dict[str, Any]:
-    """A sample; `layers` are those with attention weights, None if there are none."""
-    attended = [part for part in sample.prompt if isinstance(part, Item) and part.attention_LWP is not None]
-    layers = np.flatnonzero(~np.isnan(attended[0].attention_LWP).all(axis=(1, 2))).tolist() if attended else None
+    """A sample; `maps` are numbers and names of attention maps, see `_rows`."""
+    attended = [part for part in sample.prompt if isinstance(part, Item) and part.attention]
     kinds = {True: "right", False: "wrong", None: "free"}
     return {
         "place": sample.place,
@@ -139,13 +138,25 @@ def _card(sample: Sample) -> dict[str, Any]:
         "words": [{"text": word.text, "kind": kinds[word.right]} for word in sample.words],
         "right": sample.right,
         "truth": sample.truth,
-        "layers": layers,
+        "maps": _names(attended[0].attention) if attended else [],
     }
 
 
-def _with_mean(attention_LWP: np.ndarray) -> np.ndarray:
-    """[1 + L, W, P]: first the mean of the layers with weights; zeros in layers without weights."""
-    return np.nan_to_num(np.concatenate([np.nanmean(attention_LWP, axis=0, keepdims=True), attention_LWP]))
+def _rows(attention: Mapping[str, np.ndarray]) -> np.ndarray:
+    """[M, W, P]: of each kind the mean of the layers with weights, then the layers; zeros in those without."""
+    rows = [row for one_LWP in attention.values() for row in (np.nanmean(one_LWP, axis=0, keepdims=True), one_LWP)]
+    return np.nan_to_num(np.concatenate(rows))
+
+
+def _names(attention: Mapping[str, np.ndarray]) -> list[tuple[int, str]]:
+    """The numbers in `_rows` and the names of the means and of the layers with weights."""
+    found, first = [], 0
+    for kind, one_LWP in attention.items():
+        of = f"{kind}, " if len(attention) > 1 else ""
+        layers = np.flatnonzero(~np.isnan(one_LWP).all(axis=(1, 2))).tolist()
+        found += [(first, f"{of}all layers"), *((first + 1 + layer, f"{of}layer {layer + 1}") for layer in layers)]
+        first += 1 + len(one_LWP)
+    return found
 
 
 def _item(item: Item) -> dict[str, Any]:
@@ -165,10 +176,10 @@ def _item(item: Item) -> dict[str, Any]:
         "style": f"width:{shown[0]}px;height:{shown[1]}px",
         "packed": "",
     }
-    if item.attention_LWP is None:
+    if not item.attention:
         return found
     rows, columns = item.grid
-    weights = _with_mean(item.attention_LWP)
+    weights = _rows(item.attention)
     relative = weights / np.maximum(weights.max(axis=-1, keepdims=True), 1e-9)
     packed = {
         "words": weights.shape[1],

@@ -107,7 +107,8 @@ def sample(run, example: Example, answer: str, judged: bool, attend) -> Sample:
         if isinstance(part, Text):
             prompt.append(part.text)
         else:
-            weights = maps.get((part.modality, numbers[part.modality]))
+            place = part.modality, numbers[part.modality]
+            weights = {kind: found[place] for kind, found in maps.items() if place in found}
             prompt.append(item(part, run.model.spec.adapters[part.modality], weights))
             numbers[part.modality] += 1
     return Sample(tuple(prompt), spoken, example.answer.strip(), right, example.place)
@@ -121,7 +122,7 @@ def mark(answer: str, truth: str) -> tuple[Word, ...]:
     return tuple(Word(word, i in right) for i, word in enumerate(said))
 
 
-def item(part: Medium, adapter, attention_LWP: np.ndarray | None = None) -> Item:
+def item(part: Medium, adapter, attention: Mapping[str, np.ndarray] | None = None) -> Item:
     """A media item as a picture, with audio if it has any."""
     features = adapter.features
     raw = features.decode(part.source, part.modality)
@@ -136,18 +137,22 @@ def item(part: Medium, adapter, attention_LWP: np.ndarray | None = None) -> Item
         grid=media.grid(picture.shape, adapter.length(frames), timeline),
         wav=media.wav(raw, features.rate) if recorded else None,
         seconds=len(raw) / features.rate if recorded else None,
-        attention_LWP=attention_LWP,
+        attention=attention or {},
     )
 
 
 def _attention(run):
-    """A function (example, answer) -> {(modality, item index): attention_LWP}, and notes if it is unavailable."""
-    layout, adapters = _layout(run), run.model.spec.adapters
+    """A function (example, answer) -> the result of `maps` by kind of attention, and notes if it is unavailable."""
+    layout, adapters, decoder = _layout(run), run.model.spec.adapters, run.model.spec.decoder
 
     @jax.jit
     def heads_averaged(params, batch, chosen_R):
-        found = run.model.attention(params, batch, chosen_R)
-        return {layer: weights_BHRT[0].mean(axis=0) for layer, weights_BHRT in found.items()}
+        averaged = {}
+        for number, weights_BHRT in run.model.attention(params, batch, chosen_R).items():
+            layer = decoder.period()[number % len(decoder.period())]
+            for kind, heads in layer.block.kinds_of_weights(layer.attention).items():
+                averaged.setdefault(kind, {})[number] = weights_BHRT[0, heads].mean(axis=0)
+        return averaged
 
     def attend(example: Example, answer: str) -> dict:
         written = Example((*example.prompt, Text(answer)), example.place)
@@ -163,8 +168,12 @@ def _attention(run):
         chosen_R[: len(predicted)] = predicted
         found = heads_averaged(run.params, batch, chosen_R)
         nothing_RT = np.full((len(chosen_R), layout.seq_len), np.nan, np.float32)
-        weights_LRT = np.stack([found.get(layer, nothing_RT) for layer in range(run.model.spec.decoder.depth)])
-        return maps(weights_LRT, batch, answer, run.tokenizer, {n: a.positions for n, a in adapters.items()})
+        given = batch, answer, run.tokenizer, {name: adapter.positions for name, adapter in adapters.items()}
+        by_kind = {
+            kind: np.stack([layers.get(layer, nothing_RT) for layer in range(decoder.depth)])
+            for kind, layers in found.items()
+        }
+        return {kind: maps(weights_LRT, *given) for kind, weights_LRT in by_kind.items()}
 
     def without(*notes: str):
         return (lambda example, answer: {}), notes
@@ -178,7 +187,7 @@ def _attention(run):
     size = 4 * sum(math.prod(leaf.shape) for leaf in shapes.values())
     if size > LARGEST:
         return without(f"No attention maps: the weights of {QUERIES} tokens would take {size / 2**30:.0f} GiB.")
-    if len(shapes) < run.model.spec.decoder.depth:
+    if len(shapes) < decoder.depth:
         shown = ", ".join(str(layer + 1) for layer in sorted(shapes))
         return attend, (f"Attention maps show blocks {shown}: the others have no attention weights.",)
     return attend, ()

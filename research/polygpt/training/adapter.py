@@ -5,6 +5,7 @@ from typing import Literal
 
 from polygpt.models.adapter_file import AdapterFile, require_new
 from polygpt.spec import to_json
+from polygpt.training import resuming
 from polygpt.training.run import open_as_trained
 from polygpt.training.workdir import Code
 
@@ -26,6 +27,7 @@ def save_adapter(
     require_new(Path(file))
     run = open_as_trained(workdir, checkpoint, code=code)
     given = to_json(run.experiment.model), to_json(run.experiment.tokenizer), run.experiment.data.layout
-    found = AdapterFile.of(run.model, run.params, *given, f"{workdir}, step {run.step}")
+    given += f"{workdir}, step {run.step}", resuming.merged_from(Path(workdir))
+    found = AdapterFile.of(run.model, run.params, *given, run.infilling and to_json(run.infilling))
     found.write(Path(file))
     return found

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from polygpt import sharding, spec
-from polygpt.errors import UserError
+from polygpt.errors import SpecError, UserError
 from polygpt.evaluation import conditions
 from polygpt.init.reference import INITIAL, BoundReference, require_same
 from polygpt.init.start import Start, start
@@ -331,7 +331,14 @@ def _references(phases: Sequence[Experiment], model: Model) -> dict[str, BoundRe
         raise UserError(f"references.{taken[0]}: the name is taken, for a part of the model or its average: rename it")
     tokenizer = _tokenizer(experiment)
     layouts = [one.data.layout for one in phases]
-    return {name: one.bind(name, model, tokenizer, layouts) for name, one in experiment.references.items()}
+    found = {name: one.bind(name, model, tokenizer, layouts) for name, one in experiment.references.items()}
+    for name, (objective, _) in (pair for one in phases for pair in one.objectives.items()):
+        for other in found.keys() & set(objective.others):
+            try:
+                objective.check_other(found[other].model.spec, model.spec)
+            except SpecError as error:
+                raise UserError(f"references.{other}, which objectives.{name} reads: {error}") from None
+    return found
 
 
 def _tokenizer(experiment: Experiment) -> Any:

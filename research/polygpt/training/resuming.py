@@ -1,5 +1,6 @@
 """Messages about where a run starts or resumes, whether it is finished, and jumps of the learning rate."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from polygpt.files import write_atomically
+from polygpt.init.start import Start
 from polygpt.optim.optim import Optim
 from polygpt.runtime import goodput
 from polygpt.runtime.checkpoint import CheckpointSpec
@@ -26,12 +28,24 @@ def require_start(program: Program, workdir: Path) -> None:
         require_scored(program.experiment)
 
 
-def started(workdir: Path, table: str) -> list[str]:
-    """What a new run starts from, which is also written to init.txt; [] if all parameters are random."""
-    if not table:
+def started(workdir: Path, start: Start) -> list[str]:
+    """What a new run starts from, which is also written to init.txt; [] if all parameters are random.
+
+    What merged parameters were merged from is written to init.json.
+    """
+    if not start.table:
         return []
-    write_atomically(workdir / "init.txt", table + "\n")
-    return [table]
+    write_atomically(workdir / "init.txt", start.table + "\n")
+    write_atomically(workdir / "init.json", json.dumps({"merged_from": start.merged_from}, indent=1) + "\n")
+    return [start.table]
+
+
+def merged_from(workdir: Path) -> dict[str, int]:
+    """What initial parameters of a run were merged from, by name, see `models.adapter_file.merged_from`."""
+    try:
+        return dict(json.loads((workdir / "init.json").read_text(encoding="utf-8"))["merged_from"])
+    except (OSError, ValueError, KeyError, TypeError):  # of an older version: only their own checksums count
+        return {}
 
 
 def lost_steps(workdir: Path, done: int, spec: CheckpointSpec) -> list[str]:

@@ -10,14 +10,16 @@ from typing import Any, Literal
 import jax
 
 from polygpt import sharding
-from polygpt.data.loader import DataSpec
+from polygpt.data.layout import LayoutSpec
 from polygpt.data.tokenizers.base import Tokenizer
 from polygpt.data.transforms.fill_in_the_middle import FillInTheMiddle
-from polygpt.errors import UserError
+from polygpt.errors import SpecError, UserError
+from polygpt.evaluation.head_metric import OutputMetric
 from polygpt.generation.generate import Generated, Prompt, generate
 from polygpt.generation.sampling import Sampling
-from polygpt.models.adapter_file import AdapterFile
+from polygpt.models.adapter_file import AdapterFile, merged_from
 from polygpt.models.functional import Model, bind
+from polygpt.models.multimodal import ModelSpec
 from polygpt.objectives.base import Objective
 from polygpt.runtime import manifest
 from polygpt.runtime.checkpoint import choose, first_line, listed
@@ -32,6 +34,10 @@ from polygpt.training.workdir import Code, load_experiment, loader
 
 log = logging.getLogger(__name__)
 
+UNTRAINED = {"objectives": {"none": (Objective(), 1.0)}, "references": {}}
+"""Fields of an experiment that only runs its model: what its objectives read, such as a teacher or a head, may be gone.
+"""
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -45,6 +51,8 @@ class Run:
         step: the checkpoint's step.
         workdir: the run folder.
         adapter: the file of the adapter that it uses, or None.
+        own_infill: how its adapter has learned to fill in the middle; None leaves it to the experiment.
+        merged_from: what merged matrices were merged from, see `adapter_file.merged_from`.
     """
 
     experiment: Experiment
@@ -54,12 +62,16 @@ class Run:
     step: int
     workdir: Path
     adapter: Path | None = None
+    own_infill: FillInTheMiddle | None = None
+    merged_from: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def merged(self) -> "Run":
         """The run with low-rank updates merged into their matrices, see `Model.merged`."""
         if self.model.merged is self.model:
             return self
-        return dataclasses.replace(self, model=self.model.merged, params=jax.jit(self.model.merge)(self.params))
+        made = merged_from(self.params, self.model.spec.low_rank, self.merged_from)
+        params = jax.jit(self.model.merge)(self.params)
+        return dataclasses.replace(self, model=self.model.merged, params=params, merged_from=made)
 
     def with_adapter(self, file: str | Path, code: Code = "run") -> "Run":
         """The run with an adapter that was trained on it, merged, which reads examples as it was trained to. Other
@@ -75,17 +87,25 @@ class Run:
         found = AdapterFile.read(Path(file))
         if found.tokenizer != to_json(self.experiment.tokenizer):
             raise UserError(f"{file}: trained with another tokenizer than {self.workdir}: name its own base")
-        spec = from_json(found.model, f"{file}: model", loader(self.workdir, code))
+        load = loader(self.workdir, code)
+        spec = from_json(found.model, f"{file}: model", load)
+        infill = self.own_infill if found.infill is None else from_json(found.infill, f"{file}: infill", load)
         model = bind(spec, self.tokenizer.vocabulary).on(self.model.layout)
         try:
-            params = found.onto(model, self.params, _places(model))
+            params = found.onto(model, self.params, _places(model), self.merged_from)
         except UserError as error:
             raise UserError(
                 f"{file}, from {found.origin}, does not fit {self.workdir}, step {self.step}: {error}: name the run "
                 "and the checkpoint that it started from"
             ) from None
-        experiment = self.experiment.replace(model=spec, data=_read_as(self.experiment.data, found.layout))
-        return dataclasses.replace(self, experiment=experiment, model=model, params=params, adapter=Path(file)).merged()
+        given = {"experiment": _with_model(self.experiment, spec, found.layout), "own_infill": infill}
+        return dataclasses.replace(self, model=model, params=params, adapter=Path(file), **given).merged()
+
+    @property
+    def infilling(self) -> FillInTheMiddle | None:
+        """How the model has learned to fill in the middle, or None."""
+        trained = (one for one in specs_in(self.experiment.data) if isinstance(one, FillInTheMiddle) and one.rate > 0)
+        return self.own_infill or next(trained, None)
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling | None = None) -> list[Generated]:
         """The continuation of each prompt; by default with the sampling of the experiment's evaluation.
@@ -107,13 +127,12 @@ class Run:
 
     def infill_prompt(self, before: Prompt, after: Prompt) -> Prompt:
         """The prompt whose continuation lies between two others. Raises UserError as `infill` does."""
-        trained = [one for one in specs_in(self.experiment.data) if isinstance(one, FillInTheMiddle) and one.rate > 0]
-        if not trained:
+        if self.infilling is None:
             raise UserError(
                 f"{self.workdir}: the model was not trained to fill in the middle: train it with FillInTheMiddle in "
                 "the transform of a task, or give no suffix"
             )
-        return trained[0].prompt(before, after)
+        return self.infilling.prompt(before, after)
 
 
 def open_run(
@@ -165,9 +184,7 @@ def open_as_trained(
     model = bind(experiment.model, tokenizer.vocabulary)
     layout = None
     if spread and experiment.train.parallel in ("sharded", "auto"):
-        # Only the devices matter: what the objectives read, such as a teacher, may be gone.
-        alone = experiment.replace(objectives={"none": (Objective(), 1.0)}, references={})
-        layout = assemble(alone, tokenizer.vocabulary).parallel.layout
+        layout = assemble(experiment.replace(**UNTRAINED), tokenizer.vocabulary).parallel.layout
     model = model.on(layout)
     target = jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), model.abstract(), _places(model)
@@ -186,10 +203,27 @@ def open_as_trained(
     raise UserError(f"no checkpoint in {folder} can be read ({listed(faults)}): train the run again, or open another")
 
 
-def _read_as(data: DataSpec, layout: Mapping[str, str]) -> DataSpec:
-    """The data with other fields of the layout; nothing is trained on them."""
+def _with_model(experiment: Experiment, model: ModelSpec, layout: Mapping[str, str]) -> Experiment:
+    """The experiment of a base with the model of an adapter and other fields of the layout. Nothing is trained, and
+    heads that the model lacks are not measured."""
+    data, held_out, train = experiment.data, experiment.evaluation, experiment.train
     tasks = {name: task.replace(prompt_weight=0.0) for name, task in data.tasks.items()}
-    return data.replace(layout=data.layout.replace(**layout), tasks=tasks)
+    data = data.replace(layout=data.layout.replace(**layout), tasks=tasks)
+    measured = {
+        name: task.replace(heads=tuple(one for one in task.heads if _reads(one, model, data.layout)))
+        for name, task in held_out.tasks.items()
+    }
+    train = train.replace(metric="loss", evaluate_every=None, patience=None, plateau=None)
+    changes = {"model": model, "data": data, "evaluation": held_out.replace(tasks=measured), "train": train}
+    return experiment.replace(**changes, **UNTRAINED)
+
+
+def _reads(metric: OutputMetric, model: ModelSpec, layout: LayoutSpec) -> bool:
+    try:
+        metric.check_with(model, layout)
+    except SpecError:
+        return False
+    return True
 
 
 def _places(model: Model) -> Any:

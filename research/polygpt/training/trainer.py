@@ -112,7 +112,7 @@ class Trainer:
         if first:
             lines = [self.phases.summary(), *resuming.lost_steps(workdir, self.done, self.spec.checkpoint)]
             if data is None:
-                lines += resuming.started(workdir, self.program.start.table)
+                lines += resuming.started(workdir, self.program.start)
             elif self.done:
                 lines += resuming.resume_messages(experiment, workdir, self.done, self._finished(), data["config"])
             on_message("\n".join(lines))

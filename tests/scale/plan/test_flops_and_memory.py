@@ -9,6 +9,8 @@ from pathlib import Path
 import jax
 import pytest
 
+from polygpt.attention.forgetting import Forgetting
+from polygpt.attention.mamba2 import Mamba2
 from polygpt.attention.multi_head import MultiHead
 from polygpt.blocks.cross import CrossSequential
 from polygpt.data.layout import LayoutSpec
@@ -22,8 +24,9 @@ from polygpt.nn.mlp import GatedMLP
 from polygpt.optim.optim import Optim
 from polygpt.optim.schedules import WarmupCosine
 from polygpt.scale.plan import compilation, hlo, memory, work
-from polygpt.scale.plan.flops import FORMULA, flops
+from polygpt.scale.plan.flops import FORMULA, causal_share, flops
 from polygpt.scale.plan.target import target
+from polygpt.sharding import MeshSpec
 from polygpt.training.experiment import Experiment, TrainSpec
 
 D, L, F, V, T, B = 16, 3, 24, 258, 32, 2
@@ -43,6 +46,27 @@ def experiment(mlp=GATED, remat="none") -> Experiment:
         train=TrainSpec(steps=10),
         model=ModelSpec(DecoderSpec(D, L, MultiHead(heads=2), mlp, remat=remat)),
     )
+
+
+def test_the_busiest_device_has_the_last_positions_unless_their_order_is_a_zigzag():
+    """Of n devices in the order of the row, the last sees 2 n - 1 of n^2 squares of pairs, of which half count."""
+
+    def share(seq_len=1024, sequence=4, order="auto", **fields):
+        base = experiment()
+        layout, decoder = base.data.layout.replace(seq_len=seq_len), base.model.decoder.replace(**fields)
+        made = base.replace(
+            data=base.data.replace(layout=layout),
+            model=base.model.replace(decoder=decoder),
+            train=base.train.replace(parallel="sharded", mesh=MeshSpec(sequence=sequence, order=order)),
+        )
+        return causal_share(made, {"data": 2, "sequence": sequence})
+
+    for n in (2, 4, 8):
+        assert share(sequence=n) == pytest.approx(1.0)
+        assert share(sequence=n, order="contiguous") == pytest.approx((2 * n - 1) / n, rel=1e-3)
+    assert share(seq_len=256, order="contiguous") == share(sequence=1) == 1.0
+    assert share(attention=Mamba2(heads=2)) == pytest.approx(1.0)
+    assert share(pattern=(Forgetting(heads=2),)) == pytest.approx(7 / 4, rel=1e-3)
 
 
 def test_the_formula_counts_what_a_hand_counts():

@@ -149,3 +149,5 @@ def test_the_kernels_products_are_those_of_whole_blocks():
     flops = work.kernel_flops(hlo.parse(TEXT.format(inside=f"{lines}\n  {call}")))
     scores = np.prod([2, 4, 1024, 1024, 64]) * 2 * 2
     assert flops == {"flex_forward": 7 * scores * 3 / 4}  # of 2 x 2 blocks of 512 one is above the diagonal
+    uneven = work.kernel_flops(hlo.parse(TEXT.format(inside=f"{lines}\n  {call}")), causal_share=1.2)
+    assert uneven == {"flex_forward": pytest.approx(7 * scores * 0.9)}

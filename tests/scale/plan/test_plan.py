@@ -181,6 +181,23 @@ def test_logits_take_the_memory_of_a_block():
 
 
 @needs_libtpu
+def test_devices_wait_for_the_one_with_the_most_attention():
+    chosen, on = tiny.experiment(), target("v5e:2x2")
+    chosen = chosen.replace(data=chosen.data.replace(layout=chosen.data.layout.replace(seq_len=1024)))
+    known = facts(chosen, on)
+
+    def predicted(order):
+        mesh = MeshSpec(data=1, sequence=4, order=order)
+        return predict(chosen.replace(train=chosen.train.replace(mesh=mesh)), known, on, mesh_facts(mesh, known))
+
+    even, uneven = predicted("zigzag"), predicted("contiguous")
+    assert even.causal_share == pytest.approx(1.0) and uneven.causal_share == pytest.approx(7 / 4, rel=1e-3)
+    (scores,) = (line.forward for line in known.flops.lines if line.name == "decoder, attention")
+    more = (uneven.causal_share - 1) * 4.7 * scores / 4  # forward 1; backward 7 products for 2
+    assert uneven.roofline.executed - even.roofline.executed == pytest.approx(more, rel=1e-3)
+
+
+@needs_libtpu
 def test_the_next_of_tens_of_thousands_of_ways_is_found_in_seconds():
     """All are looked at once for it, and not once for each: that would take hours here."""
     chosen, on = tiny.experiment(), target("v5e:2x2")

@@ -37,10 +37,10 @@ def refuses(rule: Rule, operands: Operands) -> None:
 
 def attend(rule: Rule, operands: Operands) -> tuple[jax.Array, jax.Array]:
     """(y_BHTe, lse_BHT), see `problem.py`. Supports first-order reverse-mode differentiation."""
-    return in_blocks(rule, operands, *block_sizes(operands))
+    return in_blocks(rule, operands, *block_sizes(rule, operands))
 
 
-def block_sizes(operands: Operands) -> tuple[int, int]:
+def block_sizes(rule: Rule, operands: Operands) -> tuple[int, int]:
     """The numbers of queries and keys per tile."""
     B, H, T, _ = operands.query_BHTd.shape
     S = operands.key_BKSd.shape[2]
@@ -49,7 +49,7 @@ def block_sizes(operands: Operands) -> tuple[int, int]:
         size //= 2
 
     def block(length):
-        return min(length, dispatch.block() or max(size, -(-length // MOST)))
+        return rule.block(min(length, dispatch.block() or max(size, -(-length // MOST))))
 
     return block(T), block(S)
 
@@ -62,7 +62,7 @@ def in_blocks(rule: Rule, operands: Operands, block_q: int, block_k: int) -> tup
 
 def gradients(rule: Rule, operands: Operands, lse_BHT: jax.Array, dy_BHTe: jax.Array, delta_BHT: jax.Array) -> Operands:
     """The gradients' share that is due to these keys, see `problem.py`."""
-    sizes = block_sizes(operands)
+    sizes = block_sizes(rule, operands)
     return _gradients(rule, sizes, operands, _visits(rule, sizes, operands), lse_BHT, dy_BHTe, delta_BHT)
 
 

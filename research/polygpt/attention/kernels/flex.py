@@ -42,7 +42,7 @@ def refuses(rule: Rule, operands: Operands) -> str | None:
         return f"the mask reads {len(labels)} labels, but its kernel supports at most {META_ROWS - OWN_ROWS}"
     B, _, T, _ = operands.query_BHTd.shape
     S = operands.key_BKSd.shape[2]
-    blocks = B * -(-T // _block(T)) * -(-S // _block(S))
+    blocks = B * -(-T // default_block(rule, T)) * -(-S // default_block(rule, S))
     if blocks > VISITS:
         return f"{B} rows of {T} queries and {S} keys are {blocks} blocks, but it supports at most {VISITS}"
     return None
@@ -87,15 +87,15 @@ def gradients(
 def _prepared(rule, operands, block_q, block_k):
     """(block sizes, whether to interpret, packed operands, the block map)."""
     T, S = operands.query_BHTd.shape[2], operands.key_BKSd.shape[2]
-    block_q, block_k = block_q or _block(T), block_k or _block(S)
+    block_q, block_k = block_q or default_block(rule, T), block_k or default_block(rule, S)
     whole = packed(operands.padded(-T % block_q, -S % block_k))
     kind_BQK = block_map(rule.mask, operands.query, operands.key, block_q, block_k)
     return block_q, block_k, dispatch.platform() == "cpu", whole, kind_BQK
 
 
-def _block(count: int) -> int:
+def default_block(rule: Rule, count: int) -> int:
     """The default block size."""
-    return dispatch.block() or min(BLOCK, -(-count // LANES) * LANES)
+    return dispatch.block() or min(BLOCK, -(-rule.block(count) // LANES) * LANES)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))

@@ -42,12 +42,19 @@ class Rule:
         score: the modification of q k^T before the normalizer; queries are already scaled.
         normalizer: how to turn scores into weights.
         across: whether queries and keys are positions of different sequences, as in cross-attention.
+        run: the number of successive positions of a row after which another part of it may follow in the arrays, so
+            that blocks should not be longer; None if arrays are in the row's order.
     """
 
     mask: Mask
     score: Score = Score()
     normalizer: Literal["softmax", "sigmoid"] = "softmax"
     across: bool = False
+    run: int | None = None
+
+    def block(self, size: int) -> int:
+        """A block size of at most `size` positions, none of which straddles two runs if the run is a multiple."""
+        return size if self.run is None else min(size, self.run)
 
     def visible(self, query: Meta, key: Meta) -> jax.Array:
         """bool, of the broadcast shape of `query` and `key`."""

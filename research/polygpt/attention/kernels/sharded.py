@@ -8,9 +8,11 @@ key heads are repeated to lcm(K, n) in total; if n is a multiple of K, each devi
 heads.
 
 Positions: each device all-gathers keys for its own queries (`gathered.py`), or keys travel around a ring (`ring.py`).
+Both read the order of positions from metadata, so that it may be a zigzag (`attention/zigzag.py`).
 If the devices do not divide both queries and keys, as in a decode step, only rows and heads are split.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from types import ModuleType
@@ -43,6 +45,8 @@ def attend(
             "pair terms are stored with their queries and cannot follow keys around a ring: set train.mesh.context to "
             "gather"
         )
+    if layout.zigzag and positions:
+        rule = dataclasses.replace(rule, run=T // (2 * layout.size("positions")))
     operands = _repeat_key_heads(operands, math.prod(layout.mesh.shape[axis] for axis in sharding.mesh_axes(heads)))
     of_queries, of_positions = P(rows, heads, positions), P(rows, positions)
     terms = operands.terms

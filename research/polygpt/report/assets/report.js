@@ -34,7 +34,7 @@ for (const figure of document.querySelectorAll("[data-chart]")) {
   svg.addEventListener("pointerleave", () => { cursor.style.visibility = "hidden"; output.textContent = ""; });
 }
 
-// Samples: the attention of the chosen word in the chosen layer. Row 0 of a map is the mean of the layers.
+// Samples: the attention of the chosen word in the chosen map.
 for (const sample of document.querySelectorAll(".sample")) {
   const words = [...sample.querySelectorAll("button.word")], select = sample.querySelector("select");
   const items = [...sample.querySelectorAll("[data-attention]")].map((figure) => {
@@ -45,7 +45,7 @@ for (const sample of document.querySelectorAll(".sample")) {
   if (!items.length) continue;
   let chosen = 0;
   const show = (word) => {
-    const row = (select.value === "mean" ? 0 : 1 + Number(select.value)) * items[0].attention.words + word;
+    const row = Number(select.value) * items[0].attention.words + word;
     for (const { attention, cells, output } of items) {
       cells.forEach((cell, i) => cell.style.setProperty("--a", (attention.bytes[row * attention.cells + i] || 0) / 255));
       output.textContent = `${Math.round(attention.share[row] * 100)}% of attention`;

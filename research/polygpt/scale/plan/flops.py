@@ -1,9 +1,15 @@
 """FLOPs of a training step, by an explicit formula."""
 
 import dataclasses
+import math
+from collections.abc import Mapping
 
+from polygpt.attention.kernels.dispatch import LONG
+from polygpt.attention.zigzag import largest_share
+from polygpt.models.decoder import DecoderSpec
 from polygpt.models.describe import describe, scores
 from polygpt.models.multimodal import ModelSpec
+from polygpt.sharding import MeshSpec
 from polygpt.training.experiment import Experiment
 
 FORMULA = """\
@@ -92,7 +98,7 @@ def flops(experiment: Experiment, vocabulary: int) -> Flops:
         if not part.flops:
             continue
         if part.unit == "item":
-            items = rows * model.adapters[part.name.partition("/")[2]].items
+            items = rows * model.adapters[part.name.rpartition("/")[2]].items
             lines.append(Line(part.name, part.flops, "item", items))
         elif part.name in model.stacks():
             attention = scores(model.stacks()[part.name], seq_len)
@@ -104,6 +110,31 @@ def flops(experiment: Experiment, vocabulary: int) -> Flops:
     return remat(Flops(tuple(lines), positions), model)
 
 
+def causal_share(experiment: Experiment, sizes: Mapping[str, int]) -> float:
+    """The decoder's attention on the busiest device, relative to the mean of those that split the positions of a row.
+
+    1 if the order of positions is a zigzag; close to 2 if many devices hold successive positions, of which the last see
+    most keys. `sizes` are those of the mesh axes. Assumes full rows and a backend that skips what is masked, as all do
+    but those of short rows.
+    """
+    mesh, seq_len = experiment.train.mesh, experiment.data.layout.seq_len
+    devices = math.prod(sizes.get(axis, 1) for axis in mesh.rules["positions"])
+    busiest = mean = 0.0
+    for stack in experiment.model.stacks().values():
+        work = stack.causal_score_flops(seq_len) * seq_len
+        split = devices > 1 and seq_len >= LONG and stack.mask != "bidirectional"
+        mean += work
+        busiest += work * (_busiest(stack, mesh, devices, seq_len) if split else 1.0)
+    return busiest / mean if mean else 1.0
+
+
+def _busiest(stack: DecoderSpec, mesh: MeshSpec, devices: int, seq_len: int) -> float:
+    def total(length: int) -> float:
+        return stack.causal_score_flops(length) * length if length else 0.0
+
+    return largest_share(total, seq_len, devices, stack.zigzag(mesh, devices, seq_len))
+
+
 def remat(flops: Flops, model: ModelSpec) -> Flops:
     """The same FLOPs, with the recomputed fractions set by the model's remat policies."""
 
@@ -112,7 +143,7 @@ def remat(flops: Flops, model: ModelSpec) -> Flops:
         if kind:
             remat = model.stacks()[stack].remat
             return float(remat == "full" or kind == "attention" and remat == "dots")
-        adapter = model.adapters.get(name.partition("/")[2])
+        adapter = model.adapters.get(name.rpartition("/")[2])
         return float(getattr(getattr(adapter, "tower", None), "remat", "none") == "full")
 
     lines = (dataclasses.replace(line, again=again(line.name)) for line in flops.lines)

@@ -7,7 +7,7 @@ from typing import Any
 from polygpt.scale.plan import collectives, compilation, hlo, links, work
 from polygpt.scale.plan.collectives import Collective
 from polygpt.scale.plan.compilation import Built
-from polygpt.scale.plan.flops import Flops, flops
+from polygpt.scale.plan.flops import Flops, causal_share, flops
 from polygpt.scale.plan.memory import Exhausted, Memory
 from polygpt.scale.plan.roofline import Roofline, StandIn
 from polygpt.scale.plan.target import Target
@@ -123,7 +123,7 @@ def plan(experiment: Experiment, target: Target) -> Plan:
     program = hlo.parse(built.text)
     found = collectives.collectives(program, built.mesh)
     timed = tuple(TimedCollective(one, one.times * sum(links.seconds(one, target, built.devices))) for one in found)
-    times, executed = collectives.kernels(program), work.kernel_flops(program)
+    times, executed = collectives.kernels(program), work.kernel_flops(program, causal_share(experiment, built.mesh))
     roofline = stand_in = None
     if target.peak:
         linked = links.total(found, target, built.devices)
@@ -184,6 +184,7 @@ def settings(experiment: Experiment, mesh: Mapping[str, int]) -> dict[str, Any]:
         if mesh.get("stage", 1) > 1
         else None,
         "context": spec.context if mesh.get("sequence", 1) > 1 else None,
+        "causal_share": causal_share(experiment, mesh) if mesh.get("sequence", 1) > 1 else None,
         "remat": model.decoder.remat,
         "towers": "/".join(sorted(towers)) or None,
         "microbatches": experiment.optim.accumulate,

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from polygpt.objectives.blocked import automatic
 from polygpt.scale.plan import links
 from polygpt.scale.plan.facts import DECODER, Facts, MeshFacts
-from polygpt.scale.plan.flops import remat
+from polygpt.scale.plan.flops import causal_share, remat
 from polygpt.scale.plan.predicted_collectives import block_work, predicted_collectives
 from polygpt.scale.plan.roofline import Roofline
 from polygpt.scale.plan.target import Target
@@ -32,6 +32,7 @@ class Prediction:
         activations: bytes per device of activations saved for the backward pass.
         working, head: bytes per device of the working set of one block, and of logits.
         roofline: bounds on the time of a step.
+        causal_share: the decoder's attention on the busiest device relative to the mean, see `flops.causal_share`.
     """
 
     state: float
@@ -40,6 +41,7 @@ class Prediction:
     working: float
     head: float
     roofline: Roofline
+    causal_share: float = 1.0
 
     @property
     def temporaries(self) -> float:
@@ -117,7 +119,10 @@ def predict(experiment: Experiment, known: Facts, target: Target, here: MeshFact
     bubble = schedule.bubble()  # its computations are discarded
     blocks = sum(line.forward * (3 + line.again) for line in counted.lines if ", " in line.name)
     wasted = (blocks + 1.7 * scores) * bubble / (1 - bubble)
-    executed = (counted.useful + counted.again + 1.7 * scores + wasted) / target.count
+    share = causal_share(experiment, layout.mesh.shape)
+    attention = sum(line.forward * (4.7 + line.again) for line in counted.lines if line.name.endswith(", attention"))
+    uneven = (share - 1) * attention  # other devices wait for the busiest
+    executed = (counted.useful + counted.again + 1.7 * scores + wasted + uneven) / target.count
     expected = predicted_collectives(experiment, known, here, positions, work, compute)
     linked = links.total(expected, target, tuple(layout.mesh.devices.flat))
     roofline = Roofline(
@@ -130,7 +135,7 @@ def predict(experiment: Experiment, known: Facts, target: Target, here: MeshFact
         executed=executed,
         peak=target.peak or 0.0,
     )
-    return Prediction(state, gradients, activations, working, head, roofline)
+    return Prediction(state, gradients, activations, working, head, roofline, share)
 
 
 def _inner(adapter) -> int:

@@ -54,6 +54,8 @@ def summary_lines(data: Mapping) -> list[str]:
     words += [f"remat of towers {settings['towers']}"] if settings["towers"] else []
     words += [f"features split over {', '.join(settings['features'])}"] if settings["features"] else []
     words += [f"sequence parallelism by {settings['context']}"] if settings["context"] else []
+    if share := settings.get("causal_share"):
+        words += [f"the busiest device computes {share:.2f} times the mean of causal attention"]
     parts = counted(settings["microbatches"], "microbatch", "microbatches")
     words += [f"{settings['batch_size']} rows of {settings['seq_len']} in {parts}"]
     versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())

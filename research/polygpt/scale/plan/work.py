@@ -39,12 +39,13 @@ def products(program: Program) -> float:
     return sum(run.times * _product(run) for run in program.executed())
 
 
-def kernel_flops(program: Program) -> dict[str, float]:
+def kernel_flops(program: Program, causal_share: float = 1.0) -> dict[str, float]:
     """FLOPs of attention kernels, by name, for unpacked rows. Kernels compute whole blocks, which are counted as such.
 
     With a causal mask, kernels skip the blocks above the diagonal, which are not counted; with other masks all blocks
-    count. Blocks that are empty because of the data, in packed rows and in slots without an item, count too. An unknown
-    kernel counts 0, but its name is in the result.
+    count. Of devices that split positions the busiest is counted, which has `causal_share` times the mean. Blocks that
+    are empty because of the data, in packed rows and in slots without an item, count too. An unknown kernel counts 0,
+    but its name is in the result.
     """
     found: dict[str, float] = {}
     for run in program.executed():
@@ -53,18 +54,19 @@ def kernel_flops(program: Program) -> dict[str, float]:
             continue
         name = re.sub(r"(\.clone)?(\.\d+)*$", "", instruction.name)
         known = next((what for begins, what in PRODUCTS.items() if name.startswith(begins)), None)
-        found[name] = found.get(name, 0.0) + (run.times * _attention(run, *known) if known else 0.0)
+        found[name] = found.get(name, 0.0) + (run.times * _attention(run, *known, causal_share) if known else 0.0)
     return found
 
 
-def _attention(run: Executed, of_d: int, of_e: int) -> float:
+def _attention(run: Executed, of_d: int, of_e: int, causal_share: float) -> float:
     wide = [array for name in run.instruction.operands for array in run.within[name].results if len(array.shape) == 4]
     if len(wide) < 3:
         return 0.0
     (B, H, T, d), S, e = wide[0].shape, wide[1].shape[2], wide[2].shape[3]
-    blocks = max(-(-T // BLOCK), 1)
+    blocks = max(-(-S // BLOCK), 1)
     body = re.search(r'"body":"([^"]*)"', run.instruction.text)
-    seen = (blocks + 1) / (2 * blocks) if T == S and _causal(body.group(1) if body else "") else 1.0
+    causal = _causal(body.group(1) if body else "")
+    seen = min(1.0, causal_share * (blocks + 1) / (2 * blocks)) if causal else 1.0
     return 2.0 * B * H * T * S * (of_d * d + of_e * e) * seen
 
 
