@@ -13,12 +13,14 @@ import pytest
 from problems import NAMES, assert_agrees, problem
 
 from polygpt import sharding, topology
+from polygpt.attention import prefix
 from polygpt.attention.contract import Context, Dims
-from polygpt.attention.kernels import dispatch
+from polygpt.attention.kernels import dispatch, reference
 from polygpt.attention.kernels.problem import Operands, Rule
-from polygpt.attention.masks import DECODER, ENCODER, Causal, SameSegment
+from polygpt.attention.masks import DECODER, ENCODER, Causal, SameSegment, Sinks, Window
 from polygpt.attention.meta import Meta
 from polygpt.attention.multi_head import MultiHead
+from polygpt.attention.off_by_one import SoftmaxOffByOne
 from polygpt.attention.scores import SoftCap
 from polygpt.errors import SpecError
 
@@ -49,7 +51,14 @@ def shapes(T: int, S: int | None = None, B: int = 2, d: int = 64, dtype=jnp.bflo
         ("gpu", Rule(DECODER), shapes(2048), "library"),
         ("gpu", Rule(DECODER), shapes(2048, dtype=jnp.float32), "chunked"),
         ("gpu", Rule(DECODER, SoftCap(3.0)), shapes(2048), "chunked"),
-        ("gpu", Rule(DECODER), shapes(32768, B=1), "chunked"),
+        ("gpu", Rule(DECODER), shapes(32768, B=1), "library"),
+        ("gpu", Rule(DECODER & Window(512)), shapes(32768, B=1), "library"),
+        ("gpu", Rule(DECODER & (Window(512) | Sinks(4))), shapes(16384), "library"),
+        ("gpu", Rule(DECODER & (Window(512) | Sinks(4))), shapes(32768, B=1), "chunked"),
+        ("gpu", Rule(DECODER), shapes(16384, 65536, B=1), "chunked"),
+        ("gpu", Rule(DECODER, staged=True), shapes(32768, B=1), "chunked"),
+        ("gpu", Rule(DECODER, lse=True), shapes(2048), "chunked"),
+        ("tpu", Rule(WHOLE, lse=True), shapes(2048), "flex"),
     ],
 )
 def test_the_automatic_choice(platform, rule, operands, chosen):
@@ -138,6 +147,22 @@ def test_on_a_tpu_the_library_is_said_to_refuse_decoders_and_does():
         with pytest.raises(SpecError, match="'library' and strict is set, .* the mask looks at spans"):
             dispatch.choose(Rule(DECODER), shapes(2048), "library", strict=True)
         assert dispatch.choose(Rule(DECODER), shapes(2048)) == "flex"
+
+
+def test_what_uses_the_sum_of_scores_asks_for_it_and_scores_are_computed_once(monkeypatch):
+    from flax import nnx
+
+    asked, scored, masked_scores = [], [], reference.masked_scores
+    monkeypatch.setattr(dispatch, "choose", lambda rule, *_: asked.append(rule.lse) or "reference")
+    monkeypatch.setattr(reference, "masked_scores", lambda *given: scored.append(1) or masked_scores(*given))
+    meta = Meta(*[jnp.ones((1, 4), jnp.int32)] * 5)
+    for spec in (MultiHead(2), SoftmaxOffByOne(2)):
+        module = spec.build(Dims(8), nnx.Rngs(0))
+        module(jnp.zeros((1, 4, 8)), Context(meta, meta, DECODER))
+        module.weights(jnp.zeros((1, 4, 8)), Context(meta, meta, DECODER))
+    prefix.attach(module, 2, (), None, jax.random.key(0))
+    module(jnp.zeros((1, 4, 8)), Context(meta, meta, DECODER))
+    assert asked == [False, True, True] and len(scored) == 5
 
 
 # --- several devices --------------------------------------------------------------------------------------------------

@@ -347,13 +347,14 @@ def test_cudnn_is_what_a_gpu_is_given(monkeypatch):
     monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda capability: True)
     monkeypatch.setattr(fused_attention_stablehlo, "is_cuda_compute_capability_equal", lambda capability: False)
     names = "__cudnn$fmhaScaleBiasSoftmax", "__cudnn$fmhaScaleBiasSoftmaxBackward"
-    unchecked = [jax.export.DisabledSafetyCheck.custom_call(name) for name in names]
+    fused = "__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"
+    unchecked = [jax.export.DisabledSafetyCheck.custom_call(name) for name in (*names, *fused)]
     rule = Rule(DECODER)
     with compiling_for("gpu"):
         assert library.refuses(rule, shapes(256)) is None
         program = jax.export.export(jax.jit(gradients(rule)), platforms=["cuda"], disabled_checks=unchecked)
         text = str(program(shapes(256)).mlir_module())
-    assert set(re.findall(r"__cudnn\$\w+", text)) == set(names)
+    assert set(re.findall(r"__cudnn\$\w+", text)) == {*names, *fused}
 
 
 @pytest.mark.parametrize(

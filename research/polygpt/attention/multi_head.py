@@ -200,9 +200,9 @@ class MultiHeadModule(nnx.Module):
 
     def with_prefix(self, rule: Rule, operands: Operands) -> tuple[jax.Array, jax.Array]:
         """As `attend`, with the prefix."""
-        y_BHTe, lse_BHT = self.attend(rule, operands)
         if self.prefix is None:
-            return y_BHTe, lse_BHT
+            return self.attend(rule, operands)
+        y_BHTe, lse_BHT = self.attend(dataclasses.replace(rule, lse=True), operands)
         return self.prefix.joined(y_BHTe, lse_BHT, operands.query_BHTd)
 
     def weights_with_prefix(self, rule: Rule, operands: Operands) -> jax.Array:

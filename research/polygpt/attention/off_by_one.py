@@ -17,7 +17,7 @@ class SoftmaxOffByOne(MultiHead):
 
     exp(s_j) / (exp(b) + sum_k exp(s_k)) with b = 0; with `learned`, b is one value per head: the sinks of gpt-oss
     (model card, 2508.10925, section on attention). Computed by multiplying the backend's softmax by sigmoid(lse - b),
-    which works with every backend.
+    which works with every backend that computes lse in the same pass.
     """
 
     paper = "Miller, 2023, evanmiller.org/attention-is-off-by-one.html"
@@ -25,6 +25,9 @@ class SoftmaxOffByOne(MultiHead):
 
     learned: bool = False
     """Whether to learn the extra term, one value per head, initialised to 0."""
+
+    def backends(self) -> tuple[str, ...]:
+        return tuple(name for name in super().backends() if name != "library")  # it has no lse with a gradient
 
     def build(self, dims: Dims, rngs: nnx.Rngs) -> nnx.Module:
         return SoftmaxOffByOneModule(self, dims, rngs)
@@ -36,11 +39,12 @@ class SoftmaxOffByOneModule(MultiHeadModule):
         self.sink = nnx.Param(jnp.zeros(spec.heads)) if spec.learned else None
 
     def attend(self, rule, operands):
-        y_BHTe, lse_BHT = super().attend(rule, operands)
+        y_BHTe, lse_BHT = super().attend(dataclasses.replace(rule, lse=True), operands)
         return (y_BHTe * self._share(lse_BHT)).astype(y_BHTe.dtype), lse_BHT
 
     def weigh(self, rule, operands):
-        return super().weigh(rule, operands) * self._share(reference.attend(rule, operands)[1])
+        weights_BHTS, lse_BHT = reference.weights_and_lse(rule, operands)
+        return weights_BHTS * self._share(lse_BHT)
 
     def _share(self, lse_BHT):
         """The fraction of the denominator due to keys, [B, H, T, 1]."""

@@ -25,7 +25,10 @@ DESCRIPTIONS = {
     "library": "softmax only. TPU: splash attention, for media towers and masks without spans (not decoders, whose "
     "mask has spans): SameSegment with Causal and distances of positions, SoftCap, lengths that are multiples of 128, "
     "no cache; memory O(T + S). GPU: cuDNN, for 16-bit dtypes, any mask, no score modification, even lengths, head "
-    "widths that are multiples of 8 up to 128; memory O(T S). Elsewhere jax.nn.dot_product_attention, for any mask and "
+    "widths that are multiples of 8 up to 128; its own causality, windows and lengths for rows of one example without "
+    "spans, "
+    f"memory O(T + S); for other rows a mask in memory, B T S up to {2**29:,} elements, and chunked beyond. "
+    "Elsewhere jax.nn.dot_product_attention, for any mask and "
     "additive score modifications; memory O(T S). Where neither applies, tokamax if it is installed: values of another "
     "width, SoftCap",
     "flex": "one fused kernel for every mask and score modification, in float32 and bfloat16, skips empty blocks: on "
@@ -37,7 +40,7 @@ BACKENDS = tuple(DESCRIPTIONS)
 LONG = 512
 """From this number of keys on, the automatic choice avoids the reference, which materialises the matrix of scores."""
 DENSE = 2**29
-"""Maximum size of a dense mask, B T S, for which the automatic choice uses cuDNN: 1 GiB at 16 bits."""
+"""Maximum size of a mask as an array, B T S, for cuDNN: 1 GiB at 16 bits."""
 
 _log = logging.getLogger(__name__)
 _target: ContextVar[str | None] = ContextVar("target", default=None)
@@ -128,7 +131,8 @@ def describe() -> dict[str, str]:
     automatic = (
         f"reference below {LONG} keys and for single queries; otherwise, on TPU library, or flex if that does not "
         "apply, as for decoders; "
-        f"on GPU library, if the mask B T S has at most {DENSE:,} elements; chunked everywhere else"
+        f"on GPU library, for any mask up to B T S = {DENSE:,} and, at any length, for causal masks with or without a "
+        "window; chunked everywhere else, such as for float32, score modifications and rings"
     )
     return {"auto": automatic, **DESCRIPTIONS}
 
@@ -140,11 +144,12 @@ def _refuses(backend: str, rule: Rule, operands: Operands, part: bool) -> str | 
 
 
 def _best(rule: Rule, operands: Operands, part: bool) -> str:
-    B, T, S = operands.query_BHTd.shape[0], operands.query_BHTd.shape[2], operands.key_BKSd.shape[2]
+    T, S = operands.query_BHTd.shape[2], operands.key_BKSd.shape[2]
     if S < LONG or T == 1:  # small, or a decode step with a single row of scores
         return "reference"
-    preferred = {"tpu": ("library", "flex"), "gpu": ("library",) if B * T * S <= DENSE else ()}.get(platform(), ())
-    return next((name for name in preferred if _refuses(name, rule, operands, part) is None), "chunked")
+    preferred = {"tpu": ("library", "flex"), "gpu": ("library",)}.get(platform(), ())
+    able = (name for name in preferred if _refuses(name, rule, operands, part) is None)
+    return next((name for name in able if name != "library" or _module(name).suits(rule, operands)), "chunked")
 
 
 @functools.cache

@@ -1,16 +1,14 @@
 """Attention from libraries: cuDNN on NVIDIA GPUs, splash attention on TPUs, otherwise JAX's own in plain XLA.
 
-For TPUs see `splash.py`. Elsewhere it is `jax.nn.dot_product_attention` with a dense mask [B, 1, T, S]. Its faster
-causal form needs unpacked rows without padding, which is known only at run time. Memory therefore grows with B T S on
-GPU, where cuDNN reads the mask as a 16-bit bias, and with B H T S elsewhere, as for the reference. Additive score
-modifications become a bias, except with cuDNN, which would round it to 16 bits and give it no gradient in batches
-(jax#30593).
+For TPUs see `splash.py`, for GPUs `cudnn.py`. Elsewhere it is `jax.nn.dot_product_attention` with a mask [B, 1, T, S]
+and memory that grows with B H T S, as for the reference. Additive score modifications become a bias, except with cuDNN,
+which would round it to 16 bits and give it no gradient in batches (jax#30593).
 
 If these do not apply and tokamax is installed (optional), it is used: it also supports SoftCap and values whose width
 differs from that of queries, and chooses among its kernels by itself.
 
-lse is computed separately by the chunked backend, because the libraries' lse has no gradient. A compiled program that
-does not use lse omits this.
+The libraries' lse has no gradient. Where it is asked for (`Rule.lse`), another backend, which computes it beside the
+values, is faster; otherwise the chunked backend computes it, which a compiled program that does not use it omits.
 """
 
 import functools
@@ -19,7 +17,7 @@ import importlib.util
 import jax
 import jax.numpy as jnp
 
-from polygpt.attention.kernels import chunked
+from polygpt.attention.kernels import chunked, cudnn
 from polygpt.attention.kernels.dispatch import platform
 from polygpt.attention.kernels.problem import Operands, Rule
 from polygpt.attention.scores import Score, SoftCap
@@ -27,10 +25,17 @@ from polygpt.attention.scores import Score, SoftCap
 
 def refuses(rule: Rule, operands: Operands) -> str | None:
     """Why it cannot compute this, or None."""
+    if rule.lse:
+        return "the sum of exponentiated scores is used, which it does not compute: that would be attention twice"
     if platform() == "tpu":
         return _splash().refuses(rule, operands)
     reason = _jax_refuses(rule, operands)
     return None if reason is None or _tokamax_takes(rule) else reason
+
+
+def suits(rule: Rule, operands: Operands) -> bool:
+    """Whether to choose it automatically where it applies: on GPUs, not for masks that would be large arrays."""
+    return platform() != "gpu" or cudnn.fits(rule, operands)
 
 
 def _tokamax_takes(rule: Rule) -> bool:
@@ -46,27 +51,15 @@ def _jax_refuses(rule: Rule, operands: Operands) -> str | None:
         return f"jax.nn.dot_product_attention needs values as wide as queries, not {e} and {d}"
     if not rule.score.additive():
         return f"{type(rule.score).__name__} cannot be written as a bias, which jax.nn.dot_product_attention requires"
-    return _cudnn_refuses(rule, operands) if platform() == "gpu" else None
-
-
-def _cudnn_refuses(rule: Rule, operands: Operands) -> str | None:
-    T, S, d = operands.query_BHTd.shape[2], operands.key_BKSd.shape[2], operands.query_BHTd.shape[3]
-    dtypes = {x.dtype for x in (operands.query_BHTd, operands.key_BKSd, operands.value_BKSe)}
-    if dtypes not in ({jnp.dtype("bfloat16")}, {jnp.dtype("float16")}):
-        return f"cuDNN computes in bfloat16 or float16, not {' and '.join(sorted(map(str, dtypes)))}"
-    if type(rule.score) is not Score:
-        return f"cuDNN would round the bias of {type(rule.score).__name__} to 16 bits and give it no gradient"
-    if d > 128 or d % 8:
-        return f"cuDNN needs a head width that is a multiple of 8 up to 128, not {d}"
-    if T % 2 or S % 2:
-        return f"cuDNN needs even lengths with a mask, not {T} and {S}"
-    return None
+    return cudnn.refuses(rule, operands) if platform() == "gpu" else None
 
 
 def attend(rule: Rule, operands: Operands) -> tuple[jax.Array, jax.Array]:
     """(y_BHTe, lse_BHT), see `problem.py`."""
     if platform() == "tpu":
         return _splash().attend(rule, operands)
+    if platform() == "gpu" and _jax_refuses(rule, operands) is None:
+        return cudnn.attend(rule, operands), chunked.attend(rule, operands)[1]
     query, key, terms = operands.views()
     visible_B1TS = rule.visible(query, key)
     seeing_B1T1 = jnp.any(visible_B1TS, axis=-1, keepdims=True)
@@ -75,8 +68,7 @@ def attend(rule: Rule, operands: Operands) -> tuple[jax.Array, jax.Array]:
         zeros_BHTS = jnp.zeros((*operands.query_BHTd.shape[:3], operands.key_BKSd.shape[2]), jnp.float32)
         bias_BHTS = rule.score(zeros_BHTS, query, key, terms)
     if _jax_refuses(rule, operands) is None:
-        implementation = "cudnn" if platform() == "gpu" else "xla"
-        compute = functools.partial(jax.nn.dot_product_attention, implementation=implementation)
+        compute = functools.partial(jax.nn.dot_product_attention, implementation="xla")
     else:
         cap = rule.score.cap if type(rule.score) is SoftCap else None
         compute = functools.partial(_tokamax().dot_product_attention, logits_soft_cap=cap)

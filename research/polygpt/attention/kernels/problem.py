@@ -44,6 +44,8 @@ class Rule:
         across: whether queries and keys are positions of different sequences, as in cross-attention.
         run: the number of successive positions of a row after which another part of it may follow in the arrays, so
             that blocks should not be longer; None if arrays are in the row's order.
+        lse: whether lse is used, so that it must come with the values.
+        staged: whether pipeline stages run as one, where choosing at run time would compute all that is to choose from.
     """
 
     mask: Mask
@@ -51,6 +53,8 @@ class Rule:
     normalizer: Literal["softmax", "sigmoid"] = "softmax"
     across: bool = False
     run: int | None = None
+    lse: bool = False
+    staged: bool = False
 
     def block(self, size: int) -> int:
         """A block size of at most `size` positions, none of which straddles two runs if the run is a multiple."""

@@ -45,6 +45,15 @@ def attention_weights(rule: Rule, operands: Operands) -> jax.Array:
     return normalized(rule, *masked_scores(rule, operands))
 
 
+def weights_and_lse(rule: Rule, operands: Operands) -> tuple[jax.Array, jax.Array]:
+    """`attention_weights`, and lse as in `problem.py`, of the same scores."""
+    score_BHTS, visible_B1TS = masked_scores(rule, operands)
+    weights_BHTS = normalized(rule, score_BHTS, visible_B1TS)
+    if rule.normalizer == "sigmoid":
+        return weights_BHTS, jnp.zeros(weights_BHTS.shape[:3], jnp.float32)
+    return weights_BHTS, jax.nn.logsumexp(score_BHTS, axis=-1)
+
+
 def weighted_values(weights_BHTS: jax.Array, value_BKSe: jax.Array) -> jax.Array:
     """[B, H, T, e] in the dtype of the values."""
     B, H, T, S = weights_BHTS.shape
@@ -55,11 +64,8 @@ def weighted_values(weights_BHTS: jax.Array, value_BKSe: jax.Array) -> jax.Array
 
 def attend(rule: Rule, operands: Operands) -> tuple[jax.Array, jax.Array]:
     """(y_BHTe, lse_BHT), see `problem.py`."""
-    score_BHTS, visible_B1TS = masked_scores(rule, operands)
-    y_BHTe = weighted_values(normalized(rule, score_BHTS, visible_B1TS), operands.value_BKSe)
-    if rule.normalizer == "sigmoid":
-        return y_BHTe, jnp.zeros(y_BHTe.shape[:3], jnp.float32)
-    return y_BHTe, jax.nn.logsumexp(score_BHTS, axis=-1)
+    weights_BHTS, lse_BHT = weights_and_lse(rule, operands)
+    return weighted_values(weights_BHTS, operands.value_BKSe), lse_BHT
 
 
 def gradients(rule: Rule, operands: Operands, lse_BHT: jax.Array, dy_BHTe: jax.Array, delta_BHT: jax.Array) -> Operands:

@@ -45,6 +45,7 @@ def attend(
             "pair terms are stored with their queries and cannot follow keys around a ring: set train.mesh.context to "
             "gather"
         )
+    rule = dataclasses.replace(rule, staged=layout.size("stages") > 1)
     if layout.zigzag and positions:
         rule = dataclasses.replace(rule, run=T // (2 * layout.size("positions")))
     operands = _repeat_key_heads(operands, math.prod(layout.mesh.shape[axis] for axis in sharding.mesh_axes(heads)))
