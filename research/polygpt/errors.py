@@ -13,7 +13,11 @@ class SpecError(UserError, ValueError):
 
 
 class OtherTokenizer(UserError):
-    """Parameters with a row per token id come from a run with other token ids."""
+    """Parameters with a row per token id come from a run with other token ids; `other` says which."""
+
+    def __init__(self, other: str, message: str):
+        super().__init__(message)
+        self.other = other
 
 
 class Diverged(UserError):

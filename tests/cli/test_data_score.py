@@ -26,6 +26,10 @@ def test_scores_are_written_and_learned_from(polygpt, trained, folder, tmp_path)
     assert found["examples"] == 7 and found["skipped"] == 0 and "read them with --data.scores '" in err
     for path in folder.iterdir():
         assert path.read_bytes() == (tmp_path / "scores" / path.name).read_bytes()
+    of_a_run = ["data", "score", trained.run, trained.run, "--out", tmp_path / "again", "--top", 4, "--phase", 0]
+    assert polygpt(*of_a_run)[0] == 0, "its own data"
+    for path in folder.glob("*.npy"):
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
     train = [
         "train",
         trained.file,

@@ -178,7 +178,7 @@ REFUSED = {
     "depth": ({"model.decoder.depth": 3}, rf"the parameter decoder/blocks/.* is \[2, .* and \[3, .*: {KEPT}"),
     "a group": ({"optim.groups": (Group("none"),)}, "optim.groups: the group 'none' takes no parameter"),
     "rows that do not divide": ({"optim.accumulate": 3}, "data.batch_size is 4: it must be a multiple of 3"),
-    "scores": ({"data.scores": {"teacher": "/none"}}, "/none has no scores"),
+    "scores": ({"data.scores": {"teacher": "/none"}}, "data.scores.teacher: /none has no scores"),
     "moments": ({"optim.optimizer.momentum": 0.9}, r"optim.optimizer: .* has no .*trace of .*: keep the optimizer"),
 }
 

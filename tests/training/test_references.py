@@ -167,6 +167,14 @@ def test_what_cannot_be_a_reference_is_one_line_and_leaves_nothing(teacher, tmp_
         objectives = {"soft": (soft, 1.0), "start": (Toward("start"), 0.5)}
         with pytest.raises(UserError, match=words):
             train(student(teacher, references=good | seeing, objectives=objectives), tmp_path / "run", json_lines)
+    for soft, words in (
+        (HiddenDistillation(), r"reads: HiddenDistillation: the model's vectors have 16 .* of 'teacher' 32: set head"),
+        (HiddenDistillation(layers=((0, 2),)), r"reads: HiddenDistillation\.layers: 'teacher' has no block 2"),
+    ):
+        objectives = {"soft": (soft, 1.0), "start": (Toward("start"), 0.5)}
+        with pytest.raises(UserError, match=r"references\.teacher, which objectives\.soft " + words):
+            deeper = override(student(teacher, references=good), {"model.decoder.depth": "1"})
+            train(deeper.replace(objectives=objectives), tmp_path / "run", json_lines)
     remedy = r"references\.teacher: .*another tokenizer.* polygpt data score and read them with SpanDistillation"
     with pytest.raises(UserError, match=remedy):
         train(student(teacher, tokenizer=Bytes(multiple=64)), tmp_path / "run", json_lines)

@@ -47,10 +47,18 @@ def test_a_contrast_without_one_of_its_modalities_is_told(monkeypatch):
     chosen = with_heads()
     pair = InfoNCE(("pair", "pair"), between=(1, 0))
     monkeypatch.setattr(InfoNCE, "check_with", lambda *_: None)  # the tiny model reads text alone
-    with pytest.raises(
-        UserError, match=r"objectives\.pair finds nothing .*InfoNCE needs projections of both modalities"
-    ):
+    words = r"objectives\.pair finds nothing .*InfoNCE needs examples that have both modality 1 and text \(between\)"
+    with pytest.raises(UserError, match=words):
         scored.require_scored(chosen.replace(objectives=PLAIN | {"pair": (pair, 0.1)}))
+
+
+def test_an_objective_that_a_later_phase_begins_is_checked_too(monkeypatch):
+    monkeypatch.setattr(scored, "BATCHES", 1)
+    chosen = with_heads(kind=LabelClassification("kind"))
+    waiting = chosen.replace(objectives={"next": chosen.objectives["next"], "kind": (LabelClassification("kind"), 0.0)})
+    scored.require_scored(waiting, waiting)
+    with pytest.raises(UserError, match=r"^train\.phases\.1: objectives\.kind finds nothing to score"):
+        scored.require_scored(waiting, waiting, chosen)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""polygpt data show FILE: print and draw a few rows as the model sees them."""
+"""polygpt data show FILE|RUN: print and draw a few rows as the model sees them."""
 
 from argparse import Namespace
 from pathlib import Path
@@ -22,7 +22,7 @@ POSITIONS = 40
 def parser(prog: str, about: str) -> Parser:
     """The verb's arguments."""
     words = Parser(prog, about, EXAMPLES, experiment.fields)
-    words.add_argument("file", metavar="FILE", help="a Python file with `def experiment() -> Experiment`")
+    words.add_argument("file", metavar="FILE|RUN", help=experiment.EITHER)
     words.add_argument(
         "--rows", type=int, default=4, metavar="N", help="number of rows of the first batch to draw (default: 4)"
     )
@@ -36,7 +36,7 @@ def run(arguments: Namespace) -> dict:
     """Prints positions in tables and draws the rows; returns a summary of the rows and the path of the image."""
     if arguments.rows < 1:
         raise UserError(f"data show: --rows is {arguments.rows}: it must be positive")
-    chosen = experiment.load(arguments.file, arguments.changes, arguments.options)
+    chosen = experiment.load(arguments.file, arguments.changes, arguments.options, runs=True)
     chosen, said = experiment.of_phase(chosen, arguments.phase, "data show")
 
     from rich.console import Console

@@ -56,9 +56,9 @@ def changed(experiment, changes: Mapping[str, str], options: Sequence[str] = ())
     return change(experiment, changes, options)
 
 
-def add_run(words: Parser) -> None:
+def add_run(words: Parser, about: str = "run folder, such as runs/quickstart") -> None:
     """Adds the arguments that select a trained model."""
-    words.add_argument("run", metavar="RUN", help="run folder, such as runs/quickstart")
+    words.add_argument("run", metavar="RUN", help=about)
     add_checkpoint(words)
     spread = "use all devices, on the run's mesh (default: only the first device)"
     words.add_argument("--spread", action="store_true", help=spread)

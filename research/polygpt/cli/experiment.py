@@ -1,24 +1,38 @@
 """Loads an experiment from a FILE and the overrides on the command line."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from polygpt.cli.arguments import Parser, change
 from polygpt.errors import UserError
 from polygpt.spec import faults_of, load_file
 
+EITHER = "a Python file with `def experiment() -> Experiment`, or a run folder"
+"""What a verb reads that needs an experiment, trained or not."""
+
 
 def fields(file: str | None, changes: Mapping[str, str], options: Sequence[str]):
     """For a parser whose first argument is a FILE: the experiment whose fields `--help` lists."""
-    return load(file, changes, options) if file else None
+    return load(file, changes, options, runs=True) if file else None
 
 
-def load(file: str, changes: Mapping[str, str], options: Sequence[str] = ()):
+def load(file: str, changes: Mapping[str, str], options: Sequence[str] = (), runs: bool = False):
     """The experiment that a file's `experiment()` returns, with overrides.
+
+    Args:
+        file: the file; with `runs` also a run folder, for the experiment that it was trained with.
+        changes: the overrides.
+        options: names of options.
+        runs: whether a run folder will do.
 
     Raises:
         UserError: if the file fails or returns something else, or an override matches no field; suggests fields and
             `options`.
     """
+    if runs and Path(file).is_dir():
+        from polygpt.training.workdir import load_experiment
+
+        return change(load_experiment(Path(file)), changes, options)
     make = getattr(load_file(file), "experiment", None)
     if not callable(make):
         raise UserError(f"{file}: no function experiment(): write `def experiment() -> Experiment:` in it")

@@ -132,7 +132,11 @@ class Scores:
     """
 
     def __init__(self, name: str, folder: str):
-        self.name, self.folder, self.manifest = name, Path(folder), read_manifest(folder)
+        self.name, self.folder = name, Path(folder)
+        try:
+            self.manifest = read_manifest(folder)
+        except UserError as error:
+            raise UserError(f"data.scores.{name}: {error}") from None
         self._indexes: dict[tuple[str, int], np.ndarray] = {}
         if not self.manifest.complete:
             raise UserError(f"{self._place}: it is not complete: polygpt data score with the same arguments resumes it")

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from polygpt import sharding
 from polygpt.data.example import Example
 from polygpt.data.layout import LayoutSpec, lay_out
 from polygpt.data.loader import DataSpec, Task, open_task, require_data
@@ -24,6 +25,7 @@ from polygpt.models.functional import Model
 from polygpt.objectives.base import require_hidden_targets
 from polygpt.parameters import paths
 from polygpt.sequence import Batch
+from polygpt.sharding import MeshSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +56,14 @@ class Scorer:
             found.update(np.ascontiguousarray(jax.device_get(parameter)).tobytes())
         return found.hexdigest()
 
+    def on_all_devices(self) -> "Scorer":
+        """The same on all devices, which share the rows; unchanged if the model is on several already."""
+        if self.model.layout is not None or jax.device_count() == 1:
+            return self
+        layout = sharding.make_layout(MeshSpec(), jax.devices())
+        params = jax.device_put(self.params, layout.replicated())
+        return dataclasses.replace(self, model=self.model.on(layout), params=params)
+
 
 def write_scores(
     scorer: Scorer,
@@ -75,7 +85,7 @@ def write_scores(
         adapters: its adapters. The scorer may have others, such as for larger pictures.
         folder: where to write.
         top: number of likely tokens per position.
-        batch_size: rows per batch.
+        batch_size: rows per batch, rounded up to a multiple of the devices that share them.
         progress: called with the task, the examples done and their total.
 
     Returns:
@@ -100,7 +110,9 @@ def write_scores(
     counts = {name: len(some) for name, some in examples.items()}
     given = tokenizer.fingerprint, tokenizer.vocabulary, not same, top, layout_fields(data.layout), counts
     writer = ScoresWriter(folder, Manifest(scorer.origin, scorer.fingerprint, *given))
-    reader = _Reader(scorer, data, tokenizer, adapters, same, writer.manifest.record, batch_size)
+    shares = 1 if scorer.model.layout is None else scorer.model.layout.size("batch")
+    rows = -(-batch_size // shares) * shares
+    reader = _Reader(scorer, data, tokenizer, adapters, same, writer.manifest.record, rows)
     for name, number in writer.missing():
         chosen = writer.manifest.examples(name, number)
         writer.write(name, number, reader.shard(name, examples[name], chosen, progress))
@@ -209,17 +221,28 @@ class _Reader:
 def _scores(model: Model, params: Any, batch: Batch, top: int):
     """Log-probabilities of the targets, float32 [B, T]; with `top` also int32 [B, T, k] and float32 [B, T, k].
 
-    The logits of one row exist at a time.
+    As many logits as those of one row exist at a time: of some positions C of every row, so that devices share them.
     """
     hidden_BTD, *_ = model.hidden(params, batch)
+    B, T = batch.shape
+    size = -(-T // B)
+    spare = -T % size
 
-    def of_row(given):
-        x_TD, target_T = given
-        log_p_TV = jax.nn.log_softmax(model.logits(params, x_TD[None])[0].astype(jnp.float32))
-        log_p_T = jnp.take_along_axis(log_p_TV, target_T[:, None], axis=-1)[:, 0]
+    def of_block(given):
+        x_BCD, target_BC = given
+        log_p_BCV = jax.nn.log_softmax(model.logits(params, x_BCD).astype(jnp.float32))
+        log_p_BC = jnp.take_along_axis(log_p_BCV, target_BC[..., None], axis=-1)[..., 0]
         if not top:
-            return (log_p_T,)
-        values_Tk, ids_Tk = jax.lax.top_k(log_p_TV, top)
-        return log_p_T, ids_Tk, values_Tk
+            return (log_p_BC,)
+        values_BCk, ids_BCk = jax.lax.top_k(log_p_BCV, top)
+        return log_p_BC, ids_BCk, values_BCk
 
-    return jax.lax.map(of_row, (hidden_BTD, batch.target_BT))
+    def split(x_BT):
+        x_BT = jnp.pad(x_BT, [(0, 0), (0, spare), *[(0, 0)] * (x_BT.ndim - 2)])
+        return jnp.moveaxis(x_BT.reshape(B, -1, size, *x_BT.shape[2:]), 1, 0)
+
+    def joined(x_NBC):
+        return jnp.moveaxis(x_NBC, 0, 1).reshape(B, T + spare, *x_NBC.shape[3:])[:, :T]
+
+    found = jax.lax.map(of_block, (split(hidden_BTD), split(jnp.asarray(batch.target_BT))))
+    return model.replicated(jax.tree.map(joined, found))

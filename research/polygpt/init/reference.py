@@ -52,7 +52,7 @@ class Reference(Spec):
             found = start(self.init, paths(model.traits), tokenizer)
         except OtherTokenizer as error:
             alone = "or write its scores once with polygpt data score and read them with SpanDistillation"
-            raise UserError(f"references.{name}: {error}, {alone}") from None
+            raise UserError(f"references.{name}: {error.other}: set tokenizer to that one, {alone}") from None
         except UserError as error:
             raise UserError(f"references.{name}: {error}") from None
         if missing := paths(model.traits).keys() - found.taken.keys():

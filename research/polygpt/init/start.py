@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -89,7 +90,7 @@ def _require_trained(traits: Mapping[str, Traits], taken: Mapping[str, str]) -> 
         field = "model.low_rank" if updated else "model.prefix"
         raise UserError(
             f"init leaves {_some(idle)} random, and {field} freezes what it does not train: name such parameters in "
-            f"{field}.also ('{'|'.join(_patterns(idle))}')"
+            f"{field}.also ('{_also(idle)}')"
         )
 
 
@@ -143,6 +144,15 @@ def _patterns(names: Iterable[str]) -> list[str]:
     return [f"^{re.escape(part)}(/|$)" for part in dict.fromkeys(map(_part, names))]
 
 
+def _also(names: Iterable[str]) -> str:
+    """A regular expression of what these parameters have in common within each part of the model."""
+    parts: dict[str, list[str]] = {}
+    for name in names:
+        parts.setdefault(_part(name), []).append(name)
+    inner = (os.path.commonpath(some) for some in parts.values())
+    return "|".join(f"^{re.escape(one)}(/|$)" for one in inner)
+
+
 def _excluding(init: Weights, patterns: Iterable[str]) -> str:
     """A value for `init.exclude` that excludes more than now."""
     return "|".join([*([init.exclude] if init.exclude else []), *patterns])
@@ -155,11 +165,12 @@ def _some(names: list[str]) -> str:
 def _require_tokenizer(init: Weights, source: Source, tables: list[str], tokenizer: Any) -> None:
     """Raises UserError if parameters with a row per token id come from a run with other token ids."""
     if tables and source.tokenizer is not None and source.tokenizer != tokenizer:
-        raise OtherTokenizer(
-            f"init: {source.origin} was trained with another tokenizer ({_short(source.tokenizer)}, here "
-            f"{_short(tokenizer)}), so the rows of {tables[0]} belong to other tokens: set tokenizer to that one, or "
-            f"init.exclude to {_excluding(init, (f'^{name}$' for name in tables))!r}"
+        other = (
+            f"{source.origin} was trained with another tokenizer ({_short(source.tokenizer)}, here "
+            f"{_short(tokenizer)}), so the rows of {tables[0]} belong to other tokens"
         )
+        excluding = _excluding(init, (f"^{name}$" for name in tables))
+        raise OtherTokenizer(other, f"init: {other}: set tokenizer to that one, or init.exclude to {excluding!r}")
 
 
 def _short(tokenizer: Mapping[str, Any]) -> str:

@@ -64,6 +64,10 @@ class Objective(Spec):
         """What it needs of the model and of the rows besides tokens, targets and loss weights."""
         return Needs()
 
+    def scored(self, model) -> str:
+        """What it scores, in a few words for messages, given the `ModelSpec`."""
+        return self.needs.about or "other data"
+
     @classmethod
     def small(cls) -> "Objective":
         """An instance to try on a small model, whose ids go from 0 to 511 and whose text is bytes.

@@ -91,6 +91,11 @@ class Contrastive(BatchObjective):
             model["decoder.attention"] = "polygpt.attention.within_modality:WithinModality"
         return Needs("projections of both modalities", model)
 
+    def scored(self, model) -> str:
+        names = dict(enumerate(("text", *model.adapters)))
+        left, right = (names.get(modality, f"modality {modality}") for modality in self.between)
+        return f"examples that have both {left} and {right} (between)"
+
     @property
     def view(self) -> Apart | None:
         return Apart(self.bidirectional) if self.layer is None else None
@@ -192,7 +197,11 @@ def require_heads(heads: tuple[str, str], between: tuple[int, int], model) -> No
     if left != right:
         raise SpecError(f"compares the heads {heads[0]!r} and {heads[1]!r}: {left} and {right} outputs")
     if max(between) > len(model.adapters):
-        raise SpecError(f"compares the modalities {list(between)}: the model has {len(model.adapters)} adapters")
+        there = ", ".join(f"{number} {name}" for number, name in enumerate(("text", *model.adapters)))
+        raise SpecError(
+            f"compares the modalities {list(between)} and the model reads {there}: change between, or add an adapter "
+            "to model.adapters"
+        )
 
 
 def require_apart(layer: int | None, model) -> None:

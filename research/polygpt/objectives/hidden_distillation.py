@@ -56,6 +56,17 @@ class HiddenDistillation(Objective):
     def check_other(self, other, model) -> None:
         if model.decoder.mask != "bidirectional":  # an encoder may learn from an encoder
             require_blind(other, "its student predicts")
+        for _, theirs in self.layers:
+            _require_block(theirs, other.decoder.depth, repr(self.teacher))
+        ours = model.decoder.width if self.head is None else model.heads[self.head].outputs
+        self._require_width(ours, other.decoder.width)
+
+    def _require_width(self, ours: int, theirs: int) -> None:
+        if ours != theirs:
+            raise SpecError(
+                f"HiddenDistillation: the model's vectors have {ours} numbers and those of {self.teacher!r} {theirs}: "
+                f"set head to a head of the model with {theirs} outputs"
+            )
 
     @property
     def others(self) -> tuple[str, ...]:
@@ -79,12 +90,7 @@ class HiddenDistillation(Objective):
     def _total(self, outputs, ours_BTD: jax.Array, theirs_BTD: jax.Array, batch: Batch) -> jax.Array:
         if self.head is not None:
             ours_BTD = outputs.head(self.head, ours_BTD)
-        if ours_BTD.shape != theirs_BTD.shape:
-            widths = ours_BTD.shape[-1], theirs_BTD.shape[-1]
-            raise SpecError(
-                f"HiddenDistillation: the model's vectors have {widths[0]} numbers and those of {self.teacher!r} "
-                f"{widths[1]}: set head to a head of the model with {widths[1]} outputs"
-            )
+        self._require_width(ours_BTD.shape[-1], theirs_BTD.shape[-1])
         used_BT1 = (batch.weight_BT != 0)[..., None]
         ours_BTD, theirs_BTD = (jnp.where(used_BT1, x.astype(jnp.float32), 1) for x in (ours_BTD, theirs_BTD))
         if self.distance == "square":

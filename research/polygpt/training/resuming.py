@@ -20,12 +20,12 @@ from polygpt.training.program import Program
 from polygpt.training.scored import require_scored
 
 
-def require_start(program: Program, workdir: Path) -> None:
-    """Raises UserError if a run without checkpoints cannot start from the source that its experiment names, or if its
-    data lack what its objectives score."""
+def require_start(programs: Sequence[Program], workdir: Path) -> None:
+    """Raises UserError if a run without checkpoints, of a program in each phase, cannot start from the source that its
+    experiment names, or if its data lack what its objectives score."""
     if not records(workdir / "checkpoints"):
-        _ = program.start
-        require_scored(program.experiment)
+        _ = programs[0].start
+        require_scored(*(program.experiment for program in programs))
 
 
 def started(workdir: Path, start: Start) -> list[str]:

@@ -19,19 +19,29 @@ LEFT_OUT = "objectives.%s leaves out %d of %d examples in the first %d rows: rai
 log = logging.getLogger(__name__)
 
 
-def require_scored(experiment: Experiment) -> None:
+def require_scored(*phases: Experiment) -> None:
     """Raises UserError if an objective finds nothing to score in the first batches, such as a contrast without images.
 
     Warns if one leaves out examples of the first batch, because of a limit of its own. Objectives that score tokens by
     their loss weights are not checked: every example has such tokens, or a label.
+
+    Args:
+        phases: the experiment of each phase of a run. Each is checked that scores other things, or other data.
     """
-    missing = {
-        name: objective
-        for name, (objective, weight) in experiment.objectives.items()
-        if weight and type(objective).weight is not Objective.weight
-    }
-    if not missing:
-        return
+    seen = []
+    for number, experiment in enumerate(phases):
+        scoring = {
+            name: objective
+            for name, (objective, weight) in experiment.objectives.items()
+            if weight and type(objective).weight is not Objective.weight
+        }
+        read = scoring, experiment.data.tasks, experiment.data.layout
+        if scoring and read not in seen:
+            seen.append(read)
+            _require_scored(experiment, scoring, f"train.phases.{number - 1}: " if number else "")
+
+
+def _require_scored(experiment: Experiment, missing: dict[str, Objective], where: str) -> None:
     keys_B = jax.random.split(jax.random.key(experiment.seed), experiment.data.batch_size)
 
     @jax.jit
@@ -54,9 +64,9 @@ def require_scored(experiment: Experiment) -> None:
     finally:
         batches.close()
     name = min(missing.keys() - found)
-    lacks = missing[name].needs.about or "other data"
+    lacks, rows = missing[name].scored(experiment.model), BATCHES * data.batch_size
     raise UserError(
-        f"objectives.{name} finds nothing to score in the first {BATCHES * data.batch_size:,} rows of data.tasks: "
+        f"{where}objectives.{name} finds nothing to score in the first {rows:,} rows of data.tasks: "
         f"{type(missing[name]).__name__} needs {lacks}; change the data, or remove the objective"
     )
 

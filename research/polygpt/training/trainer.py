@@ -97,7 +97,7 @@ class Trainer:
         self.feed = Feed(self.program, self.tokenizer)
         data_shards.require_same_data(self.feed.place["examples"], experiment.evaluation)
         require_prompts(experiment.evaluation)
-        resuming.require_start(self.program, workdir)
+        resuming.require_start(self.phases.programs, workdir)
         claim(workdir, experiment, stack)  # last, so that invalid settings or sources leave no folder behind
         self.goodput.open()
         self.checkpoints = Checkpoints(workdir / "checkpoints", self.spec.checkpoint, self.spec.better)
