@@ -1,6 +1,7 @@
 """The library backend: jax's own attention, splash attention interpreted and compiled, cuDNN lowered."""
 
 import dataclasses
+import functools
 import importlib.util
 import re
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from problems import NAMES, answers, assert_agrees, cotangents, problem
 
+from equations import largest
 from polygpt import topology
 from polygpt.attention.biases import BucketBias, LinearBias
 from polygpt.attention.kernels import library, reference, splash
@@ -221,14 +223,8 @@ def test_beside_the_kernel_nothing_grows_with_queries_times_keys(monkeypatch):
     T = 1024
     rule, operands = long_problem(WHOLE & Window(30), T=T, heads=(2, 2))
 
-    def sizes(jaxpr):
-        for equation in jaxpr.eqns:
-            yield from (variable.aval.size for variable in equation.outvars)
-            for inner in jax.extend.core.jaxprs_in_params(equation.params):
-                yield from sizes(inner)
-
-    largest = max(sizes(jax.make_jaxpr(splash.attend, static_argnums=0)(rule, operands).jaxpr))
-    assert largest == operands.query_BHTd.size < T * T
+    whole = largest(functools.partial(splash.attend, rule), operands)
+    assert whole == operands.query_BHTd.size < T * T
 
 
 @dataclasses.dataclass(frozen=True)

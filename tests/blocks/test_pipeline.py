@@ -12,9 +12,10 @@ from polygpt.attention.contract import Context
 from polygpt.attention.masks import DECODER
 from polygpt.attention.meta import Meta
 from polygpt.attention.multi_head import MultiHead
-from polygpt.blocks.pipeline import KEPT, Schedule, pipeline
+from polygpt.blocks.pipeline import Schedule, pipeline
 from polygpt.errors import SpecError
 from polygpt.models.functional import bind
+from polygpt.nn.remat import KEPT
 
 T, D = 3, 4
 

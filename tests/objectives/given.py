@@ -4,7 +4,6 @@ import dataclasses
 
 import jax
 import numpy as np
-from jax.extend.core import jaxprs_in_params
 
 from polygpt.objectives.forward import Forward
 
@@ -49,15 +48,3 @@ def close(ours, theirs, off: float):
     for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         one, other = np.float64(one), np.float64(other)
         assert np.linalg.norm(one - other) <= off * np.linalg.norm(other), (one, other)
-
-
-def largest(function, *arguments) -> int:
-    """The most numbers that one array has while `function` runs."""
-
-    def sizes(jaxpr):
-        for equation in jaxpr.eqns:
-            yield from (v.aval.size for v in equation.outvars if hasattr(v.aval, "size"))
-            for inner in jaxprs_in_params(equation.params):
-                yield from sizes(inner)
-
-    return max(sizes(jax.make_jaxpr(function)(*arguments).jaxpr))

@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 from batches import build, example, lively, tiny
+from equations import equations
 from polygpt import sharding
 from polygpt.attention.multi_head import MultiHead
 from polygpt.evaluation.likelihood import token_scores
@@ -74,7 +75,7 @@ def test_values_and_gradients_are_those_from_all_logits(kind, dtype, block, batc
     np.testing.assert_allclose(jax.jit(ours)(hidden_BTD, weight)[0], expected, rtol=1e-6)
     for name, total in totals.items():
         np.testing.assert_allclose(total, expected_totals[name], rtol=1e-6, err_msg=name)
-    # The plain gradients are rounded to the compute dtype.
+    # Both round products to the compute dtype, in different places.
     off = 1e-6 if dtype == "float32" else 2**-8
     for ours, theirs in zip(gradients, reference, strict=True):
         assert ours.dtype == theirs.dtype
@@ -82,14 +83,21 @@ def test_values_and_gradients_are_those_from_all_logits(kind, dtype, block, batc
         assert gap < off, gap
 
 
-def test_gradients_in_bfloat16_are_nearer_to_float32_than_those_from_all_logits(batch):
+def test_gradients_in_bfloat16_have_its_rounding_error_and_no_float32_copy_of_the_head(batch):
     hidden_BTD, weight, head = given("own", "bfloat16")
     exact = given("own", "float32")[2]
-    rounded = weight.astype("bfloat16").astype("float32")
-    of = jax.grad(lambda w: plain(hidden_BTD.astype("float32"), exact(w), batch)[0])(rounded)
-    theirs = jax.grad(lambda w: plain(hidden_BTD, head(w), batch)[0])(weight)
-    ours = jax.grad(lambda w: blocked.token_losses(OBJECTIVES, SHARES, hidden_BTD, head(w), batch, 8)[0])(weight)
-    assert np.linalg.norm(ours - of) < 1e-5 * np.linalg.norm(of) < np.linalg.norm(theirs - of)
+    rounded = hidden_BTD.astype("float32"), weight.astype("bfloat16").astype("float32")
+    expected = jax.grad(lambda x, w: plain(x, exact(w), batch)[0], (0, 1))(*rounded)
+
+    def ours(hidden_BTD, weight):
+        return blocked.token_losses(OBJECTIVES, SHARES, hidden_BTD, head(weight), batch, 8)[0]
+
+    for got, of in zip(jax.grad(ours, (0, 1))(hidden_BTD, weight), expected, strict=True):
+        assert np.linalg.norm(np.float32(got) - of) < 2**-8 * np.linalg.norm(of)
+    lines = equations(jax.grad(ours), hidden_BTD, weight)
+    factors = [[x.aval for x in line.invars] for line in lines if line.primitive.name == "dot_general"]
+    matrices = [x.dtype.name for pair in factors if pair[0].ndim == 2 for x in pair]
+    assert matrices == 6 * ["bfloat16"], "logits, and the gradients of both factors"
 
 
 @pytest.mark.parametrize("garbage", [np.nan, np.inf, 3e38])

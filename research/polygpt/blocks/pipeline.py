@@ -31,18 +31,6 @@ from polygpt.sharding import RESIDUAL, MeshLayout
 Body = Callable[[Any, jax.Array, jax.Array, Context, jax.Array], tuple[jax.Array, Losses]]
 """One period of blocks: `(params, x_bTD, period, context, microbatch) -> (x_bTD, losses)`."""
 
-INPUT = "input of a block"
-"""The checkpoint name of a block's input, used by remat policies."""
-_policies = jax.checkpoint_policies
-_MOVES = ("dynamic_slice", "gather", "squeeze", "transpose", "reshape", "broadcast_in_dim", "convert_element_type")
-KEPT = {
-    # Keep all computed values, but none that were only moved or cast: those may be parameters.
-    "none": lambda primitive, *_, **__: primitive.name not in _MOVES,
-    "dots": _policies.save_from_both_policies(_policies.dots_saveable, _policies.save_only_these_names(INPUT)),
-    "full": _policies.save_only_these_names(INPUT),
-}
-"""By `StackSpec.remat`: the values of an iteration kept for the backward pass. They never include parameters."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
@@ -109,9 +97,9 @@ def pipeline(
         x_BTD: the input. A microbatch is every M-th row, so that rows stay on their device.
         context: the context of all rows, without a cursor: pipelines do not support caches.
         schedule: a schedule that has been checked.
-        policy: which values of an iteration to keep for the backward pass, one of `KEPT`; None keeps all that it needs.
-            Required with repeats: iterations then use different parameters, and without a policy each would keep a
-            copy of its own.
+        policy: which values of an iteration to keep for the backward pass, one of `nn.remat.KEPT`; None keeps all that
+            it needs. Required with repeats: iterations then use different parameters, and without a policy each would
+            keep a copy of its own.
     """
     P, R, M = schedule.stages, schedule.repeats, schedule.microbatches
     with sharding.use_layout(_within(sharding.active())):

@@ -13,12 +13,13 @@ from polygpt.attention.contract import Attention, Context, Dims, causal_mean
 from polygpt.attention.multi_head import MultiHead
 from polygpt.blocks.block import BlockSpec, Layer, NormPlacement, Parts, Sequential
 from polygpt.blocks.capture import RESIDUAL_STREAM, Capture, Recorder
-from polygpt.blocks.pipeline import INPUT, KEPT, Schedule, pipeline, with_rows
+from polygpt.blocks.pipeline import Schedule, pipeline, with_rows
 from polygpt.errors import SpecError
 from polygpt.nn.losses import Losses, add
 from polygpt.nn.mlp import MLP, FeedForward
 from polygpt.nn.norms import LayerNorm, Norm
 from polygpt.nn.positions import NoPosition, Position
+from polygpt.nn.remat import INPUT, KEPT
 from polygpt.parameters import merged, number_layers, stack
 from polygpt.spec import Spec
 
@@ -44,7 +45,8 @@ class StackSpec(Spec):
     scan: bool = True
     """Compile one pattern of blocks and scan it over stacked parameters: compiles faster, but runs slower on CPU."""
     remat: Literal["none", "dots", "full"] = "none"
-    """What to recompute in the backward pass: nothing, all but matrix products, or everything inside a block."""
+    """What to recompute in the backward pass: nothing; all but matrix products with parameters and the result of
+    attention; or everything inside a block."""
     pattern: tuple[Attention | Layer | None, ...] = ()
     """Successive blocks, repeated to the depth, such as [null, null, null, "FILE:CLASS"]. null is the block set here;
     an attention variant, or a Layer (polygpt.blocks.block:Layer), changes parts of it."""
@@ -332,13 +334,11 @@ class Stack(nnx.Module):
     def _remat(self, call, block):
         if self.spec.remat == "none":
             return lambda *arguments: call(block, *arguments)
-        policies = jax.checkpoint_policies
-        policy = policies.nothing_saveable if self.spec.remat == "full" else policies.dots_saveable
         graphdef, params = nnx.split(block)
 
         def pure(params, *arguments):
             with merged(graphdef, params) as block:
                 return call(block, *arguments)
 
-        checkpointed = jax.checkpoint(pure, policy=policy, prevent_cse=not self.spec.scan)
+        checkpointed = jax.checkpoint(pure, policy=KEPT[self.spec.remat], prevent_cse=not self.spec.scan)
         return lambda x_BTD, *arguments: checkpointed(params, checkpoint_name(x_BTD, INPUT), *arguments)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from polygpt.nn.grouped import grouped_matmul
 from polygpt.nn.rearrange import rearrange
+from polygpt.nn.remat import costly
 from polygpt.nn.router import Routing
 
 # --- fixed-size buffers -----------------------------------------------------------------------------------------------
@@ -71,7 +72,7 @@ def through_sorted(
     sizes_E = jnp.sum(expert_N[:, None] == jnp.arange(experts, dtype=jnp.int32)[None], axis=0, dtype=jnp.int32)
 
     def grouped(x_ND, kernel_EDF):
-        return grouped_matmul(x_ND, kernel_EDF, sizes_E)
+        return costly(grouped_matmul(x_ND, kernel_EDF, sizes_E))
 
     sorted_ND = rearrange(jnp.repeat(x_BTD.reshape(B * T, -1), k, axis=0), order_N, inverse_N)
     y_ND = rearrange(function(sorted_ND, grouped), inverse_N, order_N)

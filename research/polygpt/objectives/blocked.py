@@ -3,7 +3,8 @@
 Logits [B, T, V] of a large vocabulary often take more memory than everything else in a training step. Here they exist
 for a block of positions at a time. The backward pass does not compute them again: a loss that depends on the scores of
 each position alone has a gradient that is known as soon as the scores are, so the forward pass sums the gradients of
-the hidden vectors and of the head block by block (Hsu et al., Liger Kernel, 2410.10989, section 3.2).
+the hidden vectors and of the head block by block (Hsu et al., Liger Kernel, 2410.10989, section 3.2). All products have
+operands of the compute dtype and float32 sums.
 
 On a mesh every device handles its own rows, positions and part of the vocabulary; sums over the vocabulary are
 exchanged per block, the gradient of the head once.
@@ -161,7 +162,7 @@ class _Plan:
         self.count, self.size = blocks(B, T, block)
 
     def run(self, gradients: bool, hidden_BTD, weight, target_BT, weight_BT, coefficients_K):
-        """(value, totals), and with `gradients` also those of hidden vectors and weight, float32."""
+        """(value, totals), and with `gradients` also those of hidden vectors, in their dtype, and of the weight, float32."""
 
         def on_device(hidden_BTD, weight, target_BT, weight_BT, coefficients_K):
             weight = self._whole_width(weight)
@@ -230,11 +231,13 @@ class _Plan:
         of_logits_NV += jnp.where(at_target_NV, own.target[:, None], 0)
         if scores.mean is not None:
             of_logits_NV += own.mean[:, None] / self.vocabulary
-        of_logits_NV *= self.head.multiplier
         letters, dtype = self.head.letters, self.head.dtype
-        of_hidden_ND = jnp.einsum(f"nv,{letters}->nd", of_logits_NV, weight.astype(jnp.float32))
-        of_weight = jnp.einsum(f"nv,nd->{letters}", of_logits_NV, hidden_ND.astype(dtype).astype(jnp.float32))
-        return totals_K, self._sum(of_hidden_ND, self.split).reshape(hidden_BCD.shape), of_weight
+        of_logits_NV = (of_logits_NV * self.head.multiplier).astype(dtype)
+        sums = {"preferred_element_type": jnp.float32}
+        of_hidden_ND = jnp.einsum(f"nv,{letters}->nd", of_logits_NV, weight, **sums)
+        of_weight = jnp.einsum(f"nv,nd->{letters}", of_logits_NV, hidden_ND.astype(dtype), **sums)
+        of_hidden_BCD = self._sum(of_hidden_ND, self.split).reshape(hidden_BCD.shape)
+        return totals_K, of_hidden_BCD.astype(hidden_BCD.dtype), of_weight
 
     def _scores(self, hidden_ND, weight, target_N) -> tuple[jax.Array, TokenScores, jax.Array]:
         """This device's logits, the scores over the whole vocabulary, and where the logits are those of the targets."""

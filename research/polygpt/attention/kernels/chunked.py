@@ -19,6 +19,7 @@ from polygpt.attention.kernels import dispatch
 from polygpt.attention.kernels.block_map import EMPTY, block_map
 from polygpt.attention.kernels.problem import LOWEST, Operands, Rule, padded
 from polygpt.attention.scores import Terms
+from polygpt.nn.remat import costly
 
 SCORES = 2**18
 """Scores per tile, over all rows and heads, that fit into CPU caches: 1 MiB. Speed-up over the reference, forward and
@@ -112,7 +113,7 @@ def _attend(rule, sizes, operands, visits):
 
 
 def _forward(rule, sizes, operands, visits):
-    y_BHTe, lse_BHT = _attend(rule, sizes, operands, visits)
+    y_BHTe, lse_BHT = costly(_attend(rule, sizes, operands, visits))
     return (y_BHTe, lse_BHT), (operands, visits, y_BHTe, lse_BHT)
 
 

@@ -20,6 +20,7 @@ from polygpt.attention.kernels.flex_backward import backward
 from polygpt.attention.kernels.flex_forward import forward
 from polygpt.attention.kernels.flex_tiles import META_ROWS, OWN_ROWS, packed, unpacked
 from polygpt.attention.kernels.problem import LOWEST, Operands, Rule
+from polygpt.nn.remat import costly
 
 BLOCK = 512
 """Default number of queries and keys per block."""
@@ -104,7 +105,7 @@ def _attend(rule, block_q, block_k, interpret, operands, kind_BQK):
 
 
 def _attend_forward(rule, block_q, block_k, interpret, operands, kind_BQK):
-    y_BHTe, lse_BH1T = _attend(rule, block_q, block_k, interpret, operands, kind_BQK)
+    y_BHTe, lse_BH1T = costly(_attend(rule, block_q, block_k, interpret, operands, kind_BQK))
     return (y_BHTe, lse_BH1T), (operands, kind_BQK, y_BHTe, lse_BH1T)
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from polygpt.attention.kernels.problem import Operands, Rule
 from polygpt.attention.scores import Terms
+from polygpt.nn.remat import costly
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -46,7 +47,7 @@ def gather_keys(operands: Operands, axes: str | tuple[str, ...]) -> Operands:
 
 
 def _forward(rule, backend, axes, operands):
-    y_BHTe, lse_BHT = attend(rule, backend, axes, operands)
+    y_BHTe, lse_BHT = costly(attend(rule, backend, axes, operands))
     return (y_BHTe, lse_BHT), (operands, y_BHTe, lse_BHT)
 
 

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from polygpt.attention.kernels.problem import LOWEST, Operands, Rule
 from polygpt.attention.scores import Terms
+from polygpt.nn.remat import costly
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -46,7 +47,7 @@ def _forward(rule, backend, axes, operands):
     value = operands.value_BKSe
     empty = jnp.zeros((B, H, T, value.shape[3])), jnp.full((B, H, T), 0.0 if rule.normalizer == "sigmoid" else LOWEST)
     y_BHTe, lse_BHT = _around_ring(axes, _keys(operands), empty, visit)
-    y_BHTe = y_BHTe.astype(value.dtype)
+    y_BHTe, lse_BHT = costly((y_BHTe.astype(value.dtype), lse_BHT))
     return (y_BHTe, lse_BHT), (operands, y_BHTe, lse_BHT)
 
 

@@ -24,6 +24,7 @@ from polygpt.attention.kernels.problem import Operands, Rule
 from polygpt.attention.masks import And, Causal, Mask, SameSegment
 from polygpt.attention.meta import Meta
 from polygpt.attention.scores import Score, SoftCap
+from polygpt.nn.remat import COSTLY
 
 LANES = 128
 """The number of lanes of a TPU's vector unit; block sizes are multiples of it."""
@@ -67,6 +68,7 @@ def attend(rule: Rule, operands: Operands, interpret: bool = False) -> tuple[jax
         q_seq_shards=1,
         attn_logits_soft_cap=rule.score.cap if isinstance(rule.score, SoftCap) else None,
         interpret=interpret,
+        residual_checkpoint_name=COSTLY,
     )
     segments = splash.SegmentIds(operands.query.segment, operands.key.segment)
     y_BHTe = jax.vmap(kernel)(operands.query_BHTd, operands.key_BKSd, operands.value_BKSe, segments)
