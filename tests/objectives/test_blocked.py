@@ -153,16 +153,16 @@ def test_a_length_without_divisors_is_cut_into_as_few_blocks(block, blocks, batc
 
 def test_automatic_blocks_hold_64_mib_of_logits_and_small_batches_are_not_cut():
     assert blocked.block_size("auto", 8, 1024, 50_304, 256) == 2**24 // 50_304 == 333
-    assert blocked.block_size("auto", 8, 512, 4096, 1) is None and blocked.block_size("auto", 8, 513, 4096, 1) == 4096
+    assert blocked.block_size("auto", 8, 512, 4096, 1) is None and blocked.block_size("auto", 1, 4098, 4096, 1) == 4096
     assert blocked.block_size("auto", 1, 3, 2**25, 1) == 1
     assert [blocked.block_size(block, 8, 1024, 50_304, 256) for block in (None, 7)] == [None, 7]
-    for axis, size in {"tensor": 333 * 2 + 1, "fsdp": None}.items():  # which splits the vocabulary, or the width
+    for axis, size in {"tensor": 333 * 2 + 1, "fsdp": 333}.items():  # which splits the vocabulary, or rows and the width
         sizes = tuple(2 if name == axis else 1 for name in sharding.AXES)
         mesh = AbstractMesh(sizes, sharding.AXES, axis_types=(AxisType.Auto,) * len(sizes))
         with sharding.use_layout(sharding.MeshLayout(mesh)):
             assert blocked.block_size("auto", 16, 1024, 50_304, 256) == size
-    many, few = (blocked.block_size("auto", 1, 333 + positions, 50_304, 5120) for positions in (5121, 5120))
-    assert many == 333 and few is None, "the head and its gradient take as much as the logits of 5,120 positions"
+    many, few = (blocked.block_size("auto", 1, positions, 50_304, 5120) for positions in (10_241, 10_240))
+    assert many == 5120 and few is None, "the head and its gradient take as much as the logits of 5,120 positions"
 
 
 def test_by_default_training_never_has_all_logits_of_a_large_vocabulary():

@@ -107,8 +107,8 @@ def token_scores(hidden_BTD: jax.Array, head: Head, target_BT: jax.Array, block:
 Block = int | Literal["auto"] | None
 """How many positions' logits may exist at a time: that many per device, as many as fit AUTOMATIC, or all."""
 AUTOMATIC = 2**24
-"""Number of logits that may exist at a time per device with "auto": 64 MiB of float32, small beside the activations of
-a model whose vocabulary makes logits large, and enough to keep matrix units busy."""
+"""Number of logits that may exist at a time per device with "auto", in a model of small width: 64 MiB of float32, enough
+to keep matrix units busy."""
 
 
 def block_size(block: Block, B: int, T: int, vocabulary: int, width: int) -> int | None:
@@ -119,23 +119,21 @@ def block_size(block: Block, B: int, T: int, vocabulary: int, width: int) -> int
         B: rows of the batch, of all devices of the active layout.
         T: positions of a row.
         vocabulary: V.
-        width: D. In blocks, the whole head and its gradient are in memory in float32, which take about as much as the
-            logits of D positions; "auto" therefore gives None for fewer positions, and where devices split D.
+        width: D. Each block reads the whole head and adds to its gradient in float32, as much memory and traffic as the
+            logits of D positions. With "auto", blocks therefore have at least D positions and spare the logits of more.
     """
     if block != "auto":
         return block
     layout, shape = sharding.active(), (B, T, vocabulary)
     if layout is not None:
         shape = layout.local_shape(LOGITS, shape)
-    return automatic(shape[0] * shape[1], shape[2], width, layout)
+    return automatic(shape[0] * shape[1], shape[2], width)
 
 
-def automatic(positions: float, vocabulary: float, width: int, layout: sharding.MeshLayout | None) -> int | None:
+def automatic(positions: float, vocabulary: float, width: int) -> int | None:
     """`block_size` with "auto", given the positions of a device and its part of the vocabulary."""
-    if layout is not None and layout.size("width") > 1:
-        return None  # each device would gather the head: compiled plans need more memory, not less
-    size = max(1, int(AUTOMATIC // vocabulary))
-    return size if positions * vocabulary > AUTOMATIC and positions > size + width else None
+    size = max(width, int(AUTOMATIC // vocabulary))
+    return size if positions > size + width else None
 
 
 def blocks(B: int, T: int, block: int) -> tuple[int, int]:

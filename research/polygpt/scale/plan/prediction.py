@@ -109,7 +109,7 @@ def predict(experiment: Experiment, known: Facts, target: Target, here: MeshFact
     logits = 4 * 3 * vocabulary  # bytes per position
     block = model.logits_block
     if block == "auto":
-        block = automatic(positions, vocabulary, model.decoder.width, layout)
+        block = automatic(positions, vocabulary, model.decoder.width)
     head = logits * min(positions, block or positions)
     read = here.gathered + here.blocks[DECODER].matrices * (work.executions - work.blocks)  # parameters read per pass
     traffic += 3 * (own * 4 * (2 + known.optimizer)) + read * compute * 6 * parts + 2 * logits * positions * parts
