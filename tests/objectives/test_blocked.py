@@ -156,7 +156,7 @@ def test_automatic_blocks_hold_64_mib_of_logits_and_small_batches_are_not_cut():
     assert blocked.block_size("auto", 8, 512, 4096, 1) is None and blocked.block_size("auto", 1, 4098, 4096, 1) == 4096
     assert blocked.block_size("auto", 1, 3, 2**25, 1) == 1
     assert [blocked.block_size(block, 8, 1024, 50_304, 256) for block in (None, 7)] == [None, 7]
-    for axis, size in {"tensor": 333 * 2 + 1, "fsdp": 333}.items():  # which splits the vocabulary, or rows and the width
+    for axis, size in {"tensor": 333 * 2 + 1, "fsdp": 333}.items():  # splits the vocabulary, or the width
         sizes = tuple(2 if name == axis else 1 for name in sharding.AXES)
         mesh = AbstractMesh(sizes, sharding.AXES, axis_types=(AxisType.Auto,) * len(sizes))
         with sharding.use_layout(sharding.MeshLayout(mesh)):

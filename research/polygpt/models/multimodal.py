@@ -46,8 +46,9 @@ class ModelSpec(Spec):
 
     logits_block: blocked.Block = "auto"
     """Number of positions per device whose logits exist at a time, in training and scoring, at least one per row; null
-    for all. "auto" is as many as take 64 MiB, at least the width, or all if blocks would spare less than the head and its
-    gradient take. Saves memory if the vocabulary is large, without computing anything twice. Objectives that read all logits still need them."""
+    for all. "auto" is as many as take 64 MiB, at least the width, or all if blocks would spare less than the head and
+    its gradient take. Saves memory if the vocabulary is large, without computing anything twice. Objectives that read
+    all logits still need them."""
 
     initial: tuple[Initial, ...] = ()
     """How matrices are initialised that these patterns match; others as their layers define."""

@@ -107,8 +107,8 @@ def token_scores(hidden_BTD: jax.Array, head: Head, target_BT: jax.Array, block:
 Block = int | Literal["auto"] | None
 """How many positions' logits may exist at a time: that many per device, as many as fit AUTOMATIC, or all."""
 AUTOMATIC = 2**24
-"""Number of logits that may exist at a time per device with "auto", in a model of small width: 64 MiB of float32, enough
-to keep matrix units busy."""
+"""Number of logits that may exist at a time per device with "auto", in a model of small width: 64 MiB of float32,
+enough to keep matrix units busy."""
 
 
 def block_size(block: Block, B: int, T: int, vocabulary: int, width: int) -> int | None:
@@ -160,7 +160,7 @@ class _Plan:
         self.count, self.size = blocks(B, T, block)
 
     def run(self, gradients: bool, hidden_BTD, weight, target_BT, weight_BT, coefficients_K):
-        """(value, totals), and with `gradients` also those of hidden vectors, in their dtype, and of the weight, float32."""
+        """(value, totals), and with `gradients` also those of hidden vectors, in their dtype, and of the weight."""
 
         def on_device(hidden_BTD, weight, target_BT, weight_BT, coefficients_K):
             weight = self._whole_width(weight)

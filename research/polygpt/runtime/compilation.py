@@ -16,7 +16,7 @@ def enable_cache() -> None:
 
 
 OPTIONS = {
-    # No YNNPACK fusions: a quickstart step takes about 10 % less time, and small batched matmuls, as in attention, half.
+    # No YNNPACK fusions: a quickstart step takes about 10 % less time, small batched matmuls, as in attention, half.
     "cpu": {"xla_cpu_experimental_ynn_fusion_type": ""},
     # Reduce-scatter of gradients, where the compiler would otherwise all-reduce them and discard all but a part: the
     # layout that it needs, and padding where the devices do not divide the tiles.
