@@ -54,7 +54,7 @@ ADDED: dict[int, dict[str, dict[str, Any]]] = {
         "polygpt.training.experiment:TrainSpec": {"phases": [], "plateau": None},
         "polygpt.optim.groups:Group": {"layers": None, "layer_decay": None},
         "polygpt.init.from_run:FromRun": {"adapter": None},
-        "polygpt.sharding:MeshSpec": {"order": "contiguous"},
+        "polygpt.sharding:MeshSpec": {"order": "contiguous", "reduce_dtype": "compute"},
     },
 }
 """By schema and current class name: fields that the schema lacks, with the value that keeps the old behaviour."""

@@ -1,5 +1,7 @@
 """Linear maps: every projection of every model."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -49,9 +51,40 @@ class Linear(nnx.Module):
         if isinstance(kernel, LowRankMatrix):
             y = kernel.product(flat, self.dtype, output_dtype)
         else:
-            y = jnp.matmul(flat, kernel.astype(self.dtype), preferred_element_type=output_dtype)
+            y = product(flat, kernel, self.dtype, output_dtype)
         y = y.reshape(*x.shape[:-1], kernel.shape[1])
         return y if self.bias is None else y + broadcast_to_rank(self.bias[...].astype(y.dtype), y.ndim)
+
+
+def product(x: jax.Array, kernel: jax.Array, dtype: str, output_dtype: str | None = None) -> jax.Array:
+    """x @ kernel, [..., inputs] -> [..., outputs], computed in `dtype`; x has it already, the kernel is float32.
+
+    Devices sum their parts of the kernel's gradient in the dtype that its product has: `dtype`, or float32 if the
+    layout says so (`MeshSpec.reduce_dtype`).
+    """
+    layout = sharding.active()
+    if layout is None or layout.spec.reduce_dtype == "compute" or dtype == "float32":
+        return jnp.matmul(x, kernel.astype(dtype), preferred_element_type=output_dtype)
+    return _with_float32_gradient(x, kernel, dtype, output_dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _with_float32_gradient(x, kernel, dtype, output_dtype):
+    return jnp.matmul(x, kernel.astype(dtype), preferred_element_type=output_dtype)
+
+
+def _forward(x, kernel, dtype, output_dtype):
+    return _with_float32_gradient(x, kernel, dtype, output_dtype), (x, kernel)
+
+
+def _backward(dtype, output_dtype, factors, dy):
+    x, kernel = factors
+    dy, leading = dy.astype(dtype), tuple(range(x.ndim - 1))
+    of_kernel = jax.lax.dot_general(x, dy, ((leading, leading), ((), ())), preferred_element_type=jnp.float32)
+    return jnp.matmul(dy, kernel.astype(dtype).T), of_kernel
+
+
+_with_float32_gradient.defvjp(_forward, _backward)
 
 
 def broadcast_to_rank(vector: jax.Array, rank: int) -> jax.Array:

@@ -17,6 +17,7 @@ from polygpt import topology
 from polygpt.attention.kernels import dispatch
 from polygpt.data.loader import extra_shapes
 from polygpt.data.packing import POSITION_ARRAYS
+from polygpt.runtime.compilation import compiler_options
 from polygpt.scale.plan import cache, memory
 from polygpt.scale.plan.cache import Cached
 from polygpt.scale.plan.memory import Exhausted, Memory
@@ -116,6 +117,7 @@ def _compiled(step: Step, target: Target) -> Cached:
     """The compiled program, from the cache if it was compiled before."""
     where = [target.name, str(target.slices), repr([device.id for device in step.mesh.devices.flat])]
     settings = {name: os.environ.get(name) for name in FLAGS} | {name: jax.config.values[name] for name in SETTINGS}
+    settings |= compiler_options(step.mesh.devices.flat[0].platform) or {}
     path = cache.place([step.lowered.as_text(), *where, json.dumps([versions(), settings], sort_keys=True)])
     if (found := cache.read(path)) is not None:
         return found

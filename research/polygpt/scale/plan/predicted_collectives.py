@@ -63,9 +63,10 @@ def predicted_collectives(
     sharded = tuple(axis for axis in layout.spec.rules["width"] if sizes[axis] > 1)
     block = here.blocks[DECODER].matrices
     rest = here.gathered - block * work.blocks  # towers, embedding, head
+    summed = 4 if layout.spec.reduce_dtype == "float32" else compute
     for elements, uses in ((block, turns), (rest, 1)):
         add("all-gather", sharded, elements * compute, 2 * uses * parts)
-        add("reduce-scatter", sharded, elements * compute, uses * parts)
+        add("reduce-scatter", sharded, elements * summed, uses * parts)
     copies = tuple(axis for axis in ("data", "expert", "sequence") if sizes[axis] > 1 and axis not in sharded)
     add("all-reduce", copies, here.sharded * 4, parts)
     stream = work.positions * decoder.width * compute
