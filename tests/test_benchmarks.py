@@ -5,12 +5,13 @@ import subprocess
 import sys
 
 import harness
+import jax
 import pytest
 import rendering
 
 FILES = {path.stem: path for path in rendering.FOLDER.glob("*.py")}
 BENCHMARKS = sorted(name for name, path in FILES.items() if "\ndef run(quick" in path.read_text())
-SLOW = {"attention_layer", "compile_depth", "multimodal_step", "startup"}
+SLOW = {"attention_layer", "compile_depth", "gpu", "multimodal_step", "startup"}
 """Those that take more than a few seconds at toy size."""
 
 
@@ -68,6 +69,13 @@ def test_quartiles_are_numpys():
 )
 def test_numbers_have_three_digits(value, text):
     assert harness.number(value) == text
+
+
+def test_without_a_gpu_it_stops_with_one_line():
+    if jax.default_backend() == "gpu":
+        pytest.skip("there is one")
+    with pytest.raises(harness.Unmeasurable, match=r"^no GPU: jax computes on \w+ here; .*$"):
+        rendering.benchmark("gpu").run(False, lambda text: None)
 
 
 def test_a_missing_package_and_an_unknown_benchmark_are_one_line():

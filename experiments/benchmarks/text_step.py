@@ -131,38 +131,12 @@ def polygpt_step(size: Size, vocabulary: int) -> Ours:
 
 def torch_step(size: Size, vocabulary: int, threads: int, compiled: bool = False) -> Callable[[], float]:
     """A function that runs one step and returns its loss; `compiled` puts the model through `torch.compile`."""
+    import text_torch
     import torch
-    from torch import nn
     from torch.nn import functional
 
     torch.set_num_threads(threads)
-    B, T, D, H = size.rows, size.length, size.width, size.heads
-
-    class Block(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.attention_norm, self.mlp_norm = nn.LayerNorm(D), nn.LayerNorm(D)
-            self.qkv, self.output = nn.Linear(D, 3 * D), nn.Linear(D, D)
-            self.up, self.down = nn.Linear(D, 4 * D), nn.Linear(4 * D, D)
-
-        def forward(self, x):
-            heads = [part.view(B, T, H, -1).transpose(1, 2) for part in self.qkv(self.attention_norm(x)).chunk(3, -1)]
-            y = functional.scaled_dot_product_attention(*heads, is_causal=True)
-            x = x + self.output(y.transpose(1, 2).reshape(B, T, D))
-            return x + self.down(functional.gelu(self.up(self.mlp_norm(x)), approximate="tanh"))
-
-    class GPT(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.text, self.position = nn.Embedding(vocabulary, D), nn.Embedding(T, D)
-            self.blocks = nn.Sequential(*[Block() for _ in range(size.depth)])
-            self.norm = nn.LayerNorm(D)
-
-        def forward(self, tokens):
-            x = self.text(tokens) + self.position(torch.arange(T))
-            return self.norm(self.blocks(x)) @ self.text.weight.T
-
-    model = GPT()
+    model = text_torch.GPT(size.depth, size.width, size.heads, size.length, vocabulary)
     forward = torch.compile(model) if compiled else model
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3, betas=(0.9, 0.95), weight_decay=0.1)
     batch = text_batch(size, vocabulary)

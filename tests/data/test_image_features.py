@@ -57,6 +57,20 @@ def test_exif_orientation_is_applied():
     np.testing.assert_array_equal(raw, np.rot90(pixels, k=-1))
 
 
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF"])
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize("size", [(6, 4), (4, 4)])
+def test_loading_equals_extraction_from_raw_samples(format, mode, size):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    options = {} if format == "GIF" else {"exif": exif}
+    source = encoded(Image.fromarray(noise(*size)).convert(mode), format, **options)
+    spec = ImageFeatures(4, 4)
+    (loaded, one), (extracted, _) = spec.load(source, "record"), spec.extract(spec.decode(source, "record"))
+    np.testing.assert_array_equal(loaded, extracted)
+    assert one == 1 and loaded.dtype == np.float32
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr"])
 def test_colour_modes_become_rgb(mode):
     image = Image.new("RGB", (4, 4), "white").convert(mode)

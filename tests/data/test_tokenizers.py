@@ -7,10 +7,12 @@ import re
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polygpt.data.tokenizers.bpe import BPE, PIECE, _bounded, train_bpe
+from polygpt.data.tokenizers import ranked
+from polygpt.data.tokenizers.bpe import _BYTES, BPE, PIECE, _bounded, train_bpe
 from polygpt.data.tokenizers.bytes import Bytes
 from polygpt.errors import SpecError, UserError
 from polygpt.spec import from_json, to_json
@@ -184,3 +186,46 @@ def test_missing_and_unsuitable_files_are_refused_by_name(bpe_spec, tmp_path):
         path.write_text(json.dumps({**good, **change}))
         with pytest.raises(UserError, match=message):
             BPE(str(path)).build()
+
+
+def library(merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
+    """A byte-level BPE of the library with these merges."""
+    tokens = list(dict.fromkeys([*_BYTES, *(first + second for first, second in merges)]))
+    model = tokenizers.models.BPE(vocab={token: number for number, token in enumerate(tokens)}, merges=merges)
+    found = tokenizers.Tokenizer(model)
+    found.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return found
+
+
+def test_where_tiktoken_is_used_it_encodes_as_the_library():
+    rng = np.random.default_rng(0)
+    words = ["".join(word) for size in range(1, 10) for word in itertools.product("ab", repeat=size)]
+    used = 0
+    for _ in range(120):
+        tokens, merges = ["a", "b"], []
+        for _ in range(rng.integers(1, 7)):
+            pair = tuple(rng.choice(tokens, 2))
+            if pair not in merges and len(pair[0] + pair[1]) < 6:
+                merges.append(pair)
+                tokens = list(dict.fromkeys([*tokens, "".join(pair)]))
+        model = library(merges)
+        if (fast := ranked.ranked(model, _BYTES)) is not None:
+            used += 1
+            assert [found.ids for found in model.encode_batch(words)] == fast.encode_ordinary_batch(words), merges
+    assert 40 < used < 120, "some have merges that tiktoken would make in another order"
+
+
+@pytest.fixture(scope="module")
+def bpe(bpe_spec):
+    return bpe_spec.build()
+
+
+@given(text=texts)
+def test_both_cut_a_text_into_the_same_pieces(bpe, text):
+    assert bpe._ranked is not None
+    assert list(bpe.encode(text)) == bpe._model.encode(text.encode("utf-8", "replace").decode()).ids
+
+
+def test_a_long_text_is_left_to_the_library(bpe):
+    text = " \n\t" * ranked.LONGEST + "end"
+    assert bpe.decode(bpe.encode(text)) == text

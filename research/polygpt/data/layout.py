@@ -273,7 +273,7 @@ def _read(medium: Medium, features, place: str, rng, augment, cache) -> tuple[np
             raw = change(raw, rng)
         array, frames = features.extract(raw)
     else:
-        array, frames = kept or features.extract(features.decode(medium.source, place))
+        array, frames = kept or features.load(medium.source, place)
         if cache and not kept:
             cache.put(key, (array, frames))
     if len(raw_stage) < len(augment):

@@ -81,6 +81,6 @@ def train(
 
 def default_loggers(workdir: Path, step: int, steps: int) -> list[Logger]:
     """The loggers of the command line."""
-    from polygpt.training.tensorboard import TensorBoard  # imports PyTorch, which takes seconds
+    from polygpt.training.tensorboard import TensorBoard  # imports tensorboardX, which few other callers need
 
     return [Terminal(step, steps), JsonLines(workdir, step), TensorBoard(workdir, step)]

@@ -48,7 +48,7 @@ class Phases:
         """Shapes, dtypes and shardings of the state in the checkpoint of a step. It is that of the step's phase, also
         right before another phase."""
         program = self.program(step)
-        return dataclasses.replace(program.parallel.abstract(program.initial), references={})
+        return program.parallel.abstract(program.bare)
 
     def carried(self, state: State, done: int) -> State:
         """The state after `done` steps, in the form of the next step's phase."""
@@ -87,7 +87,7 @@ def _compiled(before: Program, after: Program, state: State) -> State:
     """`carry` on the devices; the state given is invalid afterwards."""
     runs, references = after.parallel, state.references
     state = runs.as_global_arrays(dataclasses.replace(state, references={}))
-    places = runs.shardings(lambda: dataclasses.replace(after.initial(), references={}))
+    places = runs.shardings(after.bare)
     carried = jax.jit(lambda state: carry(before, after, state), out_shardings=places, donate_argnums=0)(state)
     return dataclasses.replace(carried, references=references)
 

@@ -80,12 +80,18 @@ class Program:
 
     def first_state(self) -> Any:
         """The state before the first step on its devices, with the parameters of `start`."""
+        given = self._given()
+        state = self.parallel.create(self.bare, given) if given else self.parallel.create(self.bare)
+        return self.with_references(state)
+
+    @functools.cached_property
+    def bare(self) -> Callable:
+        """`initial` without references. Always the same function, which JAX then traces but once."""
 
         def initial(given=None):
             return dataclasses.replace(self.initial(given), references={})
 
-        state = self.parallel.create(initial, self.start.read(self._wanted()))
-        return self.with_references(state)
+        return initial
 
     @property
     def origins(self) -> dict[str, str]:
@@ -105,24 +111,24 @@ class Program:
 
     def with_references(self, state: Any) -> Any:
         """The state with the parameters of all references, which no checkpoint holds."""
-        target = self._target()
+        if not self.references:
+            return dataclasses.replace(state, references={})
+        target = self.parallel.abstract(self.initial)
         found = {name: one.read(target.references[name]) for name, one in self.references.items() if one.start}
         if own := [name for name in self.references if name not in found]:
             places = self.parallel.shardings(self.initial).params
             initial = jax.jit(lambda given: self.initial(given).params, out_shardings=places)
-            found |= {name: initial(self.start.read(self._wanted())) for name in own}
+            found |= {name: initial(self._given()) for name in own}
         return dataclasses.replace(state, references=found)
 
-    def _wanted(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes, dtypes and shardings of the parameters by name, without the axis of several seeds."""
-        shapes, places = paths(self.shapes), paths(self._target().params)
-        return {
-            name: jax.ShapeDtypeStruct(own.shape, own.dtype, sharding=places[name].sharding)
-            for name, own in shapes.items()
-        }
-
-    def _target(self) -> Any:
-        return self.parallel.abstract(self.initial)
+    def _given(self) -> dict[str, jax.Array]:
+        """The parameters that are not random, by name, without the axis of several seeds."""
+        if self.start.source is None:
+            return {}
+        shapes, places = paths(self.shapes), paths(self.parallel.shardings(self.bare).params)
+        return self.start.read(
+            {name: jax.ShapeDtypeStruct(own.shape, own.dtype, sharding=places[name]) for name, own in shapes.items()}
+        )
 
     def summary(self) -> str:
         """Model size, devices and the reason for them, and how parameters are trained."""

@@ -1,17 +1,28 @@
-"""TensorBoard event files. A separate module, because tensorboardX imports PyTorch if it is installed."""
+"""TensorBoard event files."""
 
+import importlib
 import itertools
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
-
 from polygpt.training.loggers import Silent
+
+
+def _without_torch(*names: str) -> list[Any]:
+    """Modules of tensorboardX, imported as if PyTorch were not installed: it would load it, which takes seconds."""
+    absent = sys.modules.setdefault("torch", None) is None  # importing it now raises ImportError
+    try:
+        return [importlib.import_module(f"tensorboardX.{name}") for name in names]
+    finally:
+        if absent:
+            del sys.modules["torch"]
+
+
+event_file_writer, event_pb2, summary = _without_torch("event_file_writer", "proto.event_pb2", "summary")
 
 FLUSH_SECONDS = 30.0
 """Seconds between flushes."""
@@ -51,18 +62,20 @@ class TensorBoard(Silent):
 
     def _begin(self, step: int) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._writer = EventsWriter(str(self._folder / "events"), f".{os.getpid()}.{next(_files)}")
-        self._write(step + 1, session_log=SessionLog(status=SessionLog.START))  # hides later steps of other files
+        self._writer = event_file_writer.EventsWriter(str(self._folder / "events"), f".{os.getpid()}.{next(_files)}")
+        self._write(
+            step + 1, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        )  # hides later steps of other files
         self.flush()
 
     def _scalars(self, group: str, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
-            self._write(step, summary=scalar(f"{group}/{name}", value))
+            self._write(step, summary=summary.scalar(f"{group}/{name}", value))
         if time.monotonic() - self._flushed > FLUSH_SECONDS:
             self.flush()
 
     def _write(self, step: int, **what: Any) -> None:
-        self._writer.write_event(Event(wall_time=time.time(), step=step, **what))
+        self._writer.write_event(event_pb2.Event(wall_time=time.time(), step=step, **what))
 
 
 def scalars(results: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

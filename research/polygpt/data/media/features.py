@@ -34,6 +34,10 @@ class Features(Spec):
         """(features, float32 of `shape`; the number of real leading frames). An image is one frame."""
         raise NotImplementedError
 
+    def load(self, source: bytes | Path, place: str) -> tuple[np.ndarray, int]:
+        """`extract` of `decode`. A subclass may save the detour over raw samples."""
+        return self.extract(self.decode(source, place))
+
     def real(self, features: np.ndarray, frames: int) -> np.ndarray:
         """The extracted features without padding, as a view. Augmentations of features modify it."""
         return features

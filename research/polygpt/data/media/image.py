@@ -63,6 +63,16 @@ class ImageFeatures(Features):
         return self.height, self.width, self.channels
 
     def decode(self, source: bytes | Path, place: str) -> np.ndarray:
+        return np.array(self._decoded(source, place))
+
+    def extract(self, raw: np.ndarray) -> tuple[np.ndarray, int]:
+        return self._fitted(Image.fromarray(raw)), 1
+
+    def load(self, source: bytes | Path, place: str) -> tuple[np.ndarray, int]:
+        return self._fitted(self._decoded(source, place)), 1
+
+    def _decoded(self, source: bytes | Path, place: str) -> Image.Image:
+        """The image in RGB."""
         encoded, orientation = without_metadata(read(source, place))
         try:
             with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
@@ -79,8 +89,9 @@ class ImageFeatures(Features):
         except Exception as error:  # a decoder may raise anything on damaged data
             raise BadRecord("corrupt image", place, one_line(error)) from error
 
-    def extract(self, raw: np.ndarray) -> tuple[np.ndarray, int]:
-        h, w = raw.shape[:2]
+    def _fitted(self, image: Image.Image) -> np.ndarray:
+        """The features of an RGB image."""
+        w, h = image.size
         H, W = self.height, self.width
         box, inner = (0, 0, w, h), (W, H)
         if self.resize == "crop":
@@ -88,7 +99,6 @@ class ImageFeatures(Features):
         elif self.resize == "pad":
             scale = min(W / w, H / h)
             inner = (max(1, round(w * scale)), max(1, round(h * scale)))
-        image = Image.fromarray(raw)
         if self.channels == 1:
             image = image.convert("L")
         if (w, h) != (W, H):
@@ -101,7 +111,7 @@ class ImageFeatures(Features):
             pixels = canvas
         features = pixels * np.float32(1 / (255 * self.std))
         features -= np.float32(self.mean / self.std)
-        return features, 1
+        return features
 
     def picture(self, features: np.ndarray, frames: int) -> np.ndarray:
         picture = np.clip(features * self.std + self.mean, 0, 1)
@@ -118,8 +128,8 @@ def crop_box(width: int, height: int, aspect: float) -> tuple[float, float, floa
     return left, top, min(left + inner_width, width), min(top + inner_height, height)
 
 
-def _upright_rgb(image: Image.Image, orientation: int, background: int) -> np.ndarray:
-    """uint8 [h, w, 3] of an opened image with an EXIF orientation, over a grey background of 0..255."""
+def _upright_rgb(image: Image.Image, orientation: int, background: int) -> Image.Image:
+    """An opened image with an EXIF orientation in RGB, over a grey background of 0..255. Loads all its pixels."""
     image.load()
     if orientation in UPRIGHT:
         image = image.transpose(UPRIGHT[orientation])
@@ -128,4 +138,4 @@ def _upright_rgb(image: Image.Image, orientation: int, background: int) -> np.nd
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (background,) * 3 + (255,)), image)
-    return np.array(image.convert("RGB"))
+    return image if image.mode == "RGB" else image.convert("RGB")

@@ -14,6 +14,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from polygpt.data.pieces import convert, foreign_encoding
+from polygpt.data.tokenizers import ranked
 from polygpt.data.tokenizers.base import Tokenizer, TokenizerSpec
 from polygpt.errors import UserError
 from polygpt.files import write_atomically
@@ -73,11 +74,13 @@ class BPETokenizer(Tokenizer):
         if missing:
             raise UserError(f"{len(missing)} of the 256 bytes have no token")
         super().__init__([bytes(_BYTES[letter] for letter in token) for token in ordered])
-        self._model = model
+        self._model, self._ranked = model, ranked.ranked(model, _BYTES)
 
     def encode(self, text: str) -> np.ndarray:
         text = text.encode("utf-8", "replace").decode("utf-8")
-        return np.array(self._model.encode(text).ids, np.int32)
+        if self._ranked is None or len(text) > ranked.LONGEST:
+            return np.array(self._model.encode(text).ids, np.int32)
+        return np.array(self._ranked.encode_ordinary(text), np.int32)
 
 
 def train_bpe(
