@@ -5,11 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AbstractMesh, AxisType
 
 from batches import ADAPTERS, TOWER
+from equations import equations
+from polygpt import sharding
 from polygpt.adapters.audio import AudioAdapter
 from polygpt.adapters.base import Connector
 from polygpt.adapters.image import ImageAdapter, patches
+from polygpt.adapters.text import TextEmbedding
 from polygpt.adapters.tower import Tower
 from polygpt.data.media.audio import LogMel
 from polygpt.data.media.image import ImageFeatures
@@ -137,3 +141,18 @@ def test_adapters_say_what_does_not_fit():
         AudioAdapter(fold=0)
     with pytest.raises(SpecError, match="items is 0: it must be at least 1"):
         ImageAdapter(items=0)
+
+
+def test_devices_exchange_embeddings_in_the_compute_dtype_and_sum_gradients_in_float32():
+    sizes = tuple(2 if name in ("fsdp", "tensor") else 1 for name in sharding.AXES)
+    mesh = AbstractMesh(sizes, sharding.AXES, axis_types=(AxisType.Auto,) * len(sizes))
+
+    graphdef, state = nnx.split(TextEmbedding(32, 16, rngs=nnx.Rngs(0), dtype="bfloat16"))
+
+    def loss(state):
+        return jnp.sum(nnx.merge(graphdef, state)(jnp.zeros((4, 6), jnp.int32)).astype(jnp.float32))
+
+    with sharding.use_layout(sharding.MeshLayout(mesh, sharding.MeshSpec(data=1, fsdp=2, tensor=2))):
+        lines = list(equations(jax.grad(loss), state))
+    dtypes = {line.primitive.name: line.invars[0].aval.dtype.name for line in lines}
+    assert dtypes["all_gather"] == "bfloat16" and dtypes["reduce_scatter"] == "float32"

@@ -29,10 +29,8 @@ class TextEmbedding(nnx.Module):
         # Look up in float32 and round afterwards, so that gradients are summed over occurrences in float32.
         layout = sharding.active()
         if layout is None or layout.size("vocabulary") * layout.size("width") == 1:
-            x_BTD = jnp.take(self.table[...], tokens_BT, axis=0, mode="clip")
-        else:
-            x_BTD = _sharded_lookup(self.table[...], tokens_BT, layout)
-        return x_BTD.astype(self.dtype)
+            return jnp.take(self.table[...], tokens_BT, axis=0, mode="clip").astype(self.dtype)
+        return _sharded_lookup(self.table[...], tokens_BT, layout, self.dtype)
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """[B, T, D] -> float32 [B, T, V]."""
@@ -46,16 +44,16 @@ class TextEmbedding(nnx.Module):
         return logits.reshape(*x_BTD.shape[:2], -1)
 
 
-def _sharded_lookup(table_VD: jax.Array, tokens_BT: jax.Array, layout: sharding.MeshLayout) -> jax.Array:
-    """[B, T, D]: each device looks up the tokens of its own vocabulary shard; an all-reduce sums the results.
+def _sharded_lookup(table_VD: jax.Array, tokens_BT: jax.Array, layout: sharding.MeshLayout, dtype: str) -> jax.Array:
+    """[B, T, D] in `dtype`: each device looks up the tokens of its own vocabulary shard; an all-reduce sums results.
 
     Megatron-LM (1909.08053), section 3. Left to itself, the compiler would all-gather the whole table and all-reduce
-    the whole gradient.
+    the whole gradient. The table is gathered in `dtype`; the gradients of a token's occurrences are summed in float32.
     """
     table = layout.partition_spec(("vocabulary", "width"), table_VD.shape)
     rows = layout.partition_spec(("batch", "positions", None), (*tokens_BT.shape, 1))
 
-    def per_device(table_VD, tokens_BT):
+    def own_lookup(table_VD, tokens_BT):
         if table[1] is not None:  # a lookup reads whole rows of the table
             table_VD = jax.lax.all_gather(table_VD, table[1], axis=1, tiled=True)
         if table[0] is None:
@@ -65,5 +63,17 @@ def _sharded_lookup(table_VD: jax.Array, tokens_BT: jax.Array, layout: sharding.
         x_BTD = jnp.take(table_VD, jnp.where(mine_BT, local_BT, 0), axis=0, mode="clip")
         return jax.lax.psum(jnp.where(mine_BT[..., None], x_BTD, 0), table[0])
 
+    @jax.custom_vjp
+    def per_device(table_VD, tokens_BT):
+        return own_lookup(table_VD.astype(dtype), tokens_BT)
+
+    def forward(table_VD, tokens_BT):
+        return per_device(table_VD, tokens_BT), (table_VD, tokens_BT)
+
+    def backward(given, dx_BTD):
+        _, gradient = jax.vjp(lambda table_VD: own_lookup(table_VD, given[1]), given[0])
+        return *gradient(dx_BTD.astype(jnp.float32)), None
+
+    per_device.defvjp(forward, backward)
     specs = {"in_specs": (table, PartitionSpec(*rows[:2])), "out_specs": rows}
     return jax.shard_map(per_device, mesh=layout.mesh, check_vma=False, **specs)(table_VD, tokens_BT)
