@@ -15,7 +15,15 @@ ROOT = FOLDER.parents[1]
 RESULTS = FOLDER / "results.json"
 PAGES = (ROOT / "README.md", FOLDER / "README.md")
 """Pages with figures."""
-PARTS = ("text_step", "multimodal_step", "attention_layer", "startup", "compile_depth", "remat_memory")
+PARTS = (
+    "text_step",
+    "multimodal_step",
+    "attention_layer",
+    "input_pipeline",
+    "startup",
+    "compile_depth",
+    "remat_memory",
+)
 """The benchmarks of `make bench`, in the order in which they run and are shown."""
 GPU = "gpu"
 """The benchmark of `make bench-gpu`."""

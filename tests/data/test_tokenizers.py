@@ -222,7 +222,7 @@ def bpe(bpe_spec):
 
 @given(text=texts)
 def test_both_cut_a_text_into_the_same_pieces(bpe, text):
-    assert bpe._ranked is not None
+    assert bpe.ranked is not None
     assert list(bpe.encode(text)) == bpe._model.encode(text.encode("utf-8", "replace").decode()).ids
 
 

@@ -80,9 +80,8 @@ class Program:
 
     def first_state(self) -> Any:
         """The state before the first step on its devices, with the parameters of `start`."""
-        given = self._given()
-        state = self.parallel.create(self.bare, given) if given else self.parallel.create(self.bare)
-        return self.with_references(state)
+        given = [given] if (given := self._given()) else []
+        return self.with_references(self.parallel.create(self.bare, *given))
 
     @functools.cached_property
     def bare(self) -> Callable:
@@ -125,10 +124,9 @@ class Program:
         """The parameters that are not random, by name, without the axis of several seeds."""
         if self.start.source is None:
             return {}
-        shapes, places = paths(self.shapes), paths(self.parallel.shardings(self.bare).params)
-        return self.start.read(
-            {name: jax.ShapeDtypeStruct(own.shape, own.dtype, sharding=places[name]) for name, own in shapes.items()}
-        )
+        places, own = paths(self.parallel.shardings(self.bare).params), paths(self.shapes)
+        wanted = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=places[name]) for name, x in own.items()}
+        return self.start.read(wanted)
 
     def summary(self) -> str:
         """Model size, devices and the reason for them, and how parameters are trained."""

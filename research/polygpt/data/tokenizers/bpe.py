@@ -54,7 +54,11 @@ class BPE(TokenizerSpec):
 
 
 class BPETokenizer(Tokenizer):
-    """See `BPE`. The underlying model does not know the special tokens, so no text can be encoded to them."""
+    """See `BPE`. The underlying model does not know the special tokens, so no text can be encoded to them.
+
+    Attributes:
+        ranked: the same encoding by tiktoken, for texts of ordinary length; None if it could differ.
+    """
 
     def __init__(self, model: tokenizers.Tokenizer):
         """Raises UserError if the model could encode a text to anything that does not decode to the same text."""
@@ -74,13 +78,13 @@ class BPETokenizer(Tokenizer):
         if missing:
             raise UserError(f"{len(missing)} of the 256 bytes have no token")
         super().__init__([bytes(_BYTES[letter] for letter in token) for token in ordered])
-        self._model, self._ranked = model, ranked.ranked(model, _BYTES)
+        self._model, self.ranked = model, ranked.ranked(model, _BYTES)
 
     def encode(self, text: str) -> np.ndarray:
         text = text.encode("utf-8", "replace").decode("utf-8")
-        if self._ranked is None or len(text) > ranked.LONGEST:
+        if self.ranked is None or len(text) > ranked.LONGEST:
             return np.array(self._model.encode(text).ids, np.int32)
-        return np.array(self._ranked.encode_ordinary(text), np.int32)
+        return np.array(self.ranked.encode_ordinary(text), np.int32)
 
 
 def train_bpe(
