@@ -53,6 +53,8 @@ def _sharded_lookup(table_VD: jax.Array, tokens_BT: jax.Array, layout: sharding.
     table = layout.partition_spec(("vocabulary", "width"), table_VD.shape)
     rows = layout.partition_spec(("batch", "positions", None), (*tokens_BT.shape, 1))
 
+    own = jax.ShapeDtypeStruct(layout.local_shape(("vocabulary", "width"), table_VD.shape), table_VD.dtype)
+
     def own_lookup(table_VD, tokens_BT):
         if table[1] is not None:  # a lookup reads whole rows of the table
             table_VD = jax.lax.all_gather(table_VD, table[1], axis=1, tiled=True)
@@ -68,11 +70,11 @@ def _sharded_lookup(table_VD: jax.Array, tokens_BT: jax.Array, layout: sharding.
         return own_lookup(table_VD.astype(dtype), tokens_BT)
 
     def forward(table_VD, tokens_BT):
-        return per_device(table_VD, tokens_BT), (table_VD, tokens_BT)
+        return per_device(table_VD, tokens_BT), tokens_BT
 
-    def backward(given, dx_BTD):
-        _, gradient = jax.vjp(lambda table_VD: own_lookup(table_VD, given[1]), given[0])
-        return *gradient(dx_BTD.astype(jnp.float32)), None
+    def backward(tokens_BT, dx_BTD):
+        transpose = jax.linear_transpose(lambda table_VD: own_lookup(table_VD, tokens_BT), own)
+        return *transpose(dx_BTD.astype(jnp.float32)), None
 
     per_device.defvjp(forward, backward)
     specs = {"in_specs": (table, PartitionSpec(*rows[:2])), "out_specs": rows}
