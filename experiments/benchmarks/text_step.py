@@ -40,6 +40,7 @@ from polygpt.objectives.next_token import NextToken
 from polygpt.optim.optim import Optim
 from polygpt.optim.optimizers import AdamW
 from polygpt.optim.schedules import Constant
+from polygpt.runtime.memory import keep_freed_memory
 from polygpt.sequence import Batch
 from polygpt.training.parallel import build
 from polygpt.training.state import create
@@ -168,6 +169,7 @@ def measure(
 ) -> dict[str, Any]:
     """The figures of one size as JSON data; `compiled` adds `torch.compile` as a third side."""
     harness.need("torch")
+    keep_freed_memory()  # as `polygpt train` does, for all sides
     shape, threads = SIZES[size], os.cpu_count() or 1
     ours = polygpt_step(shape, vocabulary)
     sides: dict[str, Callable] = {OURS: ours, "torch": torch_step(shape, vocabulary, threads)}

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from polygpt.nn.linear import broadcast_to_rank
+from polygpt.nn.linear import as_rows, broadcast_to_rank
 from polygpt.spec import Spec
 
 
@@ -47,10 +47,10 @@ class _RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones(width), axes=(None,))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        wide = x.astype(jnp.float32)
+        wide = _rows(x).astype(jnp.float32)
         mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
-        y = wide * jax.lax.rsqrt(mean_square + self.epsilon) * broadcast_to_rank(self.scale[...], x.ndim)
-        return y.astype(x.dtype)
+        y = wide * jax.lax.rsqrt(mean_square + self.epsilon) * broadcast_to_rank(self.scale[...], wide.ndim)
+        return y.astype(x.dtype).reshape(x.shape)
 
 
 class _LayerNorm(nnx.Module):
@@ -60,8 +60,13 @@ class _LayerNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(width), axes=(None,))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        wide = x.astype(jnp.float32)
+        wide = _rows(x).astype(jnp.float32)
         centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
         y = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + self.epsilon)
-        y = y * broadcast_to_rank(self.scale[...], x.ndim) + broadcast_to_rank(self.bias[...], x.ndim)
-        return y.astype(x.dtype)
+        y = y * broadcast_to_rank(self.scale[...], y.ndim) + broadcast_to_rank(self.bias[...], y.ndim)
+        return y.astype(x.dtype).reshape(x.shape)
+
+
+def _rows(x: jax.Array) -> jax.Array:
+    """`as_rows` of [B, T, D]. Heads, [B, H, T, d], stay apart: devices may split them."""
+    return as_rows(x) if x.ndim == 3 else x

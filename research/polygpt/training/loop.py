@@ -13,6 +13,7 @@ from polygpt.runtime import goodput, processes
 from polygpt.runtime.compilation import enable_cache
 from polygpt.runtime.goodput import Goodput
 from polygpt.runtime.interruption import Interruption
+from polygpt.runtime.memory import keep_freed_memory
 from polygpt.runtime.storage import storage_faults
 from polygpt.runtime.watchdog import Watchdog
 from polygpt.training import resuming
@@ -52,6 +53,7 @@ def train(
     """
     workdir, settings = local(workdir), experiment.train
     enable_cache()
+    keep_freed_memory()
     with processes.together(settings.processes), storage_faults(workdir), contextlib.ExitStack() as stack:
         new, refused = not workdir.exists(), False
         on_message = on_message if jax.process_index() == 0 else lambda text: None
