@@ -11,6 +11,8 @@ from polygpt.blocks.stack import StackSpec
 from polygpt.data.sources.embedded import Embedded
 from polygpt.errors import SpecError
 from polygpt.evaluation.spec import EvalTask, EvaluationSpec
+from polygpt.init.from_run import FromRun
+from polygpt.init.reference import Reference
 from polygpt.lab import catalogue
 from polygpt.objectives.base import Objective
 from polygpt.objectives.next_token import NextToken
@@ -83,10 +85,24 @@ class Losses(Spec):
     losses: Mapping[str, tuple[Objective, float]] = dataclasses.field(default_factory=lambda: {"z": (ZLoss(), 1e-4)})
 
 
+@dataclasses.dataclass(frozen=True)
+class Read(Spec):
+    models: Mapping[str, Reference] = dataclasses.field(default_factory=dict)
+
+
 def test_classes_are_named_at_any_depth_of_json():
     named, built = '"polygpt.objectives.next_token:NextToken"', '{"class": "polygpt.objectives.z_loss:ZLoss"}'
     both = f'{{"next": [{named}, 1], "z": [{built}, 2]}}'
     assert override(Losses(), {"losses": both}).losses == {"next": (NextToken(), 1.0), "z": (ZLoss(), 2.0)}
+    teacher = '{"teacher": {"class": "polygpt.init.reference:Reference", "init": INIT}}'
+    teacher = teacher.replace("INIT", '{"class": "polygpt.init.from_run:FromRun", "path": "runs/a"}')
+    assert override(Read(), {"models": teacher}).models == {"teacher": Reference(FromRun(path="runs/a"))}
+    with pytest.raises(
+        SpecError, match=r"--models\.teacher\.init\.paht: FromRun has no field 'paht': did you mean path"
+    ):
+        override(Read(), {"models": teacher.replace("path", "paht")})
+    with pytest.raises(SpecError, match=r"--models\.teacher\.init: FromRun needs more than its class: .*'path'"):
+        override(Read(), {"models": teacher.replace(', "path": "runs/a"', "")})
 
 
 @pytest.mark.parametrize(

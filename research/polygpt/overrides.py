@@ -3,7 +3,8 @@
 `replaced` takes values as they are, `{"model.decoder.depth": 4}`: what a program sets. For `override` the text of a
 value is read as JSON where it is JSON. A field that holds a specification takes another class by name,
 `"package.module:Class"`: it is then what the class's defaults make it, but for the fields that the former value shares
-with it and had changed from its own defaults. A list takes such names too: `'["package.module:Class", null]'`.
+with it and had changed from its own defaults. A list takes such names too: `'["package.module:Class", null]'`. A JSON
+object with a "class" may leave out fields that have defaults.
 """
 
 import json
@@ -14,7 +15,7 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any, Union
 
 from polygpt.errors import SpecError
-from polygpt.spec import Spec, conform, field_help, from_json, hints, load_class, nearest, nearest_field
+from polygpt.spec import Spec, conform, field_help, hints, load_class, nearest, nearest_field
 
 
 @dataclass(frozen=True)
@@ -107,11 +108,15 @@ def _made(cls: type, kept: Mapping[str, Any], annotation: Any, inside: dict[str,
             said = nearest_field(key, cls, deeper)
             raise SpecError(f"--{_join(name, key)}: {cls.__name__} has no field {key!r}: {said}")
         values[key] = _set(values.get(key, _default(cls, key)), known[key], own, _join(name, key))
+    made = _constructed(cls, values, name)
+    return conform(annotation, made, f"--{name}") if name else made
+
+
+def _constructed(cls: type, values: Mapping[str, Any], name: str) -> Any:
     try:
-        made = cls(**values)
+        return cls(**values)
     except TypeError as error:
         raise SpecError(f"--{name}: {cls.__name__} needs more than its class: {error}") from None
-    return conform(annotation, made, f"--{name}") if name else made
 
 
 def _shared(value: Any, cls: type) -> dict[str, Any]:
@@ -168,7 +173,15 @@ def _built(data: Any, annotation: Any, name: str) -> Any:
         return tuple(_built(item, _inner(annotation, i), _join(name, str(i))) for i, item in enumerate(data))
     if isinstance(data, dict) and "class" not in data:
         return {key: _built(item, _inner(annotation), _join(name, key)) for key, item in data.items()}
-    return from_json(data, f"--{name}")
+    if not isinstance(data, dict):
+        return data
+    cls = load_class(data["class"])
+    known = hints(cls)
+    for key in data:
+        if key != "class" and key not in known:
+            raise SpecError(f"--{_join(name, key)}: {cls.__name__} has no field {key!r}: {nearest_field(key, cls)}")
+    fields = {key: _built(item, known[key], _join(name, key)) for key, item in data.items() if key != "class"}
+    return _constructed(cls, fields, name)
 
 
 def _holds_spec(annotation: Any, value: Any) -> bool:

@@ -42,6 +42,17 @@ def blocks_of(model, params):
     return [one(layer) for layer in range(model.spec.decoder.depth)]
 
 
+def test_embeddings_of_media_are_those_that_enter_the_row():
+    model = bind(tiny(adapters=LIGHT, depth=1), 31)
+    params = lively(model, scale=0.2)
+    hidden_BTD, _, found = jax.jit(lambda params: model.hidden(params, BATCH, capture=("media/image",)))(params)
+    row_BTD = jax.jit(lambda params: model.module(params).embed(BATCH)[0])(params)
+    at_T = np.flatnonzero(BATCH.modality_BT[0] == 1)
+    embedded_ND = np.asarray(found["media/image"])[0].reshape(-1, 16)
+    np.testing.assert_allclose(row_BTD[0, at_T], embedded_ND[BATCH.slot_BT[0, at_T]], rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(hidden_BTD, jax.jit(model.hidden)(params, BATCH)[0])
+
+
 @pytest.mark.parametrize(
     "fields",
     [
@@ -182,6 +193,8 @@ def test_blocks_of_one_s_own_may_record_nothing_or_more(monkeypatch):
     "fields, batch, site, message",
     [
         ({}, BATCH, "residul", "no site 'residul': Block does not record it; did you mean residual"),
+        ({}, BATCH, "media/imag", "no site 'media/imag': did you mean media/image"),
+        ({}, TEXT_ONLY, "media/image", "'media/image' is not computed: the batch has no media"),
         ({}, BATCH, "adapters/imag/mlp", "no site 'adapters/imag/mlp': did you mean adapters/image/mlp"),
         ({"depth": 0}, BATCH, "mlp", "no site 'mlp': its stack has no blocks"),
         ({}, dataclasses.replace(BATCH, media={}), "adapters/audio/mlp", "'adapters/audio/mlp' is not computed: the"),

@@ -172,6 +172,8 @@ def test_a_group_that_takes_nothing_is_an_error(params):
         Optim(Constant(0.1), groups=(Group("encoder/"),)).build(traits_of(params), 10)
     with pytest.raises(SpecError, match="an earlier group takes decoder/blocks/mlp/bias"):
         Optim(Constant(0.1), groups=(Group("decoder"), Group("mlp"))).build(traits_of(params), 10)
+    with pytest.raises(SpecError, match="freezes all that the model trains, so nothing learns"):
+        Optim(Constant(0.1), groups=(Group("mlp", freeze=True), Group(".", freeze=True))).build(traits_of(params), 10)
     with pytest.raises(SpecError, match="regular expression"):
         Group("(")
 

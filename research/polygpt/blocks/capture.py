@@ -3,7 +3,8 @@
 A site is a stack of blocks and a name: "residual", the output of each block, or what blocks pass through
 `Context.record`: "attention" and "mlp", the output of each branch, before dropout and a norm after it. The stack is
 named by its path in the model: sites of the decoder have no prefix, those of an adapter's tower begin with
-"adapters/image/". Nothing is computed, kept or compiled differently for sites that are not asked for.
+"adapters/image/". The site "media/image", [B, N, P, D], has the embeddings of media as they enter the row. Nothing is
+computed, kept or compiled differently for sites that are not asked for.
 """
 
 import contextlib
@@ -22,6 +23,8 @@ RESIDUAL_STREAM = "residual"
 """The name of the output of each block."""
 NAMES = (RESIDUAL_STREAM, "attention", "mlp")
 """What the blocks of this package have; others may record more."""
+MEDIA = "media/"
+"""What the sites of embeddings of media begin with."""
 MAIN = "decoder"
 """The stack whose sites have no prefix."""
 
@@ -114,8 +117,10 @@ def capturing(module: nnx.Module, sites: Sequence[str]) -> Iterator[dict[str, ja
     for site in dict.fromkeys(sites):
         prefix, slash, name = site.rpartition("/")
         if prefix + slash not in stacks:
-            known = [other + name for other in stacks for name in NAMES]
+            known = [other + name for other in stacks for name in (stacks[other].names if other == MEDIA else NAMES)]
             raise SpecError(f"no site {site!r}: {nearest(site, known)}")
+        if prefix + slash == MEDIA and name not in stacks[MEDIA].names:
+            raise SpecError(f"no site {site!r}: {nearest(site, [MEDIA + other for other in stacks[MEDIA].names])}")
         wanted.setdefault(prefix + slash, []).append(name)
     try:
         for prefix, names in wanted.items():
@@ -131,5 +136,7 @@ def capturing(module: nnx.Module, sites: Sequence[str]) -> Iterator[dict[str, ja
 def _prefix(path: Sequence[Any]) -> str:
     """What the sites of the stack at a path of the module begin with."""
     parts = [str(part) for part in path]
+    if not parts:
+        return MEDIA  # the model itself
     parts = parts[:-1] if len(parts) > 1 and parts[-1] == "tower" else parts
     return "" if parts == [MAIN] else "".join(f"{part}/" for part in parts)

@@ -10,6 +10,7 @@ from flax import nnx
 
 from polygpt.adapters.base import Adapter, SharedConnector
 from polygpt.adapters.text import TextEmbedding
+from polygpt.blocks.capture import MEDIA, Capture
 from polygpt.blocks.stack import StackSpec
 from polygpt.errors import SpecError
 from polygpt.heads.base import Head, HeadModule
@@ -153,6 +154,9 @@ class MultimodalModel(nnx.Module):
     """Parameters: `text/...`, `adapters/<name>/...`, `connector/...` if adapters share one, `modality/<name>`,
     `decoder/...`, `head/...` if it is not tied, and `heads/<name>/...`."""
 
+    capture: Capture | None = None
+    """What takes embeddings of media out of the next pass, see `blocks/capture.py`."""
+
     def __init__(self, spec: ModelSpec, vocabulary: int, rngs: nnx.Rngs):
         width, options = spec.decoder.width, {"rngs": rngs, "dtype": spec.dtype}
         base, spec = spec.base(), spec.scaled()
@@ -185,6 +189,8 @@ class MultimodalModel(nnx.Module):
                 embedded_BNPD = self.connector(embedded_BNPD)
             embedded_BNPD += self.modality[name][...].astype(embedded_BNPD.dtype)[None, None, None]
             media[name] = constrain(embedded_BNPD, "batch", None, None, "features")  # each row needs all its media
+            if self.capture is not None and name in self.capture.wanted:
+                self.capture.found[MEDIA + name] = media[name]
         return constrain(scatter_media(self.text(batch.tokens_BT), batch, media), *RESIDUAL), losses
 
     def hidden(

@@ -91,7 +91,7 @@ class Forward:
 
     def captured(self, site: str) -> jax.Array:
         """Activations inside the model, in the compute dtype: "residual", "attention" or "mlp", [L, B, T, D], of all
-        blocks of the decoder; other sites are named in `blocks/capture.py`.
+        blocks of the decoder; "media/image", [B, N, P, D], the embeddings of media; others in `blocks/capture.py`.
 
         Raises:
             SpecError: if the objective does not name the site in `Objective.captures`, or the model lacks it.

@@ -125,7 +125,7 @@ def assign(traits, groups: tuple[Group, ...], weight_decay: float, no_decay: str
         since: for each parameter, by name, `Rule.since` of each of its layers; default: 0.
 
     Raises:
-        SpecError: for a group that matches no parameter, or only parameters of earlier groups.
+        SpecError: for a group that matches no parameter, or only parameters of earlier groups; or if all are frozen.
     """
 
     leaves, structure = jax.tree_util.tree_flatten_with_path(traits)
@@ -159,6 +159,8 @@ def assign(traits, groups: tuple[Group, ...], weight_decay: float, no_decay: str
     found = [part for rule, (_, own) in zip(rules, leaves, strict=True) for part, _ in parts_of(rule, own.shape)]
     for index in sorted(set(range(len(groups))) - {rule.index for rule in found}):
         raise SpecError(f"optim.groups: the group {groups[index].pattern!r} {_why_unused(index, groups, names)}")
+    if all(rule.group.freeze for rule in found if rule.index <= len(groups)):
+        raise SpecError("optim.groups freezes all that the model trains, so nothing learns: leave some of it to train")
     for index, group in enumerate(groups):
         factors = {rule.layer_factor for rule in found if rule.index == index and not rule.group.freeze}
         if group.layer_decay not in (None, 1.0) and factors == {1.0}:
