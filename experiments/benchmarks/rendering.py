@@ -1,6 +1,6 @@
 """RESULTS.md and the figures in READMEs, from results.json alone.
 
-A README shows a figure between markers, which the same command replaces:
+A README shows a figure between markers, which the same command replaces once the benchmark has a record:
 
     <!-- figure text_step.medium_torch -->1.04<!-- end -->
 """
@@ -57,9 +57,10 @@ def rendered(records: dict) -> dict[Path, str]:
 
     def figure(match: re.Match) -> str:
         name, key = match.groups()
+        if name not in records:
+            return match[0]
         if name not in texts:
-            module = benchmark(name)
-            texts[name] = module.figures(records[name]["result"]) if name in records else {}
+            texts[name] = benchmark(name).figures(records[name]["result"])
         return f"<!-- figure {name}.{key} -->{texts[name].get(key, 'not measured')}<!-- end -->"
 
     return pages | {page: FIGURE.sub(figure, page.read_text(encoding="utf-8")) for page in PAGES}

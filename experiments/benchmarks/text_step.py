@@ -5,9 +5,9 @@
     python experiments/benchmarks/text_step.py --size small --vocabulary 50304 --compile
 
 Sizes: small is 4 blocks, width 128, T 64, batch 12; medium 6 blocks, width 384, T 256, batch 8; large 12 blocks, width
-768, T 256, batch 2; tiny is for tests. Float32, AdamW with clipping. All sides have LayerNorm, biases, tanh GELU,
-learned positions and a tied head, and use their library's fastest attention on a CPU: for PyTorch the fused
-`scaled_dot_product_attention`. The measured step is the one that `polygpt train` runs.
+768, T 256, batch 2; tiny is for tests. Float32, AdamW (fused in PyTorch) with clipping. All sides have LayerNorm,
+biases, tanh GELU, learned positions and a tied head, and use their library's fastest attention on a CPU: for PyTorch
+the fused `scaled_dot_product_attention`. The measured step is the one that `polygpt train` runs.
 
 `make bench BENCH=text_step` measures small, medium and large with both vocabularies. Printed are medians, quartiles,
 the ratios PyTorch / polygpt (above 1: polygpt is faster), and the large copies in the compiled program.
@@ -139,7 +139,7 @@ def torch_step(size: Size, vocabulary: int, threads: int, compiled: bool = False
     torch.set_num_threads(threads)
     model = text_torch.GPT(size.depth, size.width, size.heads, size.length, vocabulary)
     forward = torch.compile(model) if compiled else model
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     batch = text_batch(size, vocabulary)
     tokens, target = torch.from_numpy(batch.tokens_BT.copy()).long(), torch.from_numpy(batch.target_BT.copy()).long()
 
