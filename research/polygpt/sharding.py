@@ -91,7 +91,7 @@ class MeshSpec(Spec):
     """Which positions of a row a sequence-parallel device holds in the decoder's blocks: successive ones, or in zigzag
     order chunks i and 2 n - 1 - i of 2 n, so that all devices have the same share of causal attention (2407.21783,
     section 3.3.2). auto: zigzag for rows of at least 512 positions in which a block sees all earlier ones, unless a
-    block needs the order of the row."""
+    block needs the order of the row; not on TPUs, whose compiler fails at some such steps."""
     reduce_dtype: Literal["compute", "float32"] = "compute"
     """How devices sum the gradients of linear layers: in the compute dtype of the model, or in float32, which sends
     twice as many bytes as bfloat16 but rounds once, after the sum over all devices."""

@@ -13,6 +13,7 @@ from polygpt.attention.biases import ALiBi
 from polygpt.attention.forgetting import Forgetting
 from polygpt.attention.kernels import chunked, flex
 from polygpt.attention.kernels.block_map import EMPTY, block_map
+from polygpt.attention.kernels.dispatch import compiling_for
 from polygpt.attention.kernels.problem import Rule
 from polygpt.attention.mamba2 import Mamba2
 from polygpt.attention.masks import DECODER
@@ -105,5 +106,7 @@ def test_zigzag_is_chosen_where_it_evens_out_work():
     assert not chosen(attention=sliding) and chosen(asked, attention=sliding)
     assert chosen(pattern=(sliding, None)) and not chosen(pattern=(Mamba2(), None))
     assert not chosen(attention=Forgetting())
+    with compiling_for("tpu"):
+        assert not chosen() and chosen(asked)
     with pytest.raises(SpecError, match="train.mesh.order is 'zigzag', but Mamba2 reads .* to 'contiguous'"):
         chosen(asked, pattern=(Mamba2(), None))

@@ -68,8 +68,11 @@ class DecoderSpec(StackSpec):
                 "set train.mesh.order to 'contiguous'"
             )
         # A window is as much work for every part of a row, and short rows are computed without skipping what is masked.
+        # On TPUs the order must be asked for: libtpu 0.0.42 fails to compile some such steps ("Reshape should have
+        # supported layout").
         masks = [layer.attention.mask(DECODER) for layer in self.period() if isinstance(layer.attention, MultiHead)]
         skips = seq_len >= dispatch.LONG and any(mask.reach() is None for mask in masks)
+        skips &= dispatch.platform() != "tpu"
         return needing is None and (skips or mesh.order == "zigzag")
 
 

@@ -51,7 +51,7 @@ def experiment(mlp=GATED, remat="none") -> Experiment:
 def test_the_busiest_device_has_the_last_positions_unless_their_order_is_a_zigzag():
     """Of n devices in the order of the row, the last sees 2 n - 1 of n^2 squares of pairs, of which half count."""
 
-    def share(seq_len=1024, sequence=4, order="auto", **fields):
+    def share(seq_len=1024, sequence=4, order="auto", platform="cpu", **fields):
         base = experiment()
         layout, decoder = base.data.layout.replace(seq_len=seq_len), base.model.decoder.replace(**fields)
         made = base.replace(
@@ -59,10 +59,11 @@ def test_the_busiest_device_has_the_last_positions_unless_their_order_is_a_zigza
             model=base.model.replace(decoder=decoder),
             train=base.train.replace(parallel="sharded", mesh=MeshSpec(sequence=sequence, order=order)),
         )
-        return causal_share(made, {"data": 2, "sequence": sequence})
+        return causal_share(made, {"data": 2, "sequence": sequence}, platform)
 
     for n in (2, 4, 8):
-        assert share(sequence=n) == pytest.approx(1.0)
+        assert share(sequence=n) == share(sequence=n, order="zigzag", platform="tpu") == pytest.approx(1.0)
+        assert share(sequence=n, platform="tpu") == share(sequence=n, order="contiguous")
         assert share(sequence=n, order="contiguous") == pytest.approx((2 * n - 1) / n, rel=1e-3)
     assert share(seq_len=256, order="contiguous") == share(sequence=1) == 1.0
     assert share(attention=Mamba2(heads=2)) == pytest.approx(1.0)

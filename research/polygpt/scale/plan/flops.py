@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
-from polygpt.attention.kernels.dispatch import LONG
+from polygpt.attention.kernels.dispatch import LONG, compiling_for
 from polygpt.attention.zigzag import largest_share
 from polygpt.models.decoder import DecoderSpec
 from polygpt.models.describe import describe, scores
@@ -110,12 +110,12 @@ def flops(experiment: Experiment, vocabulary: int) -> Flops:
     return remat(Flops(tuple(lines), positions), model)
 
 
-def causal_share(experiment: Experiment, sizes: Mapping[str, int]) -> float:
+def causal_share(experiment: Experiment, sizes: Mapping[str, int], platform: str) -> float:
     """The decoder's attention on the busiest device, relative to the mean of those that split the positions of a row.
 
     1 if the order of positions is a zigzag; close to 2 if many devices hold successive positions, of which the last see
-    most keys. `sizes` are those of the mesh axes. Assumes full rows and a backend that skips what is masked, as all do
-    but those of short rows.
+    most keys. `sizes` are those of the mesh axes; `platform` decides on the automatic order. Assumes full rows and a
+    backend that skips what is masked, as all do but those of short rows.
     """
     mesh, seq_len = experiment.train.mesh, experiment.data.layout.seq_len
     devices = math.prod(sizes.get(axis, 1) for axis in mesh.rules["positions"])
@@ -124,7 +124,8 @@ def causal_share(experiment: Experiment, sizes: Mapping[str, int]) -> float:
         work = stack.causal_score_flops(seq_len) * seq_len
         split = devices > 1 and seq_len >= LONG and stack.mask != "bidirectional"
         mean += work
-        busiest += work * (_busiest(stack, mesh, devices, seq_len) if split else 1.0)
+        with compiling_for(platform):
+            busiest += work * (_busiest(stack, mesh, devices, seq_len) if split else 1.0)
     return busiest / mean if mean else 1.0
 
 

@@ -123,7 +123,8 @@ def plan(experiment: Experiment, target: Target) -> Plan:
     program = hlo.parse(built.text)
     found = collectives.collectives(program, built.mesh)
     timed = tuple(TimedCollective(one, one.times * sum(links.seconds(one, target, built.devices))) for one in found)
-    times, executed = collectives.kernels(program), work.kernel_flops(program, causal_share(experiment, built.mesh))
+    share = causal_share(experiment, built.mesh, target.traced)
+    times, executed = collectives.kernels(program), work.kernel_flops(program, share)
     roofline = stand_in = None
     if target.peak:
         linked = links.total(found, target, built.devices)
@@ -159,7 +160,7 @@ def _plan(
     return Plan(
         name=experiment.name,
         target=target,
-        settings=settings(experiment, built.mesh),
+        settings=settings(experiment, built.mesh, target.traced),
         memory=built.memory,
         exhausted=built.exhausted,
         flops=counted,
@@ -173,7 +174,7 @@ def _plan(
     )
 
 
-def settings(experiment: Experiment, mesh: Mapping[str, int]) -> dict[str, Any]:
+def settings(experiment: Experiment, mesh: Mapping[str, int], platform: str) -> dict[str, Any]:
     """The settings besides the model that determine a plan: mesh, pipeline, remat, microbatches, batch and dtype."""
     model, spec = experiment.model, experiment.train.mesh
     towers = {adapter.tower.remat for adapter in model.adapters.values() if hasattr(adapter, "tower")}
@@ -184,7 +185,7 @@ def settings(experiment: Experiment, mesh: Mapping[str, int]) -> dict[str, Any]:
         if mesh.get("stage", 1) > 1
         else None,
         "context": spec.context if mesh.get("sequence", 1) > 1 else None,
-        "causal_share": causal_share(experiment, mesh) if mesh.get("sequence", 1) > 1 else None,
+        "causal_share": causal_share(experiment, mesh, platform) if mesh.get("sequence", 1) > 1 else None,
         "remat": model.decoder.remat,
         "towers": "/".join(sorted(towers)) or None,
         "microbatches": experiment.optim.accumulate,

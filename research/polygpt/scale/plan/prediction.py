@@ -119,7 +119,7 @@ def predict(experiment: Experiment, known: Facts, target: Target, here: MeshFact
     bubble = schedule.bubble()  # its computations are discarded
     blocks = sum(line.forward * (3 + line.again) for line in counted.lines if ", " in line.name)
     wasted = (blocks + 1.7 * scores) * bubble / (1 - bubble)
-    share = causal_share(experiment, layout.mesh.shape)
+    share = causal_share(experiment, layout.mesh.shape, target.traced)
     attention = sum(line.forward * (4.7 + line.again) for line in counted.lines if line.name.endswith(", attention"))
     uneven = (share - 1) * attention  # other devices wait for the busiest
     executed = (counted.useful + counted.again + 1.7 * scores + wasted + uneven) / target.count
