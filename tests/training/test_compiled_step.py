@@ -1,5 +1,8 @@
 """What the compiled training step holds, and what it must not."""
 
+import dataclasses
+import re
+from math import prod
 from pathlib import Path
 
 import jax
@@ -41,3 +44,30 @@ def test_an_option_that_the_compiler_does_not_know_is_left_out(monkeypatch):
     assert compilation.compiler_options() is None
     monkeypatch.undo()
     compilation.compiler_options.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def deep():
+    """Compiled steps of one and of two blocks of 2 rows x 64 positions, width 32, 2 heads."""
+    benchmark = load_file(BENCHMARK)
+    size = benchmark.Size(depth=1, width=32, heads=2, length=64, rows=2)
+    return [benchmark.polygpt_step(dataclasses.replace(size, depth=depth), 65).compiled for depth in (1, 2)]
+
+
+def test_a_block_moves_few_arrays_and_keeps_few_copies_of_its_activations(deep):
+    one, two = (step.as_text() for step in deep)
+    moved = re.compile(r"= f32\[([\d,]+)\]\S* (?:copy|transpose)\(")
+
+    def elements(program):
+        return sum(prod(map(int, shape.split(","))) for shape in moved.findall(program))
+
+    heads = 2 * 64 * 32
+    assert elements(two) - elements(one) <= 24 * heads
+    temporaries = [step.memory_analysis().temp_size_in_bytes for step in deep]
+    weights, hidden = 4 * 2 * 2 * 64 * 64, 4 * 2 * 64 * 4 * 32
+    assert temporaries[1] - temporaries[0] <= 3.6 * (weights + hidden)
+
+
+def test_a_step_sends_nothing_to_the_host(deep):
+    for step in deep:
+        assert not re.search(r"callback|\b(?:infeed|outfeed|send|recv)\(", step.as_text())

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from polygpt import sharding
 from polygpt.nn.linear import as_rows, broadcast_to_rank
 from polygpt.spec import Spec
 
@@ -68,5 +69,5 @@ class _LayerNorm(nnx.Module):
 
 
 def _rows(x: jax.Array) -> jax.Array:
-    """`as_rows` of [B, T, D]. Heads, [B, H, T, d], stay apart: devices may split them."""
-    return as_rows(x) if x.ndim == 3 else x
+    """`as_rows` of [B, T, D] on one device. Several, which may split heads [B, H, T, d] too, gain nothing from it."""
+    return as_rows(x) if x.ndim == 3 and sharding.active() is None else x
