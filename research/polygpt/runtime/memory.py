@@ -1,6 +1,6 @@
 """Keeps freed memory in the process, so that a step on a CPU does not fault its pages in again.
 
-XLA allocates the temporaries of a program anew each time it runs. glibc takes large blocks, and whatever exceeds the 64
+XLA allocates the temporaries of a program each time it runs. glibc takes large blocks, and whatever exceeds the 64
 MiB heap of a thread, from the system and gives them back when they are freed; the next step then waits while the kernel
 maps and zeroes every page. That was 18 % of the CPU time of a step at 4 x 128 (T 64, batch 12) and 13 % at 6 x 384 (T
 256, batch 8).
