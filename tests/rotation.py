@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 TURNS = (
-    ("lab", "data", "generation", "models"),
+    ("lab", "data", "generation", "models", "nn"),
     ("ablation", "attention", "blocks", "cli", "contracts", "init", "optim", "tests"),
     ("parallel", "runtime", "scale", "training"),
 )

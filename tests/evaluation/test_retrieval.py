@@ -71,7 +71,7 @@ def test_what_does_not_fit_is_told():
     spec, layout = tiny().replace(heads={"pair": ProjectionHead(6)}), LayoutSpec(8)
     for metric, words in (
         (Retrieval(("none", "pair")), "reads the head 'none'"),
-        (Retrieval(HEADS, between=(0, 3)), "the model has 2 adapters"),
+        (Retrieval(HEADS, between=(0, 3)), "the model reads 0 text, 1 image, 2 audio: change between"),
         (Retrieval(HEADS, label="kind"), "reads the label 'kind', which is not in data.layout.labels"),
     ):
         with pytest.raises(SpecError, match=words):

@@ -8,9 +8,15 @@ from pathlib import Path
 import jax
 import pytest
 
+from polygpt.attention.multi_head import MultiHead
+from polygpt.blocks.stack import StackSpec
+from polygpt.data.loader import train_batches
+from polygpt.models.decoder import DecoderSpec
 from polygpt.runtime import compilation
 from polygpt.spec import load_file
+from polygpt.training.program import assemble
 
+QUICKSTART = Path(__file__).parents[2] / "experiments" / "quickstart.py"
 BENCHMARK = Path(__file__).parents[2] / "experiments" / "benchmarks" / "text_step.py"
 
 
@@ -71,3 +77,30 @@ def test_a_block_moves_few_arrays_and_keeps_few_copies_of_its_activations(deep):
 def test_a_step_sends_nothing_to_the_host(deep):
     for step in deep:
         assert not re.search(r"callback|\b(?:infeed|outfeed|send|recv)\(", step.as_text())
+
+
+def test_mixed_batches_are_one_program():
+    """Text, pictures, speech and pairs of both, in batches of different contents: the step compiles once."""
+    whole = load_file(QUICKSTART).experiment()
+    tower = StackSpec(width=16, depth=1, attention=MultiHead(heads=2))
+    adapters = {name: adapter.replace(tower=tower) for name, adapter in whole.model.adapters.items()}
+    decoder = DecoderSpec(width=16, depth=1, attention=MultiHead(heads=2))
+    small = whole.replace(
+        model=whole.model.replace(decoder=decoder, adapters=adapters), data=whole.data.replace(batch_size=2)
+    )
+    tokenizer, compiled = small.tokenizer.build(), []
+    program = assemble(small, tokenizer.vocabulary)
+    state = program.first_state()
+    batches = train_batches(small.data, tokenizer, small.model.adapters, seed=0)
+    state, _ = program.step(state, program.parallel.put(next(batches)))
+
+    def listen(event, *_, **__):
+        compiled.extend([event] if "compile" in event else [])
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        for _ in range(19):
+            state, _ = program.step(state, program.parallel.put(next(batches)))
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert int(state.step) == 20 and compiled == []

@@ -29,9 +29,11 @@ def pretraining(
         mesh: how devices are arranged; default: chosen automatically.
     """
     size = preset(name)
-    tasks = {"text": Task(Embedded("text"))}
+    # What fits the rows and the recordings of the smallest preset.
+    tasks = {"text": Task(Embedded("text", characters=min(256, seq_len // 2)))}
     if size.tower is not None:
-        tasks |= {task: Task(Embedded(task)) for task in ("pictures", "utterances", "fusion")}
+        media = ("pictures", "utterances", "fusion")
+        tasks |= {task: Task(Embedded(task, seconds=min(3.0, size.seconds))) for task in media}
     return Experiment(
         name=name,
         model=size.model(),
