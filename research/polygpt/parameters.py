@@ -119,6 +119,32 @@ def stack(make: Callable[[jax.Array], Made], keys: jax.Array, axis: str | None =
     return nnx.vmap(one)(keys)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Unstacked:
+    """A stacked parameter taken apart, in its place in the tree: an array of its own for each layer."""
+
+    layers: tuple[jax.Array, ...]
+
+
+def unstacked(params: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """The tree with all parameters whose names begin with `prefix`, which must be stacked, taken apart."""
+
+    def apart(name, leaf):
+        return Unstacked(tuple(leaf)) if name.startswith(prefix) else leaf
+
+    return tree_of({name: apart(name, leaf) for name, leaf in paths(params).items()})
+
+
+def of_layer(tree: Any, index: int) -> Any:
+    """A tree of stacked parameters, taken apart or not, at one index of their first axis."""
+
+    def at(leaf):
+        return leaf.layers[index] if isinstance(leaf, Unstacked) else leaf[index]
+
+    return jax.tree.map(at, tree, is_leaf=lambda leaf: isinstance(leaf, Unstacked))
+
+
 def number_layers(made: Any, layers: Sequence[int], depth: int) -> None:
     """Declares which layers of a stack of `depth` layers the variables of a module hold, see `Traits.layers`."""
     for variable in _variables(made):

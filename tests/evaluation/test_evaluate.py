@@ -75,6 +75,13 @@ class Looks:
     def replicated(self, tree):
         return tree
 
+    @property
+    def merged(self):
+        return self
+
+    def unstacked(self, params):
+        return params
+
     def _letter(self, batch):
         """What the picture at a position means; 0 where there is none."""
         grey_BN = batch.media["image"].features.mean(axis=(2, 3, 4))

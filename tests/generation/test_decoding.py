@@ -120,6 +120,7 @@ def generated(model, params, batch, sampling, *, count=6, eos=V, size=8, indices
     indices = np.arange(rows, dtype=np.int32) if indices is None else np.int32(indices)
     limit = np.where(batch.segment_BT.any(axis=1), count, 0).astype(np.int32)
     choice = sampling.choice()
+    model, params = model.merged, decoding.prepared(model, params)
     state = decoding.prefill(
         model, choice, size, params, batch, np.int32(eos), np.uint32(sampling.seed), indices, limit
     )
@@ -235,9 +236,10 @@ def test_the_prompt_is_read_by_one_program_and_the_text_written_by_another(toy):
     batch = batch_of(ROWS, 18)
     generated(*toy, batch, GREEDY)
     assert decoding.prefill._cache_size() and decoding.decode._cache_size()
-    before = decoding.prefill._cache_size(), decoding.decode._cache_size()
+    programs = decoding.prepared, decoding.prefill, decoding.decode
+    before = [program._cache_size() for program in programs]
     generated(*toy, batch_of(ROWS[::-1], 18, seed=3), GREEDY.replace(seed=9, max_tokens=3), count=3, until=[2, 3])
-    assert (decoding.prefill._cache_size(), decoding.decode._cache_size()) == before
+    assert [program._cache_size() for program in programs] == before
 
 
 def test_the_cache_is_used_up_and_not_copied(toy):

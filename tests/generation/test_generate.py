@@ -39,6 +39,13 @@ class Script:
     def replicated(self, tree):
         return tree
 
+    @property
+    def merged(self):
+        return self
+
+    def unstacked(self, params):
+        return params
+
     def decode(self, params, batch, cache, last_B=None):
         self.traced.append(batch.shape)
         script = jnp.asarray(self.script)

@@ -129,7 +129,7 @@ def test_the_cache_holds_the_source_and_later_calls_do_not_run_the_encoder():
     decode = jax.jit(model.decode)
     _, cache = decode(params, columns(batch, 0, 6, media=False), model.init_cache(1, 10))
     cross = cache.decoder.layers[0]["cross"]
-    assert cross["key"].shape == cross["value"].shape == (2, 1, 2, 6, 4), "[L, B, K, S, d]: no more than the source"
+    assert cross["key"].shape == cross["value"].shape == (1, 2, 6, 4), "[B, K, S, d]: no more than the source"
     spoiled = params | {"encoder": jax.tree.map(lambda x: x * np.nan, params["encoder"])}
     step = columns(batch, 6, 7, media=False)
     np.testing.assert_array_equal(decode(spoiled, step, cache)[0], decode(params, step, cache)[0])

@@ -70,7 +70,7 @@ def decode_seconds(experiment: Experiment) -> float:
     """
     tokenizer, layout = experiment.tokenizer.build(), experiment.data.layout
     model = bind(experiment.model, tokenizer.vocabulary)
-    params = jax.jit(lambda key: model.merge(model.init(key)))(jax.random.key(experiment.seed))
+    params = jax.jit(lambda key: model.unstacked(model.init(key)))(jax.random.key(experiment.seed))
     model = model.merged
     prompt = [Text("a " * (layout.seq_len // 4))]
     batch = prompt_batch([prompt], layout, tokenizer, experiment.model.adapters, ["the prompt"])

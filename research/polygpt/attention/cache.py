@@ -89,12 +89,17 @@ def extend(cache: Full | Ring | None, new: Any, context) -> tuple[Any, Meta, Ful
 
         arrays = jax.tree.map(write, cache.arrays, new)
         return arrays, context.key, Full(arrays)
-    # Attend to old and new positions together: an early query may still see slots that later positions overwrite.
     new = jax.tree.map(lambda x, old: x.astype(old.dtype), new, cache.arrays)
-    seen = jax.tree.map(lambda old, x: jnp.concatenate([old, x], axis=2), cache.arrays, new)
     query = context.query.only(cache.meta.extra)
+    place_BT = _places(cache.reach, query)
+    if place_BT.shape[1] == 1:  # what a single position overwrites is out of its reach
+        arrays = jax.tree.map(lambda old, x: _split(_put(old, x, place_BT[:, 0], 1)), cache.arrays, new)
+        meta = jax.tree.map(lambda old, x: _put(old, x, place_BT[:, 0], 0), cache.meta, query)
+        return arrays, meta, Ring(arrays, meta, cache.reach)
+    # Attend to old and new positions together: an early query may still see slots that later positions overwrite.
+    seen = jax.tree.map(lambda old, x: jnp.concatenate([old, x], axis=2), cache.arrays, new)
     meta = jax.tree.map(lambda old, x: jnp.concatenate([old, x], axis=1), cache.meta, query)
-    source_BR, fresh_BR = _latest(cache, context.query)
+    source_BR, fresh_BR = _latest(place_BT, cache.meta.index.shape[1])
 
     def keep(old, x):
         shape = (*source_BR.shape[:1], 1, source_BR.shape[1], *[1] * (x.ndim - 3))
@@ -142,17 +147,30 @@ def _split(x: jax.Array) -> jax.Array:
     return constrain(x, "batch", "kv_heads", *[None] * (x.ndim - 2))
 
 
-def _latest(cache: Ring, query: Meta) -> tuple[jax.Array, jax.Array]:
-    """For each slot of the ring buffer, the latest new position that belongs there, [B, R], and whether there is one.
+def _places(reach: Reach, query: Meta) -> jax.Array:
+    """The slot of the ring buffer for each new position, int32 [B, T]; one past the last slot if it has none.
 
     The first positions of an example have fixed slots; the others share the rest in turn.
     """
-    first, last = cache.reach.first, cache.reach.last
-    B, T = query.position.shape
+    first, last = reach.first, reach.last
     turn_BT = first + (query.position - first) % last if last else jnp.full_like(query.position, first)
     place_BT = jnp.where(query.position < first, query.position, turn_BT)
-    place_BT = jnp.where(query.segment > 0, place_BT, first + last)  # padding has no slot
+    return jnp.where(query.segment > 0, place_BT, first + last)  # padding has no slot
+
+
+def _put(old: jax.Array, new: jax.Array, place_B: jax.Array, axis: int) -> jax.Array:
+    """Writes one position of each row to its slot of an array, in place; `axis` is that of the slots within a row."""
+
+    def in_row(old, new, place):
+        return old.at[(slice(None),) * axis + (place,)].set(jnp.squeeze(new, axis), mode="drop")
+
+    return jax.vmap(in_row)(old, new, place_B)
+
+
+def _latest(place_BT: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+    """For each slot of the ring buffer the latest new position that belongs there, [B, R]; whether there is one."""
+    B, T = place_BT.shape
     order_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
-    newest_BR = jnp.full((B, first + last), -1, jnp.int32)
+    newest_BR = jnp.full((B, size), -1, jnp.int32)
     newest_BR = newest_BR.at[jnp.arange(B)[:, None], place_BT].max(order_BT, mode="drop")
     return jnp.maximum(newest_BR, 0), newest_BR >= 0

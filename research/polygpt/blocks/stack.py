@@ -1,5 +1,6 @@
 """A stack of transformer blocks, used by the decoder and the media towers."""
 
+import contextlib
 import dataclasses
 from typing import Any, ClassVar, Literal
 
@@ -20,7 +21,7 @@ from polygpt.nn.mlp import MLP, FeedForward
 from polygpt.nn.norms import LayerNorm, Norm
 from polygpt.nn.positions import NoPosition, Position
 from polygpt.nn.remat import INPUT, KEPT
-from polygpt.parameters import merged, number_layers, stack
+from polygpt.parameters import merged, number_layers, of_layer, stack
 from polygpt.spec import Spec
 
 
@@ -43,7 +44,8 @@ class StackSpec(Spec):
     dropout: float = 0.0
     """Probability of dropping an element of the embeddings and of each residual branch, in training."""
     scan: bool = True
-    """Compile one pattern of blocks and scan it over stacked parameters: compiles faster, but runs slower on CPU."""
+    """Compile one pattern of blocks and scan it over stacked parameters: compiles faster, but trains slower on CPU.
+    Generation unrolls the blocks either way."""
     remat: Literal["none", "dots", "full"] = "none"
     """What to recompute in the backward pass: nothing; all but matrix products with parameters and the result of
     attention; or everything inside a block."""
@@ -136,15 +138,9 @@ class StackSpec(Spec):
         return sum(layer.mlp.idle(self.width) for layer in self.layers())
 
     def init_cache(self, batch_size: int, size: int, dtype: str, source: int = 0) -> tuple:
-        """Empty caches for `size` positions, and `source` positions of an encoder: one per block; if scanned, one per
-        block of the pattern, stacked."""
-        dims, times = self.dims(dtype), self.depth // len(self.period())
-
-        def empty(layer):
-            one = layer.block.init_cache(layer.attention, dims, batch_size, size, source)
-            return jax.tree.map(lambda x: jnp.broadcast_to(x, (times, *x.shape)), one) if self.scan else one
-
-        return tuple(map(empty, self.period() if self.scan and self.depth else self.layers()))
+        """Empty caches for `size` positions, and `source` positions of an encoder: one per block, also if scanned."""
+        dims = self.dims(dtype)
+        return tuple(layer.block.init_cache(layer.attention, dims, batch_size, size, source) for layer in self.layers())
 
 
 class Stack(nnx.Module):
@@ -240,7 +236,7 @@ class Stack(nnx.Module):
                 own = None if key is None else jax.random.fold_in(jax.random.fold_in(key, layer), microbatch)
                 return self._with_drop_path(block(x_bTD, context, cache, own), x_bTD, layer, own)
 
-            x_bTD, _, losses = self._over_period(call, graphdefs, params, x_bTD, period, None)
+            x_bTD, _, losses = self._over_period(call, graphdefs, params, x_bTD, period)
             return x_bTD, losses
 
         policy = KEPT[self.spec.remat] if schedule.repeats > 1 else None
@@ -285,48 +281,52 @@ class Stack(nnx.Module):
     def _over_blocks(self, call, x_BTD, caches):
         """Threads x through `call(block, x, layer, cache of the layer) -> (x, output, losses)` for every block.
 
-        Returns x, the outputs and the summed losses. The outputs form a tuple like that of `init_cache`; with caches,
-        they are the new caches.
+        Returns x, the outputs and the summed losses. There is one output per block; without caches, if scanned, one per
+        block of the pattern, stacked.
         """
-        if not self.spec.scan:
+        # With caches not in a scan: taking those of a block, or its parameters, out of stacked arrays would copy them.
+        if caches is not None or not self.spec.scan:
             outputs, losses = [], {}
-            for layer, block in enumerate(self.blocks):
-                x_BTD, output, own = self._remat(call, block)(x_BTD, layer, caches and caches[layer])
+            for layer in range(self.spec.depth):
+                with self._block(layer, x_BTD) as block:
+                    x_BTD, output, own = self._remat(call, block)(x_BTD, layer, caches and caches[layer])
                 outputs.append(output)
                 losses = add(losses, own)
             return x_BTD, tuple(outputs), losses
         graphdefs, params = self._split()
 
-        # Carry the caches instead of scanning over them, so that the loop updates them in place.
-        def body(carry, inputs):
-            x_BTD, caches = carry
+        def body(x_BTD, inputs):
             params, time = inputs
-            here = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, time, 0, False), caches)
-            x_BTD, outputs, losses = self._over_period(call, graphdefs, params, x_BTD, time, here)
-            if caches is None:
-                return (x_BTD, None), (outputs, losses)
+            x_BTD, outputs, losses = self._over_period(call, graphdefs, params, x_BTD, time)
+            return x_BTD, (outputs, losses)
 
-            def write(leaf, new):
-                return jax.lax.dynamic_update_index_in_dim(leaf, new, time, 0)
-
-            return (x_BTD, jax.tree.map(write, caches, outputs)), (None, losses)
-
-        (x_BTD, caches), (outputs, losses_T) = jax.lax.scan(body, (x_BTD, caches), (params, jnp.arange(self._times)))
-        losses = {name: jnp.sum(loss_T) for name, loss_T in losses_T.items()}
-        return x_BTD, outputs if caches is None else caches, losses
+        x_BTD, (outputs, losses_T) = jax.lax.scan(body, x_BTD, (params, jnp.arange(self._times)))
+        return x_BTD, outputs, {name: jnp.sum(loss_T) for name, loss_T in losses_T.items()}
 
     def _split(self):
         """The static part and the stacked parameters of each block of the pattern."""
         blocks = self.blocks if len(self.spec.period()) > 1 else [self.blocks]
         return tuple(zip(*[nnx.split(block) for block in blocks], strict=True))
 
-    def _over_period(self, call, graphdefs, params, x_BTD, time, caches):
-        """`_over_blocks` for one repetition of the pattern, the `time`-th."""
+    def _block(self, layer, x_BTD):
+        """A context: the block with that number, whose input is x."""
+        if not self.spec.scan:
+            return contextlib.nullcontext(self.blocks[layer])
+        graphdefs, params = self._split()
+        time, i = divmod(layer, len(graphdefs))
+        own = of_layer(params[i], time)
+        if sharding.active() is not None:
+            # The compiler would gather the parts of all layers before a loop over tokens, and each device hold them.
+            own, _ = jax.lax.optimization_barrier((own, x_BTD))
+        return merged(graphdefs[i], own)
+
+    def _over_period(self, call, graphdefs, params, x_BTD, time):
+        """`_over_blocks` for one repetition of the pattern, the `time`-th, without caches."""
         outputs, losses = [], {}
         for i, graphdef in enumerate(graphdefs):
             layer = time * len(graphdefs) + i
             with merged(graphdef, params[i]) as block:
-                x_BTD, output, own = self._remat(call, block)(x_BTD, layer, caches and caches[i])
+                x_BTD, output, own = self._remat(call, block)(x_BTD, layer, None)
             outputs.append(output)
             losses = add(losses, own)
         return x_BTD, tuple(outputs), losses

@@ -52,6 +52,12 @@ class Decoding:
     key_B: jax.Array
 
 
+@partial(jax.jit, static_argnames="model")
+def prepared(model, params):
+    """The parameters for `prefill` and `decode` of `model.merged`, see `Model.unstacked`."""
+    return model.unstacked(params)
+
+
 @partial(jax.jit, static_argnames=("model", "sampling", "size"))
 def prefill(
     model, sampling: Sampling, size: int, params, batch: Batch, eos, seed, index_B, limit_B, used=None

@@ -70,6 +70,7 @@ def generate(
     indices = range(len(prompts)) if indices is None else indices
     rows = bucket(min(batch_size, len(prompts)), 1)
     every = STOP_EVERY if sampling.stop else None
+    model, params = model.merged, decoding.prepared(model, params)
     results = []
     for start in range(0, len(prompts), rows):
         proceed()
@@ -87,6 +88,7 @@ def stream(
     A piece is yielded only once later tokens cannot change it: it ends neither within a character nor with the
     beginning of a stop string.
     """
+    model, params = model.merged, decoding.prepared(model, params)
     sent = 0
     for (partial,) in _generate(model, params, tokenizer, [prompt], layout, sampling, [index], 1, every):
         text = partial.text if partial.finish != "unfinished" else _stable_prefix(partial.text, sampling.stop)

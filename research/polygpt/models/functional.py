@@ -198,6 +198,13 @@ class Model:
         """The parameters of `merged`, with all updates added to their matrices."""
         return params if self.spec.low_rank is None else self.spec.low_rank.merged(params)
 
+    def unstacked(self, params: Params) -> Params:
+        """The parameters of `merged` with those of each layer in arrays of their own, for many calls of `decode`: it
+        would copy them out of stacked arrays at every call. Takes as much memory as the layers again if these are
+        scanned."""
+        params = self.merge(params)
+        return parameters.unstacked(params, "decoder/blocks/") if self.spec.decoder.scan else params
+
     def module(self, params: Params) -> MultimodalModel:
         """The module with these parameters, to call its parts one by one; works under the transformations of JAX."""
         return nnx.merge(self.graphdef, _state(self.merge(params)))
