@@ -84,7 +84,7 @@ def test_parameters_taken_apart_are_the_same_parameters():
     """With a pattern, a prefix and low-rank updates, after a prompt and for a token."""
     pattern = (None, Mamba2(heads=4, state_width=8))
     spec = tiny(adapters={}, depth=4, pattern=pattern).replace(
-        low_rank=LowRank("query", rank=2), prefix=PrefixTuning(3, "attention$|blocks/0")
+        low_rank=LowRank("query", rank=2), prefix=PrefixTuning(3, "decoder/blocks/0/")
     )
     model = bind(spec, V)
     params = lively(model)
