@@ -3,10 +3,9 @@
     python experiments/plans/write.py [PRESET ...] [--missing | --again] [--budget SECONDS] [--only SLICE]
 
 For each plan it searches, as `polygpt plan --search` does, among the configurations that are predicted to leave half of
-the memory free, and stops at the first that fits. The plans of the largest presets come from a full search and are not
-overwritten. At the end it writes the index. A plan of a large preset takes two to five minutes on two cores. `polygpt
-plan check` recompiles all plans and compares them; where they no longer match the code, `--again` recompiles the same
-configurations.
+the memory free, and stops at the first that fits. A plan that comes from a full search is not overwritten. At the end
+it writes the index. A plan of a large preset takes two to five minutes on two cores. `polygpt plan check` recompiles
+all plans and compares them; where they no longer match the code, `--again` recompiles the same configurations.
 """
 
 import argparse
